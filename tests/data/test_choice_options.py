@@ -66,18 +66,14 @@ def test_a_whole_list_is_written_as_options(tmp_path):
     assert PlainFormat("{question} {choices}").format(Row("Q?", columns=MMLU[0])).text == "Q? A. Paris\nB. Rome\nC. 3\nD. Oslo"
     assert PlainFormat("{choices[1]}?").format(Row("Q", columns=MMLU[0])).text == "Rome?"
     turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    example = DemonstrationFormat(PlainFormat("{chat[0][content]}="), "{chat[1][content]}").format(
-        Row("Q", columns={"chat": turns})
-    )
+    demonstration = DemonstrationFormat(PlainFormat("{chat[0][content]}="), "{chat[1][content]}")
+    example = demonstration.format(Row("Q", columns={"chat": turns}))
     assert (example.text, example.completions) == ("1+1=", ("2",))
 
 
-def test_without_an_answer_column_there_is_the_question_alone(tmp_path):
+def test_an_answer_is_taken_out_of_text_first_and_without_its_column_there_is_the_question_alone(tmp_path):
     row = FileSource(test=write(tmp_path, MMLU, "jsonl"), options_column="choices", answer_column=None).load().test[0]
     assert row.answer is None and row.question.endswith("D. Oslo")
-
-
-def test_an_answer_is_taken_out_of_text_first(tmp_path):
     rows = [{"question": "Q?", "choices": CITIES, "answer": "It is #### Rome"}]
     source = FileSource(test=write(tmp_path, rows, "jsonl"), options_column="choices", answer_pattern=r"####\s*(.+)")
     assert source.load().test[0].answer == "B"
@@ -103,25 +99,13 @@ def test_answers_as_data_sets_give_them(answer, options, letter):
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        (
-            {"answer": "Bern"},
-            {},
-            r"row 0 .*: answer_column 'answer' is 'Bern', which is no option: give a letter up to D, a number",
-        ),
+        ({"answer": "Bern"}, {}, r"row 0 .*: answer_column 'answer' is 'Bern', which is no option: give a letter up to D, a num"),
         ({"answer": "3"}, {}, r"is '3', which may be option C or D: give the letter"),
         ({"choices": "Paris, Rome"}, {}, r"options_column 'choices' must be a list of 2 to 26 options, not 'Paris, Rome'"),
         ({"choices": ["Paris", None]}, {}, r"must hold texts or numbers, not None"),
         ({"choices": {"text": CITIES, "label": ["A"]}}, {}, r"has 4 options and 1 labels"),
-        (
-            {},
-            {"options_column": "options"},
-            r"has no column 'options': correct options_column; the columns are question, choices",
-        ),
-        (
-            {},
-            {"template": "{question} {choices[4]}"},
-            r"column 'choices', which template uses, has no entry \[4\], but \[0\] to \[3\]",
-        ),
+        ({}, {"options_column": "options"}, r"no column 'options': correct options_column; the columns are question, choices"),
+        ({}, {"template": "{question} {choices[4]}"}, r"column 'choices', which template uses, has no entry \[4\], but \[0\] to"),
         ({}, {"template": "{question[0]}"}, r"column 'question', which template uses, is no list of which \[0\] could be taken"),
         ({"choices": {"text": CITIES}}, {"template": "{choices[label]}"}, r"has no entry \[label\], but \[text\]"),
     ],

@@ -76,18 +76,14 @@ def test_lightning_trains_on_rollouts_of_the_policy_and_evaluates_on_prompts(tmp
     assert policy.seen == [[0, 1], [2]] * 2 and source.reads == 1
 
 
-def test_training_needs_a_policy_that_makes_rollouts(tmp_path):
-    policy = Policy()
-    policy.rollout_loader = None
-    with pytest.raises(ConfigError, match=r"rollout_loader\(prompts\)"):
-        trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fit_without_validation_rows_skips_validation(tmp_path):
+def test_fit_without_validation_rows_skips_validation_and_needs_a_policy_that_makes_rollouts(tmp_path):
     policy = Policy()
     trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
     assert policy.seen == ["train"] * 2
+    policy.rollout_loader = None
+    with pytest.raises(ConfigError, match=r"rollout_loader\(prompts\)"):
+        trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
 
 
 @pytest.mark.parametrize(
@@ -118,14 +114,11 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
     assert "validation prompts" not in caplog.text
 
 
-def test_all_prompts_too_long():
+def test_prompts_that_are_all_too_long_or_cannot_be_counted_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
     message = "all 3 train prompts are longer than max_prompt_tokens=4: raise it, the shortest has 5 tokens and the longest 7"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
-
-
-def test_counting_tokens_needs_a_tokenizer():
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
 

@@ -4,15 +4,8 @@ import json
 
 import pytest
 
-from hybrid_lightning.data import (
-    ChatFormat,
-    ConversationFormat,
-    DemonstrationFormat,
-    FileSource,
-    PlainFormat,
-    PreferenceFormat,
-    Row,
-)
+from hybrid_lightning.data import ChatFormat, ConversationFormat, DemonstrationFormat, FileSource, PlainFormat, PreferenceFormat
+from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.errors import ConfigError, DataError
 
 USER, BOT = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}
@@ -23,18 +16,17 @@ def row(**columns):
     return Row(str(columns.get("prompt", "q")), index=5, source="rows.jsonl", columns=columns)
 
 
-def test_a_plain_demonstration_keeps_the_row_and_uses_any_column():
+def test_a_plain_demonstration_keeps_the_row_and_uses_a_column():
     example = DemonstrationFormat(PlainFormat("{prompt} ="), " {completion} ({n})").format(row(prompt="3", completion="7", n=2.0))
     assert (example.text, example.completions) == ("3 =", (" 7 (2)",))
     assert (example.index, example.source, example.columns["n"]) == (5, "rows.jsonl", 2.0)
+    with pytest.raises(ConfigError, match="chosen='yes' uses no column"):
+        PreferenceFormat(chosen="yes")
 
 
 @pytest.mark.parametrize(
     ("columns", "column", "completion"),
-    [
-        ({"prompt": [USER], "completion": [BOT]}, "prompt", "{completion}"),
-        ({"messages": [USER, BOT]}, "messages", "{messages}"),
-    ],
+    [({"prompt": [USER], "completion": [BOT]}, "prompt", "{completion}"), ({"messages": [USER, BOT]}, "messages", "{messages}")],
 )
 def test_conversations(columns, column, completion):
     example = DemonstrationFormat(ConversationFormat(column), completion).format(row(**columns))
@@ -58,12 +50,7 @@ def test_preferences(columns, prompt):
     ("format", "columns", "error", "message"),
     [
         (DemonstrationFormat(), {"answer": "7"}, ConfigError, "uses {completion}, which rows.jsonl, row 5 does not have; it has"),
-        (
-            DemonstrationFormat(),
-            {"completion": "  "},
-            DataError,
-            "row 5: the completion that completion=.* makes is empty",
-        ),
+        (DemonstrationFormat(), {"completion": "  "}, DataError, "row 5: the completion that completion=.* makes is empty"),
         (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not of 'assistant'"),
         (DemonstrationFormat(), {"completion": [BOT, USER, BOT]}, DataError, "is an answer of 3 turns; give one"),
         (DemonstrationFormat(ConversationFormat("prompt")), {"prompt": "hi"}, DataError, "must be a list of turns"),
@@ -74,22 +61,12 @@ def test_preferences(columns, prompt):
             DataError,
             "'rejected' answers other turns than the prompt has",
         ),
-        (
-            PreferenceFormat(),
-            {"chosen": "7", "rejected": "7"},
-            DataError,
-            r"row 5: the chosen completion is also the rejected one",
-        ),
+        (PreferenceFormat(), {"chosen": "7", "rejected": "7"}, DataError, "row 5: the chosen completion is also the rejected"),
     ],
 )
 def test_bad_rows(format, columns, error, message):
     with pytest.raises(error, match=message):
         format.format(row(**columns))
-
-
-def test_a_completion_that_is_the_same_for_all_is_refused():
-    with pytest.raises(ConfigError, match="chosen='yes' uses no column"):
-        PreferenceFormat(chosen="yes")
 
 
 def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):

@@ -7,13 +7,10 @@ ROW = Row("How many {birds}?", "12", index=7, source="zoo.jsonl", columns={"ques
 SHOTS = [{"question": "1+1", "answer": 2.0}, {"question": "2+2", "answer": "4"}]
 
 
-def test_plain_keeps_the_row():
+def test_plain_keeps_the_row_and_may_begin_with_examples():
     prompt = PlainFormat().format(ROW)
     assert prompt.text == "How many {birds}?" and prompt.messages is None
     assert (prompt.answer, prompt.index, prompt.source, prompt.columns) == ("12", 7, "zoo.jsonl", ROW.columns)
-
-
-def test_plain_few_shot():
     plain = PlainFormat("Q: {question} ({n})\nA:", "Solve.", [{**shot, "n": 1} for shot in SHOTS], separator="\n--\n")
     want = "Solve.\n--\nQ: 1+1 (1)\nA: 2\n--\nQ: 2+2 (1)\nA: 4\n--\nQ: How many {birds}? (3)\nA:"
     assert plain.format(ROW).text == want
@@ -29,13 +26,8 @@ def test_chat_few_shot_from_a_file(tmp_path):
         {"role": "assistant", "content": "\\boxed{2}"},
         {"role": "user", "content": "count: How many {birds}? Use \\boxed{}."},
     )
-
-
-def test_few_shot_file_without_a_column_of_the_template(tmp_path):
-    path = tmp_path / "shots.csv"
-    path.write_text("question,answer\n1+1,2\n")
-    with pytest.raises(ConfigError, match="few_shot example 0"):
-        ChatFormat("{hint}: {question}", few_shot=str(path))
+    with pytest.raises(ConfigError, match=r"uses \{kind\}, which few_shot example 0"):
+        ChatFormat("{kind}: {question}", few_shot=str(path))
 
 
 @pytest.mark.parametrize(

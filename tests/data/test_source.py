@@ -35,36 +35,23 @@ def test_prompts_keep_the_name_weight_row_and_source_of_their_set():
         ("where?", "quiz", None),
     ]
     assert [(p.text, p.set_name) for p in data.test_prompts] == [("6+6", "sums"), ("x?", "aime"), ("2+2", "aime")]
-
-
-def test_without_weights_all_rows_are_one_pool():
-    assert {row.set_weight for row in Mixture(SETS).load().train} == {None}
+    assert {row.set_weight for row in Mixture(SETS).load().train} == {None}, "without weights all rows are one pool"
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"sums": 1}, "set 'quiz' has training rows but no weight"),
-        ({"sums": 1, "quiz": 1, "aime": 1}, "set 'aime' has a weight but no training rows"),
+        (({},), ConfigError, "must name each set"),
+        (({"a": Mixture(SETS)},), ConfigError, "set 'a' is a mixture itself"),
+        ((SETS, {"sum": 1}), ConfigError, "'sum', which is no set; the sets are sums, quiz, aime"),
+        ((SETS, {"sums": float("nan")}), ConfigError, "weight of 'sums' is nan"),
+        ((SETS, {"sums": 1}), DataError, "set 'quiz' has training rows but no weight"),
+        ((SETS, {"sums": 1, "quiz": 1, "aime": 1}), DataError, "set 'aime' has a weight but no training rows"),
     ],
 )
-def test_weights_belong_to_sets_with_training_rows(weights, message):
-    with pytest.raises(DataError, match=message):
-        Mixture(SETS, weights).load()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (({},), "must name each set"),
-        (({"a": Mixture(SETS)},), "set 'a' is a mixture itself"),
-        ((SETS, {"sum": 1}), "'sum', which is no set; the sets are sums, quiz, aime"),
-        ((SETS, {"sums": float("nan")}), "weight of 'sums' is nan"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        Mixture(*arguments)
+def test_sets_and_weights_that_do_not_fit_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Mixture(*arguments).load()
 
 
 def test_an_error_in_a_set_names_its_file_and_row(tmp_path):

@@ -47,21 +47,17 @@ def test_split_rows_sizes_and_seed():
 
 
 @pytest.mark.parametrize(
-    ("validation", "test", "message"),
+    ("questions", "validation", "test", "message"),
     [
-        (-0.1, 0.0, "validation_fraction=-0.1"),
-        (0.5, 0.6, "must be below 1"),
-        (0.01, 0.0, "no row at all"),
+        ("abcdefghij", -0.1, 0.0, "validation_fraction=-0.1"),
+        ("abcdefghij", 0.5, 0.6, "must be below 1"),
+        ("abcdefghij", 0.01, 0.0, "no row at all"),
+        ("aaaaaaaaaa", 0.1, 0.0, "leave no row to train on, of 10 with 1 different questions"),
     ],
 )
-def test_split_rows_refuses_fractions(validation, test, message):
+def test_split_rows_refuses_fractions(questions, validation, test, message):
     with pytest.raises(ConfigError, match=message):
-        split_rows(rows("abcdefghij"), validation, test, seed=0)
-
-
-def test_split_rows_refuses_to_leave_no_training_row():
-    with pytest.raises(ConfigError, match="leave no row to train on, of 10 with 1 different questions"):
-        split_rows(rows(["a"] * 10), 0.1, 0.0, seed=0)
+        split_rows(rows(questions), validation, test, seed=0)
 
 
 class Given(PromptSource):
@@ -81,13 +77,10 @@ def test_load_drops_overlap_from_train_and_says_so(caplog):
     assert "Given: dropped 2 train rows" in caplog.text and "dropped 1 validation rows" in caplog.text
 
 
-def test_load_without_overlap_says_nothing(caplog):
+def test_load_without_overlap_says_nothing_and_refuses_a_split_that_is_all_overlap(caplog):
     with caplog.at_level("INFO"):
         splits = Given(train=["a", "a", "b"], test=["c"]).load()
     assert len(splits.train) == 3 and not caplog.text
-
-
-def test_load_refuses_a_split_that_is_all_overlap():
     with pytest.raises(DataError, match=r"every question of the train split \(2 rows"):
         Given(train=["a", "b"], test=["b", "a", "c"]).load()
 

@@ -3,9 +3,8 @@ import json
 import pytest
 from public_data import public_data
 
-from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource, PlainFormat
+from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.rewards import MathMatch
 
 
 def jsonl(folder, rows, name="train.jsonl"):
@@ -42,10 +41,7 @@ def test_template_pattern_and_max_rows(tmp_path):
     source = FileSource(path, template="{Body} {Question}", answer_column="solution", answer_pattern=GSM8K_ANSWER, max_rows=4)
     rows = source.load().train
     assert len(rows) == 4 and rows[3].question == "3 men come.  How many?" and rows[3].answer == "3,000"
-
-
-def test_without_answers(tmp_path):
-    assert FileSource(jsonl(tmp_path, [{"question": "a"}]), answer_column=None).load().train[0].answer is None
+    assert FileSource(path, question_column="Body", answer_column=None).load().train[0].answer is None
 
 
 @pytest.mark.parametrize(
@@ -101,42 +97,14 @@ def test_fraction_and_file_for_one_split_contradict(tmp_path):
         FileSource(test=path, validation_fraction=0.2).load()
 
 
-def test_config_names_all_arguments(tmp_path):
-    assert FileSource("a.csv", answer_column=None, max_rows=3).to_config()["init_args"] == {
-        "train": "a.csv",
-        "answer_column": None,
-        "max_rows": 3,
-    }
-
-
-def test_gsm8k():
-    splits = FileSource(
-        public_data("gsm8k/train.jsonl"),
-        test=public_data("gsm8k/test.jsonl"),
-        answer_pattern=GSM8K_ANSWER,
-        validation_fraction=0.05,
-    ).load()
+def test_gsm8k_and_mawps():
+    rows = FileSource(public_data("mawps/singleop.jsonl"), question_column="input", answer_column="target").load().train
+    assert len(rows) == 562 and rows[0].answer == "14" and all(row.question and row.answer for row in rows)
+    train, test = public_data("gsm8k/train.jsonl"), public_data("gsm8k/test.jsonl")
+    splits = FileSource(train, test=test, answer_pattern=GSM8K_ANSWER, validation_fraction=0.05).load()
     assert (len(splits.train) + len(splits.validation), len(splits.validation), len(splits.test)) == (7473, 374, 1319)
     assert splits.test[0].answer == "18"
     assert all(row.answer.replace(",", "").lstrip("-").replace(".", "").isdigit() for row in splits.train)
-    prompts, solutions = (
-        [convert(row) for row in splits.test[:12]] for convert in (PlainFormat().format, lambda row: row.columns["answer"])
-    )
-    assert MathMatch()(solutions, prompts) == [1.0] * 12 and not any(MathMatch()(solutions[1:] + solutions[:1], prompts))
-
-
-@pytest.mark.parametrize(
-    ("file", "arguments", "count", "answer"),
-    [
-        ("mawps/singleop.jsonl", {"question_column": "input", "answer_column": "target"}, 562, "14"),
-        ("aime24/test.jsonl", {"question_column": "problem"}, 30, "204"),
-        ("leetcode/v0.2.0-test.jsonl.gz", {"question_column": "query", "answer_column": "completion"}, 200, None),
-    ],
-)
-def test_other_real_files(file, arguments, count, answer):
-    rows = FileSource(public_data(file), **arguments).load().train
-    assert len(rows) == count and all(row.question and row.answer for row in rows)
-    assert answer is None or rows[0].answer == answer
 
 
 @pytest.fixture
@@ -151,21 +119,15 @@ def data_set(tmp_path, monkeypatch):
     return str(data)
 
 
-def test_splits_of_a_data_set(data_set):
+def test_splits_and_slices_of_a_data_set(data_set):
     splits = HubSource(data_set, test_split="test", answer_pattern=GSM8K_ANSWER, validation_fraction=0.25).load()
     assert [len(part) for part in vars(splits).values()] == [6, 2, 3]
     assert (splits.test[2].answer, splits.test[2].index, splits.test[2].source) == ("102", 2, f"{data_set} test")
-
-
-def test_slices_and_max_rows(data_set):
     splits = HubSource(data_set, train_split="train[:5]", validation_split="train[5:]", max_rows=2).load()
     assert [row.question for row in splits.train] == ["what is 0?", "what is 1?"]
     assert [row.question for row in splits.validation] == ["what is 5?", "what is 6?"]
-
-
-def test_slices_that_overlap_lose_their_copies_in_train(data_set):
     splits = HubSource(data_set, validation_split="train[:3]").load()
-    assert [len(part) for part in vars(splits).values()] == [5, 3, 0]
+    assert [len(part) for part in vars(splits).values()] == [5, 3, 0], "what overlaps goes from train"
 
 
 @pytest.mark.parametrize(
@@ -182,12 +144,9 @@ def test_errors_of_the_hub_are_one_line(data_set, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_not_there_is_no_hub_id(monkeypatch, tmp_path):
+def test_no_hub_id_and_no_split_at_all_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"path='\./nobody' does not exist \(looked for {tmp_path}/nobody\): correct it"):
         HubSource("./nobody").load()
-
-
-def test_no_split_of_the_hub_at_all():
     with pytest.raises(ConfigError, match="at least one of train_split"):
         HubSource("x/y", train_split=None)

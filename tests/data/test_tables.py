@@ -29,14 +29,6 @@ def test_text_files_are_read_as_they_are(tmp_path, name, content):
     assert read_table("train", write(tmp_path, name, content)) == TABLE
 
 
-def test_parquet(tmp_path):
-    from datasets import Dataset
-
-    path = tmp_path / "t.parquet"
-    Dataset.from_list(TABLE).to_parquet(str(path))
-    assert read_table("train", str(path)) == TABLE
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

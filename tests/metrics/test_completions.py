@@ -10,8 +10,15 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import completion_draws, completion_values, maj_at_k, numbers_of_voters, pass_at_k
 
 
-def test_numbers_of_voters_are_powers_of_two_and_all():
+def test_numbers_of_voters_and_draws_and_more_samples_than_can_be_counted_are_refused():
     assert [numbers_of_voters(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+    assert completion_draws(2) == {
+        "avg@2": 2, "pass@1": 2, "pass@2": 2, "maj@1": 2, "maj@2": 2,
+        "reward": None, "completion_length": None, "truncation_rate": 2,
+    }  # fmt: skip
+    assert "maj@1000" in completion_draws(1000)
+    with pytest.raises(ConfigError, match="eval_samples must be at most 1000, got 1001"):
+        completion_draws(1001)
 
 
 def test_values_are_those_of_each_prompt_under_the_names_announced():
@@ -29,16 +36,6 @@ def test_values_are_those_of_each_prompt_under_the_names_announced():
     assert values["maj@4"].tolist() == [1.0, 0.0] and values["pass@4"].tolist() == [1.0, 0.0]
     assert values["reward"].tolist() == [0.75, 0.5] and values["completion_length"].tolist() == [2.5, 7.5]
     assert values["truncation_rate"].tolist() == [0.25, 0.75]
-
-
-def test_shares_have_intervals_and_more_samples_than_can_be_counted_are_refused():
-    assert completion_draws(2) == {
-        "avg@2": 2, "pass@1": 2, "pass@2": 2, "maj@1": 2, "maj@2": 2,
-        "reward": None, "completion_length": None, "truncation_rate": 2,
-    }  # fmt: skip
-    assert "maj@1000" in completion_draws(1000)
-    with pytest.raises(ConfigError, match="eval_samples must be at most 1000, got 1001"):
-        completion_draws(1001)
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -85,13 +82,10 @@ def test_maj_at_k_is_the_mean_over_all_subsets():
         assert maj_at_k(answers, correct, ks) == pytest.approx(expected, abs=1e-12), (answers, correct)
 
 
-def test_equal_votes_are_shared_and_silence_has_no_vote():
+def test_equal_votes_are_shared_silence_has_none_and_many_are_counted_in_time():
     assert maj_at_k(["5", "6"], [True, False], [2]) == [0.5]
     assert maj_at_k([None, None, None, "5"], [False, False, False, True], [1, 2, 4]) == pytest.approx([0.25, 0.5, 1.0])
     assert maj_at_k([None, None], [False, True], [1, 2]) == [0.0, 0.0]
-
-
-def test_one_voter_is_the_average_and_many_are_counted_in_time():
     answers = [str(number % 40) for number in range(128)]
     correct = [answer in ("3", "7") for answer in answers]
     one, _, all_of_them = maj_at_k(answers, correct, [1, 64, 128])

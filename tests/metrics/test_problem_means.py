@@ -40,12 +40,9 @@ def test_each_set_has_its_mean_and_all_sets_the_same_weight():
         assert found[name] == pytest.approx(expected)
 
 
-def test_what_is_repeated_counts_once_within_its_set_and_batches_do_not_matter():
+def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
     assert means([0, 1, 2, 3, 4]) == means([0], [1, 0, 2], [3], [4, 4, 2])
     assert means([0, 1])[""]["problems"] == 2, "index 3 of one set is not index 3 of the other"
-
-
-def test_problems_without_a_set_are_one_set():
     found = means([1, 2, 3, 4], sets=[""] * 5)
     assert list(found) == [""] and found[""]["problems"] == 4
     assert found[""]["share"] == pytest.approx(float(SHARE[1:].mean()))
@@ -111,8 +108,7 @@ def test_of_several_sets_the_small_one_decides():
 
 # Chances of problems that are solved or not, alike, and hard; each with few and many problems and completions.
 @pytest.mark.parametrize(
-    ("problems", "completions", "a", "b"),
-    [(10, 1, 0.3, 0.3), (100, 8, 0.3, 0.3), (10, 8, 5.0, 5.0), (30, 1, 1.0, 9.0)],
+    ("problems", "completions", "a", "b"), [(10, 1, 0.3, 0.3), (100, 8, 0.3, 0.3), (10, 8, 5.0, 5.0), (30, 1, 1.0, 9.0)]
 )
 def test_it_covers_the_truth_as_often_as_it_says(problems, completions, a, b):
     """Problems drawn anew with their chances from Beta(a, b), each with its completions: 400 times."""

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import run
 from code_problems import LEETCODE, PREAMBLE
 from public_data import public_data
 
@@ -127,10 +127,13 @@ def test_a_result_is_judged_by_the_set_up_codes_methods(reward):
     assert rewards == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_the_share_that_passes_can_be_the_reward():
+def test_the_share_that_passes_can_be_the_reward_and_a_pattern_takes_the_program_out():
     share = CodeTests(partial_credit=True)
     row = prompt(test={"inputs": ["1", "2", "3", "4"], "outputs": ["1", "2", "3", "0"]})
     assert share(["print(input())", "print(1)", ""], [row] * 3) == [0.75, 0.25, 0.0]
+    reward = CodeTests(pattern=r"<code>(.*?)</code>")
+    completions = ["<code>def f(): return 1</code> so", "```python\ndef f(): return 1\n```", "<code> </code>"]
+    assert reward(completions, [prompt(test="assert f() == 1")] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_installed_packages_can_be_allowed():
@@ -151,13 +154,10 @@ def test_a_package_that_programs_cannot_import_is_refused(tmp_path, monkeypatch)
         CodeTests(packages=["lent"])
 
 
-def test_set_up_code_that_fails_is_shown(reward, caplog):
+def test_set_up_code_that_fails_is_shown_and_the_order_of_a_set_is_the_same_each_time(reward, caplog):
     row = prompt(test="assert f() == 1", prompt="import no_such_module")
     assert reward(["def f(): return 1"], [row]) == [0.0]
     assert "rows.jsonl row 3: the set-up code of the tests fails: ModuleNotFoundError" in caplog.text
-
-
-def test_the_order_of_a_set_is_the_same_each_time(reward):
     row = prompt(test={"inputs": [""], "outputs": [str(list({"one", "two", "three", "four"}))]})
     got = reward(["print(list({'one', 'two', 'three', 'four'}))"] * 4, [row] * 4)
     assert len(set(got)) == 1
@@ -188,17 +188,10 @@ def test_a_long_line_does_not_hold_up_training(text):
     assert time.monotonic() - started < 5
 
 
-def test_a_pattern_takes_the_program_out():
-    reward = CodeTests(pattern=r"<code>(.*?)</code>")
-    completions = ["<code>def f(): return 1</code> so", "```python\ndef f(): return 1\n```", "<code> </code>"]
-    assert reward(completions, [prompt(test="assert f() == 1")] * 3) == [1.0, 0.0, 0.0]
-
-
 def test_it_goes_with_other_rewards(reward):
     both = WeightedSum([reward, FormatReward("def")], weights=[1.0, 0.1])
-    rewards = evaluate_reward(
-        both, ["def f(): return 1", "f = lambda: 1", "def f(): return 2"], [prompt(test="assert f() == 1")] * 3
-    )
+    programs = ["def f(): return 1", "f = lambda: 1", "def f(): return 2"]
+    rewards = evaluate_reward(both, programs, [prompt(test="assert f() == 1")] * 3)
     assert rewards.correct.tolist() == [True, True, False]
     assert rewards.total.tolist() == pytest.approx([1.1, 1.0, 0.1])
     assert reward.name == "code_tests" and reward([], []) == []
@@ -225,11 +218,6 @@ def test_it_goes_with_other_rewards(reward):
 def test_a_row_without_usable_tests_is_refused(reward, columns, message):
     with pytest.raises(DataError, match=rf"rows.jsonl row 3.*{message}"):
         reward.check_prompt(prompt(**columns))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("cli"))
 
 
 def test_the_command_line_refuses_such_rows_before_it_trains(folder):

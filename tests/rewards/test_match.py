@@ -33,10 +33,12 @@ def test_verdicts(verdict):
     assert [pair for pair, value in zip(pairs, scores, strict=True) if value != (verdict == "right")] == []
 
 
-def test_a_pattern_limits_what_counts():
+def test_a_pattern_limits_what_counts_and_a_row_without_an_answer_is_named():
     assert score("so 12\n#### 13", pattern=r"####\s*(.+)") == 0.0
     assert score("13?\n#### 12", pattern=r"####\s*(.+)") == 1.0
     assert score("12", pattern=r"####\s*(.+)") == 0.0
+    with pytest.raises(RewardError, match=r"MathMatch needs a reference answer, but s\.csv row 4 has none"):
+        evaluate_reward(MathMatch(), ["12"], [Prompt(text="?", index=4, source="s.csv")])
 
 
 @pytest.mark.parametrize("answer", ["hello", "?", "north of 12", "2020-01-01", "()"])
@@ -58,11 +60,6 @@ def test_what_is_more_than_a_number_is_refused_with_a_remedy(answer):
         MathMatch().check_prompt(Prompt(text="?", answer=answer))
     pattern = re.search(r"answer_pattern='(.*?)' for", str(caught.value))[1]
     assert re.match(pattern, answer)[1] == re.match(r"\d+", answer)[0]
-
-
-def test_a_row_without_an_answer_is_named():
-    with pytest.raises(RewardError, match=r"MathMatch needs a reference answer, but s\.csv row 4 has none"):
-        evaluate_reward(MathMatch(), ["12"], [Prompt(text="?", index=4, source="s.csv")])
 
 
 @pytest.mark.parametrize("bomb", ["$9^{9^{9^9}}$", "$(x+y)^{3000}$"])
@@ -88,23 +85,19 @@ def test_threads_share_it():
     assert results == {number: [1.0, 0.0] * 20 for number in range(4)}
 
 
-def in_fork(queue):
-    queue.put(score("12"))
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_fork_starts_its_own():
     assert score("12") == 1.0
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=in_fork, args=(queue,))
+    child = context.Process(target=lambda: queue.put(score("12")))
     child.start()
     assert queue.get(timeout=20) == 1.0
     child.join()
     assert score("12") == 1.0 and score("13") == 0.0
 
 
-def test_an_interrupted_comparison_does_not_answer_the_next(monkeypatch):
+def test_an_interrupted_comparison_does_not_answer_the_next_and_a_process_that_died_is_replaced(monkeypatch):
     assert score("12") == 1.0
     verifier = module._verifier(3.0)
     exchange = verifier._exchange
@@ -119,9 +112,6 @@ def test_an_interrupted_comparison_does_not_answer_the_next(monkeypatch):
         score("12")
     monkeypatch.setattr(verifier, "_exchange", exchange)
     assert score("13") == 0.0 and score("12") == 1.0
-
-
-def test_a_process_that_died_is_replaced():
     score("12")
     verifier = module._verifier(3.0)
     os.kill(verifier._process.pid, 9)
@@ -149,7 +139,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_gsm8k_answers_and_solutions():
-    solutions = [json.loads(line)["answer"] for line in Path(public_data("gsm8k/train.jsonl")).read_text().splitlines()[::10]]
+    solutions = [json.loads(line)["answer"] for line in Path(public_data("gsm8k/train.jsonl")).read_text().splitlines()[::25]]
     answers = [re.search(r"####\s*(.+)", text).group(1) for text in solutions]
     prompts = [Prompt(text="?", answer=answer, index=index) for index, answer in enumerate(answers)]
     reward = MathMatch()
@@ -160,22 +150,8 @@ def test_gsm8k_answers_and_solutions():
     assert reward([f"{answer} or 0.125" for answer in answers], prompts) == [0.0] * len(answers)
 
 
-END = [
-    " ",
-    "\n",
-    "\u00a0",
-    "}",
-    "$5 ",
-    "x^2^",
-    "18 m ",
-    r"\text{a",
-    r"\boxed{5 m",
-    "5 dollars a ",
-    "is at least 5 ",
-    "18 (",
-    "5 or more ",
-]
-END += ["(", r"\boxed{", "$", "A or "]
+END = [*(" ", "\n", "\u00a0", "}", "$5 ", "x^2^", "18 m ", r"\text{a", r"\boxed{5 m", "5 dollars a ", "is at least 5 ", "18 (")]
+END += ["5 or more ", "(", r"\boxed{", "$", "A or "]
 
 
 @pytest.mark.parametrize("part", END)

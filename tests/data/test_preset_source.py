@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from preset_rows import DAPO, DAPO_PROBLEM, ROWS
+from preset_rows import ANSWERS, DAPO, DAPO_PROBLEM, REWARDS, ROWS
 from public_data import public_data
 
 from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
@@ -28,10 +28,11 @@ def only_test(preset, path, **options):
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_and_its_reward_that_tells_right_from_wrong(case, tmp_path):
-    preset, columns, question, answer, completions, reward = ROWS[case]
+    (preset, columns), (question, answer, *completions) = ROWS[case], ANSWERS[case]
     (row,) = only_test(preset, write(tmp_path, "test.jsonl", columns))
     assert (row.question, row.answer) == (question, answer) and row.columns == columns and row.index == 0
-    prompt, scores = Prompt(text=row.question, answer=row.answer, columns=row.columns), reward()
+    prompt = Prompt(text=row.question, answer=row.answer, columns=row.columns)
+    scores = REWARDS.get(preset, MathMatch)()
     scores.check_prompt(prompt)
     assert list(scores(completions, [prompt] * 2)) == [1.0, 0.0]
 
@@ -53,9 +54,7 @@ HUB = {
 def test_what_is_asked_of_the_hub(preset, monkeypatch):
     asked = []
     columns = next(row[1] for row in ROWS.values() if row[0] is preset)
-    question = (
-        "problem" if "problem" in columns else "query" if "query" in columns else "prompt" if "prompt" in columns else "question"
-    )
+    question = next(name for name in ("problem", "query", "prompt", "question") if name in columns)
 
     def read(parameter, split, path, name, revision, max_rows):
         asked.append((path, name, parameter, split, revision, max_rows))
@@ -78,10 +77,8 @@ def test_a_clone_of_the_repository(tmp_path):
     write(tmp_path, "socratic/train-00000-of-00001.jsonl", {"question": "socratic", "answer": "#### 1"})
     write(tmp_path, ".cache/train.jsonl", {"question": "hidden", "answer": "#### 1"})
     splits = GSM8K(local_path=str(tmp_path)).load()
-    assert [row.question for row in splits.train] == ["q0", "q1", "q2", "q3"] and [row.answer for row in splits.test] == [
-        "4",
-        "5",
-    ]
+    assert [row.question for row in splits.train] == ["q0", "q1", "q2", "q3"]
+    assert [row.answer for row in splits.test] == ["4", "5"]
     assert splits.train[0].source == str(tmp_path / "main") and splits.test[0].source.endswith("test-00000-of-00001.jsonl")
 
 
@@ -101,14 +98,6 @@ def test_the_only_file_serves_the_only_split_whatever_its_name(tmp_path):
         assert len(AIME24(local_path=path).load().test) == len(AIME24(local_path=str(folder)).load().test) == 1
 
 
-def test_parquet_as_the_hub_has_it(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_list([ROWS["mmlu_pro"][1]]).to_parquet(str(tmp_path / "test-00000-of-00001.parquet"))
-    (row,) = only_test(MMLUPro, str(tmp_path))
-    assert row.answer == "C" and row.question == ROWS["mmlu_pro"][2]
-
-
 def test_a_split_may_serve_something_else_and_be_split(tmp_path):
     rows = [{"question": f"q{n}", "options": ["x", "y"], "answer": "A"} for n in range(20)]
     write(tmp_path, "test.jsonl", *rows)
@@ -116,12 +105,17 @@ def test_a_split_may_serve_something_else_and_be_split(tmp_path):
     assert [len(part) for part in vars(splits).values()] == [14, 2, 4]
 
 
-def test_problems_of_dapo_are_kept_once(tmp_path):
+def test_problems_of_dapo_are_kept_once_in_three_subsets_and_presets_are_no_hub_sources(tmp_path):
     row = ROWS["dapo original"][1]
     other = {**row, "prompt": [{"role": "user", "content": DAPO.format("Another one.")}]}
     path = write(tmp_path, "dapo-math-17k.jsonl", row, other, row, row)
     splits = DAPOMath17k(local_path=path).load()
     assert [(row.question, row.index) for row in splits.train] == [(DAPO_PROBLEM, 0), ("Another one.", 1)]
+    # A config that changes from one to the other inherits arguments of the same name: `path` must be none of them
+    assert not isinstance(GSM8K(), HubSource) and not hasattr(GSM8K(), "path")
+    assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name is None
+    with pytest.raises(ConfigError, match="subset='fr': give one of all, en, cn"):
+        DAPOMath17k(subset="fr")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +133,7 @@ def test_problems_of_dapo_are_kept_once(tmp_path):
     ],
 )
 def test_a_bad_row_is_named_or_skipped(case, change, message, tmp_path):
-    preset, columns = ROWS[case][:2]
+    preset, columns = ROWS[case]
     path = write(tmp_path, "test.jsonl", columns, {**columns, **change})
     with pytest.raises(DataError, match=rf"test\.jsonl, row 1 \(the first is 0\): {preset.__name__}: .*{message}.*skip_bad_rows"):
         only_test(preset, path)
@@ -164,11 +158,7 @@ def test_an_answer_of_math_in_words_is_one_that_can_be_compared_with(answer, tmp
     ("arguments", "error", "message"),
     [
         ({"local_path": "nowhere"}, DataError, "local_path='nowhere' does not exist"),
-        (
-            {"local_path": "."},
-            DataError,
-            "has no file for train_split='train': name one train.jsonl, .* the files are test.jsonl",
-        ),
+        ({"local_path": "."}, DataError, "no file for train_split='train': name one train.jsonl, .* the files are test.jsonl"),
         ({"local_path": ".", "train_split": "train[:5]"}, ConfigError, r"train_split='train\[:5\]': slices are for the hub"),
     ],
 )
@@ -177,12 +167,6 @@ def test_what_cannot_be_found(arguments, error, message, tmp_path, monkeypatch):
     write(tmp_path, "test.jsonl", ROWS["gsm8k"][1])
     with pytest.raises(error, match=message):
         GSM8K(**arguments).load()
-
-
-def test_dapo_has_three_subsets():
-    assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name is None
-    with pytest.raises(ConfigError, match="subset='fr': give one of all, en, cn"):
-        DAPOMath17k(subset="fr")
 
 
 @pytest.mark.parametrize(
@@ -198,11 +182,6 @@ def test_dapo_has_three_subsets():
 )
 def test_the_last_box(text, answer):
     assert last_boxed(text) == answer
-
-
-def test_presets_are_no_hub_sources():
-    """A config that changes from one to the other inherits arguments of the same name: `path` must be none of them."""
-    assert not isinstance(GSM8K(), HubSource) and not hasattr(GSM8K(), "path")
 
 
 @pytest.mark.parametrize(

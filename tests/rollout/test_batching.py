@@ -1,11 +1,11 @@
-"""Whatever number of ranks saved micro-batches, another number gets the same rows, each once."""
+"""Where rows are split, and that whatever number of ranks saved micro-batches, another number gets the same rows, each once."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hybrid_lightning.rollout.batching import batches_of_rank, pad_left, pad_right
+from hybrid_lightning.rollout.batching import batches_of_rank, pad_left, pad_right, split_by_tokens
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 
@@ -65,3 +65,23 @@ def test_masks_are_dealt_with_their_rows():
     for part in (batches_of_rank(saved, rank, 3)[0] for rank in range(3)):
         mask = part.sequences.completion_mask
         assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])
+
+
+def sequences(prompts, lengths):
+    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
+
+
+def test_rows_are_split_where_the_next_would_not_fit_and_a_pair_is_never_cut():
+    same = sequences([[1, 2, 3, 4]] * 4, [2, 2, 3, 1])  # 4 + 2, then 2, 3 and 1
+    assert split_by_tokens(same, 12) == [slice(0, 4)]
+    assert split_by_tokens(same, 11) == [slice(0, 3), slice(3, 4)]
+    assert split_by_tokens(same, 8) == [slice(0, 2), slice(2, 4)], "a prompt counts again in the next run"
+    assert split_by_tokens(same, 1) == [slice(row, row + 1) for row in range(4)], "a row is never cut"
+    other = sequences([[1, 2], [1, 2], [3]], [1, 1, 4])
+    assert split_by_tokens(other, 9) == [slice(0, 3)] and split_by_tokens(other, 8) == [slice(0, 2), slice(2, 3)]
+    assert split_by_tokens(other.rows(torch.zeros(0, dtype=torch.long)), 8) == []
+    pairs = sequences([[1, 2, 3, 4]] * 4 + [[5, 6, 7, 8]] * 2, [2, 3, 1, 2, 2, 4])  # the first two have one prompt
+    assert split_by_tokens(pairs, 1, 2) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert split_by_tokens(pairs, 4 + 8, 2) == [slice(0, 4), slice(4, 6)]
+    assert split_by_tokens(pairs, 4 + 7, 2)[0] == slice(0, 2)
+    assert split_by_tokens(pairs, 4 + 8 + 4 + 6, 2) == [slice(0, 6)]

@@ -40,9 +40,6 @@ def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
             assert 0 < count <= wanted and count % ranks == 0
             useful, sampled, rounds = useful + rng.randint(0, count), sampled + count, rounds + 1
         assert useful >= wanted or rounds == rule.max_extra_rollouts
-
-
-def test_a_bound_of_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"max_extra_rollouts=0 must be at least 1; to replace nothing.*dynamic_sampling=null"):
         DynamicSampling(0)
 
@@ -141,7 +138,4 @@ def test_ranks_share_every_draw():
 def test_a_run_that_draws_more_resumes_bit_for_bit(tmp_path, consumed):
     whole, resumed = assert_resumes_anywhere(DrawsMore, tmp_path, consumed)
     assert resumed.draws == whole.draws[-(-consumed // 2) :] and len({len(draws) for draws in whole.draws}) > 1
-
-
-def test_a_stop_between_draws_leaves_the_position_as_if_not_begun():
     assert_a_stop_leaves_the_position_as_if_not_begun(DrawsMore)

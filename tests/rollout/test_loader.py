@@ -73,7 +73,7 @@ def test_an_epoch_visits_every_prompt_once_in_an_order_that_changes():
     assert prompts_of(build(epoch=1)) == second, "a loader that replaces another goes on with the next order"
 
 
-def test_micro_batches_carry_the_denominators_of_their_optimizer_step():
+def test_micro_batches_carry_the_denominators_of_their_step_and_the_samplers_logprobs():
     loader = build(schedule=RolloutSchedule(4, 6, minibatches_per_rollout=2, epochs_per_rollout=2), accumulate=3)
     batches = [batch for _, batch in zip(range(12), loader, strict=False)]
     assert len(loader) == 3 * 12 and all(len(batch.sequences) == 4 for batch in batches)
@@ -82,9 +82,6 @@ def test_micro_batches_carry_the_denominators_of_their_optimizer_step():
         assert {batch.num_sequences for batch in step} == {12.0}
         assert {batch.num_tokens for batch in step} == {float(sum(batch.sequences.completion_mask.sum() for batch in step))}
     assert [flat(batch) for batch in batches[:6]] == [flat(batch) for batch in batches[6:]]
-
-
-def test_the_samplers_logprobs_stay_with_their_tokens():
     widths = set()
     for batch in build(schedule=RolloutSchedule(4, 2, minibatches_per_rollout=2), accumulate=4):
         sequences = batch.sequences
@@ -159,6 +156,7 @@ def assert_resumes_anywhere(kind, folder, consumed):
 @pytest.mark.parametrize("consumed", [0, 1, 6])
 def test_resuming_anywhere_gives_the_same_micro_batches(tmp_path, consumed):
     assert_resumes_anywhere(Source, tmp_path, consumed)
+    assert_a_stop_leaves_the_position_as_if_not_begun(Source)
 
 
 @pytest.mark.parametrize(("consumed", "unfinished"), [(1, 1), (2, 2), (13, 1)])
@@ -193,10 +191,6 @@ def assert_a_stop_leaves_the_position_as_if_not_begun(kind):
     assert len(seen) == 2 and seen + take(resumed, 4) == expected
 
 
-def test_an_aborted_generation_leaves_the_position_as_if_not_begun():
-    assert_a_stop_leaves_the_position_as_if_not_begun(Source)
-
-
 def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
     loader = build()
     iterator = iter(loader)
@@ -212,9 +206,7 @@ def test_a_minibatch_has_the_same_prompts_however_many_ranks_share_it():
 
     def prompts(ranks):
         parts = [list(build(24, schedule=schedule, rank=rank, world_size=ranks)) for rank in range(ranks)]
-        return [
-            sorted(i for batch in step for i in batch.sequences.prompt_ids[:, 0].tolist()) for step in zip(*parts, strict=True)
-        ]
+        return [sorted(i for part in step for i in part.sequences.prompt_ids[:, 0].tolist()) for step in zip(*parts, strict=True)]
 
     assert prompts(1) == prompts(2) == prompts(3) and len(prompts(1)) == 4
 

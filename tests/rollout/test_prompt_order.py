@@ -33,11 +33,13 @@ def test_every_beginning_has_the_proportions(weights, count):
             assert abs(drawn[other] - number * weight / sum(weights.values())) < 1
 
 
-def test_of_an_epoch_each_set_has_its_share_however_many_rows_it_has():
+def test_of_an_epoch_each_set_has_its_share_and_one_that_would_never_be_drawn_is_refused():
     data = prompts(small=(5, 1), large=(70, 2), none=(25, 1))
     order = PromptOrder(data, seed=3)
     for epoch in range(3):
         assert Counter(data[position].set_name for position in order.of(epoch)) == {"small": 25, "large": 50, "none": 25}
+    with pytest.raises(ConfigError, match=r"the weight 0\.001 of set 'a' gives it no draw in an epoch of 55 prompts"):
+        PromptOrder(prompts(a=(5, 0.001), b=(50, 1)), seed=0)
 
 
 def test_all_rows_of_a_set_are_drawn_equally_often_over_epochs():
@@ -65,11 +67,6 @@ def test_without_weights_an_epoch_is_a_permutation(names):
     data = [Prompt(text=str(i), index=i, set_name=names[i % 2]) for i in range(20)]
     expected = torch.randperm(20, generator=torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
     assert PromptOrder(data, seed=5).of(2) == expected
-
-
-def test_a_set_that_would_never_be_drawn_is_refused():
-    with pytest.raises(ConfigError, match=r"the weight 0\.001 of set 'a' gives it no draw in an epoch of 55 prompts"):
-        PromptOrder(prompts(a=(5, 0.001), b=(50, 1)), seed=0)
 
 
 def test_prompts_are_compared_by_their_content():

@@ -17,10 +17,15 @@ def numbers(prompts, samples=2, seed=0, steps=130):
     return torch.cat([draws.numbers(rows, step) for step in range(steps)], dim=1).view(len(prompts), samples, steps)
 
 
-def test_every_completion_of_every_prompt_of_every_seed_has_numbers_of_its_own():
+def test_every_completion_of_every_prompt_of_every_seed_has_numbers_of_its_own_also_of_one_that_is_there_twice():
     everything = torch.cat([numbers(PROMPTS).flatten(), numbers(PROMPTS, seed=1).flatten()])
     assert len(everything.unique()) == len(everything) and float(everything.min()) >= 0 and float(everything.max()) < 1
     assert float(everything.mean()) == pytest.approx(0.5, abs=0.02)
+    twice = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    of_all, of_second_rank = PromptDraws(twice, 2, 0, range(3)), PromptDraws(twice[1:2], 2, 0, [1])
+    values = of_all.numbers(torch.arange(6), 0)
+    assert len(values.unique()) == 6
+    assert torch.equal(of_second_rank.numbers(torch.arange(2), 0), values[2:4])
 
 
 def test_they_do_not_depend_on_the_other_prompts_and_on_rows_that_have_ended():
@@ -45,14 +50,6 @@ def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer):
     assert [text for prompt in reversed(PROMPTS) for text in completions([prompt])] == [
         text for position in reversed(range(6)) for text in together[3 * position : 3 * position + 3]
     ]
-
-
-def test_a_prompt_that_is_twice_in_a_rollout_has_other_numbers_at_each_place():
-    twice = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
-    of_all, of_second_rank = PromptDraws(twice, 2, 0, range(3)), PromptDraws(twice[1:2], 2, 0, [1])
-    values = of_all.numbers(torch.arange(6), 0)
-    assert len(values.unique()) == 6
-    assert torch.equal(of_second_rank.numbers(torch.arange(2), 0), values[2:4])
 
 
 class Cuda:

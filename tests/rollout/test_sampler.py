@@ -78,20 +78,19 @@ def test_samples_follow_the_policy(tokenizer):
 
 
 def test_top_k_top_p_and_min_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
-    model = build_model("llama")
-    probabilities = model(torch.tensor(ids_of(tokenizer, "12+3="))).logits[0, -1].softmax(-1)
-    best = probabilities.topk(2).indices.tolist()
-    rollouts = sample(tokenizer, samples=200, max_new_tokens=1, top_k=2, texts=("12+3=",))
-    assert set(rollouts.sequences.completion_ids[:, 0].tolist()) <= set(best)
-    token = rollouts.sequences.completion_ids[:, 0]
-    torch.testing.assert_close(rollouts.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
-    nucleus = sample(tokenizer, samples=200, max_new_tokens=1, top_p=1e-6, texts=("12+3=",))
-    assert set(nucleus.sequences.completion_ids[:, 0].tolist()) == {best[0]}
-    floor = float(probabilities.max()) / 2
-    near = sample(tokenizer, samples=400, max_new_tokens=1, min_p=0.5, texts=("12+3=",))
-    token = near.sequences.completion_ids[:, 0]
-    assert set(token.tolist()) == set((probabilities >= floor).nonzero().flatten().tolist())
-    torch.testing.assert_close(near.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
+    """What top-p and min-p leave is transformers', as shown below."""
+    logits = build_model("llama")(torch.tensor(ids_of(tokenizer, "12+3="))).logits[:, -1]
+    probabilities = logits[0].softmax(-1)
+    for settings, left in (
+        ({"top_k": 2}, probabilities.topk(2).indices),
+        ({"top_p": 1e-6}, probabilities.topk(1).indices),
+        ({"top_p": 0.5}, filter_logits(logits, 0, 0.5)[0].isfinite().nonzero()),
+        ({"min_p": 0.5}, filter_logits(logits, 0, 1.0, 0.5)[0].isfinite().nonzero()),
+    ):
+        rollouts = sample(tokenizer, samples=400, max_new_tokens=1, texts=("12+3=",), **settings)
+        token = rollouts.sequences.completion_ids[:, 0]
+        assert set(token.tolist()) == set(left.flatten().tolist())
+        torch.testing.assert_close(rollouts.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
 
 
 def test_stop_strings_end_a_completion_and_are_cut_from_its_text(tokenizer):
@@ -104,10 +103,15 @@ def test_stop_strings_end_a_completion_and_are_cut_from_its_text(tokenizer):
         assert stop not in text or (text.index(stop) == len(text) - 1 and finished)
 
 
-def test_the_generator_alone_decides(tokenizer):
+def test_the_generator_alone_decides_and_completions_know_whether_they_ended(tokenizer):
     first, again, other = sample(tokenizer, seed=5), sample(tokenizer, seed=5), sample(tokenizer, seed=6)
     assert first.completions == again.completions
     assert first.completions != other.completions
+    rollouts = sample(tokenizer, samples=8, max_new_tokens=5)
+    counts = rollouts.sequences.completion_mask.sum(dim=1).tolist()
+    assert [completion.num_tokens for completion in rollouts.completions] == counts
+    assert [completion.finished for completion in rollouts.completions] == rollouts.finished.tolist()
+    assert {completion.finished for completion in rollouts.completions} == {True, False}
 
 
 def test_on_token_counts_and_can_abort(tokenizer):
@@ -134,24 +138,12 @@ def test_on_token_counts_and_can_abort(tokenizer):
         ({"min_p": 1.1}, "min_p"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": [""]}, "empty string"),
+        ({"max_new_tokens": 126}, "128 positions"),
     ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_impossible_settings_are_refused(tokenizer, settings, message):
     with pytest.raises(ConfigError, match=message):
-        Sampler(**settings)
-
-
-def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="128 positions"):
-        sample(tokenizer, max_new_tokens=126)
-
-
-def test_completions_know_their_tokens_and_whether_they_ended(tokenizer):
-    rollouts = sample(tokenizer, samples=8, max_new_tokens=5)
-    counts = rollouts.sequences.completion_mask.sum(dim=1).tolist()
-    assert [completion.num_tokens for completion in rollouts.completions] == counts
-    assert [completion.finished for completion in rollouts.completions] == rollouts.finished.tolist()
-    assert {completion.finished for completion in rollouts.completions} == {True, False}
+        sample(tokenizer, **settings)
 
 
 def test_a_completion_knows_that_its_prompt_began_the_reasoning():
@@ -180,7 +172,7 @@ def test_sums_by_doubling_are_cumulative_sums(size):
 
 
 @pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])
-def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
+def test_draws_and_top_p_are_those_of_cumulative_sums_and_min_p_that_of_transformers(doubling, monkeypatch):
     logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = TopPLogitsWarper(0.8)(torch.empty(0), logits)
@@ -189,11 +181,7 @@ def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
         monkeypatch.setattr(sampler, "running_sums", sums_by_doubling)
     assert torch.equal(filter_logits(logits, 0, 0.8), expected)
     assert torch.equal(draw_tokens(logits, uniform), tokens)
-
-
-@pytest.mark.parametrize("min_p", [0.01, 0.3, 1.0])
-def test_min_p_keeps_what_transformers_keeps(min_p):
-    logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
-    kept = filter_logits(logits, 0, 1.0, min_p)
-    assert torch.equal(kept, MinPLogitsWarper(min_p)(torch.empty(0), logits))
-    assert 0 < float(kept.isfinite().float().mean()) < 1
+    for min_p in (0.01, 0.3, 1.0):
+        kept = filter_logits(logits, 0, 1.0, min_p)
+        assert torch.equal(kept, MinPLogitsWarper(min_p)(torch.empty(0), logits))
+        assert 0 < float(kept.isfinite().float().mean()) < 1

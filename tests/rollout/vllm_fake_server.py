@@ -14,11 +14,29 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import torch
+from tiny_models import build_model
 from torch.distributed import TCPStore
 
+from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
 
-JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+MODEL = build_model("llama")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
+JOINED = {"qkv_proj": PROJECTIONS, "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+# Names of paths that need no more than a line -> what is done and answered.
+PLAIN = {
+    "version": lambda fake, body: {"version": fake.version},
+    "v1_models": lambda fake, body: {"data": [{"id": fake.model, "max_model_len": fake.context}]},
+    "get_world_size": lambda fake, body: {"world_size": 1},
+    "weight_info": lambda fake, body: {"weight_version": fake.label},
+    "update_weight_version": lambda fake, body: setattr(fake, "label", body["new_version"]),
+    "tokenize": lambda fake, body: {"tokens": fake.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]},
+    "pause": lambda fake, body: setattr(fake, "paused", True),
+    "resume": lambda fake, body: setattr(fake, "paused", False),
+    "reset_prefix_cache": lambda fake, body: None,
+}
 
 
 class WorkerError(Exception):
@@ -87,52 +105,19 @@ class FakeServer:
             return 404, {"detail": "Not Found"}
         name = path.strip("/").replace("/", "_")
         method = getattr(self, f"on_{name}", None)
-        if method is None:
+        if method is None and name not in PLAIN:
             return 404, {"detail": "Not Found"}
         try:
-            answer = method(body)
+            answer = method(body) if method else PLAIN[name](self, body)
         except WorkerError as error:
             text = f"Call to collective_rpc method failed: Worker failed with error '{error}', please check the stack trace above"
             return 500, {"error": {"message": f"{text} for the root cause", "type": "InternalServerError", "code": 500}}
         return answer if isinstance(answer, tuple) else (200, answer or {"message": "done"})
 
-    def on_version(self, body):
-        return {"version": self.version}
-
-    def on_v1_models(self, body):
-        return {"data": [{"id": self.model, "max_model_len": self.context}]}
-
     def on_server_info(self, body):
         model = {"max_model_len": self.context, "dtype": self.dtype, "logprobs_mode": self.logprobs_mode}
-        transfer = self.backend and {"backend": self.backend}
-        return {
-            "vllm_config": {
-                "model_config": model,
-                "scheduler_config": {"max_num_seqs": self.sequences},
-                "weight_transfer_config": transfer,
-            }
-        }
-
-    def on_get_world_size(self, body):
-        return {"world_size": 1}
-
-    def on_weight_info(self, body):
-        return {"weight_version": self.label}
-
-    def on_update_weight_version(self, body):
-        self.label = body["new_version"]
-
-    def on_tokenize(self, body):
-        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
-
-    def on_pause(self, body):
-        self.paused = True
-
-    def on_resume(self, body):
-        self.paused = False
-
-    def on_reset_prefix_cache(self, body):
-        return None
+        config = {"model_config": model, "scheduler_config": {"max_num_seqs": self.sequences}}
+        return {"vllm_config": {**config, "weight_transfer_config": self.backend and {"backend": self.backend}}}
 
     def on_init_weight_transfer_engine(self, body):
         asked = body["init_info"]
@@ -153,9 +138,7 @@ class FakeServer:
 
     def on_start_weight_update(self, body):
         if self.active:
-            raise WorkerError(
-                "start_weight_update called while a weight update is already active. Call finish_weight_update first."
-            )
+            raise WorkerError("start_weight_update called while a weight update is already active.")
         self.active = True
 
     def on_update_weights(self, body):
@@ -262,3 +245,53 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+# ---- what tests ask of it
+
+
+class Weight:
+    def __init__(self, name, value):
+        self.name, self.value, self.shape = name, value, value.shape
+
+    def write_rows(self, destination, first):
+        destination.copy_(self.value[first : first + len(destination)])
+
+
+class Weights:
+    """Weights of a policy; training changes the attention of the second layer."""
+
+    def __init__(self, step, base="base", sender=True, values=None):
+        self.version, self.base, self.is_sender = WeightsVersion(step, f"{step}abc"), base, sender
+        generator = torch.Generator().manual_seed(step)
+        names = [f"layers.{layer}.self_attn.{part}.weight" for layer in range(2) for part in PROJECTIONS] + ["norm.weight"]
+        self.values = values or {name: torch.randn(8, 4, generator=generator) for name in names}
+        self.passes = []  # over the weights: how many came in each
+
+    def _chosen(self, everything):
+        return {name: value for name, value in self.values.items() if everything or "layers.1" in name}
+
+    def shapes(self, everything):
+        return {name: tuple(value.shape) for name, value in self._chosen(everything).items()}
+
+    def stream(self, everything):
+        self.passes.append(0)
+        for name, value in self._chosen(everything).items():
+            self.passes[-1] += 1
+            yield Weight(name, value)
+
+
+def complete(sampler, prompts=12, samples=4, on_token=None):
+    """Complete prompts, and make sure that each has its own answers, in order."""
+    ids = [[3, 4 + number] for number in range(prompts)]
+    asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
+    answers = sampler.complete(ids, asked, on_token)
+    assert [[list(answer.tokens) for answer in group] for group in answers] == [
+        [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
+    ]
+    return answers
+
+
+def shares(*servers):
+    """How many requests for completions each got; the check asks for the page itself, without a body."""
+    return [len([body for body in server.asked("/inference/v1/generate") if body]) for server in servers]

@@ -39,13 +39,9 @@ CHEATS = {
     # words
     "print a verdict": f"print('{_VERDICT}')\n" + _WRONG,
     "print that all passed": "print('OK\\nPASSED\\nAll tests passed')\n" + _WRONG,
-    "write a verdict everywhere": "import os\nfor n in range(256):\n    try: os.write(n, b'"
-    + _VERDICT
-    + "')\n    except OSError: pass\n"
+    "write a verdict everywhere": f"import os\nfor n in range(256):\n    try: os.write(n, b'{_VERDICT}')\n    except OSError: pass\n"
     + _WRONG,
-    "write a verdict into files": "import os\nfor n in ('verdict', '/tmp/verdict', 'report'): open(n, 'w').write('"
-    + _VERDICT
-    + "')\n"
+    "write a verdict into files": f"import os\nfor n in ('verdict', '/tmp/verdict', 'report'): open(n, 'w').write('{_VERDICT}')\n"
     + _WRONG,
     "another standard output": "import sys\nclass Out:\n    def write(self, text): return 1\nsys.stdout = sys.stderr = Out()\n"
     + _WRONG,
@@ -74,8 +70,8 @@ CHEATS = {
     "patch the harness": "import sys\nfor name, m in list(sys.modules.items()):\n    if 'harness' in name:\n"
     "        m.run_tests = lambda *a: {'passed': 3, 'total': 3, 'reason': ''}\n        m.Peer.ask = lambda *a: [42, None]\n"
     + _WRONG,
-    "patch the wire": "import sys; w = sys.modules['hybrid_lightning.sandbox.wire']\n"
-    'w.encode = lambda *a: b\'[[0],["list","ok",[1]],["list",true,null]]\'\n' + _WRONG,
+    "patch the wire": 'import sys; w = sys.modules[\'hybrid_lightning.sandbox.wire\']\nw.encode = lambda *a: b\'[[0],["list","ok",[1]],["list",true,null]]\'\n'
+    + _WRONG,
     "patch os.write": "import os; old = os.write; os.write = lambda n, data: old(n, b'\\0\\0\\0\\1{')\n" + _WRONG,
     "patch os._exit": "import os; os._exit = lambda code: None\n" + _WRONG,
     "trace": "import sys\ndef t(frame, event, argument):\n    frame.f_locals.update(result=42)\n    return t\nsys.settrace(t); sys.setprofile(t)\n"
@@ -90,8 +86,7 @@ CHEATS = {
     "            return eval(value['tests'][0].split('==')[1])\n    return x",
     "look into strings": "import gc\ndef double(x):\n    for value in gc.get_objects():\n        for part in gc.get_referents(value):\n"
     "            if type(part) is str and 'assert double(21)' in part and 'str' not in part: return 42\n    return x",
-    "look into files": "import os\ndef double(x):\n    for n in range(3, 64):\n        try: data = os.pread(n, 10**6, 0)\n        except OSError: continue\n"
-    "        if b'assert' in data: return 42\n    return x",
+    "look into files": "import os\ndef double(x):\n    for n in range(3, 64):\n        try: data = os.pread(n, 10**6, 0)\n        except OSError: continue\n        if b'assert' in data: return 42\n    return x",
     "look into main": "import __main__, sys\ndef double(x): return getattr(__main__, 'expected', None) or x",
     "look into arguments": "import sys\ndef double(x): return eval(' '.join(sys.argv + sys.orig_argv).split('== ')[1])",
     # the pipe
@@ -124,10 +119,7 @@ WITH_HELPERS = {
     "its own abs": ("assert abs(half(3) - 1.5) < 1e-6", "def abs(x): return 0\ndef half(x): return x"),
     "its own all": ("assert all([half(3) == 1.5])", "def all(x): return True\ndef half(x): return x"),
     "change the argument": ("x = [1]\nassert double(x) == x + x", "def double(x):\n    x.clear()\n    return []"),
-    "end a loop early": (
-        "assert all(map(lambda case: half(case) == case / 2, [2, 4]))",
-        "def half(x): raise StopIteration",
-    ),
+    "end a loop early": ("assert all(map(lambda case: half(case) == case / 2, [2, 4]))", "def half(x): raise StopIteration"),
     "an error that is caught": (
         "try:\n    assert half(2) == 1\nexcept AssertionError:\n    raise\n",
         "def half(x): raise AssertionError",

@@ -61,17 +61,8 @@ def main():
     secret.write_text("secret")
     secret.chmod(0o666)
     packages = find_packages(["lent"])
-    names = {
-        "secret": secret,
-        "folder": folder,
-        "home": Path.home(),
-        "socket": folder / "socket",
-        "pid": os.getpid(),
-        "victim": os.getppid(),
-        "port": 9,
-        "package": packages[0],
-        "above": above,
-    }
+    names = {"secret": secret, "folder": folder, "home": Path.home(), "socket": folder / "socket", "above": above}
+    names |= {"pid": os.getpid(), "victim": os.getppid(), "port": 9, "package": packages[0]}
     attempts = {**escapes.FILES, **escapes.PACKAGES, **escapes.NETWORK, **escapes.PROCESSES}
     if os.uname().machine == "x86_64":
         attempts |= escapes.SYSTEM_CALLS

@@ -37,30 +37,21 @@ STREAM_CHEATS = {
 BY_CHECK = ["nothing", "wrong", "exit", "raise AssertionError", "equal to all", "patch the harness", "own check", "trace"]
 
 
-def fenced(program):
-    return f"```python\n{program}\n```"
-
-
 def score(programs, tests, entry_point=None, partial_credit=False, wall_seconds=20.0):
     prompt = Prompt(text="Double x.", columns={"test": tests, "entry_point": entry_point})
     reward = CodeTests(cpu_seconds=1, wall_seconds=wall_seconds, memory_mb=128, partial_credit=partial_credit)
-    return dict(zip(programs, reward([fenced(program) for program in programs.values()], [prompt] * len(programs)), strict=True))
+    completions = [f"```python\n{program}\n```" for program in programs.values()]
+    return dict(zip(programs, reward(completions, [prompt] * len(programs)), strict=True))
 
 
-def test_no_cheat_passes():
+def test_no_cheat_passes_and_honest_programs_do():
     assert score(CHEATS, TESTS, wall_seconds=3.0) == dict.fromkeys(CHEATS, 0.0) and len(CHEATS) > 60
-
-
-def test_honest_programs_pass():
     assert score(HONEST, TESTS) == dict.fromkeys(HONEST, 1.0)
 
 
-def test_the_same_holds_for_a_function_that_checks():
+def test_the_same_holds_for_a_function_that_checks_and_a_share_is_earned_by_what_passes():
     programs = {name: CHEATS[name] for name in BY_CHECK}
     assert score({**programs, **HONEST}, CHECK, "double") == {**dict.fromkeys(programs, 0.0), **dict.fromkeys(HONEST, 1.0)}
-
-
-def test_a_share_is_earned_by_what_passes():
     programs = {name: CHEATS[name] for name in ("wrong", "right once", "right but for the last", "exit at once in the function")}
     thirds = {"wrong": 1 / 3, "right once": 1 / 3, "right but for the last": 2 / 3, "exit at once in the function": 0.0}
     for tests, entry_point in ((TESTS, None), (CHECK, "double")):

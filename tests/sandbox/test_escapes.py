@@ -82,9 +82,7 @@ def test_all_are_ended_and_nothing_is_left_behind():
     ends = ("out of CPU time", "ended by signal", "not done after")
     assert all(reason.startswith(ends) for reason in said.values()), said
     assert f'"parent": {os.getpid()},' not in children()
-    zombies = [
-        line for line in children().splitlines() if line.split()[2].startswith("Z") and line.split()[1] == str(os.getpid())
-    ]
+    zombies = [line for line in children().splitlines() if line.split()[2][0] == "Z" and line.split()[1] == str(os.getpid())]
     assert not zombies
 
 
@@ -124,12 +122,11 @@ def copied(python, folder):
     copy.parent.mkdir(parents=True)
     shutil.copy(program, copy)
     left_out = shutil.ignore_patterns(
-        "site-packages", "dist-packages", "test", "config-*", "ensurepip", "idlelib", "tkinter", "lib2to3"
+        *["site-packages", "dist-packages", "test", "config-*", "ensurepip", "idlelib", "tkinter", "lib2to3"]
     )
     shutil.copytree(library, folder / "lib" / f"python3.{minor}", ignore=left_out)
-    said = subprocess.run(
-        [copy, "-c", f"{code}; print(sys.base_prefix)"], capture_output=True, text=True, check=False
-    ).stdout.split()
+    command = [copy, "-c", f"{code}; print(sys.base_prefix)"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     if said[-1:] != [str(folder)] or not said[2].startswith(str(folder)):
         pytest.skip("this interpreter cannot be moved")
     return str(copy)
@@ -143,9 +140,8 @@ def test_each_way_holds_without_root(mechanisms, moved):
     """
     python, prefix = sys.executable, []
     if os.geteuid() == 0:
-        python = next(
-            (found for name in ("python3.13", "python3.12", "python3.11") if (found := shutil.which(name, path="/usr/bin"))), None
-        )
+        found = (shutil.which(f"python3.{minor}", path="/usr/bin") for minor in (13, 12, 11))
+        python = next(filter(None, found), None)
         prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     if python is None or shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, and a Python of the system in /usr/bin")

@@ -88,13 +88,10 @@ def test_root_of_a_container_that_knows_no_other_user_can_isolate_and_whoever_ha
     assert done.stdout == "True\n", done.stderr
 
 
-def test_other_systems_are_refused(monkeypatch):
+def test_other_systems_and_machines_are_refused(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     with pytest.raises(SandboxError, match="on Darwin: the sandbox needs Linux"):
         isolation.require_isolation(allow_without_isolation=True)
-
-
-def test_other_machines_are_refused():
     with pytest.raises(OSError, match="no table of system calls for machine type riscv64"):
         seccomp.build("riscv64", 1, True)
     assert len(seccomp.build("aarch64", 1, True)) % 8 == 0
@@ -121,9 +118,8 @@ def test_what_fails_once_is_tried_again(monkeypatch, no_pause):
 
 @pytest.mark.parametrize("code", [124, 125, 128, 137])
 def test_no_exit_code_of_a_program_passes_for_one_of_ours(code):
-    ran = launch(
-        [isolation.Box("script", {"setup": "", "source": f"import os; os._exit({code})"})], ("namespaces", "seccomp"), Limits()
-    )
+    box = isolation.Box("script", {"setup": "", "source": f"import os; os._exit({code})"})
+    ran = launch([box], ("namespaces", "seccomp"), Limits())
     assert ran.in_time and ran.endings == {"script": "ended with an error"}
 
 
@@ -156,18 +152,15 @@ def test_what_holds_without_isolation():
     assert not Path("/proc", daemon.decode()).exists()
 
 
-def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause):
+def test_what_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause):
+    with monkeypatch.context() as patch, pytest.raises(SandboxError, match="cannot be set up: FileExistsError"):
+        patch.setattr("hybrid_lightning.sandbox.launch.readable_files", lambda: ("/etc/ld.so.cache",) * 2)
+        launch([isolation.Box("script", {"setup": "", "source": ""})], ("namespaces", "seccomp"), Limits())
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SandboxError, match=r"ended without a report \(exit code 1\)"):
         probe()
     with pytest.raises(SandboxError, match="ended without a report"):
         run_programs([("", StandardStreamTests((("", ""),)))], Settings(("namespaces", "seccomp")), 1)
-
-
-def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch, no_pause):
-    monkeypatch.setattr("hybrid_lightning.sandbox.launch.readable_files", lambda: ("/etc/ld.so.cache",) * 2)
-    with pytest.raises(SandboxError, match="cannot be set up: FileExistsError"):
-        launch([isolation.Box("script", {"setup": "", "source": ""})], ("namespaces", "seccomp"), Limits())
 
 
 @pytest.mark.parametrize(

@@ -9,28 +9,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from tiny_models import build_model
-from vllm_fake_server import FakeServer
 
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.vllm import transfer
 from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
-from hybrid_lightning.rollout.vllm.transfer import (
-    GlooTransfer,
-    NcclTransfer,
-    Update,
-    check_facts,
-    check_joined,
-    facts_of,
-    local_address,
-)
 
 
 @pytest.fixture
-def fake():
-    server = FakeServer()
-    yield server
-    server.stop()
+def fake(start):
+    return start(config=None)
 
 
 @pytest.fixture
@@ -42,12 +30,12 @@ def server(fake):
 
 def update_of(values, everything=True):
     first = next(iter(values.values()))
-    return Update({name: tuple(value.shape) for name, value in values.items()}, first.dtype, everything)
+    return transfer.Update({name: tuple(value.shape) for name, value in values.items()}, first.dtype, everything)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
-    sender = GlooTransfer(server, "127.0.0.1", 1, {}, 5.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 5.0)
     sender.connect()
     for seed in range(2):
         torch.manual_seed(seed)
@@ -62,7 +50,7 @@ def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
 
 def test_a_receiver_that_refuses_is_named_at_once(fake, server):
     fake.config = build_model("llama").config
-    sender = GlooTransfer(server, "127.0.0.1", 1, {"hidden_size": 7}, 5.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {"hidden_size": 7}, 5.0)
     began = time.monotonic()
     with pytest.raises(ServerError, match="hidden_size is 32 there and 7") as raised:
         sender.connect()
@@ -72,11 +60,11 @@ def test_a_receiver_that_refuses_is_named_at_once(fake, server):
 def test_workers_that_do_not_reach_the_sender_are_given_up(fake, server):
     fake.on_init_weight_transfer_engine = lambda body: fake.stopped.wait(5)
     with pytest.raises(RolloutError, match=r"give sampler\.address"):
-        GlooTransfer(server, "127.0.0.1", 1, {}, 0.3).connect()
+        transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 0.3).connect()
 
 
 def test_a_receiver_that_dies_in_the_middle_does_not_hang_the_sender(fake, server):
-    sender = GlooTransfer(server, "127.0.0.1", 1, {}, 2.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 2.0)
     sender.connect()
 
     def weights():
@@ -86,7 +74,7 @@ def test_a_receiver_that_dies_in_the_middle_does_not_hang_the_sender(fake, serve
 
     began = time.monotonic()
     with pytest.raises((RolloutError, RuntimeError)):
-        sender.send(Update({"a": (10,), "b": (10,)}, torch.float32, True), weights())
+        sender.send(transfer.Update({"a": (10,), "b": (10,)}, torch.float32, True), weights())
     assert time.monotonic() - began < 6
 
 
@@ -117,7 +105,7 @@ def test_nccl_is_driven_by_what_vllm_has_for_it(monkeypatch, server):
     monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.nccl_engine", engine)
     monkeypatch.setattr(transfer.torch.cuda, "device", lambda device: nullcontext())
 
-    sender = NcclTransfer(server, "10.0.0.1", 4, torch.device("cuda", 0))
+    sender = transfer.NcclTransfer(server, "10.0.0.1", 4, torch.device("cuda", 0))
     sender.connect()
     kind, info, client, metadata = called.pop()
     assert kind == "init" and client is server and metadata == []
@@ -180,23 +168,19 @@ def test_a_delivery_that_fails_hangs_or_is_cut_says_so():
 def test_a_part_of_a_joined_layer_is_refused():
     model = SimpleNamespace(packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
     names = [f"layers.{layer}.{part}.weight" for layer in range(2) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    check_joined(names, model)
-    check_joined(["layers.0.o_proj.weight"], model)
+    transfer.check_joined(names, model)
+    transfer.check_joined(["layers.0.o_proj.weight"], model)
     for left_out in (1, 6):
         with pytest.raises(ValueError, match=rf"came without {names[left_out]}"):
-            check_joined([name for name in names if name != names[left_out]], model)
+            transfer.check_joined([name for name in names if name != names[left_out]], model)
 
 
-def test_facts_are_those_of_the_text_model():
+def test_facts_are_those_of_the_text_model_and_the_address_that_of_the_servers_network():
     config = build_model("qwen3").config
-    facts = facts_of(config)
-    assert (
-        facts["model_type"] == "qwen3" and facts["head_dim"] == 8 and facts["rope_theta"] == config.rope_parameters["rope_theta"]
-    )
-    check_facts(facts, {**facts, "unknown there": 3})
+    facts = transfer.facts_of(config)
+    assert facts["model_type"] == "qwen3" and facts["head_dim"] == 8
+    assert facts["rope_theta"] == config.rope_parameters["rope_theta"]
+    transfer.check_facts(facts, {**facts, "unknown there": 3})
     with pytest.raises(ValueError, match=r"another model: head_dim is 8 there and 9 in the policy's config"):
-        check_facts(facts, facts | {"head_dim": 9})
-
-
-def test_the_address_is_that_of_the_network_of_the_server():
-    assert local_address("http://localhost:8000") == "127.0.0.1"
+        transfer.check_facts(facts, facts | {"head_dim": 9})
+    assert transfer.local_address("http://localhost:8000") == "127.0.0.1"

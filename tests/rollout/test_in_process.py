@@ -86,21 +86,18 @@ def test_a_gpu_that_is_not_trained_on_is_not_sampled_on(packages, monkeypatch):
 # ---- what is asked of vLLM
 
 
-def test_the_engine_reads_a_folder_or_gets_all_weights(tmp_path):
-    options = VLLMSampler()._options(served(), str(tmp_path))
-    assert options["model"] == "a folder" and "load_format" not in options and options["dtype"] == "float32"
-    options = VLLMSampler()._options(served(folder=None, dtype=torch.bfloat16), str(tmp_path))
-    assert options["model"] == str(tmp_path) and options["load_format"] == "dummy" and options["dtype"] == "bfloat16"
-    assert {"config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_on_a_gpu_the_engine_gets_the_device_that_trains_and_the_share_of_its_memory():
+def test_the_engine_reads_a_folder_or_gets_all_weights_and_on_a_gpu_the_device_that_trains(tmp_path):
     sampler = VLLMSampler(gpu_memory_utilization=0.4, sleep="weights", engine_args={"enforce_eager": True})
     with sampler._guest.visiting():
         options = sampler._options(served("cuda:3", dtype=torch.bfloat16), "")
         assert os.environ["LOCAL_RANK"] == "3" and os.environ["WORLD_SIZE"] == "1"
     assert options["gpu_memory_utilization"] == 0.4 and options["enable_sleep_mode"] and options["enforce_eager"]
     assert options["distributed_executor_backend"] == "external_launcher" and "kv_cache_memory_bytes" not in options
+    options = VLLMSampler()._options(served(), str(tmp_path))
+    assert options["model"] == "a folder" and "load_format" not in options and options["dtype"] == "float32"
+    options = VLLMSampler()._options(served(folder=None, dtype=torch.bfloat16), str(tmp_path))
+    assert options["model"] == str(tmp_path) and options["load_format"] == "dummy" and options["dtype"] == "bfloat16"
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_parameters_are_those_of_the_sampler():
@@ -128,9 +125,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=fails))
     sampler = VLLMSampler()
-    with pytest.raises(
-        RolloutError, match=r"vLLM did not start: CUDA out of memory\. Tried.*change sampler\.gpu_memory_utilization=0\.3"
-    ):
+    with pytest.raises(RolloutError, match=r"did not start: CUDA out of memory\. Tried.*sampler\.gpu_memory_utilization=0\.3"):
         sampler._start(served())
 
 
@@ -155,9 +150,7 @@ class Recorder:
         ("weights", [("sleep", ("level", 1))], [("wake_up", ("tags", ["weights"]))], [("wake_up", ("tags", ["kv_cache"]))]),
     ],
 )
-def test_memory_is_freed_after_a_rollout_and_taken_back_for_what_needs_it(
-    monkeypatch, sleep, falls_asleep, for_weights, for_completions
-):
+def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, falls_asleep, for_weights, for_completions):
     awake = VLLMSampler(sleep=sleep)
     awake._llm = Recorder()
     awake.release_memory()

@@ -1,0 +1,46 @@
+"""Fake vLLM servers, and samplers that ask them; all that are made in a test end with it."""
+
+import pytest
+import torch
+from vllm_fake_server import MODEL, FakeServer
+
+from hybrid_lightning.rollout import VLLMServerSampler
+from hybrid_lightning.rollout.rollout_engine import ServedModel
+
+
+@pytest.fixture
+def served(tokenizer):
+    return ServedModel(MODEL.config, tokenizer, None, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def start(tokenizer):
+    started = []
+
+    def make(**attributes):
+        server = FakeServer(tokenizer, MODEL.config)
+        for name, value in attributes.items():
+            setattr(server, name, value)
+        started.append(server)
+        return server
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def build(served):
+    made = []
+
+    def build_for(*servers, weights=None, **arguments):
+        arguments = {"timeout": 10, "give_up_after": 5, "max_new_tokens": 8} | arguments
+        sampler = VLLMServerSampler(urls=[server.url for server in servers], **arguments)
+        made.append(sampler)
+        if weights is not None:
+            sampler.update(weights, served)
+        return sampler
+
+    yield build_for
+    for sampler in made:
+        sampler.shut_down()

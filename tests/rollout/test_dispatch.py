@@ -1,0 +1,152 @@
+"""Where completions are asked for, and what becomes of servers that are slow, die, hang, or have other weights by then."""
+
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from vllm_fake_server import MODEL, Weights, complete, shares
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.types import Prompt
+
+
+def test_a_rollout_is_what_the_servers_answer(start, build, tokenizer):
+    sampler = build(start(), start(), weights=Weights(3))
+    prompts = [Prompt(text=str(number), index=number) for number in range(3)]
+    engine = type("OfModel", (), {"model": MODEL})()
+    rollouts = sampler.sample(engine, tokenizer, prompts, [[3, 5], [4], [6, 7, 8]], 2, generator=PromptDraws(prompts, 2, 0))
+    tokens = rollouts.sequences.completion_ids
+    assert tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1], [12, 2, 1], [12, 3, 1]]
+    torch.testing.assert_close(rollouts.sampling_logprobs, tokens * -0.5)
+    assert rollouts.finished.all()
+
+
+def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer(start, build):
+    servers = [start(delay=0.02), start(delay=0.02)]
+    complete(build(*servers, weights=Weights(1)), prompts=8)
+    assert shares(*servers) == [4, 4]
+    assert {body["sampling_params"]["n"] for body in servers[0].asked("/inference/v1/generate") if body} == {4}
+    slow, fast = start(delay=0.5), start(delay=0.01)
+    began = time.monotonic()
+    complete(build(slow, fast, weights=Weights(1)), prompts=24)
+    assert time.monotonic() - began < 1.5 and shares(slow)[0] <= 8
+
+
+def after(seconds, action):
+    threading.Timer(seconds, action).start()
+
+
+def test_what_a_server_that_dies_has_not_answered_goes_to_the_others(start, build):
+    dying, other = start(delay=0.2), start(delay=0.2)
+    sampler = build(dying, other, weights=Weights(1))
+    after(0.3, dying.stop)
+    complete(sampler, prompts=16)
+    assert shares(other)[0] > 8
+
+
+def test_a_server_that_answers_500_is_tried_again(start, build):
+    server = start(fails=3)
+    complete(build(server, weights=Weights(1)), prompts=4)
+    assert shares(server) == [7]
+
+
+def test_requests_of_a_server_that_hangs_go_to_the_others_and_are_ended(start, build):
+    hanging, other = start(), start()
+    sampler = build(hanging, other, weights=Weights(1), timeout=1)
+    held = hanging.on_inference_v1_generate
+    hanging.on_inference_v1_generate = lambda body: held(body) if not body else (hanging.stopped.wait(3), held(body))[1]
+    complete(sampler, prompts=6)
+    assert hanging.ended
+
+
+def test_a_server_that_was_restarted_is_left_out_until_it_has_been_updated(start, build, served):
+    restarted, other = start(delay=0.1), start(delay=0.1)
+    sampler = build(restarted, other, weights=Weights(1))
+    after(0.15, restarted.restart)
+    complete(sampler, prompts=16)
+    restarted.requests.clear()
+    complete(sampler, prompts=4)
+    assert shares(restarted) == [0]
+    sampler.update(Weights(2), served)
+    complete(sampler, prompts=4)
+    assert shares(restarted) == [2]
+
+
+def test_without_any_server_the_rollout_ends_within_the_limit(start, build):
+    server = start(delay=0.2)
+    sampler = build(server, weights=Weights(1), give_up_after=1)
+    after(0.1, server.stop)
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1.*stopped.ckpt") as raised:
+        complete(sampler)
+    assert time.monotonic() - began < 4 and "\n" not in str(raised.value)
+
+
+def test_a_server_that_comes_back_in_time_completes_what_is_left(start, build):
+    server = start(delay=0.2)
+    sampler = build(server, weights=Weights(1))
+    label = server.label
+
+    def again():
+        server.start()
+        server.label = label
+
+    after(0.1, server.stop)
+    after(0.8, again)
+    assert len(complete(sampler, prompts=4)) == 4  # each with its own answers, as `complete` makes sure
+
+
+def test_weights_that_another_run_has_set_are_refused_also_in_the_middle(start, build):
+    server = start(delay=0.2)
+    sampler = build(server, weights=Weights(1))
+    after(0.3, lambda: setattr(server, "label", "another run's"))
+    for says in ("another run's", r"another run's instead of 1-1abc.*servers of its own"):
+        with pytest.raises(RolloutError, match=says):
+            complete(sampler)
+
+
+def test_what_a_server_refuses_is_not_tried_elsewhere_and_what_it_would_refuse_not_asked(start, build):
+    server, other = start(), start(delay=0.1)
+    sampler = build(server, other, weights=Weights(1))
+    server.sequences = 2  # fewer than it said
+    with pytest.raises(RolloutError, match="max_num_seqs"):
+        complete(sampler)
+    sampler = build(start(sequences=2), weights=Weights(1))
+    with pytest.raises(ConfigError, match="--max-num-seqs 4"):
+        complete(sampler)
+
+
+def test_a_signal_ends_the_requests_on_the_servers(start, build):
+    server = start(delay=30)
+    sampler = build(server, weights=Weights(1))
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGUSR2, stop)
+    try:
+        after(0.4, lambda: signal.raise_signal(signal.SIGUSR2))
+        began = time.monotonic()
+        with pytest.raises(SystemExit):
+            complete(sampler)
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert time.monotonic() - began < 3
+    assert len(server.ended) == 4, "all that it had: twice its sequences over the completions of a prompt"
+
+
+def test_progress_is_told_and_may_end_the_sampling(start, build):
+    server = start(delay=0.25)
+    sampler = build(server, weights=Weights(1))
+    told = []
+    complete(sampler, on_token=lambda running, decoded: told.append((running, decoded)))
+    assert told[-1] == (0, 8) and told == sorted(told, reverse=True, key=lambda pair: pair[0]) and len(told) > 2
+
+    def refuse(running, decoded):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        complete(sampler, on_token=refuse)

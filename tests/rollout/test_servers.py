@@ -1,0 +1,220 @@
+"""`VLLMServerSampler` against fake servers: what is refused before a run, and how they come to their weights."""
+
+import copy
+import pickle
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import build_model
+from transformers import AutoTokenizer
+from vllm_fake_server import Weights, complete, shares
+
+from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout import VLLMServerSampler
+
+# ---- before a run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"urls": []}, "at least one"),
+        ({"urls": "http://a:1"}, "must be a list"),
+        ({"urls": ["a:1"]}, "http://node7:8000"),
+        ({"urls": ["http://a:1", "http://a:1/"]}, "twice"),
+        ({"urls": ["http://a:1"], "timeout": 0}, "timeout must be positive"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, says):
+    with pytest.raises(ConfigError, match=says):
+        VLLMServerSampler(**arguments)
+
+
+def test_copies_have_no_connections_and_servers_can_be_used_by_the_next_run(start, build, served):
+    sampler = build(start(), weights=Weights(1))
+    for made in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert made.to_config() == sampler.to_config() and made.version is None and not made._transfers
+    server = start()
+    sampler = build(server, weights=Weights(1))
+    sampler.shut_down()
+    assert server.asked("/shutdown_weight_transfer_engine") and server.group is None
+    complete(build(server, weights=Weights(5)), prompts=2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"version": "0.11.2"}, "has vLLM 0.11.2"),
+        ({"missing": {"/version"}}, "no vLLM server"),
+        ({"missing": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"missing": {"/inference/v1/generate"}}, "--enable-scale-out"),
+        ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs"),
+        ({"backend": None}, "--weight-transfer-config"),
+        ({"backend": "ipc"}, '"hybrid_lightning" on CPUs'),
+        ({"backend": "nccl"}, "policy on cpu"),
+        ({"context": 8}, "--max-model-len"),
+        ({"key": "secret"}, "VLLM_API_KEY"),
+        ({"hangs": True}, "hangs"),
+        ({"tokenizer": AutoTokenizer.from_pretrained(embedded_policy_path())}, "another tokenizer"),
+        ({"config": build_model("gemma").config}, "has served.*model_type is 'gemma' there and 'llama' in the policy's"),
+    ],
+)
+def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault, says):
+    with pytest.raises((ConfigError, RolloutError), match=says) as raised:
+        build(start(), start(**fault), timeout=1 if "hangs" in fault else 10).check_model(served)
+    assert "\n" not in str(raised.value) and "http://127.0.0.1" in str(raised.value)
+
+
+def test_a_server_that_is_not_there_is_refused_at_once(start, build, served):
+    gone = start()
+    gone.stop()
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"nothing answers there.*take it out of sampler.urls"):
+        build(start(), gone).check_model(served)
+    assert time.monotonic() - began < 3
+
+
+def test_servers_that_differ_and_prompts_beyond_the_shortest_context_are_refused(start, build, served):
+    with pytest.raises(ConfigError, match="different ways"):
+        build(start(), start(backend="nccl")).check_model(replace(served, device=torch.device("cuda")))
+    with pytest.warns(UserWarning, match="--dtype float32"):
+        build(start(dtype="torch.bfloat16")).check_model(served)
+    sampler = build(start(), start(context=20))
+    sampler.check_model(served)
+    sampler.check_prompt(served.config, 12)
+    with pytest.raises(ConfigError, match="context of 20 tokens"):
+        sampler.check_prompt(served.config, 13)
+
+
+def test_an_api_key_is_sent(start, build, served, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    sampler = build(start(key="secret"), weights=Weights(1))
+    sampler.check_model(served)
+    complete(sampler, prompts=2)
+
+
+# ---- weights
+
+
+def test_all_weights_come_first_and_then_what_has_changed(start, build, served):
+    servers = [start(), start()]
+    first, second = Weights(1), Weights(2)
+    sampler = build(*servers)
+    assert sampler.needs_everything(first, served)
+    sampler.update(first, served, True)
+    assert not sampler.needs_everything(second, served)
+    sampler.update(second, served, False)
+    for server in servers:
+        assert [len(names) for names in server.updates] == [7, 3] and server.label == "2-2abc" and not server.paused
+        for name, value in (first.values | {name: second.values[name] for name in server.updates[1]}).items():
+            assert torch.equal(server.weights[name], value)
+        order = [path for path, _ in server.requests]
+        assert order.index("/pause") < order.index("/update_weight_version") < order.index("/start_weight_update")
+        assert server.asked("/update_weight_version")[0] == {"new_version": "updating"}
+        assert order.count("/init_weight_transfer_engine") == 2, "once to compare the model, once to connect"
+        assert [path for path in order if path in ("/finish_weight_update", "/reset_prefix_cache", "/resume")] == [
+            "/finish_weight_update", "/reset_prefix_cache", "/resume",
+        ] * 2  # fmt: skip
+    assert first.passes == [7] and second.passes == [3], "one pass for both servers"
+
+
+def test_an_unchanged_version_is_sent_to_what_was_restarted_alone(start, build, served):
+    server, other = start(active=True), start()  # of the one an update by another sender was left open
+    sampler = build(server, other, weights=Weights(1))
+    assert server.label == "1-1abc" and not server.active
+    server.requests.clear()
+    sampler.update(Weights(1), served)
+    assert [path for path, _ in server.requests] == ["/weight_info"]
+    server.restart()
+    sampler.update(Weights(1), served)
+    assert len(server.updates) == 1 and len(other.updates) == 1 and server.label == "1-1abc"
+
+
+@pytest.mark.parametrize("what", ["restarted", "another run", "another base"])
+def test_what_is_not_what_was_sent_last_gets_everything(start, build, served, what):
+    server, other = start(), start()
+    sampler = build(server, other, weights=Weights(1))
+    if what == "restarted":
+        server.restart()
+    elif what == "another run":
+        server.label = "7-another"
+    weights = Weights(2, base="another" if what == "another base" else "base")
+    assert sampler.needs_everything(weights, served)
+    sampler.update(weights, served, True)
+    assert len(server.updates[-1]) == len(other.updates[-1]) == 7 and server.label == other.label == "2-2abc"
+
+
+def test_ranks_that_do_not_send_make_as_many_passes(start, build, served):
+    server = start()
+    sampler = build(server)
+    mine = Weights(1, sender=False)
+    sampler.update(mine, served, True)
+    sampler.update(mine, served, False)
+    assert mine.passes == [7] and sampler.version == mine.version and not server.requests
+
+
+def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(start, build, served):
+    failing, other = start(), start()
+    sampler = build(failing, other, weights=Weights(1))
+    failing.fails_updates = 1
+    weights = Weights(2)
+    with pytest.warns(UserWarning, match=r"is left out.*out of memory"):
+        sampler.update(weights, served, False)
+    assert weights.passes == [3], "to the end, for the other ranks"
+    assert failing.label == "updating" and other.label == "2-2abc"
+    failing.requests.clear()
+    complete(sampler, prompts=4)
+    assert shares(failing) == [0]
+    sampler.update(Weights(3), served)
+    assert failing.label == other.label == "3-3abc" and len(failing.weights) == 7
+    dying, other = start(), start()
+    sampler = build(dying, other, weights=Weights(1))
+    dying.on_start_weight_update = lambda body: dying.stop()
+    with pytest.warns(UserWarning, match="is left out"):
+        sampler.update(Weights(2), served, False)
+    assert other.label == "2-2abc"
+
+
+def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless_other_ranks_take_part(start, build, served):
+    server = start()
+    sampler = build(server, weights=Weights(1))
+    server.fails_updates = 1
+    with pytest.warns(UserWarning, match="out of memory"):
+        sampler.update(Weights(2), served)
+    assert server.label == "2-2abc" and len(server.updates[-1]) == 7
+    server.fails_updates, weights = 1, Weights(3)
+    with pytest.warns(UserWarning, match="is left out"), pytest.raises(RolloutError, match="no vLLM server took"):
+        sampler.update(weights, served, False)
+    assert weights.passes == [3]
+    assert sampler.needs_everything(weights, served), "so that ranks that have drained them take part again"
+
+
+def test_no_server_to_update_ends_within_the_limit(start, build, served):
+    server = start()
+    sampler = build(server, weights=Weights(1), give_up_after=1)
+    server.stop()
+    began = time.monotonic()
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        pytest.raises(RolloutError, match=r"no vLLM server takes.*nothing answers.*stopped.ckpt"),
+    ):
+        sampler.needs_everything(Weights(2), served)
+    weights = Weights(2)
+    with pytest.raises(RolloutError, match="no vLLM server takes"):
+        sampler.update(weights, served, False)
+    assert weights.passes == [3] and time.monotonic() - began < 5
+
+
+def test_a_server_that_comes_back_as_another_model_is_left_out(start, build, served):
+    server, other = start(), start()
+    sampler = build(server, other, weights=Weights(1))
+    server.config = copy.deepcopy(served.config)
+    server.config.hidden_size = 5
+    server.restart()
+    with pytest.warns(UserWarning, match=r"is left out.*hidden_size is 5 there"):
+        sampler.update(Weights(2), served)
+    assert other.label == "2-2abc"
+    assert not sampler.needs_everything(Weights(3), served), "it is not counted with until it is started anew"

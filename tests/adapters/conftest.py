@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
-from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.adapters import AdapterPlan, Budget, LoraSettings, ModuleBudget, Random, find_candidates, make_plan
+from hybrid_lightning.adapters.budgets import ModuleScores
+from hybrid_lightning.adapters.candidates import ranks_by_pattern
+from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 
 MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))
 

@@ -6,11 +6,9 @@ from dataclasses import replace
 import pytest
 from tiny_models import build_model
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, ParameterBudget, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import Budget, LoraSettings, ModuleBudget, ParameterBudget, Random, find_candidates, make_plan
+from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
-from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError, PlanError
 
 BASE = PlannedModel("tiny", "0")
@@ -36,7 +34,7 @@ def test_of_equal_scores_the_name_decides():
     assert ParameterBudget(0.5).choose(modules, LoraSettings(rank=1)) == {"a", "b"}
 
 
-def test_parameter_budget_by_hand():
+def test_parameter_budget_by_hand_and_with_ranks_that_differ():
     """Extra parameters at rank 1: 256 - 32 = 224 of the small, 1024 - 80 = 944 of the large modules."""
     modules = [module("small", 224.0), module("large", 2 * 944.0, 1024), module("poor", 1.0), module("rest", 1.0, 1024)]
     total = 2560
@@ -44,10 +42,7 @@ def test_parameter_budget_by_hand():
         assert ParameterBudget(parameters / total).choose(modules, LoraSettings(rank=1)) == chosen
     with pytest.raises(ConfigError, match=r"allows 1023 .*first module by score, large, has 1024; raise the share"):
         ParameterBudget(1023.5 / total).choose(modules, LoraSettings(rank=1))
-
-
-def test_a_budget_of_parameters_knows_what_each_rank_costs():
-    """At rank 4 full training of `small` costs 64 more than LoRA and of `other` 192, at rank 8 of `other` nothing more."""
+    # At rank 4 full training of `small` costs 64 more than LoRA and of `other` 192, at rank 8 of `other` nothing more
     small, other = module("small", 1.0), module("other", 1.5)
     budget, lora = ParameterBudget(0.5), LoraSettings(rank=4)
     assert budget.choose([replace(small, rank=6), replace(other, rank=2)], lora) == {"small"}

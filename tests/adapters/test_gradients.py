@@ -25,14 +25,11 @@ def test_noise_has_no_signal_and_the_variance_of_the_mean(count):
     assert both.mean().energy() == pytest.approx(1 / count, rel=1e-6)
 
 
-def test_noise_of_equal_halves_is_half_their_difference():
+def test_noise_of_equal_halves_is_half_their_difference_and_sums_are_of_float32():
     a, b = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, -2.0]])
     torch.testing.assert_close(accumulated([a, b]).noise().matrix(), (a - b) / 2)
     with pytest.raises(CalibrationError, match="only one loss"):
         accumulated([a]).noise()
-
-
-def test_low_precision_gradients_are_summed_in_float32():
     small = torch.full((1, 1), 2**-9, dtype=torch.bfloat16)
     summed = accumulated([torch.ones(1, 1, dtype=torch.bfloat16), *[small] * 511])
     torch.testing.assert_close(summed.mean().matrix(), torch.full((1, 1), (1 + 511 / 512) / 512))

@@ -10,24 +10,15 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.plan_display import (
-    FRAME_COLOR,
-    VALUES_UP_TO,
-    draw_heatmap,
-    plan_markdown,
-    plan_table,
-    plan_title,
-)
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, PlannedModule
+from hybrid_lightning.adapters.plan_display import FRAME_COLOR, VALUES_UP_TO, draw_heatmap, plan_markdown, plan_table, plan_title
 
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 
 
 def plan_of(names, score=lambda index: float(index + 1), full=2) -> AdapterPlan:
-    modules = tuple(
-        PlannedModule(name, (8, 8), 64, score(index), "full" if index < full else "lora") for index, name in enumerate(names)
-    )
+    modes = ["full" if index < full else "lora" for index in range(len(names))]
+    modules = tuple(PlannedModule(name, (8, 8), 64, score(i), modes[i]) for i, name in enumerate(names))
     scorer = {"class_path": "a.b.TailEnergy", "init_args": {}}
     return AdapterPlan("tiny", None, "0", modules, LoraSettings(), {}, scorer)
 
@@ -104,7 +95,7 @@ def plan(make_model, plan_for) -> AdapterPlan:
     return plan_for(make_model("qwen2"))
 
 
-def test_tables_list_all_modules_by_score(plan):
+def test_tables_list_all_modules_by_score_and_ranks_that_differ(plan):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(plan_table(plan))
     text = console.export_text()
@@ -114,6 +105,9 @@ def test_tables_list_all_modules_by_score(plan):
         assert places == sorted(places)
         assert "3 fully trained, 11 with LoRA of rank 4" in table
     assert f"| **{names[0]}** |" in plan_markdown(plan)
+    first, *others = plan.candidates
+    plan = dataclasses.replace(plan, candidates=(dataclasses.replace(first, mode="lora", rank=1), *others))
+    assert "LoRA of ranks 1 to 4" in plan_title(plan) and "| lora, rank 1 |" in plan_markdown(plan)
 
 
 def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
@@ -123,9 +117,3 @@ def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
     assert list(names.cells) == [name for name in by_score if name in full or name in others]
     everything = plan_of([f"h.{layer}.fc" for layer in range(42)], full=42)
     assert plan_table(everything, 10).row_count == 30 and plan_table(everything).row_count == 42
-
-
-def test_ranks_that_differ_are_shown(plan):
-    first, *others = plan.candidates
-    plan = dataclasses.replace(plan, candidates=(dataclasses.replace(first, mode="lora", rank=1), *others))
-    assert "LoRA of ranks 1 to 4" in plan_title(plan) and "| lora, rank 1 |" in plan_markdown(plan)

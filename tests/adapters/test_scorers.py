@@ -3,16 +3,8 @@ import math
 import pytest
 import torch
 
-from hybrid_lightning.adapters.scorers import (
-    GradientNorm,
-    PreconditionedTail,
-    Probe,
-    Random,
-    SpectrumSNR,
-    TailEnergy,
-    TailFraction,
-    WeightGradient,
-)
+from hybrid_lightning.adapters import GradientNorm, PreconditionedTail, Probe, Random, SpectrumSNR, TailEnergy, TailFraction
+from hybrid_lightning.adapters.scorers import WeightGradient
 from hybrid_lightning.adapters.statistics import ExactGradient, ModuleStatistics
 from hybrid_lightning.errors import ConfigError
 

@@ -6,20 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.scorers import (
-    GradientNorm,
-    PreconditionedTail,
-    Probe,
-    Random,
-    Scorer,
-    SpectrumSNR,
-    TailEnergy,
-    TailFraction,
-    WeightGradient,
-)
-from hybrid_lightning.adapters.scoring import Scoring
-from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.adapters import Scoring, SketchedGradients, find_candidates, scorers
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 
 RANK = 2
@@ -27,7 +14,7 @@ SKETCHES = SketchedGradients(size=7)  # of 12 directions, where rank 2 and 32 x 
 
 
 def scored(model, losses, scorer=None, gradients=None, rank=RANK):
-    return Scoring(model, find_candidates(model), losses, scorer or TailEnergy(), rank, gradients).run()
+    return Scoring(model, find_candidates(model), losses, scorer or scorers.TailEnergy(), rank, gradients).run()
 
 
 def full_gradients(model: nn.Module, losses) -> list[dict[str, torch.Tensor]]:
@@ -51,7 +38,7 @@ def factored(squares: torch.Tensor) -> torch.Tensor:
     return squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
 
 
-class LargestRow(Scorer):
+class LargestRow(scorers.Scorer):
     """A scorer of a user's own."""
 
     def score(self, statistics, rank):
@@ -66,12 +53,12 @@ def test_scores_against_full_gradients(make_model, losses, family):
     noise = {n: (g - 2 * torch.stack([one[n] for one in each[1::2]]).sum(0) / len(each)) for n, g in gradients.items()}
     weights = {name: module.weight.double() for name, module in find_candidates(model).items()}
     expected = {
-        TailEnergy: {name: tail(g) for name, g in gradients.items()},
-        TailFraction: {name: tail(g) / float(g.square().sum()) for name, g in gradients.items()},
-        PreconditionedTail: {name: tail(g / factored(g.square()).sqrt()) for name, g in gradients.items()},
-        GradientNorm: {name: float(g.norm()) for name, g in gradients.items()},
-        WeightGradient: {name: float((weights[name] * g).abs().sum()) for name, g in gradients.items()},
-        SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
+        scorers.TailEnergy: {name: tail(g) for name, g in gradients.items()},
+        scorers.TailFraction: {name: tail(g) / float(g.square().sum()) for name, g in gradients.items()},
+        scorers.PreconditionedTail: {name: tail(g / factored(g.square()).sqrt()) for name, g in gradients.items()},
+        scorers.GradientNorm: {name: float(g.norm()) for name, g in gradients.items()},
+        scorers.WeightGradient: {name: float((weights[name] * g).abs().sum()) for name, g in gradients.items()},
+        scorers.SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
         LargestRow: {name: float(g.abs().sum(1).max()) for name, g in gradients.items()},
     }
     for scorer, values in expected.items():
@@ -80,7 +67,7 @@ def test_scores_against_full_gradients(make_model, losses, family):
         assert scores == {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in values.items()}, scorer
 
 
-@pytest.mark.parametrize("scorer", [TailEnergy, PreconditionedTail])
+@pytest.mark.parametrize("scorer", [scorers.TailEnergy, scorers.PreconditionedTail])
 def test_it_does_not_matter_how_rollouts_are_cut_into_losses(make_model, losses, scorer):
     model = make_model("llama")
     one = (sum(losses(model)) / 6 for _ in range(1))  # computed when it is asked for, as all of them are
@@ -108,10 +95,10 @@ def test_sketch_and_exact_rank_alike(make_model, losses):
     ranks = [torch.tensor(list(scores.values())).argsort().argsort().double() for scores in (exact, sketched)]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
     assert sum(exact[name] != pytest.approx(sketched[name], rel=1e-9) for name in exact) >= 6  # these were sketched
-    exact, sketched = (scored(model, losses(model), SpectrumSNR(), mode) for mode in (None, SKETCHES))
+    exact, sketched = (scored(model, losses(model), scorers.SpectrumSNR(), mode) for mode in (None, SKETCHES))
     assert sketched == {name: pytest.approx(score, abs=0.25) for name, score in exact.items()}
     with pytest.raises(ConfigError, match="score with ExactGradients"):
-        scored(model, losses(model), WeightGradient(), SKETCHES)
+        scored(model, losses(model), scorers.WeightGradient(), SKETCHES)
 
 
 def test_probe_predicts_and_leaves_no_trace(make_model, losses):
@@ -123,14 +110,14 @@ def test_probe_predicts_and_leaves_no_trace(make_model, losses):
             return losses(model)
 
     candidates = find_candidates(model, ["o_proj", "k_proj"])
-    measured = Scoring(model, candidates, Losses(), Probe(1e-3), RANK).run()
+    measured = Scoring(model, candidates, Losses(), scorers.Probe(1e-3), RANK).run()
     gradients = mean(full_gradients(model, losses))
     for name, score in measured.items():
         length = 1e-3 * float(model.get_submodule(name).weight.norm() / gradients[name].norm())
         assert score == pytest.approx(length * tail(gradients[name]), rel=0.2, abs=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(CalibrationError, match="iterated over only once, but this scorer measures them"):
-        scored(model, losses(model), Probe())
+        scored(model, losses(model), scorers.Probe())
 
 
 def test_the_model_is_as_before(make_model, losses):
@@ -173,7 +160,7 @@ def test_gradients_are_never_in_memory_together(make_model, batches):
         for handle in handles:
             handle.remove()
 
-    collected = Scoring(model, candidates, watched(), TailEnergy(), RANK, SKETCHES).collect_gradients()
+    collected = Scoring(model, candidates, watched(), scorers.TailEnergy(), RANK, SKETCHES).collect_gradients()
     assert len(collected) == len(candidates) == len(alive) and max(alive) <= 1
 
 
@@ -209,7 +196,7 @@ def test_gradient_checkpointing_gives_the_same_scores_and_does_not_wake_dropout(
     assert modes == [module.training for module in model.modules()]
 
 
-class Thread(TailEnergy):
+class Thread(scorers.TailEnergy):
     """Notes where it is called."""
 
     def __init__(self, concurrent: bool) -> None:
@@ -241,7 +228,7 @@ def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):
 
 
 def test_random_needs_no_calibration(make_model):
-    scores = scored(make_model("llama"), iter(lambda: pytest.fail("no loss is needed"), 0), Random())
+    scores = scored(make_model("llama"), iter(lambda: pytest.fail("no loss is needed"), 0), scorers.Random())
     assert len(set(scores.values())) == 14
 
 
@@ -262,11 +249,11 @@ class Blocks(nn.Module):
 def test_an_unused_module_scores_zero_with_a_warning():
     model = Blocks()
     with pytest.warns(UserWarning, match=r"1 of 3 candidate modules got no gradient .*layers\.2"):
-        scores = scored(model, [model.loss()], GradientNorm())
+        scores = scored(model, [model.loss()], scorers.GradientNorm())
     assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
 
 
-class Own(TailEnergy):
+class Own(scorers.TailEnergy):
     def __init__(self, value):
         self.value = value
 

@@ -5,14 +5,10 @@ import signal
 import pytest
 import torch
 
-from hybrid_lightning.adapters import scoring_progress
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning.adapters import ExactGradients, Scoring, SketchedGradients, find_candidates, scoring_progress
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
-from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress, is_scoring
-from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.stopping import RunStopped, StopSignals
 

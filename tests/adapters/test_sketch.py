@@ -59,7 +59,7 @@ def test_linear_in_the_gradient():
         torch.testing.assert_close(together, part_a + part_b, rtol=1e-4, atol=1e-4)
 
 
-def test_size_and_seed():
+def test_size_and_seed_and_what_is_kept_exactly():
     weight = torch.empty(ROWS, COLUMNS)
     mode = SketchedGradients(seed=1)
     first, again = (mode.form("a", weight, 4).compress(decaying_matrix(1.0)) for _ in range(2))
@@ -69,9 +69,6 @@ def test_size_and_seed():
     assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
     kept = sum(tensor.numel() for tensor in SketchedGradients().form("a", torch.empty(2048, 2048), 16).zeros())
     assert kept < 0.07 * 2048**2
-
-
-def test_small_modules_are_kept_exactly_and_no_gradient_is_nothing():
     assert isinstance(SketchedGradients().form("a", torch.empty(32, 32), 8), ExactForm)
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
     assert estimate.energy() == 0 and estimate.tail_energy(2) == 0

@@ -95,8 +95,7 @@ def two_threads():
 
 
 def test_decompositions_leave_the_number_of_threads(two_threads, monkeypatch):
-    seen = []
-    eigvalsh = torch.linalg.eigvalsh
+    seen, eigvalsh = [], torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: seen.append(torch.get_num_threads()) or eigvalsh(gram))
     squared_singular_values(torch.eye(3))
     assert seen == [1] and torch.get_num_threads() == 2

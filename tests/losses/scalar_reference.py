@@ -4,32 +4,20 @@ import math
 
 import torch
 
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    PolicyLoss,
-    SAPOLoss,
-)
+from hybrid_lightning import losses
 from hybrid_lightning.types import LossInputs
 
 CLIPS = (0.02, 0.03)  # a range that losses over ratios of tokens and of sequences both accept
-CLIPPED = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss]
+CLIPPED = [losses.GRPOLoss, losses.GSPOLoss, losses.GSPOTokenLoss, losses.DAPOLoss, losses.DrGRPOLoss, losses.BNPOLoss]
 # Each loss with settings that random inputs reach.
 SETTINGS = {
     **{cls: dict(zip(("clip_low", "clip_high"), CLIPS, strict=True)) for cls in CLIPPED},
-    CISPOLoss: {"cap": 1.1},
-    SAPOLoss: {},
+    losses.CISPOLoss: {"cap": 1.1},
+    losses.SAPOLoss: {},
 }
 
 
-def make_inputs(
-    seed: int = 0, b: int = 6, t: int = 5, spread: float = 0.1, dtype: torch.dtype = torch.float64, full: bool = False
-) -> LossInputs:
+def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -> LossInputs:
     """Random inputs with completions of 1 to T tokens (`full`: T), old and reference log-probabilities `spread` away."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +38,7 @@ def make_inputs(
     )
 
 
-def scalar_loss(inputs: LossInputs, loss: PolicyLoss) -> dict[str, float]:
+def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]:
     """Loss and metrics of all these sequences as one optimizer step of one micro-batch."""
     fields = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")
     rows = [
@@ -69,14 +57,14 @@ def scalar_loss(inputs: LossInputs, loss: PolicyLoss) -> dict[str, float]:
         of_sequence = math.exp(sum(new - old for new, old, _, _ in tokens) / len(tokens))
         row = 0.0
         for new, old, ref, entropy in tokens:
-            ratio = of_sequence if isinstance(loss, (GSPOLoss, GSPOTokenLoss)) else math.exp(new - old)
+            ratio = of_sequence if isinstance(loss, (losses.GSPOLoss, losses.GSPOTokenLoss)) else math.exp(new - old)
             kl = (math.exp(ref - new) - (ref - new) - 1) * (ratio if loss.kl_importance_weight else 1.0)
             kls.append(kl)
             entropies.append(entropy)
             row += token_loss(loss, ratio, advantage, new) + loss.kl_coef * kl
-            if not isinstance(loss, GSPOLoss):
+            if not isinstance(loss, losses.GSPOLoss):
                 ratios.append((ratio, advantage))
-        if isinstance(loss, GSPOLoss):
+        if isinstance(loss, losses.GSPOLoss):
             ratios.append((of_sequence, advantage))
         sums.append((row, len(tokens)))
     value = reduce_rows(loss, sums, inputs.max_completion_tokens) - loss.entropy_coef * sum(entropies) / len(entropies)
@@ -87,20 +75,20 @@ def scalar_loss(inputs: LossInputs, loss: PolicyLoss) -> dict[str, float]:
     }
     if loss.kl_coef:
         result["kl"] = sum(kls) / len(kls)
-    if isinstance(loss, CISPOLoss):
+    if isinstance(loss, losses.CISPOLoss):
         result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage in ratios) / len(ratios)
-    elif not isinstance(loss, SAPOLoss):
+    elif not isinstance(loss, losses.SAPOLoss):
         low = sum(ratio < 1 - loss.clip_low and advantage < 0 for ratio, advantage in ratios) / len(ratios)
         high = sum(ratio > 1 + loss.clip_high and advantage > 0 for ratio, advantage in ratios) / len(ratios)
         result |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
     return result
 
 
-def token_loss(loss: PolicyLoss, ratio: float, advantage: float, logprob: float) -> float:
+def token_loss(loss: losses.PolicyLoss, ratio: float, advantage: float, logprob: float) -> float:
     """The policy term of one token."""
-    if isinstance(loss, CISPOLoss):
+    if isinstance(loss, losses.CISPOLoss):
         return -min(ratio, loss.cap) * advantage * logprob
-    if isinstance(loss, SAPOLoss):
+    if isinstance(loss, losses.SAPOLoss):
         tau = loss.tau_positive if advantage > 0 else loss.tau_negative
         return -advantage * (4 / tau) / (1 + math.exp(-tau * (ratio - 1)))
     bounded = ratio if loss.dual_clip is None else min(ratio, loss.dual_clip)
@@ -108,10 +96,10 @@ def token_loss(loss: PolicyLoss, ratio: float, advantage: float, logprob: float)
     return -min(bounded * advantage, clipped * advantage)
 
 
-def reduce_rows(loss: PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:
+def reduce_rows(loss: losses.PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:
     """The loss of sequences, each given as the sum over its tokens and their number."""
-    if isinstance(loss, (DAPOLoss, CISPOLoss, BNPOLoss)):
+    if isinstance(loss, (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss)):
         return sum(row for row, _ in rows) / sum(length for _, length in rows)
-    if isinstance(loss, DrGRPOLoss):
+    if isinstance(loss, losses.DrGRPOLoss):
         return sum(row for row, _ in rows) / (len(rows) * max_tokens)
     return sum(row / length for row, length in rows) / len(rows)

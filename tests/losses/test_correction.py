@@ -8,26 +8,19 @@ import torch
 from jsonargparse import ArgumentParser
 from scalar_reference import CLIPS, make_inputs
 
+from hybrid_lightning import losses
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import (
-    GRPOLoss,
-    GSPOLoss,
-    ImportanceCorrection,
-    SequenceMask,
-    SequenceTruncation,
-    TokenMask,
-    TokenTruncation,
-)
 from hybrid_lightning.losses import functional as F
 
-CLASSES = [TokenTruncation, TokenMask, SequenceTruncation, SequenceMask]
+CLASSES = [losses.TokenTruncation, losses.TokenMask, losses.SequenceTruncation, losses.SequenceMask]
 
 
 def by_hand(cls, log_ratios, cap, floor):
     """Weight of each token of a sequence, in Python numbers."""
     sequence = math.exp(sum(log_ratios))
-    ratios = [sequence if cls in (SequenceTruncation, SequenceMask) else math.exp(log_ratio) for log_ratio in log_ratios]
-    if cls in (TokenTruncation, SequenceTruncation):
+    whole = cls in (losses.SequenceTruncation, losses.SequenceMask)
+    ratios = [sequence if whole else math.exp(log_ratio) for log_ratio in log_ratios]
+    if cls in (losses.TokenTruncation, losses.SequenceTruncation):
         return [min(max(ratio, floor), cap) for ratio in ratios]
     return [ratio if floor <= ratio <= cap else 0.0 for ratio in ratios]
 
@@ -40,9 +33,8 @@ def test_weights_equal_a_scalar_loop(cls, bounds):
     found = F.per_token(weights, mask)[mask].tolist()
     rows = zip(inputs.logprobs - inputs.old_logprobs, mask, strict=True)
     bounds = {"cap": 2.0, "floor": 0.0, **bounds}
-    assert found == pytest.approx(
-        [weight for row, used in rows for weight in by_hand(cls, row[used].tolist(), **bounds)], rel=1e-12
-    )
+    wanted = [weight for row, used in rows for weight in by_hand(cls, row[used].tolist(), **bounds)]
+    assert found == pytest.approx(wanted, rel=1e-12)
     assert 0 < sum(value in (0.0, *bounds.values()) for value in found) < len(found), "some are bounded, and some are not"
 
 
@@ -56,15 +48,15 @@ def test_padding_is_not_looked_at_and_agreement_is_a_weight_of_one(cls):
     assert (weights == 1).all()
 
 
-@pytest.mark.parametrize("cls", [TokenTruncation, SequenceMask])
+@pytest.mark.parametrize("cls", [losses.TokenTruncation, losses.SequenceMask])
 def test_ratios_that_overflow_are_bounded_too(cls):
     logprobs, sampled = torch.zeros(1, 1), torch.tensor([[-1000.0]])
-    above = 2.0 if cls is TokenTruncation else 0.0
+    above = 2.0 if cls is losses.TokenTruncation else 0.0
     assert cls()(logprobs, sampled, torch.ones(1, 1, dtype=torch.bool)).item() == above
     assert cls()(sampled, logprobs, torch.ones(1, 1, dtype=torch.bool)).item() == 0
 
 
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@pytest.mark.parametrize("cls", [losses.GRPOLoss, losses.GSPOLoss])
 def test_weights_multiply_the_policy_term_of_each_token_and_not_the_kl(cls):
     inputs = make_inputs(spread=0.2)
     mask = inputs.completion_mask
@@ -86,26 +78,23 @@ def test_weights_multiply_the_policy_term_of_each_token_and_not_the_kl(cls):
     assert (without[0] == 0).all() and torch.equal(without[1:], whole[1:]) and whole[0].any(), "and the denominators stay"
 
 
-@pytest.mark.parametrize(("cls", "options"), [(TokenMask, {"cap": math.nan}), (SequenceMask, {"floor": 1.0})])
+@pytest.mark.parametrize(("cls", "options"), [(losses.TokenMask, {"cap": math.nan}), (losses.SequenceMask, {"floor": 1.0})])
 def test_impossible_bounds_are_refused(cls, options):
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=rf"{cls.__name__}: {name}={value} must be .*1, the ratio where nothing differs; set"):
         cls(**options)
 
 
-def test_a_correction_of_ones_own_and_its_shape():
-    class Flat(ImportanceCorrection):
+def test_a_correction_of_ones_own_and_one_that_a_config_names():
+    class Flat(losses.ImportanceCorrection):
         def weights(self, log_ratio, mask):
             return log_ratio.exp().mean()
 
     inputs = make_inputs()
     with pytest.raises(ConfigError, match=r"Flat.weights returned shape \(\); return \(6, 5\) or, .* \(6,\)"):
         Flat()(inputs.logprobs, inputs.logprobs, inputs.completion_mask)
-
-
-def test_a_config_names_the_class():
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--correction", type=ImportanceCorrection | None, default=None)
+    parser.add_argument("--correction", type=losses.ImportanceCorrection | None, default=None)
     assert parser.instantiate(parser.parse_args([])).correction is None
     correction = parser.instantiate(parser.parse_args(["--correction=SequenceMask", "--correction.cap=3"])).correction
-    assert type(correction) is SequenceMask and correction.to_config()["init_args"] == {"cap": 3.0, "floor": 0.0}
+    assert type(correction) is losses.SequenceMask and correction.to_config()["init_args"] == {"cap": 3.0, "floor": 0.0}

@@ -1,10 +1,12 @@
 """Supervised and DPO losses and gradients against the code of TRL's own trainers, called with a stand-in for the trainer."""
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_code import Accelerator
 
 from hybrid_lightning.losses import DPOLoss, SupervisedLoss
 from hybrid_lightning.types import LossInputs
@@ -14,12 +16,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 B, T = 6, 5
-
-
-class Accelerator:
-    num_processes, device, parallelism_config = 1, "cpu", None
-    gather = gather_for_metrics = staticmethod(lambda value: value)
-    unwrap_model = staticmethod(lambda model: model)
 
 
 def make(seed=0):
@@ -40,29 +36,23 @@ def trl_dpo(inputs, **arguments):
     """`DPOTrainer._compute_loss` of the same log-probabilities, of which TRL has the chosen rows first."""
     order = torch.cat([torch.arange(0, B, 2), torch.arange(1, B, 2)])
     mask = inputs.completion_mask[order]
+    unused = {"ld_alpha": None, "aux_loss_enabled": False, "precompute_ref_logps": False, "use_weighting": False}
+    counted = {"_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1}
     trainer = SimpleNamespace(
         model=torch.nn.Identity(),
         accelerator=Accelerator(),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=False,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         ref_model=lambda **_: outputs(inputs.ref_logprobs[order], mask, inputs.entropy[order]),
         f_divergence_type="reverse_kl",
         loss_weights=[1.0],
-        use_weighting=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
+        **unused,
+        **counted,
         **arguments,
     )
     trainer.model.is_gradient_checkpointing = False
     completion_mask = torch.cat([torch.zeros(B, 1, dtype=torch.bool), mask], dim=1)  # TRL's begins with the prompt's last token
-    batch = {
-        "input_ids": torch.zeros(B, T + 1, dtype=torch.long),
-        "attention_mask": torch.ones(B, T + 1),
-        "completion_mask": completion_mask,
-    }
+    batch = {"input_ids": torch.zeros(B, T + 1, dtype=torch.long), "attention_mask": torch.ones(B, T + 1)}
+    batch["completion_mask"] = completion_mask
     model = lambda **_: outputs(inputs.logprobs[order], mask, inputs.entropy[order])  # noqa: E731
     loss = DPOTrainer._compute_loss(trainer, model, batch, return_outputs=False)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -101,28 +91,14 @@ def test_supervised(num_tokens):
     """With and without tokens of other micro-batches in the denominator."""
     inputs = make(2)
     labels = torch.cat([torch.zeros(B, 1), inputs.completion_mask], dim=1)
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=Accelerator(),
-        aux_loss_enabled=False,
-        compute_loss_func=None,
-        label_smoother=None,
-        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
-        get_tp_size=lambda: 1,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
+    unused = {"aux_loss_enabled": False, "compute_loss_func": None, "label_smoother": None, "get_tp_size": lambda: 1}
+    counted = {"_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1}
+    args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=True)
+    trainer = SimpleNamespace(model=SimpleNamespace(training=True), accelerator=Accelerator(), args=args, **unused, **counted)
     model = lambda **_: outputs(inputs.logprobs, inputs.completion_mask, inputs.entropy)  # noqa: E731
     batch = {"labels": labels, "attention_mask": torch.ones(B, T + 1)}
     theirs = SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=num_tokens)
-    given = LossInputs(
-        inputs.logprobs,
-        inputs.advantages,
-        inputs.completion_mask,
-        entropy=inputs.entropy,
-        num_tokens=None if num_tokens is None else float(num_tokens),
-    )
+    given = replace(inputs, ref_logprobs=None, num_tokens=num_tokens and float(num_tokens))
     ours = SupervisedLoss()(given)
     torch.testing.assert_close(ours.loss, theirs, atol=1e-12, rtol=0)
     torch.testing.assert_close(gradient(ours.loss, inputs), gradient(theirs, inputs), atol=1e-12, rtol=0)

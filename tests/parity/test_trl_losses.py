@@ -1,9 +1,7 @@
 """Loss, gradient and metrics against the code of TRL's own trainer, called with a stand-in for the trainer."""
 
 import ast
-import inspect
 import math
-import textwrap
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,22 +9,9 @@ from types import SimpleNamespace
 import pytest
 import rounding
 import torch
+from trl_code import Accelerator, run_statements
 
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    SAPOLoss,
-    SequenceMask,
-    SequenceTruncation,
-    TokenMask,
-    TokenTruncation,
-    TopEntropyMask,
-)
+from hybrid_lightning import losses
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs
 
@@ -34,6 +19,8 @@ pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightni
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 B, T, LONGEST = 8, 6, 9
+UNUSED = {"use_adaptive_entropy": False, "aux_loss_enabled": False, "off_policy_mask_threshold": None}
+UNUSED |= {"vllm_importance_sampling_correction": True}
 # TRL's arguments beside ours, pairwise. A spread of 1 reaches the dual clip; else ratios straddle the clip range.
 CASES = {
     "plain": {},
@@ -46,23 +33,23 @@ CASES = {
 }
 # TRL's `loss_type`. It has no GSPO-token, which is to give what its GSPO gives.
 TYPES = {
-    GRPOLoss: "grpo",
-    GSPOLoss: "grpo",
-    GSPOTokenLoss: "grpo",
-    DAPOLoss: "dapo",
-    DrGRPOLoss: "dr_grpo",
-    BNPOLoss: "bnpo",
-    CISPOLoss: "cispo",
-    SAPOLoss: "sapo",
+    losses.GRPOLoss: "grpo",
+    losses.GSPOLoss: "grpo",
+    losses.GSPOTokenLoss: "grpo",
+    losses.DAPOLoss: "dapo",
+    losses.DrGRPOLoss: "dr_grpo",
+    losses.BNPOLoss: "bnpo",
+    losses.CISPOLoss: "cispo",
+    losses.SAPOLoss: "sapo",
 }
-OF_SEQUENCES = (GSPOLoss, GSPOTokenLoss)
+OF_SEQUENCES = (losses.GSPOLoss, losses.GSPOTokenLoss)
 SETTINGS = {cls: {"clip_low": 0.2, "clip_high": 0.28} for cls in TYPES}
 SETTINGS |= {cls: {"clip_low": 3e-4, "clip_high": 4e-4} for cls in OF_SEQUENCES}
-SETTINGS |= {CISPOLoss: {"cap": 1.2}, SAPOLoss: {"tau_positive": 1.0, "tau_negative": 1.05}}
+SETTINGS |= {losses.CISPOLoss: {"cap": 1.2}, losses.SAPOLoss: {"tau_positive": 1.0, "tau_negative": 1.05}}
 SPREADS = {cls: 1e-3 if cls in OF_SEQUENCES else 0.3 for cls in TYPES}
-UNCLIPPED = (CISPOLoss, SAPOLoss)
+UNCLIPPED = (losses.CISPOLoss, losses.SAPOLoss)
 # GSPO-token weighs a KL by the token's ratio, TRL by the sequence's: equal in value, and not in gradient.
-LACKING = {cls: "dual_clip" for cls in UNCLIPPED} | {GSPOTokenLoss: "kl_importance_weight"}
+LACKING = {cls: "dual_clip" for cls in UNCLIPPED} | {losses.GSPOTokenLoss: "kl_importance_weight"}
 PAIRS = [  # each case with each loss, in one of two dtypes, of which every loss and every case has both
     (case, cls, (torch.float64, torch.float32)[(i + j) % 2])
     for i, (case, options) in enumerate(CASES.items())
@@ -93,40 +80,28 @@ def make(dtype, seed, spread, on_policy):
 
 def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | None = None, top_entropy: float = 1.0):
     """`GRPOTrainer._compute_loss` on the same tensors and settings, and the metrics that it logs."""
+    arguments = {"use_bias_correction_kl": loss.kl_importance_weight, "delta": getattr(loss, "dual_clip", None)}
+    arguments["steps_per_generation"] = accumulation
+    # As tensors, since TRL rounds plain numbers to float32, whatever the dtype of the rest.
+    temperatures = [inputs.logprobs.new_tensor(getattr(loss, f"tau_{sign}", 1.0)) for sign in ("positive", "negative")]
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (inputs.logprobs, inputs.entropy, None),
-        args=SimpleNamespace(
-            use_bias_correction_kl=loss.kl_importance_weight,
-            delta=getattr(loss, "dual_clip", None),
-            steps_per_generation=accumulation,
-            # As tensors, since TRL rounds plain numbers to float32, whatever the dtype of the rest.
-            sapo_temperature_pos=torch.tensor(getattr(loss, "tau_positive", 1.0), dtype=inputs.logprobs.dtype),
-            sapo_temperature_neg=torch.tensor(getattr(loss, "tau_negative", 1.0), dtype=inputs.logprobs.dtype),
-        ),
+        args=SimpleNamespace(**arguments, sapo_temperature_pos=temperatures[0], sapo_temperature_neg=temperatures[1]),
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(
-            reduce=lambda x, reduction: x,
-            gather=lambda x: x,
-            pad_across_processes=lambda x, **k: x,
-            num_processes=1,
-            sync_gradients=True,
-        ),
+        accelerator=Accelerator(),
         current_gradient_accumulation_steps=accumulation,
         loss_type=TYPES[type(loss)],
         importance_sampling_level="sequence" if isinstance(loss, OF_SEQUENCES) else "token",
         epsilon_low=getattr(loss, "clip_low", None),
-        epsilon_high=loss.cap if isinstance(loss, CISPOLoss) else getattr(loss, "clip_high", None),
+        epsilon_high=loss.cap if isinstance(loss, losses.CISPOLoss) else getattr(loss, "clip_high", None),
         max_completion_length=LONGEST,
         entropy_coef=loss.entropy_coef,
-        use_adaptive_entropy=False,
         beta=loss.kl_coef,
-        aux_loss_enabled=False,
         top_entropy_quantile=top_entropy,
-        off_policy_mask_threshold=None,
         use_vllm=inputs.importance_weights is not None,
-        vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=loss.needs_entropy,
         _metrics={"train": defaultdict(list)},
+        **UNUSED,
     )
     trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
     empty = torch.zeros(len(inputs.advantages), 1, dtype=torch.long)
@@ -172,22 +147,24 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
     tolerance = {"rtol": of_sums, "atol": of_sums} if dtype == torch.float32 else TIGHT
     assert assert_same(inputs, ours.loss, theirs, tolerance).abs().max() > 1e-3
     shared = set(ours.metrics) & set(their_metrics)
-    if cls is CISPOLoss:
+    if cls is losses.CISPOLoss:
         assert "cispo_clip_ratio" in shared
-    elif cls is not SAPOLoss:
+    elif cls is not losses.SAPOLoss:
         assert shared >= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
     assert ("kl" in shared) == loss.needs_reference
-    for name in shared - ({name for name in shared if "clip" in name} if cls is GSPOTokenLoss else set()):  # ours: of tokens
+    for name in shared - (
+        {name for name in shared if "clip" in name} if cls is losses.GSPOTokenLoss else set()
+    ):  # ours: of tokens
         assert ours.metrics[name].item() == pytest.approx(their_metrics[name], rel=1e-5, abs=1e-7), name
 
 
 def test_the_cases_reach_the_clips():
     """Else the parity above would be one of unclipped ratios."""
-    for cls in (cls for cls in TYPES if cls is not SAPOLoss):
+    for cls in (cls for cls in TYPES if cls is not losses.SAPOLoss):
         metrics = [build(cls)(make(torch.float64, seed, SPREADS[cls], False)).metrics for seed in range(3)]
-        for name in ["cispo_clip_ratio"] if cls is CISPOLoss else ["clip_ratio/low_mean", "clip_ratio/high_mean"]:
+        for name in ["cispo_clip_ratio"] if cls is losses.CISPOLoss else ["clip_ratio/low_mean", "clip_ratio/high_mean"]:
             assert 0.1 < sum(part[name] for part in metrics) < 2
-        if cls is not CISPOLoss:
+        if cls is not losses.CISPOLoss:
             wide = make(torch.float64, 0, 1.0, False)
             capped, free = (build(cls, dual_clip=dual)(wide).loss for dual in (1.5, None))
             assert capped < free
@@ -223,38 +200,30 @@ def test_masked_truncated_completions_equal_trl(cls, options):
     ("cls", "share", "options"),
     [
         (cls, *((0.5, {"kl_coef": 0.1}) if number % 3 == 1 else (0.2, {})))
-        for number, cls in enumerate(cls for cls in TYPES if cls is not GSPOTokenLoss)
+        for number, cls in enumerate(cls for cls in TYPES if cls is not losses.GSPOTokenLoss)
     ],
 )
 def test_the_top_entropy_mask_equals_trl(cls, options, share):
     inputs, loss = make(torch.float64, 6, SPREADS[cls], False), build(cls, **options)
     mask = inputs.completion_mask
-    kept = mask & (inputs.entropy.detach() >= TopEntropyMask(share).threshold(inputs.entropy.detach()[mask].float()))
+    kept = mask & (inputs.entropy.detach() >= losses.TopEntropyMask(share).threshold(inputs.entropy.detach()[mask].float()))
     weights = kept.to(torch.float64)
-    gradient = assert_same(
-        inputs, loss(replace(inputs, importance_weights=weights)).loss, trl_loss(inputs, loss, top_entropy=share)[0]
-    )
-    if cls is not GSPOLoss and not options:
+    weighted = loss(replace(inputs, importance_weights=weights)).loss
+    gradient = assert_same(inputs, weighted, trl_loss(inputs, loss, top_entropy=share)[0])
+    if cls is not losses.GSPOLoss and not options:
         assert (gradient[~kept] == 0).all() and 0.3 * share < kept.sum() / mask.sum() < 1.2 * share
 
 
 MODES = {
-    TokenTruncation: "token_truncate",
-    TokenMask: "token_mask",
-    SequenceTruncation: "sequence_truncate",
-    SequenceMask: "sequence_mask",
+    losses.TokenTruncation: "token_truncate",
+    losses.TokenMask: "token_mask",
+    losses.SequenceTruncation: "sequence_truncate",
+    losses.SequenceMask: "sequence_mask",
 }
 
 
 def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
     """TRL computes them in the middle of a method of 600 lines: run that `if` alone."""
-    source = textwrap.dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions))
-    (block,) = [
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.If) and "self.vllm_importance_sampling_correction" in ast.unparse(node.test)
-        if any("vllm_importance_sampling_ratio" in ast.unparse(statement).split(" = ")[0] for statement in node.body)
-    ]
     trainer = SimpleNamespace(
         use_vllm=True,
         vllm_importance_sampling_correction=True,
@@ -262,27 +231,33 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
         vllm_importance_sampling_clip_max=cap,
         vllm_importance_sampling_clip_min=floor,
     )
-    names = {
-        "self": trainer,
-        "torch": torch,
-        "math": math,
-        "tool_mask": None,
-        "completion_mask": inputs.completion_mask.long(),
-        "old_per_token_logps": inputs.old_logprobs,
-        "sampling_per_token_logps": sampling_logprobs,
-    }
-    exec(compile(ast.Module([block], []), "trl", "exec"), names)
-    return names["vllm_importance_sampling_ratio"]
+
+    def wanted(node):
+        if not isinstance(node, ast.If) or "self.vllm_importance_sampling_correction" not in ast.unparse(node.test):
+            return False
+        return any("vllm_importance_sampling_ratio" in ast.unparse(statement).split(" = ")[0] for statement in node.body)
+
+    return run_statements(
+        GRPOTrainer._generate_and_score_completions,
+        wanted,
+        self=trainer,
+        torch=torch,
+        math=math,
+        tool_mask=None,
+        completion_mask=inputs.completion_mask.long(),
+        old_per_token_logps=inputs.old_logprobs,
+        sampling_per_token_logps=sampling_logprobs,
+    )["vllm_importance_sampling_ratio"]
 
 
 @pytest.mark.parametrize(
     ("correction", "cls", "options", "bounds"),
     [
-        (TokenTruncation, GRPOLoss, {"kl_coef": 0.5, "kl_importance_weight": True}, {"cap": 1.1}),
-        (TokenMask, CISPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
-        (SequenceTruncation, GSPOLoss, {}, {"cap": 1.1, "floor": 0.8}),
-        (SequenceMask, GRPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
-        (TokenTruncation, GSPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (losses.TokenTruncation, losses.GRPOLoss, {"kl_coef": 0.5, "kl_importance_weight": True}, {"cap": 1.1}),
+        (losses.TokenMask, losses.CISPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (losses.SequenceTruncation, losses.GSPOLoss, {}, {"cap": 1.1, "floor": 0.8}),
+        (losses.SequenceMask, losses.GRPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (losses.TokenTruncation, losses.GSPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
     ],
 )
 def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds):

@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import build_model
 
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, ParameterBudget, find_candidates, make_plan
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
 from hybrid_lightning.adapters.sketch import SketchForm
 from hybrid_lightning.adapters.statistics import ExactGradient
@@ -124,12 +122,6 @@ def test_sketches_larger_than_the_matrix_lose_nothing(matrix, size, rank, seed):
     assert sketched.tail_energy(rank) == pytest.approx(exact.tail_energy(rank), rel=1e-3, abs=1e-3 * exact.energy())
 
 
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
-
-
 @given(
     LORA,
     st.lists(st.sampled_from(["full", "lora", "frozen"]), min_size=14, max_size=14),
@@ -140,7 +132,7 @@ def tiny_model() -> LlamaForCausalLM:
 def test_merging_preserves_logits_and_disabling_restores_them(lora, modes, ranks, seed):
     if set(modes) == {"frozen"}:
         return
-    model = tiny_model()
+    model = build_model("llama", std=0.02)
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         base = model(tokens).logits

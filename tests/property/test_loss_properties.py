@@ -8,33 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    SAPOLoss,
-    SequenceMask,
-    SequenceTruncation,
-    TokenMask,
-    TokenTruncation,
-    combine_metrics,
-)
+from hybrid_lightning import losses
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs, LossOutput
 
 OPTIONS = [{}, {"dual_clip": 1.2}, {"kl_coef": 0.2}, {"kl_coef": 0.2, "kl_importance_weight": True}]
-LOSSES = [cls(0.02, 0.03, **options) for cls in (GRPOLoss, GSPOLoss) for options in OPTIONS]
+LOSSES = [cls(0.02, 0.03, **options) for cls in (losses.GRPOLoss, losses.GSPOLoss) for options in OPTIONS]
 LOSSES += [
-    GSPOTokenLoss(0.02, 0.03, kl_coef=0.2),
-    DAPOLoss(0.02, 0.03, dual_clip=1.2),
-    DrGRPOLoss(0.02, 0.03, kl_coef=0.2, kl_importance_weight=True),
-    BNPOLoss(0.02, 0.03, entropy_coef=0.1),
-    CISPOLoss(cap=1.1, kl_coef=0.2),
-    SAPOLoss(entropy_coef=0.1),
+    losses.GSPOTokenLoss(0.02, 0.03, kl_coef=0.2),
+    losses.DAPOLoss(0.02, 0.03, dual_clip=1.2),
+    losses.DrGRPOLoss(0.02, 0.03, kl_coef=0.2, kl_importance_weight=True),
+    losses.BNPOLoss(0.02, 0.03, entropy_coef=0.1),
+    losses.CISPOLoss(cap=1.1, kl_coef=0.2),
+    losses.SAPOLoss(entropy_coef=0.1),
 ]
 IDS = [f"{type(loss).__name__}-{i}" for i, loss in enumerate(LOSSES)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=IDS)
@@ -128,13 +114,16 @@ def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     assert close(sum(output.loss for output, _ in parts), whole.loss)
     widened = [torch.nn.functional.pad(g, (0, gradient.shape[1] - g.shape[1])) for _, g in parts]
     assert close(torch.cat(widened), gradient)
-    joined = combine_metrics(output.metrics for output, _ in parts)
+    joined = losses.combine_metrics(output.metrics for output, _ in parts)
     assert all(close(joined[name], value) for name, value in whole.metrics.items()) and joined.keys() == whole.metrics.keys()
 
 
 @each_loss
 @few
-@given(inputs=loss_inputs(), correction=st.sampled_from([TokenTruncation, TokenMask, SequenceTruncation, SequenceMask]))
+@given(
+    inputs=loss_inputs(),
+    correction=st.sampled_from([losses.TokenTruncation, losses.TokenMask, losses.SequenceTruncation, losses.SequenceMask]),
+)
 def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, inputs, correction):
     weights = F.per_token(correction()(inputs.logprobs, inputs.logprobs, inputs.completion_mask), inputs.completion_mask)
     assert (weights == 1).all()
@@ -150,8 +139,8 @@ def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, input
 @given(inputs=loss_inputs(max_tokens=1, min_tokens=1))
 def test_gspo_is_grpo_on_completions_of_one_token(options, inputs):
     (grpo, grpo_gradient), (gspo, gspo_gradient) = (
-        evaluate(GRPOLoss(0.02, 0.03, **options), inputs),
-        evaluate(GSPOLoss(0.02, 0.03, **options), inputs),
+        evaluate(losses.GRPOLoss(0.02, 0.03, **options), inputs),
+        evaluate(losses.GSPOLoss(0.02, 0.03, **options), inputs),
     )
     assert close(grpo.loss, gspo.loss) and close(grpo_gradient, gspo_gradient)
     assert all(close(value, gspo.metrics[name]) for name, value in grpo.metrics.items())
@@ -172,7 +161,7 @@ def test_no_advantage_no_gradient(loss, inputs):
         assert output.loss == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@pytest.mark.parametrize("cls", [losses.GRPOLoss, losses.GSPOLoss])
 @few
 @given(inputs=loss_inputs(min_tokens=1), beyond=st.floats(1e-6, 2.0))
 def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond):
@@ -183,8 +172,8 @@ def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond)
         idle = stopped | (sign == 0) | ~inputs.completion_mask
         assert torch.equal(gradient == 0, idle)
         assert (gradient[~idle] * sign.expand_as(gradient)[~idle] < 0).all()  # descent makes good tokens likelier
-        flagged = stopped.double() if cls is GSPOLoss else (stopped & inputs.completion_mask).double()
-        count = len(sign) if cls is GSPOLoss else inputs.completion_mask.sum()
+        flagged = stopped.double() if cls is losses.GSPOLoss else (stopped & inputs.completion_mask).double()
+        count = len(sign) if cls is losses.GSPOLoss else inputs.completion_mask.sum()
         assert close(output.metrics["clip_ratio/region_mean"], flagged.sum() / count)
 
 
@@ -197,14 +186,14 @@ def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_deno
     by_length = -inputs.advantages[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
     by_token, by_position = -inputs.advantages[:, None] * mask / tokens, -inputs.advantages[:, None] * mask / (10.0 * len(mask))
     for loss, want in (
-        (GRPOLoss(), by_length),
-        (GSPOLoss(), by_length),
-        (GSPOTokenLoss(), by_length),
-        (SAPOLoss(), by_length),
-        (DAPOLoss(), by_token),
-        (CISPOLoss(), by_token),
-        (BNPOLoss(), by_token),
-        (DrGRPOLoss(), by_position),
+        (losses.GRPOLoss(), by_length),
+        (losses.GSPOLoss(), by_length),
+        (losses.GSPOTokenLoss(), by_length),
+        (losses.SAPOLoss(), by_length),
+        (losses.DAPOLoss(), by_token),
+        (losses.CISPOLoss(), by_token),
+        (losses.BNPOLoss(), by_token),
+        (losses.DrGRPOLoss(), by_position),
     ):
         assert close(evaluate(loss, on_policy)[1], want), loss
 

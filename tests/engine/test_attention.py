@@ -4,9 +4,8 @@ import pytest
 import torch
 from rounding import assert_same_sums, spread
 
-from hybrid_lightning.engine import attention
+from hybrid_lightning.engine import Backend, attention
 from hybrid_lightning.engine.attention import AttentionSettings, Masks
-from hybrid_lightning.engine.backend import Backend
 
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
 # Of the longest queries with the longest prompt: over sizes, over keys, and for gradients over the queries of a group as well.
@@ -17,11 +16,6 @@ def shared_attention(*parts):
     return attention.shared_attention(*parts, Backend())
 
 
-def causal(length):
-    steps = torch.arange(length)
-    return steps[None] <= steps[:, None]
-
-
 def tensors(length, width, dtype=torch.float32):
     """Query, own keys and values, the prompt's, and masks, where the second prompt is shorter."""
     torch.manual_seed(0)
@@ -30,7 +24,7 @@ def tensors(length, width, dtype=torch.float32):
     prompt = torch.randn(2, PROMPTS, HEADS, width, SIZE).unbind()
     parts = [part.to(dtype).requires_grad_() for part in (query, *own, *prompt)]
     seen = torch.arange(width) < torch.tensor([width, width - 2])[:, None]
-    return parts, Masks(seen[:, None, None, None, None], causal(length))
+    return parts, Masks(seen[:, None, None, None, None], torch.ones(length, length, dtype=torch.bool).tril())
 
 
 def gradients(function, parts, masks, settings):

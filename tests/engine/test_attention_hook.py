@@ -8,12 +8,10 @@ from tiny_decoders import SIZES, SPECIAL, special_model
 from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engine_of
 from transformers import BloomConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
-from hybrid_lightning.engine import packing
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend, packing, token_logprobs
 from hybrid_lightning.engine.cpu import attention_operators as kernels
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -54,15 +52,9 @@ def test_decoding_agrees_with_training_in_special_families(family, monkeypatch):
     decoded, original = [], kernels.decode_attention
     monkeypatch.setattr(kernels, "decode_attention", lambda *parts: decoded.append(len(parts[0])) or original(*parts))
     model, tokenizer = special_model({**SPECIAL, **WIDE}[family]), build_tokenizer()
-    sampler = Sampler(max_new_tokens=40)
-    rollouts = sampler.sample(
-        engine_of(model),
-        tokenizer,
-        [Prompt(text="")] * 2,
-        [SHARED[0][0], SHARED[0][3]],
-        4,
-        generator=torch.Generator().manual_seed(1),
-    )
+    prompts, draws = [SHARED[0][0], SHARED[0][3]], torch.Generator().manual_seed(1)
+    arguments = (engine_of(model), tokenizer, [Prompt(text="")] * 2, prompts, 4)
+    rollouts = Sampler(max_new_tokens=40).sample(*arguments, generator=draws)
     logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
     mask = rollouts.sequences.completion_mask
     assert (len(set(decoded)) > 1) == (family in WIDE and calls.library is library), "rows leave as they end"

@@ -99,10 +99,7 @@ def test_packed_attention_does_not_depend_on_threads():
     *parts, outer = packed_tensors("of several tasks", 64, 2, 3, torch.float32)
     arguments = (groups_of("of several tasks"), None, 0.3)
     assert_same_on_any_threads(
-        lambda: [
-            kernels.packed_attention(*parts, *arguments),
-            *kernels.packed_attention_backward(outer, *parts, *arguments),
-        ]
+        lambda: [kernels.packed_attention(*parts, *arguments), *kernels.packed_attention_backward(outer, *parts, *arguments)]
     )
 
 

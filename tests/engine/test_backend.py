@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rounding import assert_same_sums
 
 from hybrid_lightning.engine import backend as of_backend
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, product
 from hybrid_lightning.engine.cpu.build import library
 
 needs_operators = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no operators")
@@ -32,17 +33,61 @@ def test_keys_are_kept_in_the_dtype_of_the_products():
     assert Backend().key_dtype(key.to("meta")) == torch.bfloat16
 
 
-def test_an_accelerator_says_why_not():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert Backend().why_no_segments(cpu, torch.bfloat16) == "cpu has no kernels of it"
-    assert "16 bits, and the model computes with float32" in Backend().why_no_segments(gpu, torch.float32)
-
-
-@pytest.mark.parametrize(("capability", "reason"), [((8, 0), ""), ((7, 5), "this GPU has 7.5")])
-def test_it_needs_a_gpu_that_has_flash_attention(monkeypatch, capability, reason):
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((8, 0), torch.bfloat16, ""),
+        ((7, 5), torch.bfloat16, "this GPU has 7.5"),
+        ((8, 0), torch.float32, "16 bits, and the model computes with float32"),
+    ],
+)
+def test_it_needs_a_gpu_that_has_flash_attention_and_says_why_not(monkeypatch, capability, dtype, reason):
     of_backend._why_not_on.cache_clear()
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    found = Backend().why_no_segments(torch.device("cuda", 0), torch.bfloat16)
+    found = Backend().why_no_segments(torch.device("cuda", 0), dtype)
     of_backend._why_not_on.cache_clear()
-    assert found.endswith(reason) and bool(found) == bool(reason)
+    assert reason in found and bool(found) == bool(reason)
+    assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels of it"
+
+
+# ---- matrix products
+
+# The second and third are above the size from which oneDNN multiplies.
+SHAPES = [(3, 5, 7), (64, 96, 128), (200, 64, 300), (0, 8, 9)]
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def onednn(request, monkeypatch):
+    if request.param and not of_backend._has_onednn():
+        pytest.skip("this torch or processor does not multiply by oneDNN")
+    monkeypatch.setattr(of_backend, "_has_onednn", lambda: request.param)
+
+
+def make(count, inner, outer, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(count)
+    return (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((count, inner), (outer, inner)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_as_exact_as_float32_allows(shape, transposed, onednn):
+    rows, weight = make(*shape)
+    expected = rows @ weight.T
+    if transposed:
+        rows, weight = rows.T.contiguous().T, weight.T.contiguous().T
+    result = product(rows.float(), weight.float())
+    assert_same_sums(result, expected.float(), shape[1])
+    assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_constant_weight_gives_the_same_for_any_rows_and_is_not_changed(shape, dtype, onednn):
+    rows, weight = make(*shape, dtype=dtype)
+    kept = weight.clone()
+    multiply = Backend().prepacked_product(weight)
+    additions = 1 if dtype == torch.bfloat16 else shape[1]  # sums of bfloat16 are of float32, and rounded once
+    for part in (rows, rows[:1], rows[::2]):
+        assert_same_sums(multiply(part), part @ weight.T, additions)
+    assert torch.equal(weight, kept)

@@ -112,15 +112,11 @@ def test_a_packing_trial_that_fails(monkeypatch):
 
 
 @needs_kernels
-def test_float16():
+def test_float16_of_the_model_or_by_autocast_is_what_counts():
     model = build("llama").model.half()
     reasons = slow(Engine(model))
     assert set(reasons) == {"CPU kernels", "prepacked weights"}
     assert "and the model with float16" in reasons["CPU kernels"]
-
-
-@needs_kernels
-def test_bfloat16_by_autocast_is_what_counts():
     engine = build("llama")
     with torch.autocast("cpu", torch.float16):
         engine.prepare()
@@ -149,13 +145,10 @@ def test_prepacked_weights_are_for_plain_lora_in_eval_mode(settings, prepacked):
     assert prepacked or "such as DoRA" in slow(engine)["prepacked weights"]
 
 
-def test_an_accelerator_has_no_kernels_and_no_copies():
+def test_an_accelerator_has_no_kernels_and_no_copies_as_a_processor_without_onednn(monkeypatch):
     backend, cuda = Backend(), torch.device("cuda")
     assert backend.why_no_operators(cuda, torch.float32) == "they are for CPUs, and the model is on cuda"
     assert backend.why_no_copies(cuda, torch.float32) == "copies of weights do not pay on cuda"
-
-
-def test_a_processor_without_onednn(monkeypatch):
     monkeypatch.setattr(backends, "_has_onednn", lambda: False)
     assert "no AVX-512" in slow(build("llama"))["prepacked weights"]
 
@@ -164,9 +157,7 @@ def test_a_processor_without_onednn(monkeypatch):
 def test_a_model_without_an_adapter_says_so():
     engine = Engine(build_model("llama"))
     engine.prepare()
-    assert engine.description().startswith(
-        "engine of the model without an adapter: packed training, shared prompts and CPU kernels;"
-    )
+    assert engine.description().startswith("engine of the model without an adapter: packed training, shared prompts and CPU")
     assert "the model has no adapter, with which its layers are fused" in engine.description()
 
 

@@ -11,13 +11,9 @@ from tiny_decoders import SPECIAL, special_model
 from tiny_models import build_model
 from transformers.models.llama import modeling_llama
 
-from hybrid_lightning.engine import fused_attention
+from hybrid_lightning.engine import Backend, Engine, PackedSequences, fused_attention, own_hidden
 from hybrid_lightning.engine.attention_hook import use_packing
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_attention import FusedAttention, rotary, use_fused_attention
-from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import own_hidden
 from hybrid_lightning.types import Sequences
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
@@ -57,7 +53,7 @@ def test_layers_that_compute_what_llamas_do_are_fused(family, fused):
         assert_same_sums(packed_pass(model, backend), expected, additions_of(model, 7))
 
 
-def test_ours_computes_in_passes_alone(monkeypatch):
+def test_ours_computes_in_passes_alone_and_a_layer_that_somebody_watches_stays_as_it_is(monkeypatch):
     calls = []
     monkeypatch.setattr(fused_attention, "rotary", lambda *parts: calls.append(1) or rotary(*parts))
     model, backend = build_model("llama"), Backend()
@@ -68,6 +64,11 @@ def test_ours_computes_in_passes_alone(monkeypatch):
     assert not calls
     packed_pass(model, backend)
     assert len(calls) == 2, "once a layer"
+    model = build_model("llama")
+    attention_of(model).register_forward_hook(lambda *_: None)
+    use_fused_attention(model, Backend())
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert not isinstance(first, FusedAttention) and isinstance(second, FusedAttention)
 
 
 @pytest.mark.parametrize("change", ["numbers", "scaling", "sliding_window"])
@@ -88,14 +89,6 @@ def test_a_layer_that_computes_or_asks_for_something_else_is_not_fused(change, m
     model = build_model("llama")
     use_fused_attention(model, Backend())
     assert not isinstance(attention_of(model), FusedAttention)
-
-
-def test_a_layer_that_somebody_watches_stays_as_it_is():
-    model = build_model("llama")
-    attention_of(model).register_forward_hook(lambda *_: None)
-    use_fused_attention(model, Backend())
-    first, second = (layer.self_attn for layer in model.model.layers)
-    assert not isinstance(first, FusedAttention) and isinstance(second, FusedAttention)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])

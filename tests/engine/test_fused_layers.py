@@ -8,9 +8,8 @@ from rounding import assert_same_sums
 from tiny_models import build_model
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hybrid_lightning.engine import fused_layers
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine import Backend, fused_layers, use_fused_layers
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
@@ -108,21 +107,7 @@ def test_a_gated_mlp_with_lora_has_the_values_and_gradients_of_peft(bias):
         assert mine <= 1.1 * other + 1e-6 * float(exact.norm())
 
 
-def test_in_bfloat16_a_gated_mlp_rounds_where_its_layers_do():
-    model = adapted()[1].bfloat16()
-    layers = copy.deepcopy(model)
-    layers.base_model.model.down_proj.register_forward_hook(lambda *_: None)  # so that it is called
-    x, gradient = (torch.randn(2, 7, 32, dtype=torch.bfloat16) for _ in range(2))
-    torch.testing.assert_close(slopes_of(model, x, gradient), slopes_of(layers, x, gradient), atol=0, rtol=0)
-
-
-def test_of_a_gated_mlp_with_lora_the_product_is_not_kept():
-    _, fused = adapted()
-    x = torch.randn(1000, 32, requires_grad=True)
-    assert kept(fused, x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4
-
-
-def test_whoever_watches_a_layer_sees_it_called():
+def test_whoever_watches_a_layer_sees_it_called_and_bfloat16_rounds_as_its_layers_do():
     _, fused = adapted()
     x = torch.randn(3, 32)
     expected = fused(x)
@@ -130,6 +115,11 @@ def test_whoever_watches_a_layer_sees_it_called():
     fused.base_model.model.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
     torch.testing.assert_close(fused(x), expected, atol=0, rtol=0)
     assert len(seen) == 1 and seen[0].shape == expected.shape
+    model = adapted()[1].bfloat16()
+    layers = copy.deepcopy(model)
+    layers.base_model.model.down_proj.register_forward_hook(lambda *_: None)  # so that it is called
+    x, gradient = (torch.randn(2, 7, 32, dtype=torch.bfloat16) for _ in range(2))
+    torch.testing.assert_close(slopes_of(model, x, gradient), slopes_of(layers, x, gradient), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("change", ["dropout", "dora", "disabled", "unfrozen"])
@@ -152,6 +142,8 @@ def test_what_is_not_plain_lora_is_left_to_peft(change):
 
 
 def test_less_is_kept():
+    x = torch.randn(1000, 32, requires_grad=True)
+    assert kept(adapted()[1], x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4, "of a gated MLP with LoRA the product is not kept"
     for kind, share in (("norm", 0.55), ("mlp", 0.8)):
         plain = frozen(layers()[kind].bfloat16())
         fused = fused_like(plain)
@@ -160,10 +152,13 @@ def test_less_is_kept():
         assert kept(fused, x) <= share * kept(plain, x)
 
 
-def test_a_norm_that_is_trained_gets_its_gradient():
+def test_a_norm_that_is_trained_gets_its_gradient_and_one_that_somebody_watches_stays_what_it_is():
     norm = fused_like(LlamaRMSNorm(8))
     norm(torch.randn(3, 8)).square().sum().backward()
     assert norm.weight.grad is not None
+    norm = LlamaRMSNorm(8)
+    norm.register_forward_hook(lambda *_: None)
+    assert type(fused_like(norm)) is LlamaRMSNorm
 
 
 @pytest.mark.parametrize(
@@ -232,14 +227,6 @@ def test_a_layer_is_known_by_what_it_computes_and_not_by_its_text(kind, forward,
     assert (type(model[0]) is kind) is known
     if known and kind is FusedRMSNorm:
         assert model[0].weight is layer.weight and model[0].variance_epsilon == 1e-5
-
-
-def test_layers_that_somebody_watches_stay_what_they_are():
-    norm = LlamaRMSNorm(8)
-    norm.register_forward_hook(lambda *_: None)
-    model = torch.nn.Sequential(norm)
-    use_fused_layers(model, Backend())
-    assert model[0] is norm
 
 
 def test_finding_out_draws_no_number_from_the_global_generator():

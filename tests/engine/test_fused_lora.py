@@ -5,24 +5,22 @@ from peft.tuners import lora
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
-from hybrid_lightning.engine import fused_lora
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend, fused_lora, use_fused_layers
 from hybrid_lightning.engine.cpu import operators as low_rank
 from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.cpu.operators import add_low_rank
-from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.engine.fused_lora import FusedLora, use_fused_lora
 
 BACKEND = Backend()  # of all models of this file
 
 
-def build(family="llama", **settings):
+def build(family="llama", targets=("q_proj", "down_proj"), **settings):
     torch.manual_seed(0)
-    model = get_peft_model(build_model(family), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], **settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **settings)
+    model = get_peft_model(build_model(family), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

@@ -9,9 +9,7 @@ from tiny_decoders import SPECIAL, fused, special_model
 from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine import Backend, PackedSequences, token_logprobs
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Sequences
@@ -33,6 +31,18 @@ def plain(model, case, row, temperature):
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def assert_gradients(model, loss, separate):
+    """Of the loss of all rows together, as of what rows give one by one."""
+    loss.backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row in separate:
+        row.backward()
+    for name, gradient in together.items():
+        expected = model.get_parameter(name).grad
+        assert_same_sums(gradient, expected, additions_of(model, 40, backward=True), name=name)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
@@ -62,13 +72,8 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, m
     sequences = build_sequences(case)
     logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
     assert not entropy.requires_grad
-    (logprobs * sequences.completion_mask).sum().backward()
-    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    torch.stack([plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences))]).sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
+    separate = (plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences)))
+    assert_gradients(model, (logprobs * sequences.completion_mask).sum(), separate)
 
 
 @pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
@@ -165,15 +170,12 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
     weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
     logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)
     assert_same_sums((logprobs, entropy), token_logprobs(engine_of(model), sequences, 0.7), additions_of(model, 11), LOGITS)
-    (2 * (logprobs * weights).sum() - (entropy * weights.flip(0)).sum()).backward()
-    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for row, completion in enumerate(CASES["shared"][1]):
-        alone, its_entropy = plain(model, "shared", row, 0.7)
-        length = len(completion)
-        (2 * (alone * weights[row, :length]).sum() - (its_entropy * weights.flip(0)[row, :length]).sum()).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
+
+    def value(alone, its_entropy, row=...):
+        of_row = [part[row][..., : alone.shape[-1]] for part in (weights, weights.flip(0))]
+        return 2 * (alone * of_row[0]).sum() - (its_entropy * of_row[1]).sum()
+
+    separate = (value(*plain(model, "shared", row, 0.7), row) for row in range(len(sequences)))
+    assert_gradients(model, value(logprobs, entropy), separate)
     with torch.no_grad():
         assert not token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)[1].requires_grad

@@ -138,9 +138,13 @@ def test_what_is_not_finite_stays_so(dtype):
 def test_results_do_not_depend_on_threads():
     x, weight = made(200, 576, dtype=torch.bfloat16), made(576, dtype=torch.bfloat16, seed=1)
     logits, uniform = made(40, 5000, dtype=torch.bfloat16, scale=3), torch.rand(40, 1, dtype=torch.float64)
+    result, rows, down, up, outer = low_rank(1000, 64, 48, 8)
 
     def compute():
         parts = [kernels.rms_norm(x, weight, 1e-5)[0], kernels.gated_silu(x, x), *kernels.draw_tokens(logits, uniform, 1.0)]
+        y, of_x = result.clone(), torch.zeros(1000, 64)
+        low = kernels.add_low_rank(y, rows, down, up, 0.7)
+        parts += [y, low, of_x, *kernels.low_rank_gradients(outer, rows, low, down, up, 0.7, of_x)]
         return [*parts, *kernels.token_logprobs(logits.clone(), torch.arange(40), 1.0, True)]
 
     assert_same_on_any_threads(compute)
@@ -194,3 +198,61 @@ def test_sums_do_not_depend_on_where_numbers_lie(size, dtype):
         runs.append([normed, inverses, of_x, *kernels.token_logprobs(logits, tokens, 0.9, slopes=True), logits, *drawn])
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+# ---- kernels of LoRA, in float32 alone
+
+F32 = torch.float32
+# Rows, numbers of an input and of an output, rank: in full lanes and not, in one part and in several.
+LOW_RANK = [(1, 5, 3, 1), (23, 16, 48, 8), (25, 50, 16, 17), (60, 64, 1, 4), (800, 48, 7, 3), (1000, 32, 64, 16)]
+
+
+def low_rank(rows, n, m, rank):
+    """Output, input, A, B, and the gradient of the output; input and gradient are parts of wider rows."""
+    x, outer = (made(rows, size + 3, dtype=F32, seed=seed)[:, 1 : size + 1] for seed, size in enumerate((n, m)))
+    result, down, up = (made(*shape, dtype=F32, seed=2 + k) for k, shape in enumerate(((rows, m), (rank, n), (m, rank))))
+    return result, x, down, up, outer
+
+
+@pytest.mark.parametrize("sizes", LOW_RANK, ids=str)
+def test_what_low_rank_factors_add_and_their_gradients(sizes):
+    result, x, down, up, outer = low_rank(*sizes)
+    of_x, inner = made(len(x), x.shape[1], dtype=F32, seed=5), 0.7 * outer.double() @ up.double()
+    exact_low = x.double() @ down.double().T
+    exact = result.double() + 0.7 * exact_low @ up.double().T
+    low = kernels.add_low_rank(result, x, down, up, 0.7)
+    assert_near(low, exact_low, F32)
+    assert_near(result, exact, F32, roundings=2)
+    exact = (inner.T @ x.double(), 0.7 * outer.double().T @ low.double(), of_x.double() + inner @ down.double())
+    of_down, of_up = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, of_x)
+    for found, wanted in zip((of_down, of_up, of_x), exact, strict=True):
+        assert_near(found, wanted, F32, roundings=2)
+    without = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, None)
+    assert torch.equal(without[0], of_down) and torch.equal(without[1], of_up)
+
+
+def test_low_rank_factors_of_no_rows():
+    result, x, down, up, outer = low_rank(0, 32, 16, 4)
+    low = kernels.add_low_rank(result, x, down, up, 1.0)
+    assert low.shape == (0, 4)
+    for gradient, factor in zip(kernels.low_rank_gradients(outer, x, low, down, up, 1.0, x.clone()), (down, up), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(factor))
+
+
+def test_low_rank_factors_in_any_layout():
+    result, x, down, up, outer = low_rank(40, 32, 48, 8)
+    expected, turned = result.clone(), (down.T.contiguous().T, up.T.contiguous().T)
+    low = kernels.add_low_rank(expected, x, down, up, 0.7)
+    assert torch.equal(kernels.add_low_rank(result, x, *turned, 0.7), low) and torch.equal(result, expected)
+    gradients = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, None)
+    for one, other in zip(kernels.low_rank_gradients(outer, x, low, *turned, 0.7, None), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_what_is_not_finite_in_one_row_stays_so_by_low_rank_factors():
+    result, x, down, up, outer = low_rank(40, 32, 48, 8)
+    x[7, 3] = torch.nan
+    low = kernels.add_low_rank(result, x, down, up, 1.0)
+    assert torch.equal(result.isnan().any(dim=1).nonzero().flatten(), torch.tensor([7]))
+    of_down, of_up = kernels.low_rank_gradients(outer, x, low, down, up, 1.0, None)
+    assert torch.equal(of_down.isnan().any(dim=0).nonzero().flatten(), torch.tensor([3])) and of_up.isnan().all()

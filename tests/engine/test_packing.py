@@ -4,9 +4,7 @@ import torch.nn.functional as F
 from tiny_models import build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine import Backend, PackedSequences, token_logprobs
 from hybrid_lightning.types import Sequences
 
 # Tokens of completions: none, one, and so many that they fill several bands; of three prompts, the first of which comes again.
@@ -39,16 +37,13 @@ def test_the_states_that_predict_have_the_gradient_of_plain_indexing():
     torch.autograd.gradcheck(packed.predicting, hidden)
 
 
-def test_where_all_completions_are_empty_nothing_is_predicted():
+def test_nothing_is_predicted_of_empty_completions_and_bfloat16_is_added_up_in_float32():
     packed = PackedSequences(build_sequences(torch.zeros_like(LENGTHS)), Backend())
     hidden = states_of(packed)
     states = packed.predicting(hidden)
     (gradient,) = torch.autograd.grad(states.sum(), hidden)
     assert len(states) == 0 and not gradient.any() and gradient.shape == hidden.shape
-
-
-def test_gradients_in_bfloat16_are_added_up_in_float32():
-    """Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact."""
+    # Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact
     lengths = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
     packed = PackedSequences(build_sequences(lengths), Backend())
     hidden = states_of(packed, torch.bfloat16)

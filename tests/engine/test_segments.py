@@ -7,10 +7,9 @@ from tiny_decoders import OfAccelerator
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, attention
+from hybrid_lightning.engine import Backend, Engine, attention, token_logprobs
 from hybrid_lightning.engine import segments as of_segments
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.segment_attention import SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.engine.segments import Attended, Segments, attend, joined
 
@@ -60,15 +59,12 @@ def test_values_and_gradients_are_those_of_one_query_after_another(window, filli
         assert torch.allclose(one, other, atol=3e-6)
 
 
-def test_prompts_alone():
+def test_prompts_alone_keys_that_are_not_used_and_runs_without_keys():
     layout = SegmentLayout.of(PROMPTS, None, 5)
     query, key, value = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     found = segment_attention(query, key, value, layout, None, AttentionSettings(scaling=0.3))
     expected = whole(query, key, value, runs_of(PROMPTS, torch.zeros(3, 0, dtype=torch.long)), None, 0.3)
     assert torch.allclose(found, expected, atol=1e-6)
-
-
-def test_keys_that_are_not_used_and_runs_without_keys():
     begins = torch.tensor([0, 2, 3], dtype=torch.int32)
     keys = torch.tensor([0, 4, 8], dtype=torch.int32)
     segments, settings = Segments(begins, keys, 2, 4, causal=False), AttentionSettings(scaling=0.5)
@@ -100,15 +96,12 @@ def test_all_families_train_alike(family, case, adapted):
         assert float((one - other).norm()) <= 1e-5 * max(1.0, float(one.norm()))
 
 
-def test_what_the_kernels_cannot_is_attended_as_before(monkeypatch):
+def test_what_the_kernels_cannot_is_attended_as_before_and_gradients_add_up_in_one_order(monkeypatch):
     """Heads that are too large."""
     monkeypatch.setattr(attention, "_LARGEST_HEAD", 4)
     engine = Engine(build_model("llama"), OfAccelerator())
     engine.prepare()
     assert engine.packs and not engine.packed(build_sequences("shared")).segments
-
-
-def test_gradients_of_one_run_add_up_in_one_order_and_settings_are_put_back():
     assert not torch.are_deterministic_algorithms_enabled()
     with of_segments._in_one_order():
         assert torch.are_deterministic_algorithms_enabled()

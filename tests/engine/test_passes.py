@@ -1,10 +1,8 @@
-import pytest
 import torch
 from tiny_models import FAMILIES, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hybrid_lightning.engine import passes
-from hybrid_lightning.engine.passes import default_token_budget
+from hybrid_lightning.engine import default_token_budget, passes
 
 
 def build(checkpointing=False, **sizes):
@@ -19,22 +17,19 @@ CPU, OTHER = torch.device("cpu"), torch.device("meta")
 SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 
 
-def test_a_pass_takes_what_fits_into_its_space():
+def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes():
     tokens = default_token_budget(build(**SMALL), OTHER)  # not on a CPU: 8 GB
     assert tokens == int(8e9 / (30 * (16 * 576 + 5 * 1536) * 2))
     assert default_token_budget(build(checkpointing=True, **SMALL), OTHER) > 10 * tokens
     large = build(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
     assert default_token_budget(large, OTHER) == 256, "never less than keeps a device busy"
-
-
-def test_the_device_that_computes_counts_and_not_where_the_weights_lie():
     model = build_model("llama")
     assert default_token_budget(model, OTHER) > 10 * default_token_budget(model, CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_says_its_sizes(family):
-    assert default_token_budget(build_model(family), CPU) > 10_000, "tiny models take a whole rollout at once"
+def test_every_family_says_its_sizes():
+    budgets = [default_token_budget(build_model(family), CPU) for family in FAMILIES]
+    assert min(budgets) > 10_000, "tiny models take a whole rollout at once"
 
 
 def kept(model, tokens):

@@ -5,15 +5,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model
+from tiny_runs import DigitShare, build_adapter, build_policy, fit, write_model
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.losses import GRPOLoss, PolicyLoss, TokenTruncation
 from hybrid_lightning.losses import functional as F
+from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.optim import LinearSchedule
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
 
@@ -64,23 +63,17 @@ def assert_same_policy(loaded, module):
 
 def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
     reward = WeightedSum([DigitShare(), LengthPenalty(per_character=0.25), FormatReward("[0-9]", name="digit")], [1.0, 0.5, 0.1])
-    policy = {
-        "loss": Reinforce(0.5, kl_coef=0.01),
-        "reward": reward,
-        "sampler": Sampler(6, temperature=0.7, stop=["#"]),
-        "correction": TokenTruncation(cap=3.0),
-        "optimizer": partial(torch.optim.AdamW, betas=(0.8, 0.9)),
-        "schedule": LinearSchedule(1, final_factor=0.5),
-    }
+    policy = {"loss": Reinforce(0.5, kl_coef=0.01), "reward": reward, "sampler": Sampler(6, temperature=0.7, stop=["#"])}
+    policy |= {"correction": TokenTruncation(cap=3.0), "schedule": LinearSchedule(1, final_factor=0.5)}
+    policy["optimizer"] = partial(torch.optim.AdamW, betas=(0.8, 0.9))
     module, path = save(model, sums, tmp_path, policy=policy)
     loaded = PolicyModule.load_from_checkpoint(path)
     assert_same_policy(loaded, module)
     assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
     for part in ("loss", "reward", "sampler", "correction", "schedule"):
         assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
-    assert [(type(term), weight) for term, weight in loaded.reward.terms()] == [
-        (type(term), weight) for term, weight in reward.terms()
-    ]
+    terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.reward, reward))
+    assert terms == expected
     assert loaded.optimizer_class([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
     assert loaded.lr_lora == module.lr_lora and loaded.rollout_schedule == module.rollout_schedule
 
@@ -114,13 +107,10 @@ def test_arguments_can_be_replaced_while_loading(saved):
 
 
 def test_a_subclass_comes_back_with_its_own_argument(model, sums, tmp_path):
-    module = build_policy(model, kind=partial(Patient, 7))
-    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
-    trainer.fit(module, datamodule=build_data(sums))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = Patient.load_from_checkpoint(tmp_path / "last.ckpt")
+    module, path = save(model, sums, tmp_path, policy={"kind": partial(Patient, 7)})
+    loaded = Patient.load_from_checkpoint(path)
     assert loaded.patience == 7 and isinstance(loaded.loss, GRPOLoss)
-    assert_same_policy(loaded, module.eval())
+    assert_same_policy(loaded, module)
 
 
 @pytest.mark.parametrize("optimizer", [lambda parameters: torch.optim.SGD(parameters, lr=1), torch.optim.SGD.__init__])
@@ -138,16 +128,13 @@ def test_a_part_that_no_import_finds_is_refused_at_once(model):
             build_policy(model, reward=reward)
 
 
-def test_another_base_model_is_refused(saved, tmp_path):
+def test_another_base_model_and_lacking_or_unknown_weights_are_refused(saved, tmp_path):
     _, path = saved
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
         PolicyModule.load_from_checkpoint(path, model=str(other))
     with pytest.raises(CheckpointError, match=r"model\.dtype as in the run's config\.yaml"):
         PolicyModule.load_from_checkpoint(path, dtype="bfloat16")
-
-
-def test_lacking_and_unknown_weights_are_refused(saved, tmp_path):
     content = torch.load(saved[1], weights_only=True)
     first, *others = weights = content["state_dict"]
     for changed, message in (

@@ -169,9 +169,8 @@ def test_answers_of_every_length_are_padded_right(model):
     policy = build_policy(model)
     prompts = [type("P", (), {"answer": answer})() for answer in ("1", "", "123")]
     ids = [[4], [5, 6], [7]]
-    losses = AnswerCalibration(
-        prompts, ids, policy.tokenizer, lambda s: (torch.ones(s.completion_ids.shape), None), 4, torch.device("cpu")
-    )
+    rows = lambda s: (torch.ones(s.completion_ids.shape), None)  # noqa: E731
+    losses = AnswerCalibration(prompts, ids, policy.tokenizer, rows, 4, torch.device("cpu"))
     assert losses.sequences.completion_mask.sum(1).tolist() == [2, 1, 4]
     assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)
 

@@ -5,17 +5,15 @@ import torch
 from tiny_models import FAMILIES, build_model
 from tiny_runs import Constant, build_data, build_policy, fit, write_model
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
+from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.policy import Int8
 from hybrid_lightning.policy.current_weights import CurrentWeights
-from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout import DynamicSampling, Sampler
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.types import Prompt
 
@@ -98,7 +96,7 @@ def test_of_a_quantized_base_the_dequantized_weights_come(model):
     assert_same(build_model("llama", seed=7), values, policy)
 
 
-def test_a_version_is_that_of_the_values(model):
+def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
     policy = adapted(model)
     first = weights_of(policy).version
     assert weights_of(policy).version == first and str(first).startswith("0-")
@@ -118,9 +116,6 @@ def test_a_version_is_that_of_the_values(model):
         values = received(start)
     other = build_model("llama", std=0.1)
     assert all(torch.equal(values[name], weight) for name, weight in other.named_parameters()), "the start policy's weights"
-
-
-def test_labels_of_others_are_no_versions():
     assert not any(map(WeightsVersion.parse, ("default", "", "12", "x-1", "updating")))
     assert WeightsVersion.parse(str(WeightsVersion(12, "ab"))) == WeightsVersion(12, "ab")
 
@@ -179,7 +174,7 @@ class Copying(Sampler):
         self.ended += 1
 
 
-def test_an_engine_is_updated_when_weights_have_changed_and_not_else(model):
+def test_an_engine_is_updated_when_weights_have_changed_and_improbable_completions_are_refused(model):
     sampler = Copying()
     policy = adapted(model, sampler=sampler)
     prompts = [Prompt(text="12+3=")]
@@ -190,9 +185,6 @@ def test_an_engine_is_updated_when_weights_have_changed_and_not_else(model):
         next(p for p in policy.parameters() if p.requires_grad).add_(0.1)
     policy.generate(prompts, 2)
     assert sampler.updates == [(0, True), (0, False)]
-
-
-def test_a_first_completion_that_the_policy_finds_improbable_is_refused(model):
     sampler = Copying()
     sampler.update = lambda *_: setattr(sampler, "version", WeightsVersion(0, "x"))
     sampler.model = build_model("llama", seed=9, std=0.4)
@@ -208,7 +200,7 @@ def run(model, sums, root, sampler, steps=4, **options):
     return fit(model, sums, root, policy=policy, data=data, max_steps=steps, **flags), data
 
 
-def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(model, sums, tmp_path):
+def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are_and_so_does_our_sampler(model, sums, tmp_path):
     sampler = Copying()
     trainer = run(model, sums, tmp_path, sampler)[0].trainer
     # The base before it is adapted, all of it; what the adapter changes then is not yet trained, and equal.
@@ -217,6 +209,9 @@ def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(model, su
     assert trainer.logged_metrics["sampling/logp_difference/max"] < 1e-4
     assert trainer.logged_metrics["sampling/weights_update_s"] > 0
     assert sampler.released >= 2 and sampler.ended == 1
+    trainer = run(model, sums, tmp_path, Sampler(max_new_tokens=6))[0].trainer
+    assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
+    assert "sampling/weights_update_s" not in trainer.logged_metrics
 
 
 @pytest.mark.filterwarnings("ignore:nothing is learned from 100% of a rollout's groups")
@@ -231,21 +226,12 @@ def test_every_command_and_phase_samples_by_the_engine(model, sums, tmp_path):
         assert sampler.prompts, command.__name__
 
 
-def test_our_sampler_logs_the_age_of_weights_too(model, sums, tmp_path):
-    trainer = run(model, sums, tmp_path, Sampler(max_new_tokens=6))[0].trainer
-    assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
-    assert "sampling/weights_update_s" not in trainer.logged_metrics
-
-
 class Renormalizing(Copying):
     renormalizes = True
 
 
-def test_a_correction_of_renormalized_probabilities_is_refused(model, sums, tmp_path):
+def test_an_engine_whose_correction_does_not_fit_is_refused_and_one_without_is_warned_of(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="compares probabilities under the full softmax"):
         run(model, sums, tmp_path, Renormalizing(top_k=3))
-
-
-def test_an_engine_without_a_correction_is_warned_of(model, sums, tmp_path):
     with pytest.warns(UserWarning, match=r"model\.correction corrects nothing"):
         run(model, sums, tmp_path, Copying(), correction=None, steps=1)

@@ -8,26 +8,16 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_models import build_model, plain_distribution, plain_logprobs
+from tiny_models import build_model, plain_distribution, tokens_of
 from tiny_runs import OftenDone, StartsWithDigit, build_data, build_policy, build_trainer, fit
 
+from hybrid_lightning import losses
 from hybrid_lightning.advantages import (
     BatchStdAdvantage,
     GroupAdvantage,
     GroupMeanAdvantage,
     LeaveOneOutAdvantage,
     PerRewardAdvantage,
-)
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    SAPOLoss,
-    TopEntropyMask,
 )
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
@@ -112,23 +102,24 @@ ADVANTAGES = {
     LeaveOneOutAdvantage: lambda rewards: ADVANTAGES[GroupMeanAdvantage](rewards) * G / (G - 1),
     PerRewardAdvantage: gdpo,
 }
-MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": TopEntropyMask(0.5)}
+MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": losses.TopEntropyMask(0.5)}
 CASES = [
-    (GRPOLoss(kl_coef=KL), of_tokens(0.2, 0.2), mean_of_means, GroupAdvantage(), {}),
-    (GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), {}),
-    (GSPOTokenLoss(0.08, 0.09), gspo_token, mean_of_means, GroupAdvantage(), TOP),
-    (DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), MASKED),
-    (DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), MASKED),
-    (BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), {}),
-    (CISPOLoss(cap=1.1), cispo, mean_over_tokens, BatchStdAdvantage(), TOP | MASKED),
-    (SAPOLoss(entropy_coef=ENTROPY), sapo, mean_of_means, PerRewardAdvantage(), TOP),
+    (losses.GRPOLoss(kl_coef=KL), of_tokens(0.2, 0.2), mean_of_means, GroupAdvantage(), {}),
+    (losses.GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), {}),
+    (losses.GSPOTokenLoss(0.08, 0.09), gspo_token, mean_of_means, GroupAdvantage(), TOP),
+    (losses.DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), MASKED),
+    (losses.DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), MASKED),
+    (losses.BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), {}),
+    (losses.CISPOLoss(cap=1.1), cispo, mean_over_tokens, BatchStdAdvantage(), TOP | MASKED),
+    (losses.SAPOLoss(entropy_coef=ENTROPY), sapo, mean_of_means, PerRewardAdvantage(), TOP),
 ]
 
 
 def completion(model, sequences, row):
     """Log-probabilities and entropies of one completion, [t] each."""
     distribution = plain_distribution(model, sequences, row, TEMPERATURE)
-    return plain_logprobs(model, sequences, row, TEMPERATURE), -(distribution.exp() * distribution).sum(-1)
+    chosen = torch.tensor(tokens_of(sequences, row)[1])[:, None]
+    return distribution.gather(1, chosen).squeeze(1), -(distribution.exp() * distribution).sum(-1)
 
 
 class ByEquation(Callback):
@@ -178,16 +169,9 @@ class ByEquation(Callback):
 @pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
 def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, masks):
     by_equation = ByEquation(loss, term, weights, advantage, masks)
-    policy = {
-        "loss": loss,
-        "advantage": advantage,
-        "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]),
-        "sampler": OftenDone(LONGEST, temperature=TEMPERATURE),
-        "minibatches_per_rollout": MINIBATCHES,
-        "epochs_per_rollout": 2,
-        "max_tokens_per_micro_batch": 24,
-        **masks,
-    }
+    policy = {"loss": loss, "advantage": advantage, "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]), **masks}
+    policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
+    policy["sampler"] = OftenDone(LONGEST, temperature=TEMPERATURE)
     fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
     assert by_equation.steps >= 3, "of four; in one all may be clipped"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"
@@ -195,15 +179,18 @@ def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, 
 
 @pytest.mark.parametrize(
     ("loss", "advantage", "told"),
-    [(DrGRPOLoss(), PerRewardAdvantage, 1), (DrGRPOLoss(), GroupMeanAdvantage, 0), (GRPOLoss(), GroupAdvantage, 0)],
+    [
+        (losses.DrGRPOLoss(), PerRewardAdvantage, 1),
+        (losses.DrGRPOLoss(), GroupMeanAdvantage, 0),
+        (losses.GRPOLoss(), GroupAdvantage, 0),
+    ],
 )
 def test_dr_grpo_beside_a_standard_deviation_warns_once_where_it_trains(model, sums, tmp_path, loss, advantage, told):
     policy = {"loss": loss, "advantage": advantage()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        build_trainer(tmp_path).validate(
-            build_policy(model, **policy), datamodule=build_data(sums, validation_fraction=0.5), verbose=False
-        )
+        module, data = build_policy(model, **policy), build_data(sums, validation_fraction=0.5)
+        build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
         assert not any("GroupMeanAdvantage" in str(warning.message) for warning in caught)
         fit(model, sums, tmp_path, policy=policy, max_steps=1)
     texts = [str(warning.message) for warning in caught if "DrGRPOLoss" in str(warning.message)]

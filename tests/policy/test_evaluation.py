@@ -58,28 +58,18 @@ def values_of(metrics, name=""):
     return {key: float(value) for key, value in metrics.compute()[name].items() if "/" not in key}
 
 
-def test_metrics_are_over_all_prompts_and_not_over_batches_and_a_prompt_seen_twice_counts_once():
+def test_metrics_are_over_all_prompts_of_a_set_each_once_and_not_over_batches():
     assert values_of(evaluate(BATCHES)) == values_of(evaluate([*BATCHES, BATCHES[1]])) == pytest.approx(EXPECTED)
-
-
-def test_prompts_of_a_named_set_are_told_by_its_name():
     metrics = evaluate(BATCHES, sets="quiz")
     assert list(metrics.compute()) == ["", "quiz"]
     assert values_of(metrics, "quiz") == values_of(metrics) == pytest.approx(EXPECTED)
 
 
-SHOWN = ["shown 4", "shown 9"]
-
-
 def test_records_hold_each_prompts_own_completions_and_survive_json():
     rollouts, rewards = build([4, 9], [[True, False], [False, True]], [[1, 1], [2, 5]], "quiz")
-    records = [json.loads(json.dumps(record)) for record in prediction_records(rollouts, rewards, SHOWN, ["7", None, "", "5"])]
-    assert records[1] == {
-        "set": "quiz",
-        "index": 9,
-        "prompt": "shown 9",
-        "answer": "a9",
-        "completions": ["c2", "c3"],
+    records = list(prediction_records(rollouts, rewards, ["shown 4", "shown 9"], ["7", None, "", "5"]))
+    assert json.loads(json.dumps(records)) == records and records[1] == {
+        **{"set": "quiz", "index": 9, "prompt": "shown 9", "answer": "a9", "completions": ["c2", "c3"]},
         "extracted_answers": ["", "5"],
         "lengths": [2, 5],
         "finished": [True, False],

@@ -14,7 +14,7 @@ from tiny_runs import StartsWithDigit, build_adapter, build_trainer
 
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
+from hybrid_lightning.rollout.batching import join_rows
 from hybrid_lightning.types import Prompt
 
 BETA = 0.5
@@ -76,11 +76,11 @@ class ByHand(Callback):
 
 
 @pytest.mark.parametrize(
-    ("kind", "max_tokens", "accumulate"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)]
+    ("kind", "budget", "accumulate"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)]
 )
-def test_a_step_is_that_of_separate_sequences(kind, max_tokens, accumulate, model, rows, tmp_path):
+def test_a_step_is_that_of_separate_sequences(kind, budget, accumulate, model, rows, tmp_path):
     check = ByHand(kind)
-    arguments = {"max_tokens_per_micro_batch": max_tokens}
+    arguments = {"max_tokens_per_micro_batch": budget}
     fit(kind, model, rows, tmp_path, check, arguments=arguments, accumulate_grad_batches=accumulate, max_steps=2)
     assert check.steps == 2 and check.losses[0] != check.losses[1]
     if kind == "preference":
@@ -113,18 +113,6 @@ def test_chosen_and_rejected_share_their_prompt(model, rows):
     assert_same_sums(shared, join_rows(separate, width), additions_of(module.model, 16), LOGITS)
     needed = int(sequences.prompt_mask[0::2].sum()) + int(sequences.completion_mask.sum()) - 8
     assert needed <= tokens[0] < needed + 16, "each prompt once, no completion's last token, and up to 15 tokens of filling"
-
-
-def test_a_pair_is_never_cut(model, rows):
-    module = build_module("preference", model)
-    prompts = build_examples("preference", rows).train_prompts[:3]
-    sequences = module.example_sequences([prompts[0], prompts[0], prompts[1]], torch.device("cpu"))  # the first two share it
-    prompt, pairs = 4, sequences.completion_mask.sum(dim=1).view(3, 2).sum(dim=1).tolist()
-    assert split_by_tokens(sequences, 1, 2) == [slice(0, 2), slice(2, 4), slice(4, 6)]
-    first_two = prompt + pairs[0] + pairs[1]
-    assert split_by_tokens(sequences, first_two, 2) == [slice(0, 4), slice(4, 6)]
-    assert split_by_tokens(sequences, first_two - 1, 2)[0] == slice(0, 2)
-    assert split_by_tokens(sequences, first_two + prompt + pairs[2], 2) == [slice(0, 6)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,13 +177,7 @@ def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, mode
 @pytest.mark.parametrize(
     ("kind", "format", "number", "error", "message"),
     [
-        (
-            "supervised",
-            "preference",
-            8,
-            DataError,
-            r"row \d+ has 2 completions, .* needs one: give data.format=",
-        ),
+        ("supervised", "preference", 8, DataError, r"row \d+ has 2 completions, .* needs one: give data.format="),
         ("preference", "supervised", 8, DataError, r"has 1 completions, but PreferenceModule needs two"),
         ("supervised", "supervised", 26, ConfigError, "examples_per_step=26 is more than the 24"),
         ("supervised", "supervised", 0, ConfigError, "examples_per_step must be at least 1, got 0"),

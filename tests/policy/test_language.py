@@ -8,12 +8,12 @@ import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model
 from transformers import T5Config
 
+from hybrid_lightning.advantages import GroupAdvantage, LeaveOneOutAdvantage
 from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy.examples import ExampleModule, SupervisedModule
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.policy import ExampleModule, PolicyModule, SupervisedModule
+from hybrid_lightning.rewards import ExactMatch, OverlongPenalty, WeightedSum
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.types import Prompt
 
@@ -38,7 +38,7 @@ def unloaded(model, kind=PolicyModule, **arguments):
     return kind.unloaded(GRPOLoss(), ExactMatch(), model=str(model), **arguments)
 
 
-def test_what_is_loaded_later_is_the_same_module(model):
+def test_what_is_loaded_later_is_the_same_module_and_a_constructor_that_looks_at_it_has_it_loaded(model):
     module, expected = unloaded(model), PolicyModule(GRPOLoss(), ExactMatch(), model=str(model))
     assert not module.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
     module.load()
@@ -48,6 +48,8 @@ def test_what_is_loaded_later_is_the_same_module(model):
     first = module.model
     module.load()
     assert module.model is first, "once"
+    module = unloaded(model, Widened)
+    assert module.width == 32 and module.is_loaded
 
 
 def test_it_tokenizes_without_its_weights(model, no_weights):
@@ -81,11 +83,6 @@ def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(sums, t
         build_trainer(tmp_path).check(module, build_data(sums))
 
 
-def test_a_constructor_that_looks_at_its_model_has_it_loaded(model):
-    module = unloaded(model, Widened)
-    assert module.width == 32 and module.is_loaded
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +113,24 @@ def test_every_option_stands_in_the_signature_and_is_the_same_for_all_policies()
 def test_examples_without_a_loss_are_refused(model):
     with pytest.raises(ConfigError, match=r"needs model\.loss; or take SupervisedModule or PreferenceModule"):
         ExampleModule.unloaded(model=str(model))
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "adapter", "message"),
+    [
+        ({}, {"precision": "bf16-true"}, {}, r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
+        ({}, {"accumulate_grad_batches": 3}, {}, r"16 completions .* cannot be split evenly into 3 micro-batches"),
+        ({"prompts_per_rollout": 17}, {}, {}, r"prompts_per_rollout=17 is more than the 16 training prompts"),
+        ({"samples_per_prompt": 1, "advantage": GroupAdvantage()}, {}, {}, "GroupAdvantage compares .* to 2 or more"),
+        ({"samples_per_prompt": 1, "advantage": LeaveOneOutAdvantage()}, {}, {}, "=1: LeaveOneOutAdvantage compares"),
+        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, {}, {}, "OverlongPenalty: .*max_new_tokens=6, .* would never act"),
+        ({"loss": GRPOLoss(kl_coef=0.1)}, {}, {"keep_start_weights": False}, "KL term .* set adapter.keep_start_weights=true"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(model, sums, tmp_path, monkeypatch, policy, flags, adapter, message):
+    monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(ConfigError, match=message):
+        fit(model, sums, tmp_path, build_adapter(**adapter), policy=policy, **flags)
 
 
 def test_settings_are_checked_once_a_run(model, sums, tmp_path, monkeypatch):

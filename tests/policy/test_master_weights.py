@@ -98,7 +98,7 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(name, tmp_path):
     assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in unbroken.param_groups]
 
 
-def test_a_weight_without_gradient_is_left_alone():
+def test_a_weight_without_gradient_is_left_alone_and_two_bytes_are_kept_beside_the_moments():
     optimizer, parameters = build(torch.optim.AdamW, torch.bfloat16)
     before = parameters[1].detach().clone()
     for parameter in (parameters[0], parameters[2]):
@@ -106,6 +106,10 @@ def test_a_weight_without_gradient_is_left_alone():
     loss = optimizer.step(lambda: 0.25)
     assert loss == 0.25 and torch.equal(parameters[1], before) and parameters[1] not in optimizer.state
     assert optimizer.state_dict()["state"].keys() == {0, 2}
+    optimizer, parameters = build(torch.optim.AdamW, torch.bfloat16)
+    steps(optimizer, parameters, 2)
+    assert kept(optimizer) == 2 + 8
+    assert not optimizer._inner.state and not any(group["params"] for group in optimizer._inner.param_groups)
 
 
 class Counting(torch.optim.SGD):
@@ -128,13 +132,6 @@ def kept(optimizer):
     weight = optimizer.param_groups[0]["params"][0]
     tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor) and value.dim()]
     return sum(value.untyped_storage().nbytes() for value in tensors) / weight.numel()
-
-
-def test_two_bytes_are_kept_beside_the_moments():
-    optimizer, parameters = build(torch.optim.AdamW, torch.bfloat16)
-    steps(optimizer, parameters, 2)
-    assert kept(optimizer) == 2 + 8
-    assert not optimizer._inner.state and not any(group["params"] for group in optimizer._inner.param_groups)
 
 
 def test_moments_of_eight_bits():

@@ -1,14 +1,15 @@
-"""`bf16-true`: all weights are bfloat16, and training is that of float32 weights under autocast."""
+"""`bf16-true`, which trains as float32 weights under autocast do; `16-mixed`, with a scaled loss; and what is refused."""
 
 from functools import partial
 
 import pytest
 import tiny_runs
 import torch
+from cli_runs import run as command
+from lightning.pytorch.plugins.precision import MixedPrecision
 from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 from transformers import AutoModelForCausalLM
-from wide_models import write_wide_model
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
@@ -22,16 +23,19 @@ TRUE = "bf16-true"
 
 
 class Log(tiny_runs.Log):
-    """And dtypes of every micro-batch."""
+    """And dtypes of every micro-batch; scale, where there is one, and weights after every step."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.dtypes, self.scales, self.weights = set(), [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         given = (batch.advantages, batch.old_logprobs, batch.ref_logprobs, outputs["loss"])
         self.dtypes |= {tensor.dtype for tensor in given if tensor is not None} | {torch.get_default_dtype()}
+        if scaler := getattr(trainer.precision_plugin, "scaler", None):
+            self.scales.append(scaler.get_scale())
+            self.weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters() if p.requires_grad]))
 
 
 def run(model, sums, root, precision=TRUE, policy=None, adapter=None, **flags):
@@ -60,7 +64,7 @@ def test_with_one_pass_a_step_it_is_the_mixed_run_bit_for_bit(model, sums, tmp_p
         assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), trained(module)[name]), name
     # Norms of gradients come from torch's own function there, and from float32 sums of bfloat16 here: the same to rounding.
     for mine, theirs in zip(log.metrics, before.metrics, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6) and mine["sampling/logp_difference/mean"] < 0.02
     assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]
 
 
@@ -98,39 +102,33 @@ def test_it_begins_as_the_base_model_with_dora_too(model, sums, tmp_path):
     assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
 
 
-def test_sampling_and_training_agree_as_in_mixed_precision(model, sums, tmp_path):
-    logs = [run(model, sums, tmp_path / name, name, {"lr_lora": 0.02}, max_steps=8)[1] for name in (TRUE, "bf16-mixed")]
-    true, mixed = ([step["sampling/logp_difference/mean"] for step in log.metrics] for log in logs)
-    assert 0 < max(true) < 0.02 and true == pytest.approx(mixed, abs=2e-3)
+@pytest.fixture(scope="module")
+def saved(model, sums, tmp_path_factory):
+    """By precision: the policy after four steps, and its checkpoint."""
+    found = {}
+    for precision in (TRUE, "bf16-mixed"):
+        path = tmp_path_factory.mktemp(precision) / "last.ckpt"
+        module, _ = run(model, sums, path.parent, precision, max_steps=4)
+        module.trainer.save_checkpoint(path)
+        found[precision] = module, path
+    return found
 
 
-def save(model, sums, root, **options):
-    module, _ = run(model, sums, root, max_steps=4, **options)
-    module.trainer.save_checkpoint(root / "last.ckpt")
-    return module, root / "last.ckpt"
-
-
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(model, sums, tmp_path):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_in_its_own_precision(model, sums, tmp_path, saved):
     unstopped, expected = run(model, sums, tmp_path / "whole")
-    _, path = save(model, sums, tmp_path / "part")
-    module, log = run(model, sums, tmp_path / "rest", ckpt=path)
+    module, log = run(model, sums, tmp_path / "rest", ckpt=saved[TRUE][1])
     assert [step["loss"] for step in log.metrics] == [step["loss"] for step in expected.metrics[4:]]
     for name, weight in masters(unstopped).items():
         assert torch.equal(weight, masters(module)[name]), name
-
-
-def test_a_checkpoint_goes_on_in_its_own_precision(model, sums, tmp_path):
-    _, path = save(model, sums, tmp_path / "true")
     with pytest.raises(CheckpointError, match=r"trained weights of torch\.bfloat16.*precision=bf16-mixed.*give the precision"):
-        run(model, sums, tmp_path, "bf16-mixed", ckpt=path)
-    _, path = save(model, sums, tmp_path / "mixed", precision="bf16-mixed")
+        run(model, sums, tmp_path, "bf16-mixed", ckpt=saved[TRUE][1])
     with pytest.raises(CheckpointError, match=r"trained weights of torch\.float32.*precision=bf16-true"):
-        run(model, sums, tmp_path, TRUE, ckpt=path)
+        run(model, sums, tmp_path, TRUE, ckpt=saved["bf16-mixed"][1])
 
 
 @pytest.mark.parametrize("precision", [TRUE, "bf16-mixed"])
-def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, sums, tmp_path, precision):
-    module, path = save(model, sums, tmp_path / "run")
+def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, sums, tmp_path, precision, saved):
+    module, path = saved[TRUE]
     policy = build_policy(model, dtype="bfloat16")
     data = build_data(sums, test_fraction=0.25)
     build_trainer(tmp_path, build_adapter(), precision=precision).test(policy, datamodule=data, ckpt_path=path, verbose=False)
@@ -142,17 +140,6 @@ def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, su
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     with torch.no_grad():
         assert_same_logits(exported(IDS).logits, alone.model.eval().float()(IDS).logits)
-
-
-def test_a_quantized_base(sums, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from hybrid_lightning.policy.quantization import NF4
-
-    wide = write_wide_model(tmp_path / "wide")
-    policy = {"quantization": NF4(), "optimizer": bitsandbytes.optim.AdamW8bit}
-    module, log = run(wide, sums, tmp_path, policy=policy)
-    assert {weight.dtype for weight in trained(module).values()} == {torch.bfloat16}
-    assert log.metrics[0]["ratio/max"] == 1 and log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
 
 
 @pytest.mark.parametrize(
@@ -169,3 +156,47 @@ def test_a_quantized_base(sums, tmp_path):
 def test_what_does_not_fit_together_is_refused(precision, dtype, message):
     with pytest.raises(ConfigError, match=message):
         check_precision(precision, dtype, partial(torch.optim.AdamW, fused=True))
+
+
+# ---- float16 under autocast; on a CPU Lightning wants it as a plugin
+
+
+def run_16(model, sums, root, scale=2.0**12, policy=None, **flags):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    policy = {"dtype": "float16", **(policy or {})}
+    return run(model, sums, root, None, policy, plugins=[plugin], **{"max_steps": 4, **flags})
+
+
+@pytest.mark.parametrize("policy", [{}, {"dtype": "float32"}, {"max_tokens_per_micro_batch": 24, "gradient_checkpointing": True}])
+def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, policy):
+    module, log = run_16(model, sums, tmp_path, policy=policy, gradient_clip_val=0.5)
+    assert str(module.trainer.precision) == "16-mixed"
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in module.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.float32 if "dtype" in policy else torch.float16}
+    assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]
+    assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
+    assert all(step["sampling/logp_difference/mean"] < 2e-3 for step in log.metrics)
+
+
+def test_a_step_with_gradients_that_are_too_large_is_left_out(model, sums, tmp_path):
+    _, log = run_16(model, sums, tmp_path, scale=2.0**22, max_steps=12)
+    moved = [not torch.equal(*pair) for pair in zip(log.weights, log.weights[1:], strict=False)]
+    lowered = [after < before for before, after in zip(log.scales, log.scales[1:], strict=False)]
+    assert log.scales[0] == 2.0**21 and any(lowered) and any(moved)
+    assert all(one != other for one, other in zip(moved, lowered, strict=True)), "either a step or a smaller scale"
+    assert log.weights[-1].isfinite().all()
+
+
+def test_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
+    _, unstopped = run_16(model, sums, tmp_path, scale=2.0**18)
+    module, _ = run_16(model, sums, tmp_path, scale=2.0**18, max_steps=2)
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    _, log = run_16(model, sums, tmp_path, ckpt=tmp_path / "last.ckpt")
+    assert log.scales == unstopped.scales[2:] and all(map(torch.equal, log.weights, unstopped.weights[2:]))
+
+
+def test_the_command_line_takes_the_plugin(folder):
+    plugins = "--trainer.plugins=lightning.pytorch.plugins.MixedPrecision"
+    options = [plugins, "--trainer.plugins.precision=16-mixed", "--trainer.plugins.device=cpu", "--trainer.max_steps=1"]
+    result = command(folder, "fit", "--config", "t.yaml", *options)
+    assert result.code == 0, result.err

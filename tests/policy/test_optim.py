@@ -14,19 +14,13 @@ def factors(schedule, total, count=None):
     return [schedule.factor(step, total) for step in range(total if count is None else count)]
 
 
-def test_a_warm_up_rises_in_equal_steps_to_the_full_rate():
+def test_a_warm_up_rises_in_equal_steps_and_a_line_or_half_a_cosine_falls_to_its_end():
     assert factors(ConstantSchedule(warmup_steps=3), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert factors(ConstantSchedule(), 3) == [1.0, 1.0, 1.0]
     assert ConstantSchedule(2).factor(10**9, math.inf) == 1.0
     assert factors(LinearSchedule(warmup_steps=9), 3) == [0.1, 0.2, 0.3], "a run shorter than its warm-up"
-
-
-def test_a_line_falls_to_its_end():
     assert factors(LinearSchedule(), 4, 5) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert factors(LinearSchedule(warmup_steps=1, final_factor=0.5), 5, 6) == [0.5, 1.0, 0.875, 0.75, 0.625, 0.5]
-
-
-def test_half_a_cosine_falls_to_its_end():
     expected = [1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4), 0.0]
     assert factors(CosineSchedule(), 4, 5) == pytest.approx(expected)
     assert CosineSchedule(final_factor=0.1).factor(50, 10) == pytest.approx(0.1), "it never rises again"

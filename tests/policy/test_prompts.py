@@ -26,15 +26,12 @@ def with_special_tokens(pattern):
     return tokenizer
 
 
-def test_a_plain_prompt_begins_as_the_tokenizer_says_but_never_ends():
+def test_a_prompt_begins_as_the_tokenizer_says_but_never_ends_and_messages_have_an_open_answer():
     prompt, plain = Prompt(text="1+2="), build_tokenizer()("1+2=").input_ids
     encoder = PromptEncoder(build_tokenizer())
     assert encoder.render(prompt) == "1+2=" and encoder.encode(prompt) == plain
     assert PromptEncoder(with_special_tokens("<bos> $A <eos>")).encode(prompt) == [1, *plain]
     assert PromptEncoder(with_special_tokens("$A <eos> <eos>")).encode(prompt) == plain
-
-
-def test_chat_messages_are_rendered_with_one_beginning_and_an_open_answer():
     encoder = PromptEncoder(with_special_tokens("<bos> $A <eos>"), TEMPLATE)
     assert encoder.render(CHAT) == "<bos>s#add\nu#1+2\na#"
     assert encoder.encode(CHAT) == [1, *build_tokenizer()("s#add\nu#1+2\na#").input_ids]
@@ -53,10 +50,7 @@ def test_the_template_given_comes_before_the_tokenizers_and_one_has_to_be():
 @pytest.mark.parametrize(
     ("template", "remedy"),
     [
-        (
-            "{{ raise_exception('no system role') }}",
-            r"change data\.format \(for no system role: system_prompt=null, .*\) or model\.",
-        ),
+        ("{{ raise_exception('no system role') }}", r"change data\.format \(for no system role: system_prompt=null, .*\) or"),
         ("{% for %}", r"change data\.format or model\.chat_template"),
     ],
 )
@@ -75,9 +69,7 @@ def test_an_empty_prompt_is_refused(prompt):
 def test_what_the_vocabulary_lacks_is_said():
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path()))
     assert encoder.encode(Prompt(text="12*3="))
-    with pytest.raises(
-        DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*take another model, other data"
-    ):
+    with pytest.raises(DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*take another model"):
         encoder.encode(Prompt(text="How many?", index=3, source="q.csv"))
 
 

@@ -1,32 +1,38 @@
-"""Which modules are quantized and how, and that adapter and start policy are as exact on them as on plain ones."""
+"""Which modules are quantized and how, that adapter and start policy are as exact on them as on plain ones, and runs on them."""
 
 import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from peft import PeftModel
+from rounding import additions_of, assert_same_sums
+from tiny_runs import Log, StartsWithDigit, build_adapter, fit, write_sums
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from wide_models import build_wide_model, write_wide_model
 
-from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Random, adapter_disabled, apply_plan, find_candidates, make_plan
+from hybrid_lightning.adapters.apply import trainable_state
+from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
-from hybrid_lightning.adapters.scorers import Random
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
+from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.loading import load_config, resolve_model
+from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.quantization import NF4, Int8, check_quantization, quantize_base
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 pytest.importorskip("bitsandbytes")
 
+import bitsandbytes
 from test_quantized_linear import unpacked
 
 IDS = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(7))
-KINDS = [NF4, Int8]
 VARIANTS = {
     "lora": LoraSettings(rank=4, alpha=6),
     "dora": LoraSettings(rank=4, alpha=6, use_dora=True),
@@ -121,25 +127,6 @@ def test_the_adapter_on_it_is_as_exact_as_on_a_plain_base(family, variant, kind)
         assert torch.equal(adapted(IDS).logits, start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_under_autocast_is_near_float32(kind):
-    model = build_wide_model()
-    plan = plan_of(model)
-    quantize_base(model, kind(), plan.full_modules)
-    adapted = apply_plan(model, plan)
-    exact = adapted(IDS).logits.log_softmax(-1)
-    narrow = build_wide_model().to(torch.bfloat16)
-    quantize_base(narrow, kind(), plan.full_modules)
-    narrow = apply_plan(narrow, plan)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = narrow(IDS).logits
-    logits.float().log_softmax(-1).sum().backward()
-    error = (logits.float().log_softmax(-1) - exact).abs().mean()
-    assert 0 < float(error) < 0.03 * float(exact.abs().mean())
-    trained = [parameter for parameter in narrow.parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in trained)
-
-
 def test_a_base_of_which_nothing_can_be_quantized_is_refused(make_model):
     model = build_wide_model()
     with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 .* adapter\.budget\.share"):
@@ -165,9 +152,7 @@ def test_a_base_that_is_stored_quantized_is_refused(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     write_wide_model(tmp_path / "plain")
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "packed")
-    with pytest.raises(
-        ModelError, match=r"stored quantized \(quant_method bitsandbytes\).*16-bit model.*model\.quantization=NF4"
-    ):
+    with pytest.raises(ModelError, match=r"stored quantized \(quant_method bitsandbytes\).*16-bit.*model\.quantization=NF4"):
         load_config(resolve_model(str(tmp_path / "packed")))
 
 
@@ -176,3 +161,121 @@ def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
     assert importlib.util.find_spec("bitsandbytes") is not None
     with pytest.raises(ConfigError, match=r"Int8 needs the package bitsandbytes.*hybrid-lightning\[quantization\]"):
         Int8()
+
+
+# ---- runs: trained, resumed, loaded, exported
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    write_wide_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+def run(folder, root, quantization, steps=STEPS, adapter=None, flags=None, ckpt=None, **policy):
+    rates = {"optimizer": bitsandbytes.optim.AdamW8bit, "lr_lora": 3e-3, "minibatches_per_rollout": 2}
+    arguments = {"loss": GSPOLoss(kl_coef=0.01), "reward": StartsWithDigit(), "quantization": quantization, **rates, **policy}
+    log, saver = Log(), ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    flags = {"max_steps": steps, "enable_checkpointing": True, **(flags or {})}
+    callbacks = (build_adapter(**(adapter or {})), saver, log)
+    module = fit(folder / "model", folder / "sums.jsonl", root, *callbacks, policy=arguments, ckpt=ckpt, **flags)
+    return log, module
+
+
+@pytest.fixture(scope="module", params=[NF4, Int8], ids=lambda kind: kind.__name__)
+def trained(request, folder):
+    root = folder / request.param.__name__
+    log, module = run(folder, root, request.param())
+    return root, log, module
+
+
+def packed(module):
+    weights = {name: p for name, p in module.named_parameters() if p.element_size() == 1}
+    assert len(weights) == len(module.plan.lora_modules) > 0
+    return weights
+
+
+def test_it_trains_and_agrees_with_its_sampler(trained):
+    _, log, module = trained
+    assert len(log.losses) == STEPS and len(set(log.losses)) > 3
+    assert all(step["sampling/logp_difference/mean"] < 1e-4 for step in log.metrics)
+    assert any(step["grad_norm/full"] > 0 and step["grad_norm/lora"] > 0 for step in log.metrics)
+    assert log.metrics[0]["kl"] == 0 < log.metrics[-1]["kl"], "the KL to the start policy is zero at the start policy"
+    assert packed(module) and all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
+
+
+def test_resumed_it_goes_on_bit_for_bit(trained, folder, tmp_path):
+    root, log, module = trained
+    rest, resumed = run(folder, tmp_path, module.quantization, ckpt=root / "step=3.ckpt")
+    assert rest.metrics == log.metrics[3:]
+    weights = dict(resumed.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_the_checkpoint_holds_trained_weights_and_knows_the_sixteen_bit_base(trained, folder):
+    root, _, module = trained
+    content = torch.load(root / f"step={STEPS}.ckpt", weights_only=True)
+    assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert content[CHECKPOINT_KEY]["base_digest"] == module.plan.model_digest == model_digest(base)
+    states = content["optimizer_states"][0]["state"]
+    dtypes = {value.dtype for state in states.values() for value in state["__bnb_optimizer_quant_state__"].values()}
+    assert torch.uint8 in dtypes
+
+
+def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path):
+    root, _, module = trained
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    expected = apply_plan(base, module.plan)
+    expected.load_state_dict(trainable_state(module.model), strict=False)
+    expected = expected.eval()(IDS).logits
+    policy = policy_of_checkpoint(root / f"step={STEPS}.ckpt")
+    merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
+    assert f"hybrid_lightning.policy.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
+    assert_same_sums(merged(IDS).logits, expected, additions_of(merged, IDS.shape[1]))
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))
+    assert_same_sums(adapter(IDS).logits, expected, additions_of(adapter, IDS.shape[1]))
+    quantized = module.eval().model(IDS).logits
+    error = (merged(IDS).logits - quantized).norm() / quantized.norm()
+    assert 1e-4 < float(error) < (0.3 if isinstance(module.quantization, NF4) else 0.05), "off by the rounding of the base alone"
+
+
+def test_another_quantization_than_the_checkpoints_is_refused(trained, folder, tmp_path):
+    root, _, module = trained
+    name = type(module.quantization).__name__
+    with pytest.raises(CheckpointError, match=rf"trained with model\.quantization={name}, but it is null now"):
+        run(folder, tmp_path, None, ckpt=root / "step=3.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "adapter", "flags"),
+    [
+        (NF4, {"dtype": "bfloat16", "gradient_checkpointing": True}, {}, {"precision": "bf16-mixed"}),
+        (NF4, {"dtype": "bfloat16"}, {}, {"precision": "bf16-true"}),
+        (Int8, {"loss": GSPOLoss()}, {"keep_start_weights": False, "use_dora": True}, {}),
+        (NF4, {"optimizer": bitsandbytes.optim.PagedAdamW8bit}, {"share": 0.0}, {"gradient_clip_val": 0.5}),
+    ],
+    ids=["bfloat16", "bfloat16 alone", "freed start weights and DoRA", "paged optimizer and LoRA alone"],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_it_trains_with(folder, tmp_path, kind, policy, adapter, flags):
+    log, module = run(folder, tmp_path, kind(), steps=3, adapter=adapter, flags=flags, **policy)
+    assert log.metrics[0]["ratio/max"] == 1 and log.metrics[0].get("kl", 0) == 0
+    weights = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+    assert weights == {torch.bfloat16 if flags.get("precision") == "bf16-true" else torch.float32}
+    content = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    loaded = PolicyModule.load_from_checkpoint(tmp_path / "step=3.ckpt").eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled="precision" in flags):
+        assert torch.equal(loaded.model(IDS).logits, module.eval().model(IDS).logits)
+        if "keep_start_weights" not in adapter:
+            with loaded.start_policy(), module.start_policy():
+                assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
+    assert type(loaded.quantization) is kind
+    up = [weight for name, weight in content["state_dict"].items() if "lora_B" in name]
+    assert up and any(weight.abs().sum() > 0 for weight in up), "B starts at zero"

@@ -43,9 +43,7 @@ def test_the_weight_is_off_by_what_the_format_allows(kind, dtype, shape):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [(NF4Linear, torch.float32), (Int8Linear, torch.float32), (Int8Linear, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in LAYERS), (Int8Linear, torch.bfloat16)])
 def test_autocast_is_heeded(kind, dtype):
     linear, layer = build(kind, dtype)
     x, y = inputs(dtype), inputs(dtype)
@@ -63,7 +61,7 @@ def test_autocast_is_heeded(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_generation_leaves_weight_value_and_gradient_alone(kind):
+def test_neither_generation_nor_moving_a_layer_changes_it_and_making_it_draws_no_random_number(kind):
     """In eval mode, as the base is while it is trained; on some CPUs bitsandbytes' own layer would lose the gradient."""
     _, layer = build(kind)
     packed = layer.weight.data.clone()
@@ -74,6 +72,15 @@ def test_generation_leaves_weight_value_and_gradient_alone(kind):
     assert torch.equal(result, first) and torch.equal(layer.weight.data, packed)
     result.square().sum().backward()
     assert_same_sums(x.grad, 2 * first @ unpacked(layer), additions=96 + 128)
+    torch.manual_seed(3)
+    linear, layer = build(kind)
+    state = torch.get_rng_state()
+    kind(linear.weight, linear.bias, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = layer(inputs())
+    moved = nn.Sequential(layer).to("cpu", torch.bfloat16).to(torch.float32)  # dtypes are of what floats: the bias
+    torch.testing.assert_close(moved(inputs()), expected, rtol=0.01, atol=0.01)
+    assert layer.weight.element_size() == 1
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -86,16 +93,3 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
     with pytest.raises(AssertionError, match="not close"):  # the fault: steps of the largest number of all rows
         step = x.abs().max() / 127
         assert_same_sums(list(layer((x / step).round() * step)), alone, additions=128)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_moving_a_layer_keeps_it_whole_and_making_it_draws_no_random_number(kind):
-    torch.manual_seed(3)
-    linear, layer = build(kind)
-    state = torch.get_rng_state()
-    kind(linear.weight, linear.bias, torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state)
-    expected = layer(inputs())
-    moved = nn.Sequential(layer).to("cpu", torch.bfloat16).to(torch.float32)  # dtypes are of what floats: the bias
-    torch.testing.assert_close(moved(inputs()), expected, rtol=0.01, atol=0.01)
-    assert layer.weight.element_size() == 1

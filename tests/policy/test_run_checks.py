@@ -7,45 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_examples
+import tiny_runs
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
-from tiny_runs import (
-    DigitShare,
-    OftenDone,
-    StartsWithDigit,
-    build_adapter,
-    build_data,
-    build_policy,
-    build_trainer,
-    fit,
-    write_sums,
-)
+from tiny_runs import DigitShare, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 from torch.utils._python_dispatch import TorchDispatchMode
 from wide_models import write_wide_model
 
+from hybrid_lightning import losses
 from hybrid_lightning.advantages import GroupMeanAdvantage
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    SAPOLoss,
-    TokenTruncation,
-    TopEntropyMask,
-)
 from hybrid_lightning.policy import run_checks
 from hybrid_lightning.policy.quantization import NF4, Int8
 from hybrid_lightning.policy.run_checks import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
-from hybrid_lightning.rollout import sampler
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deterministic")
     write_wide_model(folder / "model")
     write_wide_model(folder / "gpt2", "gpt2")
-    write_sums(folder / "sums.jsonl", 16)
+    tiny_runs.write_sums(folder / "sums.jsonl", 16)
     tiny_examples.write_rows(folder / "rows.jsonl", 16)
     return folder
 
@@ -94,20 +72,21 @@ class Deterministic(Callback):
         self.steps += 1
 
 
-LOSSES = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
-ADVANTAGES = {DrGRPOLoss: GroupMeanAdvantage()}  # which it warns of being without
+# Each loss, with bonus and KL term, and one of what else there is.
 CASES = {
-    **{loss.__name__: {"loss": loss(entropy_coef=0.01, kl_coef=0.01), "advantage": ADVANTAGES.get(loss)} for loss in LOSSES},
-    "masks, correction and filters": {
-        "token_mask": TopEntropyMask(0.5),
-        "correction": TokenTruncation(),
+    losses.GRPOLoss: {},
+    losses.GSPOLoss: {"model": "gpt2"},  # which is not packed
+    losses.GSPOTokenLoss: {
+        "token_mask": losses.TopEntropyMask(0.5),
+        "correction": losses.TokenTruncation(),
         "mask_truncated_completions": True,
         "sampler": Sampler(16, top_p=0.9, top_k=20),
     },
-    "dynamic sampling": {"dynamic_sampling": DynamicSampling(1), "reward": StartsWithDigit(), "sampler": OftenDone(6)},
-    "checkpointing": {"gradient_checkpointing": True, "epochs_per_rollout": 2},
-    "NF4": {"quantization": NF4},
-    "Int8": {"quantization": Int8},
+    losses.DAPOLoss: {"dynamic_sampling": DynamicSampling(1), "reward": StartsWithDigit(), "sampler": OftenDone(6)},
+    losses.DrGRPOLoss: {"gradient_checkpointing": True, "epochs_per_rollout": 2, "advantage": GroupMeanAdvantage()},
+    losses.BNPOLoss: {},
+    losses.CISPOLoss: {"quantization": NF4},
+    losses.SAPOLoss: {"quantization": Int8},
 }
 
 
@@ -128,23 +107,18 @@ def on_gpu(monkeypatch):
     return OnGPU()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_training(folder, tmp_path, case, on_gpu):
-    if "quantization" in CASES[case]:
+@pytest.mark.parametrize(("loss", "policy"), CASES.items())
+def test_every_kind_of_training(folder, tmp_path, loss, policy, on_gpu):
+    if "quantization" in policy:
         pytest.importorskip("bitsandbytes")
     with on_gpu:
-        run(folder, tmp_path, **CASES[case])
-
-
-def test_a_model_that_is_not_packed(folder, tmp_path, on_gpu):
-    with on_gpu:
-        run(folder, tmp_path, "gpt2", loss=GSPOLoss(entropy_coef=0.01))
+        run(folder, tmp_path, loss=loss(entropy_coef=0.01, kl_coef=0.01), **policy)
 
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_every_other_command(folder, tmp_path, kernels, request):
     with nullcontext() if kernels else request.getfixturevalue("on_gpu"):
-        trainer, module, data = run(folder, tmp_path, loss=GSPOLoss())
+        trainer, module, data = run(folder, tmp_path, loss=losses.GSPOLoss())
         for command in (trainer.validate, trainer.test, trainer.predict):
             assert command(module, datamodule=data, **({} if command == trainer.predict else {"verbose": False}))
         trainer.export(module, data, folder=str(tmp_path / "exported"))
@@ -188,11 +162,8 @@ def said(folder, root, *callbacks, reward, **flags):
     return [str(entry.message) for entry in caught if "two runs with one seed may differ" in str(entry.message)]
 
 
-def test_a_run_on_a_cpu_has_nothing_to_say(folder, tmp_path):
+def test_rewards_by_time_and_a_last_moment_are_named_once_a_run_and_nothing_else(folder, tmp_path, monkeypatch):
     assert said(folder, tmp_path, reward=late_reward(timeout_s=9), benchmark=True) == []
-
-
-def test_a_reward_by_time_and_a_last_moment_are_named_once_a_run_in_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     reward = WeightedSum([DigitShare(), late_reward(timeout_s=9, on_timeout=0.5)])
     line, of_validation = said(folder, tmp_path, Timer("00:01:00:00"), reward=reward)
@@ -200,18 +171,14 @@ def test_a_reward_by_time_and_a_last_moment_are_named_once_a_run_in_one_line(fol
     for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
         assert part in line
     assert "earns on_timeout=0.5 if it takes more than timeout_s=9" in line and "leave out on_timeout" in line
-
-
-def test_rewards_within_rewards_are_seen():
     timed = late_reward(timeout_s=9, on_timeout=0.0)
     for outer in (RewardBySet({"a": timed, "b": DigitShare()}), CosineLength(timed, max_tokens=8)):
         assert any("on_timeout=0" in (term.decided_by_time() or "") for term, _ in outer.terms())
 
 
 # A Trainer on a GPU, as far as it is asked.
-OF_GPU = SimpleNamespace(
-    strategy=SimpleNamespace(root_device=torch.device("cuda")), callbacks=(), state=SimpleNamespace(fn="fit")
-)
+CUDA = SimpleNamespace(root_device=torch.device("cuda"))
+OF_GPU = SimpleNamespace(strategy=CUDA, callbacks=(), state=SimpleNamespace(fn="fit"))
 
 
 def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""Sampling and training log-probabilities of the same tokens under the same weights: measured, and corrected for."""
+"""Weights of tokens: sampling and training log-probabilities under the same weights, measured and corrected for; and masks."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import torch
 from tiny_models import FAMILIES
 from tiny_runs import Log, fit, trained, write_model
 
-from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, combine_metrics
-from hybrid_lightning.policy.token_weights import compare_with_sampler
+from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Sequences
 
@@ -56,9 +56,7 @@ def test_other_weights_while_sampling_show(minibatches, model, sums, tmp_path):
     if minibatches == 2:  # the second minibatch of each rollout has old log-probabilities
         halves_of_steps = list(zip(log.batches[::2], log.batches[1::2], strict=True))
         for step, halves in zip(ends[1::2], halves_of_steps[1::2], strict=True):
-            differences = torch.cat(
-                [(b.old_logprobs - b.sampling_logprobs)[b.sequences.completion_mask] for b in halves],
-            )
+            differences = torch.cat([(b.old_logprobs - b.sampling_logprobs)[b.sequences.completion_mask] for b in halves])
             assert step[MEAN] == pytest.approx(float(differences.abs().mean()), rel=1e-5)
             assert step[MAX] == pytest.approx(float(differences.abs().max()), rel=1e-5)
             assert step[f"{WEIGHT}/mean"] == pytest.approx(float(differences.exp().clamp(max=1.001).mean()), rel=1e-5)
@@ -134,3 +132,16 @@ def test_tokens_that_are_left_out_stay_left_out_whatever_the_correction(correcti
     weights = torch.ones(3, 5) if correction is None else plain.importance_weights
     assert torch.equal(masked.importance_weights[chosen], weights[chosen])
     assert (masked.importance_weights[batch.sequences.completion_mask & ~chosen] == 0).all()
+
+
+def test_one_threshold_serves_all_micro_batches_and_looks_at_trained_sequences_alone():
+    def batch(*advantages):
+        return replace(make_batch([2] * len(advantages))[0], advantages=torch.tensor(advantages)).rows(slice(None))
+
+    entropies = [torch.tensor([[0.1, 0.9], [5.0, 5.0]]), torch.tensor([[0.2, 0.3]])]
+    masked = mask_tokens([batch(1.0, 0.0), batch(-1.0)], entropies, TopEntropyMask(0.5))
+    assert [part.policy_mask.tolist() for part in masked] == [[[False, True], [True, True]], [[False, True]]]
+    assert masked[0].loss_inputs(torch.zeros(2, 2)).importance_weights.tolist() == [[0.0, 1.0], [1.0, 1.0]]
+    assert masked[0].rows(slice(1, 2)).policy_mask.tolist() == [[True, True]]
+    (nothing,) = mask_tokens([masked[1].rows(slice(0, 0))], [torch.zeros(0, 1)], TopEntropyMask(0.5))
+    assert nothing.policy_mask.shape == (0, 1)

@@ -4,6 +4,7 @@ import csv
 import math
 
 import pytest
+import tiny_runs
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -11,27 +12,17 @@ from rounding import additions_of, assert_same_sums
 from tiny_examples import fit as fit_examples
 from tiny_examples import write_rows
 from tiny_models import build_model
-from tiny_runs import (
-    Constant,
-    Log,
-    StartsWithDigit,
-    build_adapter,
-    build_data,
-    build_policy,
-    build_trainer,
-    fit,
-    trained,
-)
+from tiny_runs import Constant, Log, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
+from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.errors import TrainingError
-from hybrid_lightning.losses import CISPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
+from hybrid_lightning.errors import ConfigError, TrainingError
+from hybrid_lightning.losses import BNPOLoss, CISPOLoss, DAPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.update import StepMetrics
-from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.types import Sequences
+from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout.rollout_engine import Stops
 
 
 def assert_same_gradients(found, expected):
@@ -70,25 +61,69 @@ def run(model, sums, root, policy=None, **flags):
     watch = Watch()
     arguments = {"optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, "minibatches_per_rollout": 2, **(policy or {})}
     module = fit(model, sums, root, watch, policy=arguments, **{"max_steps": 4, **flags})
-    return watch, trained(module)
+    return watch, tiny_runs.trained(module)
 
 
-@pytest.mark.parametrize(
-    ("loss", "accumulate", "checkpointing"),
-    [(GRPOLoss(kl_coef=0.1), 2, True), (GSPOLoss(), 1, False)],
-    ids=["grpo-kl-2-checkpointing", "gspo-1"],
-)
-def test_a_token_budget_changes_nothing_but_the_forward_passes(model, sums, tmp_path, loss, accumulate, checkpointing):
-    policy = {"loss": loss, "gradient_checkpointing": checkpointing}
+MASKS = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True}
+# A policy, and flags and options of the run whose steps are split further.
+SPLITS = {
+    "grpo-kl-2-checkpointing": ({"loss": GRPOLoss(kl_coef=0.1), "gradient_checkpointing": True}, 2, 2, 12),
+    "gspo-1": ({"loss": GSPOLoss()}, 1, 1, 12),
+    "gspo-kl-8": ({"loss": GSPOLoss(kl_coef=0.05)}, 1, 8, None),
+    # Sequences without advantage are there for the entropy bonus.
+    "dapo-masks-2": ({"loss": DAPOLoss(entropy_coef=0.02), "sampler": OftenDone(4), **MASKS}, 1, 2, 12),
+}
+
+
+@pytest.mark.parametrize(("policy", "accumulate", "of_split", "budget"), SPLITS.values(), ids=SPLITS)
+def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums, tmp_path, policy, accumulate, of_split, budget):
     whole, weights = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate)
-    policy["max_tokens_per_micro_batch"] = 12
-    split, same = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate)
-    assert max(whole.passes) == 1 and max(split.passes) > 2
-    assert split.losses == pytest.approx(whole.losses, abs=2e-6)
-    for one, other in zip(split.metrics, whole.metrics, strict=True):
-        assert one == pytest.approx(other, abs=1e-4, rel=1e-4)
+    options = {"max_tokens_per_micro_batch": budget} if budget else {}
+    split, same = run(model, sums, tmp_path, {**policy, **options}, accumulate_grad_batches=of_split)
+    assert max(whole.passes) == 1 and len(split.passes) == 4 * of_split and sum(split.passes) > 2 * sum(whole.passes)
+    steps, others = whole.metrics[accumulate - 1 :: accumulate], split.metrics[of_split - 1 :: of_split]
+    for step, other in zip(steps, others, strict=True):
+        assert step == pytest.approx(other, abs=1e-4, rel=1e-4)
+        assert step["loss"] == pytest.approx(other["loss"], abs=2e-6)
+        assert 0 < step.get("top_entropy/share", 0.5) < 1
     assert_same_gradients(split.gradients, whole.gradients)
+    assert sum(gradient.any() for gradient in whole.gradients[-1].values()) > 10
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
+
+
+def test_what_bnpo_takes_for_a_micro_batch_is_not_cut_by_the_token_budget(model, sums, tmp_path):
+    policy = {"loss": BNPOLoss(), "sampler": Sampler(10)}
+    whole, split = (
+        run(model, sums, tmp_path, {**policy, "max_tokens_per_micro_batch": budget}, max_steps=1, accumulate_grad_batches=2)[0]
+        for budget in (10_000, 12)
+    )
+    assert whole.rows == split.rows == [4, 4] and max(whole.passes) == 1 < max(split.passes)
+    assert_same_gradients(split.gradients, whole.gradients)
+
+
+def test_truncated_completions_are_left_out_and_count_as_sequences_alone(model, sums, tmp_path):
+    watch, policy = Watch(), {"sampler": OftenDone(3), "mask_truncated_completions": True}
+    rollouts = fit(model, sums, tmp_path, watch, policy=policy, max_steps=1).last_rollout[0]
+    (batch,), tokens = watch.batches, rollouts.sequences.completion_mask.sum(dim=1)
+    assert 0 < rollouts.finished.sum() < len(rollouts.finished) == 16
+    assert (batch.num_sequences, batch.num_tokens) == (16.0, float(tokens[rollouts.finished].sum()))
+    assert 0 < len(batch.sequences) <= rollouts.finished.sum()
+    assert batch.updated_tokens == float(batch.sequences.completion_mask.sum()) <= batch.num_tokens
+
+
+class NeverDone(Sampler):
+    """No token ends a completion."""
+
+    def sample(self, *args, **options):
+        return super().sample(*args, **{**options, "stops": Stops((10_000,), None)})
+
+
+def test_where_every_completion_is_cut_and_masked_it_ends_before_it_begins_or_says_so(model, sums, tmp_path):
+    policy = {"sampler": NeverDone(2), "mask_truncated_completions": True}
+    with pytest.raises(ConfigError, match=r"all 16 calibration completions were cut at max_new_tokens=2.*; raise model.sampler"):
+        fit(model, sums, tmp_path, policy=policy, max_steps=1)
+    with pytest.warns(UserWarning, match=r"all 16 completions of a rollout were cut at max_new_tokens=2.*nothing is learned"):
+        fit(model, sums, tmp_path, build_adapter(scorer=Random(seed=0)), policy=policy, max_steps=1)  # which needs no rollouts
 
 
 class NanOnceOffPolicy(GRPOLoss):
@@ -136,34 +171,15 @@ def test_a_step_without_any_advantage_has_a_gradient_of_zero(model, sums, tmp_pa
     assert "ratio/mean" not in watch.metrics[0] and watch.metrics[0]["frac_reward_zero_std"] == 1
 
 
-def sequences(prompts, lengths):
-    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
-
-
-def test_rows_are_split_where_the_next_would_not_fit():
-    same = sequences([[1, 2, 3, 4]] * 4, [2, 2, 3, 1])  # 4 + 2, then 2, 3 and 1
-    assert split_by_tokens(same, 12) == [slice(0, 4)]
-    assert split_by_tokens(same, 11) == [slice(0, 3), slice(3, 4)]
-    assert split_by_tokens(same, 8) == [slice(0, 2), slice(2, 4)], "a prompt counts again in the next run"
-    assert split_by_tokens(same, 1) == [slice(row, row + 1) for row in range(4)], "a row is never cut"
-    other = sequences([[1, 2], [1, 2], [3]], [1, 1, 4])
-    assert split_by_tokens(other, 9) == [slice(0, 3)] and split_by_tokens(other, 8) == [slice(0, 2), slice(2, 3)]
-    assert split_by_tokens(other.rows(torch.zeros(0, dtype=torch.long)), 8) == []
-
-
 # ---- metrics of the micro-batches of a step
-
-
-def summed(micro_batches, *updates):
-    metrics = StepMetrics()
-    results = [metrics.update({n: torch.tensor(v) for n, v in shares.items()}, micro_batches) for shares in updates]
-    # At the end, so that a result that is changed later would show.
-    return [{name: float(value) for name, value in result.items()} for result in results]
 
 
 def test_shares_add_up_of_extremes_one_counts_and_the_next_step_starts_anew():
     named = [{"loss": value, "ratio/max": value, "weight/min": value} for value in (4.0, 8.0, 2.0, 1.0)]
-    results = summed(2, *named, {"loss": 1.0}, {"loss": 1.0, "kl": 0.5})
+    metrics, updates = StepMetrics(), [*named, {"loss": 1.0}, {"loss": 1.0, "kl": 0.5}]
+    results = [metrics.update({name: torch.tensor(value) for name, value in shares.items()}, 2) for shares in updates]
+    # At the end, so that a result that is changed later would show.
+    results = [{name: float(value) for name, value in result.items()} for result in results]
     assert results[:4] == [
         {"loss": 4.0, "ratio/max": 4.0, "weight/min": 4.0},
         {"loss": 12.0, "ratio/max": 8.0, "weight/min": 4.0},

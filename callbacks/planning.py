@@ -37,6 +37,10 @@ from hybrid_lightning.policy.sharded_scoring import SharedProgress, scored_toget
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
 
+# Of the losses of scoring in float16: gradients below 1.5e-11 are 0 then, and not those below 6e-8. One that a larger scale took
+# out of float16's range would be refused as not finite.
+_LOSS_SCALE = 2.0**12
+
 
 @dataclass(frozen=True)
 class Planning:
@@ -167,6 +171,8 @@ class Planner:
         else:
             together = scored_together(self._language, splits, candidates, progress)
         with together as process:
+            if self._trainer.precision == "16-mixed":
+                process.loss_scale = _LOSS_SCALE
             return self._score_with(process, candidates, ranks)
 
     def _score_with(self, process: ScoringProcess, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> ModuleScores:

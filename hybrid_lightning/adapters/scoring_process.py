@@ -45,6 +45,7 @@ class ScoringProcess:
     """
 
     is_first = True  # whether it is the one that says what there is to say
+    loss_scale = 1.0  # factor of losses in backward passes; in float16 gradients below 6e-8 are 0 without one
 
     def __init__(self, progress: ScoringProgress | None = None, on_loss: Callable[[int], None] | None = None) -> None:
         self.progress = progress or ScoringProgress()
@@ -141,7 +142,7 @@ class ScoringProcess:
                 assert weight.grad is not None
                 # Losses may be yielded from within autocast, but sums and sketches are float32.
                 with torch.autocast(weight.device.type, enabled=False):
-                    take(name, weight.grad.detach(), index)
+                    take(name, self._unscaled(weight.grad.detach()), index)
                 weight.grad = None
 
             return hook
@@ -157,13 +158,20 @@ class ScoringProcess:
                     self.check_loss(loss, index)
                 with signals.deferred():  # a loss is in the sums of all modules or of none
                     if used:
-                        loss.backward()  # type: ignore[no-untyped-call]
+                        self._differentiate(loss)
                     index += 1
                     yield index
                 signals.check()
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _differentiate(self, loss: Tensor) -> None:
+        scaled = loss if self.loss_scale == 1 else loss * self.loss_scale
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.loss_scale == 1 else gradient.float() / self.loss_scale
 
 
 @contextmanager

@@ -258,7 +258,7 @@ class ShardedScoring(ScoringProcess):
                 used = loss.requires_grad or not some
                 self.finish(partial(self._checked, loss if used else None, mine))
                 if used:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    self._differentiate(loss)
                 parts_of = self._dealt(modules, held if mine < total else {})
                 held.clear()
                 for offset in range(min(self._ranks, total - seen)):
@@ -266,7 +266,7 @@ class ShardedScoring(ScoringProcess):
                         for name, parts in parts_of.items():
                             if (part := parts[offset]) is not None:
                                 # Where this rank's part of the weight is, and so what its gradients are added to.
-                                take(name, part.to(modules[name].weight.device), seen)  # type: ignore[arg-type]
+                                take(name, self._unscaled(part.to(modules[name].weight.device)), seen)  # type: ignore[arg-type]
                     seen += 1
                     yield seen
                 self.together(dict)  # a signal stops all of them here

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters import Scoring, SketchedGradients, find_candidates, scorers
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 
 RANK = 2
@@ -225,6 +226,22 @@ def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):
     with torch.no_grad():
         scores = scored(half, losses(half))
     assert set(sorted(scores, key=scores.get)[-3:]) == set(sorted(exact, key=exact.get)[-3:])
+
+
+def test_a_scale_keeps_gradients_that_float16_has_no_numbers_for(make_model, losses):
+    exact, half = make_model("llama"), make_model("llama").half()
+    expected = scored(exact, (1e-6 * loss for loss in losses(exact)))
+
+    def in_half(scale):
+        process = ScoringProcess()
+        process.loss_scale = scale
+        small = (1e-6 * loss for loss in losses(half))
+        return Scoring(half, find_candidates(half), small, scorers.TailEnergy(), RANK).run(process)
+
+    found = in_half(2.0**12)
+    assert all(found[name] == pytest.approx(expected[name], rel=0.1) for name in found)
+    with pytest.raises(CalibrationError, match="gradient is zero in all"):
+        in_half(1.0)
 
 
 def test_random_needs_no_calibration(make_model):

@@ -11,6 +11,7 @@ from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 from transformers import AutoModelForCausalLM
 
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
@@ -168,9 +169,11 @@ def run_16(model, sums, root, scale=2.0**12, policy=None, **flags):
 
 
 @pytest.mark.parametrize("policy", [{}, {"dtype": "float32"}, {"max_tokens_per_micro_batch": 24, "gradient_checkpointing": True}])
-def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, policy):
+def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, policy, monkeypatch):
+    scales, differentiate = set(), ScoringProcess._differentiate
+    monkeypatch.setattr(ScoringProcess, "_differentiate", lambda *of: scales.add(of[0].loss_scale) or differentiate(*of))
     module, log = run_16(model, sums, tmp_path, policy=policy, gradient_clip_val=0.5)
-    assert str(module.trainer.precision) == "16-mixed"
+    assert str(module.trainer.precision) == "16-mixed" and scales == {4096.0}
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in module.parameters()}
     assert dtypes == {True: torch.float32, False: torch.float32 if "dtype" in policy else torch.float16}
     assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]

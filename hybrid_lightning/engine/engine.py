@@ -46,7 +46,8 @@ _INSTEAD = {
     "compiled layers": "layers without torch.compile",
 }
 
-_OF_SAMPLING = ("fast decoding", "compiled layers")  # known once something was sampled
+# Known where something is sampled: with its adapter enabled, and layers tried.
+_OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:

@@ -238,10 +238,8 @@ def test_a_scale_keeps_gradients_that_float16_has_no_numbers_for(make_model, los
         small = (1e-6 * loss for loss in losses(half))
         return Scoring(half, find_candidates(half), small, scorers.TailEnergy(), RANK).run(process)
 
-    found = in_half(2.0**12)
-    assert all(found[name] == pytest.approx(expected[name], rel=0.1) for name in found)
-    with pytest.raises(CalibrationError, match="gradient is zero in all"):
-        in_half(1.0)
+    assert in_half(2.0**12) == {name: pytest.approx(score, rel=0.1) for name, score in expected.items()}
+    assert sum(score == pytest.approx(expected[name], rel=0.1) for name, score in in_half(1.0).items()) <= 7, "of 14"
 
 
 def test_random_needs_no_calibration(make_model):

@@ -207,8 +207,8 @@ def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
         assert constant.product_factors(wrapper).weight.data_ptr() == own.weight.data_ptr(), "not where it is multiplied as it is"
 
 
-def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
+def test_it_is_for_devices_that_torch_writes_triton_kernels_for():
     devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
     assert [compiling.compiling_pays(device) for device in devices] == [True, True, False, False]
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # as TORCH_COMPILE_DISABLE=1 does
-    assert not any(compiling.compiling_pays(device) for device in devices)
+    with torch._dynamo.config.patch(disable=True):  # as TORCH_COMPILE_DISABLE=1 does
+        assert not any(compiling.compiling_pays(device) for device in devices)

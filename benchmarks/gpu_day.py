@@ -8,6 +8,11 @@ fails is written down as failed, and the others go on; then the exit status is 1
 Without a GPU it runs with tiny sizes on the CPU, in order to show that all parts run to their end: such numbers say nothing.
 """
 
+import os
+
+# cuBLAS reads it at the first product, for the whole process; deterministic kernels need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 from hybrid_lightning.process import prepare_process
 
 prepare_process()  # as `python -m hybrid_lightning` does
@@ -39,7 +44,7 @@ from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
 from benchmarks.workloads import Settings, Workload
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.engine import token_logprobs
@@ -131,13 +136,19 @@ class Day:
         return policy
 
     def train(
-        self, policy: PolicyModule, sizes: Sizes, steps: int, *callbacks: Callback, checkpoint: Path | None = None, **flags: Any
+        self,
+        policy: PolicyModule,
+        sizes: Sizes,
+        steps: int,
+        *callbacks: Callback,
+        checkpoint: Path | None = None,
+        scorer: Scorer | None = None,
+        **flags: Any,
     ) -> Trainer:
-        """Train with a hybrid adapter, whose modules are drawn, so that nothing is scored."""
+        """Train with a hybrid adapter, whose modules are drawn where no scorer is given."""
         seed_everything(0, verbose=False)
-        adapter = HybridAdapterSetup(
-            budget=ModuleBudget(sizes.share), scorer=Random(), rank=sizes.rank, alpha=2 * sizes.rank, keep_start_weights=False
-        )
+        settings: Any = {"rank": sizes.rank, "alpha": 2 * sizes.rank, "keep_start_weights": False}
+        adapter = HybridAdapterSetup(budget=ModuleBudget(sizes.share), scorer=scorer or Random(), **settings)
         flags = {"precision": self.precision, "max_steps": steps, "callbacks": [*callbacks, adapter], **flags}
         trainer = quiet_trainer(self.folder, "cuda" if self.on_gpu else "cpu", **flags)
         trainer.fit(policy, datamodule=GivenPrompts(self.texts(sizes)), ckpt_path=checkpoint)
@@ -227,13 +238,15 @@ def determinism(day: Day) -> Found:
     found: Found = {}
     for deterministic in (False, True):
         ends = []
-        for _ in range(2):
-            policy = day.policy(day.check_sizes)
-            day.train(policy, day.check_sizes, 2, deterministic=deterministic)
-            ends.append(weights_of(policy))
+        try:
+            for _ in range(2):
+                policy = day.policy(day.check_sizes)
+                day.train(policy, day.check_sizes, 2, deterministic=deterministic)
+                ends.append(weights_of(policy))
+        finally:  # other parts are to run as they would alone
+            torch.use_deterministic_algorithms(False)
         found["equal bits, deterministic" if deterministic else "equal bits"] = bool(torch.equal(*ends))
         found["largest difference" + (", deterministic" if deterministic else "")] = float((ends[0] - ends[1]).abs().max())
-    torch.use_deterministic_algorithms(False)
     return found
 
 
@@ -323,6 +336,19 @@ def speed(day: Day) -> Found:
     return found
 
 
+def scoring(day: Day) -> Found:
+    """Seconds and peak of memory of the default scorer on the rollouts that calibrate it, and which modules it chose first."""
+    if day.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    begin, policy = time.perf_counter(), day.policy(day.sizes)
+    day.train(policy, day.sizes, 0, scorer=PreconditionedTail())
+    found: Found = {"seconds with loading": time.perf_counter() - begin}
+    if day.on_gpu:
+        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    assert policy.plan is not None
+    return {**found, "fully trained": list(policy.plan.full_modules)[:5]}
+
+
 def vllm(day: Day) -> Found:
     """Seconds of a step with vLLM in the process."""
     if importlib.util.find_spec("vllm") is None:
@@ -390,12 +416,13 @@ def kernels(day: Day) -> Found:
 
 
 PARTS: dict[str, Callable[[Day], Found]] = {
-    part.__name__: part for part in (agreement, graphs, speed, determinism, resume, precisions, quantization, vllm, trl, kernels)
+    part.__name__: part
+    for part in (agreement, graphs, speed, scoring, resume, determinism, precisions, quantization, vllm, trl, kernels)
 }
 
 
-def run(day: Day, names: list[str], minutes: float) -> dict[str, Found]:
-    """Run parts one after another; those for which no time is left are named."""
+def run(day: Day, names: list[str], minutes: float, write: Callable[[dict[str, Found]], None]) -> dict[str, Found]:
+    """Run parts one after another, and write all results after each; those for which no time is left are named."""
     results: dict[str, Found] = {}
     begin = time.perf_counter()
     for name in names:
@@ -410,6 +437,7 @@ def run(day: Day, names: list[str], minutes: float) -> dict[str, Found]:
             traceback.print_exc()
             found = {"FAILED": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         results[name] = {**found, "seconds": time.perf_counter() - start}
+        write(results)
         gc.collect()
         if day.on_gpu:
             torch.cuda.empty_cache()
@@ -461,15 +489,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run, and write page and JSON."""
     given = build_parser().parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         day = Day(Path(folder), given.tiny or not torch.cuda.is_available())
-        day.make_model()
-        results = run(day, given.parts, given.minutes)
         what = card(day)
-    given.out.mkdir(parents=True, exist_ok=True)
-    content = {"card": what, "sizes": asdict(day.sizes), "results": results}
-    (given.out / "gpu_day.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (given.out / "gpu_day.md").write_text(page(what, day.sizes, results), encoding="utf-8")
+
+        def write(results: dict[str, Found]) -> None:
+            content = {"card": what, "sizes": asdict(day.sizes), "results": results}
+            (given.out / "gpu_day.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            (given.out / "gpu_day.md").write_text(page(what, day.sizes, results), encoding="utf-8")
+
+        day.make_model()
+        results = run(day, given.parts, given.minutes, write)
+        write(results)  # with those that did not begin
     print(f"written to {given.out}/gpu_day.md and gpu_day.json")
     if any("FAILED" in found for found in results.values()):
         sys.exit("error: some parts failed; see the page")

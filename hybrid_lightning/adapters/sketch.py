@@ -36,8 +36,7 @@ class SketchedGradients(GradientMode):
 
     Args:
         size: Columns k of the range sketch, more than the LoRA rank; None takes 2 * rank + 10.
-        seed: Seed of the test matrices, which are drawn on the gradient's device and are the same for all ranks and
-            micro-batches.
+        seed: Seed of the test matrices, which are drawn on the CPU and are the same for all ranks, micro-batches and devices.
     """
 
     def __init__(self, size: int | None = None, seed: int = 0) -> None:

@@ -24,13 +24,16 @@ def test_all_parts_run_to_their_end(tmp_path):
     done = fork_server.run(command, capture_output=True, text=True, env=environment(1), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     results, page = written(tmp_path)
-    parts = ["agreement", "graphs", "speed", "determinism", "resume", "precisions", "quantization", "vllm", "trl", "kernels"]
-    assert list(results) == parts and "FAILED" not in page
+    assert list(results) == list(gpu_day.PARTS) and "FAILED" not in page
     assert results["agreement"]["mean"] < 0.01 and results["determinism"]["equal bits"] and results["resume"]["equal bits"]
     assert results["precisions"]["bf16-mixed"] and results["quantization"]["finite weights"]
-    assert len(results["speed"]["seconds of steps"]) == 4 and results["speed"]["planned GiB"] > 0
+    assert (
+        results["scoring"]["fully trained"]
+        and len(results["speed"]["seconds of steps"]) == 4
+        and results["speed"]["planned GiB"] > 0
+    )
     assert "a CPU" in results["graphs"]["not on this device"]
-    assert "whose numbers say nothing" in page and all(f"## {name}" in page for name in parts)
+    assert "whose numbers say nothing" in page and all(f"## {name}" in page for name in results)
 
 
 def test_a_part_that_fails_is_written_down_and_the_others_go_on(tmp_path, monkeypatch):
@@ -40,11 +43,16 @@ def test_a_part_that_fails_is_written_down_and_the_others_go_on(tmp_path, monkey
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setitem(gpu_day.PARTS, "graphs", graphs)
-    monkeypatch.setitem(gpu_day.PARTS, "kernels", lambda day: {"layers": day.sizes.layers})
+
+    def kernels(day):
+        assert "FAILED" in written(tmp_path)[0]["graphs"], "results are written after each part"
+        return {"layers": day.sizes.layers}
+
+    monkeypatch.setitem(gpu_day.PARTS, "kernels", kernels)
     monkeypatch.setattr(sys, "argv", ["gpu_day", "--parts", "graphs", "kernels", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: some parts failed"):
         gpu_day.main()
     results, _ = written(tmp_path)
     assert results["graphs"]["FAILED"] == "RuntimeError: no kernel image is available" and results["kernels"]["layers"] == 2
-    late = gpu_day.run(gpu_day.Day(tmp_path, tiny=True), ["graphs"], minutes=0.0)
+    late = gpu_day.run(gpu_day.Day(tmp_path, tiny=True), ["graphs"], 0.0, lambda results: None)
     assert late == {"graphs": {"left out": "the 0 minutes were over"}}

@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
+from unittest import mock
 
 import fake_gpu
 
@@ -147,9 +148,10 @@ def layout_syncs():
     from hybrid_lightning.engine.backend import PlannedBackend
     from hybrid_lightning.engine.packing import PackedSequences
 
-    with Counter() as counter:
+    lists, tolist = [], torch.Tensor.tolist
+    with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
         _ = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True).layout
-    return counter.counts.syncs
+    return counter.counts.syncs + lists
 
 
 def stop_string_syncs():
@@ -195,6 +197,7 @@ def planted():
         "if": caught(lambda x: bool((x > 0).any())),
         "boolean index": caught(lambda x: x[x > 0]),
         "to host": caught(lambda x: x.cpu()),
+        "from host": caught(lambda x: x + torch.tensor([1.0], device="cuda")),
         "index_add": caught(lambda x: x.index_add(0, torch.zeros(8, dtype=torch.long, device="cuda"), x)),
         "accumulate": caught(lambda x: x.index_put((torch.zeros(8, dtype=torch.long, device="cuda"),), x, accumulate=True)),
         "stray": caught(lambda x: x + places),

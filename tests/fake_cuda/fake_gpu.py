@@ -81,8 +81,10 @@ def counter():
             name = function.overloadpacket.__name__
             if name in waiting and not _known_size(name, args, kwargs):
                 self.counts.syncs.append(name)
-            if _to_host(name, args, kwargs):
-                self.counts.syncs.append("to host")
+            if _by_boolean(name, args):  # whose number of places the host has to know
+                self.counts.syncs.append("boolean index")
+            if way := _between(name, args, kwargs):
+                self.counts.syncs.append(way)
             if name in adding or (name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
                 self.counts.atomics.append(name)
             if name in backward and not torch.are_deterministic_algorithms_enabled():
@@ -108,12 +110,19 @@ def counter():
         returned = [entry.alias_info for entry in function._schema.returns]
         return any(alias is not None and not alias.is_write for alias in returned)
 
-    def _to_host(name, args, kwargs) -> bool:
-        """Whether it copies to the memory of the host, for which that waits."""
+    def _between(name, args, kwargs) -> str:
+        """Between the memories of host and device, for which the host waits: `to host`, `from host`, or nothing."""
         if name == "copy_":
-            return args[0].device.type == "cpu" and args[1].device.type == "cuda"
-        to = kwargs.get("device")
-        return name == "_to_copy" and args[0].device.type == "cuda" and to is not None and torch.device(to).type == "cpu"
+            ends = args[1].device.type, args[0].device.type
+        elif name == "_to_copy":
+            ends = args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
+        else:
+            return ""
+        return {("cuda", "cpu"): "to host", ("cpu", "cuda"): "from host"}.get(ends, "")
+
+    def _by_boolean(name, args) -> bool:
+        indices = args[1] if name == "index" or name in putting else ()
+        return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in indices)
 
     def _known_size(name, args, kwargs) -> bool:
         return name == "repeat_interleave" and kwargs.get("output_size") is not None

@@ -29,6 +29,7 @@ _TIMES = 2
 _FLOOR = 1e-4
 
 _ACCELERATORS = {"cuda": "CUDA", "xpu": "XPU"}  # devices that torch's compiler writes Triton kernels for -> their dispatch keys
+_WITH_BFLOAT16 = (8, 0)  # compute capability
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 
 
@@ -37,10 +38,17 @@ def compiling_pays(device: torch.device) -> bool:
     return not why_not_compiled(device)
 
 
-def why_not_compiled(device: torch.device) -> str:
-    """Why nothing is compiled for a device, in words for the user; empty where it pays."""
+def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Why nothing is compiled for a device, in words for the user; empty where it pays.
+
+    Args:
+        device: The device.
+        dtype: Dtype of the products, for which the compiler may leave functions uncompiled without a word; None for any.
+    """
     if device.type not in _ACCELERATORS:
         return f"compiling does not pay on {device.type}"
+    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _WITH_BFLOAT16:
+        return "this GPU has no bfloat16, for which torch.compile leaves it out; try trainer.precision=16-mixed"
     return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
 

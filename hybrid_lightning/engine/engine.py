@@ -175,7 +175,7 @@ class Engine:
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
             if not reasons["fast decoding"]:
-                why = why_not_compiled(device) or self._fast.why_not_compiled or why_not_trained_compiled()
+                why = why_not_compiled(device, trial.dtype) or self._fast.why_not_compiled or why_not_trained_compiled()
                 reasons["compiled layers"] = why
         return reasons
 

@@ -207,8 +207,12 @@ def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
         assert constant.product_factors(wrapper).weight.data_ptr() == own.weight.data_ptr(), "not where it is multiplied as it is"
 
 
-def test_it_is_for_devices_that_torch_writes_triton_kernels_for():
+def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
     devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
     assert [compiling.compiling_pays(device) for device in devices] == [True, True, False, False]
     with torch._dynamo.config.patch(disable=True):  # as TORCH_COMPILE_DISABLE=1 does
         assert not any(compiling.compiling_pays(device) for device in devices)
+    for capability, halves in (((7, 5), {torch.bfloat16}), ((8, 0), set())):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        found = {half for half in (torch.bfloat16, torch.float16) if compiling.why_not_compiled(torch.device("cuda"), half)}
+        assert found == halves, "Triton leaves functions in bfloat16 uncompiled there"

@@ -186,15 +186,15 @@ def _frozen(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
 
 
 class _AsItIs(nn.Module):
-    """A projection of a special kind, such as a quantized one, which is called in the precision that it has."""
+    """A projection of a special kind, such as a quantized one, which is called in the precision that it always has."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.call = (layer,)  # not a part of this module, whose precision changes
+        self.call = (layer,)  # not a part of this module
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
         layer = self.call[0]
-        dtype = next(part.dtype for part in layer.parameters() if part.is_floating_point())
-        result: Tensor = layer(x.to(dtype))
+        half = next((part.dtype for part in layer.parameters() if part.dtype in (torch.bfloat16, torch.float16)), x.dtype)
+        result: Tensor = layer(x.to(half))
         return result.to(x.dtype)

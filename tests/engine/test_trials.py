@@ -37,11 +37,11 @@ def way(request, monkeypatch):
     return request.param
 
 
-def engine_of(family, trained, ratio):
+def engine_of(family, trained, ratio, **more):
     """Of a model in bfloat16 with LoRA on all projections, as it begins or after some training."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).to(torch.bfloat16).requires_grad_(False).eval()
-    settings = LoraConfig(r=4, lora_alpha=4 * ratio, target_modules=list(ALL), init_lora_weights=not trained)
+    settings = LoraConfig(r=4, lora_alpha=4 * ratio, target_modules=list(ALL), init_lora_weights=not trained, **more)
     return fused(get_peft_model(model, settings).eval())
 
 
@@ -64,6 +64,10 @@ def is_accepted(engine, way):
 )
 def test_rounding_is_accepted(family, trained, ratio, way):
     assert is_accepted(engine_of(family, trained, ratio), way)
+
+
+def test_projections_that_are_called_as_they_are_count_in_no_error(way):
+    assert is_accepted(engine_of("llama", True, 2, use_dora=True), way)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import torch
-from scalar_reference import CLIPS, make_inputs
+from scalar_reference import make_inputs
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss
-from hybrid_lightning.types import LossInputs
+from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss
 
 
 def test_dapo_without_clip_higher_is_told_of():
@@ -19,14 +17,6 @@ def test_dapo_without_clip_higher_is_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DAPOLoss(0.2, 0.28)
-
-
-def test_where_each_micro_batch_is_one_completion_bnpo_is_grpo_and_in_one_micro_batch_dapo():
-    inputs = make_inputs(b=5, spread=0.3)
-    bnpo, fields = BNPOLoss(*CLIPS), ("logprobs", "advantages", "completion_mask", "old_logprobs")
-    rows = [LossInputs(*(getattr(inputs, f)[i : i + 1] for f in fields), num_micro_batches=5.0) for i in range(5)]
-    torch.testing.assert_close(sum(bnpo(row).loss for row in rows), GRPOLoss(*CLIPS)(inputs).loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(bnpo(inputs).loss, DAPOLoss(*CLIPS)(inputs).loss, rtol=1e-12, atol=0)
 
 
 def test_dr_grpo_must_know_the_longest_completion():

@@ -106,7 +106,7 @@ MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": losses.TopEnt
 CASES = [
     (losses.GRPOLoss(kl_coef=KL), of_tokens(0.2, 0.2), mean_of_means, GroupAdvantage(), {}),
     (losses.GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), {}),
-    (losses.GSPOTokenLoss(0.08, 0.09), gspo_token, mean_of_means, GroupAdvantage(), TOP),
+    (losses.GSPOTokenLoss(0.08, 0.09, kl_coef=KL), gspo_token, mean_of_means, GroupAdvantage(), TOP),
     (losses.DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), MASKED),
     (losses.DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), MASKED),
     (losses.BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), {}),

@@ -243,11 +243,6 @@ def test_a_scale_keeps_gradients_that_float16_has_no_numbers_for(make_model, los
         in_half(1.0)
 
 
-def test_random_needs_no_calibration(make_model):
-    scores = scored(make_model("llama"), iter(lambda: pytest.fail("no loss is needed"), 0), scorers.Random())
-    assert len(set(scores.values())) == 14
-
-
 # ---- refused, or scored zero with a warning
 
 

@@ -1,7 +1,6 @@
+from types import SimpleNamespace
+
 import pytest
-import torch
-from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from hybrid_lightning.data import PlainFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError
@@ -27,63 +26,19 @@ def words(prompt: Prompt) -> list[int]:
     return list(range(len(prompt.text.split())))
 
 
-class Policy(LightningModule):
-    """Makes its own training data from the prompts, and looks at those it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def encode(self, prompt):
-        return words(prompt)
-
-    def rollout_loader(self, prompts):
-        return DataLoader([torch.ones(())] * len(prompts))
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append("train")
-        return (self.weight * batch).sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        return batch
-
-    def validation_step(self, batch, batch_idx):
-        assert isinstance(batch, list) and all(isinstance(prompt, Prompt) for prompt in batch)
-        self.seen.append([prompt.index for prompt in batch])
-
-    test_step = predict_step = validation_step
-
-
-def trainer(tmp_path, **arguments):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, num_sanity_val_steps=0, **quiet, **arguments)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lightning_trains_on_rollouts_of_the_policy_and_evaluates_on_prompts(tmp_path):
+def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
     source = Words(train=4, validation=3, test=5)
-    data, policy = PromptDataModule(source, PlainFormat(), max_prompt_tokens=3, eval_batch_size=2), Policy()
-    runner = trainer(tmp_path)
-    runner.fit(policy, datamodule=data)
-    assert policy.seen == ["train"] * 3 + [[0, 1], [2]]
-    policy.seen.clear()
-    runner.test(policy, datamodule=data, verbose=False)
-    runner.predict(policy, datamodule=data)
-    assert policy.seen == [[0, 1], [2]] * 2 and source.reads == 1
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fit_without_validation_rows_skips_validation_and_needs_a_policy_that_makes_rollouts(tmp_path):
-    policy = Policy()
-    trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
-    assert policy.seen == ["train"] * 2
-    policy.rollout_loader = None
+    data = PromptDataModule(source, PlainFormat(), max_prompt_tokens=3, eval_batch_size=2)
+    policy = SimpleNamespace(encode=words, rollout_loader=lambda prompts: [prompt.index for prompt in prompts])
+    data.trainer = SimpleNamespace(lightning_module=policy)
+    data.setup()
+    assert data.train_dataloader() == [0, 1, 2]
+    loaders = (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader())
+    assert [[[prompt.index for prompt in batch] for batch in loader] for loader in loaders] == [[[0, 1], [2]]] * 3
+    assert source.reads == 1 and PromptDataModule(Words(), PlainFormat()).val_dataloader() == []
+    del policy.rollout_loader
     with pytest.raises(ConfigError, match=r"rollout_loader\(prompts\)"):
-        trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
+        data.train_dataloader()
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,6 @@ def _problem(method, cases, right, wrong):
 
 
 LEETCODE = {
-    "two sum": _problem(
-        "twoSum",
-        [("nums = [2,7,11,15], target = 9", "[0, 1]"), ("nums = [3,3], target = 6", "[0, 1]")],
-        ("nums: List[int], target: int", "        seen = {}\n        for i, x in enumerate(nums):\n"
-         "            if target - x in seen: return [seen[target - x], i]\n            seen[x] = i"),
-        "        return [nums.index(x) for x in nums if target - x in nums][:2]",
-    ),
     "reverse a list": _problem(
         "reverseList",
         ["is_same_list(candidate(head = list_node([1,2,3])), list_node([3,2,1]))", "candidate(head = None) is None"],

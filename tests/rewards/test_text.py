@@ -11,38 +11,21 @@ def score(reward, completion, answer="12"):
     return reward([completion], [Prompt(text="?", answer=answer, index=4, source="s.csv")])[0]
 
 
-@pytest.mark.parametrize("completion", ["12", " 12", "12\n", "\t12 \n\n"])
-def test_right(completion):
-    assert score(ExactMatch(), completion) == 1.0
-
-
-@pytest.mark.parametrize("completion", ["", " ", "120", "1 2", "012", "12.", "12.0", "-12", "12 12", "12\nQ: 3+4", "Twelve"])
-def test_wrong(completion):
-    assert score(ExactMatch(), completion) == 0.0
-
-
-def test_inner_space_and_case():
-    assert score(ExactMatch(), "New  York\n", "New York") == 1.0
-    assert score(ExactMatch(), "NewYork", "New York") == 0.0
-    assert score(ExactMatch(), "new york", "New York") == 0.0
-    assert score(ExactMatch(ignore_case=True), "new york", " New York") == 1.0
-
-
 @pytest.mark.parametrize(
-    ("pattern", "completion", "value"),
+    ("reward", "answer", "right", "wrong"),
     [
-        (r"####\s*(\S+)", "so\n#### 12", 1.0),
-        (r"####\s*(\S+)", "#### 12 #### 13", 0.0),
-        (r"####\s*(\S+)", "#### 13 #### 12", 1.0),
-        (r"####\s*(\S+)", "12", 0.0),
-        (r"\A\s*([^\n]*)", " 12\nQ: next 13", 1.0),
-        (r"\A\s*([^\n]*)", "", 0.0),
-        (r"<answer>(.*?)</answer>", "<answer>\n12\n</answer>", 1.0),
-        (r"(13)?$", "12", 0.0),
+        (ExactMatch(), "12", ["12", "\t12 \n\n"], ["", " ", "120", "1 2", "012", "12.", "-12", "12 12", "12\nQ: 3+4", "Twelve"]),
+        (ExactMatch(), "New York", ["New  York\n"], ["NewYork", "new york"]),
+        (ExactMatch(ignore_case=True), " New York", ["new york"], ["NewYork"]),
+        (ExactMatch(r"####\s*(\S+)"), "12", ["so\n#### 12", "#### 13 #### 12"], ["#### 12 #### 13", "12"]),
+        (ExactMatch(r"\A\s*([^\n]*)"), "12", [" 12\nQ: next 13"], [""]),
+        (ExactMatch(r"<answer>(.*?)</answer>"), "12", ["<answer>\n12\n</answer>"], ["12"]),
+        (ExactMatch(r"(13)?$"), "12", [], ["12"]),
     ],
 )
-def test_pattern(pattern, completion, value):
-    assert score(ExactMatch(pattern), completion) == value
+def test_an_answer_is_compared_as_it_stands(reward, answer, right, wrong):
+    assert [score(reward, text, answer) for text in right] == [1.0] * len(right)
+    assert [score(reward, text, answer) for text in wrong] == [0.0] * len(wrong)
 
 
 @pytest.mark.parametrize("answer", [None, "", "  "])
@@ -51,26 +34,19 @@ def test_a_row_without_an_answer_is_named(answer):
         score(ExactMatch(), "12", answer)
 
 
-def test_format_reward_searches_across_lines():
-    reward = FormatReward(r"\A<think>.+</think>\s*\S")
-    assert [score(reward, text) for text in ("<think>a\nb</think>\n4", "<think></think>4", " <think>a</think>4")] == [1, 0, 0]
-
-
 @pytest.mark.parametrize(
-    ("text", "earned"),
+    ("pattern", "right", "wrong"),
     [
-        ("<think>\n2+2\n</think>\n<answer>4</answer>", 1.0),
-        ("<think>2+2</think><answer>4</answer>", 1.0),
-        ("<answer>4</answer><think>2+2</think>", 0.0),
-        ("<think>2+2<answer>4</answer>", 0.0),
-        ("<think>2+2</think>4", 0.0),
-        ("so <think>2+2</think><answer>4</answer>", 0.0),
-        ("<think>a</think><think>b</think><answer>4</answer>", 0.0),
+        (r"\A<think>.+</think>\s*\S", ["<think>a\nb</think>\n4"], ["<think></think>4", " <think>a</think>4"]),
+        (
+            r"\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z",
+            ["<think>\n2+2\n</think>\n<answer>4</answer>", "<think>2+2</think><answer>4</answer>"],
+            ["<answer>4</answer><think>2+2</think>", "<think>2+2<answer>4</answer>", "<think>a</think><think>b</think>4"],
+        ),
     ],
 )
-def test_think_and_answer_tags(text, earned):
-    tags = r"\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z"
-    assert score(FormatReward(tags), text) == earned
+def test_a_format_is_looked_for_across_lines(pattern, right, wrong):
+    assert [score(FormatReward(pattern), text) for text in [*right, *wrong]] == [1.0] * len(right) + [0.0] * len(wrong)
 
 
 def test_repetition():

@@ -32,7 +32,6 @@ def served(device="cpu", folder="a folder", dtype=torch.float32):
         ({"engine_args": {"dtype": "half"}}, "must not have 'dtype', which follows from the policy"),
         ({"engine_args": {"max_model_len": 3}}, "give it as sampler.max_model_len"),
         ({"engine_args": {"enable_sleep_mode": True}}, "give sampler.sleep"),
-        ({"temperature": 0.0}, "sampler.temperature must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):

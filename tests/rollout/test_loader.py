@@ -243,7 +243,7 @@ def test_another_number_of_ranks_takes_over_what_is_left():
     assert len(visited) == 8, "then the rollouts that follow"
 
 
-def test_other_prompts_are_drawn_from_the_beginning_of_their_order():
+def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_put_on_the_policys_device():
     loader = build()
     next(iter(loader))
     state = loader.state_dict()
@@ -254,32 +254,9 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order():
         fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
         assert told and not changed._pending
         assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
-    same = build()
+    same = build(device="meta")
     same.on_other_prompts = lambda: pytest.fail("the same prompts")
     same.load_state_dict(state)
     assert same._cursor.position == loader._cursor.position
-
-
-def test_each_rollout_of_a_mixture_has_the_proportions_on_any_number_of_ranks():
-    """Three quarters of the draws from 5 prompts of one set, a quarter from 11 of another."""
-    data = [Prompt(text=str(i), index=i, set_name="a" if i < 5 else "b", set_weight=3.0 if i < 5 else 1.0) for i in range(16)]
-
-    def drawn(**arguments):
-        loader = RolloutLoader(data, Source(2), RolloutSchedule(4, 2), seed=1, **arguments)
-        return [sorted(batch.sequences.prompt_ids[::2, 0].tolist()) for batch in loader]
-
-    rollouts = drawn()
-    assert len(rollouts) == 4 and all(sum(index < 5 for index in rollout) == 3 for rollout in rollouts)
-    ranks = [drawn(rank=rank, world_size=2) for rank in (0, 1)]
-    assert [sorted(first + second) for first, second in zip(*ranks, strict=True)] == rollouts
-
-
-def test_resumed_micro_batches_are_put_on_the_policys_device():
-    loader = build()
-    next(iter(loader))
-    state = loader.state_dict()
-    resumed = build(device="meta")
-    resumed.load_state_dict(state)
-    batch = next(iter(resumed))
-    assert batch.sequences.prompt_ids.device.type == batch.advantages.device.type == "meta"
-    assert resumed.generator.device.type == "cpu"
+    batch = next(iter(same))
+    assert batch.sequences.prompt_ids.is_meta and batch.advantages.is_meta and same.generator.device.type == "cpu"

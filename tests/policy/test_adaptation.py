@@ -9,7 +9,7 @@ from tiny_runs import DigitShare, build_adapter, build_policy, fit, write_model
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.losses import GRPOLoss, PolicyLoss, TokenTruncation
+from hybrid_lightning.losses import PolicyLoss, TokenTruncation
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
@@ -61,13 +61,14 @@ def assert_same_policy(loaded, module):
     assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
 
 
-def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
+def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
     reward = WeightedSum([DigitShare(), LengthPenalty(per_character=0.25), FormatReward("[0-9]", name="digit")], [1.0, 0.5, 0.1])
     policy = {"loss": Reinforce(0.5, kl_coef=0.01), "reward": reward, "sampler": Sampler(6, temperature=0.7, stop=["#"])}
     policy |= {"correction": TokenTruncation(cap=3.0), "schedule": LinearSchedule(1, final_factor=0.5)}
-    policy["optimizer"] = partial(torch.optim.AdamW, betas=(0.8, 0.9))
+    policy |= {"optimizer": partial(torch.optim.AdamW, betas=(0.8, 0.9)), "kind": partial(Patient, 7)}
     module, path = save(model, sums, tmp_path, policy=policy)
-    loaded = PolicyModule.load_from_checkpoint(path)
+    loaded = Patient.load_from_checkpoint(path)
+    assert loaded.patience == 7
     assert_same_policy(loaded, module)
     assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
     for part in ("loss", "reward", "sampler", "correction", "schedule"):
@@ -106,23 +107,13 @@ def test_arguments_can_be_replaced_while_loading(saved):
     assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
 
 
-def test_a_subclass_comes_back_with_its_own_argument(model, sums, tmp_path):
-    module, path = save(model, sums, tmp_path, policy={"kind": partial(Patient, 7)})
-    loaded = Patient.load_from_checkpoint(path)
-    assert loaded.patience == 7 and isinstance(loaded.loss, GRPOLoss)
-    assert_same_policy(loaded, module)
-
-
-@pytest.mark.parametrize("optimizer", [lambda parameters: torch.optim.SGD(parameters, lr=1), torch.optim.SGD.__init__])
-def test_what_cannot_be_written_is_refused_at_once(model, optimizer):
-    with pytest.raises(ConfigError, match=r"optimizer=.* cannot be written into a checkpoint; give a class, functools\.partial"):
-        build_policy(model, optimizer=optimizer)
-
-
-def test_a_part_that_no_import_finds_is_refused_at_once(model):
+def test_what_cannot_be_written_is_refused_at_once(model):
     class Local(DigitShare):
         pass
 
+    for optimizer in (lambda parameters: torch.optim.SGD(parameters, lr=1), torch.optim.SGD.__init__):
+        with pytest.raises(ConfigError, match=r"optimizer=.* cannot be written into a checkpoint; give a class, functools"):
+            build_policy(model, optimizer=optimizer)
     for reward in (Local(), WeightedSum([DigitShare(), Local()])):
         with pytest.raises(ConfigError, match=r"reward: the class .*Local cannot be written .* define it at the top level"):
             build_policy(model, reward=reward)

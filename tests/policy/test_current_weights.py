@@ -20,12 +20,13 @@ from hybrid_lightning.types import Prompt
 IDS = torch.arange(3, 19).view(2, 8)
 
 
-def adapted(folder, use_dora=False, frozen=(), **options):
-    """A policy whose first and last module are fully trained, the others by LoRA of different ranks, with moved weights."""
+def adapted(folder, use_dora=False, frozen=(), only=None, **options):
+    """A policy with moved weights, of `only` one module, or the first and last by full training and others by LoRA."""
     policy = build_policy(folder, **options)
     modules = find_candidates(policy.model)
     full = {next(iter(modules)), list(modules)[-1]}
     mode = {**dict.fromkeys(modules, "lora"), **dict.fromkeys(frozen, "frozen"), **dict.fromkeys(full, "full")}
+    mode = {**dict.fromkeys(modules, "frozen"), only: "lora"} if only else mode
     planned = tuple(
         PlannedModule(n, linear_shape(m), m.weight.numel(), None, mode[n], 1 + place % 4 if mode[n] == "lora" else None)
         for place, (n, m) in enumerate(modules.items())
@@ -77,11 +78,7 @@ def test_what_training_changes_is_enough_for_a_model_that_has_the_base(model):
 
 def test_parts_of_a_block_come_as_a_whole(tmp_path):
     """With one module adapted, all that an engine may join with it comes, and nothing of other parts."""
-    policy = build_policy(write_model(tmp_path / "model", "qwen2"))
-    modules = find_candidates(policy.model)
-    mode = {"model.layers.1.self_attn.v_proj": "lora"}
-    planned = tuple(PlannedModule(n, linear_shape(m), 1, None, mode.get(n, "frozen")) for n, m in modules.items())
-    policy.adapt(AdapterPlan("model", None, model_digest(policy.model), planned, LoraSettings(2, 4), ModuleBudget().to_config()))
+    policy = adapted(write_model(tmp_path / "model", "qwen2"), only="model.layers.1.self_attn.v_proj")
     names = list(weights_of(policy).shapes(False))
     attention = [f"model.layers.1.self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
     assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
@@ -174,17 +171,7 @@ class Copying(Sampler):
         self.ended += 1
 
 
-def test_an_engine_is_updated_when_weights_have_changed_and_improbable_completions_are_refused(model):
-    sampler = Copying()
-    policy = adapted(model, sampler=sampler)
-    prompts = [Prompt(text="12+3=")]
-    first = policy.generate(prompts, 2)
-    policy.generate(prompts, 2)
-    assert sampler.updates == [(0, True)] and first.sequences.weights_step.tolist() == [0, 0]
-    with torch.no_grad():
-        next(p for p in policy.parameters() if p.requires_grad).add_(0.1)
-    policy.generate(prompts, 2)
-    assert sampler.updates == [(0, True), (0, False)]
+def test_improbable_completions_are_refused(model):
     sampler = Copying()
     sampler.update = lambda *_: setattr(sampler, "version", WeightsVersion(0, "x"))
     sampler.model = build_model("llama", seed=9, std=0.4)
@@ -220,10 +207,12 @@ def test_every_command_and_phase_samples_by_the_engine(model, sums, tmp_path):
     rules = {"dynamic_sampling": DynamicSampling(1), "reward": Constant(), "minibatches_per_rollout": 1}
     policy, data = run(model, sums, tmp_path, sampler, steps=1, **rules)
     assert len(sampler.prompts) >= 3, "calibration, a rollout and an extra one, since all rewards are equal"
+    updates = list(sampler.updates)
     for command in (policy.trainer.validate, policy.trainer.test, policy.trainer.predict):
         sampler.prompts.clear()
         command(policy, datamodule=data)
         assert sampler.prompts, command.__name__
+    assert sampler.updates == updates and updates[0] == (0, True), "with weights that have not changed"
 
 
 class Renormalizing(Copying):

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_examples import KINDS, build_examples, build_module, fit, weights, write_rows
 from tiny_models import build_model, build_tokenizer
-from tiny_runs import StartsWithDigit, build_adapter, build_trainer
+from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer
 
+from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rollout.batching import join_rows
@@ -81,10 +82,13 @@ class ByHand(Callback):
 def test_a_step_is_that_of_separate_sequences(kind, budget, accumulate, model, rows, tmp_path):
     check = ByHand(kind)
     arguments = {"max_tokens_per_micro_batch": budget}
-    fit(kind, model, rows, tmp_path, check, arguments=arguments, accumulate_grad_batches=accumulate, max_steps=2)
+    callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": accumulate, "max_steps": 2}
+    module = fit(kind, model, rows, tmp_path, *callbacks, arguments=arguments, **flags)
     assert check.steps == 2 and check.losses[0] != check.losses[1]
     if kind == "preference":
         assert check.losses[0] == pytest.approx(math.log(2), abs=1e-5), "it begins at the start policy"
+    logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
+    assert {"loss", "time"} <= logged <= module.training_metrics, "what is logged is known before"
 
 
 def test_a_model_that_takes_no_packed_rows_is_trained_padded(model, rows, tmp_path, monkeypatch):

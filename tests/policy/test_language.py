@@ -8,7 +8,7 @@ import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model
 from transformers import T5Config
 
-from hybrid_lightning.advantages import GroupAdvantage, LeaveOneOutAdvantage
+from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.losses import GRPOLoss
@@ -88,11 +88,9 @@ def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(sums, t
     [
         ({"dtype": "half"}, "model.dtype must be one of"),
         ({"revision": "main"}, "is for hub models"),
-        ({"lr_full": -1.0}, r"model\.lr_full must be a non-negative number, got -1"),
         ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
         ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
         ({"samples_per_prompt": 0}, r"model\.samples_per_prompt must be at least 1, got 0"),
-        ({"epochs_per_rollout": 0}, r"model\.epochs_per_rollout must be at least 1, got 0"),
         ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
         ({"samples_per_prompt": 1, "dynamic_sampling": DynamicSampling()}, "looks for prompts whose completions differ"),
     ],
@@ -116,21 +114,17 @@ def test_examples_without_a_loss_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("policy", "flags", "adapter", "message"),
+    ("policy", "message"),
     [
-        ({}, {"precision": "bf16-true"}, {}, r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
-        ({}, {"accumulate_grad_batches": 3}, {}, r"16 completions .* cannot be split evenly into 3 micro-batches"),
-        ({"prompts_per_rollout": 17}, {}, {}, r"prompts_per_rollout=17 is more than the 16 training prompts"),
-        ({"samples_per_prompt": 1, "advantage": GroupAdvantage()}, {}, {}, "GroupAdvantage compares .* to 2 or more"),
-        ({"samples_per_prompt": 1, "advantage": LeaveOneOutAdvantage()}, {}, {}, "=1: LeaveOneOutAdvantage compares"),
-        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, {}, {}, "OverlongPenalty: .*max_new_tokens=6, .* would never act"),
-        ({"loss": GRPOLoss(kl_coef=0.1)}, {}, {"keep_start_weights": False}, "KL term .* set adapter.keep_start_weights=true"),
+        ({"samples_per_prompt": 1, "advantage": LeaveOneOutAdvantage()}, "=1: LeaveOneOutAdvantage compares .* to 2 or more"),
+        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, "OverlongPenalty: .*max_new_tokens=6, .* would never act"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(model, sums, tmp_path, monkeypatch, policy, flags, adapter, message):
+def test_what_cannot_work_is_refused_at_once(model, sums, tmp_path, monkeypatch, policy, message):
+    """And more, by the command line: `test_checked_before_loading`."""
     monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(ConfigError, match=message):
-        fit(model, sums, tmp_path, build_adapter(**adapter), policy=policy, **flags)
+        fit(model, sums, tmp_path, policy=policy)
 
 
 def test_settings_are_checked_once_a_run(model, sums, tmp_path, monkeypatch):

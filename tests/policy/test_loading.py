@@ -8,36 +8,21 @@ from tiny_models import VOCABULARY, build_model, build_tokenizer
 from tiny_runs import write_model
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.errors import ModelError
 from hybrid_lightning.policy.loading import ModelSource, check_weights, load_model, load_tokenizer, resolve_model, stop_token_ids
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_local_folder_gives_the_very_same_model_frozen_and_in_eval_mode(tmp_path, family):
-    model = load_model(resolve_model(str(write_model(tmp_path, family))), "float32", None)
+    source = resolve_model(str(write_model(tmp_path, family)))
+    model, half = load_model(source, "float32", None), load_model(source, "bfloat16", "eager")
     expected = build_model(family, std=0.1).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_dtype_is_that_of_every_weight(model, dtype, expected):
-    loaded = load_model(resolve_model(str(model)), dtype, "eager")
-    assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
-    assert loaded.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "attention", "error", "message"),
-    [
-        ("bf16", None, ConfigError, r"model\.dtype must be one of .*got 'bf16'"),
-        ("float32", "nonsense", ModelError, r"cannot load the model .*nonsense"),
-    ],
-)
-def test_an_unknown_dtype_or_attention_is_refused(model, dtype, attention, error, message):
-    with pytest.raises(error, match=message):
-        load_model(resolve_model(str(model)), dtype, attention)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16} and half.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match=r"cannot load the model .*nonsense"):
+        load_model(source, "float32", "nonsense")
 
 
 def test_a_tokenizer_is_needed_and_has_to_end_completions(tmp_path):

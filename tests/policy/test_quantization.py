@@ -208,8 +208,11 @@ def test_it_trains_and_agrees_with_its_sampler(trained):
     assert packed(module) and all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
 
 
-def test_resumed_it_goes_on_bit_for_bit(trained, folder, tmp_path):
+def test_resumed_it_goes_on_bit_for_bit_and_by_no_other_quantization(trained, folder, tmp_path):
     root, log, module = trained
+    name = type(module.quantization).__name__
+    with pytest.raises(CheckpointError, match=rf"trained with model\.quantization={name}, but it is null now"):
+        run(folder, tmp_path, None, ckpt=root / "step=3.ckpt")
     rest, resumed = run(folder, tmp_path, module.quantization, ckpt=root / "step=3.ckpt")
     assert rest.metrics == log.metrics[3:]
     weights = dict(resumed.named_parameters())
@@ -244,13 +247,6 @@ def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path):
     quantized = module.eval().model(IDS).logits
     error = (merged(IDS).logits - quantized).norm() / quantized.norm()
     assert 1e-4 < float(error) < (0.3 if isinstance(module.quantization, NF4) else 0.05), "off by the rounding of the base alone"
-
-
-def test_another_quantization_than_the_checkpoints_is_refused(trained, folder, tmp_path):
-    root, _, module = trained
-    name = type(module.quantization).__name__
-    with pytest.raises(CheckpointError, match=rf"trained with model\.quantization={name}, but it is null now"):
-        run(folder, tmp_path, None, ckpt=root / "step=3.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -67,19 +67,16 @@ def test_an_epoch_has_a_step_for_each_minibatch_of_each_pass(model, sums, tmp_pa
     assert len(prompts) == 16 // sizes.get("prompts_per_rollout", 4) * sizes.get("prompts_per_rollout", 4)
 
 
-def test_max_epochs_and_max_steps_and_accumulation_that_changes_between_epochs(model, sums, tmp_path):
+def test_max_epochs_and_max_steps_and_limits_and_accumulation_that_changes_between_epochs(model, sums, tmp_path):
     log = run(model, sums, tmp_path, max_epochs=2)
     assert [len(epoch) for epoch in log.epochs] == [4, 4] and log.epochs[0] != log.epochs[1]
+    for limit, batches in ((3, 3), (0.5, 2)):
+        log = run(model, sums, tmp_path, max_epochs=2, limit_train_batches=limit)
+        assert [len(epoch) for epoch in log.epochs] == [batches, batches]
     log = run(model, sums, tmp_path, max_steps=5, accumulate_grad_batches=2)
     assert log.steps[-1] == 5 and [len(epoch) for epoch in log.epochs] == [8, 2]
     log = run(model, sums, tmp_path, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=2)
     assert log.steps == [1, 2, 3, 4, 4, 5, 5, 6] and all(seen == expected for seen, expected in log.denominators)
-
-
-@pytest.mark.parametrize(("limit", "batches"), [(3, 3), (0.5, 2)])
-def test_limit_train_batches(model, sums, tmp_path, limit, batches):
-    log = run(model, sums, tmp_path, max_epochs=2, limit_train_batches=limit)
-    assert [len(epoch) for epoch in log.epochs] == [batches, batches]
 
 
 def test_epochs_cut_within_a_step_do_not_mix_steps(model, sums, tmp_path):

@@ -9,8 +9,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
-from tiny_examples import fit as fit_examples
-from tiny_examples import write_rows
 from tiny_models import build_model
 from tiny_runs import Constant, Log, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
@@ -217,11 +215,6 @@ def test_every_step_and_a_logger_have_the_metrics_of_the_rollout(model, sums, tm
     assert logged == pytest.approx([reward for _, reward in seen.steps[1::2]]), "at whichever step it is asked"
 
 
-def names_of(log):
-    """First parts of the names of all that was logged in training."""
-    return {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
-
-
 @pytest.mark.parametrize(
     "policy",
     [
@@ -234,14 +227,8 @@ def names_of(log):
 def test_what_a_policy_logs_is_known_before(model, sums, tmp_path, policy):
     log = Log()
     module = fit(model, sums, tmp_path, StepTimer(), log, policy=policy)
-    assert {"loss", "reward", "time"} <= names_of(log) <= module.training_metrics
-
-
-@pytest.mark.parametrize("kind", ["supervised", "preference"])
-def test_what_examples_log_is_known_before(model, tmp_path, kind):
-    log, rows = Log(), write_rows(tmp_path / "rows.jsonl")
-    module = fit_examples(kind, model, rows, tmp_path, StepTimer(), log, max_steps=2)
-    assert {"loss", "time"} <= names_of(log) <= module.training_metrics
+    logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
+    assert {"loss", "reward", "time"} <= logged <= module.training_metrics
 
 
 # ---- tokens of a pass that the memory of a device has decided go into checkpoints, so that a resume splits rows alike

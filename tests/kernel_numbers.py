@@ -17,6 +17,20 @@ def assert_near(found, exact, dtype, roundings=1):
     torch.testing.assert_close(found.double(), exact, atol=bound * share * float(exact.abs().max()), rtol=bound)
 
 
+def kept(module, inputs):
+    """Bytes that a module keeps for its backward pass, beside its weights."""
+    storages, own = {}, {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(inputs)
+    return sum(size for place, size in storages.items() if place not in own)
+
+
 def assert_same_on_any_threads(compute):
     """What a function gives, a list of tensors, is the same on one, two and three threads."""
     found, before = [], torch.get_num_threads()

@@ -149,42 +149,25 @@ def test_fused_layers_are_copied_and_pickled():
         assert all(map(torch.equal, copied.state_dict().values(), layer.state_dict().values()))
 
 
-def test_a_compiler_that_fails_is_asked_once_and_training_goes_on(compiled, monkeypatch, caplog):
-    calls = []
+def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(request, monkeypatch, caplog):
+    """And training goes on; memory that ran out is not taken for a compiler at fault."""
+    calls, errors = [], [torch.OutOfMemoryError("full"), RuntimeError("no working compiler found")]
 
     def fails(function):
         calls.append(function)
-        raise RuntimeError("no working compiler found")
-
-    monkeypatch.setattr(compiling, "compiled", fails)
+        raise errors[len(calls) - 1]
 
     def times(x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * factor
 
     function = compiling.one_kernel(times, otherwise=lambda x, factor: x + x)
-    with caplog.at_level(logging.WARNING):
-        results = [function(torch.ones(3), 2.0).tolist() for _ in range(3)]
-    assert results == [[2.0] * 3] * 3 and len(calls) == 1
-    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
-
-
-def negative(x: torch.Tensor) -> torch.Tensor:
-    return -x
-
-
-def negative_at_fault(x: torch.Tensor) -> torch.Tensor:
-    return -x
-
-
-def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(compiled, monkeypatch):
-    def fails(function):
-        raise torch.OutOfMemoryError("full")
-
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("nothing is to be compiled"))
+    assert function(torch.ones(3), 2.0).tolist() == [2.0] * 3
+    request.getfixturevalue("compiled")
     monkeypatch.setattr(compiling, "compiled", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        compiling.one_kernel(negative_at_fault)(torch.ones(3))
-
-
-def test_nothing_is_compiled_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("nothing is to be compiled"))
-    assert compiling.one_kernel(negative)(torch.ones(2)).tolist() == [-1.0, -1.0]
+        function(torch.ones(3), 2.0)
+    with caplog.at_level(logging.WARNING):
+        results = [function(torch.ones(3), 2.0).tolist() for _ in range(3)]
+    assert results == [[2.0] * 3] * 3 and len(calls) == 2
+    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text

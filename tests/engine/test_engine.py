@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_decoders import ALL, build, has_pass
+from tiny_decoders import ALL, build
 from tiny_models import VOCABULARY, build_model
 from tiny_runs import fit, write_model, write_sums
 from transformers import AutoModelForCausalLM, BloomConfig
@@ -54,11 +54,6 @@ def test_all_passes_of_known_families_are_fast(family, said):
         engine.report()
         engine.prepare()
     assert said == ["engine: packed training, shared prompts, fused layers, CPU kernels, prepacked weights and fast decoding"]
-
-
-def test_before_it_is_prepared_it_knows_nothing():
-    with pytest.raises(AssertionError, match="prepared first"):
-        build("llama").passes()
 
 
 def test_no_compiler(monkeypatch, tmp_path):
@@ -161,33 +156,23 @@ def test_a_model_without_an_adapter_says_so():
     assert "the model has no adapter, with which its layers are fused" in engine.description()
 
 
-def test_a_run_says_it(tmp_path, said):
-    fit(write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", max_steps=2)
-    (line,) = said
-    assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
-
-
-def test_a_run_that_goes_on_by_other_passes_says_so(monkeypatch):
-    monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
-    engine = build("llama")
-    engine.continues({"packed training": "", "fast decoding": ""})
-    engine.prepare()
-    with pytest.warns(UserWarning, match="had fast decoding; this one has torch's own decoding, since calling its parts"):
-        assert not has_pass(engine)
-    assert not has_pass(engine) and not engine._former, "once"
-
-
-def test_a_resumed_run_knows_the_passes_of_the_one_it_continues(tmp_path, monkeypatch):
+def test_a_run_says_it_and_a_resumed_one_what_has_changed(tmp_path, said, monkeypatch):
     model, sums = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl")
     fit(model, sums, tmp_path / "runs", max_steps=2).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (line,) = said
+    assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
     fit(model, sums, tmp_path / "again", ckpt=tmp_path / "last.ckpt", max_steps=4)  # a warning of ours would be an error
     monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
-    with pytest.warns(UserWarning, match="continued had fast decoding; this one has torch's own decoding"):
+    message = "continued had fast decoding; this one has torch's own decoding, since calling its parts"
+    with pytest.warns(UserWarning, match=message) as warned:
         fit(model, sums, tmp_path / "other", ckpt=tmp_path / "last.ckpt", max_steps=4)
+    assert sum("had fast decoding" in str(each.message) for each in warned) == 1
 
 
-def test_a_copy_of_an_engine_is_one_of_its_own():
+def test_an_engine_knows_nothing_before_it_is_prepared_and_a_copy_of_one_is_one_of_its_own():
     engine = build("llama")
+    with pytest.raises(AssertionError, match="prepared first"):
+        engine.passes()
     engine.prepare()
     checkpoint_gradients(engine.model.get_base_model(), engine.backend)
     other = copy.deepcopy(engine)

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from kernel_numbers import kept
 from peft import LoraConfig, get_peft_model
 from rounding import assert_same_sums
 from tiny_models import build_model
@@ -61,15 +62,6 @@ def test_values_and_gradients_are_those_of_transformers(kind, dtype):
     else:
         of_sums = torch.float32 if kind == "norm" else dtype  # whatever its input is
         assert_same_sums(my_slope.to(of_sums), slope.to(of_sums), additions=2 * (32 + 32 + 48))
-
-
-def kept(layer, x):
-    """Bytes that a layer keeps for its backward pass, beside its weights."""
-    tensors = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
-        layer(x)
-    held = {parameter.data_ptr() for parameter in layer.parameters()}
-    return sum(t.nbytes for pointer, t in tensors.items() if pointer not in held)
 
 
 def adapted(bias=False, **options):

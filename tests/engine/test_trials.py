@@ -88,7 +88,7 @@ def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
 
 
 @pytest.mark.parametrize("mistake", ["no scaling", "twice the residual", "no head norms"])
-def test_mistakes_are_refused_though_lora_begins_as_zero(mistake, way, monkeypatch):
+def test_mistakes_are_refused_though_lora_begins_as_zero_and_it_is_said_once(mistake, way, monkeypatch, caplog):
     if mistake == "no scaling":
         monkeypatch.setattr(prepacked, "_scaled_up", lambda layer: layer.lora_B["default"].weight.detach())
     elif mistake == "twice the residual":
@@ -97,7 +97,9 @@ def test_mistakes_are_refused_though_lora_begins_as_zero(mistake, way, monkeypat
             monkeypatch.setattr(kind, "output", lambda *given, output=output: output(*given) + given[1])
     else:
         monkeypatch.setattr(trials, "_own_layer", without_head_norms(trials._own_layer))
-    assert not is_accepted(engine_of("qwen3", False, 2), way)
+    engine = engine_of("qwen3", False, 2)
+    assert not is_accepted(engine, way) and not is_accepted(engine, way)
+    assert caplog.text.count("one by one gave other numbers") == 1 and "gave other numbers" in engine.passes()["fast decoding"]
 
 
 def without_head_norms(original):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from runs_of_tests import KILLED, train
+from ranks_of_tests import run
+from runs_of_tests import KILLED, train, train_each
 from tiny_runs import write_model, write_sums
 
 
@@ -11,6 +12,18 @@ def folder(tmp_path_factory):
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl", 24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_on(folder, tmp_path_factory):
+    """Makes the runs that are named on so many ranks, one after another; what each rank found: name -> result."""
+
+    def start(ranks, jobs, **arguments):
+        root = tmp_path_factory.mktemp("runs")
+        arguments = {"folder": folder, "root": root / "run", "devices": ranks, **arguments}
+        return run(ranks, root / "ranks", train_each, timeout_s=300, jobs=jobs, **arguments)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -35,11 +35,7 @@ KILLED = {
 
 
 class ByPrompt(Sampler):
-    """Draws each prompt's completions from numbers of its own, so that they do not depend on who completes it.
-
-    Args:
-        short: Indices of prompts whose completions end after two tokens.
-    """
+    """Draws from numbers of each prompt's own, whoever completes it; those of prompts in `short` end after two tokens."""
 
     def __init__(self, max_new_tokens=6, short=()):
         super().__init__(max_new_tokens)

@@ -8,13 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks_of_tests import run, start, wait
-from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train, train_each
+from ranks_of_tests import start, wait
+from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train_each
 from test_checkpoints_cross import SHARDED
 
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
-from hybrid_lightning.errors import HybridLightningError
-from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
 
@@ -40,13 +38,7 @@ class Die(Callback):
 
 
 class DieWhileWriting(Callback):
-    """Kills the process of a rank in the middle of a write.
-
-    Args:
-        rank: That dies.
-        name: End of the file, or name of the folder, that it waits for the disk to have.
-        time: How often that has happened when it dies; of the file half is there then.
-    """
+    """Kills a rank as it waits the n-th time for the disk to have what ends with this name; of a file half is there then."""
 
     def __init__(self, rank, name, time):
         self.rank, self.name, self.time = rank, name, time
@@ -122,33 +114,3 @@ def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, 
     assert heard.rpartition("--ckpt_path ")[2] in {str(path) for path in steps}
     last = max(steps, key=steps.get)
     assert_goes_on(folder, tmp_path, last, steps[last], unstopped)
-
-
-class NoWay(RewardFunction):
-    """Fails on the first rank."""
-
-    def __call__(self, completions, prompts):
-        if os.environ["LOCAL_RANK"] == "0":
-            raise ValueError("no way")
-        return [0.0] * len(completions)
-
-
-def train_in_vain(jobs, **arguments):
-    """What each job says that cannot train."""
-    said = {}
-    for name, policy in jobs.items():
-        with pytest.raises(HybridLightningError) as raised:
-            train(policy=policy, **arguments)
-        said[name] = f"{type(raised.value).__name__}: {raised.value}"
-    return said
-
-
-def test_every_rank_hears_why_it_cannot_train(folder, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    jobs = {"reward": {"reward": NoWay()}, "optimizer": {"optimizer": bitsandbytes.optim.AdamW8bit}}
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES["fsdp2"], "devices": 2, "jobs": jobs}
-    first, second = run(2, tmp_path / "ranks", train_in_vain, timeout_s=40, **arguments)
-    assert first["reward"].startswith("RewardError") and "no way" in first["reward"]
-    told = second["reward"]
-    assert told.startswith("CalibrationError: rank 0 could not score the modules: RewardError") and "no way" in told
-    assert first["optimizer"] == second["optimizer"] and "AdamW8bit cannot hold the state of weights" in first["optimizer"]

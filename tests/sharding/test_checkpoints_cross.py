@@ -163,15 +163,11 @@ def test_each_rank_writes_a_part_of_its_own(saved, name):
 
 
 @pytest.mark.parametrize("name", ["fsdp2", *SHARDED])
-def test_a_sharded_runs_checkpoint_loads_alone(saved, name):
+def test_one_process_loads_and_exports_what_several_have_written(saved, name):
     loaded = PolicyModule.load_from_checkpoint(saved / f"{name}.ckpt")
     weights = content_of(saved / f"{name}.ckpt")["state_dict"]
     parameters = dict(loaded.named_parameters())
     assert weights and all(torch.equal(parameters[name], value) for name, value in weights.items())
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_one_process_exports_what_several_have_written(saved, name):
     policy, whole = (policy_of_checkpoint(saved / f"{writer}.ckpt") for writer in (name, "one process"))
     assert policy.plan == whole.plan and policy.training == whole.training and policy.base == whole.base
     torch.testing.assert_close(policy.weights, whole.weights, atol=1e-5, rtol=0)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from ranks_of_tests import run
 from rounding import metrics_of_runs
-from runs_of_tests import ADAM, assert_same_run, train_each
+from runs_of_tests import ADAM, assert_same_run
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from torchmetrics import MeanMetric
@@ -65,14 +64,12 @@ class Policies(Callback):
 
 
 @pytest.fixture(scope="module")
-def single(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("offload")
-    jobs = {"run": ARGUMENTS}
-    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["run"]
+def single(train_on):
+    return train_on(1, {"run": ARGUMENTS})[0]["run"]
 
 
 @pytest.fixture(scope="module")
-def sharded(folder, tmp_path_factory):
+def sharded(train_on, tmp_path_factory):
     """The runs of each rank; FSDP1 comes last, since it changes torch for its process."""
     root, jobs = tmp_path_factory.mktemp("offloaded"), {}
     fused = partial(torch.optim.AdamW, eps=1e-3, fused=True)  # which is what makes the host's step fast
@@ -82,7 +79,7 @@ def sharded(folder, tmp_path_factory):
         path, common = root / f"{name}.ckpt", {**ARGUMENTS, "strategy": strategy, "callbacks": (Policies(),)}
         jobs[name, "part"] = {**common, "max_steps": 2, "save": path}
         jobs[name, "rest"] = {**common, "ckpt_path": path}
-    return run(2, root / "ranks", train_each, timeout_s=240, jobs=jobs, folder=folder, root=root / "run", devices=2)
+    return train_on(2, jobs)
 
 
 @pytest.mark.parametrize("strategy", OFFLOADING)
@@ -117,9 +114,7 @@ def test_collectives_are_there_for_the_host_and_the_device():
     # FSDP1 gathers on the device alone.
     assert on("cuda", FSDP1Strategy)._get_process_group_backend() == "nccl"
     assert on("cuda", FSDP1Strategy).offloads and not on("cpu", FSDP1Strategy).offloads
-
-
-def test_collectives_for_the_device_alone_are_refused():
+    # Those for the device alone are refused.
     with pytest.raises(ConfigError, match=r"process_group_backend=nccl does not work with cpu_offload.*give cpu:gloo,cuda:nccl"):
         on("cuda", FSDP2Strategy, "nccl")._get_process_group_backend()
 

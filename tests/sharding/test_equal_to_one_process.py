@@ -1,14 +1,15 @@
 """On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process."""
 
 import pytest
+import torch
 from lightning.pytorch import Callback
-from ranks_of_tests import run
-from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run, train_each
+from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run
 from tiny_runs import Constant
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
+from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import DynamicSampling
 
 
@@ -29,17 +30,27 @@ class Sizes(Callback):
         self.held["state"] = sum(local(value).numel() for value in state)
 
 
+class Streamed(Callback):
+    """All weights as a rollout engine gets them, whose shapes are known without gathering them, and those that are trained."""
+
+    def on_train_end(self, trainer, pl_module):
+        current = CurrentWeights(pl_module.model, pl_module.weights, "base", 2, True)
+        self.held = {"version": str(current.version), "weights": {}}
+        for everything in (True, False):
+            values = {}
+            for weight in current.stream(everything):
+                values[weight.name] = torch.empty(weight.shape)
+                weight.write_rows(values[weight.name], 0)
+            assert {name: tuple(value.shape) for name, value in values.items()} == current.shapes(everything)
+            self.held["weights"][everything] = values
+
+
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def jobs(first_rollout, ranks):
-    """Runs in which ranks have different amounts of work.
-
-    Args:
-        first_rollout: Indices of the prompts of the first rollout.
-        ranks: How many share them.
-    """
+    """Runs in which ranks, which share the prompts of the first rollout, have different amounts of work."""
     of_first_rank = first_rollout[::ranks]
     others = tuple(set(range(24)) - set(of_first_rank))
     few = {"max_tokens_per_micro_batch": 24, "prompts_per_rollout": 2 * ranks}
@@ -55,6 +66,7 @@ def jobs(first_rollout, ranks):
     if ranks == 2:
         work["advantages on one rank only"] = {
             "policy": {**uneven, "loss": GRPOLoss(), "reward": Only(of_first_rank), "gradient_checkpointing": True},
+            "callbacks": (Streamed(),),
             "max_steps": 2,
         }
         work["masks and an entropy bonus"] = {
@@ -85,20 +97,17 @@ def jobs(first_rollout, ranks):
 
 
 @pytest.fixture(scope="module")
-def first_rollout(folder, tmp_path_factory):
+def first_rollout(train_on):
     """Indices of its prompts, in order."""
-    root = tmp_path_factory.mktemp("first")
-    result = run(1, root / "process", train_each, jobs={"any": {"max_steps": 1}}, folder=folder, root=root)[0]["any"]
+    result = train_on(1, {"any": {"max_steps": 1}})[0]["any"]
     assert len(set(result["prompts"][0])) == 12
     return result["prompts"][0]
 
 
 @pytest.fixture(scope="module")
-def single(folder, first_rollout, tmp_path_factory):
+def single(train_on, first_rollout):
     """The runs of one process: (number of ranks that they are compared with, name) -> result."""
-    root = tmp_path_factory.mktemp("single")
-    work = {(ranks, name): job for ranks in (2, 3) for name, job in jobs(first_rollout, ranks).items()}
-    return run(1, root / "process", train_each, timeout_s=120, jobs=work, folder=folder, root=root)[0]
+    return train_on(1, {(ranks, name): job for ranks in (2, 3) for name, job in jobs(first_rollout, ranks).items()})[0]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -107,15 +116,10 @@ def ranks(request):
 
 
 @pytest.fixture(scope="module")
-def sharded(folder, first_rollout, tmp_path_factory, ranks):
+def sharded(train_on, first_rollout, ranks):
     """The runs of each rank, which trains under one strategy after the other: (strategy, name) -> result."""
-    root = tmp_path_factory.mktemp("sharded")
-    work = {
-        (strategy, name): {**job, "strategy": made}
-        for strategy, made in STRATEGIES.items()
-        for name, job in jobs(first_rollout, ranks).items()
-    }
-    return run(ranks, root / "ranks", train_each, timeout_s=240, jobs=work, folder=folder, root=root / "run", devices=ranks)
+    work = jobs(first_rollout, ranks).items()
+    return train_on(ranks, {(name, job): {**run, "strategy": made} for name, made in STRATEGIES.items() for job, run in work})
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -134,6 +138,11 @@ def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
     if ranks == 2:
         rows = [one["advantages on one rank only"]["rows"] for one in results]
         assert all(rows[0]) and not any(rows[1]), "the case is what it says"
+        first, second = (one["advantages on one rank only"]["held"] for one in results)
+        alone = single[2, "advantages on one rank only"]["held"]
+        assert first["version"] == second["version"]
+        torch.testing.assert_close(first["weights"], second["weights"], atol=0, rtol=0)
+        torch.testing.assert_close(first["weights"], alone["weights"], atol=1e-5, rtol=0)
         replaced = [one["groups replaced and moved"] for one in results]
         assert [one["rows"] for one in replaced] == [[8] * 2] * 2, "equal work"
         shares = ("sampling/extra_rollouts", "sampling/kept_groups", "sampling/surplus_groups", "sampling/filled_groups")

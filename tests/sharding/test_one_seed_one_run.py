@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_examples
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
@@ -80,38 +80,28 @@ MAKERS = {
 }
 
 
-class SaveFirst(Callback):
-    """Saves a checkpoint after the first step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 1:
-            trainer.save_checkpoint(self.path)
-
-
 def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:
     """Weights that differ from run to run of each kind, repeated so often, and once more resumed after the first step."""
     torch.set_num_threads(THREADS)
     found = []
     for kind, times in repeats.items():
-        checkpoint = root / f"{kind}.ckpt"
 
-        def train(*callbacks: Callback, ckpt_path: Path | None = None, kind: str = kind, times: int = times) -> dict[str, Any]:
+        def train(case: str, ckpt_path: Path | None = None, kind: str = kind, times: int = times) -> dict[str, Any]:
             torch.manual_seed(11)
             module, data = MAKERS[kind](folder)
             # A resumed run takes the plan that it finds: scores are compared where a run is repeated.
             adapter = build_adapter(calibration_prompts=2, scorer=TailEnergy() if times else Random())
-            flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+            saver = ModelCheckpoint(root / kind / case, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+            flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0, "enable_checkpointing": True}
             made = strategy() if callable(strategy) else strategy
-            trainer = build_trainer(root / kind, adapter, *callbacks, strategy=made, devices=devices, **flags)
+            trainer = build_trainer(root / kind, adapter, saver, strategy=made, devices=devices, **flags)
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
             return weights(module)
 
-        first = train(SaveFirst(checkpoint))
+        first = train("first")
         assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
-        others = {f"repeated, {number}": train() for number in range(times)} | {"resumed": train(ckpt_path=checkpoint)}
+        others = {case: train(case) for case in (f"repeated, {number}" for number in range(times))}
+        others["resumed"] = train("resumed", root / kind / "first" / "step=1.ckpt")
         for case, other in others.items():
             assert first.keys() == other.keys()
             found += [f"{kind}, {case}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.adapters import PreconditionedTail, Probe, Random, SketchedGradients, SpectrumSNR, UpdateTail
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import CalibrationError, ConfigError, RewardError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
 
@@ -140,16 +141,6 @@ def test_the_plan_is_that_of_one_process(folder, tmp_path, alone, ranks, jobs):
             assert len(shares) <= max(2, 0.75 * len(passes)), (name, rank)  # which the others make
 
 
-def shares_in_training(folder, root, devices):
-    """How much of the model this rank has within its passes: of old and reference log-probabilities, and of updates."""
-    options = {"loss": GRPOLoss(kl_coef=0.1), "epochs_per_rollout": 2, "minibatches_per_rollout": 2}
-    module = build_policy(folder / "model", kind=Watched, **{**SIZES, **options})
-    module.seen = []
-    flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 4}
-    build_trainer(root, build_adapter(scorer=Random()), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
-    return module.seen
-
-
 class AList(PolicyModule):
     """Has losses that cannot be dealt."""
 
@@ -157,29 +148,42 @@ class AList(PolicyModule):
         return list(super().calibration_losses(num_prompts, **options))
 
 
-def refused(folder, root, devices):
-    said = []
-    for kind, scorer in ((AList, None), (PolicyModule, Broken())):
-        flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 0}
-        module = build_policy(folder / "model", kind=kind)
-        with pytest.raises((ConfigError, CalibrationError, ValueError)) as raised:
-            build_trainer(root, build_adapter(scorer=scorer), **flags).fit(module, build_data(folder / "sums.jsonl"))
-        said.append(f"{type(raised.value).__name__}: {raised.value}")
-    return said
+class NoWay(RewardFunction):
+    """Fails on the first rank."""
+
+    def __call__(self, completions, prompts):
+        if os.environ["LOCAL_RANK"] == "0":
+            raise ValueError("no way")
+        return [0.0] * len(completions)
 
 
 def refused_and_shares(folder, root, devices):
-    return refused(folder, root / "refused", devices), shares_in_training(folder, root / "trained", devices)
+    """What is said of losses, a scorer and a reward, and how much of the model this rank has in a pass of any kind."""
+    said = []
+    for policy, scorer in (({"kind": AList}, None), ({}, Broken()), ({"reward": NoWay()}, None)):
+        flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 0}
+        module = build_policy(folder / "model", **policy)
+        with pytest.raises((ConfigError, CalibrationError, RewardError, ValueError)) as raised:
+            build_trainer(root / "refused", build_adapter(scorer=scorer), **flags).fit(module, build_data(folder / "sums.jsonl"))
+        said.append(f"{type(raised.value).__name__}: {raised.value}")
+    options = {"loss": GRPOLoss(kl_coef=0.1), "epochs_per_rollout": 2, "minibatches_per_rollout": 2}
+    module = build_policy(folder / "model", kind=Watched, **{**SIZES, **options})
+    module.seen = []
+    flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 4}
+    build_trainer(root, build_adapter(scorer=Random()), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
+    return said, module.seen
 
 
-def test_losses_that_cannot_be_dealt_and_a_scorer_that_fails_stop_all_ranks_and_none_has_the_whole_model(folder, tmp_path):
-    """The latter in a pass of training."""
+def test_what_cannot_be_scored_stops_all_ranks_and_none_has_the_whole_model_in_training(folder, tmp_path):
+    """Losses that cannot be dealt, and a scorer or a reward that fails on one rank."""
     arguments = {"folder": folder, "root": tmp_path / "run", "devices": 2}
     errors, shares = zip(*run(2, tmp_path / "ranks", refused_and_shares, timeout_s=120, **arguments), strict=True)
-    for (losses, _), rank in zip(errors, range(2), strict=True):
+    for (losses, *_), rank in zip(errors, range(2), strict=True):
         assert "calibration_losses returned list, which cannot be dealt to them; return a CalibrationLosses" in losses, rank
-    (own,) = {rank for rank, (_, failed) in enumerate(errors) if failed == "ValueError: no score of it"}
+    (own,) = {rank for rank, (_, failed, _) in enumerate(errors) if failed == "ValueError: no score of it"}
     assert errors[1 - own][1] == f"CalibrationError: rank {own} could not score the modules: ValueError: no score of it"
+    assert errors[0][2].startswith("RewardError: ") and "no way" in errors[0][2]
+    assert errors[1][2] == f"CalibrationError: rank 0 could not score the modules: {errors[0][2]}"
     for seen in shares:
         assert len(seen) > 20 and max(seen) < 0.9
 

@@ -23,47 +23,30 @@ def commands(folder, lines):
     assert all(result.code == 0 for result in results), [result.err[-2000:] for result in results]
 
 
-@pytest.fixture(scope="module")
-def there(tmp_path_factory):
-    yield from cli_runs.write_folder(tmp_path_factory.mktemp("commands"))
+@pytest.fixture
+def there(tmp_path):
+    yield from cli_runs.write_folder(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def runs(there, tmp_path_factory):
-    """Folders of a run of four steps, and of one that goes on from its third, with another strategy."""
+def test_checkpoints_are_folders_from_which_runs_go_on(there, tmp_path):
+    """A run of four steps under FSDP2; one that goes on from its third under FSDP1; and one of one process."""
+    runs = there / "runs" / "sums"
+    third, last = runs / "version_0" / "checkpoints" / "step=3.ckpt", runs / "version_0" / "checkpoints" / "last.ckpt"
     first = [*CONFIG, *FSDP2, *EVERY_STEP]
-    third = "runs/sums/version_0/checkpoints/step=3.ckpt"
     second = [*CONFIG, *FSDP1, *EVERY_STEP, "--checkpoint.save_last=link", "--ckpt_path", third]
-    run(2, tmp_path_factory.mktemp("ranks"), commands, folder=there, lines=[first, second])
-    return there / "runs" / "sums"
-
-
-def names(run):
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def test_model_checkpoint_keeps_its_best_and_last_as_folders(runs):
-    folder = runs / "version_0" / "checkpoints"
-    assert names(runs / "version_0") == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
-    steps = {path.name: read_folder(path)["global_step"] for path in folder.iterdir()}
+    run(2, tmp_path / "ranks", commands, folder=there, lines=[first, second])
+    # ModelCheckpoint keeps its best and last as folders.
+    steps = {path.name: read_folder(path)["global_step"] for path in last.parent.iterdir()}
     assert steps == {"last.ckpt": 4, "step=3.ckpt": 3, "step=4.ckpt": 4}
-    resumed = runs / "version_1" / "checkpoints"
-    assert names(runs / "version_1") == ["last.ckpt", "step=4.ckpt"]
-    assert (resumed / "last.ckpt").is_symlink() and (resumed / "last.ckpt").resolve() == resumed / "step=4.ckpt"
-
-
-def test_a_run_goes_on_from_a_folder(there, runs):
-    """Under FSDP1 in `runs`, and here in one process, from the folder and from the link."""
-    weights = read_folder(runs / "version_0" / "checkpoints" / "last.ckpt")["state_dict"]
-    torch.testing.assert_close(read_folder(runs / "version_1" / "checkpoints" / "last.ckpt")["state_dict"], weights)
-    config = str(runs / "version_0" / "config.yaml")
-    one = ["--trainer.strategy=auto", "--trainer.devices=1"]
-    result = cli_runs.run(
-        there, "fit", "--config", config, *one, "--ckpt_path", runs / "version_0" / "checkpoints" / "step=3.ckpt"
-    )
+    linked = runs / "version_1" / "checkpoints" / "last.ckpt"
+    assert {path.name for path in linked.parent.iterdir()} == {"last.ckpt", "step=4.ckpt"}
+    assert linked.is_symlink() and linked.resolve() == linked.with_name("step=4.ckpt")
+    weights = read_folder(last)["state_dict"]
+    torch.testing.assert_close(read_folder(linked)["state_dict"], weights)
+    one = ["--config", runs / "version_0" / "config.yaml", "--trainer.strategy=auto", "--trainer.devices=1"]
+    result = cli_runs.run(there, "fit", *one, "--ckpt_path", third)
     assert result.code == 0, result.err[-2000:]
     resumed = torch.load(runs / "version_2" / "checkpoints" / "last.ckpt", weights_only=True)
     assert resumed["global_step"] == 4 and resumed["state_dict"].keys() == weights.keys()
-    linked = runs / "version_1" / "checkpoints" / "last.ckpt"
-    result = cli_runs.run(there, "test", "--config", config, *one, "--ckpt_path", linked)
+    result = cli_runs.run(there, "test", *one, "--ckpt_path", linked)
     assert result.code == 0 and "greedy_accuracy" in result.out, result.err[-2000:]

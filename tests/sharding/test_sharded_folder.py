@@ -43,12 +43,9 @@ def test_everything_comes_back(tmp_path):
     write_folder(content(2.0), path)
     assert_same(read_folder(path), content(2.0))
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_weights_alone_come_back(tmp_path):
-    weights = {name: value for name, value in content().items() if name != "optimizer_states"}
-    write_folder(weights, tmp_path / "last.ckpt")
-    assert_same(read_folder(tmp_path / "last.ckpt"), weights)
+    alone = {name: value for name, value in content().items() if name != "optimizer_states"}
+    write_folder(alone, path)
+    assert_same(read_folder(path), alone)
 
 
 def cut(path):
@@ -85,11 +82,9 @@ def test_a_file_that_is_damaged_inside_is_refused(tmp_path):
         read_folder(path)
 
 
-class Failing:
+def fail(*arguments, **options):
     """Takes the place of what writes on one rank; gloo and the other rank know nothing of it."""
-
-    def __call__(self, *arguments, **options):
-        raise OSError(28, "No space left on device")
+    raise OSError(28, "No space left on device")
 
 
 def write_in_vain(path):
@@ -103,7 +98,7 @@ def write_in_vain(path):
     for of, (module, name) in enumerate(failing):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as raised:
             if distributed.get_rank() == of:
-                patch.setattr(module, name, Failing())
+                patch.setattr(module, name, fail)
             write_folder({"state_dict": {"a": split}, "global_step": 2}, path)
         distributed.barrier()
         found.append((str(raised.value), read_folder(path)))

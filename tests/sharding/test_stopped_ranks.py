@@ -17,11 +17,7 @@ from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 from hybrid_lightning.adapters import AdapterPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
-STRATEGIES = {
-    "ddp": [f"--config={CONFIGS / 'ddp.yaml'}"],
-    "fsdp2": [f"--config={CONFIGS / 'fsdp2.yaml'}"],
-    "fsdp1": [f"--config={CONFIGS / 'fsdp.yaml'}"],
-}
+STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "fsdp1": "fsdp.yaml"}
 SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 # Runs that are stopped again and again: options, and what stops each run: the moment, which of its calls since the stop before,
 # and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been
@@ -44,7 +40,7 @@ STOPS = {
 def stop_and_go_on(folder, name):
     """On each rank: a whole run, and those of each chain of stops with the last one, which goes on to the end."""
     rank = int(os.environ["LOCAL_RANK"])
-    fit = [*FIT[:2], *STRATEGIES[name], *FIT[2:], "--trainer.devices=2"]
+    fit = [*FIT[:2], f"--config={CONFIGS / STRATEGIES[name]}", *FIT[2:], "--trainer.devices=2"]
     whole, chains = run_command(folder, *fit), []
     for options, stops in STOPS[name]:
         command, results = [*fit, *options], []

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,14 +87,10 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_safe(folder, tmp_path, 
 
 
 def test_a_users_own_way_of_writing_stays():
-    class Strategy:
-        def __init__(self, checkpoint_io):
-            self.checkpoint_io = checkpoint_io
-
     class Own(TorchCheckpointIO):
         pass
 
-    plain, own = Strategy(TorchCheckpointIO()), Strategy(Own())
+    plain, own = (SimpleNamespace(checkpoint_io=kind()) for kind in (TorchCheckpointIO, Own))
     for strategy in (plain, own):
         write_whole_files(strategy)
     assert type(plain.checkpoint_io) is WholeFiles and type(own.checkpoint_io) is Own

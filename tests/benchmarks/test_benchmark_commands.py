@@ -9,7 +9,7 @@ from benchmarks import commands
 from benchmarks.commands import ROOT, environment
 from benchmarks.faults import kill_ranks
 from benchmarks.memory import planned
-from benchmarks.speed import agreement, methods, scaling, vs_trl
+from benchmarks.speed import agreement, commits, methods, scaling, vs_trl
 from benchmarks.vllm import rollout_engines
 
 MODULES = {
@@ -33,6 +33,7 @@ def refused(module, arguments, capsys):
     ("module", "arguments", "expected"),
     [
         (agreement, ("--steps", "0"), "--steps must be at least 1, got 0"),
+        (commits, ("nowhere",), "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"),
         (kill_ranks, ("--times", "0"), "--times must be at least 1, got 0"),
         (methods, (*SMALL, "--samples", "1"), "--samples must be at least 2, got 1"),
         (methods, (*SMALL, "--device", "cuda"), "--device cuda: torch finds no CUDA device"),
@@ -44,7 +45,8 @@ def refused(module, arguments, capsys):
 )
 def test_impossible_values(capsys, monkeypatch, tmp_path, module, arguments, expected):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout="0\n"))  # CUDA devices
-    code, said = refused(module, [*arguments, *(() if module is agreement else ("--out", str(tmp_path / "out")))], capsys)
+    out = () if module in (agreement, commits) else ("--out", str(tmp_path / "out"))
+    code, said = refused(module, (*arguments, *out), capsys)
     assert code == 2 and expected in said
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,7 @@
-"""The comparison of two checkouts: what is no checkout, and its table."""
+"""The comparison of two checkouts: its table, and by which package and worker each side runs."""
+
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -7,12 +10,6 @@ from benchmarks import pairs
 from benchmarks.commands import ROOT
 from benchmarks.speed import commits
 from benchmarks.workloads import Workload
-
-
-def test_a_folder_that_is_no_checkout_is_refused(capsys):
-    assert commits.main(["nowhere"]) == 2
-    said = "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"
-    assert said in capsys.readouterr().err
 
 
 def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, capsys):
@@ -55,9 +52,6 @@ def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
 @pytest.mark.parametrize("former", [False, True])
 def test_each_side_runs_the_worker_of_its_own_checkout(tmp_path, former):
     """Those of before `7d39560` as well, whose worker lay in benchmarks/ itself."""
-    import subprocess
-    import sys
-
     worker = tmp_path / "benchmarks" / ("run_ours.py" if former else "speed/run_ours.py")
     worker.parent.mkdir(parents=True)
     worker.write_text("import hybrid_lightning, sys; print(hybrid_lightning.NAME, sys.argv[1])")

@@ -65,19 +65,16 @@ def job(tmp_path):
     job.end(0.0)
 
 
-def test_all_processes_of_a_job_are_found_and_ended(job):
-    assert job.wait(lambda: job.rank(1) is not None, 20)
-    first, second = job.rank(0), job.rank(1)
-    assert first == job.main.pid and second not in (first, None)
-    os.kill(first, signal.SIGKILL)
-    assert job.end(0.5) is None, "the second lived still"
-    assert not job.family.members() and job.main.returncode == -signal.SIGKILL
-
-
-def test_a_write_is_seen_as_long_as_it_lasts(job):
+def test_a_write_is_seen_as_long_as_it_lasts_and_all_processes_of_a_job_are_found_and_ended(job):
     assert not job.writes()
     job.checkpoints.mkdir(parents=True)
     (job.checkpoints / "last.ckpt").mkdir()
     assert not job.writes()
     (job.checkpoints / ".last.ckpt.part").mkdir()
     assert job.writes()
+    assert job.wait(lambda: job.rank(1) is not None, 20)
+    first, second = job.rank(0), job.rank(1)
+    assert first == job.main.pid and second not in (first, None)
+    os.kill(first, signal.SIGKILL)
+    assert job.end(0.5) is None, "the second lived still"
+    assert not job.family.members() and job.main.returncode == -signal.SIGKILL

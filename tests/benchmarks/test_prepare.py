@@ -16,31 +16,25 @@ def workload(**sizes):
     )
 
 
-def test_prompts_have_exactly_the_wanted_length_and_depend_on_the_seed_alone():
+def test_prompts_have_exactly_the_wanted_length_and_depend_on_the_seed_alone(monkeypatch):
     tokenizer = build_tokenizer()
     first = prepare.make_prompts(workload(), tokenizer, 6, random.Random(1))
     assert len(set(first)) == 6
     assert [len(tokenizer(text)["input_ids"]) for text in first] == [9] * 6
     assert first == prepare.make_prompts(workload(), tokenizer, 6, random.Random(1))
     assert first != prepare.make_prompts(workload(), tokenizer, 6, random.Random(2))
-
-
-def test_prompts_that_cannot_be_written_are_an_error(monkeypatch):
     monkeypatch.setattr(prepare, "single_tokens", lambda tokenizer, extra: [])
     with pytest.raises(ModelError, match="exactly 9 tokens"):
-        prepare.make_prompts(workload(), build_tokenizer(), 1, random.Random(0))
+        prepare.make_prompts(workload(), tokenizer, 1, random.Random(0))
 
 
-def test_the_end_that_is_never_sampled():
+def test_the_end_that_is_never_sampled_and_those_that_give_the_wanted_length(monkeypatch):
+    monkeypatch.setattr(prepare, "COMMON_TOKENS", 2)
     model, tokenizer = build_model("llama"), build_tokenizer()
     prepare.prepare(workload(), model, tokenizer, 1, 0)
     assert tokenizer.eos_token_id >= VOCABULARY
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     assert tokenizer.pad_token_id < VOCABULARY
-
-
-def test_the_ends_that_are_sampled_give_the_wanted_length(monkeypatch):
-    monkeypatch.setattr(prepare, "COMMON_TOKENS", 2)
     model, tokenizer = build_model("llama"), build_tokenizer()
     load = workload(mean_tokens=6)
     prompts = prepare.prepare(load, model, tokenizer, 1, 0)
@@ -53,13 +47,11 @@ def test_the_ends_that_are_sampled_give_the_wanted_length(monkeypatch):
     assert prepare.expected_length(probabilities, ends) == pytest.approx(6, abs=1)
 
 
-def test_the_expected_length_of_a_constant_chance():
+def test_the_expected_length_of_a_constant_chance_and_the_tokens_that_give_a_length(monkeypatch):
     probabilities = torch.tensor([0.75, 0.125, 0.125]).expand(2, 3, 3)
     assert prepare.expected_length(probabilities, [1, 2]) == pytest.approx(1 + 0.75 + 0.75**2)
     assert prepare.expected_length(probabilities, []) == 3
-
-
-def test_common_tokens_do_not_end_completions(monkeypatch):
+    # Common tokens do not end completions.
     monkeypatch.setattr(prepare, "COMMON_TOKENS", 1)
     probabilities = torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1]).expand(1, 50, 5)
     assert prepare.ending_tokens(probabilities, 2.6, random.Random(0)) == [0, 2, 3, 4]

@@ -14,12 +14,8 @@ def series_of(*arguments):
     return {one.name: one for one in scaling.all_series(scaling.build_parser().parse_args(arguments))}
 
 
-@pytest.fixture
-def series():
-    return series_of(*SMALL, "--fixed", "8", "2", "4", "--prompts", "3")
-
-
-def test_one_size_varies_and_completions_have_the_full_length(series):
+def test_one_size_varies_and_completions_have_the_full_length():
+    series = series_of(*SMALL, "--fixed", "8", "2", "4", "--prompts", "3")
     points = {
         name: [(x, load.prompt_tokens, load.samples, load.max_new_tokens) for x, load in one.points]
         for name, one in series.items()
@@ -49,19 +45,17 @@ def summarize(one, curve):
         ("samples", lambda x: 5 + 2 * x, True),
         ("completion", lambda x: x**1.5, False),
         ("completion", lambda x: 1000 - 2 * x, False),
+        ("prompt", lambda x: x**0.85, True),
+        ("prompt", lambda x: x**0.88, False),
     ],
 )
-def test_what_counts_as_linear(name, curve, reached):
-    assert summarize(series_of()[name], curve)["reached"] == reached
-
-
-@pytest.mark.parametrize(("power", "reached"), [(0.85, True), (0.88, False)])
-def test_what_counts_as_sublinear(power, reached):
-    result = summarize(series_of()["prompt"], lambda x: x**power)
-    # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
-    assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
-    assert result["exponent"] == pytest.approx(power)
+def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
+    result = summarize(series_of()[name], curve)
     assert result["reached"] == reached
+    if name == "prompt":
+        # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
+        assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
+        assert result["exponent"] == pytest.approx(math.log2(curve(2.0)))
 
 
 @pytest.mark.usefixtures("forked")

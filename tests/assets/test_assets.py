@@ -43,17 +43,13 @@ def split_line(question, answer):
     return int(a), int(rest[:-1]), rest[-1], partial_products, int(answer)
 
 
-def test_shipped_files_are_small_float32_safetensors(policy):
+def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(policy):
     files = list(embedded_policy_path().iterdir())
     assert sum(file.stat().st_size for file in files) < 8_000_000
     assert {file.suffix for file in files} == {".json", ".safetensors"}
-    model, _ = policy
+    model, tokenizer = policy
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
-
-
-def test_shipped_files_are_what_the_code_builds(policy):
-    model, tokenizer = policy
     built_tokenizer = build_tokenizer()
     built = build_model(built_tokenizer)
     assert tokenizer.get_vocab() == built_tokenizer.get_vocab()
@@ -92,14 +88,11 @@ def test_every_line_of_the_corpus_is_right(corpus):
         assert int("".join([partial_products[-1], *(p[1] for p in partial_products[-2::-1])])) == result
 
 
-def test_no_line_of_the_corpus_is_held_out(corpus):
+def test_no_line_of_the_corpus_is_held_out_and_it_has_the_shares_that_it_says(corpus):
     asked = {split_line(*line)[:2] for line in corpus}
     assert all(ProductSource().split_of(a, b) == "train" for a, b in asked)
     held_out = ProductSource(seed=7).load()
     assert not asked & {(row.columns["a"], row.columns["b"]) for row in held_out.validation + held_out.test}
-
-
-def test_the_corpus_has_the_shares_that_it_says(corpus):
     lines = [split_line(*line) for line in corpus]
     with_cue = [line for line in lines if line[2] == ":"]
     without = [line for line in lines if line[2] == "="]

@@ -1,4 +1,4 @@
-"""The adapter folder, loaded by plain PEFT."""
+"""The adapter folder, loaded by plain PEFT, and the merged model beside it."""
 
 import json
 import warnings
@@ -25,8 +25,15 @@ def load(trained, folder, dtype="auto"):
 
 
 @pytest.mark.parametrize(("family", "variant", "share", "ranks"), CASES)
-def test_peft_loads_the_policy(train, tmp_path, family, variant, share, ranks):
+def test_peft_loads_the_policy_and_transformers_its_merged_model(train, tmp_path, family, variant, share, ranks):
     trained = train(family, share, VARIANTS[variant], ranks=ranks)
+    merged = write_policy(trained.policy, MergedModel("float32"), tmp_path / "merged")
+    model, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same_logits(logits(model), trained.logits)
+    if family == "gemma":
+        assert model.lm_head.weight is model.model.embed_tokens.weight, "tied embeddings stay tied"
+        assert "lm_head.weight" not in load_file(merged / "model.safetensors")
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     loaded = load(trained, folder)
     assert_same_logits(logits(loaded), trained.logits)

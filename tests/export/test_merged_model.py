@@ -1,11 +1,11 @@
-"""The merged model, loaded by plain transformers."""
+"""The merged model; that transformers loads it is in `test_adapter_folder`, beside the adapter of the same policies."""
 
 import dataclasses
 import json
 
 import pytest
 import torch
-from exported import CASES, VARIANTS, logits
+from exported import VARIANTS, logits
 from rounding import assert_same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -17,23 +17,6 @@ from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
 from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel
 from hybrid_lightning.export.write import written_message
 from hybrid_lightning.policy.loading import ModelSource
-
-
-@pytest.mark.parametrize(("family", "variant", "share", "ranks"), CASES)
-def test_transformers_loads_the_policy(train, tmp_path, family, variant, share, ranks):
-    trained = train(family, share, VARIANTS[variant], ranks=ranks)
-    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_same_logits(logits(loaded), trained.logits)
-
-
-def test_tied_embeddings_stay_tied(train, tmp_path):
-    trained = train("gemma")
-    folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(("base", "wanted", "keep"), [("float32", "bfloat16", True), ("bfloat16", "float16", False)])
@@ -89,7 +72,9 @@ def test_weights_that_a_model_cannot_hold_are_refused(train, tmp_path, value, me
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_bias_is_noticed(train, tmp_path):
+def test_a_missing_bias_and_an_unknown_dtype_are_noticed(train, tmp_path):
+    with pytest.raises(ConfigError, match=r"form\.dtype must be one of .*, got 'int8'"):
+        MergedModel("int8")
     trained = train("gpt2", share=1)
     weights = {name: weight for name, weight in trained.policy.weights.items() if not name.endswith("0.attn.c_attn.bias")}
     with pytest.raises(CheckpointError, match=r"c_attn\.bias' is missing"):
@@ -113,18 +98,17 @@ def test_the_dtype_is_that_of_the_bases_files(train, tmp_path, stored):
         assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)
 
 
-def test_of_mixed_files_it_is_that_of_most_weights(train, tmp_path, make_model):
+def test_the_dtype_of_the_base_is_that_of_most_weights_or_else_of_its_config(train, tmp_path, make_model, monkeypatch):
     base, folder = train().policy.base, tmp_path / "base-llama"
     (folder / "model.safetensors").unlink()
     model = make_model("llama").to(torch.bfloat16)
     model.model.norm.float()
     model.save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1 and base.stored_dtype() == "bfloat16"
-
-
-def test_where_no_file_tells_it_is_the_configs_or_that_of_training(train, tmp_path, monkeypatch):
-    base, folder = train().policy.base, tmp_path / "base-llama"
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    shards = list(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and base.stored_dtype() == "bfloat16"
+    for path in (*shards, folder / "model.safetensors.index.json"):
+        path.unlink()
+    (folder / "pytorch_model.bin").touch()
     config = json.loads((folder / "config.json").read_text())
     for said, expected in (("float16", "float16"), (None, "bfloat16"), ("float64", "bfloat16")):
         (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
@@ -132,8 +116,3 @@ def test_where_no_file_tells_it_is_the_configs_or_that_of_training(train, tmp_pa
     gguf = ModelSource(str(folder), {"gguf_file": "policy.gguf"})
     monkeypatch.setattr(BaseModel, "source", gguf)
     assert base.stored_dtype() == "float32"
-
-
-def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ConfigError, match=r"form\.dtype must be one of .*, got 'int8'"):
-        MergedModel("int8")

@@ -95,11 +95,13 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
     assert files(folder) >= {"LICENSE.txt", "NOTICE"} and (folder / "NOTICE").read_text() == "by me"
 
 
-def test_a_card_without_a_licence(train, tmp_path):
+def test_a_card_without_a_licence_and_a_hub_that_cannot_be_reached_are_no_error(train, tmp_path, monkeypatch):
     base = train().policy.base
     for text in ("# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n"):
         (tmp_path / "base-llama" / "README.md").write_text(text)
         assert base_licence(base) is None, text
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert base_licence(BaseModel("nobody/has-this-model")) is None
 
 
 def test_licence_of_what_is_shipped_and_of_a_gguf_file(tmp_path):
@@ -114,8 +116,3 @@ def test_licence_of_what_is_shipped_and_of_a_gguf_file(tmp_path):
         writer.write_tensors_to_file()
         writer.close()
         assert base_licence(BaseModel(str(tmp_path / "model.gguf"))) == licence
-
-
-def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert base_licence(BaseModel("nobody/has-this-model")) is None

@@ -71,6 +71,7 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
     ("options", "message"),
     [
         (["--prompt_tokens=0"], "prompt_tokens must be at least 1, got 0"),
+        (["--device_gib=0"], "device_gib must be a positive number, got 0"),
         (["--data.source.train=missing.jsonl"], "give --prompt_tokens, since the length of the prompts cannot be found out"),
         (["--trainer.devices=3"], "must be a multiple of the 3 devices"),
         (
@@ -87,39 +88,35 @@ def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
 
 
 @pytest.mark.parametrize(
-    ("flags", "kind", "devices"),
+    ("flags", "sharding"),
     [
-        ({}, SingleDevice, 1),
-        ({"devices": 4}, DDP, 4),
-        ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP, 6),
-        ({"devices": [0, 2], "strategy": FSDP1Strategy()}, FSDP1, 2),
-        ({"devices": "1,3,5", "strategy": FSDP2Strategy(cpu_offload=True)}, FSDP2, 3),
+        ({}, SingleDevice()),
+        ({"devices": 4}, DDP(4)),
+        ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP(6)),
+        ({"devices": [0, 2], "strategy": FSDP1Strategy()}, FSDP1(2)),
+        ({"devices": "1,3,5", "strategy": FSDP2Strategy(cpu_offload=True)}, FSDP2(3)),  # the host has one memory
+        ({"devices": 2, "strategy": FSDP1Strategy(cpu_offload=True), "accelerator": "cuda"}, FSDP1(2, cpu_offload=True)),
+        ({"devices": 2, "strategy": FSDP2Strategy(), "accelerator": "cuda"}, FSDP2(2)),
     ],
 )
-def test_flags_of_the_trainer(flags, kind, devices):
-    found = TrainerFlags.of({"accelerator": "cpu", "precision": "bf16-mixed", **flags})
-    assert (type(found.sharding), found.sharding.devices) == (kind, devices)
-    assert found.on_cpu and found.precision == "bf16-mixed" and found.validates and found.accumulate_grad_batches == 1
-
-
-@pytest.mark.parametrize(
-    ("strategy", "accelerator", "offload", "offloads"),
-    [(FSDP1Strategy, "cuda", True, True), (FSDP2Strategy, "cpu", True, False), (FSDP2Strategy, "cuda", False, False)],
-)
-def test_only_another_memory_than_the_hosts_is_offloaded(strategy, accelerator, offload, offloads):
-    found = TrainerFlags.of({"accelerator": accelerator, "devices": 2, "strategy": strategy(cpu_offload=offload)})
-    assert found.sharding.cpu_offload is offloads
+def test_flags_of_the_trainer(flags, sharding):
+    flags = {"accelerator": "cpu", "precision": "bf16-mixed", **flags}
+    found = TrainerFlags.of(flags)
+    assert (type(found.sharding), vars(found.sharding)) == (type(sharding), vars(sharding))
+    assert found.on_cpu is (flags["accelerator"] == "cpu") and found.precision == "bf16-mixed"
+    assert found.validates and found.accumulate_grad_batches == 1
 
 
 def test_other_flags():
     found = TrainerFlags.of({"accelerator": "cuda", "devices": 1, "limit_val_batches": 0, "accumulate_grad_batches": 3})
     assert not found.on_cpu and found.precision == "32-true" and not found.validates and found.accumulate_grad_batches == 3
     assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
-    with pytest.raises(ConfigError, match="cannot be planned for"):
-        TrainerFlags.of({"strategy": "deepspeed"})
-    with pytest.raises(ConfigError, match="nothing to split on one device"):
-        TrainerFlags.of({"strategy": FSDP1Strategy(), "devices": 1})
-    for flags in ({"devices": -3}, {"devices": 0}, {"num_nodes": 0}):
-        ((name, value),) = flags.items()
-        with pytest.raises(ConfigError, match=f"trainer.{name}={value} leaves no device"):
+    for flags, message in (
+        ({"strategy": "deepspeed"}, "cannot be planned for"),
+        ({"strategy": FSDP1Strategy(), "devices": 1}, "nothing to split on one device"),
+        ({"devices": -3}, "trainer.devices=-3 leaves no device"),
+        ({"devices": 0}, "trainer.devices=0 leaves no device"),
+        ({"num_nodes": 0}, "trainer.num_nodes=0 leaves no device"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             TrainerFlags.of({"accelerator": "cpu", **flags})

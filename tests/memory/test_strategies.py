@@ -24,10 +24,6 @@ def lora(sharding, settings=SETTINGS):
     return _Run(settings, sharding).method("LoRA", ModuleBudget(0.0))
 
 
-def test_it_is_the_method_of_the_plan():
-    assert plan_memory(SETTINGS, FSDP2(2))[1] == lora(FSDP2(2))
-
-
 def test_ddp_holds_all_and_the_gradients_once_more():
     one, two = lora(SingleDevice()), lora(DDP(2))
     for moment in ("generating", "updating"):
@@ -39,6 +35,7 @@ def test_ddp_holds_all_and_the_gradients_once_more():
 
 def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     one, four = lora(SingleDevice()), lora(FSDP2(4))
+    assert plan_memory(SETTINGS, FSDP2(4))[1] == four, "it is the method of the plan"
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(four.peaks["generating"], name) == getattr(one.peaks["generating"], name) / 4 > 0
     config, whole = SETTINGS.config, one.peaks["generating"].weights

@@ -1,6 +1,6 @@
 """Runs of which the memory is measured and planned: completions of full length, all with an advantage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,12 @@ from tiny_runs import build_trainer
 
 from benchmarks.memory.probe import MemoryProbe
 from benchmarks.training import GivenPrompts, HashedReward
-from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Scorer
+from hybrid_lightning.adapters import AdapterPlan, ModuleBudget, Scorer
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
+from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments, run_settings
 from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.policy.loading import read_config, resolve_model
-from hybrid_lightning.policy.modes import dtype_of_precision
 from hybrid_lightning.rollout import Sampler
 
 
@@ -38,55 +37,45 @@ class Case:
     optimizer: Any = torch.optim.AdamW
     scorer: Scorer | None = None
 
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Arguments of the policy."""
+        return {
+            "loss": GRPOLoss(),
+            "reward": HashedReward(),
+            "model": "embedded",
+            "dtype": self.dtype,
+            "sampler": Sampler(max_new_tokens=self.completion_tokens),
+            "prompts_per_rollout": self.prompts,
+            "samples_per_prompt": self.samples,
+            "minibatches_per_rollout": self.micro_batches,
+            "max_tokens_per_micro_batch": self.max_tokens,
+            "gradient_checkpointing": self.checkpointing,
+            "eval_samples": self.eval_samples,
+            "optimizer": self.optimizer,
+        }
+
+    @property
+    def adapter(self) -> HybridAdapterSetup:
+        kept = {"keep_start_weights": self.keep_start_weights}
+        return HybridAdapterSetup(budget=ModuleBudget(self.share), scorer=self.scorer, rank=8, **kept)
+
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""
-        return RunSettings(
-            config=read_config(resolve_model("embedded")),
-            prompt_tokens=6,
-            completion_tokens=self.completion_tokens,
-            prompts_per_rollout=self.prompts,
-            samples_per_prompt=self.samples,
-            micro_batches=self.micro_batches,
-            eval_prompts=self.validation,
-            eval_samples=self.eval_samples,
-            dtype=getattr(torch, self.dtype),
-            trained_dtype=dtype_of_precision(self.precision),
-            mixed_precision=self.precision.endswith("mixed"),
-            max_tokens_per_micro_batch=self.max_tokens,
-            gradient_checkpointing=self.checkpointing,
-            optimizer=self.optimizer,
-            budget=ModuleBudget(self.share),
-            lora=LoraSettings(rank=8),
-            scoring_steps=0 if self.scorer is None else self.scorer.steps,
-            keep_start_weights=self.keep_start_weights,
-            plan=plan,
-        )
+        flags = TrainerFlags.of({"accelerator": "cpu", "devices": 1, "precision": self.precision})
+        settings = run_settings(policy_arguments(PolicyModule, **self.policy), self.adapter, None, flags, prompt_tokens=6)
+        return replace(settings, eval_prompts=self.validation, plan=plan)
 
     def measure(self, root: Path) -> tuple[dict[str, dict[str, int]], AdapterPlan]:
         """Largest memory of each moment, and what was trained."""
-        policy = PolicyModule(
-            loss=GRPOLoss(),
-            reward=HashedReward(),
-            model="embedded",
-            dtype=self.dtype,
-            sampler=Sampler(max_new_tokens=self.completion_tokens),
-            prompts_per_rollout=self.prompts,
-            samples_per_prompt=self.samples,
-            minibatches_per_rollout=self.micro_batches,
-            max_tokens_per_micro_batch=self.max_tokens,
-            gradient_checkpointing=self.checkpointing,
-            eval_samples=self.eval_samples,
-            optimizer=self.optimizer,
-        )
+        policy = PolicyModule(**self.policy)
         policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
-        kept = {"keep_start_weights": self.keep_start_weights}
-        adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), scorer=self.scorer, rank=8, **kept)
         steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state
         trainer = build_trainer(
             root,
             probe,
-            adapter,
+            self.adapter,
             max_steps=steps,
             precision=self.precision,
             val_check_interval=steps,  # a validation drops gradients, which the next rollout would else find

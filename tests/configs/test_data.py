@@ -87,9 +87,6 @@ def test_multiple_choice_of_ones_own_trains(folder):
     source = ["--data.source=FileSource", *(f"--data.source.{option}" for option in options)]
     result = run(folder, "fit", "--config", "t.yaml", *source, *reward, *SHORT, "--trainer.logger.init_args.name=choices")
     assert result.code == 0, result.err
-    (folder / "questions.jsonl").write_text(json.dumps({**rows[0], "answer": 3}))
-    result = run(folder, "fit", "--config", "t.yaml", *source, *reward, *SHORT)
-    assert result.code == 1 and "answer_column 'answer' is 3, which is no option: give a letter up to C" in result.last
 
 
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit

@@ -55,17 +55,3 @@ def test_an_overlay_trains_over_a_config_of_another_loss(folder, overlay):
             assert used[name] == wanted
     if overlay.stem == "top_entropy":
         assert used["loss"]["init_args"]["entropy_coef"] == 0.01 and short(used["advantage"])[0] == "PerRewardAdvantage"
-
-
-@pytest.mark.parametrize(
-    ("loss", "warning"),
-    [
-        ("DrGRPOLoss", r"DrGRPOLoss is meant for .* as those of GroupAdvantage are; give --model\.advantage=GroupMeanAdvantage"),
-        ("DAPOLoss", r"DAPOLoss: clip_high=0\.2 is not above clip_low=0\.2, so that there is no clip-higher"),
-    ],
-)
-def test_a_loss_that_is_switched_over_grpo_warns_of_what_it_lacks(folder, loss, warning):
-    given = [f"--model.loss={loss}", "--model.loss.clip_high=0.2", f"--trainer.logger.init_args.name=over_{loss}"]
-    with pytest.warns(UserWarning, match=warning):
-        result = run(folder, "fit", "--config", "t.yaml", *given, *SHORT)
-    assert result.code == 0, result.err

@@ -17,13 +17,17 @@ with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
 import torch
+from tiny_models import build_tokenizer
 from transformers import Qwen3Config
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGradients, find_candidates
 from hybrid_lightning.adapters.gradients import ModuleAccumulator
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
+from hybrid_lightning.engine.backend import PlannedBackend
+from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
@@ -145,9 +149,6 @@ def scoring(fake, mode):
 
 def layout_syncs():
     """What the layout of an update asks the device for, counted on real tensors."""
-    from hybrid_lightning.engine.backend import PlannedBackend
-    from hybrid_lightning.engine.packing import PackedSequences
-
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
         _ = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True).layout
@@ -156,9 +157,6 @@ def layout_syncs():
 
 def stop_string_syncs():
     """What looking for stop strings asks the device for after a token, counted on real tensors."""
-    from tiny_models import build_tokenizer
-    from transformers.generation.stopping_criteria import StopStringCriteria
-
     criteria = StopStringCriteria(build_tokenizer(), ["37", "1+2"])
     with Counter() as counter:
         criteria(torch.randint(3, 12, (8, 9)), None)

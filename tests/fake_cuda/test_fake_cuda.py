@@ -49,25 +49,20 @@ def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts):
         assert 1 < counts[kind]["bytes"] / ideal < 1.3, kind
 
 
-def test_an_update_of_four_prompts_waits_for_nothing_adds_in_one_order_and_keeps_its_ceilings(counts):
+@pytest.mark.parametrize(
+    ("passes", "syncs", "kernels", "size"),
+    [
+        ("update", [], 160, 230e9),
+        ("scoring", ["1 to host"], 135, 240e9),  # once a module, beside once a loss, which is looked at
+        ("sketches", ["2 from host"], 195, 245e9),  # a module's two test matrices, which are the same on all kinds of devices
+    ],
+)
+def test_passes_of_four_prompts_wait_for_nothing_add_in_one_order_and_keep_their_ceilings(counts, passes, syncs, kernels, size):
     """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
-    found = counts["update"]
-    assert found["syncs"] == found["atomics"] == []
-    assert found["kernels of a layer"] <= 160 and found["bytes"] < 230e9
-
-
-def test_scoring_of_four_prompts_keeps_its_ceilings(counts):
-    """What the same pass takes of the model as it is scored, with gradients of all modules, which are added up on the host."""
-    found = counts["scoring"]
-    assert found["syncs"] == ["1 to host"], "once a module, beside once a loss, which is looked at"
-    assert found["atomics"] == [] and found["kernels of a layer"] <= 135 and found["bytes"] < 240e9
-
-
-def test_sketches_stay_on_the_device(counts):
-    found = counts["sketches"]
-    assert found["syncs"] == ["2 from host"], "a module's two test matrices, which are the same on all kinds of devices"
-    assert found["atomics"] == []
-    assert found["kernels of a layer"] <= 195 and found["bytes"] < 1.02 * counts["scoring"]["bytes"]
+    found = counts[passes]
+    assert found["syncs"] == syncs and found["atomics"] == []
+    assert found["kernels of a layer"] <= kernels and found["bytes"] < size
+    assert counts["sketches"]["bytes"] < 1.02 * counts["scoring"]["bytes"]
 
 
 def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):

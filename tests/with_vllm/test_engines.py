@@ -110,11 +110,8 @@ def test_no_completion_is_longer_than_the_longest(policy, sampler):
     rollouts = complete(policy)
     lengths = rollouts.sequences.completion_mask.sum(dim=1)
     assert lengths.max() == 3
-    assert not rollouts.finished[(lengths == 3) & ~ends_by_stop(policy, rollouts)].any()
-
-
-def ends_by_stop(policy, rollouts) -> torch.Tensor:
-    return torch.tensor([row[-1] in policy.pretrained.stop_ids for row in tokens_of(rollouts)])
+    ends_by_stop = torch.tensor([row[-1] in policy.pretrained.stop_ids for row in tokens_of(rollouts)])
+    assert not rollouts.finished[(lengths == 3) & ~ends_by_stop].any()
 
 
 def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_text(policy, sampler):

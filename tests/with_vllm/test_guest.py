@@ -44,7 +44,8 @@ def state():
 
 
 def train(folder, root):
-    """A run with our sampler: its trained weights."""
+    """A run with our sampler, in a new folder: its trained weights."""
+    root.mkdir()
     policy = policy_of(None, folder, prompts_per_rollout=4, samples_per_prompt=4, eval_samples=2, lr_full=1e-3, lr_lora=1e-2)
     policy.sampler.max_new_tokens = 6
     torch.manual_seed(3)
@@ -55,7 +56,7 @@ def train(folder, root):
 @needs_vllm
 def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_in_it(tmp_path):
     folder = write_model(tmp_path / "model")
-    before_run = train(folder, root(tmp_path, "before"))
+    before_run = train(folder, tmp_path / "before")
     sampler = VLLMSampler(max_new_tokens=8)
     policy = policy_of(sampler, folder, "hybrid")
     policy.generation._stops  # noqa: B018  (made before, since imports are not what is tested)
@@ -63,20 +64,14 @@ def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_i
     policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
     moments.append(state())
     assert gc.get_freeze_count() <= frozen, "vLLM would freeze all objects that there are"
-    within = train(folder, root(tmp_path, "within"))
+    within = train(folder, tmp_path / "within")
     policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
     sampler.shut_down()
-    after = train(folder, root(tmp_path, "after"))
+    after = train(folder, tmp_path / "after")
     for name in moments[0]:
         assert moments[0][name] == moments[1][name], name
     assert before_run.keys() == within.keys() == after.keys() and before_run
     assert all(torch.equal(before_run[name], within[name]) and torch.equal(before_run[name], after[name]) for name in before_run)
-
-
-def root(tmp_path, name):
-    folder = tmp_path / name
-    folder.mkdir()
-    return folder
 
 
 @needs_vllm

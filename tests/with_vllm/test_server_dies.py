@@ -66,18 +66,9 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
         assert server.url in output and "Checkpoint saved. Go on with" in output
         server.start()
         made = torch.load(checkpoints[0], weights_only=False)["global_step"]
-        again = subprocess.run(
-            command(
-                "--config",
-                tmp_path / "run/version_0/config.yaml",
-                "--ckpt_path",
-                checkpoints[0],
-                f"--trainer.max_steps={made + 2}",
-            ),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        resumed = ("--config", tmp_path / "run/version_0/config.yaml", "--ckpt_path", checkpoints[0])
+        line = command(*resumed, f"--trainer.max_steps={made + 2}")
+        again = subprocess.run(line, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0, again.stdout + again.stderr
         ended = torch.load(tmp_path / "run/version_1/checkpoints/last.ckpt", weights_only=False)
         assert ended["global_step"] == made + 2

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from vllm_of_tests import adapt, largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.export import MergedModel
+from hybrid_lightning.export import AdapterFolder, MergedModel
+from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
-from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -82,8 +83,6 @@ def test_after_training_vllm_computes_what_the_exported_model_computes(tmp_path,
 
 
 def trained_policy(policy):
-    from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
-
     weights = peft_weights(policy.state_dict(), policy.plan, "the policy")
     return TrainedPolicy(policy.plan, weights, base_model_of(policy.hparams))
 
@@ -91,8 +90,6 @@ def trained_policy(policy):
 def test_weights_that_no_folder_has_are_all_sent(tmp_path, sampler):
     """A quantized base, whose weights vLLM cannot read from a file: it gets the dequantized ones."""
     pytest.importorskip("bitsandbytes")
-    from hybrid_lightning.policy import NF4
-
     policy = policy_of(sampler, write_model(tmp_path / "model", tied=True), quantization=NF4())
     assert largest_difference(policy, complete(policy)) < 1e-4, "not quantized yet"
     adapt(policy, "hybrid", frozen=("model.layers.2.mlp.up_proj",))
@@ -113,8 +110,6 @@ def test_a_gguf_file_is_sampled_from(sampler):
 
 
 def test_an_adapter_folder_is_sampled_from(tmp_path, sampler):
-    from hybrid_lightning.export import AdapterFolder
-
     trained = policy_of(VLLMSampler(max_new_tokens=8), write_model(tmp_path / "model"), "lora")
     folder = tmp_path / "adapter"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,17 +30,10 @@ needs_vllm = pytest.mark.skipif(
 
 
 class Server:
-    """A vLLM server, up once it is made, on this machine's CPU.
+    """A vLLM server of the model in a folder, up once it is made, on this machine's CPU; its output is in the log."""
 
-    Args:
-        model: Folder of the model that it serves.
-        log: File for its output.
-        port: Where it listens; None takes a free port.
-        options: Further options of its command.
-    """
-
-    def __init__(self, model: Path, log: Path, port: int | None = None, options: tuple[str, ...] = ()) -> None:
-        self.model, self.log, self.port, self.options = model, log, port or free_port(), options
+    def __init__(self, model: Path, log: Path) -> None:
+        self.model, self.log, self.port = model, log, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
         self.start()
@@ -49,7 +43,7 @@ class Server:
         command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), "--enable-scale-out"]
         command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--max-num-seqs", "64"]
         command += ["--no-enable-chunked-prefill"]
-        command += ["--weight-transfer-config", json.dumps({"backend": "hybrid_lightning"}), *self.options]
+        command += ["--weight-transfer-config", json.dumps({"backend": "hybrid_lightning"})]
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
@@ -69,9 +63,9 @@ class Server:
                 time.sleep(0.2)
         raise AssertionError(f"no server within 240 s: {self.log.read_text()[-4000:]}")
 
-    def stop(self, number: int = 9) -> None:
+    def stop(self) -> None:
         assert self._process is not None
-        os.killpg(self._process.pid, number)
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=60)
 
 
@@ -123,8 +117,8 @@ def own_logprobs(policy: PolicyModule, rollouts, temperature: float | None = Non
         return token_logprobs(policy.engine, rollouts.sequences, temperature or policy.sampler.temperature)[0]
 
 
-def largest_difference(policy: PolicyModule, rollouts, temperature: float | None = None) -> float:
-    difference = (own_logprobs(policy, rollouts, temperature) - rollouts.sampling_logprobs).abs()
+def largest_difference(policy: PolicyModule, rollouts) -> float:
+    difference = (own_logprobs(policy, rollouts) - rollouts.sampling_logprobs).abs()
     return float(difference[rollouts.sequences.completion_mask].max())
 
 

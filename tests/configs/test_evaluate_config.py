@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from cli_runs import command, parse
 from test_configs import ROOT
 
@@ -22,23 +21,16 @@ data:
 """
 
 
-@pytest.fixture
-def rows(here):
+def test_a_model_and_rows_are_enough_and_several_named_sets_go_over_it(tiny, here, monkeypatch, capsys):
     (here / "rows.jsonl").write_text("".join(f'{{"question": "{n} + 1?", "answer": {n + 1}}}\n' for n in range(3)))
     (here / "sets.yaml").write_text(SETS)
-
-
-def test_a_model_and_rows_are_enough(tiny, rows, here, monkeypatch, capsys):
     command(["test", *EVALUATE, f"--model.model={tiny}", "--data.source.test=rows.jsonl", *SMALL], monkeypatch)
     report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
     assert report["model"] == str(tiny) and report["overall"]["problems"] == 3 and report["sets"] == {}
     assert {"avg@2", "pass@2", "maj@2", "greedy_accuracy/ci_high"} < report["overall"].keys()
     assert "adapter plan" not in capsys.readouterr().out.lower(), "nothing is adapted"
-
-
-def test_several_named_sets_go_over_it(tiny, rows, here, monkeypatch):
     command(["test", *EVALUATE, "--config", "sets.yaml", f"--model.model={tiny}", *SMALL], monkeypatch)
-    report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
+    report = json.loads((here / "runs" / "evaluate" / "version_1" / "evaluation.json").read_text())
     assert {name: values["problems"] for name, values in report["sets"].items()} == {"quiz": 3, "riddles": 2}
 
 

@@ -7,45 +7,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
+import yaml
 from hub_server import Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-# Their kinds of templates, cut down to what a prompt of ours meets.
-CHATML = """{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-HEADERS = """{{- bos_token }}
-{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = '' %}
-{%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' }}
-{{- 'Today Date: ' + date_string + '\\n\\n' }}
-{{- system_message + '<|eot_id|>' }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-TURNS = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif %}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-    {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+FILES = Path(__file__).with_name("hub_files")  # chat templates, cut down to what a prompt of ours meets, and rows of few problems
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -56,22 +23,22 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 EOS_WEIGHT = 45.0  # by which nine of ten completions are empty
-SPECIAL = {
-    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
-    "llama": ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
-    "gemma2": ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-}
-# Template, tokens of the tokenizer, config class, tokens that end a completion.
+# Special tokens, those of the tokenizer among them, the config's class, and tokens that end a completion.
 FAMILIES = {
-    "qwen3": (CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, Qwen3Config, ["<|im_end|>", "<|endoftext|>"]),
+    "qwen3": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        Qwen3Config,
+        ["<|im_end|>", "<|endoftext|>"],
+    ),
     "llama": (
-        HEADERS,
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
         LlamaConfig,
         ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
     ),
     "gemma2": (
-        TURNS,
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
         Gemma2Config,
         ["<eos>", "<end_of_turn>"],
@@ -81,15 +48,15 @@ FAMILIES = {
 
 def write_model(folder: Path, family: str, template: bool = True, std: float = 0.2) -> Path:
     """A random model in shards, with a byte-level BPE trained here and the family's kind of chat template."""
-    chat, tokens, config_class, ends = FAMILIES[family]
+    special, tokens, config_class, ends = FAMILIES[family]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL[family], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([row["question"] for row in GSM8K] + [row["query"] for row in LEETCODE], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
-    fast.chat_template = chat if template else None
+    fast.chat_template = (FILES / f"{family}.jinja").read_text() if template else None
     fast.save_pretrained(folder)
     ids = {name: fast.convert_tokens_to_ids(token) for name, token in tokens.items()}
     ids = {"bos_token_id": ids.get("bos_token"), "eos_token_id": ids["eos_token"], "pad_token_id": ids.get("pad_token")}
@@ -115,7 +82,11 @@ def _end_early(model: Any, eos: int) -> None:
             layer.self_attn.o_proj.weight[0], layer.mlp.down_proj.weight[0] = 0.0, 0.0
 
 
-# Rows in the columns that the real data sets have, odd ones included.
+# Rows in the columns that the real data sets have, odd ones included: the first problem of MATH-500 stands in MATH, too.
+MATH500, AIME24, AIME25, AMC23 = (
+    [json.loads(line) for line in (FILES / f"{name}.jsonl").read_text().splitlines()]
+    for name in ("math500", "aime24", "aime25", "amc23")
+)
 _NAMES = ["Tom", "Natalia", "Weng", "Betty", "Mark"]
 GSM8K = [
     {
@@ -133,26 +104,6 @@ MATH = [
     }
     for n in range(60)
 ]
-MATH500 = [
-    {
-        "problem": problem,
-        "solution": f"So $\\boxed{{{answer}}}$.",
-        "answer": answer,
-        "subject": "Precalculus",
-        "level": 2,
-        "unique_id": f"test/precalculus/{n}.json",
-    }
-    for n, (problem, answer) in enumerate(
-        [
-            ("Compute $1+\\frac{1}{2}$.", "\\frac{3}{2}"),  # stands in the training rows, too
-            ("Convert the point $(0,3)$ to polar coordinates.", "\\left( 3, \\frac{\\pi}{2} \\right)"),
-            ("Is $f$ even, odd or neither?", "\\text{even}"),
-            ("Who ran fastest?", "\\text{Evelyn}"),
-            ("Round to the nearest cent.", "\\$32,\\!348"),
-            ("What angle?", "90^\\circ"),
-        ]
-    )
-]
 _PROBLEMS = [(f"Find $m+n$ where $\\frac{{m}}{{n}} = {n}$.", n + 1) for n in range(240)]
 DAPO = [
     {
@@ -165,24 +116,6 @@ DAPO = [
         "extra_info": {"index": f"9a9b6eb4-a1cb-49d1-8c1e-{answer:012d}"},
     }
     for problem, answer in [*_PROBLEMS, _PROBLEMS[0]]
-]
-AIME24 = [
-    {
-        "id": 60 + n,
-        "problem": f"Every morning Aya goes for a ${n}$-kilometer walk.",
-        "solution": "$\\boxed{073}$",
-        "answer": f"{7 * n:03d}",
-        "url": "https://artofproblemsolving.com/wiki/index.php/2024_AIME_I_Problems/Problem_4",
-        "year": "2024",
-    }
-    for n in range(8)
-]
-AIME25 = [
-    {"problem": f"Sum of all bases $b>{n}$?", "answer": "336^\\circ" if n == 5 else str(70 + n), "id": str(n)} for n in range(8)
-]
-AMC23 = [
-    {"id": n, "question": f"How many miles, {n}?", "answer": n + 0.5 if n == 3 else float(n), "url": "https://a.b"}
-    for n in range(8)
 ]
 _OPTIONS = ["Safe", "Unsafe", "Fear", "Jealousy", "Distress", "Joy", "Trivial", "N/A", "N/A", "N/A"]
 MMLU_PRO = [
@@ -220,63 +153,47 @@ LEETCODE = [
 ]
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+_GSM8K = {"train": GSM8K[:50], "test": GSM8K[50:]}
+# Hub id -> file -> rows; a parquet file is that of a split of a configuration, of which "data" is the default.
+DATA_SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "openai/gsm8k": {f"{name}/{split}": rows for name in ("main", "socratic") for split, rows in _GSM8K.items()},
+    "DigitalLearningGmbH/MATH-lighteval": {"data/train": MATH[:50], "data/test": MATH[50:]},
+    "HuggingFaceH4/MATH-500": {"test.jsonl": MATH500},
+    "open-r1/DAPO-Math-17k-Processed": {"all/train": DAPO, "cn/train": DAPO[:10], "en/train": DAPO[10:]},
+    "HuggingFaceH4/aime_2024": {"data/train": AIME24},
+    "math-ai/aime25": {"test.jsonl": AIME25},
+    "math-ai/amc23": {"data/test": AMC23},
+    "TIGER-Lab/MMLU-Pro": {"data/test": MMLU_PRO[5:], "data/validation": MMLU_PRO[:5]},
+    "newfacade/LeetCodeDataset": {"LeetCodeDataset-train.jsonl": LEETCODE[:35], "LeetCodeDataset-test.jsonl": LEETCODE[35:]},
+}
+WITHOUT_CARD = {"math-ai/aime25", "math-ai/amc23"}
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _card(folder: Path, configs: dict[str, dict[str, str]]) -> None:
-    lines = ["---", "license: mit", "configs:"]
-    for name, files in configs.items():
-        lines += [f"- config_name: {name}", *(["  default: true"] if name == "all" else []), "  data_files:"]
-        lines += [line for split, path in files.items() for line in (f"  - split: {split}", f"    path: {path}")]
-    (folder / "README.md").write_text("\n".join([*lines, "---", "", "# A data set", ""]))
+def _write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Files of a repository; returns what its card says."""
+    configs: dict[str, list[dict[str, str]]] = {}
+    for name, rows in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), f"{path}-00000-of-00001.parquet")
+            configs.setdefault(path.parent.name, []).append({"split": path.name, "path": f"{name}-*"})
+    listed = [{"config_name": name.replace("data", "default"), "data_files": parts} for name, parts in configs.items()]
+    for config in listed:
+        if config["config_name"] == "all":
+            config["default"] = True
+    return {"license": "mit", **({"configs": listed} if listed else {})}
 
 
 def write_data_sets(folder: Path) -> dict[str, Path]:
     """Hub id -> folder of a repository."""
-    at: dict[str, Path] = {}
-
-    def repository(id: str) -> Path:
-        at[id] = folder / id
-        at[id].mkdir(parents=True)
-        return at[id]
-
-    gsm8k = repository("openai/gsm8k")
-    for name in ("main", "socratic"):
-        write_parquet(gsm8k / name / "train-00000-of-00001.parquet", GSM8K[:50])
-        write_parquet(gsm8k / name / "test-00000-of-00001.parquet", GSM8K[50:])
-    _card(gsm8k, {name: {split: f"{name}/{split}-*" for split in ("train", "test")} for name in ("main", "socratic")})
-    math = repository("DigitalLearningGmbH/MATH-lighteval")
-    write_parquet(math / "data" / "train-00000-of-00001.parquet", MATH[:50])
-    write_parquet(math / "data" / "test-00000-of-00001.parquet", MATH[50:])
-    _card(math, {"default": {split: f"data/{split}-*" for split in ("train", "test")}})
-    math500 = repository("HuggingFaceH4/MATH-500")
-    write_jsonl(math500 / "test.jsonl", MATH500)
-    (math500 / "README.md").write_text("---\nlanguage:\n- en\n---\n\n# MATH-500\n")
-    dapo = repository("open-r1/DAPO-Math-17k-Processed")
-    for name, rows in (("all", DAPO), ("cn", DAPO[:10]), ("en", DAPO[10:])):
-        write_parquet(dapo / name / "train-00000-of-00001.parquet", rows)
-    _card(dapo, {name: {"train": f"{name}/train-*"} for name in ("all", "cn", "en")})
-    aime24 = repository("HuggingFaceH4/aime_2024")
-    write_parquet(aime24 / "data" / "train-00000-of-00001.parquet", AIME24)
-    _card(aime24, {"default": {"train": "data/train-*"}})
-    write_jsonl(repository("math-ai/aime25") / "test.jsonl", AIME25)  # has no card
-    write_parquet(repository("math-ai/amc23") / "data" / "test-00000-of-00001.parquet", AMC23)
-    mmlu = repository("TIGER-Lab/MMLU-Pro")
-    write_parquet(mmlu / "data" / "test-00000-of-00001.parquet", MMLU_PRO[5:])
-    write_parquet(mmlu / "data" / "validation-00000-of-00001.parquet", MMLU_PRO[:5])
-    _card(mmlu, {"default": {split: f"data/{split}-*" for split in ("test", "validation")}})
-    leetcode = repository("newfacade/LeetCodeDataset")
-    write_jsonl(leetcode / "LeetCodeDataset-train.jsonl", LEETCODE[:35])
-    write_jsonl(leetcode / "LeetCodeDataset-test.jsonl", LEETCODE[35:])
-    (leetcode / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# LeetCodeDataset\n")
-    return at
+    for id, files in DATA_SETS.items():
+        card = _write(folder / id, files)
+        if id not in WITHOUT_CARD:
+            (folder / id / "README.md").write_text(f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n\n# A data set\n")
+    return {id: folder / id for id in DATA_SETS}
 
 
 def fill(hub: Hub, folder: Path) -> Hub:

@@ -129,16 +129,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
 
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
     def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def do_POST(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         self.form = parse_qs(self.rfile.read(length).decode()) if length else {}
         url = urlsplit(self.path)
@@ -157,8 +148,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), "X-Request-Id": "Root=1-hub", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if with_body:
+        if self.command != "HEAD":
             self.wfile.write(body)
+
+    do_HEAD = do_POST = do_GET  # noqa: N815 (names that the server asks for)
 
     def _route(self, parts: list[str]) -> tuple[int, dict[str, str], bytes]:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -179,9 +172,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, rest = ("datasets", parts[1:]) if parts[0] == "datasets" else ("models", parts)
         if "resolve" in rest[1:3]:  # some ids have no owner
             at = rest.index("resolve", 1)
-            return self._resolve(
-                self._repository(kind, "/".join(rest[:at]), token), rest[at + 1], "/".join(rest[at + 2 :]), token
-            )
+            repository = self._repository(kind, "/".join(rest[:at]), token)
+            return self._resolve(repository, rest[at + 1], "/".join(rest[at + 2 :]), token)
         raise RefusalError(404, "Sorry, we can't find the page you are looking for.")
 
     def _repository(self, kind: str, id: str, token: str) -> Repository:
@@ -232,14 +224,10 @@ class Handler(BaseHTTPRequestHandler):
         if repository.gated and token != MEMBER and name != "README.md":
             what = f"Access to {repository.kind[:-1]} {repository.id} is restricted"
             if not token:
-                raise RefusalError(
-                    401, f"{what}. You must have access to it and be authenticated to access it. Please log in.", "GatedRepo"
-                )
-            raise RefusalError(
-                403,
-                f"{what} and you are not in the authorized list. Visit https://huggingface.co/{repository.id} to ask for access.",
-                "GatedRepo",
-            )
+                what += ". You must have access to it and be authenticated to access it. Please log in."
+                raise RefusalError(401, what, "GatedRepo")
+            what += f" and you are not in the authorized list. Visit https://huggingface.co/{repository.id} to ask for access."
+            raise RefusalError(403, what, "GatedRepo")
         if name not in repository.files:
             raise RefusalError(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": repository.commit, **_etag(repository, name)}

@@ -11,10 +11,7 @@ from hybrid_lightning.data import DemonstrationFormat, FileSource, PreferenceFor
 from hybrid_lightning.losses import DPOLoss
 from hybrid_lightning.policy import PreferenceModule, SupervisedModule
 
-KINDS = {
-    "supervised": (SupervisedModule, DemonstrationFormat),
-    "preference": (PreferenceModule, PreferenceFormat),
-}
+KINDS = {"supervised": (SupervisedModule, DemonstrationFormat), "preference": (PreferenceModule, PreferenceFormat)}
 
 
 def write_rows(path: Path, count: int = 24) -> Path:

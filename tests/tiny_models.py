@@ -1,5 +1,6 @@
 """Tiny real models, built from config classes, and a tokenizer that needs no file from outside."""
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,27 +33,33 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GPT2 = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
 _CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
-    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
-    ),
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,  # with biases
+    "qwen3": partial(Qwen3Config, head_dim=8),
+    "gemma": partial(GemmaConfig, head_dim=8),
+    "gpt2": lambda hidden_size, **_: GPT2Config(n_embd=hidden_size, **_GPT2),  # with biases, and weights [inputs, outputs]
 }
 FAMILIES = sorted(_CONFIGS)
 
 
-def build_model(family: str, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
+def build_model(family: str, seed: int = 0, std: float = 0.2, biases: float = 0.0, **sizes: int) -> PreTrainedModel:
     """A random model whose next-token distributions are far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[family]())
+    model = AutoModelForCausalLM.from_config(_CONFIGS[family](**{**SIZES, **sizes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=std)
+            elif biases:
+                parameter.add_(biases * torch.randn(parameter.shape))
     return model.requires_grad_(False).eval()
+
+
+def build_wide_model(family: str = "llama") -> PreTrainedModel:
+    """A model whose weights are wide enough to be quantized: 64 inputs at least."""
+    return build_model(family, std=0.15, biases=0.05, hidden_size=64, intermediate_size=128)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from tiny_models import VOCABULARY, build_model, build_tokenizer
+from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
 
 from hybrid_lightning.adapters import ModuleBudget, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
@@ -72,6 +72,13 @@ def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_model(folder: Path, family: str = "llama", seed: int = 0, std: float = 0.1) -> Path:
     """A model folder in Hugging Face format, with tokenizer."""
     build_model(family, seed=seed, std=std).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_wide_model(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    """The folder of a model that can be quantized."""
+    build_wide_model(family).to(dtype).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums
-from wide_models import write_wide_model
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums, write_wide_model
 
 from hybrid_lightning.policy import NF4
 

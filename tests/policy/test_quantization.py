@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from peft import PeftModel
 from rounding import additions_of, assert_same_sums
-from tiny_runs import Log, StartsWithDigit, build_adapter, fit, write_sums
+from tiny_models import build_wide_model
+from tiny_runs import Log, StartsWithDigit, build_adapter, fit, write_sums, write_wide_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from wide_models import build_wide_model, write_wide_model
 
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Random, adapter_disabled, apply_plan, find_candidates, make_plan
 from hybrid_lightning.adapters.apply import trainable_state

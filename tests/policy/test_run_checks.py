@@ -13,7 +13,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from tiny_runs import DigitShare, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 from torch.utils._python_dispatch import TorchDispatchMode
-from wide_models import write_wide_model
 
 from hybrid_lightning import losses
 from hybrid_lightning.advantages import GroupMeanAdvantage
@@ -29,8 +28,8 @@ from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deterministic")
-    write_wide_model(folder / "model")
-    write_wide_model(folder / "gpt2", "gpt2")
+    tiny_runs.write_wide_model(folder / "model")
+    tiny_runs.write_wide_model(folder / "gpt2", "gpt2")
     tiny_runs.write_sums(folder / "sums.jsonl", 16)
     tiny_examples.write_rows(folder / "rows.jsonl", 16)
     return folder

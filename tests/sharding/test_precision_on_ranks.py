@@ -6,8 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from rounding import metrics_of_runs
 from runs_of_tests import ADAM, STRATEGIES, Only, assert_same_run
-from tiny_runs import write_sums
-from wide_models import write_wide_model
+from tiny_runs import write_sums, write_wide_model
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy import NF4, Int8

@@ -6,6 +6,7 @@ import signal
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from cli_runs import Result, run, write_folder
@@ -54,11 +55,8 @@ CHAINS = {
 }
 assert sorted(moment for chain in CHAINS.values() for moment, _ in chain) == sorted(MOMENTS)
 # Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
-SIGNALS = [
-    number
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    if signal.getsignal(number) is not signal.SIG_IGN
-]
+ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +111,8 @@ def test_what_scoring_found_is_for_the_same_settings_alone(folder, monkeypatch):
     with monkeypatch.context() as patch:
         Sent(patch, MOMENTS["a score"], signal.SIGTERM)
         found = run_of(run(folder, *FIT), folder) / "scoring"
-    for option, name in {
-        "--adapter.rank=1": "adapter.rank=2",
-        "--data.source.validation_fraction=0.4": "calibration prompts=",
-    }.items():
+    changed = {"--adapter.rank=1": "adapter.rank=2", "--data.source.validation_fraction=0.4": "calibration prompts="}
+    for option, name in changed.items():
         refused = run(folder, *FIT, f"--ckpt_path={found}", option)
         assert refused.code == 1 and f"was found with {name}" in refused.last and "new run without ckpt_path" in refused.last
     refused = run(folder, "test", "--config=t.yaml", f"--ckpt_path={found}")
@@ -125,18 +121,16 @@ def test_what_scoring_found_is_for_the_same_settings_alone(folder, monkeypatch):
     assert other.code == 0, "what no score depends on may be changed"
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
-def test_an_evaluation_is_begun_again(folder, command, monkeypatch):
-    Sent(monkeypatch, (Sampler, "sample", 2 if command != "predict" else 1), signal.SIGTERM)
+@pytest.mark.parametrize(("command", "call"), [("test", 2), ("predict", 1)])
+def test_an_evaluation_is_begun_again(folder, command, call, monkeypatch):
+    Sent(monkeypatch, (Sampler, "sample", call), signal.SIGTERM)
     stopped = run(folder, command, "--config=t.yaml")
     assert stopped.code == 143 and "start the command again" in stopped.out
 
 
 def test_what_keeps_a_stop_from_saving_is_said(folder, monkeypatch):
-    def full(*_, **__):
-        raise CheckpointError("stopped.ckpt could not be written: No space left on device")
-
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", full)
+    full = CheckpointError("stopped.ckpt could not be written: No space left on device")
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", Mock(side_effect=full))
     Sent(monkeypatch, MOMENTS["the second rollout"], signal.SIGTERM)
     stopped = run(folder, *FIT)
     assert stopped.code == 143 and stopped.last == "error: stopped.ckpt could not be written: No space left on device"
@@ -154,18 +148,21 @@ def lost_trainer(saved=None, resumed=None, folder=None):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("saved", "resumed", "remedy"),
     [
-        "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:44417: Connection reset by peer",
-        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5) ran for 600000 milliseconds before timing out.",
+        ("runs/last.ckpt", "old.ckpt", "--ckpt_path runs/last.ckpt"),
+        ("", "old.ckpt", "--ckpt_path old.ckpt"),
+        (None, None, "no checkpoint has been saved yet"),
+        ("", None, "no checkpoint has been saved yet"),
     ],
 )
-def test_it_names_the_cause_and_the_checkpoint(text):
-    message = lost_contact(lost_trainer("runs/last.ckpt", "old.ckpt"), RuntimeError(text))
-    assert message.startswith("rank 3 lost contact") and message.endswith("--ckpt_path runs/last.ckpt") and "\n" not in message
-    assert lost_contact(lost_trainer("", "old.ckpt"), RuntimeError(text)).endswith("--ckpt_path old.ckpt")
-    assert lost_contact(lost_trainer(), RuntimeError(text)).endswith("no checkpoint has been saved yet")
-    assert lost_contact(lost_trainer(""), RuntimeError(text)).endswith("no checkpoint has been saved yet")
+def test_it_names_the_cause_and_the_checkpoint_at_once_and_at_the_end_of_the_traceback(capsys, saved, resumed, remedy):
+    for text in ("[gloo/pair.cc:537] Read error: Connection reset by peer", "Watchdog caught collective operation timeout: Work"):
+        error = RuntimeError(text)
+        GracefulStop().on_exception(lost_trainer(saved, resumed), None, error)
+        line = capsys.readouterr().err
+        assert line.startswith("rank 3 lost contact") and line.endswith(f"{remedy}\n") and line.count("\n") == 1
+        assert "".join(traceback.format_exception(error)).endswith(line)
 
 
 def test_under_the_command_line_it_is_the_command(tmp_path):
@@ -174,15 +171,5 @@ def test_under_the_command_line_it_is_the_command(tmp_path):
     (folder / "config.yaml").touch()
     message = lost_contact(lost_trainer("last.ckpt", folder=folder), RuntimeError("Connection reset by peer"))
     assert message.endswith(f" -m hybrid_lightning fit --config '{folder}/config.yaml' --ckpt_path last.ckpt")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()])
-def test_other_errors_are_a_processs_own(error):
-    assert lost_contact(lost_trainer(), error) is None
-
-
-def test_it_is_said_at_once_and_at_the_end_of_the_traceback(capsys):
-    error = RuntimeError("Connection closed by peer [127.0.0.1]:22445")
-    GracefulStop().on_exception(lost_trainer("runs/last.ckpt"), None, error)
-    line = capsys.readouterr().err
-    assert line.startswith("rank 3 lost contact") and "".join(traceback.format_exception(error)).endswith(line)
+    for error in (RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()):
+        assert lost_contact(lost_trainer(), error) is None, "other errors are a process's own"

@@ -122,19 +122,23 @@ def test_the_hint_is_the_loggers_own(runs):
     assert found == {"wandb": [sync], "mlflow": [mlflow], "none": [], "several": [tensorboard, table, sync, mlflow]}[name]
 
 
-def read_tensorboard(folder):
+def points(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def read_tensorboard(folder, *_):
+    events = EventAccumulator(str(folder)).Reload()
     tags = events.Tags()
-    scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
     assert tags["images"] == ["plan/scores"] and tags["histograms"] == ["rewards/histogram"]
     assert texts >= {"config", "plan", "samples"}
     (config,) = events.Tensors("config/text_summary")
     assert (folder / "config.yaml").read_text() in config.tensor_proto.string_val[0].decode()
-    return scalars
+    return points(folder)
 
 
-def read_csv(folder):
+def read_csv(folder, *_):
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     with (folder / "samples.csv").open(newline="") as file:
@@ -145,7 +149,7 @@ def read_csv(folder):
     return {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in rows[0]}
 
 
-def read_mlflow(folder, logger):
+def read_mlflow(folder, logger, _):
     client, run = logger.experiment, logger.experiment.get_run(logger.run_id)
     assert run.info.status == "FINISHED" and run.data.params["loss/init_args/clip_high"] == "0.25"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -170,22 +174,16 @@ def read_wandb(folder, logger, summary):
     return {name: {None: value} for name, value in summary.items() if isinstance(value, (int, float))}
 
 
+READERS = {TensorBoardLogger: read_tensorboard, CSVLogger: read_csv, NamingMLFlowLogger: read_mlflow, WandbLogger: read_wandb}
+
+
 def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
     name, root, _, _, loggers = runs
     folder = root / "version_0"
     summary = json.loads((folder / "summary.json").read_text())
-    found = []
+    assert len(loggers[0][0]) == {"none": 0, "several": 4}.get(name, 1)
     for logger in loggers[0][0]:
-        if isinstance(logger, TensorBoardLogger):
-            found.append((logger, read_tensorboard(folder)))
-        elif isinstance(logger, CSVLogger):
-            found.append((logger, read_csv(folder)))
-        elif isinstance(logger, MLFlowLogger):
-            found.append((logger, read_mlflow(folder, logger)))
-        elif isinstance(logger, WandbLogger):
-            found.append((logger, read_wandb(folder, logger, loggers[0][1])))
-    assert len(found) == {"none": 0, "several": 4}.get(name, 1)
-    for logger, scalars in found:
+        scalars = READERS[type(logger)](folder, logger, loggers[0][1])
         at, low = ("_at_", "_ci_low") if isinstance(logger, MLFlowLogger) else ("@", "/ci_low")
         wanted = {"reward", "loss", "entropy", "lr/full", "grad_norm/lora", "val/greedy_accuracy", "time/step_s"}
         assert wanted | {f"val/avg{at}2", f"val/avg{at}2{low}", f"val/greedy_accuracy{low}"} <= set(scalars)
@@ -240,43 +238,23 @@ def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, off
     FileLock(tmp_path / ".mlflow.lock").acquire(timeout=0).lock.release()
 
 
-# ---- TensorBoard's first page
-
-
-def build_trainer(tmp_path, accumulating, metrics):
-    return SimpleNamespace(
-        fit_loop=SimpleNamespace(_should_accumulate=lambda: accumulating),
-        global_step=2,
-        log_every_n_steps=1,
-        callback_metrics={name: torch.tensor(value) for name, value in metrics.items()},
-        loggers=[TensorBoardLogger(tmp_path, name="run", version=0)],
-        is_global_zero=True,
-        state=SimpleNamespace(fn="fit"),
-    )
-
-
-def read(tmp_path):
-    events = EventAccumulator(str(tmp_path / "run" / "version_0"))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
     metrics = {"reward": 0.5, "entropy": 2.0, "time/generate_s": 9.0, "time/step_s": 12.0, "val/avg@8": 0.25, "val/reward": 7.0}
     metrics |= {"val/avg@8/ci_low": 0.125, "val/quiz/avg@8": 0.75}
-    trainer, overview = build_trainer(tmp_path, True, metrics), TensorBoardOverview()
+    logger, overview = TensorBoardLogger(tmp_path, name="run", version=0), TensorBoardOverview()
+    trainer = SimpleNamespace(global_step=2, log_every_n_steps=1, loggers=[logger], is_global_zero=True)
+    trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+    trainer.state, trainer.fit_loop = SimpleNamespace(fn="fit"), SimpleNamespace(_should_accumulate=lambda: True)
     overview.on_train_batch_end(trainer, None, None, None, 0)
     trainer.fit_loop._should_accumulate = lambda: False
     trainer.global_step = 3  # nothing is written between optimizer steps
     overview.on_train_batch_end(trainer, None, None, None, 0)
     overview.on_validation_end(trainer, None)
-    trainer.loggers[0].experiment.add_scalar("accuracy", 1.0, 3)
-    trainer.loggers[0].experiment.flush()
-    scalars = read(tmp_path)
+    logger.experiment.add_scalar("accuracy", 1.0, 3)
+    logger.experiment.flush()
+    scalars = points(tmp_path / "run" / "version_0")
     assert min(scalars).startswith("0_overview/")
+    shown = {"3 reward": 0.5, "7 entropy": 2.0, "10 time step_s": 12.0, "1 val avg@8": 0.25}
     assert {tag: values for tag, values in scalars.items() if "/" in tag} == {
-        "0_overview/3 reward": [(3, 0.5)],
-        "0_overview/7 entropy": [(3, 2.0)],
-        "0_overview/10 time step_s": [(3, 12.0)],
-        "0_overview/1 val avg@8": [(3, 0.25)],
+        f"0_overview/{tag}": {3: value} for tag, value in shown.items()
     }

@@ -69,13 +69,10 @@ def test_a_resumed_run_exports_beside_what_is_there(model, sums, tmp_path):
     assert exports(tmp_path / "mine") == ["step=1", "step=2"]
 
 
-def test_a_form_that_cannot_hold_the_plan_is_refused_before_training(model, sums, tmp_path):
+def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="form=LoraFolder: the plan trains 3 modules fully"):
         fit(model, sums, tmp_path, PolicyExport(LoraFolder()))
     assert not list(tmp_path.rglob("export"))
-
-
-def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="every_n_steps must be at least 1, got 0"):
         PolicyExport(every_n_steps=0)
     trainer = SimpleNamespace(strategy=FSDPStrategy(accelerator="cuda"))

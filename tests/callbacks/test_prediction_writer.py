@@ -66,15 +66,15 @@ def test_a_trainer_that_predicts_again_gives_the_same_in_another_file(model, sum
     assert len(first) == 12 and first == second
 
 
-def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
-    class Interrupted(PredictionWriter):
-        def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-            super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-            raise RuntimeError("stopped")
+class Interrupted(PredictionWriter):
+    def on_predict_batch_end(self, *arguments):
+        super().on_predict_batch_end(*arguments)
+        raise RuntimeError("stopped")
 
-    writer = Interrupted()
+
+def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
-        predict(model, sums, tmp_path, writer)
+        predict(model, sums, tmp_path, writer := Interrupted())
     assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -30,12 +31,10 @@ from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 
 # ---- declarations
 
-SAMPLERS = (Sampler, VLLMSampler, VLLMServerSampler)
+MODULES, SAMPLERS = (PolicyModule, SupervisedModule, PreferenceModule), (Sampler, VLLMSampler, VLLMServerSampler)
 
 
-@pytest.mark.parametrize(
-    "kind", [PolicyModule, SupervisedModule, PreferenceModule, HybridAdapterSetup, PromptDataModule, *SAMPLERS]
-)
+@pytest.mark.parametrize("kind", [*MODULES, HybridAdapterSetup, PromptDataModule, *SAMPLERS])
 def test_every_option_is_declared(kind):
     """So that one that is added later has to be."""
     arguments = inspect.signature(kind).parameters.values()
@@ -102,23 +101,13 @@ def go_on(folder, first, *options, command="fit"):
     return result, new[0] if new else None
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--trainer.max_steps=42", "--model.lr_lora=1e-5", "--model.lr_full=1e-6", "--adapter.rank=4"],
-            "trained with adapter.rank=2, but it is 4 now; give --adapter.rank=2, or start a new run (without --ckpt_path;",
-        ),
-        (
-            ["--adapter.budget.share=0.5", "--model.optimizer=torch.optim.SGD", "--seed_everything=1"],
-            "and model.optimizer=AdamW, but it is SGD now, and seed_everything=0, but it is 1 now; give "
-            "--adapter.budget.share=0.1 --model.optimizer=torch.optim.AdamW --seed_everything=0, or start a new run",
-        ),
-    ],
-)
-def test_what_cannot_be_applied_is_refused_before_anything_is_spent(folder, first, monkeypatch, options, message):
+def test_what_cannot_be_applied_is_refused_before_anything_is_spent(folder, first, monkeypatch):
     monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
+    options = ["--trainer.max_steps=42", "--adapter.budget.share=0.5", "--model.optimizer=torch.optim.SGD", "--seed_everything=1"]
     result, new = go_on(folder, first, *options)
+    message = "trained with adapter.budget.share=0.1, but it is 0.5 now, and model.optimizer=AdamW, but it is SGD now, and "
+    message += "seed_everything=0, but it is 1 now; give --adapter.budget.share=0.1 --model.optimizer=torch.optim.AdamW "
+    message += "--seed_everything=0, or start a new run (without --ckpt_path;"
     assert (result.code, new) == (1, None) and message in result.last, result.err
 
 
@@ -163,9 +152,8 @@ def test_what_is_applied_is_said_and_recorded(folder, first):
     assert config.keys() <= {"model", "data", "adapter", "trainer"} | WHOLE.keys(), "each section is declared"
     named = flatten_settings(content[SETTINGS_KEY]["settings"])
     for name, value in APPLIED.items():
-        section, *keys = name.split(".")
-        place = config[section]
-        for key in keys:
+        place = config
+        for key in name.split("."):
             place = place.get("init_args", place)[key]
         assert (place["class_path"] if isinstance(place, dict) else place) == value == named[name], name
     rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
@@ -327,19 +315,15 @@ def test_a_penalty_that_needs_start_weights_can_be_switched_on_together_with_the
 
 
 def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tmp_path):
-    def callbacks(patience, count):
+    def callbacks(patience):
         best = ModelCheckpoint(tmp_path / "best", monitor="val/avg@2", mode="max", save_top_k=1, filename="{step}")
         return [RunSummary(), EarlyStopping("val/avg@2", patience=patience, mode="max", strict=False), best, saver(tmp_path)]
 
-    def data(count):
-        made = build_data(sums, validation_fraction=0.5)
-        made._limits["validation"] = count
-        return made
-
     flags = {"check_val_every_n_epoch": None, "val_check_interval": 1, "policy": {"prompts_per_rollout": 2}}
-    train(model, sums, tmp_path, *callbacks(50, 4), data=data(4), max_steps=2, **flags)
-    summary, stopping, best, _ = callbacks(70, 8)
-    train(model, sums, tmp_path, summary, stopping, best, ckpt=tmp_path / "step=2.ckpt", data=data(8), max_steps=3, **flags)
+    few, more = (build_data(sums, validation_fraction=fraction) for fraction in (0.2, 0.4))
+    train(model, sums, tmp_path, *callbacks(50), data=few, max_steps=2, **flags)
+    summary, stopping, best, _ = callbacks(70)
+    train(model, sums, tmp_path, summary, stopping, best, ckpt=tmp_path / "step=2.ckpt", data=more, max_steps=3, **flags)
     assert stopping.patience == 70
     assert Path(best.best_model_path).name == "step=3.ckpt", "the best on other problems does not count"
     assert summary._before == {}
@@ -352,11 +336,9 @@ def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved
     data = {"datamodule": build_data(sums, validation_fraction=0.2), "ckpt_path": tmp_path / "other.ckpt"}
     for entry, message in (({}, "was not written by hybrid_lightning"), ({CHECKPOINT_KEY: other}, refusal)):
         torch.save({**content, **entry}, tmp_path / "other.ckpt")
-        for callbacks in ([build_adapter()], []):
+        for callbacks, command in itertools.product(([build_adapter()], []), ("fit", "validate")):
             with pytest.raises(CheckpointError, match=message):
-                build_trainer(tmp_path, *callbacks).fit(build_policy(model), **data)
-            with pytest.raises(CheckpointError, match=message):
-                build_trainer(tmp_path, *callbacks).validate(build_policy(model), **data)
+                getattr(build_trainer(tmp_path, *callbacks), command)(build_policy(model), **data)
 
 
 def test_settings_made_in_python_are_refused_by_their_names_on_the_command_line(resumed):
@@ -366,8 +348,7 @@ def test_settings_made_in_python_are_refused_by_their_names_on_the_command_line(
 
 
 def test_lightnings_own_trainer_compares_too(resumed):
-    adapter = build_adapter()
-    resumed(3, kind=LightningTrainer, adapter=adapter, policy={"lr_lora": 1e-4})
+    resumed(3, kind=LightningTrainer, adapter=(adapter := build_adapter()), policy={"lr_lora": 1e-4})
     assert [str(change) for change in adapter.resume.changes] == ["model.lr_lora 0.01 -> 0.0001"]
     with pytest.raises(CheckpointError, match=r"model\.optimizer=AdamW, but it is SGD now"):
         resumed(3, kind=LightningTrainer, policy={"optimizer": torch.optim.SGD})

@@ -33,22 +33,18 @@ def run(model, sums, root, *callbacks, ckpt=None):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("unstopped")
-
-
-@pytest.fixture(scope="module")
-def unstopped(model, sums, root):
-    """The losses, and the policy; checkpoints of all steps are in the folder `root`."""
+def unstopped(model, sums, tmp_path_factory):
+    """The losses, the policy, and a folder with checkpoints of all steps."""
+    root = tmp_path_factory.mktemp("unstopped")
     losses, policy = run(model, sums, root, ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1))
     assert len(losses) == 2 * STEPS and all(len(set(values)) > 6 for values in zip(*losses, strict=True))
-    return losses, policy
+    return losses, policy, root
 
 
 def assert_goes_on(model, sums, folder, checkpoint, unstopped):
     """From a checkpoint to the end as the run that was not stopped."""
     step = torch.load(checkpoint, weights_only=True)["global_step"]
-    losses, other = unstopped
+    losses, other, _ = unstopped
     rest, policy = run(model, sums, folder, ckpt=checkpoint)
     assert 0 <= step < STEPS and rest == losses[2 * step :]
     weights, expected = trained(policy), trained(other)
@@ -83,5 +79,5 @@ def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(model, sum
 
 
 @pytest.mark.parametrize("step", [1, 5])
-def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, root, tmp_path, unstopped, step):
-    assert assert_goes_on(model, sums, tmp_path, root / f"step={step}.ckpt", unstopped) == step
+def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, tmp_path, unstopped, step):
+    assert assert_goes_on(model, sums, tmp_path, unstopped[2] / f"step={step}.ckpt", unstopped) == step

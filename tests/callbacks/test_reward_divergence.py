@@ -52,18 +52,18 @@ def test_each_part_is_warned_of_on_its_own():
     assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "ended"),
-    [
-        (series(0.1, 0.5, 40), series(0.1, 0.9, 40, seed=1)),
-        (series(0.5, 0.1, 40), series(0.9, 0.1, 40, seed=1)),
-        (series(0.3, 0.3, 40), series(0.1, 0.9, 40, seed=1)),
-        ([0.5] * 40, [0.5] * 40),
-        (series(0.5, 0.1, 19), series(0.1, 0.9, 19, seed=1)),
-    ],
-    ids=["both rise", "both fall", "no fall", "constant", "too short"],
-)
-def test_nothing_else_is_warned_of(accuracy, ended):
+OTHERS = {
+    "both rise": (series(0.1, 0.5, 40), series(0.1, 0.9, 40, seed=1)),
+    "both fall": (series(0.5, 0.1, 40), series(0.9, 0.1, 40, seed=1)),
+    "no fall": (series(0.3, 0.3, 40), series(0.1, 0.9, 40, seed=1)),
+    "constant": ([0.5] * 40, [0.5] * 40),
+    "too short": (series(0.5, 0.1, 19), series(0.1, 0.9, 19, seed=1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_nothing_else_is_warned_of(name):
+    accuracy, ended = OTHERS[name]
     assert feed(RewardDivergence(20), accuracy, ended=ended) == []
 
 
@@ -102,13 +102,8 @@ def test_a_run_that_learns_to_end_at_once_is_warned_of(model, sums, tmp_path):
     assert last["accuracy"] < first["accuracy"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"window": 7}, r"divergence\.window must be an even number of at least 4, got 7"),
-        ({"standard_errors": 0.0}, r"divergence\.standard_errors must be positive, got 0"),
-    ],
-)
-def test_impossible_settings_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        RewardDivergence(**arguments)
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigError, match=r"divergence\.window must be an even number of at least 4, got 7"):
+        RewardDivergence(7)
+    with pytest.raises(ConfigError, match=r"divergence\.standard_errors must be positive, got 0"):
+        RewardDivergence(standard_errors=0.0)

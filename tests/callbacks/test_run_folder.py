@@ -4,8 +4,10 @@ import errno
 import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from lightning.pytorch import Trainer as LightningTrainer
@@ -52,7 +54,7 @@ def process(root, *loggers, rank=0, answers=None):
 @pytest.mark.parametrize("kind", [TensorBoardLogger, None])
 def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch):
     (tmp_path / "name" / "version_4").mkdir(parents=True)
-    start, found, begun, mkdir = threading.Barrier(10), [], set(), Path.mkdir
+    start, begun, mkdir = threading.Barrier(10), set(), Path.mkdir
 
     def together(path, *args, **flags):
         """All have looked what there is before the first makes a folder."""
@@ -61,17 +63,13 @@ def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch
             start.wait(timeout=60)
         mkdir(path, *args, **flags)
 
-    monkeypatch.setattr(Path, "mkdir", together)
-
-    def claim():
+    def claim(_):
         trainer = process(tmp_path / "name", *([kind(tmp_path, "name")] if kind else []))
-        found.append((run_folder(trainer), trainer.loggers[0].log_dir if kind else None))
+        return run_folder(trainer), trainer.loggers[0].log_dir if kind else None
 
-    threads = [threading.Thread(target=claim) for _ in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    monkeypatch.setattr(Path, "mkdir", together)
+    with ThreadPoolExecutor(10) as threads:
+        found = list(threads.map(claim, range(10)))
     assert sorted(path.name for path, _ in found) == sorted(f"version_{number}" for number in range(5, 15))
     assert all(log_dir is None or log_dir == str(path) for path, log_dir in found)
 
@@ -103,26 +101,23 @@ def test_where_it_is_without_a_logger(tmp_path, monkeypatch):
     assert run_folder(process(tmp_path)) == Path("runs", "default", "version_0"), "the default root is the working directory"
 
 
-@pytest.mark.parametrize(("version", "found"), [(3, ["version_3", "version_4"]), ("mine", ["mine", "mine-v1", "mine-v2"])])
-def test_a_version_that_is_taken_is_not_taken_again(tmp_path, version, found):
-    for name in found:
-        logger = CSVLogger(tmp_path, "name", version=version)
-        assert run_folder(process(tmp_path, logger)) == tmp_path / "name" / name == Path(logger.log_dir)
+def test_a_version_that_is_taken_is_not_taken_again(tmp_path):
+    for version, found in {3: ["version_3", "version_4"], "mine": ["mine", "mine-v1", "mine-v2"]}.items():
+        for name in found:
+            logger = CSVLogger(tmp_path, "name", version=version)
+            assert run_folder(process(tmp_path, logger)) == tmp_path / "name" / name == Path(logger.log_dir)
 
 
-def test_loggers_that_keep_their_files_elsewhere_get_new_folders_too(tmp_path, recwarn):
+def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path, recwarn):
     (tmp_path / "b" / "y" / "version_0").mkdir(parents=True)
     loggers = [TensorBoardLogger(tmp_path / "a", "x"), CSVLogger(tmp_path / "b", "y"), CSVLogger(tmp_path / "a", "x")]
     assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "x" / "version_1"
     assert [logger.version for logger in loggers] == [1, 1, 1] and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
     assert not [warning for warning in recwarn if "not empty" in str(warning.message)]
-
-
-def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path):
     (tmp_path / "b" / "mine").mkdir(parents=True)
     loggers = [CSVLogger(tmp_path / "a", "", version="mine"), CSVLogger(tmp_path / "b", "")]
     assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "mine-v1"
-    assert names(tmp_path / "a") == ["mine-v1"] and names(tmp_path / "b") == ["mine", "mine-v1"]
+    assert names(tmp_path / "a") == ["mine-v1", "x"] and names(tmp_path / "b") == ["mine", "mine-v1", "y"]
 
 
 LOGGERS = {
@@ -171,17 +166,15 @@ def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it_if_i
 
 
 def test_a_trainer_keeps_its_folder_which_is_its_log_dir(model, sums, tmp_path, monkeypatch):
-    told, broadcast = [], SingleDeviceStrategy.broadcast
-    monkeypatch.setattr(
-        SingleDeviceStrategy, "broadcast", lambda self, value, src=0: told.append(value) or broadcast(self, value)
-    )
+    told = Mock(side_effect=lambda value, src=0: value)
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", told)
     trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), max_steps=1)
     data, policy = build_data(sums, validation_fraction=0.2, test_fraction=0.2), build_policy(model, reward=StartsWithDigit())
     assert not names(tmp_path), "a Trainer that runs nothing has none"
     trainer.fit(policy, datamodule=data)
     trainer.test(policy, datamodule=data, verbose=False)
     assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0") == str(run_folder(trainer))
-    assert sum("version_0" in str(value) for value in told) == 1, "it is claimed once"
+    assert sum("version_0" in str(call) for call in told.call_args_list) == 1, "it is claimed once"
 
 
 @pytest.mark.parametrize(("number", "logger"), [(errno.EROFS, CSVLogger), (errno.ENOSPC, None)])
@@ -190,9 +183,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, m
     check_run_folder(trainer)
     assert not names(tmp_path), "what is tried out is removed"
 
-    def refuse(*_, **__):
-        raise OSError(number, os.strerror(number), str(tmp_path))
-
+    refuse = Mock(side_effect=OSError(number, os.strerror(number), str(tmp_path)))
     option = "--trainer.logger.save_dir=FOLDER" if logger else "--trainer.default_root_dir=FOLDER"
     for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"{os.strerror(number)}.*; give .* by {option}$"):
@@ -207,8 +198,7 @@ def test_the_folder_of_checkpoints_is_looked_at_too(tmp_path):
     trainer.checkpoint_callbacks = [ModelCheckpoint(tmp_path / "file" / "x")]
     with pytest.raises(ConfigError, match=r"checkpoints' folder .*; give --checkpoint\.dirpath=FOLDER another one, or null"):
         check_run_folder(trainer)
-    other = process(tmp_path / "file", rank=1)
-    check_run_folder(other)
+    check_run_folder(process(tmp_path / "file", rank=1))
     assert names(tmp_path) == ["file"], "the first process alone looks"
 
 

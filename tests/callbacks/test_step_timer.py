@@ -110,10 +110,9 @@ def test_each_second_is_logged_once_and_where_it_belongs(model, sums, tmp_path, 
     for step, rest in zip(slow.steps, other, strict=True):
         whole = {**expected, "time/other_s": rest, "time/step_s": sum(expected.values()) + rest}
         assert {name: value for name, value in step.items() if name.startswith("time/")} == pytest.approx(whole)
-    for trained, step in zip((trained for trained, _ in slow.tokens), slow.steps, strict=True):
+    for (trained, whole), step in zip(slow.tokens, slow.steps, strict=True):
         rate = trained / (UPDATE * accumulate + old / served)
         assert step["throughput/trained_tokens_per_second"] == pytest.approx(rate)
-    for (_, whole), step in zip(slow.tokens, slow.steps, strict=True):
         assert step["throughput/tokens_per_second"] == pytest.approx(whole / served / step["time/step_s"])
     first = sum(trained for trained, _ in slow.tokens[:minibatches])
     assert slow.steps[0]["throughput/generated_tokens_per_second"] == pytest.approx(first / GENERATE)

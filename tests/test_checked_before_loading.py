@@ -20,6 +20,8 @@ data:
 trainer: {{accelerator: cpu, max_steps: 2}}
 """
 PARTS = """
+from pathlib import Path
+
 from lightning.pytorch import Callback
 from hybrid_lightning.data import PromptDataModule
 
@@ -39,7 +41,7 @@ class Logs(Callback):
 
 class Prepared(PromptDataModule):
     def prepare_data(self):
-        (Path("prepared.jsonl")).write_text(Path("sums.jsonl").read_text())
+        Path("prepared.jsonl").write_text(Path("sums.jsonl").read_text())
 """
 
 
@@ -48,100 +50,60 @@ def folder(tmp_path_factory):
     for folder in write_folder(tmp_path_factory.mktemp("checks")):
         shutil.copytree(folder / "model", folder / "unreadable")
         (folder / "unreadable" / "model.safetensors").write_bytes(b"no weights")
-        (folder / "my_parts.py").write_text(
-            (folder / "my_parts.py").read_text() + PARTS.replace("Path(", "__import__('pathlib').Path(")
-        )
+        with (folder / "my_parts.py").open("a") as file:
+            file.write(PARTS)
         (folder / "words.jsonl").write_text("\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)))
-        for name, kind, form in (
-            ("sft", "SupervisedModule", "DemonstrationFormat"),
-            ("dpo", "PreferenceModule", "PreferenceFormat"),
-        ):
+        kinds = {"sft": ("SupervisedModule", "DemonstrationFormat"), "dpo": ("PreferenceModule", "PreferenceFormat")}
+        for name, (kind, form) in kinds.items():
             (folder / f"{name}.yaml").write_text(EXAMPLES.format(kind=kind, format=form, folder=folder))
         yield folder
 
 
+NO_WEIGHTS = "cannot load the model"
+ANSWER, CHOSEN, REJECTED = "data.format.completion={answer}", "data.format.chosen={answer}", "data.format.rejected=-{answer}"
+STOPPING = "trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping trainer.callbacks.monitor=val/loss"
+# Command, config and options, and what the last line has to say.
 MISTAKES = [
+    # nothing, so that the weights are asked for
+    ("fit t", NO_WEIGHTS),
+    ("score t", NO_WEIGHTS),
+    ("test t", NO_WEIGHTS),
+    (f"fit dpo {CHOSEN} {REJECTED}", NO_WEIGHTS),
     # data
-    ("fit", "data.source.init_args.train=missing.jsonl", r"train='missing\.jsonl' does not exist"),
-    ("validate", "data.source.init_args.validation_fraction=0", r"no validation rows, which validate needs"),
-    ("fit", "data.format.template={question}{hint}", r"uses \{hint\}, which .* does not have"),
-    ("fit", "data.max_prompt_tokens=2", r"all 24 train prompts are longer than max_prompt_tokens=2"),
-    ("fit", "model.sampler.max_new_tokens=200", r"a prompt of 4 tokens and max_new_tokens=200 exceed the model's 128"),
-    ("fit", "model.prompts_per_rollout=1000", r"prompts_per_rollout=1000 is more than the 24 training prompts"),
+    ("fit t data.source.init_args.train=missing.jsonl", r"train='missing\.jsonl' does not exist"),
+    ("validate t data.source.init_args.validation_fraction=0", "no validation rows, which validate needs"),
+    ("fit t data.format.template={question}{hint}", r"uses \{hint\}, which .* does not have"),
+    ("fit t data.max_prompt_tokens=2", "all 24 train prompts are longer than max_prompt_tokens=2"),
+    ("fit t model.sampler.max_new_tokens=200", "a prompt of 4 tokens and max_new_tokens=200 exceed the model's 128"),
+    ("fit t model.prompts_per_rollout=1000", "prompts_per_rollout=1000 is more than the 24 training prompts"),
+    (f"fit sft {ANSWER} data.format=PlainFormat", "has 0 completions, but SupervisedModule needs one"),
+    (f"fit dpo {CHOSEN} data.format.rejected={{answer}}", "the chosen completion is also the rejected one"),
     # reward
+    ("fit t data.source.init_args.train=words.jsonl model.reward=MathMatch", "reference answer 'an answer' .* neither a number"),
     (
-        "fit",
-        "data.source.init_args.train=words.jsonl model.reward=MathMatch",
-        r"reference answer 'an answer' .* neither a number",
+        "fit t model.reward=FunctionReward model.reward.function=my_parts.of_a_hint",
+        "needs 'hint', but .* row 0 has no such column",
     ),
-    (
-        "fit",
-        "model.reward=FunctionReward model.reward.function=my_parts.of_a_hint",
-        r"needs 'hint', but .* row 0 has no such column",
-    ),
+    ("predict sft data.source.init_args.test_fraction=0.2", r"predict scores completions: give model\.reward"),
     # monitors
-    ("fit", "checkpoint.monitor=val/avg@8", r"ModelCheckpoint has monitor=val/avg@8, .* one of val/greedy_accuracy, .*val/avg@2"),
-    (
-        "fit",
-        "trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping trainer.callbacks.monitor=val/loss",
-        r"EarlyStopping has monitor=val/loss, which validation does not measure",
-    ),
+    ("fit t checkpoint.monitor=val/avg@8", "ModelCheckpoint has monitor=val/avg@8, .* one of val/greedy_accuracy, .*val/avg@2"),
+    (f"fit t {STOPPING}", "EarlyStopping has monitor=val/loss, which validation does not measure"),
+    (f"fit sft {ANSWER} checkpoint.monitor=val/avg@8", "monitor=val/avg@8, .* one of val/loss, val/entropy"),
+    (f"fit dpo {CHOSEN} {REJECTED} checkpoint.monitor=val/accuracies", "monitor=val/accuracies, .* val/rewards/accuracies"),
     # settings
-    ("fit", "model.dtype=bfloat16", r"needs trainer\.precision=bf16-mixed"),
-    ("fit", "trainer.accumulate_grad_batches=5", r"cannot be split evenly into 10 micro-batches"),
-    ("fit", "model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
-    (
-        "fit",
-        "adapter.target_modules=[foo_proj]",
-        r"'foo_proj' matches no candidate module: the model has modules named down_proj",
-    ),
+    ("fit t model.dtype=bfloat16", r"needs trainer\.precision=bf16-mixed"),
+    ("fit t trainer.accumulate_grad_batches=5", "cannot be split evenly into 10 micro-batches"),
+    ("fit t model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
+    ("fit t adapter.target_modules=[foo_proj]", "'foo_proj' matches no candidate module: the model has modules named down_proj"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "message"), MISTAKES, ids=[f"{command} {options}" for command, options, _ in MISTAKES]
-)
-def test_before_the_model_of_a_policy(folder, command, options, message):
-    result = run(
-        folder, command, "--config", "t.yaml", "--model.model=unreadable", *(f"--{option}" for option in options.split())
-    )
-    assert_refused(result, message)
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_is_found_before_the_model_is_loaded(folder, words, message):
+    command, config, *options = words.split()
+    given = ["--config", f"{config}.yaml", "--model.model=unreadable", *(f"--{option}" for option in options)]
+    assert_refused(run(folder, command, *given), message)
     assert not (folder / "runs").exists(), "nothing has begun"
-
-
-@pytest.mark.parametrize("command", ["fit", "score", "test"])
-def test_with_nothing_wrong_the_weights_are_asked_for(folder, command):
-    result = run(folder, command, "--config", "t.yaml", "--model.model=unreadable")
-    assert_refused(result, "cannot load the model 'unreadable'")
-    assert not (folder / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "message"),
-    [
-        ("sft", "data.format.completion={answer} data.format=PlainFormat", r"has 0 completions, but SupervisedModule needs one"),
-        (
-            "sft",
-            "data.format.completion={answer} checkpoint.monitor=val/avg@8",
-            r"monitor=val/avg@8, .* one of val/loss, val/entropy",
-        ),
-        ("dpo", "data.format.chosen={answer} data.format.rejected={answer}", r"the chosen completion is also the rejected one"),
-        (
-            "dpo",
-            "data.format.chosen={answer} data.format.rejected=-{answer} checkpoint.monitor=val/accuracies",
-            r"monitor=val/accuracies, .* val/rewards/accuracies",
-        ),
-        ("dpo", "data.format.chosen={answer} data.format.rejected=-{answer}", r"cannot load the model"),
-    ],
-)
-def test_before_the_model_of_examples(folder, config, options, message):
-    result = run(folder, "fit", "--config", f"{config}.yaml", *(f"--{option}" for option in options.split()))
-    assert_refused(result, message)
-
-
-def test_a_prediction_without_a_reward_is_refused_before_the_model_is_loaded(folder):
-    result = run(folder, "predict", "--config", "sft.yaml", "--data.source.init_args.test_fraction=0.2")
-    assert_refused(result, r"predict scores completions: give model\.reward")
 
 
 def test_a_plan_of_another_model_is_refused_before_the_model_is_loaded(folder):
@@ -155,10 +117,9 @@ def test_a_plan_of_another_model_is_refused_before_the_model_is_loaded(folder):
 
 
 def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):
-    options = ["--model.model=unreadable", "--checkpoint.monitor=val/own", "--trainer.logger=false"]
-    assert_refused(run(folder, "fit", "--config", "t.yaml", *options), "monitor=val/own, which validation does not measure")
-    options = [*options[1:], "--trainer.callbacks+=my_parts.Logs", "--trainer.max_steps=2", "--trainer.default_root_dir=own"]
-    result = run(folder, "fit", "--config", "t.yaml", *options)
+    options = ["--trainer.callbacks+=my_parts.Logs", "--trainer.max_steps=2", "--trainer.default_root_dir=own"]
+    options.append("--trainer.logger=false")
+    result = run(folder, "fit", "--config", "t.yaml", *options, "--checkpoint.monitor=val/own")
     assert result.code == 0, result.err
     result = run(folder, "fit", "--config", "t.yaml", *options, "--checkpoint.monitor=val/other")
     assert_refused(result, "monitor=val/other, which validation does not measure")

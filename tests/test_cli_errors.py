@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from cli_runs import assert_refused, run, write_folder
@@ -24,13 +25,7 @@ def folder(tmp_path_factory):
 
 
 def write_bad_files(folder):
-    texts = {
-        "list.yaml": "- a\n- b\n",
-        "other.json": '{"a": 1}',
-        "foreign.ckpt": "hello",
-        "file": "",
-    }
-    for name, text in texts.items():
+    for name, text in {"list.yaml": "- a\n- b\n", "other.json": '{"a": 1}', "foreign.ckpt": "hello", "file": ""}.items():
         (folder / name).write_text(text)
     (folder / "latin.jsonl").write_bytes(b'{"question": "\xff\xfe", "answer": "2"}\n')
     shutil.copytree(folder / "model", folder / "cut")
@@ -44,32 +39,14 @@ COMMANDS = [
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
-    (
-        "export --config t.yaml --folder=x --form.dtype=float32",
-        r"form: first say which ExportForm, one of AdapterFolder, LoraFolder, MergedModel",
-    ),
-    (
-        "predict --config t.yaml --predictions.path=file/p.jsonl",
-        r"predictions\.path=file/p\.jsonl: .*/file is no folder .* another",
-    ),
+    ("export --config t.yaml --folder=x --form.dtype=float32", "which ExportForm, one of AdapterFolder, LoraFolder, MergedModel"),
+    ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
     ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
     ("export --config t.yaml", r"\bfolder\b"),
     ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
     ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
 ]
-
-
-def content(folder):
-    """All that is in a folder, but for what Python makes of modules."""
-    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
-
-
-@pytest.mark.parametrize(("command", "message"), COMMANDS)
-def test_wrong_commands(folder, command, message):
-    before = content(folder)
-    assert_refused(run(folder, *command.split()), message)
-    assert content(folder) == before, "a command that has done nothing leaves nothing"
 
 
 # What is added to a config that works, and what the last line has to say.
@@ -85,41 +62,40 @@ OPTIONS = [
     ("model.model=/nowhere", r"model '/nowhere' does not exist"),
     ("model.model=cut", r"cannot load the model 'cut'"),
     ("adapter.plan=other.json", r"other\.json lacks the field"),
-    (
-        "ckpt_path=nope.ckpt",
-        r"there is no checkpoint nope\.ckpt \(looked for .*\); give one .* such as foreign\.ckpt",
-    ),
+    ("ckpt_path=nope.ckpt", r"there is no checkpoint nope\.ckpt \(looked for .*\); give one .* such as foreign\.ckpt"),
     # data
     ("data.source.init_args.train=latin.jsonl", r"train='latin\.jsonl' cannot be read: .*utf-8"),
     # numbers
     ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
     # devices
-    (
-        "trainer.accelerator=tpu",
-        r"trainer: .*(torch_xla.*not met|can not run on your system).*; .*give --trainer\.accelerator=cpu",
-    ),
+    ("trainer.accelerator=tpu", r"(torch_xla.*not met|can not run on your system).*; .*give --trainer\.accelerator=cpu"),
     ("trainer.devices=[0,1]", r"trainer: `devices` selected with .* give --trainer\.devices=1, or auto"),
     ("trainer.strategy=fsdp", r"strategy `fsdp` requires a GPU .*; give --trainer\.accelerator=gpu on a machine that has one"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
-    (
-        "trainer.logger=MLFlowLogger trainer.logger.save_dir=file",
-        r"MLflow's store cannot .*'file'; give another place by --trainer",
-    ),
+    ("trainer.logger=MLFlowLogger trainer.logger.save_dir=file", "MLflow's store .*'file'; give another place by --trainer"),
     ("trainer.enable_checkpointing=false", r"for no checkpoints give --checkpoint\.save_last=false --checkpoint\.save_top_k=0"),
     (
         "ckpt_path=last",
-        r"ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
+        "ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
     ),
     # what other loggers begin is no run
     ("trainer.logger=false data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[options for options, _ in OPTIONS])
-def test_wrong_options(folder, options, message):
+MISTAKES = [*COMMANDS, *((f"fit --config t.yaml --{options.replace(' ', ' --')}", message) for options, message in OPTIONS)]
+
+
+def content(folder):
+    """All that is in a folder, but for what Python makes of modules."""
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_said_in_the_last_line_and_leaves_nothing(folder, command, message):
     before = content(folder)
-    assert_refused(run(folder, "fit", "--config", "t.yaml", *(f"--{option}" for option in options.split())), message)
+    assert_refused(run(folder, *command.split()), message)
     left = content(folder) - before
     assert not left or any(path.name == "scores.json" for path in left), "a command that has done nothing leaves nothing"
 
@@ -141,11 +117,9 @@ def test_a_checkpoint_that_is_not_there(folder, command):
     near.touch()
     beside = f"--ckpt_path={near.with_name('best.ckpt').relative_to(folder)}"
     out = ["--folder=exported"] if command == "export" else []
-    before = content(folder)
-    message = (
-        r"no checkpoint elsewhere/.*best\.ckpt .*; give one that is there, such as elsewhere/version_3/checkpoints/last\.ckpt"
-    )
-    assert_refused(run(folder, command, "--config", "t.yaml", beside, *out), message)
+    before, there = content(folder), r"such as elsewhere/version_3/checkpoints/last\.ckpt"
+    result = run(folder, command, "--config", "t.yaml", beside, *out)
+    assert_refused(result, rf"no checkpoint elsewhere/.*best\.ckpt .*; give one that is there, {there}")
     assert content(folder) == before
 
 
@@ -155,20 +129,15 @@ def test_the_commands_that_are_named_are_all(folder):
 
 
 def test_a_run_that_is_interrupted_before_it_has_done_anything_leaves_nothing(folder, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(HybridAdapterSetup, "setup", interrupt)
+    monkeypatch.setattr(HybridAdapterSetup, "setup", Mock(side_effect=KeyboardInterrupt))
     before = content(folder)
     assert run(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=interrupted").code != 0
     assert content(folder) == before
 
 
 def test_a_full_disk_is_one_line(folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/default/version_0/summary.json")
-
-    monkeypatch.setattr(RunSummary, "_summary", full)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/default/version_0/summary.json")
+    monkeypatch.setattr(RunSummary, "_summary", Mock(side_effect=full))
     result = run(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=1", "--trainer.logger.init_args.name=full")
     assert_refused(result, r"No space left on device: '.*summary\.json'; make room, or give another place by --trainer\.logger")
 

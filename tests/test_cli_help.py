@@ -10,7 +10,6 @@ from lightning.pytorch import Callback
 
 from hybrid_lightning import adapters, advantages, data, export, losses, policy, rewards, rollout
 from hybrid_lightning.adapters import ExactGradients, ModuleBudget
-from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes
 from hybrid_lightning.configurable import Configurable
@@ -40,12 +39,10 @@ def value_of(text, option):
 def test_help_shows_the_default_classes_and_the_trainer_last(folder, command):
     text = said(folder, command, "--help")
     assert text.startswith(f"usage: python -m hybrid_lightning {command} [")
-    found = titles(text)
     wanted = [command, "model (PolicyModule)", "model.sampler (Sampler)", "data", "adapter", "adapter.budget (ModuleBudget)"]
-    assert [title for title in found if title in wanted] == wanted and found[-2:] == [
-        "trainer",
-        "trainer.logger (TensorBoardLogger)",
-    ]
+    *found, last, logger = titles(text)
+    assert [title for title in found if title in wanted] == wanted
+    assert (last, logger) == ("trainer", "trainer.logger (TensorBoardLogger)")
     assert "default: 0.0001" in value_of(text, "model.lr_lora") and "--adapter.calibration_prompts" in text
     assert all(f"  --trainer.{name}\n" in text for name in inspect.signature(Trainer).parameters if name != "self")
     assert {"fit": "--ckpt_path", "export": "--folder", "plan": "--prompt_tokens"}.get(command, "") in text
@@ -81,9 +78,8 @@ def test_help_on_the_class_of_the_config_or_the_default(folder):
     assert "--model.loss=GRPOLoss" in text and "now: 0.25" in text and "GSPOLoss: Clipped surrogate" in text
     assert "--model.lr_lora" in said(folder, "fit", "--model.help")
     assert "--data.eval_batch_size" in said(folder, "fit", "--data.help")
-    assert "Defaults to ``None``" not in said(folder, "fit", "--help") and "Disabled by default" in said(
-        folder, "fit", "--trainer.help"
-    )
+    assert "Defaults to ``None``" not in said(folder, "fit", "--help")
+    assert "Disabled by default" in said(folder, "fit", "--trainer.help")
     assert "(see\n`callbacks/resume.py`)" in said(folder, "score", "--adapter.help")
     text = said(folder, "fit", "--model.correction.help")
     assert "names no class here" in text and "TokenTruncation: The ratio of each token" in text
@@ -153,25 +149,14 @@ def test_each_argument_of_a_part_is_explained():
 
 # ---- classes by their short names
 
-ROOMS = (adapters, advantages, data, export, losses, policy, rewards, rollout)
 BASES = (Configurable, LanguageModule, Callback)
 
 
-def public_classes():
-    """Name -> class for all that rooms offer, without abstract bases."""
-    for room in ROOMS:
-        for name in room.__all__:
-            part = getattr(room, name)
-            if isinstance(part, type) and issubclass(part, BASES) and not inspect.isabstract(part):
-                yield name, part
-
-
-def test_each_class_is_found_by_its_short_name():
+def test_each_class_that_is_no_base_is_found_by_its_short_name():
     known = {name: part for base in BASES for name, part in known_classes(base).items()}
-    found = dict(public_classes())
-    assert {"GSPOLoss", "MathMatch", "GSM8K", "ExactGradients", "GroupAdvantage", "MergedModel", "Sampler"} <= found.keys()
-    assert not [name for name, part in found.items() if known.get(name) is not part]
-
-
-def test_a_base_is_no_choice():
-    assert "GroupAdvantage" in known_classes(AdvantageEstimator) and "AdvantageEstimator" not in known_classes(AdvantageEstimator)
+    rooms = (adapters, advantages, data, export, losses, policy, rewards, rollout)
+    offered = {name: getattr(room, name) for room in rooms for name in room.__all__}
+    classes = {name: part for name, part in offered.items() if isinstance(part, type) and issubclass(part, BASES)}
+    found = {name for name, part in classes.items() if not inspect.isabstract(part)}
+    assert {"GSPOLoss", "MathMatch", "GSM8K", "ExactGradients", "GroupAdvantage", "MergedModel", "Sampler"} <= found
+    assert not [name for name, part in classes.items() if known.get(name) is not (part if name in found else None)]

@@ -26,15 +26,9 @@ def assert_said(result, message):
         # of the command, of a class of the config, of one inside of that, of one on the command line
         ("fit --config t.yaml --trainer.max_step=3", r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
         ("fit --config t.yaml --model.lr_lorra=1", r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
-        (
-            "fit --config t.yaml --model.loss.clip_hi=1",
-            r"GRPOLoss has no option clip_hi; .* --model\.loss\.clip_high\?$",
-        ),
+        ("fit --config t.yaml --model.loss.clip_hi=1", r"GRPOLoss has no option clip_hi; .* --model\.loss\.clip_high\?$"),
         ("fit --config t.yaml --data.source.init_args.trian=a", r"did you mean --data\.source\.train\?$"),
-        (
-            "fit --model.loss=SAPOLoss --model.loss.clip_low=1",
-            r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss ",
-        ),
+        ("fit --model.loss=SAPOLoss --model.loss.clip_low=1", r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss "),
         # the key in front is wrong, or missing
         ("fit --modle.loss.clip_low=1", r"did you mean --model\.loss\.clip_low\?$"),
         ("fit --loss.clip_low=3", r"did you mean --model\.loss\.clip_low\?$"),
@@ -42,10 +36,7 @@ def assert_said(result, message):
         ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
         ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
         # classes
-        (
-            "fit --config t.yaml --trainer.callbacks=PolicyExpor",
-            r"trainer\.callbacks: unknown class .* mean PolicyExport\?$",
-        ),
+        ("fit --config t.yaml --trainer.callbacks=PolicyExpor", r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
         ("fit --config t.yaml --model.sampler=Zzz", r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
         ("fit --model.optimizer=torch.optim.AdamWW", r"has no attribute 'AdamWW'.*; did you mean torch\.optim\.AdamW\?$"),
         ("fit --model.loss.clip_low=1", r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),

@@ -80,9 +80,8 @@ print(products(100), products(400))
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 and newer alone say what is in use")
 def test_few_compiled_products_are_kept():
-    few, many = (
-        [int(number) for number in run(SIZES, **given).split()] for given in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
-    )
+    capacities = ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
+    few, many = ([int(number) for number in run(SIZES, **given).split()] for given in capacities)
     if many[0] < 2**20:
         pytest.skip("products of this processor are not compiled for each size")
     # Half of a product is freed: of 172 of the first 300 sizes, and of as many as come in the place of others.
@@ -98,7 +97,7 @@ def test_python_dash_m_prepares_its_process():
     assert f"spins {process._SPINS} False" in run(code)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, number):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(300)\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -109,35 +108,27 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
         program.send_signal(number)
         _, said = program.communicate(timeout=30)
     assert program.returncode == 128 + number
-    assert said.splitlines()[-1] == (
-        f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
-    )
+    last = f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
+    assert said.splitlines()[-1] == last
 
 
-class Told:
-    """In place of torch's settings of a GPU."""
-
-    def __init__(self, monkeypatch):
-        self.heard = []
-        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: self.heard.append(("cudnn", on)))
-        monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.heard.append, raising=False)
-        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-            monkeypatch.delenv(name, raising=False)
+SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def test_memory_of_a_gpu_grows_in_place_and_cudnn_does_not_attend(monkeypatch):
-    precision, told = torch.get_float32_matmul_precision(), Told(monkeypatch)
+def test_memory_of_a_gpu_grows_in_place_unless_it_is_asked_otherwise_and_cudnn_does_not_attend(monkeypatch):
+    precision, heard = torch.get_float32_matmul_precision(), []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: heard.append(("cudnn", on)))
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", heard.append, raising=False)
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     process.prepare_gpu(own_allocator=False)
-    assert told.heard == [("cudnn", False), "expandable_segments:True"]
+    assert heard == [("cudnn", False), "expandable_segments:True"]
     assert torch.get_float32_matmul_precision() == precision
     products = torch.backends.cuda.matmul  # a module that monkeypatch cannot put back; no CPU reads it
     assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_reduced_precision_reduction
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_what_the_environment_or_vllm_asks_of_memory_goes_before(monkeypatch, name):
-    told = Told(monkeypatch)
-    process.prepare_gpu(own_allocator=True)
-    monkeypatch.setenv(name, "max_split_size_mb:512")
-    process.prepare_gpu(own_allocator=False)
-    assert told.heard == [("cudnn", False)] * 2
+    process.prepare_gpu(own_allocator=True)  # as vLLM does
+    for name in SETTINGS:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "max_split_size_mb:512")
+            process.prepare_gpu(own_allocator=False)
+    assert heard[2:] == [("cudnn", False)] * 3

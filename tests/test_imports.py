@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class ForTypesRemoved(ast.NodeTransformer):
         return node.orelse if ast.unparse(node.test).endswith("TYPE_CHECKING") else node
 
 
+@cache
 def imports_of(name: str) -> set[str]:
     """Full names of all modules that a module imports, anywhere in it; for `from x import y` also x.y if that is a module.
 

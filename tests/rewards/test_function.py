@@ -117,8 +117,8 @@ def test_a_module_by_its_dotted_name_and_what_a_reward_says_of_itself(here, monk
 
 def test_asynchronous_calls_wait_together_or_in_turns(here):
     start = time.monotonic()
-    assert scores("judge", ["12", "13"] * 10) == [1.0, 0.0] * 10
-    assert time.monotonic() - start < 20 * 0.2 / 2
+    assert scores("judge", ["12", "13"] * 40) == [1.0, 0.0] * 40
+    assert time.monotonic() - start < 80 * 0.2, "what they would take in turns, on a busy machine too"
     assert scores("judge_batch", ["12", "13"]) == [1.0, 0.0]
     start = time.monotonic()
     assert scores("judge", ["12"] * 4, concurrency=2, timeout_s=5) == [1.0] * 4

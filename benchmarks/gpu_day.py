@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from benchmarks.commands import command, versions
 from benchmarks.tables import table
-from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
+from benchmarks.training import Differences, GivenPrompts, HashedReward, quiet_trainer
 from benchmarks.workloads import Settings, Workload
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
@@ -147,8 +147,8 @@ class Day:
     ) -> Trainer:
         """Train with a hybrid adapter, whose modules are drawn where no scorer is given."""
         seed_everything(0, verbose=False)
-        settings: Any = {"rank": sizes.rank, "alpha": 2 * sizes.rank, "keep_start_weights": False}
-        adapter = HybridAdapterSetup(budget=ModuleBudget(sizes.share), scorer=scorer or Random(), **settings)
+        budget, scorer = ModuleBudget(sizes.share), scorer or Random()
+        adapter = HybridAdapterSetup(budget, scorer, rank=sizes.rank, alpha=2 * sizes.rank, keep_start_weights=False)
         flags = {"precision": self.precision, "max_steps": steps, "callbacks": [*callbacks, adapter], **flags}
         trainer = quiet_trainer(self.folder, "cuda" if self.on_gpu else "cpu", **flags)
         trainer.fit(policy, datamodule=GivenPrompts(self.texts(sizes)), ckpt_path=checkpoint)
@@ -167,36 +167,34 @@ class Day:
             torch.cuda.synchronize()
 
 
-class Agreement(Callback):
-    """Differences of the log-probabilities of sampling and training, of the first rollout."""
-
-    def __init__(self) -> None:
-        self.found: Found = {}
+class Agreement(Differences):
+    """Differences of the log-probabilities of sampling and training, and of those by the other kernels of attention."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Before the first optimizer step."""
-        if self.found:
-            return
-        mask = batch.sequences.completion_mask
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            trained, _ = pl_module.logprobs(batch.sequences)
-            found = (trained - batch.sampling_logprobs)[mask].abs()
-            self.found = {"mean": float(found.mean()), "largest": float(found.max()), "passes": pl_module.engine.passes()}
-            engine = pl_module.engine
-            kept = engine._trial
-            if not kept.why_no_segments:  # the same by the other kernels
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        engine, rows = pl_module.engine, batch.sequences.rows(slice(0, 8))
+        self.results: Found = {
+            "mean": float(self.found[0].mean()),
+            "largest": float(self.found[0].max()),
+            "passes": engine.passes(),
+        }
+        kept = engine._trial
+        if not kept.why_no_segments:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                trained, _ = token_logprobs(engine, rows, 1.0)
                 engine._trial = replace(kept, why_no_segments="compared here")
-                other, _ = token_logprobs(engine, batch.sequences.rows(slice(0, 8)), 1.0)
+                other, _ = token_logprobs(engine, rows, 1.0)
                 engine._trial = kept
-                apart = (other - trained[:8])[mask[:8]].abs()
-                self.found |= {"segments and repeated keys, mean": float(apart.mean()), "largest of these": float(apart.max())}
+            apart = (other - trained)[rows.completion_mask].abs()
+            self.results |= {"segments and repeated keys, mean": float(apart.mean()), "largest of these": float(apart.max())}
 
 
 def agreement(day: Day) -> Found:
     """How far sampling and training are apart, and attention by segments and by repeated keys."""
     compare = Agreement()
     day.train(day.policy(day.check_sizes), day.check_sizes, 1, compare)
-    return compare.found
+    return compare.results
 
 
 def graphs(day: Day) -> Found:
@@ -233,6 +231,11 @@ def weights_of(policy: PolicyModule) -> torch.Tensor:
     return torch.cat([part.detach().float().flatten().cpu() for part in policy.parameters() if part.requires_grad])
 
 
+def apart(one: torch.Tensor, other: torch.Tensor, what: str = "") -> Found:
+    """How far two runs' weights are apart."""
+    return {f"equal bits{what}": bool(torch.equal(one, other)), f"largest difference{what}": float((one - other).abs().max())}
+
+
 def determinism(day: Day) -> Found:
     """Whether two runs give the same bits, with torch's deterministic kernels and without."""
     found: Found = {}
@@ -245,8 +248,7 @@ def determinism(day: Day) -> Found:
                 ends.append(weights_of(policy))
         finally:  # other parts are to run as they would alone
             torch.use_deterministic_algorithms(False)
-        found["equal bits, deterministic" if deterministic else "equal bits"] = bool(torch.equal(*ends))
-        found["largest difference" + (", deterministic" if deterministic else "")] = float((ends[0] - ends[1]).abs().max())
+        found |= apart(*ends, ", deterministic" if deterministic else "")
     return found
 
 
@@ -259,8 +261,7 @@ def resume(day: Day) -> Found:
     day.train(first, day.check_sizes, 2).save_checkpoint(path)
     second = day.policy(day.check_sizes)
     day.train(second, day.check_sizes, 4, checkpoint=path)
-    one, other = weights_of(whole), weights_of(second)
-    return {"equal bits": bool(torch.equal(one, other)), "largest difference": float((one - other).abs().max())}
+    return apart(weights_of(whole), weights_of(second))
 
 
 def precisions(day: Day) -> Found:

@@ -181,7 +181,10 @@ def _why_not_on(index: int | None) -> str:
 
 @cache
 def why_no_varlen() -> str:
-    """Why torch has no FlashAttention for sequences of unequal lengths that `segments.py` could call; empty where it has."""
+    """Why torch has no FlashAttention for sequences of unequal lengths that `segments.py` could call; empty where it has.
+
+    The schemas of torch 2.8.0, 2.10.0, 2.12.1 and 2.13 have all that is wanted.
+    """
     both = {"query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale"}
     both |= {"window_size_left", "window_size_right"}
     wanted = {

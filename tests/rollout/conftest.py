@@ -2,23 +2,30 @@
 
 import pytest
 import torch
-from vllm_fake_server import MODEL, FakeServer
+from vllm_fake_server import MODEL, FakeNccl, FakeServer
 
 from hybrid_lightning.rollout import VLLMServerSampler
 from hybrid_lightning.rollout.rollout_engine import ServedModel
 
 
 @pytest.fixture
-def served(tokenizer):
-    return ServedModel(MODEL.config, tokenizer, None, torch.float32, torch.device("cpu"))
+def nccl(request, monkeypatch):
+    """Whether weights go over NCCL, a fake one, instead of over gloo: a test says so by a parameter."""
+    return FakeNccl(monkeypatch) if getattr(request, "param", False) else None
 
 
 @pytest.fixture
-def start(tokenizer):
+def served(tokenizer, nccl):
+    return ServedModel(MODEL.config, tokenizer, None, torch.float32, torch.device("cuda:0" if nccl else "cpu"))
+
+
+@pytest.fixture
+def start(tokenizer, nccl):
     started = []
 
     def make(**attributes):
         server = FakeServer(tokenizer, MODEL.config)
+        server.backend = "nccl" if nccl else server.backend
         for name, value in attributes.items():
             setattr(server, name, value)
         started.append(server)

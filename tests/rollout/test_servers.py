@@ -14,6 +14,7 @@ from vllm_fake_server import Weights, complete, shares
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMServerSampler
+from hybrid_lightning.rollout.vllm import transfer
 
 # ---- before a run
 
@@ -98,8 +99,11 @@ def test_an_api_key_is_sent(start, build, served, monkeypatch):
 
 # ---- weights
 
+over_both = pytest.mark.parametrize("nccl", [False, True], ids=["gloo", "nccl"], indirect=True)
 
-def test_all_weights_come_first_and_then_what_has_changed(start, build, served):
+
+@over_both
+def test_all_weights_come_first_and_then_what_has_changed(start, build, served, nccl):
     servers = [start(), start()]
     first, second = Weights(1), Weights(2)
     sampler = build(*servers)
@@ -114,11 +118,14 @@ def test_all_weights_come_first_and_then_what_has_changed(start, build, served):
         order = [path for path, _ in server.requests]
         assert order.index("/pause") < order.index("/update_weight_version") < order.index("/start_weight_update")
         assert server.asked("/update_weight_version")[0] == {"new_version": "updating"}
-        assert order.count("/init_weight_transfer_engine") == 2, "once to compare the model, once to connect"
+        assert order.count("/init_weight_transfer_engine") == 2 - bool(nccl), "to connect, with gloo to compare the model before"
         assert [path for path in order if path in ("/finish_weight_update", "/reset_prefix_cache", "/resume")] == [
             "/finish_weight_update", "/reset_prefix_cache", "/resume",
         ] * 2  # fmt: skip
     assert first.passes == [7] and second.passes == [3], "one pass for both servers"
+    for made in nccl.communicators if nccl else ():
+        assert made.stream.waited == [nccl.training] * 10 and made.aborts == 0, "each weight waits for what training computes"
+    assert not nccl or not nccl.training.waited, "which waits for none"
 
 
 def test_an_unchanged_version_is_sent_to_what_was_restarted_alone(start, build, served):
@@ -156,7 +163,8 @@ def test_ranks_that_do_not_send_make_as_many_passes(start, build, served):
     assert mine.passes == [7] and sampler.version == mine.version and not server.requests
 
 
-def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(start, build, served):
+@over_both
+def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(start, build, served, nccl):
     failing, other = start(), start()
     sampler = build(failing, other, weights=Weights(1))
     failing.fails_updates = 1
@@ -170,14 +178,19 @@ def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(sta
     assert shares(failing) == [0]
     sampler.update(Weights(3), served)
     assert failing.label == other.label == "3-3abc" and len(failing.weights) == 7
-    dying, other = start(), start()
-    sampler = build(dying, other, weights=Weights(1))
-    dying.on_start_weight_update = lambda body: dying.stop()
-    with pytest.warns(UserWarning, match="is left out"):
-        sampler.update(Weights(2), served, False)
-    assert other.label == "2-2abc"
+    dying, other = start(dies_in_updates=0.1), start()
+    weights, sampler, earlier = Weights(1), build(dying, other), len(nccl.communicators) if nccl else 0
+    with pytest.warns(UserWarning, match=r"is left out.*the connection broke"):
+        sampler.update(weights, served, True)
+    assert other.label == "1-1abc" and all(torch.equal(other.weights[name], value) for name, value in weights.values.items())
+    if nccl:
+        made = nccl.communicators[earlier:]
+        assert sorted((made.aborts, made.stream.record_event().query()) for made in made) == [(0, True), (1, False)]
+        sampler.shut_down()
+        assert [made.aborts for made in made] == [1, 1]
 
 
+@over_both
 def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless_other_ranks_take_part(start, build, served):
     server = start()
     sampler = build(server, weights=Weights(1))
@@ -190,6 +203,23 @@ def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless
         sampler.update(weights, served, False)
     assert weights.passes == [3]
     assert sampler.needs_everything(weights, served), "so that ranks that have drained them take part again"
+
+
+@pytest.mark.parametrize("nccl", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [("init_weight_transfer_engine", "do not meet over NCCL at"), ("update_weights", "took no weight over NCCL")],
+)
+def test_what_hangs_over_nccl_is_aborted_and_the_remedy_named(start, build, served, nccl, path, says, monkeypatch):
+    monkeypatch.setattr(transfer, "_LIMIT_S", 1.0)
+    server = start()
+    setattr(server, f"on_{path}", lambda body: server.stopped.wait(10))
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        pytest.raises(RolloutError, match=rf"no vLLM server.*{says}.*within 1 s; .*NCCL_SOCKET_IFNAME here and there"),
+    ):
+        build(server, give_up_after=0.1).update(Weights(1), served, True)
+    assert {made.aborts for made in nccl.communicators} == {1}
 
 
 def test_no_server_to_update_ends_within_the_limit(start, build, served):

@@ -1,10 +1,8 @@
-"""How weights reach servers: over gloo really, into a fake server; over NCCL as vLLM's own transfer is called."""
+"""How weights reach a server: over gloo really, into a fake one."""
 
-import sys
 import threading
 import time
-from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +33,7 @@ def update_of(values, everything=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
-    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 5.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, 5.0, {})
     sender.connect()
     for seed in range(2):
         torch.manual_seed(seed)
@@ -50,7 +48,7 @@ def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
 
 def test_a_receiver_that_refuses_is_named_at_once(fake, server):
     fake.config = build_model("llama").config
-    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {"hidden_size": 7}, 5.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, 5.0, {"hidden_size": 7})
     began = time.monotonic()
     with pytest.raises(ServerError, match="hidden_size is 32 there and 7") as raised:
         sender.connect()
@@ -60,11 +58,11 @@ def test_a_receiver_that_refuses_is_named_at_once(fake, server):
 def test_workers_that_do_not_reach_the_sender_are_given_up(fake, server):
     fake.on_init_weight_transfer_engine = lambda body: fake.stopped.wait(5)
     with pytest.raises(RolloutError, match=r"give sampler\.address"):
-        transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 0.3).connect()
+        transfer.GlooTransfer(server, "127.0.0.1", 1, 0.3, {}).connect()
 
 
 def test_a_receiver_that_dies_in_the_middle_does_not_hang_the_sender(fake, server):
-    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, {}, 2.0)
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, 2.0, {})
     sender.connect()
 
     def weights():
@@ -76,48 +74,6 @@ def test_a_receiver_that_dies_in_the_middle_does_not_hang_the_sender(fake, serve
     with pytest.raises((RolloutError, RuntimeError)):
         sender.send(transfer.Update({"a": (10,), "b": (10,)}, torch.float32, True), weights())
     assert time.monotonic() - began < 6
-
-
-def test_nccl_is_driven_by_what_vllm_has_for_it(monkeypatch, server):
-    """The structure alone: there is no GPU, and no vLLM in this environment."""
-    called = []
-
-    class Engine:
-        @classmethod
-        def trainer_init(cls, info, *, client, source):
-            called.append(("init", vars(info), client, source.metadata()))
-            return cls()
-
-        def send_weights(self):
-            metadata = [(entry.name, entry.dtype, entry.shape) for entry in self.source.metadata()]
-            called.append(("send", metadata, [(name, value.clone()) for name, value in self.source]))
-
-        def shutdown(self):
-            called.append(("shutdown",))
-
-    base, engine = ModuleType("base"), ModuleType("nccl_engine")
-    base.WeightSource, base.ParamMeta = object, lambda name, dtype, shape: SimpleNamespace(name=name, dtype=dtype, shape=shape)
-    engine.NCCLTrainerInitInfo = lambda **arguments: SimpleNamespace(**arguments)
-    engine.NCCLTrainerWeightTransferEngine = Engine
-    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.base", base)
-    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.nccl_engine", engine)
-    monkeypatch.setattr(transfer.torch.cuda, "device", lambda device: nullcontext())
-
-    sender = transfer.NcclTransfer(server, "10.0.0.1", 4, torch.device("cuda", 0))
-    sender.connect()
-    kind, info, client, metadata = called.pop()
-    assert kind == "init" and client is server and metadata == []
-    assert info.pop("master_port") > 0
-    assert info == {"master_address": "10.0.0.1", "world_size": 5, "packed": False, "rank": 0}
-    values = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
-    sender.send(update_of(values), iter(values.items()))
-    kind, metadata, sent = called.pop()
-    assert kind == "send" and metadata == [("a", torch.float32, (2, 3)), ("b", torch.float32, (4,))]
-    assert all(name == wanted and torch.equal(value, values[wanted]) for (name, value), wanted in zip(sent, values, strict=True))
-    sender.close()
-    assert called == [("shutdown",)]
 
 
 def test_a_delivery_has_one_weight_at_a_time():

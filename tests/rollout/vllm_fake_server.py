@@ -6,6 +6,7 @@ What real vLLM 0.32 answers was looked up there: statuses, error texts, and the 
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -18,7 +19,7 @@ from tiny_models import build_model
 from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
-from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
+from hybrid_lightning.rollout.vllm.transfer import _in_thread, check_facts, check_joined, facts_of, gloo_group
 
 MODEL = build_model("llama")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
@@ -56,6 +57,7 @@ class FakeServer:
         self.hangs = False  # it takes requests, and does not answer
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
+        self.dies_in_updates = 0.0  # seconds after the first weight in which the server dies
         self.requests: list[tuple[str, dict]] = []  # path and body of what it was asked
         self.port = 0
         self.start()
@@ -121,6 +123,10 @@ class FakeServer:
 
     def on_init_weight_transfer_engine(self, body):
         asked = body["init_info"]
+        if self.backend == "nccl":  # over which FakeNccl goes by gloo, and waits until each weight is taken
+            assert asked["rank_offset"] == 1 and asked["packed"] is False
+            asked = {"host": asked["master_address"], "port": asked["master_port"], "ranks": asked["world_size"]}
+            asked |= {"config": {}, "timeout_s": 5}
         try:
             check_facts(facts_of(self.config) if self.config else {}, asked["config"])
         except ValueError as error:
@@ -146,12 +152,18 @@ class FakeServer:
         try:
             check_joined(update["names"], SimpleNamespace(packed_modules_mapping=JOINED))
             for name, shape in zip(update["names"], update["shapes"], strict=True):
-                value = torch.empty(shape, dtype=getattr(torch, update["dtype"]))
+                value = torch.empty(shape, dtype=getattr(torch, update.get("dtype") or update["dtype_names"][0]))
                 group.broadcast(value, 0).wait()
+                if self.backend == "nccl":
+                    group.barrier().wait()
                 self.weights[name] = value
                 if self.fails_updates:
                     self.fails_updates -= 1
                     raise WorkerError("out of memory")
+                if self.dies_in_updates:
+                    time.sleep(self.dies_in_updates)
+                    self.stop()
+                    raise WorkerError("of which nothing is heard")
         except Exception as error:
             self.active, self.group, self.store = False, None, None
             raise WorkerError(error) from error
@@ -245,6 +257,65 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+class FakeStream:
+    """Stands in for a CUDA stream: what is recorded on it is over once the broadcasts on it have succeeded."""
+
+    def __init__(self, device=None):
+        self.waited, self.jobs = [], []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def record_event(self):
+        jobs = list(self.jobs)
+        return SimpleNamespace(query=lambda: all(job.done() and job.exception() is None for job in jobs))
+
+
+class FakeNccl:
+    """Stands in for NCCL and a GPU: broadcasts go over gloo, read what they send late, and hang where gloo would fail."""
+
+    def __init__(self, monkeypatch):
+        self.training, self.communicators, empty = FakeStream(), [], torch.empty
+        outer = self
+
+        class Communicator:
+            disabled, aborts, stream = False, 0, None
+
+            def __init__(self, group, device):
+                outer.communicators.append(self)
+                self.comm, (store, ranks) = "of NCCL", group
+                self.group = gloo_group(store, 0, ranks, "127.0.0.1", timedelta(seconds=5))
+
+            def broadcast(self, value, source, stream):
+                assert not self.aborts, "it does nothing then, and does not say so"
+                stream.jobs.append(_in_thread(lambda: self.broadcast_late(value, source)))
+                self.stream = stream
+
+            def broadcast_late(self, value, source):
+                time.sleep(0.01)
+                self.group.broadcast(value, source).wait()
+                self.group.barrier().wait()
+
+            def destroy(self):
+                self.aborts += 1
+
+        def create(host, port, rank, ranks, store_timeout):
+            limit = timedelta(seconds=store_timeout)
+            return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=limit), ranks
+
+        for name, content in {
+            "vllm.distributed.device_communicators.pynccl": {"PyNcclCommunicator": Communicator},
+            "vllm.distributed.utils": {"StatelessProcessGroup": SimpleNamespace(create=create)},
+            "vllm.utils.nccl": {"unpinned_nccl_env": contextlib.nullcontext},
+        }.items():
+            for end in range(name.count(".") + 1):
+                monkeypatch.setitem(sys.modules, ".".join(name.split(".")[: end + 1]), SimpleNamespace(**content))
+        monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: self.training)
+        monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
 
 
 # ---- what tests ask of it

@@ -1,7 +1,9 @@
 """The policy's weights in vLLM: after a sync both compute the same, and what is stale or partial is found out."""
 
 import copy
+import inspect
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +20,7 @@ from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm.transfer import NcclTransfer, Update
 from hybrid_lightning.types import Prompt
 
 pytestmark = needs_vllm
@@ -214,3 +217,27 @@ def test_a_correction_of_truncated_probabilities_is_refused(tmp_path):
 
 def test_a_sampler_is_copied_without_its_engine(sampler):
     assert copy.deepcopy(sampler)._llm is None and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") is None
+
+
+def test_what_nccl_is_asked_for_is_what_vllm_has(monkeypatch):
+    """Up to where NCCL itself would be needed, which no CPU has."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+
+    class Worker:
+        url = "http://127.0.0.1:1"
+
+        def init_weight_transfer_engine(self, asked):
+            info = NCCLWeightTransferInitInfo(**asked)
+            StatelessProcessGroup.create(info.master_address, info.master_port, info.rank_offset, info.world_size)
+
+    for name in ("Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    sender = NcclTransfer(Worker(), "127.0.0.1", 1, 20.0, torch.device("cuda", 0))
+    with pytest.raises(RolloutError, match="finds no NCCL"):
+        sender.connect()
+    told = sender._told(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))
+    assert NCCLWeightTransferUpdateInfo(**told).dtype_names == ["bfloat16"] * 2
+    assert list(inspect.signature(PyNcclCommunicator.broadcast).parameters) == ["self", "tensor", "src", "stream"]
+    assert "ncclCommAbort(self.comm)" in inspect.getsource(PyNcclCommunicator.destroy), "ncclCommDestroy would wait"

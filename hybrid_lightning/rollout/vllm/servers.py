@@ -206,8 +206,9 @@ class VLLMServerSampler(VLLMEngine):
                 if ready:
                     self._send(update, stream, deliveries, model)
             except BaseException:
-                for delivery in deliveries.values():
+                for server, delivery in deliveries.items():
                     delivery.cut()
+                    self._disconnect(server)  # or what is under way would stay on the GPU
                 raise
             for server, delivery in deliveries.items():
                 self._note(server, delivery)
@@ -220,7 +221,7 @@ class VLLMServerSampler(VLLMEngine):
         by_nccl = any(server.facts.backend == "nccl" for server in deliveries if server.is_known)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
         for weight in stream:
-            ready = [delivery for delivery in deliveries.values() if delivery.asks(self.timeout)]
+            ready = [delivery for delivery in deliveries.values() if delivery.asks(2 * self.timeout)]
             if not ready:
                 return
             value = memory[: weight.shape.numel()].view(weight.shape)
@@ -258,9 +259,9 @@ class VLLMServerSampler(VLLMEngine):
         address = self.address or local_address(server.url)
         transfer: Transfer
         if server.facts.backend == BACKEND:
-            transfer = GlooTransfer(server, address, server.facts.workers, facts_of(model.config), self.timeout)
+            transfer = GlooTransfer(server, address, server.facts.workers, self.timeout, facts_of(model.config))
         else:
-            transfer = NcclTransfer(server, address, server.facts.workers, model.device)
+            transfer = NcclTransfer(server, address, server.facts.workers, self.timeout, model.device)
         transfer.connect()
         return transfer
 

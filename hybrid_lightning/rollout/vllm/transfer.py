@@ -4,9 +4,11 @@ Each server has a connection of its own to the sender, with all its workers, so 
 The receiver of `GlooTransfer` is `receiver.py`; that of `NcclTransfer` is in vLLM.
 """
 
+import math
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import RolloutError, one_line
+from hybrid_lightning.rollout.vllm import BACKEND
 
 if TYPE_CHECKING:
     from hybrid_lightning.rollout.vllm.server_client import Server
@@ -67,30 +70,104 @@ class Update:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
 
 
-class GlooTransfer:
-    """Sends weights over gloo, which needs no GPU.
+class Transfer(ABC):
+    """Sends weights to a server.
 
     Args:
         server: The server.
         address: Address under which it reaches this machine.
         workers: Number of its workers.
-        facts: What its model's config has to say (see `facts_of`).
         timeout: Longest time for a request in seconds.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
-        self._server, self._address, self._workers, self._facts = server, address, workers, dict(facts)
+    def __init__(self, server: "Server", address: str, workers: int, timeout: float) -> None:
+        self._server, self._address, self._workers, self._timeout = server, address, workers, timeout
         self._limit = min(timeout, _LIMIT_S)
-        self._timeout = timeout
-        self._store: TCPStore | None = None
-        self._group: ProcessGroupGloo | None = None
 
+    @abstractmethod
     def connect(self) -> None:
         """Connect to all workers of the server.
 
         Raises:
             RolloutError: If the server refuses, such as one with another model.
         """
+
+    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Let the server load weights.
+
+        Args:
+            update: What is sent.
+            weights: Name and value of each; a value is read only until the next is asked for.
+
+        Raises:
+            RolloutError: If it does not. The connection is closed then.
+        """
+        limit = self._timeout + update.longest_s
+        self._server.start_weight_update()
+        answer = _in_thread(lambda: self._server.update_weights(self._told(update), limit))
+        try:
+            for _, value in weights:
+                if answer.done():
+                    break
+                self._broadcast(value, answer)
+                del value  # or the next one would be allocated beside it
+        except Exception as error:
+            self.close()  # here, where the value is still kept for what may be reading it
+            if isinstance(error, RolloutError):
+                raise
+            if wait([answer], self._limit).done:  # the worker has closed the connection; why, it says in its answer
+                answer.result()
+            raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
+        _wait_for(answer, limit)
+        self._server.finish_weight_update()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection, whatever is under way."""
+
+    @abstractmethod
+    def _told(self, update: Update) -> dict[str, Any]:
+        """What the server is told of an update."""
+
+    @abstractmethod
+    def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
+        """Send a weight to all workers, and wait until they have it or the server's answer says why not."""
+
+    def _wait_until(self, is_over: Callable[[], bool], answer: "Future[None]", what: str, remedy: str) -> None:
+        """Wait, and look at the server's answer meanwhile.
+
+        Raises:
+            RolloutError: If it is not over within the limit.
+        """
+        began = time.monotonic()
+        while not is_over():
+            if answer.done():
+                answer.result()
+            waited = time.monotonic() - began
+            if waited > self._limit:
+                raise RolloutError(f"{self._server.url}: {what} within {self._limit:.0f} s; {remedy}")
+            time.sleep(min(1e-4 + waited / 10, 0.005))
+
+
+class GlooTransfer(Transfer):
+    """Sends weights over gloo, which needs no GPU.
+
+    Args:
+        server: See `Transfer`, as for the other arguments.
+        address: See there.
+        workers: See there.
+        timeout: See there.
+        facts: What the server's model's config has to say (see `facts_of`).
+    """
+
+    def __init__(self, server: "Server", address: str, workers: int, timeout: float, facts: Mapping[str, Any]) -> None:
+        super().__init__(server, address, workers, timeout)
+        self._facts = dict(facts)
+        self._store: TCPStore | None = None
+        self._group: ProcessGroupGloo | None = None
+
+    def connect(self) -> None:
+        """See `Transfer`."""
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
@@ -98,110 +175,97 @@ class GlooTransfer:
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
         answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
         present = [f"worker {rank}" for rank in range(1, 1 + self._workers)]
-        until = time.monotonic() + self._limit
-        while not store.check(present):
-            if answer.done():
-                answer.result()
-                raise RolloutError(f"{self._server.url}: it has taken the connection, and its workers do not come")
-            if time.monotonic() > until:
-                raise RolloutError(
-                    f"{self._server.url}: its workers do not reach this machine at {self._address}:{store.port} within "
-                    f"{self._limit:.0f} s; open the ports between them, or give sampler.address"
-                )
-            time.sleep(0.005)
+        what = f"its workers do not reach this machine at {self._address}:{store.port}"
+        self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or give sampler.address")
         self._group = gloo_group(store, 0, 1 + self._workers, local_address(self._server.url), limit)
         self._store = store
         _wait_for(answer, self._limit)
 
-    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Let the server load weights.
-
-        Args:
-            update: What is sent.
-            weights: Name and value of each; a value is kept only until the next is asked for.
-
-        Raises:
-            RolloutError: If it does not.
-        """
-        group = self._group
-        assert group is not None, "connect has to be called first"
-        limit = self._timeout + update.longest_s
-        self._server.start_weight_update()
-        answer = _in_thread(lambda: self._server.update_weights(update.description, limit))
-        try:
-            for _, value in weights:
-                if answer.done():
-                    break
-                group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
-                del value  # or the next one would be allocated beside it
-        except RuntimeError as error:  # the worker has closed the connection; why, it says in its answer
-            _wait_for(answer, self._limit)
-            raise RolloutError(f"{self._server.url}: the connection for weights broke: {str(error).splitlines()[0]}") from error
-        _wait_for(answer, limit)
-        self._server.finish_weight_update()
-
     def close(self) -> None:
-        """Close the connection."""
+        """See `Transfer`."""
         self._group = self._store = None
 
+    def _told(self, update: Update) -> dict[str, Any]:
+        return update.description
 
-class NcclTransfer:
-    """Sends weights from GPU to GPUs by vLLM's own transfer over NCCL. Needs vLLM in this environment, too.
+    def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
+        assert self._group is not None, "connect has to be called first"
+        self._group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
+
+
+class NcclTransfer(Transfer):
+    """Sends weights from GPU to GPUs over NCCL, as vLLM's own receiver wants them. Needs vLLM in this environment, too.
+
+    NCCL waits on the GPU, without end, for workers that have died. So each server has a stream of its own, which nothing else
+    waits for, and the host polls it; what does not end is aborted, and with it what occupies the stream.
 
     Args:
-        server: The server, which is given to vLLM as its `VLLMWeightSyncClient`.
-        address: Address under which it reaches this machine.
-        workers: Number of its workers.
-        device: The GPU that trains.
+        server: See `Transfer`, as for the other arguments.
+        address: See there.
+        workers: See there.
+        timeout: See there.
+        device: The GPU that trains, on its default stream.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, device: torch.device) -> None:
-        self._server, self._address, self._workers, self._device = server, address, workers, device
-        self._engine: Any = None
-        self._sending = False
+    def __init__(self, server: "Server", address: str, workers: int, timeout: float, device: torch.device) -> None:
+        super().__init__(server, address, workers, timeout)
+        self._device = device
+        self._closing = threading.Lock()
+        self._communicator: Any = None  # vLLM's PyNcclCommunicator
+        self._stream: torch.cuda.Stream | None = None
 
     def connect(self) -> None:
-        """See `GlooTransfer`."""
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
-
+        """See `Transfer`."""
         self.close()
+        self._stream = torch.cuda.Stream(self._device)
+        port = free_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
-        info = NCCLTrainerInitInfo(
-            master_address=self._address, master_port=free_port(), world_size=1 + self._workers, packed=False, rank=0
-        )
-        with torch.cuda.device(self._device):
-            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
-                info, client=self._server, source=_source(Update({}, torch.float32, False), iter(()))
-            )
+        asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": 1 + self._workers}
+        answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}))
+        joined = _in_thread(lambda: self._join(port))
+        what = f"its workers and this machine do not meet over NCCL at {self._address}:{port}"
+        remedy = "open the ports between them, give sampler.address, or set NCCL_SOCKET_IFNAME here and there"
+        try:
+            self._wait_until(joined.done, answer, what, remedy)
+            joined.result()
+            _wait_for(answer, self._limit)
+        except Exception:
+            self.close()
+            raise
 
-    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """See `GlooTransfer`."""
-        assert self._engine is not None, "connect has to be called first"
-        self._engine.source = _source(update, weights)
-        self._sending = True
-        with torch.cuda.device(self._device):
-            self._engine.send_weights()
-        self._sending = False
+    def _join(self, port: int) -> None:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        limit = math.ceil(self._limit)
+        group = StatelessProcessGroup.create(self._address, port, 0, 1 + self._workers, store_timeout=limit)
+        # Known before it is initialized: that ends with a first all-reduce, which may have to be aborted as well.
+        self._communicator = communicator = PyNcclCommunicator.__new__(PyNcclCommunicator)
+        with torch.cuda.stream(self._stream), unpinned_nccl_env():
+            communicator.__init__(group, self._device)
+        if communicator.disabled:  # it would send nothing, and not say so
+            raise RolloutError(f"vLLM finds no NCCL in this environment; start the servers with {BACKEND}, or install NCCL")
 
     def close(self) -> None:
-        """See `GlooTransfer`."""
-        engine, self._engine = self._engine, None
-        if engine is not None and not self._sending:  # of a transfer that hangs NCCL would not return
-            engine.shutdown()
+        """See `Transfer`. What does not end within five seconds is left behind."""
+        with self._closing:
+            communicator, self._communicator = self._communicator, None
+        if hasattr(communicator, "comm"):
+            communicator.destroy()  # which is ncclCommAbort
 
+    def _told(self, update: Update) -> dict[str, Any]:
+        told = update.description
+        return {"names": told["names"], "shapes": told["shapes"], "dtype_names": [told["dtype"]] * len(update.shapes)}
 
-def _source(update: Update, weights: Iterator[tuple[str, Tensor]]) -> Any:
-    """What vLLM's transfer takes weights from."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class Source(WeightSource):
-        def metadata(self) -> list[Any]:
-            return [ParamMeta(name, update.dtype, tuple(shape)) for name, shape in update.shapes.items()]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(weights)
-
-    return Source()
+    def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
+        assert self._communicator is not None and self._stream is not None, "connect has to be called first"
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))  # on which the value is computed
+            self._communicator.broadcast(value, 0, self._stream)
+            sent = self._stream.record_event()
+        remedy = "see what it logs and start it again; if NCCL takes the wrong network, set NCCL_SOCKET_IFNAME here and there"
+        self._wait_until(sent.query, answer, "its workers took no weight over NCCL", remedy)
 
 
 def _in_thread(call: Callable[[], None]) -> "Future[None]":
@@ -224,9 +288,6 @@ def _wait_for(answer: "Future[None]", limit: float) -> None:
     if not wait([answer], limit).done:
         raise RolloutError(f"no answer within {limit:.0f} s")
     answer.result()
-
-
-Transfer = GlooTransfer | NcclTransfer
 
 
 def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:

@@ -278,40 +278,36 @@ class FakeNccl:
 
     def __init__(self, monkeypatch):
         self.training, self.communicators, empty = FakeStream(), [], torch.empty
-        outer = self
+        communicators = self.communicators
 
         class Communicator:
-            disabled, aborts, stream = False, 0, None
+            comm, disabled, aborts, stream = "of NCCL", False, 0, None
 
             def __init__(self, group, device):
-                outer.communicators.append(self)
-                self.comm, (store, ranks) = "of NCCL", group
-                self.group = gloo_group(store, 0, ranks, "127.0.0.1", timedelta(seconds=5))
+                communicators.append(self)
+                self.group = gloo_group(*group, "127.0.0.1", timedelta(seconds=5))
 
             def broadcast(self, value, source, stream):
                 assert not self.aborts, "it does nothing then, and does not say so"
-                stream.jobs.append(_in_thread(lambda: self.broadcast_late(value, source)))
-                self.stream = stream
 
-            def broadcast_late(self, value, source):
-                time.sleep(0.01)
-                self.group.broadcast(value, source).wait()
-                self.group.barrier().wait()
+                def late():
+                    time.sleep(0.01)
+                    self.group.broadcast(value, source).wait()
+                    self.group.barrier().wait()
+
+                stream.jobs.append(_in_thread(late))
+                self.stream = stream
 
             def destroy(self):
                 self.aborts += 1
 
         def create(host, port, rank, ranks, store_timeout):
-            limit = timedelta(seconds=store_timeout)
-            return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=limit), ranks
+            return TCPStore("localhost", port, is_master=True, wait_for_workers=False), rank, ranks
 
-        for name, content in {
-            "vllm.distributed.device_communicators.pynccl": {"PyNcclCommunicator": Communicator},
-            "vllm.distributed.utils": {"StatelessProcessGroup": SimpleNamespace(create=create)},
-            "vllm.utils.nccl": {"unpinned_nccl_env": contextlib.nullcontext},
-        }.items():
-            for end in range(name.count(".") + 1):
-                monkeypatch.setitem(sys.modules, ".".join(name.split(".")[: end + 1]), SimpleNamespace(**content))
+        vllm = SimpleNamespace(PyNcclCommunicator=Communicator, StatelessProcessGroup=SimpleNamespace(create=create))
+        vllm.unpinned_nccl_env = contextlib.nullcontext
+        for name in ("distributed.device_communicators.pynccl", "distributed.utils", "utils.nccl"):
+            monkeypatch.setitem(sys.modules, f"vllm.{name}", vllm)
         monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "default_stream", lambda device: self.training)

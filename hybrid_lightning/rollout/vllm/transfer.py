@@ -115,7 +115,7 @@ class Transfer(ABC):
             self.close()  # here, where the value is still kept for what may be reading it
             if isinstance(error, RolloutError):
                 raise
-            if wait([answer], self._limit).done:  # the worker has closed the connection; why, it says in its answer
+            if wait([answer], self._limit / 10).done:  # the worker has closed the connection; why, it says in its answer
                 answer.result()
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
         _wait_for(answer, limit)
@@ -171,7 +171,8 @@ class GlooTransfer(Transfer):
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
-        asked = {"host": self._address, "port": store.port, "ranks": 1 + self._workers, "timeout_s": self._limit}
+        asked = {"host": self._address, "port": store.port, "ranks": 1 + self._workers}
+        asked["timeout_s"] = 2 * self._limit  # while another server that hangs is waited for
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
         answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
         present = [f"worker {rank}" for rank in range(1, 1 + self._workers)]

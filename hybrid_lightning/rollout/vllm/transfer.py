@@ -190,8 +190,9 @@ class GlooTransfer(Transfer):
         return update.description
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
-        assert self._group is not None, "connect has to be called first"
-        self._group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
+        group = self._group  # kept until it has ended, even if the connection is closed meanwhile
+        assert group is not None, "connect has to be called first"
+        group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
 
 
 class NcclTransfer(Transfer):
@@ -246,7 +247,8 @@ class NcclTransfer(Transfer):
         with torch.cuda.stream(self._stream), unpinned_nccl_env():
             communicator.__init__(group, self._device)
         if communicator.disabled:  # it would send nothing, and not say so
-            raise RolloutError(f"vLLM finds no NCCL in this environment; start the servers with {BACKEND}, or install NCCL")
+            remedy = f'start the server with --weight-transfer-config \'{{"backend": "{BACKEND}"}}\', or install NCCL'
+            raise RolloutError(f"{self._server.url}: vLLM finds no NCCL in training's environment; {remedy}")
 
     def close(self) -> None:
         """See `Transfer`. What does not end within five seconds is left behind."""

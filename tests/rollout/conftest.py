@@ -1,5 +1,7 @@
 """Fake vLLM servers, and samplers that ask them; all that are made in a test end with it."""
 
+import threading
+
 import pytest
 import torch
 from vllm_fake_server import MODEL, FakeNccl, FakeServer
@@ -11,7 +13,13 @@ from hybrid_lightning.rollout.rollout_engine import ServedModel
 @pytest.fixture
 def nccl(request, monkeypatch):
     """Whether weights go over NCCL, a fake one, instead of over gloo: a test says so by a parameter."""
-    return FakeNccl(monkeypatch) if getattr(request, "param", False) else None
+    fake = FakeNccl(monkeypatch) if getattr(request, "param", False) else None
+    yield fake
+    for communicator in fake.communicators if fake else ():
+        communicator.group = None
+    for thread in threading.enumerate():  # those within gloo would end the interpreter by an abort
+        if "vLLM" in thread.name or "process_request" in thread.name:
+            thread.join(10)
 
 
 @pytest.fixture

@@ -179,16 +179,16 @@ def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(sta
     assert shares(failing) == [0]
     sampler.update(Weights(3), served)
     assert failing.label == other.label == "3-3abc" and len(failing.weights) == 7
-    dying, other = start(dies_in_updates=0.1), start()
+    dying, other = start(dies_in_updates=0.3), start()
     weights, sampler, earlier = Weights(1), build(dying, other), len(nccl.communicators) if nccl else 0
     with pytest.warns(UserWarning, match=r"is left out.*the connection broke"):
         sampler.update(weights, served, True)
     assert other.label == "1-1abc" and all(torch.equal(other.weights[name], value) for name, value in weights.values.items())
     if nccl:
         made = nccl.communicators[earlier:]
-        assert sorted((made.aborts, made.stream.record_event().query()) for made in made) == [(0, True), (1, False)]
+        assert sorted(communicator.aborts for communicator in made) == [0, 1]
         sampler.shut_down()
-        assert [made.aborts for made in made] == [1, 1]
+        assert [communicator.aborts for communicator in made] == [1, 1]
 
 
 @over_both

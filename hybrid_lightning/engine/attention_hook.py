@@ -153,7 +153,7 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
                     f"its {config.num_hidden_layers} layers attended {len(windows)} times, with windows "
                     f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
-            logits = project(base, packed.predicting(hidden)).float()
+            logits = project(base, backend, packed.predicting(hidden)).float()
             reference = separate_logits(model, sequences)[sequences.completion_mask].float()
     finally:
         for module, mode in training:

@@ -21,8 +21,9 @@ from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)  # compute capability: Ampere
+_SOME = 4096  # tokens of the vocabulary whose weights are float32 at a time, where products cannot give float32 otherwise
 _FEWEST = 500_000  # multiplications in a product; with fewer, oneDNN's call costs more than it saves
 
 
@@ -128,6 +129,33 @@ class Backend:
             return lambda rows: _onednn(rows, packed)
         return lambda rows: F.linear(rows, weight)
 
+    def float_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits [N, V] float32 of hidden states [N, H] and a weight [V, H] of 16 bits each, without a gradient.
+
+        Sums are float32 and are not rounded to 16 bits, which at logits of 16 to 32 would be by up to 0.06 (bfloat16).
+        """
+        if hidden.dtype == torch.bfloat16 and self.usable(hidden, weight):
+            return operators.float_logits(hidden, weight)
+        if self._has_out_dtype(hidden.device):
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits, rows = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32), hidden.float()
+            for part, result in zip(weight.split(_SOME), logits.split(_SOME, dim=1), strict=True):
+                result.copy_(rows @ part.float().T)
+        return logits
+
+    def _has_out_dtype(self, device: torch.device) -> bool:
+        return device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
+    def projection(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """`prepacked_product` for an output layer: logits of a weight of 16 bits are float32, see `float_logits`."""
+        if weight.dtype not in HALF:
+            return self.prepacked_product(weight)
+        if self.copies_pay(weight.device) and not (weight.dtype == torch.bfloat16 and self.usable(weight)):
+            product = self.prepacked_product(weight.float())  # to convert it at each token would take longer than the product
+            return lambda rows: product(rows.float())
+        return lambda rows: self.float_logits(rows, weight)
+
 
 class PlannedBackend(Backend):
     """The backend that a CPU or an accelerator would have, for fake tensors, whatever device they seem to be on.
@@ -153,6 +181,9 @@ class PlannedBackend(Backend):
         """See `Backend`. The accelerator is taken to be one that can."""
         return "a CPU has no kernels of it" if self._on_cpu else _why_no_kernels(dtype)
 
+    def _has_out_dtype(self, device: torch.device) -> bool:
+        return not self._on_cpu and hasattr(torch.ops.aten.mm, "dtype")
+
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """See `Backend`. A plain copy stands for the prepacked one, since oneDNN cannot pack fake tensors."""
         kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
@@ -166,7 +197,7 @@ def has_operators() -> bool:
 
 def _why_no_kernels(dtype: torch.dtype) -> str:
     """Why attention by segments cannot be had in a dtype on an accelerator that could have it; empty where it can."""
-    if dtype not in _HALF:
+    if dtype not in HALF:
         return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
     return why_no_varlen()
 

@@ -6,6 +6,7 @@ not part of it (as in TRL and verl), so that the gradient is defined for every t
 A B x T x V tensor never exists where the model takes packed sequences: hidden states become logits block by block.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import HALF, Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.passes import base_model, plain_projection, project, separate_logits
+from hybrid_lightning.engine.passes import (
+    base_model,
+    plain_projection,
+    product_dtype,
+    project,
+    projection_weight,
+    separate_logits,
+)
 from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
@@ -80,18 +88,24 @@ def logprobs_of_hidden(
     if weight is not None and not weight.requires_grad:
         options = (temperature, entropy_gradient, backend)
         blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
-    elif torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
-        options = (temperature, entropy_gradient, backend)
-        blocks = [checkpoint(_project, model, part, ids, *options, use_reentrant=False) for part, ids in pairs]
     else:
-        blocks = [_project(model, part, ids, temperature, entropy_gradient, backend) for part, ids in pairs]
+        project_block = partial(_project, model, projection_weight(model))  # the weight is converted once, not for each block
+        if torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
+            project_block = partial(checkpoint, project_block, use_reentrant=False)
+        blocks = [project_block(part, ids, temperature, entropy_gradient, backend) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
 
 
 def _project(
-    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
+    model: nn.Module,
+    weight: Tensor | None,
+    hidden: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    return _of_logits(project(model, hidden), tokens, temperature, entropy_gradient, backend)
+    return _of_logits(project(model, backend, hidden, weight), tokens, temperature, entropy_gradient, backend)
 
 
 class _Projected(torch.autograd.Function):
@@ -109,17 +123,19 @@ class _Projected(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight)
+        weight = weight.to(product_dtype(weight))
+        dtype = weight.dtype
+        logits = backend.float_logits(hidden.to(dtype), weight) if dtype in HALF else F.linear(hidden, weight)
         if backend.usable(logits) and not entropy_gradient:
             wanted = ctx.needs_input_grad[0]
             result, entropy = kernels.token_logprobs(logits, tokens, temperature, slopes=wanted)
             if wanted:  # logits are their slopes now
                 with torch.autocast(hidden.device.type, enabled=False):
-                    ctx.save_for_backward(logits @ weight.to(logits.dtype))
+                    ctx.save_for_backward(logits.to(dtype) @ weight)
                 ctx.temperature, ctx.dtype = temperature, hidden.dtype
             ctx.mark_non_differentiable(entropy)
             return result, entropy
-        dtype, logits = logits.dtype, logits.float()  # in float32 a block is large: freed as soon as possible
+        logits = logits.float()
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=-1)
             del logits
@@ -130,11 +146,11 @@ class _Projected(torch.autograd.Function):
                 slopes = []
                 if entropy_gradient:
                     slope = logprobs.add_(entropy[:, None]).mul_(probabilities).neg_()
-                    slopes.append(slope.to(dtype) @ weight.to(dtype))
+                    slopes.append(slope.to(dtype) @ weight)
                 del logprobs
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
-                ctx.save_for_backward(slope.to(dtype) @ weight.to(dtype), *slopes)
+                ctx.save_for_backward(slope.to(dtype) @ weight, *slopes)
                 ctx.temperature, ctx.dtype = temperature, hidden.dtype
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)

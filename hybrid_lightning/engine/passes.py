@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import HALF, Backend
 from hybrid_lightning.types import Sequences
 
 # Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M). On an accelerator a pass takes
@@ -112,16 +113,61 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def project(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them."""
+def project(model: nn.Module, backend: Backend, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them.
+
+    Those of an output layer of 16 bits are float32 and were never rounded to 16 bits, unless the layer is of a class of its own.
+
+    Args:
+        model: Causal language model.
+        backend: The model's backend.
+        hidden: [N, H].
+        weight: `projection_weight` of the model; None takes it here.
+    """
     base = base_model(model)
-    logits: Tensor = base.get_output_embeddings()(hidden)
+    layer: Any = base.get_output_embeddings()
+    weight = projection_weight(model) if weight is None else weight
+    logits: Tensor
+    if weight is None or weight.dtype not in HALF:
+        logits = layer(hidden)
+    else:
+        logits = _FloatLogits.apply(hidden.to(weight.dtype), weight, backend)  # type: ignore[no-untyped-call]
+        logits = logits if layer.bias is None else logits + layer.bias
     factor, divisor, cap = _changes_of_logits(base)
     if factor is not None:
         logits = logits * factor
     if divisor is not None:
         logits = logits / divisor
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class _FloatLogits(torch.autograd.Function):
+    """`Backend.float_logits` with gradients by products of 16 bits, as those of any other layer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return backend.float_logits(hidden, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        gradient = gradient.to(weight.dtype)
+        of_hidden, of_weight, _ = ctx.needs_input_grad
+        return gradient @ weight if of_hidden else None, gradient.T @ hidden if of_weight else None, None
+
+
+def projection_weight(model: nn.Module) -> Tensor | None:
+    """The output layer's weight [V, H] in the dtype of products under the current autocast; None if it is no plain layer."""
+    layer = base_model(model).get_output_embeddings()
+    return layer.weight.to(product_dtype(layer.weight)) if type(layer) is nn.Linear else None
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of products with a weight under the current autocast."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def plain_projection(model: nn.Module) -> Tensor | None:
@@ -143,10 +189,9 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
     """`project` without a gradient, for many calls between which weights do not change. It may hold a copy of the weight."""
     weight = plain_projection(model)
     if weight is None:
-        return partial(project, model)
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    product = backend.prepacked_product(weight.detach().to(dtype))
+        return partial(project, model, backend, weight=projection_weight(model))
+    dtype = product_dtype(weight)
+    product = backend.projection(weight.detach().to(dtype))
     return lambda hidden: product(hidden.to(dtype))
 
 

@@ -134,7 +134,7 @@ class Backend:
 
         Sums are float32 and are not rounded to 16 bits, which at logits of 16 to 32 would be by up to 0.06 (bfloat16).
         """
-        if hidden.dtype == torch.bfloat16 and self.usable(hidden, weight):
+        if self.usable(hidden, weight) and operators.multiplies_to_floats(weight):
             return operators.float_logits(hidden, weight)
         if self._has_out_dtype(hidden.device):
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -151,7 +151,7 @@ class Backend:
         """`prepacked_product` for an output layer: logits of a weight of 16 bits are float32, see `float_logits`."""
         if weight.dtype not in HALF:
             return self.prepacked_product(weight)
-        if self.copies_pay(weight.device) and not (weight.dtype == torch.bfloat16 and self.usable(weight)):
+        if self.copies_pay(weight.device) and not (self.usable(weight) and operators.multiplies_to_floats(weight)):
             product = self.prepacked_product(weight.float())  # to convert it at each token would take longer than the product
             return lambda rows: product(rows.float())
         return lambda rows: self.float_logits(rows, weight)

@@ -142,28 +142,30 @@ _BRGEMM = ("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "_ZN2a
 
 
 @cache
-def _brgemm() -> tuple[int | None, int | None]:
-    """Addresses of torch's product of small bfloat16 matrices with a float32 result, which no operator of torch has on CPUs.
-
-    By it the product is as fast as oneDNN's with a bfloat16 result; without it, the kernel takes 1.6 to 4 times as long.
-    """
+def _brgemm() -> tuple[int | None, ...]:
+    """Addresses of torch's products of bfloat16 with a float32 result, which no operator has on CPUs; none where they fail."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        found = [ctypes.cast(getattr(torch_cpu, name), _POINTER).value for name in _BRGEMM]
+        found = tuple(ctypes.cast(getattr(torch_cpu, name), _POINTER).value for name in _BRGEMM)
     except (OSError, AttributeError):
-        return None, None
-    return found[0], found[1]
+        return ()
+    # No tensors, which would be fake where a plan is traced.
+    numbers, logits = (ctypes.c_uint16 * 4)(0, 0x3F80, 0x4000, 0x4040), ctypes.c_float()  # 0 to 3
+    _function("float_logits", torch.bfloat16)(numbers, numbers, ctypes.byref(logits), *found, 1, 4, 1)
+    return found if logits.value == 0 + 1 + 4 + 9 else ()
+
+
+def multiplies_to_floats(weight: Tensor) -> bool:
+    """Whether `float_logits` can be had for a weight that is `usable`."""
+    even = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    return even and torch._C._get_mkldnn_enabled() and bool(_brgemm())
 
 
 def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [N, V] float32 of hidden states [N, H] and an output layer's weight [V, H], both bfloat16.
-
-    They are as exact as float32 products of the same numbers: sums are float32, and nothing is rounded to bfloat16.
-    """
+    """Logits [N, V] float32, not rounded to bfloat16 on the way, of hidden states [N, H] and a weight [V, H] in bfloat16."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-    functions = _brgemm() if torch.backends.mkldnn.enabled else (None, None)
-    call_kernel("float_logits", hidden.dtype, (hidden, weight, logits), *functions, *hidden.shape, len(weight))
+    call_kernel("float_logits", hidden.dtype, (hidden, weight, logits), *_brgemm(), *hidden.shape, len(weight))
     return logits
 
 

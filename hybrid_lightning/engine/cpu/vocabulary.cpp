@@ -1,9 +1,10 @@
 // From hidden states to logits over a vocabulary, and from these to tokens and to log-probabilities. What is added up is added up
 // by one thread, so that results do not depend on threads.
 
+#include <algorithm>
 #include <vector>
 
-#include "products.h"
+#include "numbers.h"
 
 // Sums of so many numbers are float32, sums of these float64: V small float32 numbers would not add up to 1 well enough.
 constexpr int64_t BLOCK = 256;
@@ -98,51 +99,32 @@ constexpr int64_t CHUNK = 128;  // of the vocabulary, for one thread at a time
 typedef void Brgemm(int64_t m, int64_t n, int64_t k, int64_t, int64_t, int64_t, bool add, const bf16*, const bf16*, float*, bool);
 typedef void Release(bool);
 
-static bool works(Brgemm* brgemm) {
-    bf16 zeros[LANES * LANES * 2] = {};
-    float result[LANES * LANES];
-    try {
-        brgemm(LANES, LANES, 2 * LANES, 2 * LANES, LANES, LANES, false, zeros, zeros, result, true);
-    } catch (...) {  // oneDNN was told to use fewer of the processor's instructions
-        return false;
-    }
-    return true;
-}
-
-// Logits [rows, size] of hidden states [rows, depth] under an output layer [size, depth], never rounded to bfloat16.
+// Logits [rows, size] of hidden states [rows, depth] under an output layer [size, depth], never rounded to bfloat16; depth is even.
+// They are nan where oneDNN refuses.
 static void float_logits(
     const bf16* hidden, const bf16* weight, float* logits, Brgemm* brgemm, Release* release, int64_t rows, int64_t depth,
     int64_t size) {
-    static const bool has_brgemm = brgemm && works(brgemm);
-    bool by_brgemm = brgemm && has_brgemm && depth % 2 == 0;
     for (; rows > 0; rows -= PANEL, hidden += PANEL * depth, logits += PANEL * size) {
         int64_t count = rows < PANEL ? rows : PANEL, lanes = padded(count);
-        // Hidden states as columns; brgemm wants each two numbers of a column side by side.
-        std::vector<bf16> pairs(by_brgemm ? depth * lanes : 0);
-        std::vector<float> columns(by_brgemm ? 0 : depth * lanes);
+        std::vector<bf16> columns(depth * lanes);
         for (int64_t row = 0; row < count; ++row)
-            for (int64_t k = 0; k < depth; ++k) {
-                bf16 number = hidden[row * depth + k];
-                if (by_brgemm) pairs[(k / 2 * lanes + row) * 2 + k % 2] = number;
-                else columns[k * lanes + row] = get(number);
-            }
+            for (int64_t k = 0; k < depth; ++k) columns[(k / 2 * lanes + row) * 2 + k % 2] = hidden[row * depth + k];
 #pragma omp parallel if (count * size > GRAIN)
         {
-            std::vector<float> left(by_brgemm ? 0 : CHUNK * depth), result(CHUNK * lanes);
+            std::vector<float> part(CHUNK * lanes);
 #pragma omp for schedule(dynamic)
             for (int64_t begin = 0; begin < size; begin += CHUNK) {
                 int64_t some = begin + CHUNK < size ? CHUNK : size - begin;
                 const bf16* from = weight + begin * depth;
-                if (by_brgemm) {
-                    brgemm(some, lanes, depth, depth, lanes, lanes, false, from, pairs.data(), result.data(), true);
-                } else {
-                    for (int64_t i = 0; i < some * depth; ++i) left[i] = get(from[i]);
-                    multiply({left.data(), depth, 1}, columns.data(), lanes, result.data(), lanes, some, lanes, depth, false);
+                try {
+                    brgemm(some, lanes, depth, depth, lanes, lanes, false, from, columns.data(), part.data(), true);
+                } catch (...) {
+                    std::fill(part.begin(), part.end(), NAN);
                 }
                 for (int64_t row = 0; row < count; ++row)
-                    for (int64_t i = 0; i < some; ++i) logits[row * size + begin + i] = result[i * lanes + row];
+                    for (int64_t i = 0; i < some; ++i) logits[row * size + begin + i] = part[i * lanes + row];
             }
-            if (by_brgemm) release(true);
+            release(true);
         }
     }
 }

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from rounding import assert_same_sums
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.engine import backend as of_backend
-from hybrid_lightning.engine.backend import Backend, product
+from hybrid_lightning.engine.backend import Backend, PlannedBackend, product
 from hybrid_lightning.engine.cpu.build import library
 
 needs_operators = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no operators")
@@ -91,3 +93,18 @@ def test_a_constant_weight_gives_the_same_for_any_rows_and_is_not_changed(shape,
     for part in (rows, rows[:1], rows[::2]):
         assert_same_sums(multiply(part), part @ weight.T, additions)
     assert torch.equal(weight, kept)
+
+
+def test_an_accelerator_multiplies_16_bits_to_float32():
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Names():
+        rows, weight = torch.empty(3, 8, dtype=torch.bfloat16), torch.empty(5, 8, dtype=torch.bfloat16)
+        names.clear()
+        assert PlannedBackend(False).projection(weight)(rows).dtype == torch.float32
+    assert "aten.mm.dtype" in names and "aten.mm.default" not in names

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_decoders import SPECIAL, fused, special_model
+from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
 from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine import Backend, PackedSequences, token_logprobs
+from hybrid_lightning.engine import Backend, Engine, PackedSequences, logprobs_of_hidden, token_logprobs
+from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Sequences
@@ -179,3 +180,31 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
     assert_gradients(model, value(logprobs, entropy), separate)
     with torch.no_grad():
         assert not token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)[1].requires_grad
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("backend", [Backend, OfAccelerator])
+@pytest.mark.parametrize(("family", "trained"), [("llama", False), ("tied", True), ("gemma2", False), ("granite", True)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.float16, False)])
+def test_logits_of_16_bits_are_float32_and_never_rounded(family, backend, trained, dtype, autocast):
+    """In sampling and in an update; gradients have 16 bits."""
+    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model("llama", tie_word_embeddings=family == "tied")
+    model.to(dtype).get_output_embeddings().requires_grad_(trained)
+    engine, half = Engine(model, backend()), torch.float16 if dtype == torch.float16 else torch.bfloat16
+    numbers = torch.Generator().manual_seed(0)
+    hidden = (4 * torch.randn(300, 32, generator=numbers)).to(half).requires_grad_(True)
+    tokens = torch.randint(VOCABULARY, (300,), generator=numbers)
+    weight = model.get_output_embeddings().weight.detach().to(half).double().requires_grad_(True)
+    exact = hidden.detach().double().requires_grad_(True)
+    logits = {"granite": lambda x: x / 3, "gemma2": lambda x: 2 * (x / 2).tanh()}.get(family, lambda x: x)(exact @ weight.T)
+    expected = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            assert_same_sums(prepacked_projection(model, engine.backend)(hidden), logits.float(), 32)
+        logprobs, _ = logprobs_of_hidden(engine, hidden, tokens, 0.7)
+    assert_same_sums(logprobs, expected.float(), 32, float(logits.abs().max()))
+    logprobs.sum().backward()
+    expected.sum().backward()
+    pairs = [(hidden.grad, exact.grad)] + [(model.get_output_embeddings().weight.grad, weight.grad)] * trained
+    for found, wanted in pairs:
+        assert_same_sums(found.to(half), wanted.to(half), 4)

@@ -89,23 +89,15 @@ def logprobs_of_hidden(
         options = (temperature, entropy_gradient, backend)
         blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
     else:
-        project_block = partial(_project, model, projection_weight(model))  # the weight is converted once, not for each block
-        if torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
-            project_block = partial(checkpoint, project_block, use_reentrant=False)
-        blocks = [project_block(part, ids, temperature, entropy_gradient, backend) for part, ids in pairs]
+        weight = projection_weight(model)  # converted once, and not for each block
+
+        def block(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return _of_logits(project(model, backend, part, weight), ids, temperature, entropy_gradient, backend)
+
+        # Recomputed in the backward pass, so that one block's logits live at a time.
+        compute = partial(checkpoint, block, use_reentrant=False) if torch.is_grad_enabled() else block
+        blocks = [compute(part, ids) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
-
-
-def _project(
-    model: nn.Module,
-    weight: Tensor | None,
-    hidden: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    entropy_gradient: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    return _of_logits(project(model, backend, hidden, weight), tokens, temperature, entropy_gradient, backend)
 
 
 class _Projected(torch.autograd.Function):

@@ -110,7 +110,7 @@ class Differences(Callback):
         self.found.append((trained - batch.sampling_logprobs)[batch.sequences.completion_mask].abs())
 
 
-def build_policy(settings: Settings, sampler: Any = None) -> PolicyModule:
+def build_policy(settings: Settings, sampler: Any = None, **options: Any) -> PolicyModule:
     workload = settings.workload
     loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
     return PolicyModule(
@@ -124,6 +124,7 @@ def build_policy(settings: Settings, sampler: Any = None) -> PolicyModule:
         minibatches_per_rollout=workload.minibatches,
         lr_lora=workload.learning_rate,
         seed=settings.seed,
+        **options,
     )
 
 
@@ -134,19 +135,22 @@ def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trai
     return Trainer(accelerator="gpu" if device == "cuda" else "cpu", **{**quiet, **flags})
 
 
-def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback]) -> None:
+def train(
+    settings: Settings, policy: PolicyModule, callbacks: list[Callback], checkpoint: Path | None = None, **flags: Any
+) -> Trainer:
     """Train until the parent wants no more steps."""
     workload = settings.workload
     with TemporaryDirectory() as folder:
         trainer = quiet_trainer(
             folder,
             settings.device,
-            precision="bf16-mixed" if workload.dtype == "bfloat16" else "32-true",
             max_steps=settings.rollouts * workload.minibatches,
             gradient_clip_val=1.0,
             callbacks=callbacks,
+            **{"precision": "bf16-mixed" if workload.dtype == "bfloat16" else "32-true", **flags},
         )
-        trainer.fit(policy, datamodule=GivenPrompts(settings.prompts))
+        trainer.fit(policy, datamodule=GivenPrompts(settings.prompts), ckpt_path=checkpoint)
+    return trainer
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

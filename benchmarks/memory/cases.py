@@ -29,6 +29,7 @@ class MemoryCase:
     kl_coef: float = 0.0
     validates: bool = False
     strategy: str | None = None  # ddp, fsdp2 or fsdp1, on two processes
+    device: str = "cpu"  # or cuda
 
     @property
     def dtype(self) -> str:

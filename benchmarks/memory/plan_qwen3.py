@@ -44,10 +44,12 @@ GIB = 2**30
 USABLE = 0.95 * 80e9  # bytes of a GPU, without its context and what its allocator keeps for itself
 
 
+def config(name: str) -> Qwen3Config:
+    return Qwen3Config(**SAME, **dict(zip(NAMES, SIZES[name][:-1], strict=True)))
+
+
 def plan(name: str, sharding: Sharding) -> list[MethodMemory]:
-    *sizes, wanted = SIZES[name]
-    config = Qwen3Config(**SAME, **dict(zip(NAMES, sizes, strict=True)))
-    found = plan_memory(RunSettings(config=config, **RUN), sharding)
+    found, wanted = plan_memory(RunSettings(config=config(name), **RUN), sharding), SIZES[name][-1]
     billions = found[0].parameters / 1e9
     assert abs(billions - wanted) < 0.05, f"{name} has {billions:.2f} billion parameters, which is not what its card says"
     return found

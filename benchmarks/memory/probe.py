@@ -18,7 +18,7 @@ class MemoryProbe(Callback):
     """Notes the largest memory of each moment. It must be the first callback, and `measuring` be open while `fit` runs.
 
     Attributes:
-        moments: name -> bytes of `tensors` at their peak, of the `process` at its peak, and of each part.
+        moments: name -> bytes of `tensors` at their peak, of the `process` and of the `gpu` at theirs, and of each part.
     """
 
     def __init__(self) -> None:
@@ -102,6 +102,8 @@ class MemoryProbe(Callback):
         self._cache = self._kept = 0
         self.live.restart_peak()
         forget_peak()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
 
     def _end(self) -> None:
         if self._now is None:
@@ -109,6 +111,7 @@ class MemoryProbe(Callback):
         found = {
             "tensors": self.live.peak,
             "process": resident_bytes()[1],
+            "gpu": torch.cuda.max_memory_allocated(),
             "weights": tensor_bytes(self.policy.parameters()),
             "gradients": gradient_bytes(self.policy),
             "optimizer": optimizer_bytes(self.trainer.optimizers),

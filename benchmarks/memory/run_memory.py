@@ -65,6 +65,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
         validation: dict[str, Any] = {"val_check_interval": ROLLOUTS * case.minibatches, "check_val_every_n_epoch": None}
         trainer = quiet_trainer(
             root,
+            case.device,
             devices=2 if case.strategy else 1,
             strategy=_STRATEGIES[case.strategy](process_group_backend="gloo") if case.strategy else "auto",
             precision=case.precision,
@@ -100,15 +101,16 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         budget=ModuleBudget(share),
         lora=LoraSettings(case.rank, 2 * case.rank),
         keep_start_weights=case.keep_start_weights,
+        on_cpu=case.device == "cpu",
+        device_bytes=None if case.device == "cpu" else torch.cuda.get_device_properties(0).total_memory,
     )
     sharding = _SHARDINGS[case.strategy](2) if case.strategy else SingleDevice()
     (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
     moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
-    assert found.growth is not None
+    growth = {} if found.growth is None else {"growth": found.growth_bytes, "in the process": asdict(found.growth)}
     return {
         "moments": moments,
-        "growth": found.growth_bytes,
-        "in the process": asdict(found.growth),
+        **growth,
         "trainable": found.trainable,
         "in tensors": not packs(torch.float32),  # whether what products read, `packed`, is in tensors
     }

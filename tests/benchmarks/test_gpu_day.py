@@ -1,58 +1,96 @@
-"""The measurements for a GPU run to their end on a CPU, with tiny sizes, and a part that fails does not end the others."""
+"""The day with a GPU is rehearsed on a CPU from beginning to end, and loses nothing when its parts fail, hang, die or are stopped."""
 
 import json
-import sys
+import os
+import signal
 
-import fork_server
 import pytest
 import torch
 
 from benchmarks import gpu_day
-from benchmarks.commands import environment
 
 pytest.importorskip("bitsandbytes", reason="one part takes a step on a base in 4 bits")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it is to be run as it is")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there it is to be run as it is"),
+    pytest.mark.usefixtures("forked"),
+]
+BAD = """import os, signal, sys, time
+from benchmarks import run_gpu_part as parts
+def part(day):
+    yield {"first": 1.0}
+    match sys.argv[1].split('"')[3]:
+        case "lora": raise RuntimeError("no kernel image is available")
+        case "graphs": time.sleep(60)
+        case "memory": os.kill(os.getpid(), signal.SIGSEGV)
+        case "scoring": os.kill(int(os.environ["DAY"]), signal.SIGTERM); time.sleep(60)
+        case "resume": yield {"CUBLAS": os.environ["CUBLAS_WORKSPACE_CONFIG"], "process": os.getpid()}
+for name in ("lora", "graphs", "memory", "scoring", "resume", "float16"):
+    setattr(parts, name, part)
+parts.main()
+"""
 
 
-def written(folder):
-    return json.loads((folder / "gpu_day.json").read_text())["results"], (folder / "gpu_day.md").read_text()
+def day(out, *parts):
+    """Exit status, and the results of all parts that have some."""
+    code = gpu_day.main(["--device", "cpu", "--out", str(out), *(["--parts", *parts] if parts else [])])
+    return code, {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}, (out / "gpu_day.md").read_text()
 
 
-def test_all_parts_run_to_their_end(tmp_path):
-    """In a process of its own, since it seeds it."""
-    command = [sys.executable, "-m", "benchmarks.gpu_day", "--out", str(tmp_path)]
-    done = fork_server.run(command, capture_output=True, text=True, env=environment(1), check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results, page = written(tmp_path)
-    assert list(results) == list(gpu_day.PARTS) and "FAILED" not in page
-    assert results["agreement"]["mean"] < 0.01 and results["determinism"]["equal bits"] and results["resume"]["equal bits"]
-    assert results["precisions"]["bf16-mixed"] and results["quantization"]["finite weights"]
+def test_it_is_rehearsed_from_beginning_to_end(tmp_path):
+    code, results, page = day(tmp_path)
+    assert code == 0, page
+    assert results.keys() == gpu_day.PARTS.keys() and all(f"## {name}" in page for name in results)
+    left_out = {name: result["state"] for name, result in results.items() if result["state"] != "done"}
+    assert left_out.items() <= dict.fromkeys(("vllm", "trl_vllm"), "left out: vllm is not installed").items()
+    found = {name: result["found"] for name, result in results.items()}
+    assert all(found[name]["finite weights"] for name in ("lora", "hybrid", "uncompiled", "float16", "nf4"))
+    assert all(value.startswith("equal bits: True") for value in found["resume"].values()) and len(found["resume"]) == 4
+    assert found["gspo"]["cpu, val/avg@8 after 2 steps"] > 0 and len(found["trl"]["seconds of the steps"]) == 4
+    assert len(found["lora"]["seconds of the steps but the last"]) == 4 and found["scoring"]["fully trained"]
+    off = {name: value for name, value in found["passes"].items() if " off " in name}
+    assert len(off) == 8 and off["products of 8 rows off in torch.float32"] < 1e-6
+    assert all(1e-4 < error < 0.01 for name, errors in off.items() if name.startswith("attention") for error in errors)
+    for moment in ("generating", "updating"):
+        planned, measured = found["memory"][f"LoRA, {moment}: GiB planned, measured"]
+        assert 0 < measured < 2 * planned < 4 * measured
+    assert "a CPU has no such graphs" in found["graphs"]["not on a CPU"]
+
+
+def test_parts_that_fail_hang_or_die_are_written_down_and_the_next_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "WORKER", ("-c", BAD))
+    monkeypatch.setattr(gpu_day, "PART_LIMIT_S", 6.0)
+    monkeypatch.setitem(gpu_day.NEEDS, "nf4", ["nowhere"])
+    monkeypatch.setenv("DAY", str(os.getpid()))
+    code, results, page = day(tmp_path, "lora", "graphs", "memory", "nf4", "resume")
+    states = {name: result["state"] for name, result in results.items()}
+    assert code == 1 and "lora, graphs, memory failed" in capsys.readouterr().err
+    assert states == {
+        "lora": "FAILED: ended with 1",
+        "graphs": "FAILED: killed at its limit of 6 s",
+        "memory": "FAILED: died of SIGSEGV",
+        "nf4": "left out: nowhere is not installed",
+        "resume": "done",
+    }
+    assert all(state in page for state in states.values()) and "no kernel image is available" in results["lora"]["log"][-1]
+    assert "in part" in str(results["graphs"]["log"]) and "in part" in str(results["memory"]["log"]), "it says where it was"
+    assert {results[name]["found"]["first"] for name in ("lora", "graphs", "memory", "resume")} == {1.0}
+    assert results["resume"]["found"]["CUBLAS"] == ":4096:8"
+    # Stopped in the middle; then the same command goes on with what is missing.
+    handler = signal.getsignal(signal.SIGTERM)
+    code, stopped, _ = day(tmp_path, "scoring", "float16")
+    assert code == 1 and "float16" not in stopped and signal.getsignal(signal.SIGTERM) is handler
     assert (
-        results["scoring"]["fully trained"]
-        and len(results["speed"]["seconds of steps"]) == 4
-        and results["speed"]["planned GiB"] > 0
+        stopped["scoring"]["state"] == "FAILED: stopped from outside"
+        and stopped["scoring"]["found"] == {"first": 1.0} | stopped["scoring"]["found"]
     )
-    assert "a CPU" in results["graphs"]["not on this device"]
-    assert "whose numbers say nothing" in page and all(f"## {name}" in page for name in results)
+    monkeypatch.setattr(gpu_day, "DAY_LIMIT_S", 0.0)
+    code, later, _ = day(tmp_path, "resume", "float16")
+    assert later["resume"] == results["resume"] and later["float16"]["state"] == "left out: the 0 minutes are over" and code == 1
+    monkeypatch.setattr(gpu_day, "versions", lambda: {"torch": "another"})
+    assert gpu_day.main(["--device", "cpu", "--out", str(tmp_path)]) == 2 and "give another folder" in capsys.readouterr().err
 
 
-def test_a_part_that_fails_is_written_down_and_the_others_go_on(tmp_path, monkeypatch):
-    """And no part begins when the time is over."""
-
-    def graphs(day):
-        raise RuntimeError("no kernel image is available")
-
-    monkeypatch.setitem(gpu_day.PARTS, "graphs", graphs)
-
-    def kernels(day):
-        assert "FAILED" in written(tmp_path)[0]["graphs"], "results are written after each part"
-        return {"layers": day.sizes.layers}
-
-    monkeypatch.setitem(gpu_day.PARTS, "kernels", kernels)
-    monkeypatch.setattr(sys, "argv", ["gpu_day", "--parts", "graphs", "kernels", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="error: some parts failed"):
-        gpu_day.main()
-    results, _ = written(tmp_path)
-    assert results["graphs"]["FAILED"] == "RuntimeError: no kernel image is available" and results["kernels"]["layers"] == 2
-    late = gpu_day.run(gpu_day.Day(tmp_path, tiny=True), ["graphs"], 0.0, lambda results: None)
-    assert late == {"graphs": {"left out": "the 0 minutes were over"}}
+def test_wheels_are_of_all_that_is_needed_but_torch():
+    names = {line.partition("==")[0] for line in gpu_day.needed("3.12")}
+    assert {"transformers", "lightning", "trl", "bitsandbytes", "numpy", "tokenizers"} <= names
+    assert not {name for name in names if name.startswith(("torch=", "nvidia", "triton", "hybrid"))} | {"pytest"} & names

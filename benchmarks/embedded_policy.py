@@ -1,4 +1,4 @@
-"""Makes the embedded policy: `python -m benchmarks.embedded_policy --out FOLDER`.
+"""How the embedded policy is made: `python -m benchmarks.study.pretrain --policy products`.
 
 A Llama model of 0.9 M parameters reads a corpus of products, every line of which is right:
 
@@ -11,10 +11,8 @@ the one before. Short steps are easy for so small a model, and a whole product a
 to work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See README.md beside this file.
 """
 
-import argparse
 import random
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -164,36 +162,3 @@ def pretrain_on(
         trainer.fit(module, datamodule=PromptDataModule(corpus, DemonstrationFormat()))
     assert isinstance(module.model, PreTrainedModel)
     return module.model.eval()
-
-
-def pretrain(
-    seed: int, steps: int, batch_size: int, lr: float, progress: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Make the embedded policy: each line of the corpus is seen once."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    corpus = CorpusSource(steps * batch_size, seed)
-    model = pretrain_on(
-        build_model(tokenizer), tokenizer, corpus, seed=seed, steps=steps, batch_size=batch_size, lr=lr, progress=progress
-    )
-    return model, tokenizer
-
-
-def main() -> None:
-    """Pretrain and save in Hugging Face format."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the sums of several threads are rounded in another order: the weights would differ
-    model, tokenizer = pretrain(arguments.seed, arguments.steps, arguments.batch_size, arguments.lr, progress=True)
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,32 +13,30 @@ with nothing but torch lacks (see README.md).
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import metadata
+from contextlib import suppress
+from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from benchmarks.commands import CORES, BenchmarkError, UsageError, check_can_run, command, entry, environment, tell, versions
+from benchmarks.study.store import write
 from benchmarks.tables import table
 
 PART_LIMIT_S, DAY_LIMIT_S = 540.0, 2700.0
 WORKER = ("-m", "benchmarks.run_gpu_part")
-
-
 # The parts, in the order in which they run: what others rest on comes first. Steps are of 32 x 8 completions of 256 tokens behind
 # prompts of 384; where numbers are checked and no time is measured, of 4 x 4 of 32.
 PARTS = {
-    "passes": "How far are products, attention and log-probabilities off (shares of their size), and which passes run?",
+    "passes": "How far are products and attention off, as shares of their size, and which passes run?",
     "gspo": "Does `configs/gspo.yaml` learn on the card what it learns on the CPU?",
     "lora": "LoRA: agreement of sampling and training, and seconds of a step; in the first is what compiling takes.",
     "hybrid": "The same with a tenth of the modules fully trained; nothing is compiled before.",
@@ -56,15 +54,14 @@ PARTS = {
 }
 NEEDS = {"nf4": ["bitsandbytes"], "vllm": ["vllm"], "trl": ["trl"], "trl_vllm": ["trl", "vllm"]}
 ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
-COLD = ("lora", "hybrid")  # what they compile is not there before
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command("gpu_day", __doc__, device="cuda", out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="download what the day needs beside torch, and end")
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser.add_argument("--python", default=version, help="for wheels: Python of the machine with the GPU (default: %(default)s)")
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    parser.add_argument("--python", default=own, help="for wheels: Python of the machine with the GPU (default: %(default)s)")
     return parser
 
 
@@ -79,23 +76,25 @@ def run(arguments: argparse.Namespace) -> None:
         changed = [key for key in {**ran_on, **result["ran on"]} if ran_on.get(key) != result["ran on"].get(key)]
         if changed:
             raise UsageError(f"{out / name}.json has results of another {changed[0]}; give another folder: --out")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # ended from outside, or without a terminal, it stops as by Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     begin = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="gpu_day_") as folder, stopped_by_signals():
+        with tempfile.TemporaryDirectory(prefix="gpu_day_") as folder:
             for name in arguments.parts:
                 if results.get(name, {}).get("state") == "done":
                     tell(f"{name}: measured before, in {out / name}.json")
                     continue
-                results[name] = {"ran on": ran_on, "state": "is running", "found": {}}
                 left_s = DAY_LIMIT_S - (time.monotonic() - begin)
-                missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
-                if missing or left_s <= 0:
-                    why = f"{missing[0]} is not installed" if missing else f"the {DAY_LIMIT_S / 60:.0f} minutes are over"
-                    results[name]["state"] = f"left out: {why}"
-                else:
+                why = "" if left_s > 0 else f"the {DAY_LIMIT_S / 60:.0f} minutes are over"
+                why = next((f"{package} is not installed" for package in NEEDS.get(name, ()) if not find_spec(package)), why)
+                if not why:
                     tell(f"{name} ...")
+                    results[name] = {"ran on": ran_on, "state": "is running", "found": {}}
                     measure(name, results, out, Path(folder), min(left_s, PART_LIMIT_S))
-                write(name, results, out)
+                elif name not in results:  # or what an earlier day has found is kept
+                    results[name] = {"ran on": ran_on, "state": f"left out: {why}", "found": {}}
+                    keep(name, results, out)
                 tell(f"{name}: {results[name]['state']}")
     except KeyboardInterrupt:
         raise BenchmarkError(f"stopped; what was measured is in {out}, and the same command goes on") from None
@@ -105,27 +104,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise BenchmarkError(f"{', '.join(failed)} failed; {out / 'gpu_day.md'} says why")
 
 
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Within this context a process that is ended from outside, or loses its terminal, stops as by Ctrl-C."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def measure(name: str, results: dict[str, Any], out: Path, folder: Path, limit_s: float) -> None:
     """Run a part in a process of its own, and put into its results what it has found, and what became of it."""
     path, log, begin = out / f"{name}.json", out / f"{name}.log", time.monotonic()
-    write(name, results, out)
+    keep(name, results, out)
     device = results[name]["ran on"]["device"]
     request = {"part": name, "device": device, "folder": str(folder), "out": str(path)}
     variables = {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # which cuBLAS reads at the first product; deterministic kernels need it
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{name if name in COLD else 'before'}"),
         **environment(CORES if device == "cuda" else 1),
+        # Of all parts one folder of what is compiled, but of those that time it.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{name if name in ('lora', 'hybrid') else 'by others'}"),
         **ENVIRONMENT.get(name, {}),
         "HF_HUB_OFFLINE": "1",
     }
@@ -140,8 +129,8 @@ def measure(name: str, results: dict[str, Any], out: Path, folder: Path, limit_s
             state = f"FAILED: {died}" if code else "done"
         except subprocess.TimeoutExpired:
             state = f"FAILED: killed at its limit of {limit_s:.0f} s"
-            os.killpg(process.pid, signal.SIGABRT)  # so that its log says where it was
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGABRT)  # so that its log says where it was
                 process.wait(5)
         finally:
             with suppress(ProcessLookupError):
@@ -151,12 +140,12 @@ def measure(name: str, results: dict[str, Any], out: Path, folder: Path, limit_s
             if state != "done":
                 result["log"] = log.read_text(errors="replace").splitlines()[-30:]
             results[name] = result
-            write(name, results, out)
+            keep(name, results, out)
 
 
-def write(name: str, results: dict[str, Any], out: Path) -> None:
-    """The results of a part, and the page of all."""
-    (out / f"{name}.json").write_text(json.dumps(results[name], indent=1) + "\n", encoding="utf-8")
+def keep(name: str, results: dict[str, Any], out: Path) -> None:
+    """Write the results of a part, and the page of all."""
+    write(results[name], out / f"{name}.json")
     lines = ["# A day with a GPU", "", "    python -m benchmarks.gpu_day", ""]
     lines += [", ".join(f"{key} {value}" for key, value in results[name]["ran on"].items()), ""]
     for part in (part for part in PARTS if part in results):
@@ -177,33 +166,29 @@ def shown(value: Any) -> str:
 def download(folder: Path, python: str) -> None:
     """Wheels for Linux of what this project, TRL and bitsandbytes need, in the versions that are installed here."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "requirements.txt"
-    path.write_text("\n".join(needed(python)) + "\n")
-    machine = os.uname().machine
-    platforms = [f"--platform={name}_{machine}" for name in ("manylinux_2_28", "manylinux_2_24", "manylinux2014", "linux")]
-    asked = ["download", "--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms]
-    if subprocess.run([sys.executable, "-m", "pip", *asked, f"--dest={folder}", f"--requirement={path}"], check=False).returncode:
-        raise BenchmarkError("pip could not download all of them, see above")
+    (path := folder / "requirements.txt").write_text("\n".join(needed(python)) + "\n")
+    platforms = [f"--platform=manylinux_2_{glibc}_{os.uname().machine}" for glibc in range(28, 4, -1)]
+    asked = ["download", "--no-deps", "--only-binary=:all:", f"--python-version={python}", *platforms, f"--dest={folder}"]
+    if subprocess.run([sys.executable, "-m", "pip", *asked, "--quiet", f"--requirement={path}"], check=False).returncode:
+        raise BenchmarkError("pip did not get all of them, for the reason above")
     print(f"on the machine with the GPU: pip install --no-index --find-links {folder} -r {path}")
 
 
 def needed(python: str) -> list[str]:
-    """Packages with their versions, without torch and what comes with it: those of the machine with the GPU stay."""
+    """All packages, but for torch and what only torch needs: those of the machine with the GPU stay."""
     found: dict[str, str] = {}
-    asked, seen = ["hybrid-lightning[quantization]", "trl"], set[str]()
-    while asked:
-        wanted = Requirement(text := asked.pop())
-        name = canonicalize_name(wanted.name)
-        if text in seen or name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-")):
+    asked = ["hybrid-lightning[quantization]", "trl"]
+    for text in asked:  # which grows meanwhile
+        wanted = Requirement(text)
+        if re.match("torch$|triton|nvidia|cuda", wanted.name):
             continue
-        seen.add(text)
-        if name != "hybrid-lightning":
-            found[name] = f"{name}=={metadata.version(name)}"
-        for more in map(Requirement, metadata.requires(name) or ()):
-            markers = [{"extra": extra, "python_version": python} for extra in ("", *wanted.extras)]
-            if more.marker is None or any(map(more.marker.evaluate, markers)):
-                asked.append(f"{more.name}[{','.join(sorted(more.extras))}]")
-    return sorted(found.values())
+        found[wanted.name.lower().replace("_", "-")] = f"{wanted.name}=={version(wanted.name)}"
+        for more in map(Requirement, requires(wanted.name) or ()):
+            markers = ({"extra": extra, "python_version": python} for extra in ("", *wanted.extras))
+            name = f"{more.name}[{','.join(sorted(more.extras))}]"
+            if name not in asked and (more.marker is None or any(map(more.marker.evaluate, markers))):
+                asked.append(name)
+    return [text for name, text in sorted(found.items()) if name != "hybrid-lightning"]
 
 
 main = entry(build_parser, run)

@@ -1,9 +1,7 @@
 """What Linux tells about processes: their memory, and which belong together. Only the standard library is imported here."""
 
 import os
-import resource
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -14,11 +12,8 @@ _MARK = "HYBRID_LIGHTNING_BENCHMARK"  # in the environment of all processes that
 def resident_bytes(process: int | str = "self") -> tuple[int, int]:
     """Resident bytes of a process, now and at most since its start or `forget_peak`; 0 if it has ended.
 
-    On Linux from /proc: the peak that `getrusage` gives would include that of the parent before this program was started.
+    The peak that `getrusage` gives would include that of the parent before this program was started.
     """
-    if not Path("/proc/self/status").exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return peak, peak
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -30,8 +25,7 @@ def resident_bytes(process: int | str = "self") -> tuple[int, int]:
 
 def forget_peak() -> None:
     """Count the peak of this process from now on."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
+    if (clear := Path("/proc/self/clear_refs")).exists():
         clear.write_text("5")
 
 
@@ -43,7 +37,7 @@ class Family:
         self.environment = {_MARK: self.mark}
 
     def members(self) -> dict[int, tuple[list[str], dict[str, str]]]:
-        """All that live: id -> command and environment; none where there is no /proc."""
+        """All that live: id -> command and environment."""
         found: dict[int, tuple[list[str], dict[str, str]]] = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:

@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from benchmarks.worker import Gate
-from benchmarks.workloads import Settings, hashed_reward
+from benchmarks.workloads import Settings, Workload, hashed_reward
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
@@ -128,6 +130,13 @@ def build_policy(settings: Settings, sampler: Any = None, **options: Any) -> Pol
     )
 
 
+def build_adapter(workload: Workload, method: str = "lora") -> HybridAdapterSetup:
+    """The method as a budget; nothing but the budget and the start weights differs."""
+    budget = ModuleBudget({"lora": 0.0, "hybrid": 0.1, "fft": 1.0}[method])
+    # FFT's float32 weights take the place of the bfloat16 ones, as in any full fine-tuning without a KL term.
+    return HybridAdapterSetup(budget, rank=workload.rank, alpha=workload.alpha, keep_start_weights=method != "fft")
+
+
 def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trainer:
     """A Trainer that logs, saves, shows and validates nothing, unless flags say otherwise."""
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
@@ -135,9 +144,7 @@ def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trai
     return Trainer(accelerator="gpu" if device == "cuda" else "cpu", **{**quiet, **flags})
 
 
-def train(
-    settings: Settings, policy: PolicyModule, callbacks: list[Callback], checkpoint: Path | None = None, **flags: Any
-) -> Trainer:
+def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback], checkpoint: Any = None, **flags: Any) -> Trainer:
     """Train until the parent wants no more steps."""
     workload = settings.workload
     with TemporaryDirectory() as folder:

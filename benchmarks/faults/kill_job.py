@@ -13,26 +13,15 @@ from benchmarks.commands import ROOT, environment
 from benchmarks.processes import Family
 
 STEPS = 16
-SIZES = [
-    "--trainer.accelerator=cpu",
-    f"--trainer.max_steps={STEPS}",
-    "--trainer.limit_val_batches=0",
-    "--trainer.num_sanity_val_steps=0",
-    "--trainer.enable_progress_bar=false",
-    "--model.prompts_per_rollout=8",
-    "--model.samples_per_prompt=4",
-    "--adapter.calibration_prompts=16",
-    "--checkpoint.monitor=step",
-    "--checkpoint.save_top_k=2",
-    "--checkpoint.every_n_train_steps=1",
-]
+SIZES = ["--trainer.accelerator=cpu", f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=0"]
+SIZES += ["--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false", "--model.prompts_per_rollout=8"]
+SIZES += ["--model.samples_per_prompt=4", "--adapter.calibration_prompts=16"]
+SIZES += ["--checkpoint.monitor=step", "--checkpoint.save_top_k=2", "--checkpoint.every_n_train_steps=1"]
 # torchrun watches its processes; where the command starts them itself, Lightning does.
 LAUNCHERS = {
     "the command": [sys.executable, "-m"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"],
 }
-
-
 CASES = {  # how checkpoints are written: overlay of configs/strategy, options
     "DDP, file": ("ddp", ()),
     "FSDP2, file": ("fsdp2", ()),

@@ -78,8 +78,8 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
             trainer.fit(policy, datamodule=GivenPrompts(prompts, case.prompts))
     assert policy.plan is not None
     peak = max(moment["process"] for moment in probe.moments.values())
-    found = {"before": before, "growth": peak - before, "trainable": policy.plan.trainable_parameters()}
-    return {"moments": probe.moments, **found}
+    trainable = policy.plan.trainable_parameters()
+    return {"moments": probe.moments, "before": before, "growth": peak - before, "trainable": trainable}
 
 
 def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:

@@ -18,10 +18,8 @@ import torch
 from benchmarks.commands import check_at_least, command, entry
 from benchmarks.pairs import Plan, prepare
 from benchmarks.tables import table
-from benchmarks.training import Differences, build_policy, train
+from benchmarks.training import Differences, build_adapter, build_policy, train
 from benchmarks.workloads import WORKLOADS, Settings, Workload
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.callbacks import HybridAdapterSetup
 
 SHARES = (0.5, 0.9, 0.99, 0.999)
 LEARNING_RATE = 1e-4  # ten times that of the comparison with TRL: weights move
@@ -41,8 +39,7 @@ def measure(workload: Workload, steps: int, seed: int) -> torch.Tensor:
         (made,) = prepare([workload], Path(folder), plan)
         settings = Settings(workload, made, plan.device, plan.threads, steps, seed)
         differences = Differences()
-        adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)
-        train(settings, build_policy(settings), [adapter, differences])
+        train(settings, build_policy(settings), [build_adapter(workload), differences])
     return torch.cat(differences.found)
 
 

@@ -44,10 +44,5 @@ def main(checkout: str) -> None:
             options["data.source.train"] = rows = f"{folder}/rows.jsonl"
             with open(rows, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in _GIVEN[name])
-        arguments = [
-            "fit",
-            "--config",
-            f"{checkout}/configs/{name}.yaml",
-            *(f"--{key}={value}" for key, value in options.items()),
-        ]
+        arguments = ["fit", f"--config={checkout}/configs/{name}.yaml", *(f"--{key}={value}" for key, value in options.items())]
         HybridLightningCLI(args=arguments, trainer_defaults={"callbacks": [Gated(Gate(settings))]})

@@ -11,12 +11,10 @@ from lightning.pytorch import Trainer as LightningTrainer
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.training import Gated, build_policy, gradient_bytes, optimizer_bytes, tensor_bytes, train
+from benchmarks.training import Gated, build_adapter, build_policy, gradient_bytes, optimizer_bytes, tensor_bytes, train
 from benchmarks.worker import Gate
 from benchmarks.workloads import Settings
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.scorers import PreconditionedTail
-from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
+from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.policy.module import PolicyModule
 
 
@@ -65,20 +63,11 @@ def model_bytes(model: nn.Module) -> int:
     return tensor_bytes([*model.parameters(), *model.buffers()])
 
 
-def build_adapter(method: str, rank: int, alpha: int) -> HybridAdapterSetup:
-    """The method as a budget; nothing but the budget and the start weights differs."""
-    share = {"lora": 0.0, "hybrid": 0.1, "fft": 1.0}[method]
-    # FFT's float32 weights take the place of the bfloat16 ones, as in any full fine-tuning without a KL term.
-    return HybridAdapterSetup(
-        budget=ModuleBudget(share), scorer=PreconditionedTail(), rank=rank, alpha=alpha, keep_start_weights=method != "fft"
-    )
-
-
 def main() -> None:
     settings = Settings.from_arguments()
     gate, timer = Gate(settings), StepTimer()
     policy = build_policy(settings)
-    adapter = build_adapter(settings.side, settings.workload.rank, settings.workload.alpha)
+    adapter = build_adapter(settings.workload, settings.side)
     train(settings, policy, [timer, adapter, Accounted(gate, model_bytes(policy.model), timer)])
 
 

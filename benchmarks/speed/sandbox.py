@@ -1,4 +1,4 @@
-"""How many programs a minute the sandbox runs, right, wrong and endless ones: `python -m benchmarks.speed.sandbox`."""
+"""How many programs a minute the sandbox runs, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
 
 import argparse
 import os
@@ -10,14 +10,12 @@ from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.types import Prompt
 
 PROGRAM = "class Solution:\n    def double(self, x):\n        {}\n"
-RIGHT, WRONG, ENDLESS = (PROGRAM.format(body) for body in ("return 2 * x", "return x", "while True: pass"))
+RIGHT, WRONG = (PROGRAM.format(body) for body in ("return 2 * x", "return x"))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command("speed.sandbox", __doc__)
     parser.add_argument("--programs", type=int, default=400)
-    parser.add_argument("--endless", type=int, default=0, help="of them, how many never end; each takes cpu_seconds")
-    parser.add_argument("--workers", type=int, default=None)
     return parser
 
 
@@ -26,18 +24,15 @@ def main() -> None:
     setup = "from typing import *\nfrom collections import *\nfrom math import *\n"
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x = {x}) == {2 * x}\n" for x in range(100))
     prompt = Prompt(text="?", columns={"prompt": setup, "test": tests, "entry_point": "Solution().double"})
-    reward = CodeTests(cpu_seconds=1, workers=arguments.workers)
-    half = (arguments.programs - arguments.endless) // 2
-    programs = [RIGHT, WRONG] * half + [ENDLESS] * arguments.endless
+    reward, half = CodeTests(cpu_seconds=1), arguments.programs // 2
+    programs = [RIGHT, WRONG] * half
     reward(programs[:4], [prompt] * 4)
     started, used = time.perf_counter(), processor_seconds()
     values = reward(programs, [prompt] * len(programs))
     seconds, used = time.perf_counter() - started, processor_seconds() - used
     assert sum(values) == half, values
     rate, each = 60 * len(programs) / seconds, 1000 * used / len(programs)
-    told = (
-        f"{len(programs)} programs of 100 asserts, {arguments.endless} endless, {reward.workers} workers, {os.cpu_count()} cores"
-    )
+    told = f"{len(programs)} programs of 100 asserts, {reward.workers} workers, {os.cpu_count()} cores"
     print(f"{told}: {seconds:.1f} s, {rate:.0f} a minute, {each:.0f} ms of processor time each")
 
 

@@ -35,7 +35,9 @@ class Server:
     """
 
     def __init__(self, folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> None:
-        self.log, self.family, port = log, Family(), free_port()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = int(free.getsockname()[1])
+        self.log, self.family = log, Family()
         self.url = f"http://127.0.0.1:{port}"
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -95,10 +97,3 @@ def command(folder: Path, dtype: str, device: str, port: int, context: int | Non
     # offset" when it puts off the rest of a prompt whose request has a seed.
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(context or 0, BATCHED_TOKENS))]
     return [*arguments, "--enforce-eager", "--max-num-seqs", "128", *whole]
-
-
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

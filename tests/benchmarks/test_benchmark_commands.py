@@ -87,7 +87,7 @@ def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
     assert code == 1 and said.startswith("python -m benchmarks.speed.methods: ") and str(tmp_path / "out") in said
 
 
-@pytest.mark.parametrize("name", sorted(MODULES - WORKERS - {"benchmarks.embedded_policy"}))
+@pytest.mark.parametrize("name", sorted(MODULES - WORKERS))
 def test_every_command_has_a_parser_of_its_name(name, capsys):
     """As its usage says, which is what was typed."""
     if name.startswith("benchmarks.study."):

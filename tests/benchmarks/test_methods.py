@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.speed import methods, run_methods
-from benchmarks.training import tensor_bytes
+from benchmarks.training import build_adapter, tensor_bytes
+from benchmarks.workloads import Workload
 
 GIB = 2**30
 
@@ -26,7 +27,7 @@ def test_bytes_are_those_of_storages_each_once():
 
 
 def test_methods_differ_in_the_budget_and_the_start_weights_alone():
-    adapters = {name: run_methods.build_adapter(name, 4, 8) for name in methods.METHODS}
+    adapters = {name: build_adapter(Workload("", rank=4, alpha=8), name) for name in methods.METHODS}
     assert {name: adapter.planning.budget.share for name, adapter in adapters.items()} == {"lora": 0, "hybrid": 0.1, "fft": 1}
     assert [name for name, adapter in adapters.items() if not adapter.keep_start_weights] == ["fft"]
     assert {(adapter.planning.lora.rank, adapter.planning.lora.alpha) for adapter in adapters.values()} == {(4, 8)}

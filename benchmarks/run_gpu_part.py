@@ -54,8 +54,7 @@ class Clock(Gate):
     """Lets steps through, and notes their seconds, and how many graphs are compiled after each; prints both for the log."""
 
     def __init__(self, cuda: bool, steps: int) -> None:
-        self.cuda, self.steps = cuda, steps
-        self.seconds, self.graphs = list[float](), list[int]()
+        self.cuda, self.steps, self.seconds, self.graphs = cuda, steps, list[float](), list[int]()
 
     def ready(self, *_: Any, **__: Any) -> None:
         """There is no parent that waits for it."""
@@ -304,7 +303,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     path, device = Path(request["out"]), request["device"]
     written = json.loads(path.read_text())
-    written["card"] = torch.cuda.get_device_name() if device == "cuda" else "a CPU with tiny sizes, whose numbers say nothing"
+    written["found"]["card"] = torch.cuda.get_device_name() if device == "cuda" else "a CPU: numbers say nothing"
     for found in globals()[request["part"]](Day(Path(request["folder"]), device)):
         written["found"] |= found
         write(written, path)

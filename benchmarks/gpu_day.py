@@ -175,12 +175,12 @@ def download(folder: Path, python: str) -> None:
 
 
 def needed(python: str) -> list[str]:
-    """All packages, but for torch and what only torch needs: those of the machine with the GPU stay."""
+    """All packages, but for torch and what it brings: those of the machine with the GPU stay."""
     found: dict[str, str] = {}
     asked = ["hybrid-lightning[quantization]", "trl"]
     for text in asked:  # which grows meanwhile
         wanted = Requirement(text)
-        if re.match("torch$|triton|nvidia|cuda", wanted.name):
+        if re.match("(torch|setuptools)$|triton|nvidia|cuda", wanted.name):
             continue
         found[wanted.name.lower().replace("_", "-")] = f"{wanted.name}=={version(wanted.name)}"
         for more in map(Requirement, requires(wanted.name) or ()):

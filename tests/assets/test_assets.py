@@ -5,14 +5,7 @@ import torch
 from tiny_models import engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from benchmarks.embedded_policy import (
-    CHARACTERS,
-    CorpusSource,
-    build_model,
-    build_tokenizer,
-    corpus_line,
-    pretrain_on,
-)
+from benchmarks.embedded_policy import CHARACTERS, CorpusSource, build_model, build_tokenizer, corpus_line, pretrain_on
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.data.arithmetic import FACTORS, worked_answer
@@ -120,15 +113,14 @@ def test_rows_are_the_lines_of_the_corpus():
 
 
 def test_pretraining_is_reproducible_and_learns():
-    tokenizer, ends = build_tokenizer(), []
+    tokenizer, corpus, ends = build_tokenizer(), CorpusSource(24, seed=5), []
     for _ in range(2):
         torch.manual_seed(5)
-        new, corpus = build_model(tokenizer), CorpusSource(24, seed=5)
-        ends.append(pretrain_on(new, tokenizer, corpus, seed=5, steps=3, batch_size=8, lr=1e-3))
+        ends.append(pretrain_on(build_model(tokenizer), tokenizer, corpus, seed=5, steps=3, batch_size=8, lr=1e-3))
     first, second = ends
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     torch.manual_seed(5)
-    start = build_model(build_tokenizer())
+    start = build_model(tokenizer)
     # Every weight learns, those that no adapter would reach included.
     assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
 

@@ -4,15 +4,11 @@ import json
 import os
 
 import pytest
-import torch
 
 from benchmarks import gpu_day
 
 pytest.importorskip("bitsandbytes", reason="one part takes a step on a base in 4 bits")
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there it is to be run as it is"),
-    pytest.mark.usefixtures("forked"),
-]
+pytestmark = pytest.mark.usefixtures("forked")
 BAD = """import os, signal, sys, time
 from benchmarks import run_gpu_part as parts
 def part(day):
@@ -38,30 +34,28 @@ def test_it_is_rehearsed_from_beginning_to_end(tmp_path):
     code, results, page = day(tmp_path, *gpu_day.PARTS)
     assert code == 0, page
     assert results.keys() == gpu_day.PARTS.keys() and all(f"## {name}" in page for name in results)
-    left_out = {name: result["state"] for name, result in results.items() if result["state"] != "done"}
-    assert left_out.items() <= dict.fromkeys(("vllm", "trl_vllm"), "left out: vllm is not installed").items()
+    assert {result["state"] for result in results.values()} <= {"done", "left out: vllm is not installed"}
     found = {name: result["found"] for name, result in results.items()}
     assert all(found[name]["finite weights"] for name in ("lora", "hybrid", "uncompiled", "float16", "nf4"))
-    assert all(value.startswith("equal bits: True") for value in found["resume"].values()) and len(found["resume"]) == 4
+    assert [value[:16] for name, value in found["resume"].items() if "deterministic=" in name] == ["equal bits: True"] * 4
     assert found["gspo"]["cpu, val/avg@8 after 2 steps"] > 0 and len(found["trl"]["seconds of the steps"]) == 4
     assert len(found["lora"]["seconds of the steps but the last"]) == 4 and found["scoring"]["fully trained"]
     off = {name: value for name, value in found["passes"].items() if " off " in name}
     assert len(off) == 6 and off["products of 8 rows off in torch.float32"] < 1e-6
     assert all(1e-4 < error < 0.01 for name, errors in off.items() if name.startswith("attention") for error in errors)
-    for moment in ("generating", "updating"):
-        planned, measured = found["memory"][f"LoRA, {moment}: GiB planned, measured"]
-        assert 0 < measured < 2 * planned < 4 * measured
-    assert found["graphs"]["graphs"] == "a CPU has none" and len(found["kernels"]) == 15
+    planned, measured = found["memory"]["LoRA, updating: GiB planned, measured"]
+    assert 0 < measured < 2 * planned < 4 * measured
+    assert found["graphs"]["graphs"] == "a CPU has none" and len(found["kernels"]) == 16
 
 
 def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day, "WORKER", ("-c", BAD))
-    monkeypatch.setattr(gpu_day, "PART_LIMIT_S", 6.0)
+    monkeypatch.setattr(gpu_day, "PART_LIMIT_S", 10.0)
     monkeypatch.setitem(gpu_day.NEEDS, "nf4", ["nowhere"])
     monkeypatch.setenv("DAY", str(os.getpid()))
     wanted = {
         "lora": "FAILED: ended with 1",
-        "graphs": "FAILED: killed at its limit of 6 s",
+        "graphs": "FAILED: killed at its limit of 10 s",
         "memory": "FAILED: died of SIGSEGV",
         "nf4": "left out: nowhere is not installed",
         "resume": "done",
@@ -72,8 +66,8 @@ def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begin
         state in page for state in wanted.values()
     )
     assert [result["found"] for name, result in results.items() if name != "nf4"] == [FIRST] * 4
-    assert "no kernel image is available" in results["lora"]["log"][-1]
-    assert "in part" in str(results["graphs"]["log"]) and "in part" in str(results["memory"]["log"]), "it says where it was"
+    said = [str(results[name]["log"]) for name in ("lora", "graphs", "memory")]
+    assert "no kernel image is available" in said[0] and all("in part" in text for text in said), "it says where it was"
     # Stopped in the middle; then the same command goes on with what is missing, and writes over nothing.
     code, stopped, _ = day(tmp_path, "resume", "scoring", "float16")
     assert code == 1 and stopped["resume"] == results["resume"] and "float16" not in stopped

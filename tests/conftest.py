@@ -97,6 +97,19 @@ def make_model() -> Callable[..., PreTrainedModel]:
     return build_model
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs what torch's compiler would get as it is, without machine code; gives the names of functions as they are traced."""
+    from hybrid_lightning.engine import compiling
+
+    names: list[str] = []
+    make = compiling._compile
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    monkeypatch.setattr(compiling, "_compile", lambda *given: names.append(given[0].__name__) or make(*given))
+    monkeypatch.setattr(compiling, "CODES", {})
+    return names
+
+
 @pytest.fixture(params=["kernels", "torch"])
 def with_and_without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with the CPU kernels and by torch alone."""

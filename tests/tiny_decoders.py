@@ -72,9 +72,9 @@ def build(family, targets=ALL, **settings):
     return fused(model)
 
 
-def fused(model):
+def fused(model, backend=None):
     """The engine of a model whose layers it fuses."""
-    engine = Engine(model)
+    engine = Engine(model, backend)
     use_fused_modules(model, engine.backend)
     return engine
 

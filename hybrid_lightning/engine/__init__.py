@@ -11,7 +11,7 @@ from hybrid_lightning.configurable import public_names
 if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
-    from hybrid_lightning.engine.compiling import one_kernel
+    from hybrid_lightning.engine.compiling import OneKernel
     from hybrid_lightning.engine.decoding import decoding_of, packed_decoding
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
@@ -33,6 +33,7 @@ __all__ = [
     "AttentionCalls",
     "Backend",
     "Engine",
+    "OneKernel",
     "PackedSequences",
     "PlannedBackend",
     "SegmentDecoding",
@@ -46,7 +47,6 @@ __all__ = [
     "has_operators",
     "logprobs_of_hidden",
     "memory_of",
-    "one_kernel",
     "own_hidden",
     "packed_decoding",
     "token_logprobs",
@@ -61,7 +61,7 @@ __getattr__ = public_names(
     {
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
-        "compiling": ("one_kernel",),
+        "compiling": ("OneKernel",),
         "decoding": ("decoding_of", "packed_decoding"),
         "segment_decoding": ("SegmentDecoding",),
         "shared_decoding": ("SharedPromptDecoding",),

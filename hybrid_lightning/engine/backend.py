@@ -10,7 +10,7 @@ product functions here use torch's products.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -36,9 +36,6 @@ class Backend:
 
     def __init__(self) -> None:
         self._in_pass = False
-        # How the last decoder layer was computed: whether each of its parts was compiled; none where by its own forward pass.
-        self.layer_parts: tuple[bool, ...] = ()
-        self.recomputed_parts: tuple[bool, ...] | None = None  # those of a layer that is recomputed; None where none is
 
     @contextmanager
     def in_pass(self, value: bool = True) -> Iterator[None]:
@@ -50,24 +47,8 @@ class Backend:
             self._in_pass = before
 
     def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The `context_fn` of `torch.utils.checkpoint` with which a decoder layer is recomputed as it was computed."""
-        parts: list[tuple[bool, ...]] = []
-        return self._noting(parts), self._recomputing(parts, self._in_pass)
-
-    @contextmanager
-    def _noting(self, parts: list[tuple[bool, ...]]) -> Iterator[None]:
-        self.layer_parts = ()
-        yield
-        parts.append(self.layer_parts)
-
-    @contextmanager
-    def _recomputing(self, parts: list[tuple[bool, ...]], in_pass: bool) -> Iterator[None]:
-        before, self.recomputed_parts = self.recomputed_parts, parts[0]
-        try:
-            with self.in_pass(in_pass):
-                yield
-        finally:
-            self.recomputed_parts = before
+        """The `context_fn` of `torch.utils.checkpoint` with which a layer is recomputed as it was computed."""
+        return nullcontext(), self.in_pass(self._in_pass)
 
     def usable(self, *tensors: Tensor) -> bool:
         """Whether there are operators for these tensors."""

@@ -1,26 +1,26 @@
-"""What torch compiles for accelerators: bodies of layers (`decoder_layers.py`, `trained_layers.py`), and what lies around them.
+"""What torch compiles for accelerators: bodies of layers (`decoder_layers.py`), and what lies around them.
 
 Uncompiled, a norm takes six kernels and a rotation five, each of which reads and writes all of its numbers; compiled, one. The
-functions take tensors and numbers alone and have no gradient of their own: they are the forward and backward passes of autograd
-functions, so that both are compiled, and what is computed again is compiled alike. Each is an operator of torch, so that the plan
-of a run, which has tensors without data, and torch's profiler see one kernel, too.
+functions take tensors and numbers alone and have no gradient of their own.
+
+It is not `torch.compile` that makes the code, but what that calls in the end: `torch.compile` looks at every call whether all is
+as it was, which takes longer than a decoding step has for a layer, and makes code again for what it did not expect. Here each
+kind of arguments has its code, made once, for all numbers of rows.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, wraps
-from typing import Any
+import time
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 logger = logging.getLogger(__name__)
-
-# A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
-# process may sample from several models.
-_MOST_VARIANTS = 64
 
 _HALF = (torch.bfloat16, torch.float16)
 # An error may be this many times that of the ordinary computation, since roundings fall otherwise. Seen: 0.7 to 1.1 times it.
@@ -28,7 +28,7 @@ _TIMES = 2
 # Beside that: what sums in another order may change in float32, where the ordinary computation may have no error at all.
 _FLOOR = 1e-4
 
-_ACCELERATORS = {"cuda": "CUDA", "xpu": "XPU"}  # devices that torch's compiler writes Triton kernels for -> their dispatch keys
+_ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton kernels for
 _WITH_BFLOAT16 = (8, 0)  # compute capability
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 
@@ -52,22 +52,120 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> 
     return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
 
-@contextmanager
-def variants_allowed() -> Iterator[None]:
-    """Within this context torch compiles as many variants of a function as a model can have, where it would stop at 8."""
-    with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
-        yield
+class CompilingError(Exception):
+    """Why torch made no code of a function."""
 
 
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call."""
+Axes = dict[int, str]  # axes of a tensor whose sizes change from call to call -> names; equal names have equal sizes
+
+_SIZES = (509, 1021, *(prime for prime in range(11, 100) if all(prime % other for other in range(2, prime))))
+CODES: dict[Hashable, "Code"] = {}  # all that was compiled in this process
+
+
+class Code(NamedTuple):
+    """Machine code of a function for one kind of arguments."""
+
+    run: Callable[..., Any]  # takes a size of each name, in the order in which they first occur, and all tensors
+    fits: Callable[..., bool]  # whether it is right for these sizes
+
+
+def compiled(
+    function: Callable[..., Any], arguments: Sequence[Any], axes: Callable[[int, Tensor], Axes], kind: Hashable = None
+) -> Code:
+    """Code of a function without a gradient, made at the first call for a kind of arguments, under the current autocast.
+
+    Who calls the code answers for it that tensors are of the same kind, and that it fits their sizes.
+
+    Args:
+        function: Of tensors and numbers, which may be in tuples.
+        arguments: Tensors with sizes that change are contiguous.
+        axes: Gives the axes of a tensor, of this number among all, whose sizes change.
+        kind: What tells kinds of arguments apart; None for all that can.
+
+    Raises:
+        CompilingError: If that fails, for whatever reason, from a missing compiler to a full disk.
+    """
+    key = (function, kind)
+    if kind is not None and key in CODES:
+        return CODES[key]
+    leaves, tree = tree_flatten(tuple(arguments))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    changing = [axes(number, part) for number, part in enumerate(tensors)]
+    device = tensors[0].device
+    if kind is None:
+        found = [str(tree), device, autocast_dtype(device), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]]
+        for part, some in zip(tensors, changing, strict=True):
+            found.append((part.dtype, [some.get(axis, size) for axis, size in enumerate(part.shape)], some or part.stride()))
+        key = (function, str(found))
+    if key not in CODES:
+        begin = time.perf_counter()
+        try:
+            CODES[key] = _compile(function, leaves, tree, changing)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise CompilingError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        name, seconds = function.__name__.lstrip("_").removeprefix("plain_"), time.perf_counter() - begin
+        logger.info("torch compiled %s for %s in %.1f s", name, device.type, seconds)
+    return CODES[key]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
+    import torch._inductor
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config
+    from torch.fx.experimental.proxy_tensor import make_fx
 
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    several: list[bool] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(places, tensors, strict=True))
+        results = function(*tree_unflatten([given.get(place, leaf) for place, leaf in enumerate(leaves)], tree))
+        several.append(isinstance(results, tuple))
+        return results if several[-1] else (results,)  # type: ignore[no-any-return]
+
+    # Each name gets a size of its own, by which torch knows it, whatever the sizes of the first call are.
+    sizes = dict(zip(dict.fromkeys(name for some in axes for name in some.values()), _SIZES, strict=False))
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
     # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
     # that a resumed run goes on with the same numbers.
     wanted = ("emulate_precision_casts", "deterministic")
-    return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [_example(mode, leaves[place], some, sizes) for place, some in zip(places, axes, strict=True)]
+        known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
+        symbols = [known[name] for name in sizes]  # inputs as well: torch's cache keeps what it takes for granted about these
+        with enable_python_dispatcher(), mode:
+            graph = make_fx(lambda *given: flat(*given[len(sizes) :]), _allow_non_fake_inputs=True)(*symbols, *inputs)
+        run = torch._inductor.compile(
+            graph, [*symbols, *inputs], options={name: True for name in wanted if hasattr(config, name)}
+        )
+    run = getattr(run, "_torchdynamo_orig_callable", run)
+
+    @cache
+    def fits(*given: int) -> bool:
+        values = {symbol.node.expr: size for symbol, size in zip(symbols, given, strict=True)}  # type: ignore[attr-defined]
+        return min(given) > 1 and all(bool(guard.expr.subs(values)) for guard in shapes.guards)
+
+    return Code(run if several[0] else lambda *given: run(*given)[0], fits)
+
+
+def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
+    """A tensor of the same kind without data; where sizes change it has symbols."""
+    if not axes:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    shape = [sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(tensor.shape)]
+    kinds = [DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
+    with FakeTensorMode():
+        like = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
 def give_up_compiling(what: str, error: Exception | str) -> str:
@@ -80,10 +178,9 @@ def give_up_compiling(what: str, error: Exception | str) -> str:
     Returns:
         The reason, in words for the user.
     """
-    said = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     remedy = "set TORCH_COMPILE_DISABLE=1 to be without the attempt and this warning"
-    logger.warning("%s without torch.compile, which takes longer, since that gave %s; %s", what, said, remedy)
-    return f"torch.compile gave {said}"
+    logger.warning("%s without torch.compile, which takes longer, since that gave %s; %s", what, error, remedy)
+    return f"torch.compile gave {error}"
 
 
 def higher_precision(rows: Tensor) -> torch.dtype | None:
@@ -124,41 +221,60 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float(((found.to(wanted) - wanted) / size.clamp(min=1e-30)).pow(2).mean().sqrt())
 
 
-def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A function that is compiled for accelerators, as the operator `hybrid_lightning::<name>` of torch.
+class OneKernel:
+    """A function that is compiled for accelerators, once for all sizes that change.
+
+    For tensors without data, as those of a run's plan, it is the operator `hybrid_lightning::<name>` of torch: one kernel. Where
+    the compiler fails it goes on uncompiled, and says so once.
 
     Args:
+        axes: Names the axes of each tensor, such as `rows n, n`; sizes of those named `_` do not change.
         plain: A function of tensors and numbers without a gradient, whose arguments and results are annotated.
         otherwise: What is called where nothing is compiled, such as a form with fewer passes over memory; None for `plain`.
-
-    Returns:
-        The function. Where the compiler fails it goes on uncompiled, and says so once.
     """
-    instead = plain if otherwise is None else otherwise
-    failed: list[str] = []
-    name = plain.__name__.lstrip("_").removeprefix("plain_")
 
-    def call(first: Tensor, *rest: Any) -> Any:
-        if failed or not compiling_pays(first.device):
-            return instead(first, *rest)
+    def __init__(self, axes: str, plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> None:
+        self.plain, self.otherwise = plain, otherwise or plain
+        names = [part.split() for part in axes.split(",")]
+        self._named = [{axis: name for axis, name in enumerate(part) if name != "_"} for part in names]
+        self._static = [[axis for axis, name in enumerate(part) if name == "_"] for part in names]
+        places = {name: (number, axis) for number, part in reversed([*enumerate(self._named)]) for axis, name in part.items()}
+        self._places = [places[name] for name in dict.fromkeys(name for part in self._named for name in part.values())]
+        self._failed = False
+        self._name = plain.__name__.lstrip("_").removeprefix("plain_")
+        _OPERATORS.define(self._name + torch.library.infer_schema(plain, mutates_args=()))
+        torch.library.register_fake(f"hybrid_lightning::{self._name}", plain, lib=_OPERATORS)
+        self._operator = getattr(torch.ops.hybrid_lightning, self._name).default
+
+    def __call__(self, first: Tensor, *rest: Any) -> Any:
+        """The function's results."""
+        given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
+        return self.like(*given)(*given)
+
+    def like(self, first: Tensor, *rest: Any) -> Callable[..., Any]:
+        """The function for contiguous tensors of the same sizes and dtypes, under the same autocast, and the same numbers."""
+        if isinstance(first, FakeTensor):
+            return self._operator  # type: ignore[no-any-return]
+        if self._failed or not compiling_pays(first.device):
+            return self.otherwise
+        given = (first, *rest)
+        tensors = [part for part in given if isinstance(part, Tensor)]
+        static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]
+        kind = (first.device, autocast_dtype(first.device), *map(_kind, given), *static)
         try:
-            with variants_allowed():
-                return compiled(plain)(first, *rest)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-            failed.append(give_up_compiling(f"{name} is computed", error))
-            return instead(first, *rest)
+            code = compiled(self.plain, given, lambda number, _: self._named[number], kind)
+        except CompilingError as error:
+            self._failed = True
+            give_up_compiling(f"{self._name} is computed", error)
+            return self.otherwise
+        sizes = [tensors[number].shape[axis] for number, axis in self._places]
+        if not code.fits(*sizes):
+            return self.otherwise
+        places = [place for place, part in enumerate(given) if isinstance(part, Tensor)]
+        if len(places) == len(given):
+            return partial(code.run, *sizes)
+        return lambda *again: code.run(*sizes, *(again[place] for place in places))
 
-    _OPERATORS.define(name + torch.library.infer_schema(plain, mutates_args=()))
-    for key in _ACCELERATORS.values():
-        _OPERATORS.impl(name, call, key)
-    torch.library.register_fake(f"hybrid_lightning::{name}", plain, lib=_OPERATORS)
-    operator = getattr(torch.ops.hybrid_lightning, name).default
 
-    @wraps(plain)
-    def choose(first: Tensor, *rest: Any) -> Any:
-        by_operator = isinstance(first, FakeTensor) or first.device.type in _ACCELERATORS
-        return operator(first, *rest) if by_operator else call(first, *rest)
-
-    return choose
+def _kind(argument: Any) -> Any:
+    return argument.dtype if isinstance(argument, Tensor) else argument

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiling_pays, give_up_compiling, variants_allowed
+from hybrid_lightning.engine.compiling import CompilingError, compiling_pays, give_up_compiling
 from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers
 from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.passes import base_model
@@ -64,20 +64,17 @@ class FastDecoder:
         name = type(decoder).__name__
 
         def compiled_or_plain(known: KnownLayer) -> _PlainLayer | CompiledLayer:
-            whole = compiled_layers([known])
+            whole = compiled_layers([known], layers)
             if whole is None:
                 self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
             return _PlainLayer(known) if whole is None else whole[0]
 
         if compiling_pays(next(decoder.parameters()).device):
-            logger.info("torch.compile compiles the layers of %s for sampling, once", name)
+            logger.info("torch compiles the layers of %s for sampling, once", name)
             failure: Exception | str
             try:
-                with variants_allowed():
-                    failure = why_layers_differ(decoder, layers, backend, dtype, compiled_or_plain)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+                failure = why_layers_differ(decoder, layers, backend, dtype, compiled_or_plain)
+            except CompilingError as error:
                 failure = error
             if not failure:
                 self._make = _compiled_pass
@@ -109,9 +106,9 @@ class FastDecoder:
 
         def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
             if self._make is _compiled_pass:
-                try:  # it may be compiled again long after the trial, as for inference mode
+                try:
                     return compiled(ids, positions, packing)
-                except torch._dynamo.exc.TorchDynamoException as error:
+                except CompilingError as error:  # for a kind of numbers that the trial had not
                     self._make = _plain_pass
                     self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
             return plain(ids, positions, packing)  # the packing gets again what it got before the error
@@ -149,7 +146,7 @@ def _plain_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pas
 
 
 def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
-    plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers), adapters_of(layers)
+    plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers, layers), adapters_of(layers)
     if whole is None:
         return plain
     compiled = _pass(decoder, layers, whole, backend)
@@ -157,8 +154,7 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         if any(adapter.disable_adapters for adapter in adapters):
             return plain(ids, positions, packing)
-        with variants_allowed():
-            return compiled(ids, positions, packing)
+        return compiled(ids, positions, packing)
 
     return hidden_states
 

@@ -6,20 +6,21 @@ gathers weights, which are whole already wherever layers are computed in this wa
 
 For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
 of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
-tensors alone, so that all layers and rollouts share what was compiled for the first layer. A layer with other kinds of
-projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
+tensors alone, and each projection is a product with LoRA, if only one of zeros, so that all layers of a model share what was
+compiled for the first: those with LoRA of whatever rank and those that are fully trained.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
@@ -27,12 +28,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiled
+from hybrid_lightning.engine.compiling import Axes, Code, compiled
 from hybrid_lightning.engine.fused_attention import plain_rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
+from hybrid_lightning.engine.fused_lora import FusedLora
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+_RANK = {"lora_a": 0, "lora_b": 1}  # axes of these that are as long as the rank
+_FEWEST = 2  # rank of LoRA that is compiled
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # known layers -> their attention
     LlamaDecoderLayer: LlamaAttention,
     MistralDecoderLayer: MistralAttention,
@@ -118,11 +122,9 @@ def known_layer(layer: Any, backend: Backend, settings: AttentionSettings | None
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer in transformers, also if FSDP1 has wrapped it, or FSDP2 or we have put a class before it."""
+    """The class of a layer in transformers, also if FSDP1 has wrapped it, or FSDP2 has put a class before it."""
     layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
-    kind = type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
-    found: type[nn.Module] = vars(kind).get("own_class", kind)  # not that of a class above it
-    return found
+    return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
 
 
 def _check_unwatched(*modules: nn.Module) -> None:
@@ -156,24 +158,6 @@ class AfterAttention(NamedTuple):
     gate: ProductFactors
     up: ProductFactors
     down: ProductFactors
-
-
-def parts_of(
-    layer: KnownLayer, factors_of: Callable[[nn.Module], ProductFactors | None]
-) -> tuple[BeforeAttention, AfterAttention] | None:
-    """What is computed of a layer before and after its attention; None if a projection is of another kind.
-
-    Args:
-        layer: The layer.
-        factors_of: Gives the factors of a projection; None for other kinds, such as a quantized one.
-    """
-    factors = [found for module in projections(layer) if (found := factors_of(module)) is not None]
-    if len(factors) < len(projections(layer)):
-        return None
-    query, key, value, output, gate, up, down = factors
-    head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
-    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
-    return before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down)
 
 
 def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: BeforeAttention) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,22 +198,91 @@ class CompiledLayer:
     """A layer by `before_attention` and `after_attention`, while weights do not change."""
 
     def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
-        self.before, self.after = before, after
+        self._heads, self._output = _Body(before_attention, before), _Body(after_attention, after)
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """See `before_attention`."""
-        return call_compiled(before_attention, (hidden, *angles), self.before)
+        found: tuple[Tensor, Tensor, Tensor] = self._heads(hidden, *angles)
+        return found
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `after_attention`."""
-        result: Tensor = call_compiled(after_attention, (hidden, attended.contiguous()), self.after)
+        result: Tensor = self._output(hidden, attended)
         return result
 
 
-def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
-    """The layers, to be compiled; None if one has a projection of another kind, such as a quantized one."""
-    parts = [found for layer in layers if (found := parts_of(layer, product_factors)) is not None]
-    return [CompiledLayer(*both) for both in parts] if len(parts) == len(layers) else None
+class _Body:
+    """A function of rows and of a layer's weights, by code that is looked up once."""
+
+    def __init__(self, function: Callable[..., Any], layer: NamedTuple) -> None:
+        self.function, self.layer = function, layer
+        self.weights = [part for part in tree_leaves(layer) if isinstance(part, Tensor)]
+        self.axes: list[Axes] = []  # of each of these
+        self.ranks: list[int] = []
+        for part in tree_leaves(layer, is_leaf=_is_product):
+            rank = f"rank {len(self.ranks)}"
+            own = part._asdict() if _is_product(part) else {"": part}
+            self.axes += [{_RANK[name]: rank} if name in _RANK else {} for name, leaf in own.items() if isinstance(leaf, Tensor)]
+            if "lora_a" in own and part.lora_a is not None:
+                self.ranks.append(len(part.lora_a))
+        self.code: Code | None = None
+
+    def __call__(self, *rows: Tensor) -> Any:
+        if len(rows[0]) < 2 or isinstance(rows[0], FakeTensor):
+            return self.function(*rows, self.layer)
+        if self.code is None:
+            axes = [*({0: "rows"} for _ in rows), *self.axes]
+            self.code = compiled(self.function, (*rows, self.layer), lambda number, _: axes[number])
+        if not self.code.fits(len(rows[0]), *self.ranks):
+            return self.function(*rows, self.layer)
+        return self.code.run(len(rows[0]), *self.ranks, *rows, *self.weights)
+
+
+def _is_product(part: Any) -> bool:
+    return isinstance(part, ProductFactors)
+
+
+def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> list[CompiledLayer] | None:
+    """Layers, to be compiled; None if one has a projection of another kind, such as a quantized one.
+
+    Args:
+        layers: Some or all layers of a model.
+        all_layers: All of them: where one has LoRA, the others have LoRA of zeros, with which they give the same numbers.
+    """
+    adapted = [
+        any(isinstance(module, FusedLora) for module in places) for places in zip(*map(projections, all_layers), strict=True)
+    ]
+    zeros: dict[Any, Tensor] = {}
+    parts = []
+    for layer in layers:
+        factors = [product_factors(module) for module in projections(layer)]
+        found = [part if not some else _of_any_rank(part, zeros) for part, some in zip(factors, adapted, strict=True) if part]
+        if len(found) < len(factors):
+            return None
+        query, key, value, output, gate, up, down = found
+        head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
+        before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
+        parts.append(CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down)))
+    return parts
+
+
+def _of_any_rank(factors: ProductFactors, zeros: dict[Any, Tensor]) -> ProductFactors:
+    """The same with LoRA of rank 2 at least, since torch compiles sizes 0 and 1 apart from others.
+
+    Args:
+        factors: Those of a product.
+        zeros: Are kept here, for layers of the same sizes.
+    """
+    rows, columns = factors.weight.shape
+    if factors.lora_a is None or factors.lora_b is None:
+        like = factors.weight
+        for shape in ((_FEWEST, columns), (rows, _FEWEST)):
+            if (shape, like.dtype) not in zeros:
+                zeros[shape, like.dtype] = like.new_zeros(shape)
+        return factors._replace(lora_a=zeros[(_FEWEST, columns), like.dtype], lora_b=zeros[(rows, _FEWEST), like.dtype])
+    missing = max(0, _FEWEST - len(factors.lora_a))
+    padded = F.pad(factors.lora_a, (0, 0, 0, missing)), F.pad(factors.lora_b, (0, missing))
+    return factors._replace(lora_a=padded[0], lora_b=padded[1]) if missing else factors
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
@@ -245,12 +298,3 @@ def projections(layer: KnownLayer) -> list[nn.Module]:
 
 def _norm(norm: FusedRMSNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.variance_epsilon)
-
-
-def call_compiled(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
-    """Call one of the functions above, compiled, with tensors [N, ...] and a layer's weights."""
-    if len(rows[0]) < 2:  # torch compiles sizes 0 and 1 separately, which does not pay for one last row
-        return function(*rows, layer)
-    for part in rows:
-        torch._dynamo.mark_dynamic(part, 0)
-    return compiled(function)(*rows, layer)

@@ -23,7 +23,6 @@ from transformers.models.llama import modeling_llama
 from hybrid_lightning.engine.attention import AttentionSettings, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import register_packed
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import one_kernel
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_layers import drawn, is_watched, small_linear
 from hybrid_lightning.engine.fused_lora import PutBefore, made_like, put_before, replace_modules
@@ -209,7 +208,7 @@ def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
         return None
     if backend.usable_in_layers(q, k, cos, sin):
         return kernels.rotary
-    return None if backend.is_cpu(q.device) else _rotated_halves
+    return None if backend.is_cpu(q.device) else rotated_halves
 
 
 def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
@@ -236,9 +235,6 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """What `rotary` computes by transformers' function."""
     query, key = modeling_llama.apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
     return query[0].transpose(0, 1), key[0].transpose(0, 1)
-
-
-_rotated_halves = one_kernel(rotated_halves)
 
 
 class _Rotary(torch.autograd.Function):

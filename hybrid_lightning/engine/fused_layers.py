@@ -19,7 +19,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import one_kernel
+from hybrid_lightning.engine.compiling import OneKernel
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradients, lora_product, made_like, replace_modules
 
@@ -62,7 +62,7 @@ class FusedMLP(LlamaMLP):
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
         """The input of the down projection, without a gradient: silu(gate) up, [..., m]. It may overwrite `gate`."""
         product = _product_of(gate, up, self.backend)
-        return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu else product(gate, up)
+        return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu_of_rows else product(gate, up)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -164,7 +164,8 @@ class _RMSNorm(torch.autograd.Function):
         same = _in_dtype_of(x, weight)
         if ctx.backend.usable(gradient, x, same):
             return kernels.rms_norm_backward(gradient, x, same, inverse), None, None, None
-        return _norm_gradient(gradient, x, weight, inverse), None, None, None
+        found = _norm_gradient(_rows(gradient), _rows(x), weight, _rows(inverse))
+        return found.view_as(x), None, None, None
 
 
 def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: T
     return result.to(x.dtype)
 
 
-_norm_gradient = one_kernel(_plain_norm_gradient)
+_norm_gradient = OneKernel("rows n, rows n, n, rows _", _plain_norm_gradient)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,15 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
-    return plain_norm(x, weight, eps) if backend.is_cpu(x.device) else _accelerated_norm(x, weight, eps)
+    if backend.is_cpu(x.device):
+        return plain_norm(x, weight, eps)
+    result, inverse = _accelerated_norm(_rows(x), weight, eps)
+    return result.view_as(x), inverse.view(*x.shape[:-1], 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] -> [N, n], of which accelerators need one kernel for all numbers of axes."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -201,7 +210,7 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
-_accelerated_norm = one_kernel(plain_norm, otherwise=_uncompiled_norm)
+_accelerated_norm = OneKernel("rows n, n", plain_norm, otherwise=_uncompiled_norm)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -215,30 +224,36 @@ def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor,
     """What computes silu(gate) up of these tensors, now and when it is computed again."""
     if backend.usable_in_layers(gate, up):
         return kernels.gated_silu
-    return _plain_product_of_silu if backend.is_cpu(gate.device) else _product_of_silu
+    return _plain_product_of_silu if backend.is_cpu(gate.device) else _product_of_silu_of_rows
+
+
+def _product_of_silu_of_rows(gate: Tensor, up: Tensor) -> Tensor:
+    result: Tensor = _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
+    return result
 
 
 def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-_product_of_silu = one_kernel(_plain_product_of_silu)
+_product_of_silu = OneKernel("rows _, rows _", _plain_product_of_silu)
 
 
 def _plain_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
 
 
-_silu_gradients = one_kernel(_plain_silu_gradients)
+_silu_gradients = OneKernel("rows _, rows _, rows _", _plain_silu_gradients)
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up [..., m], from that of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
-    plain = backend.is_cpu(gate.device)
-    gradients: tuple[Tensor, Tensor] = (_plain_silu_gradients if plain else _silu_gradients)(outer, gate, up)
-    return gradients
+    if backend.is_cpu(gate.device):
+        return _plain_silu_gradients(outer, gate, up)
+    of_gate, of_up = _silu_gradients(_rows(outer), _rows(gate), _rows(up))
+    return of_gate.view_as(gate), of_up.view_as(up)
 
 
 class _GatedSiLU(torch.autograd.Function):

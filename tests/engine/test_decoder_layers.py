@@ -5,7 +5,6 @@ import torch
 from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_decoders import ALL, SOME, build, has_pass, sampled
 from tiny_runs import build_data, fit, write_model, write_sums
-from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -36,9 +35,7 @@ def as_on_an_accelerator(monkeypatch):
     # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
     # beyond its tensors where they have 512.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
-    compiling.compiled.cache_clear()
-    yield
-    compiling.compiled.cache_clear()
+    monkeypatch.setattr(compiling, "CODES", {})
 
 
 def maker_of(engine):
@@ -48,12 +45,12 @@ def maker_of(engine):
 
 def rollouts(engine, tokenizer, dtype):
     """Tokens and log-probabilities, and how many functions were compiled for them."""
-    before = counters["stats"]["unique_graphs"]
+    before = len(compiling.CODES)
     half = {"dtype": torch.bfloat16, "enabled": dtype is not None}
     with torch.no_grad(), torch.autocast("cpu", **half), engine.sampling(dtype):
         tokens, logprobs = sampled(engine, tokenizer, passes := [])
     assert len(passes) > 5 and all(passes)
-    return tokens, logprobs, counters["stats"]["unique_graphs"] - before
+    return tokens, logprobs, len(compiling.CODES) - before
 
 
 @needs_compiler
@@ -64,11 +61,10 @@ def rollouts(engine, tokenizer, dtype):
         ("llama", ALL, None, {}, 2),
         ("qwen3", SOME, torch.bfloat16, {}, 3),  # one more for the layer whose frozen projection has another dtype
         ("qwen2", ALL, torch.bfloat16, {}, 2),
-        ("mistral", SOME, None, {"layers_to_transform": [1]}, 4),  # a variant each for the layer without LoRA
+        ("mistral", SOME, None, {"layers_to_transform": [1], "rank_pattern": {"k_proj": 1, "up_proj": 5}}, 2),
     ],
 )
 def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, tokenizer, monkeypatch):
-    torch._dynamo.reset()
     engine = build(family, targets, **settings)
     tokens, logprobs, graphs = rollouts(engine, tokenizer, dtype)
     assert maker_of(engine) is decoders._compiled_pass
@@ -81,9 +77,9 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
     assert_same_sums(logprobs, expected, additions_of(engine.model, 22), LOGITS)
 
 
-@needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_a_policy_samples_by_them(tmp_path, monkeypatch):
+def test_a_policy_samples_by_them_and_validation_compiles_nothing_more(tmp_path, monkeypatch, traced):
+    """Once to calibrate the model as it is, and once with its adapter."""
     passes, original = [], decoders._pass
 
     def spied(decoder, known, parts, backend):
@@ -94,10 +90,10 @@ def test_a_policy_samples_by_them(tmp_path, monkeypatch):
     sums = write_sums(tmp_path / "sums.jsonl")
     policy = fit(write_model(tmp_path / "model"), sums, tmp_path / "runs", max_steps=2)
     assert policy.trainer.callback_metrics["sampling/logp_difference/max"] < 1e-4
-    assert (layers.CompiledLayer, False) in passes
+    assert (layers.CompiledLayer, False) in passes and traced == 2 * ["before_attention", "after_attention"]
     passes.clear()
     policy.trainer.validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)
-    assert set(passes) == {(layers.CompiledLayer, True)}, "in inference mode"
+    assert set(passes) == {(layers.CompiledLayer, True)} and len(traced) == 4, "in inference mode"
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -105,10 +101,10 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
     """Memory that ran out is not taken for a compiler at fault."""
     errors = [torch.OutOfMemoryError(), RuntimeError("no working compiler found")]
 
-    def fails(*arguments, **options):
+    def fails(*arguments):
         raise errors.pop(0)
 
-    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(compiling, "_compile", fails)
     with pytest.raises(torch.OutOfMemoryError):
         has_pass(build("llama"))
     engine = build("llama")
@@ -117,43 +113,40 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
     assert engine._fast.why_not_compiled == "torch.compile gave RuntimeError: no working compiler found"
 
 
-@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
 def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkeypatch, caplog, tokenizer):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    engine, original, calls = build("llama"), layers.call_compiled, []
+    engine, original, calls = build("llama"), layers._Body.__call__, []
 
     def fails(*arguments):
         calls.append(1)
         if len(calls) == 11:  # the third pass, before the attention of its second layer
-            raise torch._dynamo.exc.InternalTorchDynamoError("no space left")
+            raise compiling.CompilingError("OSError: no space left")
         return original(*arguments)
 
     with torch.no_grad():
         with engine.sampling():
             expected = sampled(engine, tokenizer, [])
-        monkeypatch.setattr(layers, "call_compiled", fails)
+        monkeypatch.setattr(layers._Body, "__call__", fails)
         with engine.sampling():
             found = sampled(engine, tokenizer, [])
     assert torch.equal(found[0], expected[0])
     assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
-    assert len(calls) == 11 and caplog.text.count("InternalTorchDynamoError: no space left") == 1
+    assert len(calls) == 11 and caplog.text.count("OSError: no space left") == 1
     assert maker_of(engine) is decoders._plain_pass, "from then on"
 
 
-@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
 def test_compiled_layers_that_give_other_numbers_are_not_used(monkeypatch, caplog):
     original = layers.CompiledLayer.output
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(layers.CompiledLayer, "output", lambda *parts: original(*parts) * 1.001)
     assert maker_of(build("llama")) is decoders._plain_pass
     assert "without torch.compile" in caplog.text and "other numbers" in caplog.text
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_disabled_adapter_is_left_out(compiled, request, monkeypatch, tokenizer):
-    if compiled:
-        request.getfixturevalue("as_on_an_accelerator")
-        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+def test_a_disabled_adapter_is_left_out(compiled, request, tokenizer):
+    for fixture in ("as_on_an_accelerator", "traced") if compiled else ():
+        request.getfixturevalue(fixture)
     engine = build("llama", SOME)
     with engine.model.disable_adapter():
         expected = sampled(engine, tokenizer, [])
@@ -165,20 +158,18 @@ def test_a_disabled_adapter_is_left_out(compiled, request, monkeypatch, tokenize
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("nothing is to be compiled"))
+def test_layers_that_are_no_plain_products_are_called(tokenizer, traced):
     engine = build("llama", use_dora=True)
     with torch.no_grad():
         expected = sampled(engine, tokenizer, [])
         with engine.sampling():
             found = sampled(engine, tokenizer, [])
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[0], expected[0]) and not traced
     assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
 
 
-@pytest.mark.usefixtures("as_on_an_accelerator")
-def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch, tokenizer):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
+def test_a_fully_trained_copy_that_somebody_watches_is_called(tokenizer):
     engine, calls = build("llama", SOME), []
     copy = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
     copy.register_forward_hook(lambda *_: calls.append(1))

@@ -30,9 +30,7 @@ def way(request, monkeypatch):
     if request.param != "cpu":
         monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
     if request.param == "traced":
-        compiling.compiled.cache_clear()
-        traced = compiling.cache(lambda function: torch.compile(function, fullgraph=True, backend="aot_eager"))
-        monkeypatch.setattr(decoder_layers, "compiled", traced)
+        request.getfixturevalue("traced")
         monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
     return request.param
 

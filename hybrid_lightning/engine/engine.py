@@ -31,7 +31,7 @@ from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
-from hybrid_lightning.engine.trained_layers import use_fused_decoder_layers, why_not_trained_compiled
+from hybrid_lightning.engine.segment_decoding import Graphs
 from hybrid_lightning.types import Sequences
 
 # Each pass that can be fast, and what runs in its place where it is not.
@@ -51,7 +51,7 @@ _OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
-    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs, attention and decoder layers.
+    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs and attention.
 
     Args:
         model: Changed in place.
@@ -60,7 +60,6 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
     use_fused_attention(model, backend)
-    use_fused_decoder_layers(model, backend)
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,15 @@ class Engine:
     Args:
         model: Adapted or not.
         backend: The backend of its fused layers; None makes one, for a model without fused layers.
+
+    Attributes:
+        graphs: Whether decoding steps may be replayed from CUDA graphs.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
         self.model = model
         self.backend = backend or Backend()
+        self.graphs = Graphs()
         self._trial: _Trial | None = None
         self._fast = FastDecoder()
         self._pass: Pass | None = None
@@ -95,7 +98,7 @@ class Engine:
         engine = Engine(adapted, self.backend)
         if is_copy:
             return engine
-        engine._trial, engine._fast = self._trial, self._fast
+        engine._trial, engine._fast, engine.graphs = self._trial, self._fast, self.graphs
         engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
         engine._former = self._former
         return engine
@@ -175,8 +178,7 @@ class Engine:
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
             if not reasons["fast decoding"]:
-                why = why_not_compiled(device, trial.dtype) or self._fast.why_not_compiled or why_not_trained_compiled()
-                reasons["compiled layers"] = why
+                reasons["compiled layers"] = why_not_compiled(device, trial.dtype) or self._fast.why_not_compiled
         return reasons
 
     def description(self) -> str:

@@ -1,7 +1,7 @@
 """`SegmentDecoding`: decoding on accelerators whose kernels attend by segments (see `segments.py`). It copies no keys.
 
 A prompt's keys and values lie as its pass made them, [tokens, K, D] of all prompts one behind the other. Those of completions lie
-in a buffer of full length, [B, T, K, D], in which a row stays where it is as long as it runs: when other rows end, only the list
+in a buffer of full length, [B T, K, D], in which a row stays where it is as long as it runs: when other rows end, only the list
 of slots gets shorter. A step attends in two parts, put together by their log-sum-exps: all rows of a prompt at once to the
 prompt's keys, and each row to as many of its own as there are. The R query heads of a key-value head go as R queries, so that a
 part reads each key once.
@@ -12,6 +12,7 @@ rows are given up, and no step waits for the device.
 Axes are those of `attention.py`: B rows of which some still run, T tokens of the longest completion.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -19,20 +20,26 @@ from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.decoding_base import PackedDecoding
-from hybrid_lightning.engine.segments import Segments, attend, joined
+from hybrid_lightning.engine.segments import Attended, Segments, attending, joining
+
+logger = logging.getLogger(__name__)
+
+_TRIED_STEPS = 3  # that are replayed from a graph beside steps as they are
+_Part = Callable[[Tensor, Tensor, Tensor], Attended]
 
 
 class SegmentDecoding(PackedDecoding):
     """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys; see `PackedDecoding`."""
 
-    graphs = False  # whether steps are replayed from a CUDA graph, one for each number of rows
+    graphs: "Graphs | None" = None  # whether steps are replayed from a CUDA graph, one for each number of rows
     samples = 1
 
     slots: Tensor  # [R], the place of each row that runs among all rows
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
-    _segments: dict[int, tuple[Segments, Segments]]  # by the queries of a row
+    _parts: dict[int, tuple[_Part, _Part]]  # by layers: attention to the prompts' keys and to the rows' own
+    _joined: dict[torch.Size, Callable[..., tuple[Tensor, Tensor]]]  # by sizes of queries: puts the two together
     _tokens: Tensor | None  # [R], that a graph of these rows reads
     _graph: "StepGraph | None"
 
@@ -45,15 +52,31 @@ class SegmentDecoding(PackedDecoding):
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoding`. With `graphs` the result lies where that of the next step will be written."""
-        if not self.graphs:
+        graphs = self.graphs
+        if graphs is None or graphs.why_not:
             return self._step(tokens)
         if self._graph is None:
             # The first step after rows were given up runs as it is, so that whatever is made or compiled once is there.
             if self._tokens is None:
                 self._tokens = tokens.clone()
                 return self._step(tokens)
-            self._graph = StepGraph(self._step, self._tokens)
-        return self._graph.replay(tokens)
+            try:
+                self._graph = StepGraph(self._step, self._tokens)
+            except RuntimeError as error:  # of many kinds, such as memory that ran out, or a kernel that cannot be recorded
+                graphs.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                return self._step(tokens)
+        return self._graph.replay(tokens) if graphs.passed else self._tried(graphs, self._graph, tokens)
+
+    def _tried(self, graphs: "Graphs", graph: "StepGraph", tokens: Tensor) -> Tensor:
+        """A step that is replayed, and taken again as it is, which has to give the same."""
+        known = [self.places, self.used, self.positions]
+        before = [part.clone() for part in known]
+        replayed = graph.replay(tokens).clone()
+        for part, value in zip(known, before, strict=True):
+            part.copy_(value)
+        plain = self._step(tokens)
+        graphs.compare(replayed, plain)
+        return plain
 
     def _step(self, tokens: Tensor) -> Tensor:
         self.places += 1
@@ -78,7 +101,7 @@ class SegmentDecoding(PackedDecoding):
         firsts = torch.arange(len(self.lengths) + 1, device=slots.device) * self.samples
         self.first_rows = torch.searchsorted(slots, firsts).int()
         self.own_begins = torch.cat([slots, slots[-1:] + 1]).mul_(self.max_new_tokens).int()
-        self._segments = {}
+        self._parts, self._joined = {}, {}
         self._tokens = self._graph = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -86,29 +109,29 @@ class SegmentDecoding(PackedDecoding):
         if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries
             query = query.to(torch.get_autocast_dtype(query.device.type))
         rows, heads, size = query.shape
-        keys, values = self._room(layer)
-        for cache, new in ((keys, key), (values, value)):
-            cache.flatten(0, 1).index_copy_(0, self.places, new.to(cache.dtype))
         repeats = heads // key.shape[1]
         grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
-        shared, own = self._of(repeats)
-        result, _ = joined(
-            attend(grouped, *self.prompt[layer], shared, settings),
-            attend(grouped, keys.flatten(0, 1), values.flatten(0, 1), own, settings, self.used),
-        )
+        if layer not in self._parts:
+            self._make_room(layer)
+            self._parts[layer] = self._attending(grouped, repeats, settings)
+        keys, values = self.own[layer]
+        keys.index_copy_(0, self.places, key.to(keys.dtype))
+        values.index_copy_(0, self.places, value.to(values.dtype))
+        shared, own = self._parts[layer]
+        both = (shared(grouped, *self.prompt[layer]), own(grouped, keys, values))
+        if grouped.shape not in self._joined:
+            self._joined[grouped.shape] = joining(*both)
+        result, _ = self._joined[grouped.shape](*both[0], *both[1])
         return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
 
-    def _of(self, repeats: int) -> tuple[Segments, Segments]:
-        """The segments of a step's two parts, where each row has R queries; the same for all layers and steps."""
-        if repeats not in self._segments:
-            begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
-            prompts = self.layout.layout.prompts
-            most = self.samples * repeats
-            self._segments[repeats] = (
-                Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False),
-                Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False),
-            )
-        return self._segments[repeats]
+    def _attending(self, grouped: Tensor, repeats: int, settings: AttentionSettings) -> tuple[_Part, _Part]:
+        """The two parts of a layer's attention, of queries like these, R for each row, until rows are given up."""
+        begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
+        prompts = self.layout.layout.prompts
+        most = self.samples * repeats
+        shared = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
+        own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
+        return attending(grouped, shared, settings), attending(grouped, own, settings, self.used)
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """See `PackedDecoding`."""
@@ -118,13 +141,40 @@ class SegmentDecoding(PackedDecoding):
         tokens = self.layout.prompt_tokens  # and not those that only fill up
         self.prompt[layer] = (key[:tokens].to(dtype).contiguous(), value[:tokens].to(dtype).contiguous())
 
-    def _room(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _make_room(self, layer: int) -> None:
         """Keys and values of completions, with room for all tokens."""
         if layer not in self.own:
-            rows = len(self.lengths) * self.samples
-            keys, values = (part.new_empty(rows, self.max_new_tokens, *part.shape[1:]) for part in self.prompt[layer])
+            places = len(self.lengths) * self.samples * self.max_new_tokens
+            keys, values = (part.new_empty(places, *part.shape[1:]) for part in self.prompt[layer])
             self.own[layer] = (keys, values)
-        return self.own[layer]
+
+
+class Graphs:
+    """Whether steps of a model may be replayed from CUDA graphs: the first few have to give what plain steps give, to the bit.
+
+    Attributes:
+        why_not: Why they may not, in words for the user; empty where they may, or where nothing was tried yet.
+        passed: Whether enough steps were tried.
+    """
+
+    def __init__(self) -> None:
+        self.why_not, self.passed = "", False
+        self._alike = 0
+
+    def compare(self, replayed: Tensor, plain: Tensor) -> None:
+        """Learn from the logits of a step, [R, V]."""
+        if not torch.equal(replayed, plain):
+            self.give_up("a replayed step gave other logits than the step itself")
+            return
+        self._alike += 1
+        self.passed = self._alike >= _TRIED_STEPS
+        if self.passed:
+            logger.info("tokens are sampled by CUDA graphs: %d replayed steps gave what the steps themselves give", self._alike)
+
+    def give_up(self, reason: str) -> None:
+        """Let steps be launched kernel by kernel from now on, and say why."""
+        self.why_not = reason
+        logger.warning("tokens are sampled without CUDA graphs, which takes longer where there are few rows, since %s", reason)
 
 
 class StepGraph:

@@ -13,7 +13,7 @@ the same.
 Axes are those of `attention.py`, with N queries and M keys in all segments together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.compiling import one_kernel
+from hybrid_lightning.engine.compiling import OneKernel
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,18 @@ def joined(first: Attended, second: Attended) -> Attended:
     return Attended(*_joined(*first, *second))
 
 
+def joining(first: Attended, second: Attended) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same as a function of both results and sums, for many calls with tensors like these."""
+    return _joined.like(*first, *second)
+
+
 def _plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.logaddexp(one_sum, other_sum)
     weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
     return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
 
 
-_joined = one_kernel(_plain_joined)
+_joined = OneKernel("rows h _, h rows, rows h _, h rows", _plain_joined)
 
 
 def attend(
@@ -70,15 +75,20 @@ def attend(
         settings: What the layer asks for; its window counts within causal segments alone.
         used: Keys of each segment that are looked at, the first ones, [n] int32; None for all.
     """
-    result, sums = torch.ops.aten._flash_attention_forward(
-        query=query.contiguous(),
-        key=key.contiguous(),
-        value=value.contiguous(),
-        return_debug_mask=False,
-        seqused_k=used,
-        **_asked(query, segments, settings),
-    )[:2]
-    return Attended(result, sums)
+    return attending(query, segments, settings, used)(query.contiguous(), key.contiguous(), value.contiguous())
+
+
+def attending(
+    query: Tensor, segments: Segments, settings: AttentionSettings, used: Tensor | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Attended]:
+    """`attend` as a function of contiguous queries, keys and values alone, for many calls; queries are of this size."""
+    asked = {**_asked(query, segments, settings), "return_debug_mask": False, "seqused_k": used}
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Attended:
+        result, sums = torch.ops.aten._flash_attention_forward(query=query, key=key, value=value, **asked)[:2]
+        return Attended(result, sums)
+
+    return call
 
 
 def attend_backward(

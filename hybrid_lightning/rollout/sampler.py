@@ -11,14 +11,14 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import SegmentDecoding, decoding_of, one_kernel
+from hybrid_lightning.engine import OneKernel, SegmentDecoding, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
@@ -44,8 +44,10 @@ class Sampler(RolloutEngine):
         top_k: As in `RolloutEngine`.
         stop: As in `RolloutEngine`.
         min_p: As in `RolloutEngine`.
-        cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it. It needs
-            a GPU whose kernels attend by segments. No GPU has run it yet, so that it is off.
+        cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
+            spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
+            `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
+            the screen which it is; `true` refuses to go on otherwise.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -62,7 +64,7 @@ class Sampler(RolloutEngine):
         top_k: int = 0,
         stop: Sequence[str] = (),
         min_p: float = 0.0,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
         self.cuda_graphs = cuda_graphs
@@ -132,10 +134,12 @@ class _Decoder:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
         """
         decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
-        if self.sampler.cuda_graphs:
-            if not isinstance(decoding, SegmentDecoding):
-                raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
-            decoding.graphs = True
+        graphs = self.engine.graphs
+        if isinstance(decoding, SegmentDecoding):
+            wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
+            decoding.graphs = graphs if wanted else None
+        elif self.sampler.cuda_graphs is True:
+            raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
@@ -162,6 +166,8 @@ class _Decoder:
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
             logits = decoding.step(token)
+        if graphs.why_not and self.sampler.cuda_graphs is True:
+            raise ConfigError(f"sampler.cuda_graphs=true: {graphs.why_not}; remove it")
         finished = torch.ones(batch, dtype=torch.bool, device=self.device)
         finished[rows[running]] = False
         longest = int(lengths.max())
@@ -199,6 +205,10 @@ class _Decoder:
         if self.stop_criteria is not None:
             ended = ended | self.stop_criteria(completion, None).to(ended.device)
         return ended
+
+
+def _replays(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class _Running:
@@ -330,7 +340,7 @@ def _plain_block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return highest.squeeze(2), (scaled - highest.clamp(min=lowest)).exp().sum(dim=2)
 
 
-_block_sums = one_kernel(_plain_block_sums)
+_block_sums = OneKernel("rows _ _", _plain_block_sums)
 
 
 def _whole(values: Tensor) -> Tensor:

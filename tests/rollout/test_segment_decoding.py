@@ -1,17 +1,31 @@
 """Decoding as on an accelerator, run on a CPU: the same completions as `SharedPromptDecoding`, and no wait for the device."""
 
 import math
+import sys
+from collections import Counter
 from contextlib import nullcontext
+from functools import partialmethod
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_decoders import OfAccelerator
+from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine import Backend, Engine, SharedPromptDecoding, decoding_of, segment_decoding, use_fused_modules
+from hybrid_lightning.engine import (
+    Backend,
+    Engine,
+    SharedPromptDecoding,
+    compiling,
+    decoder,
+    decoding_of,
+    segment_decoding,
+    use_fused_modules,
+)
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.errors import ConfigError
@@ -153,6 +167,32 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
     assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03
 
 
+def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
+    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
+    monkeypatch.setattr(decoder, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
+    engine = fused(build_adapted("qwen3").model, OfAccelerator())
+    ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
+
+    def count(frame, event, argument):
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(ours):
+            calls[event] += 1
+
+    monkeypatch.setattr(Sampler, "sample", partialmethod(Sampler.sample, on_token=lambda *_: seen.append(Counter(calls))))
+    with engine.sampling():
+        sample(engine, tokenizer, 4)  # compiles
+        seen.clear()
+        sys.setprofile(count)
+        try:
+            sample(engine, tokenizer, 12)
+        finally:
+            sys.setprofile(None)
+    assert traced.count("before_attention") == traced.count("after_attention") == 1
+    tokens = [after - before for before, after in pairwise(seen)]
+    assert min(token["call"] for token in tokens) <= 80 and min(token["c_call"] for token in tokens) <= 110, "two layers"
+
+
 class _Graph:
     """In place of a CUDA graph: replays by calling the step again, into the same tensors."""
 
@@ -177,7 +217,32 @@ def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
     plain, replayed = (sample(engine, tokenizer, 40, stop=["7"], cuda_graphs=on) for on in (False, True))
     assert torch.equal(plain.sequences.completion_ids, replayed.sequences.completion_ids)
     assert torch.allclose(plain.sampling_logprobs, replayed.sampling_logprobs, atol=1e-5, rtol=0)
-    assert 1 < _Graph.made <= 16
+    assert 1 < _Graph.made <= 16 and engine.graphs.passed
+
+
+def test_graphs_are_given_up_where_they_give_other_numbers_or_cannot_be_made(tokenizer, monkeypatch, caplog):
+    """`auto`, as it is on a GPU: the completions are those of plain steps, and it is said once."""
+
+    class Wrong(_Graph):
+        def replay(self, tokens):
+            return super().replay(tokens) * 1.001
+
+    def fails(step, tokens):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for made, reason in ((Wrong, "a replayed step gave other logits"), (fails, "RuntimeError: operation not permitted")):
+        engine = Engine(build_model("llama"), OfAccelerator())
+        plain = sample(engine, tokenizer, stop=["7"])
+        assert not engine.graphs.why_not, "auto makes none on a CPU"
+        monkeypatch.setattr(segment_decoding, "StepGraph", made)
+        monkeypatch.setattr(sampling, "_replays", lambda device: True)
+        caplog.clear()
+        found = [sample(engine, tokenizer, stop=["7"]) for _ in range(2)]
+        assert all(torch.equal(part.sequences.completion_ids, plain.sequences.completion_ids) for part in found)
+        assert caplog.text.count("sampled without CUDA graphs") == 1 and reason in engine.graphs.why_not
+        with pytest.raises(ConfigError, match=f"sampler.cuda_graphs=true: {reason}"):
+            sample(engine, tokenizer, cuda_graphs=True)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from unittest import mock
@@ -27,14 +27,19 @@ from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candi
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.engine.backend import PlannedBackend
+from hybrid_lightning.engine.decoder import _compiled_pass
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
-from hybrid_lightning.rollout.sampler import draw_by_integers
+from hybrid_lightning.rollout import Sampler, sampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import Stops
+from hybrid_lightning.types import Prompt
 
 Counter = fake_gpu.counter()
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
+TOKENS = 8  # that are looked at
 CONFIG = Qwen3Config(  # of Qwen3-0.6B
     vocab_size=151936,
     hidden_size=1024,
@@ -73,21 +78,59 @@ def of_all_layers(count, share=0):
     }
 
 
-def decoding(fake):
-    """The last token of all completions, and its draw."""
+class EnoughError(Exception):
+    """So many tokens were sampled as are looked at."""
+
+
+class Event:
+    """In place of the event that the sampler records now and then."""
+
+    def __init__(self, device):
+        self.record = self.synchronize = lambda: None
+
+
+def sampling(fake, seen):
+    """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = _sequences(PROMPTS, 1, PROMPT, 1)
+    fake.engine._fast._make = _compiled_pass
     made = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
     made.lengths = fake.fake(made.lengths)
-    count = PROMPTS * SAMPLES
-    with torch.no_grad(), fake.engine.sampling(torch.bfloat16):
-        with fake.computing(), fake.autocast():
-            made.prepack_projection()
-            made.prefill(SAMPLES)
-            made.step(made.lengths.new_zeros(count))
-        with counting(fake) as counts:
-            logits = made.step(made.lengths.new_zeros(count))
-            draw_by_integers(logits, torch.rand(count, 1, dtype=torch.float64, device="cuda"), 1.0)
+    ids, mask = fake.fake(rows.prompt_ids), fake.fake(rows.prompt_mask)
+    prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
+    draws = PromptDraws(prompts, SAMPLES, 0)
+    patches = {"decoding_of": lambda *_: made, "_EVERY": TOKENS - 2}
+    with (
+        mock.patch.multiple(sampler, **patches),
+        mock.patch.object(torch, "Event", Event),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
+        torch.no_grad(),
+        fake.engine.sampling(torch.bfloat16),
+        fake.computing(),
+        fake.autocast(),
+    ):
+        made.prepack_projection()
+        loop = sampler._Decoder(
+            Sampler(COMPLETION, cuda_graphs=False), fake.engine, build_tokenizer(), Stops((2,), None), draws, False
+        )
+        with Counter() as counter:
+
+            def look(alive, token):
+                seen.append(replace(counter.counts, syncs=[*counter.counts.syncs], atomics=[*counter.counts.atomics]))
+                if token == TOKENS:
+                    raise EnoughError
+
+            with suppress(EnoughError):
+                loop.run(ids, mask, SAMPLES, look)
+
+
+def decoding(fake):
+    """One of the tokens behind the first, and what all of them wait for."""
+    seen = []
+    sampling(fake, seen)
+    first, second, last = seen[1], seen[2], seen[-1]
+    counts = replace(second, kernels=second.kernels - first.kernels, bytes=second.bytes - first.bytes)
+    counts.syncs, counts.atomics = last.syncs[len(seen[0].syncs) :], last.atomics[len(seen[0].atomics) :]
     return counts
 
 

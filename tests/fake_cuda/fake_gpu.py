@@ -114,8 +114,12 @@ def counter():
         """Between the memories of host and device, for which the host waits: `to host`, `from host`, or nothing."""
         if name == "copy_":
             ends = args[1].device.type, args[0].device.type
+            if (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)) and "cpu" in ends:
+                return ""  # which is to or from pinned memory
         elif name == "_to_copy":
             ends = args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
+            if kwargs.get("non_blocking", False):
+                return ""
         else:
             return ""
         return {("cuda", "cpu"): "to host", ("cpu", "cuda"): "from host"}.get(ends, "")

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by p
 
 from fake_gpu import why_not
 
+LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -37,22 +38,23 @@ def test_mistakes_that_are_planted_are_found(counts):
     assert planted["stray"] not in ("", *waits) and planted["nothing"] == ""
 
 
-def test_a_token_waits_for_nothing_and_adds_in_one_order(counts):
+def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(counts):
     found = counts["decoding"]
     assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
-    assert found["kernels of a layer"] <= 40, "before its body is compiled"
+    assert found["kernels of a layer"] <= 75, "before its two bodies are compiled"
+    assert found["kernels"] - LAYERS * found["kernels of a layer"] <= 80, "the output layer and the draw, and what the loop keeps"
 
 
 def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts):
-    """At most 1.3 times as many bytes, with LoRA on all modules and with all trained fully."""
+    """At most 1.35 times as many bytes, with what the bodies of layers move until they are compiled."""
     for kind, ideal in counts["ideal"].items():
-        assert 1 < counts[kind]["bytes"] / ideal < 1.3, kind
+        assert 1 < counts[kind]["bytes"] / ideal < 1.35, kind
 
 
 @pytest.mark.parametrize(
     ("passes", "syncs", "kernels", "size"),
     [
-        ("update", [], 160, 230e9),
+        ("update", [], 165, 230e9),
         ("scoring", ["1 to host"], 135, 240e9),  # once a module, beside once a loss, which is looked at
         ("sketches", ["2 from host"], 195, 245e9),  # a module's two test matrices, which are the same on all kinds of devices
     ],

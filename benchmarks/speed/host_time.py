@@ -1,0 +1,131 @@
+"""What the host does for a token as on a GPU, measured on a CPU, and what is compiled: `python -m benchmarks.speed.host_time`.
+
+A narrow model with as many layers as Qwen3-0.6B runs by the passes of accelerators. Kernels of attention are left out; bodies of
+layers are compiled for the CPU, whose code calls kernels about as code for a GPU does, and computes them, too.
+"""
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()
+
+import argparse
+import logging
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.commands import check_at_least, command, entry
+from benchmarks.tables import table
+from hybrid_lightning.adapters import LoraSettings, apply_plan, find_candidates
+from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
+from hybrid_lightning.engine import AttentionCalls, Engine, PlannedBackend, compiling, decoding_of, token_logprobs
+from hybrid_lightning.engine import decoder as decoders
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.types import Sequences
+
+CONFIG = Qwen3Config(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=28,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+)
+PROMPTS, SAMPLES, LENGTH = 2, 4, 16
+NOTHING = torch.empty(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command("speed.host_time", __doc__)
+    parser.add_argument("--steps", type=int, default=200, help="tokens of each row")
+    return parser
+
+
+def no_attention(*, query: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+    """What FlashAttention's forward kernel gives, without its numbers."""
+    return torch.zeros_like(query), torch.zeros(query.shape[1], len(query)), NOTHING, NOTHING, NOTHING
+
+
+def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+    """What its backward kernel gives, likewise."""
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+def build(share: float) -> Engine:
+    """The engine of a model with LoRA, of which a share of the modules is trained fully."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(CONFIG).requires_grad_(False).eval()
+    plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
+    backend = PlannedBackend(on_cpu=False)
+    engine = Engine(apply_plan(model, plan, False, None, backend), backend)
+    engine.assume_packing(torch.bfloat16)
+    layers = CONFIG.num_hidden_layers
+    engine.assume_calls(AttentionCalls([AttentionSettings()] * layers, [True] * layers))
+    engine._fast = decoders.FastDecoder()  # its trial has an attention of its own
+    return engine
+
+
+def measure(share: float, steps: int) -> tuple[float, float, int, float, int]:
+    """Microseconds a layer and token, the least and the median; functions compiled before the first update is over, their
+    seconds, and functions compiled after that, in validation and for other lengths.
+    """
+    compiling.CODES.clear()
+    engine, begin = build(share), time.perf_counter()
+    ids, mask = torch.randint(3, 500, (PROMPTS, LENGTH)), torch.ones(PROMPTS, LENGTH, dtype=torch.bool)
+    times = sample(engine, ids, mask, steps)
+    update(engine, LENGTH)
+    first, seconds = len(compiling.CODES), time.perf_counter() - begin - sum(times)
+    with torch.inference_mode():
+        sample(engine, ids[:1], mask[:1], 4)
+    update(engine, 2 * LENGTH - 3)
+    each = sorted(1e6 * passed / CONFIG.num_hidden_layers for passed in times)
+    return each[0], each[len(each) // 2], first, seconds, len(compiling.CODES) - first
+
+
+def sample(engine: Engine, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> list[float]:
+    """Processor seconds of each decoding step of all rows, after some that are left out."""
+    times, tokens = [], torch.full((len(ids) * SAMPLES,), 7)
+    with torch.no_grad(), engine.sampling(torch.float32):
+        decoding = decoding_of(engine, ids, mask, steps)
+        decoding.prefill(SAMPLES)
+        for _ in range(steps):
+            begin = time.process_time()
+            decoding.step(tokens)
+            times.append(time.process_time() - begin)
+    return times[min(5, steps - 1) :]
+
+
+def update(engine: Engine, length: int) -> None:
+    """Forward and backward pass of all completions."""
+    rows = PROMPTS * SAMPLES
+    ids, mask = torch.randint(3, 500, (rows, length)), torch.ones(rows, length, dtype=torch.bool)
+    token_logprobs(engine, Sequences(ids, mask, ids, mask), 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_at_least(arguments, 1, "steps")
+    torch.set_num_threads(1)
+    logging.getLogger("hybrid_lightning").setLevel(logging.WARNING)
+    rows = []
+    with (
+        mock.patch.object(compiling, "_ACCELERATORS", ("cpu",)),
+        mock.patch.object(torch.ops.aten, "_flash_attention_forward", no_attention),
+        mock.patch.object(torch.ops.aten, "_flash_attention_backward", no_gradients),
+        mock.patch.object(PlannedBackend, "why_no_segments", lambda *_: ""),
+    ):
+        for name, share in (("LoRA", 0.0), ("hybrid of 10%", 0.1)):
+            least, median, first, seconds, later = measure(share, arguments.steps)
+            rows.append([name, f"{least:.0f}", f"{median:.0f}", str(first), f"{seconds:.0f}", str(later)])
+    print(table(["adapter", "µs a layer and token, least", "median", "functions compiled", "in s", "and later"], rows))
+
+
+main = entry(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,6 +79,11 @@ class Refusal(SystemExit):
         self.part, self.name, self.names = part, name, names
 
 
+def _unchecked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `dump` and `save`, by which nothing is checked; Lightning still uses the former name of one."""
+    return {"skip_unset" if name == "skip_none" else name: value for name, value in options.items()} | {"skip_validation": True}
+
+
 class Parser(LightningArgumentParser):
     """Refuses abbreviated options, and reports every error in one line.
 
@@ -116,6 +121,14 @@ class Parser(LightningArgumentParser):
             if not self.exit_on_error:
                 raise
             self.error(self._placed(refusal))
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        """Make a text of a config, which was checked as it was parsed; jsonargparse would check all of its parts once more."""
+        return super().dump(*args, **_unchecked(kwargs))
+
+    def save(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a config, as `dump`."""
+        super().save(*args, **_unchecked(kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with 2."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from torchmetrics import MeanMetric
 
+from hybrid_lightning.adapters import Random
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.rollout import Sampler
@@ -26,7 +27,7 @@ POLICY = {
     "sampler": Sampler(12),
     "max_tokens_per_micro_batch": 24,
 }
-ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2, "max_steps": 4}
+ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "adapter": {"scorer": Random()}, "accumulate_grad_batches": 2}
 
 
 class FSDP1OnTheHost(FSDP1Strategy):

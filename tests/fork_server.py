@@ -151,6 +151,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], folder: str, st
     name, *arguments = command
     code = 0
     try:
+        subprocess.Popen = Forked  # for what it starts, by the same server
+        forkserver._forkserver.ensure_running = lambda: None
         if name in ("-m", "-c"):
             sys.path.insert(0, folder)
             sys.argv = [name, *arguments[1:]]
@@ -158,8 +160,6 @@ def _run(command: Sequence[str], environment: Mapping[str, str], folder: str, st
         else:
             sys.path.insert(0, str(Path(name).parent))
             sys.argv = [name, *arguments]
-            subprocess.Popen = Forked  # for what the file starts, by the same server
-            forkserver._forkserver.ensure_running = lambda: None
             runpy.run_path(name, run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

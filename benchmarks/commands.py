@@ -38,9 +38,7 @@ class BenchmarkError(Exception):
 
 def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with those of the common options that have a default here."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0], allow_abbrev=False)
     parser.set_defaults(prog=parser.prog)
     for option, default in defaults.items():
         parser.add_argument(f"--{option}", default=default, **_OPTIONS[option])

@@ -16,11 +16,11 @@ from functools import partial
 from tempfile import TemporaryDirectory
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.training import quiet_trainer
 from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.data.arithmetic import FACTORS, hashed_split, worked_answer
 from hybrid_lightning.policy.examples import SupervisedModule
@@ -58,12 +58,10 @@ def build_model(
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=positions,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
 
@@ -94,11 +92,8 @@ class CorpusSource(PromptSource):
     def read(self) -> Splits:
         """All of them to train on."""
         rng = random.Random(self.seed)
-        lines = [corpus_line(rng) for _ in range(self.lines)]
-        rows = [
-            Row(question, index=n, source="corpus", columns={"completion": answer}) for n, (question, answer) in enumerate(lines)
-        ]
-        return Splits(train=rows)
+        lines = enumerate(corpus_line(rng) for _ in range(self.lines))
+        return Splits([Row(asked, index=n, source="corpus", columns={"completion": told}) for n, (asked, told) in lines])
 
 
 class Pretraining(SupervisedModule):
@@ -148,17 +143,7 @@ def pretrain_on(
             schedule=CosineSchedule(warmup_steps=100),
             seed=seed,
         )
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-            default_root_dir=folder,
-        )
+        trainer = quiet_trainer(folder, max_steps=steps, gradient_clip_val=1.0, enable_progress_bar=progress)
         trainer.fit(module, datamodule=PromptDataModule(corpus, DemonstrationFormat()))
     assert isinstance(module.model, PreTrainedModel)
     return module.model.eval()

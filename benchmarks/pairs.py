@@ -57,15 +57,11 @@ class Worker:
         self.side, self.workload, self.log = side, workload, plan.logs / f"{workload.name}_{side}.log"
         tried = plan.overrides if side == "trl" else {}
         settings = Settings(workload, folder, plan.device, plan.threads, plan.pairs + 1, plan.seed, side, tried)
+        variables = {**environment(plan.threads), "HF_HUB_OFFLINE": "1"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *plan.workers[side], settings.as_argument()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**environment(plan.threads), "HF_HUB_OFFLINE": "1"},
-            )
+            streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            started = [sys.executable, *plan.workers[side], settings.as_argument()]
+            self.process = subprocess.Popen(started, env=variables, **streams)
         self.facts = self._answer()
 
     def step(self) -> dict[str, Any]:
@@ -102,13 +98,8 @@ class Worker:
 def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
     """Write models and prompts of the workloads, in a process of its own; returns their folders."""
     folders = [folder / workload.name for workload in workloads]
-    request = {
-        "workloads": [asdict(workload) for workload in workloads],
-        "folders": [str(path) for path in folders],
-        "rollouts": plan.pairs + 1,
-        "seed": plan.seed,
-        "threads": plan.threads,
-    }
+    given = {"workloads": list(map(asdict, workloads)), "folders": list(map(str, folders))}
+    request = {**given, "rollouts": plan.pairs + 1, "seed": plan.seed, "threads": plan.threads}
     run_logged(["-m", "benchmarks.prepare", json.dumps(request)], plan.logs / "prepare.log", environment(plan.threads))
     return folders
 

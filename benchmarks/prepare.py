@@ -89,15 +89,8 @@ def token_probabilities(
     torch.manual_seed(seed)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in prompts])
     generate: Any = model.generate
-    generated = generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        top_k=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    how = {"do_sample": True, "top_k": 0, "output_logits": True, "return_dict_in_generate": True}
+    generated = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **how)
     return torch.stack([logits.float().softmax(dim=-1) for logits in generated.logits], dim=1)
 
 

@@ -41,11 +41,10 @@ class Family:
         found: dict[int, tuple[list[str], dict[str, str]]] = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                entries, command = (
-                    (path / name).read_bytes().decode(errors="replace").split("\0") for name in ("environ", "cmdline")
-                )
+                texts = [(path / name).read_bytes().decode(errors="replace") for name in ("environ", "cmdline")]
             except OSError:  # has ended meanwhile, or is another user's
                 continue
+            entries, command = (text.split("\0") for text in texts)
             environment = dict(entry.partition("=")[::2] for entry in entries)
             if environment.get(_MARK) == self.mark and command != [""]:  # that of a zombie is empty
                 found[int(path.name)] = (command, environment)

@@ -147,15 +147,10 @@ def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trai
 def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback], checkpoint: Any = None, **flags: Any) -> Trainer:
     """Train until the parent wants no more steps."""
     workload = settings.workload
+    flags = {"precision": "bf16-mixed" if workload.dtype == "bfloat16" else "32-true", "gradient_clip_val": 1.0, **flags}
     with TemporaryDirectory() as folder:
-        trainer = quiet_trainer(
-            folder,
-            settings.device,
-            max_steps=settings.rollouts * workload.minibatches,
-            gradient_clip_val=1.0,
-            callbacks=callbacks,
-            **{"precision": "bf16-mixed" if workload.dtype == "bfloat16" else "32-true", **flags},
-        )
+        steps = settings.rollouts * workload.minibatches
+        trainer = quiet_trainer(folder, settings.device, max_steps=steps, callbacks=callbacks, **flags)
         trainer.fit(policy, datamodule=GivenPrompts(settings.prompts), ckpt_path=checkpoint)
     return trainer
 

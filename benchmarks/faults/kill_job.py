@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.commands import ROOT, environment
 from benchmarks.processes import Family
@@ -50,10 +51,9 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         variables = {**environment(1), **self.family.environment}
         self.begin = time.monotonic()
-        with self.log.open("w") as file:
-            self.main = subprocess.Popen(
-                self.command, cwd=self.folder, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        with self.log.open("w") as log:
+            streams: Any = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            self.main = subprocess.Popen(self.command, cwd=self.folder, env=variables, **streams)
 
     @property
     def seconds(self) -> float:

@@ -21,19 +21,16 @@ from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS, Workload
 
 # Each side sees its own checkout, package and benchmarks alike. Until `7d39560` the worker lay in benchmarks/ itself.
-_WORKER = """import pathlib, runpy, sys
-checkout = {checkout!r}
-sys.path[:0] = [checkout, checkout + "/benchmarks"]
+_WORKER = """import os, runpy, sys
+sys.path.insert(0, {checkout!r})
 import hybrid_lightning
-assert hybrid_lightning.__file__.startswith(checkout), hybrid_lightning.__file__
-former = pathlib.Path(checkout, "benchmarks", "run_ours.py")
-if former.is_file():
-    runpy.run_path(str(former), run_name="__main__")
+assert hybrid_lightning.__file__.startswith({checkout!r}), hybrid_lightning.__file__
+if os.path.isfile({checkout!r} + "/benchmarks/run_ours.py"):
+    sys.path.insert(1, {checkout!r} + "/benchmarks")
+    runpy.run_path(sys.path[1] + "/run_ours.py", run_name="__main__")
 else:
-    del sys.path[1]
     runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
 """
-
 _SHIPPED_WORKER = """import sys
 sys.path.insert(0, {root!r})
 from benchmarks.speed import run_config
@@ -51,22 +48,18 @@ SHIPPED = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command("speed.commits", __doc__, pairs=10, threads=CORES)
-    choices = [*WORKLOADS, *SHIPPED]
-    parser.add_argument(
-        "--workload", nargs="+", default=["main", "tiny"], choices=choices, help="which, or a config (default: %(default)s)"
-    )
+    choices, default = [*WORKLOADS, *SHIPPED], ["main", "tiny"]
+    parser.add_argument("--workload", nargs="+", default=default, choices=choices, help="or a config (default: %(default)s)")
     parser.add_argument("before", type=Path, help="the other checkout")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "pairs", "threads")
-    benchmarks = arguments.before / "benchmarks"
-    if not any((benchmarks / worker).is_file() for worker in ("speed/run_ours.py", "run_ours.py")):
-        raise UsageError(
-            f"{arguments.before} is no checkout of this project: make one by git worktree add {arguments.before} COMMIT"
-        )
-    checkouts = {"before": arguments.before.resolve(), "now": ROOT}
+    before = arguments.before
+    if not any((before / "benchmarks" / worker).is_file() for worker in ("speed/run_ours.py", "run_ours.py")):
+        raise UsageError(f"{before} is no checkout of this project: make one by git worktree add {before} COMMIT")
+    checkouts = {"before": before.resolve(), "now": ROOT}
     names = dict.fromkeys(arguments.workload)
     lines = []
     with tempfile.TemporaryDirectory(prefix="commits_") as name:

@@ -29,7 +29,7 @@ from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.types import Sequences
 
 LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
-SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": LAYERS, "head_dim": 16}
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
 HEADER = ("adapter", "µs a layer and token, least", "median", "functions compiled", "in s", "and later")
 
 
@@ -52,7 +52,8 @@ def no_gradients(*, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def build(share: float) -> Engine:
     """The engine of a model with LoRA, of which a share of the modules is trained fully."""
     torch.manual_seed(0)
-    config = Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(**SIZES, **heads, num_hidden_layers=LAYERS, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
     backend = PlannedBackend(on_cpu=False)

@@ -32,9 +32,8 @@ HEADER += ["state MiB", "/ FFT", "peak GiB", "/ FFT"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command(
-        "speed.methods", __doc__, rounds=5, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/methods")
-    )
+    where = {"device": "cpu", "threads": CORES, "seed": 0, "model": SMOLLM2, "out": Path("runs/methods")}
+    parser = command("speed.methods", __doc__, rounds=5, **where)
     for name in ("prompts", "samples", "prompt-tokens", "max-new-tokens"):
         size = getattr(MAIN, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=size, help="of a rollout (default: %(default)s)")
@@ -117,18 +116,11 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:
-    method = result["summary"][name]
-    return [
-        METHODS[name],
-        f"{method['seconds']['median']:.2f}",
-        shown(method["time_over_lora"]),
-        f"{result['facts'][name]['trainable_parameters'] / 1e6:.3g}",
-        *(f"{method['state_bytes'][part] / MIB:.1f}" for part in PARTS),
-        f"{method['state_total_bytes'] / MIB:.1f}",
-        f"{method['state_over_fft']:.3f}",
-        f"{method['peak_used_bytes'] / GIB:.2f}",
-        f"{method['peak_over_fft']:.2f}",
-    ]
+    method, trained = result["summary"][name], result["facts"][name]["trainable_parameters"] / 1e6
+    seconds = [f"{method['seconds']['median']:.2f}", shown(method["time_over_lora"])]
+    state = [f"{part / MIB:.1f}" for part in (*map(method["state_bytes"].get, PARTS), method["state_total_bytes"])]
+    peak = [f"{method['peak_used_bytes'] / GIB:.2f}", f"{method['peak_over_fft']:.2f}"]
+    return [METHODS[name], *seconds, f"{trained:.3g}", *state, f"{method['state_over_fft']:.3f}", *peak]
 
 
 main = entry(build_parser, run)

@@ -14,7 +14,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -41,10 +40,10 @@ class Gated(TrainerCallback):
     def __init__(self, gate: Gate, reward: HashedReward, optimizer_steps: int) -> None:
         self.gate, self.reward, self.optimizer_steps = gate, reward, optimizer_steps
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_training_stop = not self.gate.wait()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After the last optimizer step of a rollout: report, and wait for the next. The wait is all that is not timed."""
         if state.global_step % self.optimizer_steps == 0:
             self.gate.done(self.reward.lengths, state.global_step)

@@ -36,19 +36,13 @@ class Series:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command(
-        "speed.scaling", __doc__, rounds=3, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/scaling")
-    )
+    where = {"device": "cpu", "threads": CORES, "seed": 0, "model": SMOLLM2, "out": Path("runs/scaling")}
+    parser = command("speed.scaling", __doc__, rounds=3, **where)
     for name, values in SIZES.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="sizes to measure (default: %(default)s)")
-    parser.add_argument(
-        "--fixed",
-        type=int,
-        nargs=3,
-        default=[128, 8, 64],
-        metavar=("PROMPT", "SAMPLES", "COMPLETION"),
-        help="sizes while another is varied; prompts are varied with the shortest completion (default: %(default)s)",
-    )
+    names, sizes = ("PROMPT", "SAMPLES", "COMPLETION"), [128, 8, 64]
+    told = "sizes while another is varied; prompts are varied with the shortest completion (default: %(default)s)"
+    parser.add_argument("--fixed", type=int, nargs=3, default=sizes, metavar=names, help=told)
     parser.add_argument("--prompts", type=int, default=1, help="of a rollout (default: %(default)s)")
     return parser
 

@@ -29,9 +29,7 @@ HEADER += ["ours/TRL", "wanted", "reached", "mean tokens TRL", "ours"]
 def build_parser() -> argparse.ArgumentParser:
     where = {"device": "cpu", "threads": CORES, "seed": 0, "model": SMOLLM2, "out": Path("runs/vs_trl")}
     parser = command("speed.vs_trl", __doc__, pairs=5, workload=list(WORKLOADS), **where)
-    parser.add_argument(
-        "--trl", action="append", default=[], metavar="NAME=VALUE", help="a setting of GRPOConfig to try, such as bf16=false"
-    )
+    parser.add_argument("--trl", action="append", default=[], metavar="NAME=VALUE", help="of GRPOConfig, such as bf16=false")
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--ours-only", action="store_true", help="without TRL, for profiling")
     alone.add_argument("--trl-only", action="store_true", help="without ours, to try TRL's settings")
@@ -110,12 +108,12 @@ def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict
 def row(name: str, result: dict[str, Any]) -> list[str]:
     """One line of the table; a dash stands for what was not measured."""
     sides, settings, both = result["summary"], result["settings"], "ratio" in result
-    seconds = [f"{sides[side]['seconds']['median']:.2f}" if side in sides else "-" for side in ("trl", "ours")]
-    peaks = [f"{sides[side]['peak_bytes'] / GIB:.2f}" if side in sides else "-" for side in ("trl", "ours")]
-    tokens = [f"{sides[side]['mean_tokens']:.1f}" if side in sides else "-" for side in ("trl", "ours")]
-    speed = [shown(result["ratio"]), f"{settings['wanted_speed']:g}", yes(result["reached"]["speed"])] if both else ["-"] * 3
-    memory = ["-"] * 3
+    seconds = [f"{sides[side]['seconds']['median']:.2f}" if side in sides else "-" for side in NAMES]
+    peaks = [f"{sides[side]['peak_bytes'] / GIB:.2f}" if side in sides else "-" for side in NAMES]
+    tokens = [f"{sides[side]['mean_tokens']:.1f}" if side in sides else "-" for side in NAMES]
+    speed = memory = ["-"] * 3
     if both:
+        speed = [shown(result["ratio"]), f"{settings['wanted_speed']:g}", yes(result["reached"]["speed"])]
         memory = [f"{result['memory_ratio']:.2f}", f"{settings['wanted_memory']:g}", yes(result["reached"]["memory"])]
     return [name, *seconds, *speed, *peaks, *memory, *tokens]
 

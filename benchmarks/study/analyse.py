@@ -37,12 +37,8 @@ TITLES = {
 
 def main() -> None:
     parser = add_options(command("study.analyse", __doc__))
-    parser.add_argument(
-        "--pages",
-        type=Path,
-        nargs="*",
-        help=f"with marks to put tables between (default: {', '.join(map(str, PAGES))} for {RESULTS}, none for another folder)",
-    )
+    told = f"with marks to put tables between (default: {', '.join(map(str, PAGES))} for {RESULTS}, none for another folder)"
+    parser.add_argument("--pages", type=Path, nargs="*", help=told)
     arguments = parser.parse_args()
     store = store_of(arguments)
     comparisons, frontier = found(store)
@@ -97,21 +93,16 @@ def _of_frontier(store: Store, frontier: dict[str, Points]) -> dict[str, str]:
     known = {task for group in GROUPS.values() for task in group}
     for name, group in {**GROUPS, "other_tasks": tuple(task for task in frontier if task not in known)}.items():
         there = {task: frontier[task] for task in group if task in frontier}
-        tables[name] = claims.claims_table(
-            there, {task: claims.tuned_ratios(store, task) for task in there}, LOOKED_AT.get(name, 0)
-        )
+        ratios = {task: claims.tuned_ratios(store, task) for task in there}
+        tables[name] = claims.claims_table(there, ratios, LOOKED_AT.get(name, 0))
     return tables
 
 
 def filled(page: str, tables: dict[str, str]) -> str:
     """A page with each table between its marks, `<!-- study: NAME -->` and `<!-- end -->`."""
     for name, text in tables.items():
-        page = re.sub(
-            rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
-            lambda found, text=text: f"{found[1]}{text}\n{found[2]}",
-            page,
-            flags=re.DOTALL,
-        )
+        marks = re.compile(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = marks.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
     return page
 
 

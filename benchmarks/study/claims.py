@@ -210,23 +210,14 @@ def accuracies_table(tasks: Mapping[str, Points]) -> str:
 
 def points_table(points: Points) -> str:
     """The methods of a task by size; gaps are those from LoRA of rank 4 to full fine-tuning."""
+    header = ("method", "seeds", "rate", "trained", "peak, MiB", "accuracy %", "less LoRA of its size", "gap closed %")
     rows = []
     for point in sorted(points.values(), key=lambda point: (point.trained, point.method)):
         line = difference(point.by_seed, line_at(points, LORA, point.trained)) if point.method not in LORA else None
         ends = ({}, {}) if point.method in ENDS else (points[end].by_seed if end in points else {} for end in ENDS)
         closed = gap_closed(point.by_seed, *ends)
-        rows.append(
-            (
-                point.method,
-                str(len(point.records)),
-                f"{point.rate:g}",
-                f"{point.trained:,.0f}",
-                "-" if point.memory is None else f"{point.memory / 2**20:.2f}",
-                point.accuracy.text(),
-                "-" if line is None else line.text(),
-                "-" if closed is None else closed.text(digits=0),
-            )
-        )
-    return markdown(
-        ("method", "seeds", "rate", "trained", "peak, MiB", "accuracy %", "less LoRA of its size", "gap closed %"), rows
-    )
+        peak = "-" if point.memory is None else f"{point.memory / 2**20:.2f}"
+        others = ("-" if line is None else line.text(), "-" if closed is None else closed.text(digits=0))
+        numbers = (str(len(point.records)), f"{point.rate:g}", f"{point.trained:,.0f}", peak, point.accuracy.text())
+        rows.append((point.method, *numbers, *others))
+    return markdown(header, rows)

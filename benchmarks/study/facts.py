@@ -66,11 +66,11 @@ class PlausibleFacts(PromptSource):
 
     Args:
         lines: Number of lines.
-        table: As of `Facts`.
         seed: Of the draws.
+        table: As of `Facts`.
     """
 
-    def __init__(self, lines: int, table: int = 0, seed: int = 0) -> None:
+    def __init__(self, lines: int, seed: int = 0, table: int = 0) -> None:
         self.lines, self.table, self.seed = lines, table, seed
 
     def read(self) -> Splits:

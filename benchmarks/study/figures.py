@@ -16,15 +16,8 @@ from benchmarks.study.claims import LORA, MLPS
 from benchmarks.study.comparison import Comparison, Point, Points, group_of
 from benchmarks.study.estimates import Estimate, mean
 
-COLOURS = {
-    "start": "#222222",
-    "full": "#d1495b",
-    "lora": "#66a182",
-    "baseline": "#3b7f5f",
-    "hybrid": "#1f6fb2",
-    "control": "#8d8d8d",
-    "budget": "#8a5aa8",
-}
+COLOURS = {"start": "#222222", "full": "#d1495b", "lora": "#66a182", "baseline": "#3b7f5f"}
+COLOURS |= {"hybrid": "#1f6fb2", "control": "#8d8d8d", "budget": "#8a5aa8"}
 # Of the frontier: label -> methods in the order of their size, colour and style. Some were given up (see methods.py).
 LINES = {
     "LoRA": (LORA, "#66a182", "o-"),
@@ -110,17 +103,8 @@ def _frontier(axes: Axes, points: Points, estimates: Mapping[str, Estimate], lab
             continue
         values = [estimates[point.method] for point in there]
         errors = [[100 * (v.value - v.low) for v in values], [100 * (v.high - v.value) for v in values]]
-        axes.errorbar(
-            [place(point) for point in there],
-            [100 * value.value for value in values],
-            errors,
-            fmt=style,
-            color=colour,
-            label=name,
-            markersize=5,
-            elinewidth=0.7,
-            linewidth=1.2,
-        )
+        x, y = [place(point) for point in there], [100 * value.value for value in values]
+        axes.errorbar(x, y, errors, fmt=style, color=colour, label=name, markersize=5, elinewidth=0.7, linewidth=1.2)
     axes.set(xlabel=label, xscale="log")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))

@@ -55,17 +55,14 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], giv
     Raises:
         SystemExit: If a start policy is not there, or is another than that of runs of its seed, or a rate is not tuned.
     """
-    jobs = []
-    started = {
-        record.seed: record.model_digest for point in points_of(store, Path(task).stem).values() for record in point.records
-    }
+    jobs, points = [], points_of(store, Path(task).stem).values()
+    started = {record.seed: record.model_digest for point in points for record in point.records}
     for seed in seeds:
         recipe = POLICY_OF.get(Path(task).stem)  # without one all seeds start from the task's model
         policy = None if recipe is None else folder_of(recipe, seed)
         if policy is not None and not (policy / "config.json").exists():
-            raise SystemExit(
-                f"error: {policy} is not there: run python -m benchmarks.study.pretrain --policy {recipe} --seeds {seed}"
-            )
+            make = f"python -m benchmarks.study.pretrain --policy {recipe} --seeds {seed}"
+            raise SystemExit(f"error: {policy} is not there: run {make}")
         if policy is not None and seed in started:
             same_policy(Path(task).stem, seed, started[seed], model_digest(AutoModelForCausalLM.from_pretrained(policy))[:16])
         for name in names:

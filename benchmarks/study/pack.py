@@ -13,13 +13,8 @@ from benchmarks.study.store import PACK, Content, Store, add_options, differing,
 
 def main() -> None:
     parser = add_options(command("study.pack", __doc__))
-    parser.add_argument(
-        "--drop",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="take these out first, such as run/facts/lora/lr=0.005-seed=2.json: files take their places, or runs are made again",
-    )
+    told = "take these out first, such as run/facts/lora/lr=0.005-seed=2.json: files take their places, or runs are made again"
+    parser.add_argument("--drop", nargs="+", default=[], metavar="NAME", help=told)
     arguments = parser.parse_args()
     store = store_of(arguments)
     records = together(store, arguments.drop)

@@ -44,26 +44,19 @@ class PolicyRecipe:
         return self.lines(self.steps * self.batch_size, seed)
 
 
-def _facts(table: int, lines: int, seed: int) -> PromptSource:
-    return PlausibleFacts(lines, table, seed)
-
-
 def _puzzle(kind: type[Puzzle], doubt: float, lines: int, seed: int) -> PromptSource:
     return kind(train_size=lines, validation_size=0, test_size=0, doubt=doubt, seed=seed)
 
 
-_SORTER = PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192)
+_WIDE = PolicyRecipe(PlausibleFacts, facts.CHARACTERS, layers=4, width=64, feed_forward=192)  # 28 candidate modules
+_SORTER = replace(_WIDE, lines=partial(_puzzle, Sorting, 1.0), characters=puzzles.CHARACTERS)
 RECIPES = {
-    "wide": PolicyRecipe(partial(_facts, 0), facts.CHARACTERS, layers=4, width=64, feed_forward=192),  # 28 candidate modules
-    "deep": PolicyRecipe(partial(_facts, 1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
+    "wide": _WIDE,
+    "deep": PolicyRecipe(partial(PlausibleFacts, table=1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
     # As the embedded policy.
-    "products": PolicyRecipe(
-        CorpusSource, embedded_policy.CHARACTERS, layers=4, width=128, feed_forward=384, positions=64, steps=500
-    ),
+    "products": PolicyRecipe(CorpusSource, embedded_policy.CHARACTERS, 4, 128, 384, positions=64, steps=500),
     # Two tables by turns leave 0.6 to 0.7 nats to chance; whoever guesses among the states has 2.3.
-    "tracker": PolicyRecipe(
-        partial(_puzzle, Tracking, 0.6), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192, learned_below=1.2
-    ),
+    "tracker": replace(_SORTER, lines=partial(_puzzle, Tracking, 0.6), learned_below=1.2),
     "sorter": _SORTER,
     "wide_sorter": replace(_SORTER, layers=12, width=192, feed_forward=512, steps=400, batch_size=64, shared=4),
 }

@@ -33,16 +33,9 @@ def options(name: str, doc: str | None, tasks: Sequence[str] = (), methods: Sequ
     """
     parser = command(f"study.{name}", doc)
     tasks = tasks or [path.stem for path in sorted((HERE / "tasks").glob("*.yaml"))]
-    parser.add_argument(
-        "--task", nargs="+", default=tasks, help=f"configs, or names of those in tasks/; default: {' '.join(tasks)}"
-    )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=list(methods),
-        metavar="NAME",
-        help=f"of {', '.join(METHODS)}, or all; default: {' '.join(methods)}",
-    )
+    parser.add_argument("--task", nargs="+", default=tasks, help=f"configs, or names in tasks/; default: {' '.join(tasks)}")
+    told = f"of {', '.join(METHODS)}, or all; default: {' '.join(methods)}"
+    parser.add_argument("--method", nargs="+", default=list(methods), metavar="NAME", help=told)
     parser.add_argument("--workers", type=int, default=CORES, help="runs at a time; default: the cores")
     return add_options(parser)
 
@@ -59,15 +52,11 @@ def tasks_of(arguments: argparse.Namespace) -> list[str]:
     paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
     for path in paths:
         if not Path(path).exists():
-            raise SystemExit(
-                f"error: there is no task {path}; give the path of a config, or one of the names in {HERE / 'tasks'}"
-            )
+            raise SystemExit(f"error: there is no task {path}; give the path of a config, or a name in {HERE / 'tasks'}")
         model = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]
         policy = Path(str(model.get("init_args", model).get("model")))
         if policy.parent == FOLDER and not policy.exists():
-            raise SystemExit(
-                f"error: {path} starts from {policy}, which is not there yet: run python -m benchmarks.study.pretrain"
-            )
+            raise SystemExit(f"error: {path} starts from {policy}, which is missing: run python -m benchmarks.study.pretrain")
     return paths
 
 

@@ -115,6 +115,5 @@ class Sorting(Puzzle):
 @cache
 def _permutations(seed: str, names: str, symbols: str) -> dict[str, dict[str, str]]:
     """For each name a permutation of the symbols."""
-    return {
-        name: dict(zip(symbols, random.Random(f"{seed} {name}").sample(symbols, len(symbols)), strict=True)) for name in names
-    }
+    drawn = {name: random.Random(f"{seed} {name}").sample(symbols, len(symbols)) for name in names}
+    return {name: dict(zip(symbols, others, strict=True)) for name, others in drawn.items()}

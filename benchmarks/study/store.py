@@ -69,12 +69,9 @@ class Store:
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """With the options of every stage: where its records are."""
-    parser.add_argument(
-        "--records", type=Path, default=FOLDER, help="folder of the records that are not packed yet (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help=f"folder of tables, figures and the packed {PACK} (default: %(default)s)"
-    )
+    parser.add_argument("--records", type=Path, default=FOLDER, help="folder of those not packed yet (default: %(default)s)")
+    told = f"folder of tables, figures and the packed {PACK} (default: %(default)s)"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=told)
     return parser
 
 
@@ -119,9 +116,7 @@ def read_pack(path: Path) -> dict[str, Content]:
             records[name] = content
     except (ValueError, TypeError, KeyError, lzma.LZMAError) as error:
         cause = f"line {len(records) + 1}, {type(error).__name__}: {error}"
-        raise SystemExit(
-            f"error: {path} is no table of records ({cause}); restore it, by git checkout {path} where git has it"
-        ) from None
+        raise SystemExit(f"error: {path} is no table of records ({cause}); restore it: git checkout {path}") from None
     return records
 
 

@@ -30,9 +30,7 @@ def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> li
 
 def main() -> None:
     parser = options("sweep", __doc__)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both of them"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both")
     arguments = parser.parse_args()
     tasks, names, store = tasks_of(arguments), methods_of(arguments), store_of(arguments)
     # Those that others take their rank from come first.

@@ -36,12 +36,9 @@ _ENVIRONMENT = {  # of vLLM on a CPU; ours in process sets the same by itself
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command(
-        "vllm.rollout_engines", __doc__, rounds=3, device="cpu", threads=CORES, seed=0, out=Path("runs/rollout_engines")
-    )
-    parser.add_argument(
-        "--model", nargs="+", default=["embedded", SMOLLM2], help="embedded, folder, GGUF file, package:NAME/FILE"
-    )
+    where = {"device": "cpu", "threads": CORES, "seed": 0, "out": Path("runs/rollout_engines")}
+    parser = command("vllm.rollout_engines", __doc__, rounds=3, **where)
+    parser.add_argument("--model", nargs="+", default=["embedded", SMOLLM2], help="embedded, folder, GGUF, package:NAME/FILE")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the weights (default: both)")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="which (default: all)")
     return parser

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from benchmarks.commands import BenchmarkError, environment, last_line
 from benchmarks.processes import Family, resident_bytes
@@ -39,14 +40,10 @@ class Server:
             port = int(free.getsockname()[1])
         self.log, self.family = log, Family()
         self.url = f"http://127.0.0.1:{port}"
+        variables = {**environment(threads), **_ENVIRONMENT, **self.family.environment}
         with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command(folder, dtype, device, port, context),
-                env={**environment(threads), **_ENVIRONMENT, **self.family.environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            self.process = subprocess.Popen(command(folder, dtype, device, port, context), env=variables, **streams)
 
     def __enter__(self) -> "Server":
         try:
@@ -60,9 +57,7 @@ class Server:
         until = time.monotonic() + START_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
-                raise BenchmarkError(
-                    f"the vLLM server ended while it started: {last_line(self.log)} (its output is in {self.log})"
-                )
+                raise BenchmarkError(f"the vLLM server ended while it started: {last_line(self.log)} (its log is {self.log})")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return

@@ -197,9 +197,8 @@ class Handler(BaseHTTPRequestHandler):
             about = {"_id": "6", "id": repository.id, "sha": repository.commit, "private": repository.private, "gated": gated}
             return _json({**about, "disabled": False, "downloads": 1, "likes": 0, "tags": [], "siblings": names})
         if rest[0] == "refs":
-            branches = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": repository.commit} for name in repository.branches
-            ]
+            commit = {"targetCommit": repository.commit}
+            branches = [{"name": name, "ref": f"refs/heads/{name}", **commit} for name in repository.branches]
             return _json({"branches": branches, "tags": [], "converts": []})
         self._check_revision(repository, rest[1])
         if rest[0] == "paths-info":

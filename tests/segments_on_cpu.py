@@ -45,9 +45,7 @@ def attend(query, key, value, queries, keys, most_queries, most_keys, dropout, c
     return result, sums, torch.empty(0), torch.empty(0), torch.empty(0)
 
 
-def backward(
-    gradient, query, key, value, result, sums, queries, keys, most_queries, most_keys, dropout, causal, *rest, **options
-):
+def backward(gradient, query, key, value, result, sums, queries, keys, most_queries, most_keys, dropout, causal, *_, **options):
     window, scale = options["window_size_left"], options["scale"]
     of_query, of_key, of_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     heads = query.shape[1]

@@ -121,9 +121,8 @@ def test_per_reward_tells_apart_what_a_sum_does_not():
 
 def test_per_reward_by_hand():
     """One group of two: each part is 1/sqrt(2) above or below its mean in units of its std."""
-    advantages = of_parts(
-        PerRewardAdvantage(eps=1e-9), weights={"a": 1.0, "b": -0.5}, a=[3.0, 1.0, 0.0, 0.0], b=[0.0, 0.1, 5.0, 0.0]
-    )
+    parts = {"a": [3.0, 1.0, 0.0, 0.0], "b": [0.0, 0.1, 5.0, 0.0]}
+    advantages = of_parts(PerRewardAdvantage(eps=1e-9), weights={"a": 1.0, "b": -0.5}, **parts)
     sums = torch.tensor([1.5, -1.5, -0.5, 0.5]) / math.sqrt(2)
     torch.testing.assert_close(advantages, sums / sums.std(), rtol=1e-5, atol=1e-6)
 

@@ -139,9 +139,7 @@ def test_each_argument_of_a_part_is_explained():
     names = {name.rpartition(".")[2] for name in PARTS}
     assert {"GSPOLoss", "FunctionReward", "ChatFormat", "GSM8K", "Sampler", "GroupAdvantage", "PreconditionedTail"} <= names
     assert {"ParameterBudget", "CosineSchedule", "NF4", "PolicyModule", "HybridAdapterSetup", "MergedModel"} <= names
-    said = [
-        (name, action.dest, action.help or "") for name, part in PARTS.items() for action in Section("key", part, {}).options()
-    ]
+    said = [(name, one.dest, one.help or "") for name, part in PARTS.items() for one in Section("key", part, {}).options()]
     wrong = [text for text in said if len(text[2]) < 8 or re.match(r"(As in|See) `|Not described", text[2])]
     assert not wrong, "\n".join(map(str, wrong))
     assert all(inspect.getdoc(part) for part in PARTS.values())

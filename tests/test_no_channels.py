@@ -26,9 +26,7 @@ def faults(tree):
             yield node.lineno, f"a memo by identity, {node.id}"
         elif isinstance(node, (ast.Subscript, ast.Compare)) and remembers_by_identity(node):
             yield node.lineno, "a memo by identity, id()"
-        elif (isinstance(node, ast.Name) and node.id == "FunctionType") or (
-            isinstance(node, ast.Attribute) and node.attr == "FunctionType"
-        ):
+        elif "FunctionType" in (getattr(node, "id", ""), getattr(node, "attr", "")):
             yield node.lineno, "a function made of another's code, FunctionType"
         elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and is_call_of(node.value, "vars"):
             yield node.lineno, "a change of vars()"

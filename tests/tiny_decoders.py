@@ -4,17 +4,9 @@ import copy
 
 import segments_on_cpu  # noqa: F401  (which makes `OfAccelerator` possible)
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from tiny_models import SIZES, build_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-)
 
 from hybrid_lightning.engine import Backend, Engine, base_model, use_fused_modules
 from hybrid_lightning.rollout import Sampler
@@ -24,22 +16,23 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
 WINDOW = {"sliding_window": 3, "head_dim": 8}
+GEMMA = {**WINDOW, "query_pre_attn_scalar": 8}
 # Families with something special: sliding windows, caps of scores and logits, scaled logits.
 SPECIAL = {
-    "mistral": MistralConfig(**SIZES, **WINDOW),
+    "mistral": transformers.MistralConfig(**SIZES, **WINDOW),
     # Eager, since the sdpa of older transformers leaves its cap of the scores out without a word.
-    "gemma2": Gemma2Config(**SIZES, **WINDOW, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_implementation="eager"),
-    "gemma3": Gemma3TextConfig(**SIZES, **WINDOW, query_pre_attn_scalar=8),
-    "granite": GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.3),
-    "phi3": Phi3Config(**SIZES),  # one projection to queries, keys and values
-    "olmo2": Olmo2Config(**SIZES),  # its norms are of all heads together
+    "gemma2": transformers.Gemma2Config(**SIZES, **GEMMA, final_logit_softcapping=2.0, attn_implementation="eager"),
+    "gemma3": transformers.Gemma3TextConfig(**SIZES, **GEMMA),
+    "granite": transformers.GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.3),
+    "phi3": transformers.Phi3Config(**SIZES),  # one projection to queries, keys and values
+    "olmo2": transformers.Olmo2Config(**SIZES),  # its norms are of all heads together
 }
 
 
 def special_model(config, std=0.2):
     """A model of a family that `build_model` does not have, with random weights."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which changes it
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which changes it
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
@@ -66,10 +59,8 @@ def build(family, targets=ALL, **settings):
     """The engine of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
     model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
     full = {"modules_to_save": ["model.layers.0.self_attn.v_proj"]} if targets == SOME else {}
-    model = get_peft_model(
-        model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)
-    ).eval()
-    return fused(model)
+    adapter = LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)
+    return fused(get_peft_model(model, adapter).eval())
 
 
 def fused(model, backend=None):

@@ -4,42 +4,25 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hybrid_lightning.engine import Engine
 from hybrid_lightning.types import Sequences
 
 _CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"
 VOCABULARY = len(_CHARACTERS) + 3
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GPT2 = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
 _CONFIGS = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,  # with biases
-    "qwen3": partial(Qwen3Config, head_dim=8),
-    "gemma": partial(GemmaConfig, head_dim=8),
-    "gpt2": lambda hidden_size, **_: GPT2Config(n_embd=hidden_size, **_GPT2),  # with biases, and weights [inputs, outputs]
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,  # with biases
+    "qwen3": partial(transformers.Qwen3Config, head_dim=8),
+    "gemma": partial(transformers.GemmaConfig, head_dim=8),
+    # With biases, and weights [inputs, outputs].
+    "gpt2": lambda hidden_size, **_: transformers.GPT2Config(n_embd=hidden_size, **_GPT2),
 }
 FAMILIES = sorted(_CONFIGS)
 

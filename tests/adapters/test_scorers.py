@@ -71,9 +71,7 @@ def test_random_depends_on_seed_and_name_only():
     assert Random(3).to_config() == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 3}}
 
 
-@pytest.mark.parametrize(
-    "scorer", [TailEnergy, TailFraction, PreconditionedTail, GradientNorm, WeightGradient, SpectrumSNR, Probe]
-)
-def test_what_was_not_collected_is_named(scorer):
-    with pytest.raises(ConfigError, match=f"{scorer.__name__} needs"):
-        scorer().score(ModuleStatistics("layer", WEIGHT, 9), 1)
+@pytest.mark.parametrize("kind", [TailEnergy, TailFraction, PreconditionedTail, GradientNorm, WeightGradient, SpectrumSNR, Probe])
+def test_what_was_not_collected_is_named(kind):
+    with pytest.raises(ConfigError, match=f"{kind.__name__} needs"):
+        kind().score(ModuleStatistics("layer", WEIGHT, 9), 1)

@@ -285,11 +285,7 @@ def test_a_scorer_of_ones_own_gives_numbers(value, error):
         (lambda model: (0.0 * model.loss() for _ in range(2)), CalibrationError, "zero in all 3 candidate modules"),
         (lambda model: [], CalibrationError, "no calibration losses"),
         (lambda model: (model.loss() * factor for factor in (1.0, float("nan"))), CalibrationError, "loss 1 is nan"),
-        (
-            lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()],
-            CalibrationError,
-            r"gradient of layers\.0 is not finite",
-        ),
+        (lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()], CalibrationError, r"layers\.0 is not finite"),
         (lambda model: [torch.ones(())], CalibrationError, "loss 0 does not depend"),
         (lambda model: [model.layers[0].weight * 2], ConfigError, r"loss 0 has shape \(4, 4\)"),
     ],

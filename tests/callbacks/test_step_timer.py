@@ -99,12 +99,8 @@ def test_each_second_is_logged_once_and_where_it_belongs(model, sums, tmp_path, 
     served = minibatches * epochs
     # Computed once for all epochs; in a single one the first minibatch is on-policy.
     old = LOGPROBS * accumulate * (minibatches if epochs > 1 else minibatches - 1)
-    expected = {
-        "time/generate_s": GENERATE / served,
-        "time/reward_s": REWARD / served,
-        "time/logprobs_s": old / served,
-        "time/update_s": UPDATE * accumulate,
-    }
+    phases = {"generate": GENERATE / served, "reward": REWARD / served, "logprobs": old / served, "update": UPDATE * accumulate}
+    expected = {f"time/{phase}_s": seconds for phase, seconds in phases.items()}
     other = [(BEFORE + AFTER) * accumulate - (AFTER if step == 0 else 0.0) for step in range(STEPS)]
     assert len(slow.steps) == STEPS
     for step, rest in zip(slow.steps, other, strict=True):

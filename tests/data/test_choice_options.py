@@ -82,12 +82,7 @@ def test_an_answer_is_taken_out_of_text_first_and_without_its_column_there_is_th
 @pytest.mark.parametrize(
     ("answer", "options", "letter"),
     [
-        ("B", CITIES, "B"),
-        ("(B)", CITIES, "B"),
-        ("Oslo", CITIES, "D"),
-        ("1", CITIES, "B"),
-        (2.0, CITIES, "C"),
-        (3, CITIES, "D"),  # a number is no text
+        *((answer, CITIES, letter) for answer, letter in {"B": "B", "(B)": "B", "Oslo": "D", "1": "B", 2.0: "C", 3: "D"}.items()),
         ("D", {"text": CITIES, "label": ["D", "C", "B", "A"]}, "A"),  # its own label
         ("2", ["1", "3", "2"], "C"),  # whichever way it is read
     ],

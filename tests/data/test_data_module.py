@@ -16,9 +16,8 @@ class Words(PromptSource):
 
     def read(self) -> Splits:
         self.reads += 1
-        return Splits(
-            **{split: [Row(f"{split} " + "w " * n, str(n), n, split) for n in range(size)] for split, size in self.sizes.items()}
-        )
+        sizes = self.sizes.items()
+        return Splits(**{split: [Row(f"{split} " + "w " * n, str(n), n, split) for n in range(size)] for split, size in sizes})
 
 
 def words(prompt: Prompt) -> list[int]:

@@ -72,10 +72,8 @@ def test_bad_rows(format, columns, error, message):
 def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):
     rows = [{"messages": [{**USER, "content": f"{n}+1?"}, {**BOT, "content": answer}]} for n in range(10) for answer in "78"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = FileSource(
-        str(tmp_path / "rows.jsonl"), question_column="messages", answer_column=None, validation_fraction=0.3, split_seed=1
-    )
-    splits = source.load()
+    columns = {"question_column": "messages", "answer_column": None}
+    splits = FileSource(str(tmp_path / "rows.jsonl"), **columns, validation_fraction=0.3, split_seed=1).load()
     assert splits.train[0].question.startswith("user: ") and "assistant" not in splits.train[0].question
     asked = [{row.question for row in part} for part in (splits.train, splits.validation)]
     assert len(asked[0]) == 7 and len(asked[1]) == 3 and not asked[0] & asked[1]

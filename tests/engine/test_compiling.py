@@ -39,9 +39,7 @@ def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
     ("family", "targets", "checkpointing", "half", "tolerance"),
     [("qwen3", ALL, False, False, 1e-5), ("llama", SOME, True, False, 1e-5), ("qwen2", ALL, True, True, 0.1)],
 )
-def test_a_step_has_the_same_numbers_and_each_of_its_parts_is_compiled_once(
-    made, family, targets, checkpointing, half, tolerance
-):
+def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family, targets, checkpointing, half, tolerance):
     numbers = step(family, targets, checkpointing, half)
     assert set(made) >= {"plain_norm", "_plain_norm_gradient", "_plain_product_of_silu", "_plain_silu_gradients", "_plain_joined"}
     assert len(made) == len(set(made)) or half, "under autocast also for the float32 of the trial"

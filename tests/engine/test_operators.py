@@ -18,11 +18,8 @@ SIZES = [2, 7, 50, 576]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_rms_norm(size, dtype):
-    x, weight, outer = (
-        made(5, 3, size, dtype=dtype, scale=3),
-        made(size, dtype=dtype, seed=1),
-        made(5, 3, size, dtype=dtype, seed=2),
-    )
+    x, weight = made(5, 3, size, dtype=dtype, scale=3), made(size, dtype=dtype, seed=1)
+    outer = made(5, 3, size, dtype=dtype, seed=2)
     exact = x.double().requires_grad_()
     normed = weight.double() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
     (gradient,) = torch.autograd.grad(normed, exact, outer.double())

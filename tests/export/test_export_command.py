@@ -57,9 +57,8 @@ def measured(folder, result, command="test"):
     line = re.search(r"^Next: +\S+ -m hybrid_lightning (.+)$", result.out, re.MULTILINE)[1]
     again = run(folder, *shlex.split(line))
     assert again.code == 0, again.err[-2000:]
-    assert (
-        shlex.split(line)[0] == command and "Measured by reward StartsWithDigit, format PlainFormat, dtype float32" in again.out
-    )
+    assert shlex.split(line)[0] == command
+    assert "Measured by reward StartsWithDigit, format PlainFormat, dtype float32" in again.out
     report = json.loads((folder / re.search(r"^Written to (.+/evaluation\.json)", again.out, re.MULTILINE)[1]).read_text())
     return report["overall"]
 

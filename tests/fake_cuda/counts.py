@@ -18,9 +18,9 @@ with tempfile.TemporaryDirectory() as folder:
 
 import torch
 from tiny_models import build_tokenizer
-from transformers import Qwen3Config
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from benchmarks.memory import plan_qwen3
 from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGradients, find_candidates
 from hybrid_lightning.adapters.gradients import ModuleAccumulator
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
@@ -40,16 +40,7 @@ from hybrid_lightning.types import Prompt
 Counter = fake_gpu.counter()
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
 TOKENS = 8  # that are looked at
-CONFIG = Qwen3Config(  # of Qwen3-0.6B
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
+CONFIG = plan_qwen3.config("Qwen3-0.6B")
 
 
 def settings():
@@ -110,9 +101,8 @@ def sampling(fake, seen):
         fake.autocast(),
     ):
         made.prepack_projection()
-        loop = sampler._Decoder(
-            Sampler(COMPLETION, cuda_graphs=False), fake.engine, build_tokenizer(), Stops((2,), None), draws, False
-        )
+        plain = Sampler(COMPLETION, cuda_graphs=False)
+        loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), draws, False)
         with Counter() as counter:
 
             def look(alive, token):

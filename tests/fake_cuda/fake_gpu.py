@@ -103,7 +103,8 @@ def counter():
             return result
 
     def _size(values) -> int:
-        tensors = {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}.values()
+        found = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn)
+        tensors = {id(leaf): leaf for leaf in found}.values()
         return sum(min(part.numel() * part.element_size(), part.untyped_storage().nbytes()) for part in tensors)
 
     def _is_view(function) -> bool:

@@ -147,9 +147,8 @@ def test_it_runs_from_its_hub_ids_and_then_from_the_cache(run, hub, online, offl
 def test_every_config_that_names_the_hub_runs_here():
     """And each overlay over them, but for the strategies, whose own tests run them on any model."""
     run = {name for _, *names in [*RUNS, SHARDED] for name in names}
-    overlays = {
-        f"{kind}/{path.stem}" for kind in ("loss", "data", "adapter", "evaluation") for path in (CONFIGS / kind).glob("*.yaml")
-    }
+    kinds = ("loss", "data", "adapter", "evaluation")
+    overlays = {f"{kind}/{path.stem}" for kind in kinds for path in (CONFIGS / kind).glob("*.yaml")}
     from_hub = {path.stem for path in CONFIGS.glob("*.yaml") if "Qwen/" in path.read_text()}
     assert run == overlays | from_hub | {"evaluate", "strategy/fsdp2"}
 

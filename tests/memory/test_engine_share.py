@@ -131,12 +131,8 @@ def test_a_process_on_a_cpu_grows_by_the_engine_and_its_libraries():
 
 
 def given_training(resting, updating):
-    return {
-        "generating": (resting, True),
-        "calibrating": (resting / 2, True),
-        "updating": (updating, False),
-        "scoring": (0, False),
-    }
+    sampling = {"generating": (resting, True), "calibrating": (resting / 2, True)}
+    return {**sampling, "updating": (updating, False), "scoring": (0, False)}
 
 
 def misfit_of(device_gib, resting, updating, weights, **arguments):
@@ -257,16 +253,14 @@ def folder(tmp_path_factory):
 ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler", "--model.correction=TokenTruncation")
 
 
-@pytest.mark.parametrize(
-    ("command", "mebibytes", "refused"), [("fit", 600, True), ("fit", 4096, False), ("validate", 600, False)]
-)
-def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(folder, monkeypatch, command, mebibytes, refused):
+@pytest.mark.parametrize(("command", "mib", "refused"), [("fit", 600, True), ("fit", 4096, False), ("validate", 600, False)])
+def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(folder, monkeypatch, command, mib, refused):
     monkeypatch.setattr(VLLMSampler, "check_model", lambda self, model: None)  # nothing needs vLLM so far
     seen = TrainerFlags.of_trainer
 
     def on_a_gpu(trainer):
         assert not seen(trainer).device_bytes
-        return replace(seen(trainer), on_cpu=False, device_bytes=mebibytes and mebibytes * 2**20)
+        return replace(seen(trainer), on_cpu=False, device_bytes=mib * 2**20)
 
     monkeypatch.setattr(TrainerFlags, "of_trainer", on_a_gpu)
     result = run(folder, command, *ENGINE)

@@ -72,15 +72,9 @@ class Case:
         policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
         steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state
-        trainer = build_trainer(
-            root,
-            probe,
-            self.adapter,
-            max_steps=steps,
-            precision=self.precision,
-            val_check_interval=steps,  # a validation drops gradients, which the next rollout would else find
-            check_val_every_n_epoch=None,
-        )
+        # A validation drops gradients, which the next rollout would else find.
+        flags = {"max_steps": steps, "val_check_interval": steps, "check_val_every_n_epoch": None}
+        trainer = build_trainer(root, probe, self.adapter, precision=self.precision, **flags)
         products = [f"{100 + i}*{i % 9}=" for i in range(64)]  # of six characters, which are six tokens
         with probe.measuring():
             trainer.fit(policy, datamodule=GivenPrompts(products, self.validation))

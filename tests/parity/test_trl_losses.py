@@ -224,13 +224,8 @@ MODES = {
 
 def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
     """TRL computes them in the middle of a method of 600 lines: run that `if` alone."""
-    trainer = SimpleNamespace(
-        use_vllm=True,
-        vllm_importance_sampling_correction=True,
-        vllm_importance_sampling_mode=mode,
-        vllm_importance_sampling_clip_max=cap,
-        vllm_importance_sampling_clip_min=floor,
-    )
+    given = {"correction": True, "mode": mode, "clip_max": cap, "clip_min": floor}
+    trainer = SimpleNamespace(use_vllm=True, **{f"vllm_importance_sampling_{name}": value for name, value in given.items()})
 
     def wanted(node):
         if not isinstance(node, ast.If) or "self.vllm_importance_sampling_correction" not in ast.unparse(node.test):

@@ -215,12 +215,10 @@ def test_every_command_and_phase_samples_by_the_engine(model, sums, tmp_path):
     assert sampler.updates == updates and updates[0] == (0, True), "with weights that have not changed"
 
 
-class Renormalizing(Copying):
-    renormalizes = True
-
-
 def test_an_engine_whose_correction_does_not_fit_is_refused_and_one_without_is_warned_of(model, sums, tmp_path):
+    renormalizing = Copying(top_k=3)
+    renormalizing.renormalizes = True
     with pytest.raises(ConfigError, match="compares probabilities under the full softmax"):
-        run(model, sums, tmp_path, Renormalizing(top_k=3))
+        run(model, sums, tmp_path, renormalizing)
     with pytest.warns(UserWarning, match=r"model\.correction corrects nothing"):
         run(model, sums, tmp_path, Copying(), correction=None, steps=1)

@@ -76,13 +76,11 @@ class ByHand(Callback):
             assert self.losses[-1] == pytest.approx(self.expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "budget", "accumulate"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)]
-)
-def test_a_step_is_that_of_separate_sequences(kind, budget, accumulate, model, rows, tmp_path):
+@pytest.mark.parametrize(("kind", "budget", "parts"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)])
+def test_a_step_is_that_of_separate_sequences(kind, budget, parts, model, rows, tmp_path):
     check = ByHand(kind)
     arguments = {"max_tokens_per_micro_batch": budget}
-    callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": accumulate, "max_steps": 2}
+    callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": parts, "max_steps": 2}
     module = fit(kind, model, rows, tmp_path, *callbacks, arguments=arguments, **flags)
     assert check.steps == 2 and check.losses[0] != check.losses[1]
     if kind == "preference":

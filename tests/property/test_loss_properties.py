@@ -127,9 +127,8 @@ def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
 def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, inputs, correction):
     weights = F.per_token(correction()(inputs.logprobs, inputs.logprobs, inputs.completion_mask), inputs.completion_mask)
     assert (weights == 1).all()
-    (plain, gradient), (weighted, weighted_gradient) = (
-        evaluate(loss, replace(inputs, importance_weights=value)) for value in (None, weights)
-    )
+    both = (evaluate(loss, replace(inputs, importance_weights=value)) for value in (None, weights))
+    (plain, gradient), (weighted, weighted_gradient) = both
     assert torch.equal(plain.loss, weighted.loss) and torch.equal(gradient, weighted_gradient)
     assert plain.metrics == weighted.metrics
 
@@ -138,10 +137,8 @@ def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, input
 @pytest.mark.parametrize("options", OPTIONS)
 @given(inputs=loss_inputs(max_tokens=1, min_tokens=1))
 def test_gspo_is_grpo_on_completions_of_one_token(options, inputs):
-    (grpo, grpo_gradient), (gspo, gspo_gradient) = (
-        evaluate(losses.GRPOLoss(0.02, 0.03, **options), inputs),
-        evaluate(losses.GSPOLoss(0.02, 0.03, **options), inputs),
-    )
+    kinds = (losses.GRPOLoss, losses.GSPOLoss)
+    (grpo, grpo_gradient), (gspo, gspo_gradient) = (evaluate(kind(0.02, 0.03, **options), inputs) for kind in kinds)
     assert close(grpo.loss, gspo.loss) and close(grpo_gradient, gspo_gradient)
     assert all(close(value, gspo.metrics[name]) for name, value in grpo.metrics.items())
 
@@ -185,17 +182,10 @@ def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_deno
     mask, tokens = inputs.completion_mask, inputs.completion_mask.sum().clamp(min=1)
     by_length = -inputs.advantages[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
     by_token, by_position = -inputs.advantages[:, None] * mask / tokens, -inputs.advantages[:, None] * mask / (10.0 * len(mask))
-    for loss, want in (
-        (losses.GRPOLoss(), by_length),
-        (losses.GSPOLoss(), by_length),
-        (losses.GSPOTokenLoss(), by_length),
-        (losses.SAPOLoss(), by_length),
-        (losses.DAPOLoss(), by_token),
-        (losses.CISPOLoss(), by_token),
-        (losses.BNPOLoss(), by_token),
-        (losses.DrGRPOLoss(), by_position),
-    ):
-        assert close(evaluate(loss, on_policy)[1], want), loss
+    kinds = [(kind, by_length) for kind in (losses.GRPOLoss, losses.GSPOLoss, losses.GSPOTokenLoss, losses.SAPOLoss)]
+    kinds += [(kind, by_token) for kind in (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss)]
+    for kind, want in [*kinds, (losses.DrGRPOLoss, by_position)]:
+        assert close(evaluate(kind(), on_policy)[1], want), kind
 
 
 @few

@@ -148,9 +148,8 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
 
 
 def test_the_configs_on_top_of_another_train(here, monkeypatch):
-    command(
-        ["fit", "--config", "configs/gspo.yaml", "--config", "yaml.yaml", "--config", "own_part_yaml.yaml", *SMALL], monkeypatch
-    )
+    configs = ("configs/gspo.yaml", "yaml.yaml", "own_part_yaml.yaml")
+    command(["fit", *(f"--config={name}" for name in configs), *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
     assert "FormatReward" in saved.read_text() and "mine.CappedLoss" in saved.read_text()
     assert saved.with_name("summary.json").is_file()

@@ -30,11 +30,8 @@ def test_only_letters_of_options_outside_of_the_reasoning_and_in_the_pattern_are
     assert reward(["<answer>(B)</answer> not A", "B"], [Prompt(text="?", answer="B")] * 2) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("answer", "letter"), {"C": "C", " (C) ": "C", r"$\text{(C)}$": "C", "c": None, "12": None, "CD": None}.items()
-)
-def test_reference_answers(answer, letter):
-    assert reference_choice(answer) == letter
+def test_reference_answers():
+    assert [reference_choice(answer) for answer in ("C", " (C) ", r"$\text{(C)}$", "c", "12", "CD")] == ["C"] * 3 + [None] * 3
 
 
 @pytest.mark.parametrize(

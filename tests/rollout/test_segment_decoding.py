@@ -11,21 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda.fake_gpu import counter
 from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine import (
-    Backend,
-    Engine,
-    SharedPromptDecoding,
-    compiling,
-    decoder,
-    decoding_of,
-    segment_decoding,
-    use_fused_modules,
-)
+from hybrid_lightning.engine import Backend, Engine, SharedPromptDecoding, compiling, decoder, decoding_of, segment_decoding
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.errors import ConfigError
@@ -60,9 +51,7 @@ def test_all_families_sample_alike(tokenizer, family):
 def test_adapted_models_and_their_fused_layers_too(tokenizer, family):
     found = []
     for kind in (Backend, OfAccelerator):
-        model = build_adapted(family).model
-        engine = Engine(model, kind())
-        use_fused_modules(model, engine.backend)
+        engine = fused(build_adapted(family).model, kind())
         rollouts = sample(engine, tokenizer)
         found.append(rollouts)
         logprobs, _ = token_logprobs(engine, rollouts.sequences, 1.0)
@@ -106,25 +95,6 @@ class _Event(SimpleNamespace):
         super().__init__(record=lambda: None, synchronize=lambda: None)
 
 
-class Syncs(TorchDispatchMode):
-    """Notes what would wait for a GPU."""
-
-    WAITING = frozenset(
-        ["_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal"]
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in self.WAITING or unsized:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
     """The number of running rows is known late, and still no completion differs."""
     engine = Engine(build_model("llama"), OfAccelerator())
@@ -137,15 +107,14 @@ def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
         self._every = every
 
     monkeypatch.setattr(sampling._Running, "__init__", late)
-    counts = []
-    for length in (40, 72):
-        with Syncs() as syncs:
+    waits, waiting = [], counter()
+    for length in (72, 40):
+        with waiting() as counted:
             found = sample(engine, tokenizer, length)
-        counts.append(len(syncs.seen))
-        if length == 40:
-            assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
-            assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
-    assert counts[0] == counts[1] <= 20, "the number of waits does not depend on the number of tokens"
+        waits.append(len(counted.counts.syncs))
+    assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
+    assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
+    assert waits[0] == waits[1] <= 20, "the number of waits does not depend on the number of tokens"
 
 
 def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
@@ -245,14 +214,12 @@ def test_graphs_are_given_up_where_they_give_other_numbers_or_cannot_be_made(tok
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize(
-    ("family", "kind", "reason"), [("llama", Backend, "a CPU"), ("mistral", OfAccelerator, "a sliding window")]
-)
-def test_graphs_that_cannot_be_are_refused(tokenizer, monkeypatch, family, kind, reason):
+@pytest.mark.parametrize(("family", "kind", "why"), [("llama", Backend, "a CPU"), ("mistral", OfAccelerator, "a sliding window")])
+def test_graphs_that_cannot_be_are_refused(tokenizer, monkeypatch, family, kind, why):
     engine = Engine(build_adapted(family).model, kind())
     engine.prepare()
-    monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if reason != "a CPU" else {})
-    with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {reason}.*; remove it"):
+    monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
+    with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; remove it"):
         sample(engine, tokenizer, cuda_graphs=True)
 
 

@@ -24,9 +24,8 @@ for name, body in json.loads(ATTEMPTS).items():
 
 def whole(body):
     """A program that says whether it got out."""
-    return (
-        f"try:\n{textwrap.indent(body, '    ')}\nexcept BaseException as error:\n    print('held')\nelse:\n    print('escaped')"
-    )
+    held, escaped = ("    print('held')", "    print('escaped')")
+    return f"try:\n{textwrap.indent(body, '    ')}\nexcept BaseException as error:\n{held}\nelse:\n{escaped}"
 
 
 def in_one(attempts, names):

@@ -121,10 +121,8 @@ def copied(python, folder):
     copy = folder / "bin" / f"python3.{minor}"
     copy.parent.mkdir(parents=True)
     shutil.copy(program, copy)
-    left_out = shutil.ignore_patterns(
-        *["site-packages", "dist-packages", "test", "config-*", "ensurepip", "idlelib", "tkinter", "lib2to3"]
-    )
-    shutil.copytree(library, folder / "lib" / f"python3.{minor}", ignore=left_out)
+    names = ["site-packages", "dist-packages", "test", "config-*", "ensurepip", "idlelib", "tkinter", "lib2to3"]
+    shutil.copytree(library, folder / "lib" / f"python3.{minor}", ignore=shutil.ignore_patterns(*names))
     command = [copy, "-c", f"{code}; print(sys.base_prefix)"]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     if said[-1:] != [str(folder)] or not said[2].startswith(str(folder)):

@@ -1,1 +1,1 @@
-"""Mathematical answers: the reward in match.py, a worker process in math_worker.py, and verifier.py, which talks to it."""
+"""Mathematical answers: the reward in match.py, and the process that compares them in math_worker.py."""

@@ -1,16 +1,29 @@
-"""`MathMatch`: whether the answer is the same number or formula, by github.com/huggingface/Math-Verify."""
+"""`MathMatch`: whether the answer is the same number or formula, by github.com/huggingface/Math-Verify.
 
+The comparison has a process of its own (`math_worker.py`): sympy may hang, and math-verify can stop it only in a main thread.
+"""
+
+import atexit
+import json
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards.mathematics.verifier import MathVerifier
 from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
 from hybrid_lightning.rewards.text import AnswerReward, reference_answer
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+_PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # as most reference answers are, which needs no question to the worker
 
 
 class MathMatch(AnswerReward):
@@ -59,12 +72,14 @@ class MathMatch(AnswerReward):
             return None
         if _is_choice(reference_answer(type(self).__name__, prompt)):
             return extract_choice(text, CHOICES)
-        return _verifier(self.cpu_seconds).value(text)
+        answer: str | None = _verifier(self.cpu_seconds).ask("canonical_answer", text)
+        return answer
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that answers can be compared with the reference answer."""
         gold = reference_answer(type(self).__name__, prompt)
-        if not _is_choice(gold) and not _verifier(self.cpu_seconds).is_gold(gold):
+        readable = _is_choice(gold) or _PLAIN.fullmatch(gold) or _verifier(self.cpu_seconds).ask("is_gold", gold)
+        if not readable:
             number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
             pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
             raise RewardError(
@@ -81,7 +96,7 @@ class MathMatch(AnswerReward):
             return 0.0
         if _is_choice(gold):
             return float(extract_choice(text, CHOICES) == reference_choice(gold))
-        equal = _verifier(self.cpu_seconds).equal(gold, text)
+        equal = _verifier(self.cpu_seconds).ask("equal", gold, text)
         if equal is None:
             logger.warning("MathMatch gave up after %g s of CPU time on a completion ending %r", self.cpu_seconds, text[-80:])
         return float(bool(equal))
@@ -92,6 +107,75 @@ def _is_choice(gold: str) -> bool:
 
 
 @cache
-def _verifier(cpu_seconds: float) -> MathVerifier:
+def _verifier(cpu_seconds: float) -> "MathVerifier":
     """One worker process for all rewards with the same time limit. Rewards do not hold it, since they are copied and pickled."""
     return MathVerifier(cpu_seconds)
+
+
+class MathVerifier:
+    """Client of the worker process, which it starts at the first question, and again if the process has died.
+
+    A comparison may take `cpu_seconds` of CPU time, and not of wall time: a text gets the same reward on a busy machine.
+    """
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self.cpu_seconds = cpu_seconds
+        self._lock = Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0  # id of the process that started the worker: a fork inherits the pipes, but must not use them
+        atexit.register(self._close)
+
+    def ask(self, function: str, *texts: str) -> Any:
+        """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
+        with self._lock:
+            for _ in range(2):  # a second time if the system or another user ended the process, and not the request
+                process = self._running()
+                try:
+                    reply = self._exchange(process, json.dumps([function, *texts]))
+                except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
+                    self._close()
+                    raise
+                if reply:
+                    return json.loads(reply)
+                out_of_time = process.wait() == -signal.SIGPROF
+                self._close()
+                if out_of_time:
+                    return None
+            return None
+
+    @staticmethod
+    def _exchange(process: "subprocess.Popen[str]", request: str) -> str:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except BrokenPipeError:
+            return ""
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._owner != os.getpid():
+            script = Path(__file__).with_name("math_worker.py")
+            # -P keeps the script's folder off the import path: our modules there must not hide those of the standard library.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(script), str(self.cpu_seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+            self._owner = os.getpid()
+            assert self._process.stdout is not None
+            if self._process.stdout.readline() != "ready\n":
+                self._close()
+                raise RewardError(
+                    "the process that compares mathematical answers does not start: see what "
+                    f"`{sys.executable} -P {script} 5` says"
+                )
+        return self._process
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()

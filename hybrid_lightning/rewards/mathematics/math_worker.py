@@ -1,13 +1,8 @@
 """The worker process that parses and compares mathematical answers with the library math-verify.
 
-`MathVerifier` starts it as a script. It writes `ready`, then reads one request in JSON a line, and writes one reply a line:
-
-    [gold]             can answers be compared with this reference answer?      true or false
-    [gold, text]       does the answer in the text equal the reference answer?  true or false
-    {"value": text}    what is the answer in the text?                          a string or null
-
-A request that uses more CPU time than the argument of the script ends the process by the default action of SIGPROF, which
-nothing in sympy can delay or catch.
+`match.py` starts it as a script. It writes `ready`, then reads one request in JSON a line, `["equal", gold, text]` for one, and
+writes one reply a line: what that function of `REQUESTS` returns. A request that uses more CPU time than the argument of the
+script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch.
 
 The script is no part of the package when it runs, so that it starts in a third of a second: of this project it imports only
 `math_text.py` and `math_units.py`, which import nothing else of the project.
@@ -19,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from math import isclose, isfinite
 from pathlib import Path
@@ -28,17 +24,7 @@ from math_verify import parse, verify
 from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here hide no other modules
-from math_text import (  # type: ignore[import-not-found]
-    HEDGE,
-    answer_window,
-    bare_formula,
-    is_bound,
-    normalize,
-    out_of_brackets,
-    plain_units,
-    to_ascii,
-    without_remark,
-)
+import math_text as forms  # type: ignore[import-not-found]
 from math_units import conversion_factors, find_unit, in_one_unit, is_unit, without_unit  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # address space: expressions such as 9^9^9 must not take all the machine's memory
@@ -77,26 +63,31 @@ def main() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        request = json.loads(line)
-        result = canonical_answer(request["value"]) if isinstance(request, dict) else compare(request)
+        function, *texts = json.loads(line)
+        result = REQUESTS[function](*texts)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(result), file=replies, flush=True)
 
 
-def compare(request: list[str]) -> bool:
-    """Reply to `[gold]` or `[gold, text]` (see above)."""
-    gold = parse_gold(request[0])
-    if gold is None:
+def is_gold(gold: str) -> bool:
+    """Whether answers can be compared with a reference answer."""
+    parsed = parse_gold(gold)
+    return parsed is not None and bool(verify(parsed, parsed, timeout_seconds=None))
+
+
+def equal(gold: str, text: str) -> bool:
+    """Whether the answer in a text equals a reference answer."""
+    parsed = parse_gold(gold)
+    if parsed is None:
         return False
-    if len(request) == 1:
-        return bool(verify(gold, gold, timeout_seconds=None))
-    if same_words(*request):
+    if same_words(gold, text):
         return True
-    for wanted, given in ((mark.findall(request[0]), mark.findall(request[1])) for mark in MARKS):
+    for mark in MARKS:
+        wanted, given = mark.findall(gold), mark.findall(text)
         if wanted and given and wanted[-1].lower() != given[-1].lower():
             return False
     # If the reference answer has no unit, a quantity such as 1 hour and 30 minutes may be meant as 90 or as 1.5.
-    return any(matches_gold(request[0], text, gold) for text in dict.fromkeys(in_one_unit(answer_part(request[1]))))
+    return any(matches_gold(gold, part, parsed) for part in dict.fromkeys(in_one_unit(answer_part(text))))
 
 
 def same_words(gold: str, text: str) -> bool:
@@ -119,26 +110,22 @@ def canonical_answer(text: str) -> str | None:
     parsed = parse_answer(in_one_unit(answer_part(text))[0])
     if not parsed:
         return None
-    number = as_number(parsed[0])
+    number = as_number(parsed)
     if number is not None:
         return f"{round(number, 6) + 0.0:.6f}" if abs(number) >= SMALL or not number else f"{number:.2e}"
     return str(parsed[0].rhs if isinstance(parsed[0], Eq) and parsed[0].lhs.is_Symbol else parsed[0])
 
 
 def matches_gold(reference: str, text: str, gold: Any) -> bool:
-    """Whether the answer in a text equals the reference answer.
-
-    Args:
-        reference: The reference answer as written.
-        text: The part of a completion that `answer_part` returns.
-        gold: The reference answer as `parse_gold` returns it.
-    """
-    if as_number(gold[0]) is not None and not is_bound(text):  # in a formula such as 5m + 3s the letters are not units
-        wanted, given = plain_units(in_one_unit(gold_text(reference))[0]), plain_units(text)
+    """Whether the answer in a text that `answer_part` returned equals a reference answer, given as written and parsed."""
+    number = as_number(gold)
+    if number is not None and not forms.is_bound(text):  # in a formula such as 5m + 3s the letters are not units
+        wanted, given = forms.plain_units(in_one_unit(gold_text(reference))[0]), forms.plain_units(text)
         factors = conversion_factors(wanted, given)
         text = (without_unit(given) if find_unit(wanted) is not None else None) or text
-        if 1.0 not in factors:
-            return any(equal_in_another_unit(gold, parse_answer(text), factor) for factor in factors)
+        if 1.0 not in factors:  # 90 minutes are 1.5 hours
+            found = as_number(parse_answer(text))
+            return found is not None and any(isclose(found * factor, number, rel_tol=1e-6) for factor in factors)
     if equal_parsed(gold, parse_answer(text)):
         return True
     # 12.5% equals 12.5 if only one of the two has the percent sign, as math-verify handles it for whole numbers.
@@ -156,23 +143,17 @@ def equal_parsed(gold: Any, found: Any) -> bool:
             return False
     if not verify(gold, in_order(found), allow_set_relation_comp=True, timeout_seconds=None):
         return False
-    wanted, given = as_number(gold[0]), as_number(found[0])
+    wanted, given = as_number(gold), as_number(found)
     if wanted is None or given is None or not 0 < abs(wanted) < SMALL:
         return True
     return any(abs(given * scale - wanted) <= 0.01 * abs(wanted) for scale in (1, 0.01, 100))  # percent
-
-
-def equal_in_another_unit(gold: Any, found: Any, factor: float) -> bool:
-    """Whether a parsed answer times a factor is the reference answer in another unit: 90 minutes are 1.5 hours."""
-    wanted, given = (as_number(parsed[0]) if parsed else None for parsed in (gold, found))
-    return wanted is not None and given is not None and isclose(given * factor, wanted, rel_tol=1e-6)
 
 
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
     gold = in_one_unit(gold_text(gold))[0]
-    text = normalize(without_unit(plain_units(gold)) or gold)
+    text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
     if NO_NUMBER.search(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
@@ -186,23 +167,23 @@ def parse_gold(gold: str) -> Any:
 
 def gold_text(gold: str) -> str:
     """A reference answer in ASCII and LaTeX, without brackets around its unit: "9 (apples)" becomes 9 apples."""
-    return str(out_of_brackets(to_ascii(gold.strip()), is_unit))
+    return str(forms.out_of_brackets(forms.to_ascii(gold.strip()), is_unit))
 
 
 def answer_part(completion: str) -> str:
     """The part of a completion that holds its answer, without a remark behind the answer."""
-    return str(without_remark(out_of_brackets(answer_window(to_ascii(completion)), is_unit)))
+    return str(forms.without_remark(forms.out_of_brackets(forms.answer_window(forms.to_ascii(completion)), is_unit)))
 
 
 def parse_answer(text: str) -> Any:
     """Parse the answer in a text that `answer_part` returned; an empty list if there is none."""
-    if is_bound(text):
+    if forms.is_bound(text):
         return []
-    text = normalize(text)
-    formula = bare_formula(text)
+    text = forms.normalize(text)
+    formula = forms.bare_formula(text)
     if formula and (parsed := parse(formula, parsing_timeout=None)):
         return parsed
-    if r"\boxed" not in text and HEDGE.search(text):
+    if r"\boxed" not in text and forms.HEDGE.search(text):
         return []
     # A point or an interval is marked as LaTeX: in plain text math-verify would take the last number in it.
     return parse(text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text), parsing_timeout=None)
@@ -210,10 +191,11 @@ def parse_answer(text: str) -> Any:
 
 def as_number(parsed: Any) -> float | None:
     """A parsed answer as a finite number; None if it is not one."""
-    if isinstance(parsed, Eq) and parsed.lhs.is_Symbol:  # x = 5 is compared as 5
-        parsed = parsed.rhs
+    answer = parsed[0] if parsed else None
+    if isinstance(answer, Eq) and answer.lhs.is_Symbol:  # x = 5 is compared as 5
+        answer = answer.rhs
     try:
-        result = float(parsed.evalf().doit())  # doit: a percentage is a product, which evalf alone does not multiply out
+        result = float(answer.evalf().doit())  # doit: a percentage is a product, which evalf alone does not multiply out
     except (AttributeError, TypeError, ValueError, OverflowError):  # a formula
         return None
     return result if isfinite(result) else None
@@ -226,6 +208,8 @@ def in_order(found: Any) -> Any:
         return found
     return [type(found[0])(*sorted(parts, key=lambda part: str(part.lhs))), *found[1:]]
 
+
+REQUESTS: dict[str, Callable[..., Any]] = {"is_gold": is_gold, "equal": equal, "canonical_answer": canonical_answer}
 
 if __name__ == "__main__":
     main()

@@ -266,7 +266,7 @@ RESULT = re.compile(  # what `normalize` has made of the word "answer"
 )
 MEASURE = re.compile(  # a number, with or without a unit, which math-verify reads as it is
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
-    r"\s*(?:%|\u00b0|\s(?!(?:and|or)\b)[A-Za-z/^23. ]*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
+    r"\s*%?(?:\u00b0|\s(?!(?:and|or)\b)(?:[A-Za-z/. ]|\^[23])*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
 )
 NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\b|(?<=[\d)}^*/])[a-z]{1,2}(?![a-z])")
 

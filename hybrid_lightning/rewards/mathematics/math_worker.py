@@ -28,13 +28,6 @@ import math_text as forms  # type: ignore[import-not-found]
 from math_units import conversion_factors, find_unit, in_one_unit, is_unit, without_unit  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # address space: expressions such as 9^9^9 must not take all the machine's memory
-NUMBER = re.compile(
-    r"""[-+]?\s*[$€£¥]?\s*[-+]?
-    (?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?:\s?/\s?\d+)?   # 1,234 or 1 234 or 1234, then .5 or /2
-    \s*%?(?:\s[A-Za-z][A-Za-z ]*)?                            # percent, and a unit in words
-    """,
-    re.VERBOSE,
-)
 # Such as a date, or 3 (R 2).
 NO_NUMBER = re.compile(r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|\d (?:mod|base)\b", re.IGNORECASE)
 TUPLE = re.compile(
@@ -156,7 +149,7 @@ def parse_gold(gold: str) -> Any:
     text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
     if NO_NUMBER.search(text):
         return None
-    if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
+    if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text):
         formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
         if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", formula):
             return None  # words, which would be parsed as products of letters
@@ -191,7 +184,7 @@ def parse_answer(text: str) -> Any:
 
 def as_number(parsed: Any) -> float | None:
     """A parsed answer as a finite number; None if it is not one."""
-    answer = parsed[0] if parsed else None
+    answer: Any = parsed[0] if parsed else None
     if isinstance(answer, Eq) and answer.lhs.is_Symbol:  # x = 5 is compared as 5
         answer = answer.rhs
     try:

@@ -1,7 +1,6 @@
 """Find the answer in a text, and rewrite it in a form that math-verify reads.
 
-`results/answers.md` says which answers people and models write. `math_worker.py` imports this file as a script, outside of the
-package: it must not import anything else of this project.
+`math_worker.py` imports this file as a script, outside of the package: it must not import anything else of this project.
 """
 
 import re
@@ -13,21 +12,14 @@ WINDOW = 6_000  # characters before the last box or the end that are searched: a
 POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
 HALF = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")  # between the two parts of 1 1/2 in one sign
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
+LATEX_SIGNS = {"\u03c0": "pi", "\u221e": "infty", "\u00b1": "pm", "\u2264": "le", "\u2265": "ge", "\u2260": "ne"}
+LATEX_SIGNS |= {"\u222a": "cup", "\u2229": "cap", "\u2205": "emptyset"}
 SIGNS = str.maketrans(
     {
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f"),  # invisible
         **dict.fromkeys("\u2212\u2012\u2013", "-"),
-        "\u03c0": r"\pi ",
-        "\u221e": r"\infty ",
-        "\u00b1": r"\pm ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u2260": r"\ne ",
-        "\u222a": r"\cup ",
-        "\u2229": r"\cap ",
-        "\u2205": r"\emptyset ",
-        "\u00f7": "/",
-        "\u2044": "/",  # the fraction slash, which NFKC puts into one half and the like
+        **dict.fromkeys("\u00f7\u2044", "/"),  # the second is the fraction slash, which NFKC puts into one half and the like
+        **{sign: rf"\{name} " for sign, name in LATEX_SIGNS.items()},
         "\u3002": ". ",
     }
 )
@@ -107,17 +99,16 @@ def without_remark(text: str) -> str:
 # ---- units
 
 WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-PLAIN: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~"), " "),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![A-Za-z])"), "\u00b0"),
-    (re.compile(r"\\%"), "%"),
-    (re.compile("\u00b2"), "^2"),
-    (re.compile("\u00b3"), "^3"),
-    (re.compile(r"\*\*+"), ""),
-    (re.compile(r"\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", re.IGNORECASE), " "),
-    (re.compile(r"\bmph\b", re.IGNORECASE), "miles/hour"),
-    (re.compile(r"\bkm?ph\b|\bkmh\b", re.IGNORECASE), "km/h"),
-    (re.compile(r"\bper\s+cent\b", re.IGNORECASE), "percent"),
+PLAIN = [
+    (r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![A-Za-z])", "\u00b0"),
+    (r"\\%", "%"),
+    ("\u00b2", "^2"),
+    ("\u00b3", "^3"),
+    (r"\*\*+", ""),
+    (r"(?i)\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", " "),
+    (r"(?i)\bmph\b", "miles/hour"),
+    (r"(?i)\bkm?ph\b|\bkmh\b", "km/h"),
 ]
 
 
@@ -125,7 +116,7 @@ def plain_units(text: str) -> str:
     r"""Write units without LaTeX: `5\ \text{m/s}` becomes 5 m/s. Only for finding units, since it damages formulas."""
     text = WRAPPED.sub(r" \1", WRAPPED.sub(r" \1", text))
     for pattern, replacement in PLAIN:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -189,10 +180,6 @@ ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # argument without { }
 
 
-def _fraction(match: re.Match[str]) -> str:
-    return rf"\frac{{{match[1].strip('{}')}}}{{{match[2].strip('{}')}}}"
-
-
 def _large_in_digits(match: re.Match[str]) -> str:
     return format(Decimal(match[1].replace(",", "")).scaleb(ZEROS[match[2].lower()]), "f")
 
@@ -212,50 +199,46 @@ def _repeating_as_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"
 
 
-REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\bUSD?\s?(?=\\?\$)"), ""),  # US$40
-    (re.compile('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
-    (re.compile(rf"\\[dt]?frac\s*({ONE}|\{{[^{{}}]*\}})\s*({ONE}|\{{[^{{}}]*\}})"), _fraction),  # \frac12, \frac \pi4
+REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\bUSD?\s?(?=\\?\$)", ""),  # US$40
+    ('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>', " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
+    (rf"\\[dt]?frac\s*({ONE})", r"\\frac{\1}"),  # \frac12, \frac \pi4
+    (rf"\\[dt]?frac\s*(\{{[^{{}}]*\}})\s*({ONE})", r"\\frac\1{\2}"),
     # math-verify reads no number in \text{18 dollars}
-    (re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}"), r"\1"),
-    (re.compile(r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])"), "x"),  # \boxed{\ge 5} is not 5
-    (re.compile(r"(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
-    (re.compile(r"(?<=\d)\s*(?:[\u00d7\u00b7]\s*(?=\d)|[xX]\s*(?=10\s*\^))"), "*"),  # 1.2 x 10^6
-    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
-    (re.compile(r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots)"), r"\1\\overline{\2}"),  # 0.333...
-    (re.compile(r"(?<![\w.])(\d*\.\d*)\((\d+)\)"), r"\1\\overline{\2}"),  # 0.1(6)
-    (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
-    (re.compile(r"(?<![\w.)}])\+(?=\d)"), ""),  # +5
-    (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
-    (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
-    (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])"), lambda match: match[0].replace(",", "")),  # $x = 1,234$
-    (re.compile(r"(?<=[^\W\d_]):(?=[-$\d\\])"), ": "),  # Answer:5
+    (r"\\(?:text|mathrm|mbox)\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),
+    (r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])", "x"),  # \boxed{\ge 5} is not 5
+    (r"(?i)(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", "-"),
+    (r"(?<=\d)\s*(?:[\u00d7\u00b7]\s*(?=\d)|[xX]\s*(?=10\s*\^))", "*"),  # 1.2 x 10^6
+    (r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))", "-"),  # -$5
+    (r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots)", r"\1\\overline{\2}"),  # 0.333...
+    (r"(?<![\w.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.1(6)
+    (r"(?<![\w)}])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
+    (r"(?<![\w.)}])\+(?=\d)", ""),  # +5
+    (r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^(\1)"),  # 1e5
+    (r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))", ""),  # 1_000, 1'000, 1{,}000, 1\,000
+    (r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", "")),  # $x = 1,234$
+    (r"(?<=[^\W\d_]):(?=[-$\d\\])", ": "),  # Answer:5
     # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
-    (
-        re.compile(
-            r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)"
-        ),
-        "",
-    ),
-    (re.compile(r"(?<=\d)\.(?=\s*\})"), ""),  # \boxed{5.}
-    (re.compile(r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})"), ""),  # \boxed{5 m/s}
-    (re.compile(r"\\\$\s*(?=[\d.])"), ""),  # \$5
+    (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
+    (r"(?<=\d)\.(?=\s*\})", ""),  # \boxed{5.}
+    (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}
+    (r"\\\$\s*(?=[\d.])", ""),  # \$5
     # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.
-    (re.compile("answer", re.IGNORECASE), "result"),
-    (re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)"), lambda match: match[1].replace(" ", "")),  # 12 000
-    (re.compile(r"(?<=\d) +(?=\d)(?!\d+/\d)"), ", "),  # 1 2 is two numbers and not a sum; 1 1/2 is one number
-    (re.compile(rf"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(ZEROS)})\b", re.IGNORECASE), _large_in_digits),  # 1.5 million
-    (re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])"), _mixed_as_fraction),  # 1 1/2
-    (re.compile(r"(?<![\w}.])(\d*)\s*\\frac\{(\d+)\}\{([1-9]\d*)\}(?=\s*\\?%)"), _percentage),  # 33\frac13\%
-    (re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}"), _repeating_as_fraction),  # 0.1\overline{6}
+    ("(?i)answer", "result"),
+    (r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)", lambda match: match[1].replace(" ", "")),  # 12 000
+    (r"(?<=\d) +(?=\d)(?!\d+/\d)", ", "),  # 1 2 is two numbers and not a sum; 1 1/2 is one number
+    (rf"(?i)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(ZEROS)})\b", _large_in_digits),  # 1.5 million
+    (r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])", _mixed_as_fraction),  # 1 1/2
+    (r"(?<![\w}.])(\d*)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{([1-9]\d*)\}(?=\s*\\?%)", _percentage),  # 33\frac13\%
+    (r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}", _repeating_as_fraction),  # 0.1\overline{6}
 ]
 
 
 def normalize(text: str) -> str:
     """Rewrite what math-verify would misread (1e5 as 1, for example) in a form that it reads."""
     for pattern, replacement in REWRITES:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 

@@ -149,7 +149,7 @@ def parse_gold(gold: str) -> Any:
     text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
     if NO_NUMBER.search(text):
         return None
-    if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text):
+    if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text.strip()):
         formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
         if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", formula):
             return None  # words, which would be parsed as products of letters

@@ -2,8 +2,7 @@
 
 The units are in a table here, because sympy.physics.units and pint make the start of the worker half as long again or more, and
 read neither LaTeX nor "square centimeters". A word that is not in the table, such as apples, is not a unit. Texts are those that
-`plain_units` of `math_text.py` has rewritten. `math_worker.py` imports this file as a script, outside of the package: it must not
-import anything else of this project.
+`plain_units` has rewritten. Like `math_text.py`, this file must not import anything else of this project.
 """
 
 import re
@@ -68,13 +67,12 @@ def _names_of_units() -> tuple[dict[str, Readings], dict[str, Readings]]:
         for entry, factor in ((entry, factor) for names, factor in units.items() for entry in names.split()):
             name = entry.removeprefix("+")
             is_word = len(name) > 1 and name.islower()
-            for short, (long, scale) in [("", ("", 1.0)), *(PREFIXES.items() if entry != name else ())]:
-                whole, scaled = (long if is_word else short) + name, factor * scale
-                spelled = [whole, whole + "s"] if is_word else []
-                spelled += [whole.lower()] if not is_word and short in tuple("kcdm") else []  # people write KM and Kg
-                for table, names in ((symbols, [] if is_word else [whole]), (words, spelled)):
-                    for each in names:
-                        table.setdefault(each, {}).setdefault(kind, set()).add(scaled)
+            for short, (long, scale) in {"": ("", 1.0), **(PREFIXES if entry != name else {})}.items():
+                spelled = [(words, long + name), (words, long + name + "s")] if is_word else [(symbols, short + name)]
+                if not is_word and short in tuple("kcdm"):
+                    spelled.append((words, (short + name).lower()))  # people write KM and Kg
+                for table, each in spelled:
+                    table.setdefault(each, {}).setdefault(kind, set()).add(factor * scale)
     return symbols, words
 
 
@@ -106,9 +104,9 @@ JOINED = re.compile(
 class Unit:
     """A unit, or a rate of two units."""
 
-    above: Readings  # what the unit, or the numerator of a rate, may mean: "ounces" is a mass and a volume
-    below: Readings | None = None  # the denominator of a rate, such as the hour in "dollars per hour"
-    loose: bool = False  # whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour"
+    whole: Readings  # what it may mean: "ounces" is a mass and a volume
+    above: Readings  # what the numerator of a rate may mean; for other units the same object as `whole`
+    loose: bool  # whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour"
 
 
 def conversion_factors(gold: str, text: str) -> set[float]:
@@ -124,10 +122,10 @@ def conversion_factors(gold: str, text: str) -> set[float]:
     wanted, found = find_unit(gold), find_unit(text)
     if wanted is None or found is None:
         return {1.0}
-    if (wanted.below is None) != (found.below is None) and (wanted if found.below is None else found).loose:
-        wanted, found = Unit(wanted.above), Unit(found.above)
-    one, other = (each.above if each.below is None else _product(each.above, each.below, -1) for each in (wanted, found))
-    ratios = {own / base for kind in one.keys() & other.keys() for base in one[kind] for own in other[kind]}
+    one, other = found.whole, wanted.whole
+    if (one is found.above) != (other is wanted.above) and (wanted.loose or found.loose):
+        one, other = found.above, wanted.above
+    ratios = _ratios(one, other)
     return {1.0} if any(isclose(ratio, 1.0) for ratio in ratios) else ratios
 
 
@@ -178,24 +176,31 @@ def in_one_unit(text: str) -> tuple[str, str]:
         >>> in_one_unit("It takes 1 hour, 30 minutes and 36 seconds.")
         ('It takes 5436 seconds.', 'It takes 1.51 hour.')
     """
-    small, large = text, text
+    small = large = text
     while (merged := JOINED.sub(lambda match: _merged(match, "small"), small)) != small:
-        small = merged
-    while (merged := JOINED.sub(lambda match: _merged(match, "large"), large)) != large:
-        large = merged
+        small, large = merged, JOINED.sub(lambda match: _merged(match, "large"), large)
     return small, large
 
 
 def _merged(match: re.Match[str], unit: str) -> str:
     """Two quantities as one, if the second has a smaller unit of the same dimension."""
-    one, other = (SYMBOLS.get(name) or WORDS.get(name.casefold()) or {} for name in (match["first"], match["second"]))
-    ratios = {round(a / b, 9) for kind in one.keys() & other.keys() for a in one[kind] for b in other[kind]}
+    ratios = {round(ratio, 9) for ratio in _ratios(_readings(match["first"]), _readings(match["second"]))}
     ratio = ratios.pop() if len(ratios) == 1 else 0.0
     count = float(match["count"])
     if not ratio.is_integer() or not 1 < ratio > count:
         return match[0]
     total = float(match["number"].replace(",", "")) * ratio + count
     return f"{total / (ratio if unit == 'large' else 1):.9f}".rstrip("0").rstrip(".") + match[unit]
+
+
+def _readings(name: str) -> Readings:
+    """What a sign or a word may mean, empty if it is no unit."""
+    return SYMBOLS.get(name) or WORDS.get(name.casefold()) or {}
+
+
+def _ratios(one: Readings, other: Readings) -> set[float]:
+    """How many of the second unit are one of the first, for each dimension that both may have."""
+    return {a / b for kind in one.keys() & other.keys() for a in one[kind] for b in other[kind]}
 
 
 def _last_unit(text: str) -> tuple[Unit | None, int, int]:
@@ -220,18 +225,11 @@ def _unit_at(text: str, at: int, money: str) -> tuple[Unit | None, int]:
         above, at = _unit_with_power(text, gap.end() if gap else at)
     if above is None:
         return None, at
-    following = re.compile(r"\s+([A-Za-z])(?![\w'])|\s*\u00b7").match(text, at)
-    if following and (not following[1] or following[1] in SYMBOLS):
-        return None, at  # "5 N m"
-    below: Readings | None = None
-    loose = any(name in MONEY for kind in above for name, _ in kind)
-    while per := PER.match(text, at):
-        factor, end = _unit_with_power(text, per.end())
-        if factor is None:
-            break
+    whole, loose = above, any(name in MONEY for kind in above for name, _ in kind)
+    while (per := PER.match(text, at)) and (factor := _unit_with_power(text, per.end()))[0]:
         loose = loose or not STRICT.match(text, at)
-        below, at = factor if below is None else _product(below, factor, 1), end
-    return Unit(above, below, loose), at
+        whole, at = _product(whole, factor[0], -1), factor[1]
+    return Unit(whole, above, loose), at
 
 
 def _unit_with_power(text: str, at: int) -> tuple[Readings | None, int]:
@@ -240,8 +238,8 @@ def _unit_with_power(text: str, at: int) -> tuple[Readings | None, int]:
     if not match:
         return None, at
     name = match["name"].removeprefix("\\")
-    readings = SYMBOLS.get(name) or WORDS.get(name.casefold())
-    if readings is None or (name.casefold() == "in" and not match["power"] and re.match(r"\.?\s*[^\W\d_]", text[match.end() :])):
+    readings = _readings(name)
+    if not readings or (name.casefold() == "in" and not match["power"] and re.match(r"\.?\s*[^\W\d_]", text[match.end() :])):
         return None, at  # the "in" of "18 in all" is not an inch
     given = match["power"] or match["before"] or "1"
     power = POWERS.get(given.casefold().strip(".")) or int(re.sub(r"[\^{}\s]", "", given))

@@ -64,11 +64,7 @@ REMARK = re.compile(  # behind an answer that is the whole text, or that follows
 
 
 def out_of_brackets(text: str, is_unit: Callable[[str], bool]) -> str:
-    """Remove the brackets around words behind a number.
-
-    Args:
-        text: A completion or a reference answer.
-        is_unit: Whether words are a unit. Words of at most two letters are taken for factors if they are not.
+    """Remove the brackets around words behind a number. Words of at most two letters are factors if they are no unit.
 
     Example:
         >>> [out_of_brackets(text, {"km"}.__contains__) for text in ("9 (apples)", "5 (km)", "3 (mod p)", "2 (x)", "4 (or five)")]

@@ -34,7 +34,6 @@ TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )
 WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
-BOXES = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
 # What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
 MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
@@ -89,7 +88,7 @@ def same_words(gold: str, text: str) -> bool:
     Its answer is in its boxes, which must all agree, or without boxes at its end.
     """
     words = WORDS.fullmatch(gold.strip())
-    said = BOXES.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
+    said = forms.BOX.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
     return words is not None and {_plain_words(part) for part in said} == {_plain_words(words[1])}
 
 
@@ -113,7 +112,7 @@ def matches_gold(reference: str, text: str, gold: Any) -> bool:
     """Whether the answer in a text that `answer_part` returned equals a reference answer, given as written and parsed."""
     number = as_number(gold)
     if number is not None and not forms.is_bound(text):  # in a formula such as 5m + 3s the letters are not units
-        wanted, given = forms.plain_units(in_one_unit(gold_text(reference))[0]), forms.plain_units(text)
+        wanted, given = forms.plain_units(gold_text(reference)), forms.plain_units(text)
         factors = conversion_factors(wanted, given)
         text = (without_unit(given) if find_unit(wanted) is not None else None) or text
         if 1.0 not in factors:  # 90 minutes are 1.5 hours
@@ -145,7 +144,7 @@ def equal_parsed(gold: Any, found: Any) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
-    gold = in_one_unit(gold_text(gold))[0]
+    gold = gold_text(gold)
     text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
     if NO_NUMBER.search(text):
         return None
@@ -159,8 +158,8 @@ def parse_gold(gold: str) -> Any:
 
 
 def gold_text(gold: str) -> str:
-    """A reference answer in ASCII and LaTeX, without brackets around its unit: "9 (apples)" becomes 9 apples."""
-    return str(forms.out_of_brackets(forms.to_ascii(gold.strip()), is_unit))
+    """A reference answer in ASCII and LaTeX, in one unit and without brackets around it: "9 (apples)" becomes 9 apples."""
+    return str(in_one_unit(forms.out_of_brackets(forms.to_ascii(gold.strip()), is_unit))[0])
 
 
 def answer_part(completion: str) -> str:

@@ -105,6 +105,7 @@ PLAIN = [
     (r"(?i)\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", " "),
     (r"(?i)\bmph\b", "miles/hour"),
     (r"(?i)\bkm?ph\b|\bkmh\b", "km/h"),
+    (r"(?i)\bper\s+cent\b", "percent"),
 ]
 
 

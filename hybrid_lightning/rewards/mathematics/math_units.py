@@ -225,6 +225,9 @@ def _unit_at(text: str, at: int, money: str) -> tuple[Unit | None, int]:
         above, at = _unit_with_power(text, gap.end() if gap else at)
     if above is None:
         return None, at
+    following = re.compile(r"\s+([A-Za-z])(?![\w'])|\s*\u00b7").match(text, at)
+    if following and (not following[1] or following[1] in SYMBOLS):
+        return None, at  # "5 N m"
     whole, loose = above, any(name in MONEY for kind in above for name, _ in kind)
     while (per := PER.match(text, at)) and (factor := _unit_with_power(text, per.end()))[0]:
         loose = loose or not STRICT.match(text, at)

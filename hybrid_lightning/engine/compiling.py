@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -106,7 +107,7 @@ def compiled(
         except Exception as error:
             raise CompilingError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         name, seconds = function.__name__.lstrip("_").removeprefix("plain_"), time.perf_counter() - begin
-        logger.info("torch compiled %s for %s in %.1f s", name, device.type, seconds)
+        rank_zero_info(f"torch compiled {name} for {device.type} in {seconds:.1f} s")
     return CODES[key]
 
 

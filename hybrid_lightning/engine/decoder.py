@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
@@ -70,7 +71,7 @@ class FastDecoder:
             return _PlainLayer(known) if whole is None else whole[0]
 
         if compiling_pays(next(decoder.parameters()).device):
-            logger.info("torch compiles the layers of %s for sampling, once", name)
+            rank_zero_info(f"torch compiles the layers of {name} for sampling, once")
             failure: Exception | str
             try:
                 failure = why_layers_differ(decoder, layers, backend, dtype, compiled_or_plain)

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
@@ -169,7 +170,7 @@ class Graphs:
         self._alike += 1
         self.passed = self._alike >= _TRIED_STEPS
         if self.passed:
-            logger.info("tokens are sampled by CUDA graphs: %d replayed steps gave what the steps themselves give", self._alike)
+            rank_zero_info(f"tokens are sampled by CUDA graphs: {self._alike} replayed steps gave what the steps themselves give")
 
     def give_up(self, reason: str) -> None:
         """Let steps be launched kernel by kernel from now on, and say why."""

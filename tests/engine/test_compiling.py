@@ -1,6 +1,7 @@
 """What is compiled for accelerators: the same numbers for all sizes by the same code, ways back, and no compiler on a CPU."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -53,13 +54,15 @@ def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family
         assert float((one - other).norm()) <= tolerance * max(1.0, float(other.norm()))
 
 
-def test_code_is_made_once_for_all_sizes_and_kept_from_those_that_it_does_not_fit(made):
-    """One row is computed as it is, and so is what a guard of torch's compiler rules out."""
+def test_code_is_made_once_for_all_sizes_and_kept_from_those_that_it_does_not_fit(made, monkeypatch):
+    """One row is computed as it is, and so is what a guard of torch's compiler rules out; the screen says what was made."""
+    said = []
+    monkeypatch.setattr(compiling, "rank_zero_info", said.append)
     for rows, size in ((8, 16), (3, 16), (300, 48), (1, 16)):
         x, weight = torch.randn(rows, size), torch.randn(size)
         results = (kind(x, weight, 1e-6) for kind in (fused_layers._accelerated_norm, fused_layers.plain_norm))
         assert all(torch.allclose(found, expected, atol=1e-6) for found, expected in zip(*results, strict=True))
-    assert made == ["plain_norm"]
+    assert made == ["plain_norm"] and len(said) == 1 and re.fullmatch(r"torch compiled norm for cpu in \d+\.\d s", said[0])
     code = compiling.compiled(_branch, (torch.ones(4),), lambda number, part: {0: "rows"})
     assert code.fits(600) and not code.fits(400) and not code.fits(1), "it was traced for 509"
     assert compiling.compiled(_branch, (torch.ones(9),), lambda number, part: {0: "rows"}) is code

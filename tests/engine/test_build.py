@@ -13,8 +13,7 @@ import pytest
 from hybrid_lightning.engine.cpu.build import library
 
 ASK = """
-import logging, torch
-logging.basicConfig(level=logging.INFO, format="%(message)s")
+import torch
 from hybrid_lightning.engine.cpu.operators import usable
 print(usable(torch.zeros(1)))
 """
@@ -39,7 +38,7 @@ def quick(tmp_path):
 @needs_compiler
 def test_they_are_compiled_once(tmp_path, quick):
     answer, said = ask(tmp_path, CXX=quick)
-    assert answer == "True" and "Compiling the CPU kernels" in said
+    assert answer == "True" and "compiling the CPU kernels" in said
     files = list((tmp_path / "hybrid_lightning").iterdir())
     assert [path.suffix for path in files] == [".so"], "nothing but the library is left"
     written = files[0].stat().st_mtime_ns
@@ -47,7 +46,7 @@ def test_they_are_compiled_once(tmp_path, quick):
     assert answer == "True" and said == "" and files[0].stat().st_mtime_ns == written
     # Another compiler, or other options, may make other code.
     answer, said = ask(tmp_path, CXX=f"{quick} -DOTHER")
-    assert answer == "True" and "Compiling" in said and len(list((tmp_path / "hybrid_lightning").iterdir())) == 2
+    assert answer == "True" and "compiling" in said and len(list((tmp_path / "hybrid_lightning").iterdir())) == 2
 
 
 @needs_compiler

@@ -124,7 +124,9 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
-    logger.info("Compiling the CPU kernels, once: some seconds")
+    from lightning.pytorch.utilities import rank_zero_info  # slow to import, and needed once
+
+    rank_zero_info("compiling the CPU kernels, once: some seconds")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         result, objects = Path(folder) / target.name, [str(Path(folder) / f"{source.stem}.o") for source in sources]

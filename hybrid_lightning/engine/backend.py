@@ -171,6 +171,11 @@ class PlannedBackend(Backend):
         return lambda rows: F.linear(rows, kept)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def has_operators() -> bool:
     """Whether there are operators for this machine's CPU."""
     return library() is not None

@@ -18,8 +18,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from hybrid_lightning.engine.backend import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class CompilingError(Exception):
 
 
 Axes = dict[int, str]  # axes of a tensor whose sizes change from call to call -> names; equal names have equal sizes
-
+# Sizes by which torch knows the names while it makes code.
 _SIZES = (509, 1021, *(prime for prime in range(11, 100) if all(prime % other for other in range(2, prime))))
 CODES: dict[Hashable, "Code"] = {}  # all that was compiled in this process
 
@@ -111,16 +112,12 @@ def compiled(
     return CODES[key]
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on a device; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
 def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
-    import torch._inductor
+    import torch._inductor  # with sympy, which takes half a second
     from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     several: list[bool] = []
@@ -159,6 +156,8 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
 
 def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
     """A tensor of the same kind without data; where sizes change it has symbols."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     if not axes:
         with mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing
-from hybrid_lightning.engine.backend import HALF, Backend
+from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.types import Sequences
 
 # Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M). On an accelerator a pass takes
@@ -166,8 +166,7 @@ def projection_weight(model: nn.Module) -> Tensor | None:
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of products with a weight under the current autocast."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return autocast_dtype(weight.device) or weight.dtype
 
 
 def plain_projection(model: nn.Module) -> Tensor | None:

@@ -160,7 +160,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.why_not, self.passed = "", False
-        self._alike = 0
+        self._alike, self._has_said = 0, False
 
     def compare(self, replayed: Tensor, plain: Tensor) -> None:
         """Learn from the logits of a step, [R, V]."""
@@ -175,6 +175,13 @@ class Graphs:
     def give_up(self, reason: str) -> None:
         """Let steps be launched kernel by kernel from now on, and say why."""
         self.why_not = reason
+        self.say(reason)
+
+    def say(self, reason: str) -> None:
+        """Say once why steps are launched kernel by kernel."""
+        if self._has_said:
+            return
+        self._has_said = True
         logger.warning("tokens are sampled without CUDA graphs, which takes longer where there are few rows, since %s", reason)
 
 

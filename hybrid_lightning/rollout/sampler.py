@@ -140,6 +140,8 @@ class _Decoder:
             decoding.graphs = graphs if wanted else None
         elif self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
+        elif self.sampler.cuda_graphs and _replays(self.device):
+            graphs.say(self._why_no_graphs())
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch

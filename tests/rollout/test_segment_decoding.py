@@ -215,12 +215,16 @@ def test_graphs_are_given_up_where_they_give_other_numbers_or_cannot_be_made(tok
 
 
 @pytest.mark.parametrize(("family", "kind", "why"), [("llama", Backend, "a CPU"), ("mistral", OfAccelerator, "a sliding window")])
-def test_graphs_that_cannot_be_are_refused(tokenizer, monkeypatch, family, kind, why):
+def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeypatch, caplog, family, kind, why):
     engine = Engine(build_adapted(family).model, kind())
     engine.prepare()
     monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
     with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; remove it"):
         sample(engine, tokenizer, cuda_graphs=True)
+    monkeypatch.setattr(sampling, "_replays", lambda device: True)
+    for _ in range(2):
+        sample(engine, tokenizer)
+    assert caplog.text.count(f"since {why}") == 1
 
 
 def test_a_graph_records_a_step_and_replays_it(monkeypatch):

@@ -113,7 +113,7 @@ def compiled(
 
 
 def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
-    import torch._inductor  # with sympy, which takes half a second
+    import torch._inductor
     from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config
     from torch.fx.experimental.proxy_tensor import make_fx

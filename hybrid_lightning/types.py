@@ -6,11 +6,14 @@ Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order
 prompt tokens (left-padded), T completion tokens (right-padded).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+Message = Mapping[str, Any]  # of a conversation: {"role": ..., "content": text}, and what a chat template knows besides
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,22 @@ class Prompt:
     def place(self) -> str:
         """Where the prompt comes from, for messages."""
         return f"{self.source or 'the data'} row {self.index}"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A conversation between a policy and an environment, for rewards, logs and predictions."""
+
+    messages: tuple[Message, ...]  # all of it: the prompt's, the policy's (role "assistant") and those that were added
+    turns: int  # messages of the policy
+    end: str  # why it ended: "answered", "over" (by the environment), "turns", "tokens", "time", "failed"
+    rewards: tuple[float, ...]  # that the environment gave for each turn
+    counts: Mapping[str, float] = field(default_factory=dict)  # what the environment counted, such as {"calls": 2}
+
+    @property
+    def answer(self) -> str:
+        """The last message of the policy; empty if there is none."""
+        return next((str(message["content"]) for message in reversed(self.messages) if message["role"] == "assistant"), "")
 
 
 class Completion(str):

@@ -14,7 +14,10 @@ from hybrid_lightning import engine
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "configurable", "options", "stopping", "hub"}
-LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding", "sandbox", "engine"}
+LEAVES = {
+    *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
+    *("sandbox", "engine"),
+}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
@@ -25,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": GROUND | {"engine"},
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
+    "environments": GROUND | {"sandbox"},
     "policy": GROUND | LEAVES | {"process"},
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},

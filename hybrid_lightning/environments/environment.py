@@ -1,0 +1,96 @@
+"""`Environment`: the contract of everything that a policy acts in over several turns.
+
+An *episode* is one prompt and a run of turns. In each turn the policy samples a message, and the environment answers with
+messages of its own, a reward, and whether the episode is over:
+
+    environment.start(prompt, seed)      messages behind the prompt, before the first turn
+    environment.step(message)  ...       once a turn
+    environment.close()
+
+There is one object for each episode, made with the arguments of the object in the config. All episodes of a group get the same
+seed, and so the same task.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.types import Message, Prompt
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment answers to a message of the policy."""
+
+    messages: Sequence[Message] = ()  # added to the conversation, in order
+    reward: float = 0.0  # of this turn
+    over: bool = False  # whether the episode ends here; `messages` are then shown, but the policy does not read them
+    end: Literal["over", "answered"] = "over"  # why, where it is over: by the environment, or since the policy gave its answer
+    counts: Mapping[str, float] = field(default_factory=dict)  # such as {"calls": 2}; logged as means over episodes
+
+
+class Environment(Configurable, ABC):
+    """Base class of environments. A subclass needs only `step`.
+
+    Example:
+        >>> class Countdown(Environment):
+        ...     def start(self, prompt, seed):
+        ...         self.left = 3
+        ...         return [{"role": "user", "content": "Say go three times."}]
+        ...     def step(self, message):
+        ...         self.left -= message["content"] == "go"
+        ...         over = self.left == 0
+        ...         return Step([{"role": "user", "content": f"{self.left} left"}], reward=float(over), over=over)
+        >>> countdown = Countdown()
+        >>> countdown.start(Prompt(text="Ready?"), seed=0)
+        [{'role': 'user', 'content': 'Say go three times.'}]
+        >>> countdown.step({"role": "assistant", "content": "go"}).over
+        False
+    """
+
+    # Whether steps of several episodes may run at the same time, in threads. Not where they draw from Python's or NumPy's global
+    # generators, or use other global state: those run one at a time, each with random states of its own.
+    thread_safe: ClassVar[bool] = False
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message] | Awaitable[Sequence[Message]]:
+        """Begin the episode. It may be `async`.
+
+        Args:
+            prompt: The problem, with its reference answer and columns.
+            seed: The same for all episodes of a group, in [0, 2^31): all that is random in the task has to follow from it.
+
+        Returns:
+            Messages behind those of the prompt, such as the rules of a game; by default none.
+        """
+        return ()
+
+    @abstractmethod
+    def step(self, message: Message) -> Step | Awaitable[Step]:
+        """Answer a message of the policy. It may be `async`.
+
+        Args:
+            message: `{"role": "assistant", "content": text}`; the text is that of the tokens, without special ones.
+        """
+
+    def close(self) -> Awaitable[None] | None:
+        """Free what the episode has used. Called once, also if the episode was cut off."""
+
+    def tools(self) -> list[dict[str, Any]]:
+        """JSON schemas of the tools that the policy may call, for the chat template; by default none."""
+        return []
+
+    def prepare(self, chat_template: str | None) -> None:
+        """Adapt to the model, once, before any episode begins; `new` objects are made afterwards.
+
+        Args:
+            chat_template: Jinja template that renders the conversation; None for a model without one.
+
+        Raises:
+            ConfigError: If the environment cannot work with it.
+        """
+
+    def new(self) -> Self:
+        """An object for one episode, made with the same arguments."""
+        return type(self)(**self._init_args)

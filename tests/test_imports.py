@@ -13,7 +13,7 @@ from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "options", "stopping", "hub"}
+GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_code"}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),
@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "configurable": {"errors"},
     "hub": {"errors"},
+    "user_code": {"errors"},
     **{name: GROUND for name in LEAVES},
     "engine": GROUND,
     "rollout": GROUND | {"engine"},

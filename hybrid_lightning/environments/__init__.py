@@ -1,8 +1,13 @@
 """Environments: what a policy acts in over several turns, such as tools that it may call, or a game.
 
 environment.py   the contract: `start`, `step`, `close`
+running.py       the environments of a rollout, side by side, with their bounds and faults
+local_episodes.py, workers.py   where they run: in this process, or in others
+answers.py       checks what they answer
 """
 
-from hybrid_lightning.environments.environment import Environment, Step
+from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
+from hybrid_lightning.environments.local_episodes import Failure, Started, TimedOut
+from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 
-__all__ = ["Environment", "Step"]
+__all__ = ["CUT_MARK", "Environment", "EpisodeLimits", "Failure", "RunningEpisodes", "Started", "Step", "TimedOut"]

@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal, Self
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.types import Message, Prompt
 
+CUT_MARK = "... [cut]"  # behind a text whose end is left out
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,6 +31,10 @@ class Step:
     over: bool = False  # whether the episode ends here; `messages` are then shown, but the policy does not read them
     end: Literal["over", "answered"] = "over"  # why, where it is over: by the environment, or since the policy gave its answer
     counts: Mapping[str, float] = field(default_factory=dict)  # such as {"calls": 2}; logged as means over episodes
+
+
+Messages = str | Message | Sequence[str | Message] | None  # what `start` may return
+Answer = Step | tuple[Messages, float, bool]  # what `step` may return: (messages, reward, over) is short for a `Step`
 
 
 class Environment(Configurable, ABC):
@@ -50,11 +56,14 @@ class Environment(Configurable, ABC):
         False
     """
 
-    # Whether steps of several episodes may run at the same time, in threads. Not where they draw from Python's or NumPy's global
-    # generators, or use other global state: those run one at a time, each with random states of its own.
+    # Whether steps of several episodes may run at the same time, in threads. Not where they draw from the global generators of
+    # Python, NumPy or torch, or use other global state: those run one at a time, each with random states of its own. Where `step`
+    # is `async`, the episodes are awaited together in either case.
     thread_safe: ClassVar[bool] = False
 
-    def start(self, prompt: Prompt, seed: int) -> Sequence[Message] | Awaitable[Sequence[Message]]:
+    chat_template: str | None = None  # what `prepare` was given
+
+    def start(self, prompt: Prompt, seed: int) -> "Messages | Awaitable[Messages]":
         """Begin the episode. It may be `async`.
 
         Args:
@@ -62,16 +71,20 @@ class Environment(Configurable, ABC):
             seed: The same for all episodes of a group, in [0, 2^31): all that is random in the task has to follow from it.
 
         Returns:
-            Messages behind those of the prompt, such as the rules of a game; by default none.
+            Messages behind those of the prompt, such as the rules of a game; by default none. A text is a message of the user.
         """
         return ()
 
     @abstractmethod
-    def step(self, message: Message) -> Step | Awaitable[Step]:
+    def step(self, message: Message) -> "Answer | Awaitable[Answer]":
         """Answer a message of the policy. It may be `async`.
 
         Args:
             message: `{"role": "assistant", "content": text}`; the text is that of the tokens, without special ones.
+
+        Returns:
+            A `Step`, or a tuple of its messages, reward and over. A text among the messages is a message of the user. The same
+            messages have to get the same answers for the same seed: an episode whose environment has failed is begun again.
         """
 
     def close(self) -> Awaitable[None] | None:
@@ -82,7 +95,7 @@ class Environment(Configurable, ABC):
         return []
 
     def prepare(self, chat_template: str | None) -> None:
-        """Adapt to the model, once, before any episode begins; `new` objects are made afterwards.
+        """Adapt to the model, once, before any episode begins. A subclass that overrides this calls it, too.
 
         Args:
             chat_template: Jinja template that renders the conversation; None for a model without one.
@@ -90,7 +103,10 @@ class Environment(Configurable, ABC):
         Raises:
             ConfigError: If the environment cannot work with it.
         """
+        self.chat_template = chat_template
 
     def new(self) -> Self:
-        """An object for one episode, made with the same arguments."""
-        return type(self)(**self._init_args)
+        """An object for one episode, made with the same arguments and prepared for the same model."""
+        made = type(self)(**self._init_args)
+        made.prepare(self.chat_template)
+        return made

@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards.evaluate import describe_error, name_completion
+from hybrid_lightning.rewards.evaluate import name_completion
 from hybrid_lightning.rewards.text import AnswerReward, extract_match
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_code import describe_error
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,347 @@
+"""Episodes in this process: calls of the environments, their time limits and faults, and random states of their own.
+
+Everything is on one event loop: `async` methods run on it, the others in threads.
+"""
+
+import asyncio
+import inspect
+import random
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_step
+from hybrid_lightning.environments.environment import Environment, Step
+from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_code import Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_in_thread, outcome_of
+
+BEGUN_AGAIN = 2  # times at most, after an environment's own fault
+CLOSE_S, _CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer
+_THREADS = 64  # steps that run at the same time
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An episode is left out: its environment failed by its own fault, also when it was begun again."""
+
+    reason: str  # one line
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """An episode ends: a step took longer than it may."""
+
+    reason: str  # one line
+
+
+@dataclass
+class Episode:
+    """All that an episode can be begun again from."""
+
+    number: int  # within its rollout
+    prompt: Prompt
+    seed: int
+    started: tuple[Message, ...] | None = None  # what `start` answered; None before
+    turns: list[tuple[Message, Step]] = field(default_factory=list)  # messages of the policy, with what they were answered
+    begun: int = 0  # how often, but not after another episode's fault
+
+    def place(self, turn: int) -> str:
+        """Where something went wrong, for messages; turn 0 is the start."""
+        return f"{f'at turn {turn}' if turn else 'at the start'} of {self.prompt.place} (seed {self.seed})"
+
+    def lost(self) -> "Episode":
+        """A record from which it is begun again after another episode's fault."""
+        return Episode(self.number, self.prompt, self.seed, self.started, list(self.turns), max(0, self.begun - 1))
+
+
+Started = tuple[Message, ...] | Failure
+Answer = tuple[Message, ...] | Step | Failure | TimedOut  # to a start, or a message
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """States of the global generators of Python, NumPy and torch (of the CPU)."""
+
+    python: tuple[Any, ...]
+    numpy: Any
+    torch: Tensor
+
+    @classmethod
+    def now(cls) -> Self:
+        """The states as they are."""
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Self:
+        """The states after each generator was given the same seed, in [0, 2^31)."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls(random.Random(seed).getstate(), np.random.RandomState(seed).get_state(), generator.get_state())
+
+    def restore(self) -> None:
+        """Let the global generators go on from these states."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+
+    def same(self, other: "RandomStates") -> bool:
+        """Whether the generators would go on in the same way."""
+        numpy = all(np.array_equal(mine, theirs) for mine, theirs in zip(self.numpy, other.numpy, strict=True))
+        return self.python == other.python and numpy and torch.equal(self.torch, other.torch)
+
+
+class PassedOnError(Exception):
+    """An exception that is no fault of an environment, and ends the run."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _FaultError(Exception):
+    """The environment's own fault, on one line."""
+
+
+class _HungError(_FaultError):
+    """A fault after which an episode is not begun again, since that would take as long."""
+
+
+class _EscapedError(Exception):
+    """Holds an exception that would end the event loop, such as SystemExit."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """The object of an episode, and what it is doing."""
+
+    episode: Episode
+    states: RandomStates
+    environment: Any = None  # None until it is made
+    turn: int = 0  # 0: it starts
+
+
+_current: ContextVar[_Running | None] = ContextVar("running episode", default=None)
+
+
+class LocalEpisodes:
+    """Runs episodes in this process. Its methods are called on its event loop.
+
+    Args:
+        environment: The object of the config.
+        step_timeout_s: Seconds for each call.
+        alone: Whether the process is there for episodes alone: calls then run one at a time, without threads or time limits.
+        called: Called before each call of an environment with the method, the episode and whether it is a new turn.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        step_timeout_s: float,
+        alone: bool = False,
+        called: Callable[[str, Episode, bool], None] = lambda method, episode, new_turn: None,
+    ) -> None:
+        kind = type(environment)
+        self.environment, self.step_timeout_s, self.alone, self.called = environment, step_timeout_s, alone, called
+        self.name = kind.__name__
+        self.asynchronous = any(inspect.iscoroutinefunction(getattr(kind, name)) for name in ("start", "step", "close"))
+        self.own_states = alone or not kind.thread_safe
+        self.running: dict[int, _Running] = {}
+        self.holds_up: tuple[int, float] | None = None  # the episode whose code is on the event loop, and since when
+        self.given_up = False  # since such code did not end: what has gone on without it must not be changed any more
+        self.close_fault = ""  # the first one
+        self._close_s = CLOSE_S
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
+        self._turns = asyncio.Semaphore(_THREADS if kind.thread_safe else 1)  # of calls in threads
+
+    async def advance(self, episode: Episode, message: Message | None) -> Answer:
+        """Start an episode, or let its environment answer a message; begin it again where that fails.
+
+        Args:
+            episode: The episode. If it does not run here, it is begun anew from this record.
+            message: The policy's message; None to start.
+
+        Raises:
+            PassedOnError: What is no fault of the environment.
+        """
+        started: tuple[Message, ...] = ()
+        while True:
+            try:
+                if episode.number in self.running:
+                    self.running[episode.number].episode = episode
+                else:
+                    started = await self._begin(episode)
+                return started if message is None else await self._step(episode, len(episode.turns) + 1, message)
+            except TookTooLongError as late:
+                await self.end([episode.number])
+                return TimedOut(str(late))
+            except _FaultError as fault:
+                await self.end([episode.number])
+                if isinstance(fault, _HungError) or episode.begun > BEGUN_AGAIN:
+                    return Failure(str(fault))
+
+    async def end(self, numbers: Iterable[int]) -> None:
+        """Close the environments of episodes, as far as they run here. What goes wrong is noted in `close_fault`."""
+        ended = [self.running.pop(number) for number in numbers if number in self.running]
+        await asyncio.gather(*(self._close(running) for running in ended if running.environment is not None))
+
+    async def _close(self, running: _Running) -> None:
+        fault: object = ""
+        try:
+            await self._call(running, "close", lambda: running.environment.close(), min(self.step_timeout_s, self._close_s))
+        except TookTooLongError as late:
+            fault, self._close_s = late, _CLOSE_AGAIN_S
+        except (_FaultError, PassedOnError) as error:
+            fault = error
+        self.close_fault = self.close_fault or str(fault)
+
+    async def _begin(self, episode: Episode) -> tuple[Message, ...]:
+        """Make the object of an episode, start it, and let it answer what it has answered before."""
+        episode.begun += 1
+        running = self.running[episode.number] = _Running(episode, RandomStates.from_seed(episode.seed))
+        try:
+            running.environment = await self._call(running, "new", self.environment.new, self.step_timeout_s)
+            prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
+            value = await self._call(
+                running, "start", lambda: running.environment.start(prompt, episode.seed), self.step_timeout_s
+            )
+            started = self._checked(running, "start", checked_messages, value)
+            if episode.started is not None and started != episode.started:
+                raise _FaultError(self._differs(running))
+            for turn, (message, before) in enumerate(episode.turns, start=1):
+                step = await self._step(episode, turn, message)
+                if (step.messages, step.reward, step.over) != (before.messages, before.reward, before.over):
+                    raise _FaultError(self._differs(running))
+        except TookTooLongError as late:
+            raise _HungError(str(late)) from None
+        return started
+
+    def _differs(self, running: _Running) -> str:
+        return (
+            f"{self.name} answered otherwise {running.episode.place(running.turn)} when it was begun again after a fault; all "
+            "that is random in it has to follow from the seed"
+        )
+
+    async def _step(self, episode: Episode, turn: int, message: Message) -> Step:
+        running = self.running[episode.number]
+        running.turn = turn
+        given = dict(message)  # the environment may change it
+        value = await self._call(running, "step", lambda: running.environment.step(given), self.step_timeout_s)
+        return self._checked(running, "step", checked_step, value)
+
+    def _checked(self, running: _Running, method: str, check: Callable[[Any], T], value: Any) -> T:
+        try:
+            return check(value)
+        except OddAnswerError as odd:
+            fault = str(odd)
+        except Exception as error:  # raised by objects that only look like data
+            fault = f"returned something that raised {describe_error(error)} when it was read"
+        raise _FaultError(f"{self.name}.{method} {fault}; {running.episode.place(running.turn)}")
+
+    async def _call(self, running: _Running, method: str, function: Callable[[], Any], timeout_s: float) -> Any:
+        """What a call of an environment returns, awaited if it is to be awaited.
+
+        Raises:
+            TookTooLongError, _FaultError, PassedOnError: Why it returned nothing.
+        """
+        self.called(method, running.episode, running.turn > len(running.episode.turns))
+        if self.asynchronous or self.alone:
+            with self._on_loop(running):
+                outcome = outcome_of(function)
+            value, error = await self._awaited(running, outcome, timeout_s)
+        else:
+            async with self._turns:
+                with self._states_of(running):
+                    outcome = await outcome_in_thread(function, timeout_s)
+                value, error = await self._awaited(running, outcome, timeout_s)
+        if isinstance(error, TookTooLongError):
+            limit = "" if method == "close" else "episodes.step_timeout_s="
+            raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
+        error = error.__cause__ if isinstance(error, _EscapedError) else error
+        if isinstance(error, (HybridLightningError, KeyboardInterrupt, RunStopped)):
+            raise PassedOnError(error) from error
+        if error is not None:
+            place = running.episode.place(running.turn)
+            raise _FaultError(f"{self.name}.{method} raised {describe_error(error)} {place}") from error
+        return value
+
+    async def _awaited(self, running: _Running, outcome: Outcome, timeout_s: float) -> Outcome:
+        value, _ = outcome
+        if not inspect.isawaitable(value):
+            return outcome
+        token = _current.set(running)  # for `_make_task`
+        try:
+            return await outcome_awaited(value, None if self.alone else timeout_s)
+        finally:
+            _current.reset(token)
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **kwargs: Any) -> asyncio.Task[Any]:
+        """A task of the event loop. Those that an environment's code makes, such as by `asyncio.gather`, are the episode's."""
+        running = _current.get()
+        return asyncio.Task(work if running is None else _await(_Resumed(self, running, work)), loop=loop, **kwargs)
+
+    @contextmanager
+    def _on_loop(self, running: _Running) -> Iterator[None]:
+        """Within this context an environment's code runs on the event loop."""
+        self.holds_up = running.episode.number, time.monotonic()
+        try:
+            with self._states_of(running):
+                yield
+        finally:
+            self.holds_up = None
+
+    @contextmanager
+    def _states_of(self, running: _Running) -> Iterator[None]:
+        """Within this context the global generators are the episode's."""
+        if not self.own_states:
+            yield
+            return
+        outside = RandomStates.now()
+        running.states.restore()
+        try:
+            yield
+        finally:
+            if not self.given_up:
+                running.states = RandomStates.now()
+                outside.restore()
+
+
+def late_message(name: str, method: str, limit: str, place: str) -> str:
+    """What is said about a call that took too long."""
+    return f"{name}.{method} took more than {limit} s {place}"
+
+
+class _Resumed:
+    """Awaits a coroutine of an episode: each time that it goes on, it does so with the episode's random states."""
+
+    def __init__(self, process: LocalEpisodes, running: _Running, work: Coroutine[Any, Any, Any]) -> None:
+        self.process, self.running, self.work = process, running, work
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        value, error = None, None
+        while True:
+            with self.process._on_loop(self.running):
+                try:
+                    awaited = self.work.send(value) if error is None else self.work.throw(error)
+                except StopIteration as stop:
+                    return stop.value
+                except (SystemExit, KeyboardInterrupt) as escaped:
+                    raise _EscapedError from escaped
+            try:
+                value, error = (yield awaited), None
+            except BaseException as thrown:
+                value, error = None, thrown
+
+
+async def _await(resumed: _Resumed) -> Any:
+    return await resumed

@@ -1,0 +1,236 @@
+"""The user's code: find a function by its name, call it with a time limit, await it, and say on one line what it raised."""
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError
+
+# Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
+_NOT_THEIRS = tuple({str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
+
+
+@cache
+def load_function(path: str, option: str = "function") -> Callable[..., Any]:
+    """Import the module or run the file, once in a process, and return the function that is named.
+
+    Args:
+        path: `package.module.function`, `package.module:function` or `path/to/file.py:function`.
+        option: Where the config names it, for messages.
+
+    Raises:
+        ConfigError: If there is no such file, module or function, or it cannot be imported.
+    """
+    if path.endswith(".py"):
+        raise ConfigError(f"{option}={path!r} is a file without a function; name one of it, as in {path}:function")
+    place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
+    if not place or not name.isidentifier():
+        raise ConfigError(f"{option}={path!r}; give package.module.function or path/to/file.py:function")
+    try:
+        module = _file(path, option, Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+    except ConfigError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{option}={path!r}: there is no module {error.name!r}; correct the name, start from the folder that it lies in, "
+                "or give its file, as in my_code.py:function"
+            ) from error
+        raise ConfigError(f"{option}={path!r}: {place} needs the module {error.name!r}, which is not installed") from error
+    except (Exception, SystemExit) as error:  # SystemExit: a script that parses arguments, without `if __name__ == "__main__"`
+        raise ConfigError(f"{option}={path!r}: importing {place} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise ConfigError(f"{option}={path!r}: {place} has no function {name!r}; it has {', '.join(own) or 'none'}")
+    return function  # type: ignore[no-any-return]
+
+
+def _file(path: str, option: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"{option}={path!r}: there is no file {file.absolute()}; correct the path")
+    # The module gets a name that no other module has, and that is the same in every process.
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look modules up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def describe_error(error: BaseException) -> str:
+    """One line about an exception in the user's code, with the line of that code which led to it."""
+    try:
+        text = str(error).encode(errors="backslashreplace").decode()
+    except Exception:  # raised by the exception's own __str__
+        text = ""
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}{_line_of(error)}"
+
+
+def _line_of(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
+    return f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+
+
+# ---- asynchronous calls, and time limits
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # process id -> event loop: a forked process has no thread that runs the loop
+_lock = threading.Lock()
+
+
+def run_async(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end on the event loop that all calls in this process share.
+
+    The loop is shared because HTTP clients and the like belong to the loop on which they were first used. It runs in a thread
+    of its own, so that this also works where the calling thread already has a loop, as in a notebook.
+    """
+    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    try:
+        return future.result()
+    except BaseException:  # above all Ctrl-C: the coroutine must not go on in the background
+        future.cancel()
+        raise
+
+
+async def await_all(
+    calls: list[Callable[[], Awaitable[Any]]], timeout_s: float | None, concurrency: int
+) -> list[Any | BaseException]:
+    """Await several calls, a limited number at a time, each with a time limit of its own.
+
+    Args:
+        calls: Functions without arguments that return awaitables.
+        timeout_s: Seconds for each call; None for no limit.
+        concurrency: How many calls are awaited at the same time.
+
+    Returns:
+        For each call its result, or the exception that it raised: `TimeoutError` if it took too long.
+    """
+    turns = asyncio.Semaphore(concurrency)
+
+    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
+        async with turns:  # waiting for a turn does not count towards the time limit
+            return await asyncio.wait_for(call(), timeout_s)
+
+    return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
+
+
+def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
+    """Call an ordinary function with a time limit.
+
+    A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored.
+
+    Args:
+        function: A function without arguments.
+        timeout_s: Time limit in seconds; None for no limit.
+
+    Raises:
+        TimeoutError: If the function takes longer than `timeout_s`.
+    """
+    if timeout_s is None:
+        return function()
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised in the caller's thread instead
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="user-code", daemon=True).start()
+    return future.result(timeout_s)
+
+
+class TookTooLongError(TimeoutError):
+    """A call was given up, since it took longer than it may; a TimeoutError may also come from the called function itself."""
+
+
+Outcome = tuple[Any, BaseException | None]  # what a call returned, or else what it raised
+
+
+def outcome_of(function: Callable[[], Any]) -> Outcome:
+    """Call a function, whatever it raises."""
+    try:
+        return function(), None
+    except BaseException as error:  # SystemExit and StopIteration, which mean something to event loops, included
+        return None, error
+
+
+async def outcome_in_thread(function: Callable[[], Any], timeout_s: float) -> Outcome:
+    """Await an ordinary function, which runs in a thread of its own; see `call_within`.
+
+    Args:
+        function: A function without arguments.
+        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Outcome] = loop.create_future()
+
+    def settle(outcome: Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def run() -> None:
+        outcome = outcome_of(function)
+        with suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="user-code", daemon=True).start()
+    await asyncio.wait({future}, timeout=timeout_s)
+    return future.result() if future.done() else (None, TookTooLongError())
+
+
+async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None) -> Outcome:
+    """Await something, whatever it raises. What takes too long is cancelled, and not waited for if it ignores that.
+
+    Args:
+        work: What is awaited.
+        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`; None for no limit.
+    """
+
+    async def caught() -> Outcome:
+        try:
+            return await work, None
+        except BaseException as error:
+            return None, error
+
+    task = asyncio.create_task(caught())
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+        return (
+            (None, TookTooLongError())
+            if not task.done()
+            else (None, asyncio.CancelledError())
+            if task.cancelled()
+            else task.result()
+        )
+    finally:
+        task.cancel()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    with _lock:
+        if os.getpid() not in _loops:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True).start()
+            _loops.clear()
+            _loops[os.getpid()] = loop
+        return _loops[os.getpid()]

@@ -4,10 +4,37 @@ environment.py   the contract: `start`, `step`, `close`
 running.py       the environments of a rollout, side by side, with their bounds and faults
 local_episodes.py, workers.py   where they run: in this process, or in others
 answers.py       checks what they answer
+foreign.py       environments of other packages: Gymnasium's form, TextArena, SkyRL, TextWorld, OpenEnv
+games.py         a number to be guessed, several attempts at a problem, games that TextWorld makes
 """
 
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
+from hybrid_lightning.environments.foreign import (
+    GymEnvironment,
+    OpenEnvEnvironment,
+    SkyRLEnvironment,
+    TextArenaEnvironment,
+    TextWorldEnvironment,
+)
+from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment, textworld_game
 from hybrid_lightning.environments.local_episodes import Failure, Started, TimedOut
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 
-__all__ = ["CUT_MARK", "Environment", "EpisodeLimits", "Failure", "RunningEpisodes", "Started", "Step", "TimedOut"]
+__all__ = [
+    "CUT_MARK",
+    "Environment",
+    "EpisodeLimits",
+    "Failure",
+    "GuessNumber",
+    "GymEnvironment",
+    "OpenEnvEnvironment",
+    "ReasoningGymEnvironment",
+    "RunningEpisodes",
+    "SkyRLEnvironment",
+    "Started",
+    "Step",
+    "TextArenaEnvironment",
+    "TextWorldEnvironment",
+    "TimedOut",
+    "textworld_game",
+]

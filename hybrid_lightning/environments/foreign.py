@@ -1,0 +1,344 @@
+"""Environments of other packages, taken as they are: an object is made for each episode, and used by its methods.
+
+    GymEnvironment        reset(seed), step(text) -> observation, reward, terminated, truncated, info    Gymnasium, GEM
+    TextArenaEnvironment  reset(num_players, seed), get_observation(), step(text) -> done, info          TextArena
+    SkyRLEnvironment      init(prompt), step(text) -> observations, reward, done, metadata               SkyRL Gym
+    TextWorldEnvironment  reset(), step(text) -> state, score, done                                      TextWorld
+    OpenEnvEnvironment    a client: reset(seed), step(action) -> observation, reward, done               OpenEnv
+
+No package is imported here. `make` names what makes the object: a function or class, with `arguments`; it also gets the seed
+of the episode if it has a parameter `seed`. Objects are made within an episode, and steps run one at a time with random states of
+their own, since these packages draw from Python's and NumPy's global generators.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar
+
+from hybrid_lightning.environments.environment import Environment, Step
+from hybrid_lightning.errors import ConfigError, shorten
+from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_code import load_function
+
+_BANNER = re.compile(r"^[ _|\\/$]+\n", re.MULTILINE)  # the lines of the picture that TextWorld's games begin with
+
+
+class ForeignEnvironment(Environment):
+    """Base of environments whose game is an object of another package.
+
+    Args:
+        make: Function or class that makes the object: `package.module.function` or `path/to/file.py:function`.
+        arguments: Its arguments, by name.
+
+    Raises:
+        ConfigError: If there is no such function, or it does not take these arguments.
+    """
+
+    def __init__(self, make: str, arguments: dict[str, Any] | None = None) -> None:
+        self._function = load_function(make, "make")
+        self._arguments = dict(arguments or {})
+        self._make = make
+        for name in self._arguments:
+            if not takes(self._function, name):
+                raise ConfigError(f"arguments.{name}: {make} has no parameter {name!r}; correct the name, or leave it out")
+        self.game: Any = None  # the object, made when the episode begins
+
+    def _begin(self, seed: int, **more: Any) -> Any:
+        """Make the object for an episode."""
+        seeded = {"seed": seed} if takes(self._function, "seed", by_name=True) else {}
+        self.game = self._function(**{**seeded, **deepcopy(self._arguments), **more})
+        return self.game
+
+    def _answer(self, method: str, answer: Any) -> ConfigError:
+        """What is wrong with an answer of another form."""
+        return ConfigError(
+            f"{self._make}: {method} returned {shorten(answer)}, which is not what {type(self).__name__} takes; choose the class "
+            "for its form, or wrap it"
+        )
+
+    def close(self) -> Awaitable[None] | None:
+        """Close the object, if it can be closed."""
+        closed = self.game.close() if hasattr(self.game, "close") else None
+        return closed if inspect.isawaitable(closed) else None
+
+
+class GymEnvironment(ForeignEnvironment):
+    """An environment of Gymnasium's form whose observations and actions are texts, such as those of GEM.
+
+    The action is the text of the policy's message. `reset` gets the seed if it takes one, and returns an observation, or that and
+    a dict. `step` returns observation, reward, terminated, truncated and a dict, or as in the older Gym observation, reward, done
+    and a dict. Observations that are no texts are written as JSON.
+
+    Args:
+        make: As in `ForeignEnvironment`, such as `gem.make`.
+        arguments: Its arguments, such as `{env_id: "game:GuessTheNumber-v0-easy"}`.
+    """
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Reset with the seed."""
+        game = self._begin(seed)
+        answer = game.reset(seed=seed) if takes(game.reset, "seed") else game.reset()
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
+            answer = answer[0]
+        return said(answer)
+
+    def step(self, message: Message) -> Step:
+        """Act with the text of the message."""
+        answer = self.game.step(message["content"])
+        if not isinstance(answer, tuple) or len(answer) not in (4, 5) or not isinstance(answer[-1], Mapping):
+            raise self._answer("step", answer)
+        observation, reward, *over, _ = answer
+        return Step(said(observation), reward, any(map(bool, over)))
+
+
+class TextArenaEnvironment(ForeignEnvironment):
+    """A game of TextArena for one player. The reward is what `close` says in the turn in which the game is done.
+
+    Of each observation only what is new is shown, without the player's own messages.
+
+    Args:
+        make: As in `ForeignEnvironment`.
+        arguments: Its arguments, such as `{env_id: GuessTheNumber-v0-raw}`, a game without wrappers.
+    """
+
+    def __init__(self, make: str = "textarena.make", arguments: dict[str, Any] | None = None) -> None:
+        super().__init__(make, arguments)
+        self._seen = ""
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Reset with the seed, for one player."""
+        self._begin(seed).reset(num_players=1, seed=seed)
+        return said(self._new())
+
+    def step(self, message: Message) -> Step:
+        """Make a move."""
+        over = bool(self.game.step(message["content"])[0])
+        news = [self._new(message["content"])]
+        if not over:
+            return Step(said(news[0]))
+        rewards, infos = self.game.close()
+        reason = infos.get(0, {}).get("reason") if isinstance(infos, Mapping) else None
+        if reason and reason not in news[0]:
+            news.append(str(reason))
+        return Step(said("\n".join(filter(None, news))), (rewards or {}).get(0, 0.0), over=True)
+
+    def _new(self, own: str = "") -> str:
+        """What the player has not read yet."""
+        player, observation = self.game.get_observation()
+        if isinstance(observation, list):  # (who, text, kind) of each message since the last observation
+            return "\n".join(as_text(text) for who, text, *_ in observation if who != player)
+        text = as_text(observation)
+        new = text.removeprefix(self._seen) if text != self._seen else text
+        self._seen = text
+        before, echo, behind = new.partition(own.strip() or "[")
+        if echo and own and "\n" not in before.strip():  # "[Player] " and the message, which wrappers may have put in brackets
+            new = behind.partition("\n")[2]
+        return new.strip()
+
+
+class SkyRLEnvironment(ForeignEnvironment):
+    """An environment of SkyRL Gym. `extras` gets the columns of the row, and `reward_spec.ground_truth` its reference answer.
+
+    What `init` adds behind the prompt is said before the first turn; an environment that changes the prompt itself is refused, as
+    is done better by the data. `postprocessed_action` is ignored: the policy is trained on what it sampled.
+
+    Args:
+        make: As in `ForeignEnvironment`.
+        arguments: Its arguments, such as `{id: gsm8k_multi_turn}`.
+    """
+
+    def __init__(self, make: str = "skyrl_gym.make", arguments: dict[str, Any] | None = None) -> None:
+        super().__init__(make, arguments)
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Make the environment of the row, and give it the prompt."""
+        extras = {**prompt.columns, **self._arguments.get("extras", {})}
+        if prompt.answer is not None:
+            extras.setdefault("reward_spec", {"ground_truth": prompt.answer})
+        game = self._begin(seed, **({"extras": deepcopy(extras)} if takes(self._function, "extras") else {}))
+        asked = [{"role": "user", "content": prompt.text}] if prompt.messages is None else [dict(m) for m in prompt.messages]
+        answer = game.init(deepcopy(asked))
+        conversation = answer[0] if isinstance(answer, tuple) else answer
+        if not isinstance(conversation, list) or conversation[: len(asked)] != asked:
+            raise ConfigError(f"{self._make}: init changes the prompt of {prompt.place}; give the data the prompt that it wants")
+        return said(conversation[len(asked) :])
+
+    def step(self, message: Message) -> Step:
+        """Act with the text of the message."""
+        answer = self.game.step(message["content"])
+        if not isinstance(answer, Mapping) or not {"observations", "reward", "done"} <= answer.keys():
+            raise self._answer("step", answer)
+        return Step(said(answer["observations"]), answer["reward"], bool(answer["done"]))
+
+
+class TextWorldEnvironment(ForeignEnvironment):
+    """A game of TextWorld. The reward of a turn is by how much it raised the score.
+
+    Args:
+        make: As in `ForeignEnvironment`: by default a game is made for each seed (see `textworld_game`), or `textworld.start`.
+        arguments: Its arguments, such as `{challenge: tw-coin_collector, settings: {level: 3}}`, or `{path: game.z8}`.
+    """
+
+    def __init__(
+        self, make: str = "hybrid_lightning.environments.textworld_game", arguments: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(make, arguments)
+        self._score = 0.0
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Begin the game. The picture that its text begins with is left out."""
+        state = self._begin(seed).reset()
+        return said(_BANNER.sub("", _feedback(state)).strip())
+
+    def step(self, message: Message) -> Step:
+        """Give a command."""
+        answer = self.game.step(message["content"].strip())
+        if not isinstance(answer, tuple) or len(answer) != 3:
+            raise self._answer("step", answer)
+        state, score, over = answer
+        before, self._score = self._score, float(score)
+        return Step(said(_feedback(state).strip()), self._score - before, bool(over))
+
+
+class OpenEnvEnvironment(ForeignEnvironment):
+    """An environment on a server that speaks OpenEnv, such as a space of the Hugging Face hub.
+
+    The server must make the same task for the same seed. Steps of several episodes run at the same time, each in a session of its
+    own: raise the server's `max_concurrent_envs` to at least the episodes of a rollout.
+
+    Args:
+        url: Address of the server, such as `http://localhost:8000`.
+        client: Class of the client; the default knows every environment, with actions and observations as dicts.
+        action: Field of the action that gets the text of the policy's message.
+        action_class: Class of the actions that `client` wants; None for a dict.
+        observation: Field of the observation that is shown; None for all of it, as JSON where it is no text.
+        arguments: Further arguments of the client, such as `{message_timeout_s: 30}`.
+    """
+
+    thread_safe: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        url: str,
+        client: str = "openenv.core.GenericEnvClient",
+        action: str = "message",
+        action_class: str | None = None,
+        observation: str | None = None,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(client, {"base_url": url, **(arguments or {})})
+        self._action, self._observation = action, observation
+        self._action_class = load_function(action_class, "action_class") if action_class else dict
+        self._over = False
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Open a session, and reset with the seed."""
+        client = self._begin(seed)
+        self.game = client.sync() if hasattr(client, "sync") else client
+        return said(self._read(self.game.reset(seed=seed)).messages)
+
+    def step(self, message: Message) -> Step:
+        """Act with the text of the message."""
+        if self._over:  # from the start
+            return Step(over=True)
+        return self._read(self.game.step(self._action_class(**{self._action: message["content"]})))
+
+    def _read(self, result: Any) -> Step:
+        observation, reward = result.observation, result.reward
+        self._over = bool(result.done)
+        if self._observation is not None:
+            fields = observation if isinstance(observation, Mapping) else plain(observation)
+            if self._observation not in fields:
+                raise ConfigError(
+                    f"observation={self._observation!r}: the observation of {self._make} has no such field; it has "
+                    f"{', '.join(fields) or 'none'}"
+                )
+            observation = fields[self._observation]
+        return Step(said(observation), 0.0 if reward is None else reward, self._over)
+
+
+def said(observation: Any) -> list[Message]:
+    """An observation as messages: none if there is nothing to say, the messages themselves if it is a conversation.
+
+    Example:
+        >>> said("higher"), said([{"type": "text", "text": "a board"}]), said(None)
+        ([{'role': 'user', 'content': 'higher'}], [{'role': 'user', 'content': 'a board'}], [])
+    """
+    entries = observation if isinstance(observation, (list, tuple)) else []
+    if entries and all(isinstance(entry, Mapping) and {"role", "content"} <= entry.keys() for entry in entries):
+        return [{**entry, "content": _content(entry["content"])} for entry in entries]
+    text = _content(observation)
+    return [{"role": "user", "content": text}] if text else []
+
+
+def _content(value: Any) -> str:
+    """Text of an observation, which may be a list of blocks, as multimodal messages have them."""
+    blocks = value if isinstance(value, (list, tuple)) else []
+    if not blocks or not all(isinstance(block, Mapping) and "type" in block for block in blocks):
+        return as_text(value)
+    for block in blocks:
+        if block["type"] != "text":
+            raise ConfigError(f"an observation has a block of type {block['type']!r}; only texts can be shown to the policy")
+    return "".join(as_text(block["text"]) for block in blocks)
+
+
+def as_text(value: Any) -> str:
+    """An observation as text: a text as it is, nothing for None and empty lists, other data as JSON.
+
+    Raises:
+        ConfigError: If it cannot be written as JSON.
+
+    Example:
+        >>> as_text({"board": (1, 2)})
+        '{"board": [1, 2]}'
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return ""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=plain)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"an observation is {shorten(value)}, which cannot be written as text ({error}); wrap the environment so that its "
+            "observations are texts"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """Data classes, models of pydantic, arrays and tensors as dicts, lists and numbers.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is no plain data")
+
+
+def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> bool:
+    """Whether a function has a parameter, or any that is given by name.
+
+    Args:
+        function: The function.
+        name: Name of the parameter.
+        by_name: Whether only a parameter of this name counts, not `**kwargs`.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # written in C
+        return not by_name
+    return name in parameters or (not by_name and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()))
+
+
+def _feedback(state: Any) -> str:
+    """The text of a state of TextWorld, or of an observation that is text itself."""
+    return as_text(getattr(state, "feedback", state))

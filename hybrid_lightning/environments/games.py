@@ -1,0 +1,198 @@
+"""Games of our own: a number to be guessed, several attempts at a problem of reasoning-gym, games that TextWorld makes."""
+
+import json
+import random
+import re
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache, lru_cache
+from typing import Any, ClassVar
+
+from hybrid_lightning.environments.environment import Environment, Step
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import Message, Prompt
+
+_NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
+
+
+class GuessNumber(Environment):
+    """A number to be guessed; each guess is answered with higher or lower. The reward is 1 in the turn in which it is found.
+
+    A guess is the last whole number in the message. A message without one, or with one out of range, gets the answer `invalid`
+    and is counted as `invalid_guesses`. Halving the range finds one of n numbers in at most floor(log2 n) + 1 guesses.
+
+    Args:
+        low: Smallest number.
+        high: Largest number.
+        rules: Said before the first turn; `{low}` and `{high}` are filled in. Empty if the prompt says it all.
+        higher: Answer to a guess that is too low.
+        lower: Answer to a guess that is too high.
+        right: Answer to the number itself, which ends the episode; the policy does not read it.
+        invalid: Answer to what is no guess; `{low}` and `{high}` are filled in.
+
+    Raises:
+        ConfigError: If there is no number to guess, or the answers to low and high guesses are the same.
+
+    Example:
+        >>> game = GuessNumber(1, 100)
+        >>> game.start(Prompt(text="Play."), seed=0)[0]["content"]
+        'Guess my number from 1 to 100.'
+        >>> [game.step({"role": "assistant", "content": guess}).messages[0]["content"] for guess in ("I say 30", "50", "none")]
+        ['higher', 'right', 'Say a whole number from 1 to 100.']
+    """
+
+    thread_safe: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        low: int = 1,
+        high: int = 100,
+        rules: str = "Guess my number from {low} to {high}.",
+        higher: str = "higher",
+        lower: str = "lower",
+        right: str = "right",
+        invalid: str = "Say a whole number from {low} to {high}.",
+    ) -> None:
+        if low >= high:
+            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess: give a high above low")
+        if higher == lower:
+            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer: tell them apart")
+        self.low, self.high = low, high
+        self.higher, self.lower, self.right = higher, lower, right
+        self.rules, self.invalid = (text.replace("{low}", str(low)).replace("{high}", str(high)) for text in (rules, invalid))
+        self.number = low
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Draw the number."""
+        self.number = random.Random(seed).randint(self.low, self.high)
+        return [{"role": "user", "content": self.rules}] if self.rules else []
+
+    def step(self, message: Message) -> Step:
+        """Answer a guess."""
+        numbers = _NUMBER.findall(message["content"])
+        # A number of thousands of digits is out of range, and Python does not convert it.
+        guess = int(numbers[-1]) if numbers and len(numbers[-1]) < 20 else None
+        valid = guess is not None and self.low <= guess <= self.high
+        if guess is None or not valid:
+            answer = self.invalid
+        elif guess == self.number:
+            answer = self.right
+        else:
+            answer = self.higher if guess < self.number else self.lower
+        found = guess == self.number
+        return Step([{"role": "user", "content": answer}], float(found), over=found, counts={"invalid_guesses": float(not valid)})
+
+
+class ReasoningGymEnvironment(Environment):
+    """A problem of reasoning-gym with several attempts: the policy is told that an answer is wrong, and may try again.
+
+    The episode ends with a score of 1, or when the attempts are used up. The reward is the verifier's score of the last attempt,
+    from 0.0 to 1.0. For prompts of `ReasoningGymSource`. Attempts are counted as `attempts`.
+
+    Args:
+        attempts: How often the policy may answer.
+        pattern: Regular expression with one group, which is the answer, such as `<answer>(.*?)</answer>`; the last match counts.
+            None takes the whole message.
+        wrong: Said after a wrong answer; `{left}` is the number of attempts that are left.
+
+    Raises:
+        ConfigError: If there is no attempt, the pattern is none with one group, or reasoning-gym is missing.
+    """
+
+    def __init__(
+        self, attempts: int = 3, pattern: str | None = None, wrong: str = "That is not right. Attempts left: {left}. Try again."
+    ) -> None:
+        if attempts < 1:
+            raise ConfigError(f"ReasoningGymEnvironment: attempts={attempts}; give at least 1")
+        try:
+            self.pattern = re.compile(pattern or r"(.*)", re.DOTALL)
+        except re.error as error:
+            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} is no regular expression: {error}") from error
+        if self.pattern.groups != 1:
+            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} needs one group, which is the answer")
+        self.attempts, self.wrong = attempts, wrong
+        self.left = attempts
+        self._problem: tuple[Any, dict[str, Any]]
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Make the problem again that the prompt asks."""
+        try:
+            task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))
+        except KeyError as error:
+            raise ConfigError(
+                f"ReasoningGymEnvironment: {prompt.place} has no column {error}; take ReasoningGymSource as data.source"
+            ) from error
+        self._problem = _problem(task, json.dumps(config, sort_keys=True), item)
+        self.left = self.attempts
+        return []
+
+    def step(self, message: Message) -> Step:
+        """Score an answer."""
+        self.left -= 1
+        answers = [match.strip() for match in self.pattern.findall(message["content"]) if match.strip()]
+        dataset, entry = self._problem
+        try:
+            score = min(float(dataset.score_answer(answers[-1], deepcopy(entry))), 1.0) if answers else 0.0
+        except Exception:  # verifiers do not expect answers of another form
+            score = 0.0
+        if score >= 1.0 or not self.left:
+            return Step((), score, over=True, end="answered", counts={"attempts": 1.0})
+        said = self.wrong.replace("{left}", str(self.left))
+        return Step([{"role": "user", "content": said}], counts={"attempts": 1.0})
+
+
+def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = None) -> Any:
+    """Make a game of TextWorld from a seed, and open it; for `TextWorldEnvironment`.
+
+    A game is compiled once in a process, which takes 2 to 9 s, and takes 0.5 MB until the process ends.
+
+    Args:
+        challenge: Name of a challenge of TextWorld, such as "tw-coin_collector".
+        seed: The same for the same game.
+        settings: Settings of the challenge, such as `{"level": 3}`.
+
+    Raises:
+        ConfigError: If TextWorld is not installed, or it has no such challenge.
+    """
+    try:
+        import textworld
+    except ImportError as error:
+        raise ConfigError("textworld_game needs the library textworld: pip install textworld") from error
+    return textworld.start(_compiled(challenge, seed, json.dumps(settings or {}, sort_keys=True)))
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="textworld_")
+
+
+@cache
+def _compiled(challenge: str, seed: int, settings: str) -> str:
+    """Path of a game."""
+    import textworld
+    from textworld.challenges import CHALLENGES
+
+    if challenge not in CHALLENGES:
+        raise ConfigError(f"challenge={challenge!r}: TextWorld has {', '.join(CHALLENGES)}")
+    options = textworld.GameOptions()
+    options.seeds, options.path = seed, f"{_folder().name}/{_compiled.cache_info().misses}.z8"
+    return str(textworld.generator.compile_game(CHALLENGES[challenge][1](json.loads(settings), options), options))
+
+
+@lru_cache(maxsize=16)
+def _dataset(task: str, config: str) -> Any:
+    try:
+        from reasoning_gym.factory import create_dataset
+    except ImportError as error:
+        raise ConfigError(
+            "ReasoningGymEnvironment needs the library reasoning-gym; install the optional extra: "
+            "pip install 'hybrid-lightning[reasoning-gym]'"
+        ) from error
+    return create_dataset(task, **json.loads(config))
+
+
+@lru_cache(maxsize=1024)
+def _problem(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
+    dataset = _dataset(task, config)
+    return dataset, dataset[item]

@@ -4,6 +4,7 @@ from hybrid_lightning.data.arithmetic import ArithmeticSource, ProductSource
 from hybrid_lightning.data.columns import GSM8K_ANSWER, TableSource
 from hybrid_lightning.data.conversations import ConversationFormat
 from hybrid_lightning.data.data_module import PromptDataModule
+from hybrid_lightning.data.episode_source import EpisodeSource
 from hybrid_lightning.data.example_formats import DemonstrationFormat, PreferenceFormat
 from hybrid_lightning.data.formatting import ChatFormat, FormatBySet, PlainFormat, PromptFormat
 from hybrid_lightning.data.presets import (
@@ -36,6 +37,7 @@ __all__ = [
     "ConversationFormat",
     "DAPOMath17k",
     "DemonstrationFormat",
+    "EpisodeSource",
     "FileSource",
     "FormatBySet",
     "HubSource",

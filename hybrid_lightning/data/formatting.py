@@ -156,5 +156,5 @@ class FormatBySet(PromptFormat):
 
 
 def prompt_fields(row: Row) -> dict[str, Any]:
-    """Fields of a row that its prompt keeps: all but the question."""
-    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}
+    """Fields of a row that its prompt keeps: all but what identifies the problem."""
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name not in ("question", "task")}

@@ -1,7 +1,7 @@
 """Rows and splits, and the rule that no problem is in two splits.
 
 A problem is identified by its question, not by its place in a file: data sets repeat questions, and a problem on both sides of a
-split would be trained on and then tested.
+split would be trained on and then tested. Where a question does not say it all, as that of a game, `Row.task` does.
 """
 
 import random
@@ -19,13 +19,19 @@ from hybrid_lightning.errors import ConfigError, DataError
 class Row:
     """One problem as a source gives it, before it is formatted into a prompt."""
 
-    question: str  # identifies the problem: must contain everything that tells it from other problems
+    question: str  # identifies the problem: must contain everything that tells it from other problems, or else `task` must
     answer: str | None = None  # the reference answer alone, None where the data has none
     index: int = 0  # number of the row in its source, from 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row, in plain JSON values, since prompts are pickled
     set_name: str = ""  # set that the row belongs to, where a source joins several (see `Prompt.set_name`)
     set_weight: float | None = None  # weight of that set in training (see `Prompt.set_weight`)
+    task: str = ""  # tells problems with one question apart, such as the seed of a game; the policy does not see it
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What copies of a problem have in common (see `problem_key`)."""
+        return problem_key(self.question), self.task
 
     @property
     def place(self) -> str:
@@ -69,9 +75,9 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
         ConfigError: If a fraction is out of range, or so small or large that a split would be empty.
     """
     check_fractions(validation_fraction, test_fraction)
-    copies: dict[str, list[int]] = defaultdict(list)
+    copies: dict[tuple[str, str], list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
-        copies[problem_key(row.question)].append(position)
+        copies[row.key].append(position)
     groups = list(copies.values())
     random.Random(seed).shuffle(groups)
     taken: dict[str, list[int]] = {}
@@ -118,10 +124,10 @@ def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
     Raises:
         DataError: If a split loses all its rows.
     """
-    test = {problem_key(row.question) for row in splits.test}
-    validation = [row for row in splits.validation if problem_key(row.question) not in test]
-    held_out = test | {problem_key(row.question) for row in validation}
-    train = [row for row in splits.train if problem_key(row.question) not in held_out]
+    test = {row.key for row in splits.test}
+    validation = [row for row in splits.validation if row.key not in test]
+    held_out = test | {row.key for row in validation}
+    train = [row for row in splits.train if row.key not in held_out]
     for name, before, after in (("train", splits.train, train), ("validation", splits.validation, validation)):
         if before and not after:
             raise DataError(

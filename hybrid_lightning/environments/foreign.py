@@ -24,7 +24,7 @@ from hybrid_lightning.errors import ConfigError, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
 
-_BANNER = re.compile(r"^[ _|\\/$]+\n", re.MULTILINE)  # the lines of the picture that TextWorld's games begin with
+_BANNER = re.compile(r"^[ _|\\/$>]+\n", re.MULTILINE)  # the lines of the picture that TextWorld's games begin with
 
 
 class ForeignEnvironment(Environment):

@@ -176,7 +176,8 @@ def _compiled(challenge: str, seed: int, settings: str) -> str:
     if challenge not in CHALLENGES:
         raise ConfigError(f"challenge={challenge!r}: TextWorld has {', '.join(CHALLENGES)}")
     options = textworld.GameOptions()
-    options.seeds, options.path = seed, f"{_folder().name}/{_compiled.cache_info().misses}.z8"
+    # Its interpreter knows games of TextWorld by "tw-", and then leaves out the line of status.
+    options.seeds, options.path = seed, f"{_folder().name}/tw-{_compiled.cache_info().misses}.z8"
     return str(textworld.generator.compile_game(CHALLENGES[challenge][1](json.loads(settings), options), options))
 
 

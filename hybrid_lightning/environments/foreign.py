@@ -25,6 +25,7 @@ from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
 
 _BANNER = re.compile(r"^[ _|\\/$>]+\n", re.MULTILINE)  # the lines of the picture that TextWorld's games begin with
+_ECHO = re.compile(r"\n\[(?!GAME\])[^\]\n]*\] ")  # in front of what a player said, in the texts of TextArena's wrappers
 
 
 class ForeignEnvironment(Environment):
@@ -134,9 +135,9 @@ class TextArenaEnvironment(ForeignEnvironment):
         text = as_text(observation)
         new = text.removeprefix(self._seen) if text != self._seen else text
         self._seen = text
-        before, echo, behind = new.partition(own.strip() or "[")
-        if echo and own and "\n" not in before.strip():  # "[Player] " and the message, which wrappers may have put in brackets
-            new = behind.partition("\n")[2]
+        if echo := _ECHO.match(new):  # the player's own message
+            answer = new.find("\n[GAME] ", echo.end() + new.startswith(own, echo.end()) * len(own))
+            new = new[answer:] if answer >= 0 else ""
         return new.strip()
 
 

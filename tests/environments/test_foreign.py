@@ -1,0 +1,386 @@
+"""Environments of other packages by the forms of their methods, on stand-ins; and those of the real packages, where installed."""
+
+import random
+import threading
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from hybrid_lightning.environments import (
+    GymEnvironment,
+    OpenEnvEnvironment,
+    SkyRLEnvironment,
+    TextArenaEnvironment,
+    TextWorldEnvironment,
+)
+from hybrid_lightning.environments.foreign import as_text
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import Prompt
+
+PROMPT = Prompt(text="Play.", answer="4", columns={"level": 2})
+
+
+def here(name):
+    return f"{__file__}:{name}"
+
+
+def texts(messages):
+    return [message["content"] for message in messages]
+
+
+def play(environment, moves, prompt=PROMPT, seed=3):
+    """What an episode of an environment says, its rewards, and whether it is over; with random states of its own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    environment = environment.new()
+    said, rewards, over = texts(environment.start(prompt, seed)), [], False
+    for move in moves:
+        step = environment.step({"role": "assistant", "content": move})
+        said += texts(step.messages)
+        rewards.append(float(step.reward))
+        over = step.over
+    environment.close()
+    return said, rewards, over
+
+
+# ---- the forms
+
+
+class Gym:
+    """Gymnasium's form; `old` is Gym's, `bare` returns no info from `reset` and takes no seed."""
+
+    closed: ClassVar = []
+
+    def __init__(self, size=3, form="new"):
+        self.size, self.form = size, form
+        if form == "bare":
+            self.reset = lambda: "go"
+
+    def reset(self, *, seed=None, options=None):
+        self.seed = seed
+        return f"seed {seed}", {}
+
+    def step(self, action):
+        answer = (np.arange(self.size), np.float32(0.5), np.bool_(action == "end"))
+        return (*answer, {}) if self.form == "old" else (*answer, action == "cut", {})
+
+    def close(self):
+        self.closed.append(self.seed if self.form != "bare" else -1)
+
+
+class Odd:
+    def reset(self):
+        return object() if type(self) is Odd else [{"type": "image", "image": "..."}]
+
+    def step(self, action):
+        return "text"
+
+
+class Picture(Odd):
+    pass
+
+
+@pytest.mark.parametrize(("form", "said"), [("new", "seed 3"), ("old", "seed 3"), ("bare", "go")])
+def test_gymnasium(form, said):
+    environment = GymEnvironment(here("Gym"), {"size": 2, "form": form})
+    assert play(environment, ["a", "end"]) == ([said, "[0, 1]", "[0, 1]"], [0.5, 0.5], True)
+    assert form != "new" or play(environment, ["cut"])[2], "a truncated episode is over, too"
+    made = environment.new()
+    made.start(PROMPT, 7)
+    made.close()
+    assert made.game.closed[-1] in (7, -1) and environment.game is None, "an episode has an object of its own"
+
+
+class Emptying(Gym):
+    def __init__(self, sizes):
+        super().__init__(sizes.pop())
+
+
+def test_an_object_that_changes_its_arguments_changes_no_other():
+    environment = GymEnvironment(here("Emptying"), {"sizes": [1]})
+    assert [play(environment, ["a"])[0][1] for _ in range(2)] == ["[0]", "[0]"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GymEnvironment(here("Gym"), {"sizes": 1}), "arguments.sizes: .* has no parameter 'sizes'"),
+        (lambda: GymEnvironment("no_such_package.make"), "make='no_such_package.make': there is no module 'no_such_package'"),
+        (lambda: play(GymEnvironment(here("Odd")), []), "cannot be written as text .*wrap the environment"),
+        (lambda: play(GymEnvironment(here("Picture")), []), "a block of type 'image'; only texts"),
+        (
+            lambda: GymEnvironment(here("Odd")).new()._answer("step", 1) and read_odd(GymEnvironment),
+            "step returned 'text', which",
+        ),
+        (lambda: read_odd(SkyRLEnvironment), "step returned 'text', which is not what SkyRLEnvironment takes"),
+        (lambda: read_odd(TextWorldEnvironment), "step returned 'text', which is not what TextWorldEnvironment takes"),
+        (lambda: play(SkyRLEnvironment(here("Rewriter")), []), "init changes the prompt of the data row 0"),
+        (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(make, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def read_odd(kind):
+    environment = kind(here("Odd"))
+    environment.game = Odd()
+    environment.step({"role": "assistant", "content": "a"})
+
+
+class Arena:
+    """TextArena's form: raw messages, or all of them as one text as its wrappers give it."""
+
+    def __init__(self, env_id):
+        self.raw, self.messages = env_id == "raw", []
+
+    def reset(self, num_players, seed=None):
+        self.messages = [(-1, f"{num_players} player, seed {seed}", "PROMPT")]
+
+    def get_observation(self):
+        if not self.raw:
+            return 0, "".join(f"\n[{'GAME' if who else 'Player'}] {text}" for who, text, _ in self.messages)
+        new, self.messages = self.messages, []
+        return 0, new
+
+    def step(self, action):
+        self.messages.append((0, action if self.raw else f"[{action}]", "ACTION"))
+        self.over = action.startswith("end")
+        if not self.over:
+            self.messages.append((-1, "go on", "MESSAGE"))
+        return self.over, {}
+
+    def close(self):
+        return {0: 0.25}, {0: {"reason": "All is done."}}
+
+
+@pytest.mark.parametrize(("form", "mark"), [("raw", ""), ("wrapped", "[GAME] ")])
+def test_textarena(form, mark):
+    said, rewards, over = play(TextArenaEnvironment(here("Arena"), {"env_id": form}), ["two\nlines", "", "end it"])
+    assert said == [f"{mark}1 player, seed 3", f"{mark}go on", f"{mark}go on", "All is done."]
+    assert rewards == [0.0, 0.0, 0.25] and over
+
+
+class SkyRL:
+    def __init__(self, env_config=None, extras=None):
+        self.extras = extras
+
+    def init(self, prompt):
+        return [*prompt, {"role": "user", "content": f"level {self.extras['level']}"}], {}
+
+    def step(self, action):
+        done = action == self.extras["reward_spec"]["ground_truth"]
+        observations = [] if done else [{"role": "user", "content": [{"type": "text", "text": "no"}]}]
+        return {"observations": observations, "reward": float(done), "done": done, "metadata": {}}
+
+
+class Rewriter(SkyRL):
+    def init(self, prompt):
+        return [{"role": "system", "content": "Be good."}, *prompt], {}
+
+
+def test_skyrl_gets_the_row():
+    environment = SkyRLEnvironment(here("SkyRL"))
+    assert play(environment, ["3", "4"]) == (["level 2", "no"], [0.0, 1.0], True)
+    chat = Prompt(messages=({"role": "user", "content": "2+2"},), columns={"reward_spec": {"ground_truth": "5"}, "level": 1})
+    assert play(environment, ["5"], chat) == (["level 1"], [1.0], True)
+
+
+class World:
+    def __init__(self, seed):
+        self.seed, self.score = seed, 0
+
+    def reset(self):
+        return SimpleNamespace(feedback=f"  $$$ | \\__ \n  $$  $$>\n\nWelcome to {self.seed}.\n\n> $5 <\n")
+
+    def step(self, command):
+        self.score += {"take coin": 3, "drop coin": -1}.get(command, 0)
+        return SimpleNamespace(feedback="\nDone.\n\n"), self.score, command == "quit"
+
+
+def test_textworld_rewards_what_raises_the_score():
+    said, rewards, over = play(TextWorldEnvironment(here("World")), [" take coin\n", "wait", "drop coin", "quit"])
+    assert said == ["Welcome to 3.\n\n> $5 <", *["Done."] * 4] and rewards == [3.0, 0.0, -1.0, 0.0] and over
+
+
+@dataclass
+class Seen:
+    text: str
+
+
+@dataclass
+class Result:
+    observation: object
+    reward: float | None = None
+    done: bool = False
+
+
+@dataclass
+class Move:
+    code: str
+
+
+class Client:
+    """OpenEnv's form, with a typed action and observation."""
+
+    def __init__(self, base_url, **options):
+        self.base_url = base_url
+
+    def reset(self, seed=None):
+        return Result(Seen(f"{self.base_url} {seed}"), done=seed == 0)
+
+    def step(self, action):
+        return Result(Seen(action.code), 1.0, action.code == "end")
+
+
+def test_openenv_by_a_class_of_client():
+    environment = OpenEnvEnvironment("http://x", here("Client"), "code", here("Move"), "text")
+    assert play(environment, ["a", "end"]) == (["http://x 3", "a", "end"], [1.0, 1.0], True)
+    assert play(environment, ["a"], seed=0) == (["http://x 0"], [0.0], True), "over from the start"
+    assert environment.thread_safe and not TextArenaEnvironment.thread_safe and not GymEnvironment.thread_safe
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a", "a"),
+        (None, ""),
+        ([], ""),
+        (0, "0"),
+        (np.eye(2), "[[1.0, 0.0], [0.0, 1.0]]"),
+        ({"é": Seen("x")}, '{"é": {"text": "x"}}'),
+    ],
+)
+def test_observations_as_text(value, text):
+    assert as_text(value) == text
+
+
+# ---- the packages
+
+
+def real(package):
+    return pytest.importorskip(package, reason=f"needs {package}: pip install 'hybrid-lightning[environments]'")
+
+
+def replays(environment, moves, prompt=PROMPT):
+    """An episode of a real environment that is the same for the same seed, and another for another seed."""
+    first, again = (play(environment, moves, prompt) for _ in range(2))
+    assert first == again
+    assert any(play(environment, moves, prompt, seed)[0] != first[0] for seed in range(4, 9))
+    return first
+
+
+@pytest.mark.parametrize("game", ["GuessTheNumber-v0-random", "Minesweeper-v0-easy", "Sudoku-v0-easy", "Game2048-v0-easy"])
+def test_gem(game):
+    real("gem")
+    environment = GymEnvironment("gem.make", {"env_id": f"game:{game}"})
+    moves = {
+        "GuessTheNumber-v0-random": [f"\\boxed{{{n}}}" for n in range(1, 20)],
+        "Minesweeper-v0-easy": ["\\boxed{reveal 1 1}"],
+    }
+    said, rewards, _ = replays(environment, moves.get(game, ["\\boxed{1 1 1}", "\\boxed{up}"]))
+    assert len(said) == len(rewards) + 1 and all(said)
+
+
+def test_gem_ends_with_the_number_that_is_found():
+    real("gem")
+    environment = GymEnvironment("gem.make", {"env_id": "game:GuessTheNumber-v0-easy"})
+    ends = [play(environment, [f"\\boxed{{{n}}}"]) for n in range(1, 11)]
+    assert sorted(rewards[0] for _, rewards, over in ends if over) == [1.0] and all("guessed" in said[1] for said, _, _ in ends)
+
+
+@pytest.mark.parametrize("suffix", ["", "-raw", "-train"])
+def test_textarena_itself(suffix):
+    real("textarena")
+    environment = TextArenaEnvironment(arguments={"env_id": f"GuessTheNumber-v0{suffix}"})
+    ends = [play(environment, [f"[{n}]"]) for n in range(1, 21)]
+    won = [said[-1] for said, rewards, over in ends if over and rewards == [1.0]]
+    assert len(won) == 1 and "Congratulations" in won[0]
+    assert all("higher" in said[1] or "lower" in said[1] for said, _, over in ends if not over)
+    said, rewards, over = play(environment, ["foo", "foo"])
+    assert over and len(rewards) == 2 and "foo" not in said[1]
+    assert suffix == "-train" or "invalid move" in said[1], "-train hides it"
+    replays(TextArenaEnvironment(arguments={"env_id": "Sokoban-v0-raw"}), ["[up]"])
+
+
+def test_skyrl_itself():
+    real("skyrl_gym")
+    environment = SkyRLEnvironment(arguments={"id": "gsm8k_multi_turn", "extras": {"max_turns": 3}})
+    said, rewards, over = play(environment, ["#### 3", "It is\n#### 4"])
+    assert over and "exact format" in said[0] and rewards == pytest.approx([0.2 / 3, 1.0])
+
+
+def test_textworld_itself():
+    real("textworld")
+    arguments = {"challenge": "tw-coin_collector", "settings": {"level": 1}}
+    environment = TextWorldEnvironment(arguments=arguments)
+    began = time.perf_counter()
+    said, rewards, over = play(environment, ["look", "take coin"])
+    compiled = time.perf_counter() - began
+    assert over and rewards == [0.0, 1.0] and "$" not in said[0] and "coin" in said[0] and not said[1].endswith("0/1")
+    began = time.perf_counter()
+    assert play(environment, ["look", "take coin"])[0] == said and time.perf_counter() - began < compiled / 2
+    assert play(environment, [], seed=4)[0] != said[:1]
+    with pytest.raises(ConfigError, match="challenge='chess': TextWorld has tw-"):
+        play(TextWorldEnvironment(arguments={"challenge": "chess"}), [])
+
+
+@pytest.fixture
+def server():
+    """Address of a server of OpenEnv with a game."""
+    real("openenv")
+    uvicorn = pytest.importorskip("uvicorn")
+    from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
+
+    class Guess(Action):
+        message: str
+
+    class Hint(Observation):
+        text: str = ""
+        tried: list[str]
+
+    class Game(Environment):
+        SUPPORTS_CONCURRENT_SESSIONS = True
+
+        def reset(self, seed=None, episode_id=None, **options):
+            self.number, self.tried = random.Random(seed).randint(1, 9), []
+            return Hint(tried=[], text=f"1 to {random.Random(seed).randint(10, 10**9)}")
+
+        def step(self, action, timeout_s=None, **options):
+            self.tried.append(action.message)
+            found = action.message == str(self.number)
+            return Hint(text="right" if found else "wrong", tried=self.tried, reward=float(found), done=found)
+
+        @property
+        def state(self):
+            return State()
+
+    app = create_fastapi_app(Game, Guess, Hint, max_concurrent_envs=8)
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    running.should_exit = True
+    thread.join(20)
+
+
+def test_openenv_itself(server):
+    environment = OpenEnvEnvironment(server, observation="text", arguments={"message_timeout_s": 20})
+    ends = [play(environment, [str(n)]) for n in range(1, 10)]
+    assert sorted(rewards[0] for _, rewards, _ in ends) == [0.0] * 8 + [1.0] and sum(over for _, _, over in ends) == 1
+    assert len({said[0] for said, _, _ in ends}) == 1 and ends[0][0][0] != play(environment, [], seed=4)[0][0]
+    both = [OpenEnvEnvironment(server).new() for _ in range(2)]
+    for number, one in enumerate(both):
+        one.start(PROMPT, 3)
+        step = one.step({"role": "assistant", "content": f"x{number}"})
+        assert f'"tried": ["x{number}"]' in step.messages[0]["content"], "each episode has a session of its own"
+    for one in both:
+        one.close()

@@ -316,8 +316,9 @@ def test_skyrl_itself():
     assert over and "exact format" in said[0] and rewards == pytest.approx([0.2 / 3, 1.0])
 
 
-def test_textworld_itself():
+def test_textworld_itself(tmp_path, monkeypatch):
     real("textworld")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = {"challenge": "tw-coin_collector", "settings": {"level": 1}}
     environment = TextWorldEnvironment(arguments=arguments)
     began = time.perf_counter()

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from hybrid_lightning.environments import (
+    EpisodeLimits,
     GymEnvironment,
     OpenEnvEnvironment,
+    RunningEpisodes,
     SkyRLEnvironment,
     TextArenaEnvironment,
     TextWorldEnvironment,
@@ -286,6 +288,35 @@ def test_gem(game):
     }
     said, rewards, _ = replays(environment, moves.get(game, ["\\boxed{1 1 1}", "\\boxed{up}"]))
     assert len(said) == len(rewards) + 1 and all(said)
+
+
+GAMES = {
+    "gem": (GymEnvironment, {"make": "gem.make", "arguments": {"env_id": "game:Game2048-v0-easy"}}, "\\boxed{up}"),
+    "textarena": (TextArenaEnvironment, {"arguments": {"env_id": "2048-v0-raw"}}, "[up]"),
+}
+
+
+@pytest.mark.parametrize("package", GAMES)
+def test_games_that_seed_and_draw_from_the_global_generators_touch_neither_ours_nor_each_other(package):
+    """Their boards get random tiles in each turn."""
+    real(package)
+    kind, arguments, move = GAMES[package]
+    random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+
+    def boards(seeds):
+        episodes = RunningEpisodes(kind(**arguments), EpisodeLimits())
+        said = [[messages] for messages in episodes.start([PROMPT] * len(seeds), seeds)]
+        for _ in range(4):
+            answers = episodes.step({number: {"role": "assistant", "content": move} for number in range(len(seeds))})
+            for number, answer in answers.items():
+                said[number].append(answer.messages)
+        episodes.close()
+        return said
+
+    together = boards([5, 5, 6])
+    assert together == [*boards([5]), *boards([5]), *boards([6])] and together[0] == together[1] != together[2]
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_gem_ends_with_the_number_that_is_found():

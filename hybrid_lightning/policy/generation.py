@@ -201,7 +201,7 @@ class Generation:
         with policy.inference():
             logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, temperature))
         sampled = rollouts.sampling_logprobs[:_COMPARED, : logprobs.shape[1]]
-        difference = float((logprobs - sampled).abs()[rows.completion_mask].mean())
+        difference = float((logprobs - sampled).abs()[rows.sampled_mask].mean())
         if not difference <= _LARGEST_DIFFERENCE:  # nan, too
             raise RolloutError(
                 f"the rollout engine's log-probabilities differ from the policy's by {difference:.2g} nats a token: it computes "

@@ -197,7 +197,7 @@ class PolicyModule(LanguageModule):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
         trained = self.trained_sequences(rollouts)
-        if len(trained) and not trained.completion_mask.any():
+        if len(trained) and not trained.sampled_mask.any():
             rank_zero_warn(
                 f"all {len(trained)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
@@ -244,7 +244,7 @@ class PolicyModule(LanguageModule):
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
-        trained = self.trained_sequences(rollouts).completion_mask.any(dim=1)
+        trained = self.trained_sequences(rollouts).sampled_mask.any(dim=1)
         return useful_groups(rewards.total, correctness, trained, rollouts.samples_per_prompt)
 
     def trained_sequences(self, rollouts: Rollouts) -> Sequences:
@@ -252,7 +252,7 @@ class PolicyModule(LanguageModule):
         sequences = rollouts.sequences
         if not self.mask_truncated_completions:
             return sequences
-        return replace(sequences, completion_mask=sequences.completion_mask & rollouts.finished[:, None])
+        return sequences.without(~rollouts.finished)
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """The rows that an update needs (see `RolloutSource`): those with an advantage, or all if the loss needs the others."""
@@ -380,7 +380,7 @@ class PolicyModule(LanguageModule):
         self.sampler.release_memory()
         advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
         sequences = self.trained_sequences(rollouts)
-        if not sequences.completion_mask.any():
+        if not sequences.sampled_mask.any():
             raise ConfigError(
                 f"all {len(sequences)} calibration completions were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
                 "model.mask_truncated_completions leaves those out of the loss, so that nothing would be learned; raise "
@@ -390,7 +390,7 @@ class PolicyModule(LanguageModule):
         device = self.model_device
         max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, device)
         parts: list[CalibrationLosses] = []
-        if bool(advantages[sequences.completion_mask.any(dim=1)].any()):
+        if bool(advantages[sequences.sampled_mask.any(dim=1)].any()):
             longest = self.sampler.max_new_tokens
             for rows in equal_slices(len(sequences), minibatches)[:steps]:
                 step, weights = sequences.rows(rows), advantages[rows]

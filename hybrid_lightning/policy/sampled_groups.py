@@ -169,7 +169,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         {
             "total": rewards.total,
             "correct": rewards.correct,
-            "length": sequences.completion_mask.sum(dim=1),
+            "length": sequences.sampled_mask.sum(dim=1),
             "prompt_length": sequences.prompt_mask.sum(dim=1),
             "finished": rollouts.finished,
             **{f"rewards/{name}": part for name, part in rewards.parts.items()},

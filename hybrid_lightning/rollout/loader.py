@@ -298,7 +298,7 @@ class RolloutLoader:
         minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
         rows = len(sequences) // minibatches
         # A completion without tokens (a masked one) counts as a sequence, but adds nothing to any loss.
-        takes_part = self.source.takes_part(advantages) & sequences.completion_mask.any(dim=1)
+        takes_part = self.source.takes_part(advantages) & sequences.sampled_mask.any(dim=1)
         one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
@@ -310,9 +310,9 @@ class RolloutLoader:
                 old_logprobs=None,
                 ref_logprobs=None,
                 num_sequences=float(rows * self.world_size),
-                num_tokens=self._sum(sequences.completion_mask[of_step]),
+                num_tokens=self._sum(sequences.sampled_mask[of_step]),
                 updated_sequences=self._sum(takes_part[of_step]),
-                updated_tokens=self._sum(sequences.completion_mask[updated]),
+                updated_tokens=self._sum(sequences.sampled_mask[updated]),
                 metrics=rollout.metrics,
             )
             # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over

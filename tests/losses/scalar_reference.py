@@ -30,7 +30,7 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
     return LossInputs(
         logprobs=logprobs.to(dtype).requires_grad_(),
         advantages=normal(b).to(dtype),
-        completion_mask=torch.arange(t)[None, :] < lengths[:, None],
+        sampled_mask=torch.arange(t)[None, :] < lengths[:, None],
         old_logprobs=old.to(dtype),
         ref_logprobs=ref.to(dtype),
         entropy=normal(b, t).abs().to(dtype).requires_grad_(),
@@ -46,8 +46,8 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
             inputs.advantages[i].item(),
             [
                 tuple(getattr(inputs, name)[i, t].item() for name in fields)
-                for t in range(inputs.completion_mask.shape[1])
-                if inputs.completion_mask[i, t]
+                for t in range(inputs.sampled_mask.shape[1])
+                if inputs.sampled_mask[i, t]
             ],
         )
         for i in range(len(inputs.advantages))

@@ -159,8 +159,8 @@ class Rewards(_TensorContainer):
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
     weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
-    # [B] bool: False for an episode that failed by its environment's fault, which takes part in no mean, deviation or count, and
-    # whose rewards mean nothing. None: all count. It is None on all ranks or on none.
+    # [B] bool: False for a completion that is left out, an episode that failed by its environment's fault: it takes part in no
+    # mean, deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
     counted: Tensor | None = None
 
     def select(self, index: Tensor) -> "Rewards":
@@ -168,6 +168,34 @@ class Rewards(_TensorContainer):
         parts = {name: part[index] for name, part in self.parts.items()}
         counted = None if self.counted is None else self.counted[index]
         return replace(self, total=self.total[index], correct=self.correct[index], parts=parts, counted=counted)
+
+    def of_counted(self) -> "Rewards":
+        """The rewards of the completions that count."""
+        return self if self.counted is None else self.select(self.counted)
+
+
+def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> list[Tensor]:
+    """The groups of completions of the same prompt, without those that are left out.
+
+    Args:
+        rewards: [B], or other values of completions.
+        samples_per_prompt: G.
+        counted: See `Rewards`, [B] bool or None.
+
+    Returns:
+        For each number n of completions that count, from 1 on, the rows of these in the p groups that have so many, [p, n].
+
+    Example:
+        >>> [rows.tolist() for rows in counted_groups(torch.zeros(4), 2, torch.tensor([True, True, False, True]))]
+        [[[3]], [[0, 1]]]
+    """
+    if counted is None:
+        return [torch.arange(len(rewards), device=rewards.device).view(-1, samples_per_prompt)] if len(rewards) else []
+    groups = counted.view(-1, samples_per_prompt)
+    sizes = groups.sum(dim=1)
+    return [
+        (groups & (sizes == size)[:, None]).flatten().nonzero().view(-1, size) for size in sizes.unique().tolist() if size > 0
+    ]
 
 
 @dataclass(frozen=True)

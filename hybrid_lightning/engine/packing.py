@@ -2,11 +2,11 @@
 
     [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
 
-A completion ends at the token before its last sampled one: from later ones nothing is predicted. Only attention needs rectangles,
-which are cut out by index. Completions of about the same length lie together in a *band*, so that the band's rectangle holds little
-padding, whose cost grows with the square of the length. A few tokens that nobody reads fill the packed sequence up to a multiple of
-16. Axes are those of `attention.py`, with N packed tokens; a row is one completion of the batch, and a group is a prompt with its
-completions.
+A completion ends at the token before its last sampled one: from later ones nothing is predicted. Only attention needs
+rectangles, which are cut out by index. Completions of about the same length lie together in a *band*, so that the band's
+rectangle holds little padding, whose cost grows with the square of the length. A few tokens that nobody reads fill the packed
+sequence up to a multiple of 16. Axes are those of `attention.py`, with N packed tokens; a row is one completion of the batch, and
+a group is a prompt with its completions.
 """
 
 from collections.abc import Iterator

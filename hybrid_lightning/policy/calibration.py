@@ -175,6 +175,7 @@ class RewardCalibration(CalibrationLosses):
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         max_tokens: Most tokens of a chunk: as in training, so that scoring needs no more memory.
         max_completion_tokens: Longest completion that the sampler makes.
+        counted: See `Rewards`, [N] bool or None.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class RewardCalibration(CalibrationLosses):
         logprobs: LogprobFunction,
         max_tokens: int,
         max_completion_tokens: int,
+        counted: Tensor | None = None,
     ) -> None:
         self.loss, self.logprobs = loss, logprobs
         self.max_completion_tokens = float(max_completion_tokens)
@@ -193,8 +195,8 @@ class RewardCalibration(CalibrationLosses):
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
-        # Denominators for which the mean of the chunks' losses is the mean over all N sequences, or over all their tokens.
-        self.num_sequences = len(sequences) / max(1, len(self.chunks))
+        # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
+        self.num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(self.chunks))
         self.num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(self.chunks))
         self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
 

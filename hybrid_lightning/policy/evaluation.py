@@ -50,15 +50,19 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
     """
     rollouts, rewards = sampled
     shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
-    lengths = rollouts.sequences.sampled_mask.sum(dim=1)
+    lengths, counted = rollouts.sequences.sampled_mask.sum(dim=1), rewards.counted
     values = completion_values(
         rewards.correct.view(shape),
         [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
         rewards.total.view(shape),
         lengths.view(shape),
         rollouts.finished.view(shape),
+        None if counted is None else counted.view(shape),
     )
-    values |= {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    of_greedy = {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    if greedy.counted is not None:
+        of_greedy = {name: value.double().masked_fill(~greedy.counted, torch.nan) for name, value in of_greedy.items()}
+    values |= of_greedy
     index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
     means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
 

@@ -116,11 +116,13 @@ def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:
     """Concatenate rewards."""
+    counted = [torch.ones_like(part.correct) if part.counted is None else part.counted for part in parts]
     return replace(
         parts[0],
         total=torch.cat([part.total for part in parts]),
         correct=torch.cat([part.correct for part in parts]),
         parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        counted=None if all(part.counted is None for part in parts) else torch.cat(counted),
     )
 
 

@@ -18,8 +18,8 @@ def make(seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     logprobs, reference = (-3 * torch.rand(B, T, generator=generator, dtype=dtype) for _ in range(2))
-    mask = torch.arange(T)[None] < lengths[:, None]
     entropy = torch.rand(B, T, generator=generator, dtype=dtype)
+    mask = (torch.arange(T)[None] < lengths[:, None]) & (torch.rand(B, T, generator=generator) > 0.3)  # with holes
     return LossInputs(logprobs, torch.ones(B), mask, ref_logprobs=reference, entropy=entropy)
 
 

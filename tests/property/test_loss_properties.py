@@ -38,10 +38,14 @@ def loss_inputs(draw, max_tokens: int = 6, min_tokens: int = 0) -> LossInputs:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     logprobs = -2 * normal(b, t).abs()
+    sampled = torch.arange(t)[None] < torch.tensor(lengths)[:, None]
+    if draw(st.booleans()):  # with holes, where an environment added tokens
+        sampled &= torch.rand(b, t, generator=generator) > 0.5
+        sampled[:, 0] |= min_tokens > 0
     return LossInputs(
         logprobs=logprobs,
         advantages=normal(b) * (torch.rand(b, generator=generator) > 0.2),
-        sampled_mask=torch.arange(t)[None] < torch.tensor(lengths)[:, None],
+        sampled_mask=sampled,
         old_logprobs=logprobs + spread * normal(b, t) if draw(st.booleans()) else None,
         ref_logprobs=logprobs + spread * normal(b, t),
         importance_weights=0.1 + normal(b, t).abs() if draw(st.booleans()) else None,
@@ -71,10 +75,14 @@ def close(a: Tensor, b: Tensor) -> bool:
 @each_loss
 @few
 @given(inputs=loss_inputs(), extra=st.integers(1, 3), garbage=st.sampled_from([99.0, float("nan"), float("inf"), float("-inf")]))
-def test_padding_changes_nothing(loss, inputs, extra, garbage):
+def test_what_was_not_sampled_changes_nothing(loss, inputs, extra, garbage):
+    """Neither padding nor what was added within a completion."""
+
     def pad(name: str, value: Tensor) -> Tensor:
         if name == "advantages":
             return value
+        if value.is_floating_point():
+            value = torch.where(inputs.sampled_mask, value, garbage)
         more = torch.full((len(value), extra), garbage if value.is_floating_point() else 0).to(value.dtype)
         return torch.cat([value, more], dim=1)
 
@@ -82,6 +90,17 @@ def test_padding_changes_nothing(loss, inputs, extra, garbage):
     assert close(plain.loss, padded.loss)
     assert close(gradient, padded_gradient[:, :-extra]) and (padded_gradient[:, -extra:] == 0).all()
     assert all(close(value, padded.metrics[name]) for name, value in plain.metrics.items())
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs())
+def test_holes_are_as_if_the_sampled_tokens_were_next_to_each_other(loss, inputs):
+    order = (~inputs.sampled_mask).long().argsort(dim=1, stable=True)  # sampled tokens first
+    together = change(inputs, lambda name, value: value if name == "advantages" else value.gather(1, order))
+    (plain, gradient), (moved, moved_gradient) = evaluate(loss, inputs), evaluate(loss, together)
+    assert close(plain.loss, moved.loss) and close(gradient.gather(1, order), moved_gradient)
+    assert all(close(value, moved.metrics[name]) for name, value in plain.metrics.items())
 
 
 @each_loss
@@ -109,7 +128,8 @@ def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     parts = []
     for start, end in zip([0, *cuts], [*cuts, b], strict=True):
         rows = change(replace(inputs, **counts), lambda _, value, s=start, e=end: value[s:e])
-        width = max(int(rows.sampled_mask.sum(dim=1).max()), 1)  # each micro-batch is cut to its own longest completion
+        places = rows.sampled_mask.any(dim=0).nonzero()
+        width = int(places.max()) + 1 if len(places) else 1  # each micro-batch is cut to its own longest completion
         parts.append(evaluate(loss, change(rows, lambda k, v, w=width: v if k == "advantages" else v[:, :w])))
     assert close(sum(output.loss for output, _ in parts), whole.loss)
     widened = [torch.nn.functional.pad(g, (0, gradient.shape[1] - g.shape[1])) for _, g in parts]

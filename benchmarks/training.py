@@ -83,7 +83,7 @@ class Gated(Callback):
         assert isinstance(loader, RolloutLoader)
         if (trainer.fit_loop.batch_idx + 1) % loader.micro_batches_per_rollout == 0:
             assert pl_module.last_rollout is not None
-            lengths = pl_module.last_rollout[0].sequences.completion_mask.sum(dim=1)
+            lengths = pl_module.last_rollout[0].sequences.sampled_mask.sum(dim=1)
             self.gate.done(lengths.tolist(), trainer.global_step, **self.details(trainer))
             trainer.should_stop = not self.gate.wait()
 
@@ -109,7 +109,7 @@ class Differences(Callback):
         if trained is None:  # the policy is still the one that sampled
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 trained, _ = pl_module.logprobs(batch.sequences)
-        self.found.append((trained - batch.sampling_logprobs)[batch.sequences.completion_mask].abs())
+        self.found.append((trained - batch.sampling_logprobs)[batch.sequences.sampled_mask].abs())
 
 
 def build_policy(settings: Settings, sampler: Any = None, **options: Any) -> PolicyModule:

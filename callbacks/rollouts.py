@@ -113,7 +113,8 @@ class RolloutSamples(OncePerRollout):
         if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
             columns, rows = self.table(rollouts, rewards, advantages)
             log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(rollouts, rewards, advantages))
-            log_histogram(trainer, "rewards/histogram", rewards.total.float().cpu(), trainer.global_step)
+            if len(values := rewards.of_counted().total):
+                log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +188,9 @@ class RewardDivergence(OncePerRollout):
 
     def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
         """Record the rollout's means, and warn of parts that diverge."""
+        rewards = rewards.of_counted()
+        if not len(rewards.total):
+            return
         means = {f"rewards/{name}": float(part.mean()) for name, part in rewards.parts.items()}
         self._history.append({"accuracy": float(rewards.correct.float().mean()), **means})
         for name in self.diverging():

@@ -19,6 +19,9 @@ a group, unless they are said to be over the batch, which is a whole rollout ove
 Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
 TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
 float32), and division by eps would make a gradient of it.
+
+Completions that are left out (see `Rewards.counted`) take part in nothing: their advantage is 0, and a group is what is left of
+it. Of a group of one the advantage is 0.
 """
 
 import math
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.types import Rewards
+from hybrid_lightning.types import Rewards, counted_groups
 
 __all__ = [
     "AdvantageEstimator",
@@ -45,8 +48,8 @@ __all__ = [
 class AdvantageEstimator(Configurable, ABC):
     """Base class of estimators. A subclass maps rewards in groups, [P, G], to advantages in groups.
 
-    In training P is all prompts of a rollout, over all ranks, so that a value over more than one group does not depend on the
-    number of devices.
+    What depends on more than one group belongs into `rescale`, which sees all completions of a rollout, over all ranks: it does not
+    depend on the number of devices.
 
     Example:
         >>> class BestOfGroup(AdvantageEstimator):
@@ -60,14 +63,27 @@ class AdvantageEstimator(Configurable, ABC):
 
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages for the rewards `groups`, both [P, G] with G at least 2; float32 or float64."""
+        """Advantages for the rewards `groups`, both [P, G] with G at least 2; float32 or float64.
 
-    def __call__(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
+        Where completions are left out, groups of different sizes come one size at a time.
+        """
+
+    def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Change advantages by what only a whole rollout shows. By default nothing is changed.
+
+        Args:
+            advantages: What `estimate` returned for all completions that count, [N], at least 2.
+            rewards: Their rewards, [N].
+        """
+        return advantages
+
+    def __call__(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None = None) -> Tensor:
         """Compute the advantage of each completion.
 
         Args:
-            rewards: [B], finite.
+            rewards: [B], finite where they count.
             samples_per_prompt: G; neighbouring rewards belong to the same prompt.
+            counted: See `Rewards`, [B] bool or None.
 
         Returns:
             [B] float32 (float64 for float64 rewards), without gradient.
@@ -76,8 +92,8 @@ class AdvantageEstimator(Configurable, ABC):
             ConfigError: If the rewards do not come in groups of G, or G is below 2.
             RewardError: If a reward is not finite.
         """
-        groups = self.groups(rewards, samples_per_prompt)
-        return (self.estimate(groups) if len(groups) else groups).flatten()
+        rewards = self._checked(rewards, samples_per_prompt, counted)
+        return self._over_rollout(self._in_groups(rewards, samples_per_prompt, counted), rewards, counted)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from its rewards: by default from their weighted sum.
@@ -89,7 +105,7 @@ class AdvantageEstimator(Configurable, ABC):
         Returns:
             [B], as `__call__`.
         """
-        return self(rewards.total, samples_per_prompt)
+        return self(rewards.total, samples_per_prompt, rewards.counted)
 
     def check_samples(self, samples_per_prompt: int) -> None:
         """Check that there are completions to compare. Called before anything is generated.
@@ -106,21 +122,37 @@ class AdvantageEstimator(Configurable, ABC):
                 "each other; set samples_per_prompt to 2 or more"
             )
 
-    def groups(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
-        """Checked rewards as [P, G]; arguments and errors as in `__call__`."""
+    def _in_groups(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
+        """Advantages within groups, [B]; arguments as in `__call__`."""
+        advantages = torch.zeros_like(rewards)
+        for rows in counted_groups(rewards, samples_per_prompt, counted):
+            if rows.shape[1] > 1:
+                advantages[rows] = self.estimate(rewards[rows])
+        return advantages
+
+    def _over_rollout(self, advantages: Tensor, rewards: Tensor, counted: Tensor | None) -> Tensor:
+        """`rescale` of those that count, [B]."""
+        rows = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
+        if int(rows.sum()) > 1:
+            advantages[rows] = self.rescale(advantages[rows], rewards[rows])
+        return advantages
+
+    def _checked(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
+        """Checked rewards, [B]; arguments and errors as in `__call__`."""
         self.check_samples(samples_per_prompt)
         if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
             raise ConfigError(
                 f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]; give one reward a "
                 f"completion, {samples_per_prompt} neighbours a prompt"
             )
-        bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+        wrong = ~torch.isfinite(rewards)
+        bad = (wrong if counted is None else wrong & counted).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
                 f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite): "
                 "make the reward function return a finite number for every completion"
             )
-        return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, samples_per_prompt)
+        return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 class GroupAdvantage(AdvantageEstimator):
@@ -166,7 +198,11 @@ class BatchStdAdvantage(AdvantageEstimator):
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
-        return centred(groups) / (groups.std() + self.eps)
+        return centred(groups)
+
+    def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Advantages over the standard deviation of the rewards, [N]."""
+        return advantages / (rewards.std() + self.eps)
 
 
 class LeaveOneOutAdvantage(AdvantageEstimator):
@@ -196,20 +232,20 @@ class PerRewardAdvantage(AdvantageEstimator):
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
-        total = torch.zeros_like(self.groups(rewards.total, samples_per_prompt))
+        counted, whole = rewards.counted, self._checked(rewards.total, samples_per_prompt, rewards.counted)
+        total = torch.zeros_like(whole)
         for name, part in rewards.parts.items():
-            total = total + rewards.weights.get(name, 1.0) * self._normalised(self.groups(part, samples_per_prompt))
-        return self._scaled(total).flatten()
+            checked = self._checked(part, samples_per_prompt, counted)
+            total = total + rewards.weights.get(name, 1.0) * self._in_groups(checked, samples_per_prompt, counted)
+        return self._over_rollout(total, whole, counted)
 
     def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages for a single reward, [P, G]."""
-        return self._scaled(self._normalised(groups))
-
-    def _normalised(self, groups: Tensor) -> Tensor:
+        """A single reward normalised in its groups, [P, G]."""
         return centred(groups) / (groups.std(dim=1, keepdim=True) + self.eps)
 
-    def _scaled(self, groups: Tensor) -> Tensor:
-        return groups / (groups.std() + self.eps) if len(groups) else groups
+    def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Advantages over their standard deviation, [N]."""
+        return advantages / (advantages.std() + self.eps)
 
 
 def centred(groups: Tensor) -> Tensor:

@@ -4,6 +4,10 @@
 
 Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are neighbours), S
 prompt tokens (left-padded), T completion tokens (right-padded).
+
+A completion holds all that follows the prompt: what the policy sampled and, in an episode of several turns, what an environment
+added. `completion_mask` says what is a token and not padding, for forward passes and for what these cost; `sampled_mask` says
+what was sampled, for losses, means, lengths and denominators.
 """
 
 from collections.abc import Mapping
@@ -66,7 +70,7 @@ class Completion(str):
         (True, 3)
     """
 
-    num_tokens: int  # as in `Sequences.completion_mask`: up to and including the stop token
+    num_tokens: int  # that were sampled, as in `Sequences.sampled_mask`: up to and including the stop token
     finished: bool  # True if a stop token or stop string ended it, False if it was cut at the maximum length
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
 
@@ -101,8 +105,15 @@ class Sequences(_TensorContainer):
     prompt_ids: Tensor  # [B, S] int64, left-padded
     prompt_mask: Tensor  # [B, S] bool, True on real tokens
     completion_ids: Tensor  # [B, T] int64, right-padded
-    completion_mask: Tensor  # [B, T] bool, True up to and including the stop token
+    completion_mask: Tensor  # [B, T] bool, True on real tokens: up to and including the last one, without holes
     weights_step: Tensor | None = None  # [B] int64, optimizer steps of the weights that sampled; None if nothing was sampled
+    # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (of a demonstration: that it is to learn), with
+    # holes where an environment added tokens. If it is not given, all were sampled.
+    sampled_mask: Tensor = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        if self.sampled_mask is None:
+            object.__setattr__(self, "sampled_mask", self.completion_mask)
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -119,7 +130,13 @@ class Sequences(_TensorContainer):
             self.completion_ids[index][:, :end],
             completion_mask[:, :end],
             None if self.weights_step is None else self.weights_step[index],
+            self.sampled_mask[index][:, :end],
         )
+
+    def without(self, rows: Tensor) -> "Sequences":
+        """The same with no tokens in `rows`, [B] bool, so that nothing is learned from them."""
+        keep = ~rows[:, None]
+        return replace(self, completion_mask=self.completion_mask & keep, sampled_mask=self.sampled_mask & keep)
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class Rollouts:
     prompts: tuple[Prompt, ...]  # P
     sequences: Sequences  # B = P * G rows
     completions: tuple[Completion, ...]  # B decoded texts without special tokens
-    sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`)
+    sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`), 0 elsewhere
     finished: Tensor  # [B] bool: True if ended by a stop token, False if cut at the maximum length
     samples_per_prompt: int  # G
 
@@ -142,6 +159,43 @@ class Rewards(_TensorContainer):
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
     weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
+    # [B] bool: False for a completion that is left out, an episode that failed by its environment's fault: it takes part in no
+    # mean, deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
+    counted: Tensor | None = None
+
+    def select(self, index: Tensor) -> "Rewards":
+        """The rewards of the completions at `index`."""
+        parts = {name: part[index] for name, part in self.parts.items()}
+        counted = None if self.counted is None else self.counted[index]
+        return replace(self, total=self.total[index], correct=self.correct[index], parts=parts, counted=counted)
+
+    def of_counted(self) -> "Rewards":
+        """The rewards of the completions that count."""
+        return self if self.counted is None else self.select(self.counted)
+
+
+def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> list[Tensor]:
+    """The groups of completions of the same prompt, without those that are left out.
+
+    Args:
+        rewards: [B], or other values of completions.
+        samples_per_prompt: G.
+        counted: See `Rewards`, [B] bool or None.
+
+    Returns:
+        For each number n of completions that count, from 1 on, the rows of these in the p groups that have so many, [p, n].
+
+    Example:
+        >>> [rows.tolist() for rows in counted_groups(torch.zeros(4), 2, torch.tensor([True, True, False, True]))]
+        [[[3]], [[0, 1]]]
+    """
+    if counted is None:
+        return [torch.arange(len(rewards), device=rewards.device).view(-1, samples_per_prompt)] if len(rewards) else []
+    groups = counted.view(-1, samples_per_prompt)
+    sizes = groups.sum(dim=1)
+    return [
+        (groups & (sizes == size)[:, None]).flatten().nonzero().view(-1, size) for size in sizes.unique().tolist() if size > 0
+    ]
 
 
 @dataclass(frozen=True)
@@ -150,17 +204,17 @@ class LossInputs(_TensorContainer):
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
     advantages: Tensor  # [B] float32
-    completion_mask: Tensor  # [B, T] bool
+    sampled_mask: Tensor  # [B, T] bool, True on the tokens that are learned; others may hold anything
     old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
     num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
-    num_tokens: float | None = None  # number of completion tokens in the optimizer step, likewise
+    num_tokens: float | None = None  # number of sampled tokens in the optimizer step, likewise
     updated_sequences: float | None = None  # those of `num_sequences` that take part in the update: metrics are means over these
     updated_tokens: float | None = None  # those of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
     entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed if `entropy_coef` is not 0
-    max_completion_tokens: float | None = None  # length at which the sampler cuts completions; `DrGRPOLoss` needs it
-    micro_batch_tokens: float | None = None  # completion tokens in the micro-batch to which these rows belong; None: those here
+    max_completion_tokens: float | None = None  # the most tokens that can be sampled in a row; `DrGRPOLoss` needs it
+    micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch to which these rows belong; None: those here
     num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
 
 
@@ -182,7 +236,7 @@ class PolicyBatch(_TensorContainer):
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # number of sequences in the optimizer step of this micro-batch, over all its micro-batches and ranks
-    num_tokens: float  # number of completion tokens in that optimizer step, likewise
+    num_tokens: float  # number of sampled tokens in that optimizer step, likewise
     updated_sequences: float  # those of `num_sequences` that are in a micro-batch: rows without advantage may be left out
     updated_tokens: float  # those of `num_tokens`, likewise
     metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to be logged
@@ -215,7 +269,7 @@ class PolicyBatch(_TensorContainer):
         return LossInputs(
             logprobs=logprobs,
             advantages=self.advantages,
-            completion_mask=self.sequences.completion_mask,
+            sampled_mask=self.sequences.sampled_mask,
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
             num_sequences=self.num_sequences,

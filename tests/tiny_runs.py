@@ -1,5 +1,6 @@
 """Small runs: a model folder, sums as JSON lines, and policy, data module and Trainer with short defaults."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.types import Completion, Rollouts
 
 
 class DigitShare(RewardFunction):
@@ -47,6 +49,38 @@ class OftenDone(Sampler):
 
     def sample(self, *args, **options):
         return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
+
+
+def with_holes(rollouts: Rollouts) -> Rollouts:
+    """The same as if an environment had added every third token, from the second on."""
+    mask = rollouts.sequences.completion_mask
+    sampled = mask & (torch.arange(mask.shape[1]) % 3 != 1)
+    texts = zip(rollouts.completions, sampled.sum(dim=1).tolist(), strict=True)
+    return replace(
+        rollouts,
+        sequences=replace(rollouts.sequences, sampled_mask=sampled),
+        completions=tuple(Completion(text, count, text.finished, text.thinking) for text, count in texts),
+        sampling_logprobs=rollouts.sampling_logprobs * sampled,
+    )
+
+
+class Interrupted(Sampler):
+    """Completions in which an environment added tokens."""
+
+    def sample(self, *args, **options):
+        return with_holes(super().sample(*args, **options))
+
+
+class Failing(PolicyModule):
+    """Of every four completions of a prompt one is left out, whose rewards are no numbers."""
+
+    def score(self, rollouts):
+        rewards, samples = super().score(rollouts), rollouts.samples_per_prompt
+        counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
+        lost = torch.where(counted, 0.0, torch.nan)
+        return replace(
+            rewards, total=rewards.total + lost, parts={n: part + lost for n, part in rewards.parts.items()}, counted=counted
+        )
 
 
 class Log(Callback):

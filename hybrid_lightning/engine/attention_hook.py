@@ -154,7 +154,7 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
                     f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
             logits = project(base, backend, packed.predicting(hidden)).float()
-            reference = separate_logits(model, sequences)[sequences.completion_mask].float()
+            reference = separate_logits(model, sequences)[sequences.sampled_mask].float()
     finally:
         for module, mode in training:
             module.training = mode

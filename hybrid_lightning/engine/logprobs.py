@@ -1,4 +1,4 @@
-"""Log-probabilities of completion tokens under a policy.
+"""Log-probabilities of sampled tokens under a policy.
 
 The policy is the distribution that rollouts were sampled from: softmax(logits / temperature). Truncation by top-p or top-k is
 not part of it (as in TRL and verl), so that the gradient is defined for every token.
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 def token_logprobs(
     engine: "Engine", sequences: Sequences, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every completion token.
+    """Log-probability and entropy of every sampled token.
 
-    Where the model can be packed, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
-    no padding is computed.
+    Where the model can be packed, the forward and backward pass of a prompt is shared by neighbouring rows that have it, no
+    padding is computed, and no logits for tokens that were added.
 
     Args:
         engine: Engine of a causal language model.
@@ -46,9 +46,9 @@ def token_logprobs(
         entropy_gradient: Whether entropies have a gradient, which keeps one more vector of the hidden size per token.
 
     Returns:
-        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 at padding.
+        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 where nothing was sampled.
     """
-    mask = sequences.completion_mask
+    mask = sequences.sampled_mask
     tokens = sequences.completion_ids[mask]
     model = engine.model
     engine.prepare()

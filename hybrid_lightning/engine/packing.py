@@ -2,10 +2,11 @@
 
     [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
 
-A completion's last token is left out: nothing is predicted from it. Only attention needs rectangles, which are cut out by index.
-Completions of about the same length lie together in a *band*, so that the band's rectangle holds little padding, whose cost grows
-with the square of the length. A few tokens that nobody reads fill the packed sequence up to a multiple of 16. Axes are those of
-`attention.py`, with N packed tokens; a row is one completion of the batch, and a group is a prompt with its completions.
+A completion ends at the token before its last sampled one: from later ones nothing is predicted. Only attention needs
+rectangles, which are cut out by index. Completions of about the same length lie together in a *band*, so that the band's
+rectangle holds little padding, whose cost grows with the square of the length. A few tokens that nobody reads fill the packed
+sequence up to a multiple of 16. Axes are those of `attention.py`, with N packed tokens; a row is one completion of the batch, and
+a group is a prompt with its completions.
 """
 
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ from hybrid_lightning.types import Sequences
 
 @dataclass(frozen=True)
 class _Predictors:
-    """Which packed token predicts each of K completion tokens. These are in the order of `completion_mask` flattened."""
+    """Which packed token predicts each of K sampled tokens. These are in the order of `sampled_mask` flattened."""
 
     numbers: Tensor  # [K]: the packed token that predicts it
-    predicted: Tensor  # [N]: the completion token that each packed token predicts; any token where it predicts none, or several
+    predicted: Tensor  # [N]: the sampled token that each packed token predicts; any token where it predicts none, or several
     valid: Tensor  # [N] bool: whether it predicts exactly one
     firsts: Repeated  # a prompt's last token predicts the first one of each of its completions
 
@@ -70,12 +71,15 @@ class PackedSequences:
         if completions:
             counts = group.bincount()
             most = int(counts.max())
-            mask = sequences.completion_mask
-            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: completion tokens counted through
+            mask = sequences.sampled_mask
+            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: sampled tokens counted through
+            last = (mask * torch.arange(mask.shape[1], device=device)).amax(
+                dim=1
+            )  # place of the last of them: those before are read
             predictor = torch.zeros_like(number)  # [B, T]: number of the packed token that predicts it
             predictor[:, :1] = self.last_prompt_token[group][:, None]
-            predicted = [number.new_zeros(self.prompt_tokens)]
-            for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1), one=segments):
+            predicted, predicts = [number.new_zeros(self.prompt_tokens)], [mask.new_zeros(self.prompt_tokens)]
+            for row_of_cell, valid in _bands(group, counts, most, last, one=segments):
                 prompt, rank, time = valid.nonzero(as_tuple=True)
                 row = row_of_cell[prompt, rank]
                 self.bands.append(Grid.of(valid))
@@ -83,6 +87,7 @@ class PackedSequences:
                 positions.append(prompt_lengths[prompt] + time)
                 predictor[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
                 predicted.append(number[row, time + 1])
+                predicts.append(mask[row, time + 1])
                 begin += len(row)
         self.filling = -begin % _MULTIPLE
         ids.append(ids[0][:1].expand(self.filling))
@@ -92,16 +97,15 @@ class PackedSequences:
         self._masks: dict[tuple[int, int | None], Masks] = {}
         if completions:
             predicted.append(number.new_zeros(self.filling))
-            of_completion = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
-            of_completion[self.prompt_tokens : begin] = True
+            predicts.append(mask.new_zeros(self.filling))
             cell = (group, torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group])
             firsts, there = number.new_zeros(len(counts), most), mask.new_zeros(len(counts), most)
             firsts[cell], there[cell] = number[:, 0], mask[:, 0]
             shared = Repeated(self.last_prompt_token, firsts, there)
-            self.predictors = _Predictors(predictor[mask], torch.cat(predicted), of_completion, shared)
+            self.predictors = _Predictors(predictor[mask], torch.cat(predicted), torch.cat(predicts), shared)
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """The states [K, H], of all [N, H], that predict the K completion tokens, in the order of `completion_mask` flattened."""
+        """The states [K, H], of all [N, H], that predict the K sampled tokens, in the order of `sampled_mask` flattened."""
         of = self.predictors
         assert of is not None, "prompts alone predict no completion token"
         return taken(hidden, of.numbers, of.predicted, of.valid, of.firsts)

@@ -38,7 +38,7 @@ class ExampleLoss(Configurable, ABC):
         """The values of each example: name -> [E]. `loss` must be among them, with gradient; the others are logged."""
 
     @abstractmethod
-    def weights(self, completion_mask: Tensor) -> Tensor:
+    def weights(self, sampled_mask: Tensor) -> Tensor:
         """The weight of each example, [E]: its number of tokens, or 1."""
 
     @abstractmethod
@@ -55,8 +55,8 @@ class ExampleLoss(Configurable, ABC):
             ConfigError: If the rows are not a whole number of examples, or the reference is missing.
         """
         name = type(self).__name__
-        if len(inputs.completion_mask) % self.rows_per_example:
-            rows = len(inputs.completion_mask)
+        if len(inputs.sampled_mask) % self.rows_per_example:
+            rows = len(inputs.sampled_mask)
             raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {rows}; give whole examples")
         if self.needs_reference and inputs.ref_logprobs is None:
             raise ConfigError(f"{name} compares with the start policy: give LossInputs.ref_logprobs")
@@ -86,13 +86,13 @@ class SupervisedLoss(ExampleLoss):
         terms = {"loss": -_sum(inputs.logprobs, inputs)}
         return terms if inputs.entropy is None else {**terms, "entropy": _sum(inputs.entropy, inputs)}
 
-    def weights(self, completion_mask: Tensor) -> Tensor:
+    def weights(self, sampled_mask: Tensor) -> Tensor:
         """The number of tokens of each example."""
-        return completion_mask.sum(dim=1)
+        return sampled_mask.sum(dim=1)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
         """The number of completion tokens in the step."""
-        return max(inputs.num_tokens, 1.0) if inputs.num_tokens is not None else inputs.completion_mask.sum().clamp(min=1)
+        return max(inputs.num_tokens, 1.0) if inputs.num_tokens is not None else inputs.sampled_mask.sum().clamp(min=1)
 
 
 class DPOLoss(ExampleLoss):
@@ -154,16 +154,16 @@ class DPOLoss(ExampleLoss):
             "logps/rejected": logps[1::2],
         }
 
-    def weights(self, completion_mask: Tensor) -> Tensor:
+    def weights(self, sampled_mask: Tensor) -> Tensor:
         """Every pair has weight 1."""
-        return torch.ones(len(completion_mask) // 2, device=completion_mask.device)
+        return torch.ones(len(sampled_mask) // 2, device=sampled_mask.device)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
         """The number of pairs in the step."""
-        return (len(inputs.completion_mask) if inputs.num_sequences is None else inputs.num_sequences) / 2
+        return (len(inputs.sampled_mask) if inputs.num_sequences is None else inputs.num_sequences) / 2
 
 
 def _sum(values: Tensor, inputs: LossInputs) -> Tensor:
     """Sum over the tokens of each row, [B]. Padding may hold anything; half precision is added up in float32."""
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    return torch.where(inputs.completion_mask, values, 0).sum(dim=1)
+    return torch.where(inputs.sampled_mask, values, 0).sum(dim=1)

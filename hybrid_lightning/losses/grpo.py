@@ -108,7 +108,7 @@ class TokenClippedLoss(ClippedLoss):
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The ratio of each token, [B, T]."""
-        return token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        return token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
 
 
 class GRPOLoss(TokenClippedLoss):
@@ -155,7 +155,7 @@ class DAPOLoss(TokenClippedLoss):
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""
-        return mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
+        return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
 
 class DrGRPOLoss(TokenClippedLoss):
@@ -178,7 +178,7 @@ class DrGRPOLoss(TokenClippedLoss):
                 f"{type(self).__name__}: max_completion_tokens is None, but the loss divides by it; give the "
                 "max_new_tokens of the sampler"
             )
-        return mean_over_positions(per_token_loss, inputs.completion_mask, inputs.max_completion_tokens, inputs.num_sequences)
+        return mean_over_positions(per_token_loss, inputs.sampled_mask, inputs.max_completion_tokens, inputs.num_sequences)
 
 
 class BNPOLoss(TokenClippedLoss):
@@ -192,4 +192,4 @@ class BNPOLoss(TokenClippedLoss):
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over micro-batches of the mean over their tokens."""
         counts = (inputs.micro_batch_tokens, inputs.num_micro_batches)
-        return mean_of_micro_batch_means(per_token_loss, inputs.completion_mask, *counts)
+        return mean_of_micro_batch_means(per_token_loss, inputs.sampled_mask, *counts)

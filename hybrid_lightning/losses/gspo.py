@@ -76,7 +76,7 @@ class GSPOLoss(SequenceClippedLoss):
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The ratio of each sequence, [B]."""
-        return sequence_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        return sequence_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
 
 
 class GSPOTokenLoss(SequenceClippedLoss):
@@ -87,7 +87,7 @@ class GSPOTokenLoss(SequenceClippedLoss):
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The sequence's ratio for each of its tokens, [B, T], with the gradient of that token's log-probability."""
-        mask = inputs.completion_mask
+        mask = inputs.sampled_mask
         of_sequence = sequence_ratio(inputs.logprobs.detach(), old_logprobs, mask)
         ones = token_ratio(inputs.logprobs, inputs.logprobs.detach(), mask)
         return of_sequence[:, None] * ones

@@ -52,7 +52,7 @@ class PolicyLoss(Configurable, ABC):
     Example:
         >>> class ReinforceLoss(PolicyLoss):
         ...     def policy_term(self, inputs, old_logprobs):
-        ...         ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        ...         ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
         ...         return -ratio * inputs.advantages[:, None], ratio
         >>> mask = torch.tensor([[True, True], [True, False]])
         >>> logprobs = torch.full((2, 2), -1.0, requires_grad=True)
@@ -107,7 +107,7 @@ class PolicyLoss(Configurable, ABC):
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Reduce the loss of each token, [B, T], to these sequences' share in the optimizer step's loss."""
-        return F.mean_of_sequence_means(per_token_loss, inputs.completion_mask, inputs.num_sequences)
+        return F.mean_of_sequence_means(per_token_loss, inputs.sampled_mask, inputs.num_sequences)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
         """Metrics besides the ratio and the KL: name -> scalar share (see the head of this file)."""
@@ -140,7 +140,7 @@ class PolicyLoss(Configurable, ABC):
         term, ratio = returned
         self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
         self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
-        per_token_loss = F.per_token(term, inputs.completion_mask)
+        per_token_loss = F.per_token(term, inputs.sampled_mask)
         if inputs.importance_weights is not None:
             per_token_loss = per_token_loss * inputs.importance_weights
         plain = ratio.detach()
@@ -148,12 +148,12 @@ class PolicyLoss(Configurable, ABC):
         if self.needs_reference:
             kl = self._kl(inputs, ratio)
             per_token_loss = per_token_loss + self.kl_coef * kl
-            metrics["kl"] = F.mean_over_tokens(kl, inputs.completion_mask, inputs.num_tokens)
+            metrics["kl"] = F.mean_over_tokens(kl, inputs.sampled_mask, inputs.num_tokens)
         loss = self.aggregate(per_token_loss, inputs)
         self._check_shape("aggregate", "loss", loss, torch.Size())
         if self.needs_entropy:
             assert inputs.entropy is not None, "checked before"
-            loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.completion_mask, inputs.num_tokens)
+            loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.sampled_mask, inputs.num_tokens)
         if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
                 f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach "
@@ -170,8 +170,8 @@ class PolicyLoss(Configurable, ABC):
     def _kl(self, inputs: LossInputs, ratio: Tensor) -> Tensor:
         """KL to the start policy, [B, T]."""
         assert inputs.ref_logprobs is not None, "checked before"
-        kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
-        return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
+        kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
+        return kl * F.per_token(ratio, inputs.sampled_mask) if self.kl_importance_weight else kl
 
 
 class ClippedLoss(PolicyLoss):
@@ -252,12 +252,12 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
     floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
-    for field, want in {**floating, "completion_mask": shape}.items():
+    for field, want in {**floating, "sampled_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:
             raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}; it must be {want}")
-    if inputs.completion_mask.dtype != torch.bool:
-        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}; convert it with `.bool()`")
+    if inputs.sampled_mask.dtype != torch.bool:
+        raise ConfigError(f"{name}: sampled_mask is {inputs.sampled_mask.dtype}; convert it with `.bool()`")
     for field in floating:
         value = getattr(inputs, field)
         if value is not None and not value.is_floating_point():
@@ -283,7 +283,7 @@ def clean_inputs(inputs: LossInputs) -> LossInputs:
     dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
 
     def unpad(values: Tensor) -> Tensor:
-        return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
+        return torch.where(inputs.sampled_mask, values.to(dtype), 0.0)
 
     old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
     return replace(

@@ -21,7 +21,7 @@ def share(values: Tensor, inputs: LossInputs) -> Tensor:
     """
     if values.dim() == 2:
         tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
-        return F.mean_over_tokens(values, inputs.completion_mask, tokens)
+        return F.mean_over_tokens(values, inputs.sampled_mask, tokens)
     return F.mean_over_sequences(values, inputs.num_sequences if inputs.updated_sequences is None else inputs.updated_sequences)
 
 
@@ -38,7 +38,7 @@ def smallest(values: Tensor, inputs: LossInputs) -> Tensor:
 
 def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
     """Flat values, with `other` for padding and for sequences without tokens, and once at the end so that it is never empty."""
-    used = inputs.completion_mask if values.dim() == 2 else inputs.completion_mask.any(dim=1)
+    used = inputs.sampled_mask if values.dim() == 2 else inputs.sampled_mask.any(dim=1)
     return torch.cat([torch.where(used, values, other).flatten(), values.new_full((1,), other)])
 
 

@@ -65,12 +65,12 @@ class CISPOLoss(PolicyLoss):
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted log-probabilities, [B, T], and the ratio of each token."""
-        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
         return -ratio.detach().clamp(max=self.cap) * inputs.advantages[:, None] * inputs.logprobs, ratio
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""
-        return mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
+        return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
         """The share of tokens whose weight was capped and whose advantage is positive (as in TRL)."""
@@ -110,7 +110,7 @@ class SAPOLoss(PolicyLoss):
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The gated advantages, [B, T], and the ratio of each token."""
-        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
         advantages = inputs.advantages[:, None]
         tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio

@@ -113,7 +113,7 @@ class Traces:
 
 def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
     packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
     fake.fake_layout(packed)
     with fake.computing() as live:
         with fake.autocast():

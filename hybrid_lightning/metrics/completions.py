@@ -22,12 +22,18 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import counted_groups
 
 _MAX_SAMPLES = 1000  # up to here C(n, n/2) fits into a float64
 
 
 def completion_values(
-    correct: Tensor, answers: Sequence[Sequence[str | None]], reward: Tensor, length: Tensor, finished: Tensor
+    correct: Tensor,
+    answers: Sequence[Sequence[str | None]],
+    reward: Tensor,
+    length: Tensor,
+    finished: Tensor,
+    counted: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Metrics of each prompt from its n completions.
 
@@ -37,23 +43,33 @@ def completion_values(
         reward: Reward of each completion, [P, n] float.
         length: Length of each completion in tokens, [P, n].
         finished: Whether each completion ended by itself, [P, n] bool; False for those cut at the maximum length.
+        counted: False for completions that are left out, [P, n] bool; None: all count.
 
     Returns:
-        Name -> value of each prompt, [P] float64.
+        Name -> value of each prompt, [P] float64, from its completions that count; nan where these are too few.
     """
     samples = correct.shape[1]
-    ks = numbers_of_voters(samples)
-    right = correct.sum(dim=1)
-    rows = zip(answers, correct.tolist(), strict=True)
-    votes = torch.tensor([maj_at_k(row, flags, ks) for row, flags in rows], dtype=torch.float64, device=correct.device)
-    return {
-        f"avg@{samples}": right.double() / samples,
-        **{f"pass@{k}": pass_at_k(samples, right, k) for k in ks},
-        **{f"maj@{k}": votes[:, column] for column, k in enumerate(ks)},
-        "reward": reward.double().mean(dim=1),
-        "completion_length": length.double().mean(dim=1),
-        "truncation_rate": finished.logical_not().double().mean(dim=1),
-    }
+    missing = torch.full((len(correct),), torch.nan, dtype=torch.float64, device=correct.device)
+    values = {name: missing.clone() for name in completion_draws(samples)}
+    for rows in counted_groups(correct.flatten(), samples, None if counted is None else counted.flatten()):
+        number = rows.shape[1]  # of completions that count
+        ks = [k for k in numbers_of_voters(samples) if k <= number]
+        flags = correct.flatten()[rows]
+        right = flags.sum(dim=1)
+        texts = [[answers[row // samples][row % samples] for row in group] for group in rows.tolist()]
+        votes = [maj_at_k(row, of_row, ks) for row, of_row in zip(texts, flags.tolist(), strict=True)]
+        of_ks = torch.tensor(votes, dtype=torch.float64, device=correct.device)
+        found = {
+            f"avg@{samples}": right.double() / number,
+            **{f"pass@{k}": pass_at_k(number, right, k) for k in ks},
+            **{f"maj@{k}": of_ks[:, column] for column, k in enumerate(ks)},
+            "reward": reward.flatten()[rows].double().mean(dim=1),
+            "completion_length": length.flatten()[rows].double().mean(dim=1),
+            "truncation_rate": finished.flatten()[rows].logical_not().double().mean(dim=1),
+        }
+        for name, value in found.items():
+            values[name][rows[:, 0] // samples] = value
+    return values
 
 
 def completion_draws(samples: int) -> dict[str, int | None]:

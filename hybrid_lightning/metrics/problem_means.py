@@ -13,7 +13,7 @@ it in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from math import sqrt
+from math import nan, sqrt
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ProblemMeans(Metric):
         Args:
             sets: Name of the set that each problem belongs to; "" for none.
             index: Number that identifies each problem within its set, [P] int64.
-            values: Name -> value of each problem, [P], for every name in `draws`.
+            values: Name -> value of each problem, [P], for every name in `draws`; nan takes part in no mean.
 
         Raises:
             DataError: If the name of a set is longer than 64 bytes.
@@ -83,7 +83,8 @@ class ProblemMeans(Metric):
 
         Returns:
             Set -> name -> mean, float32 scalar, with NAME/ci_low and NAME/ci_high where there is an interval, and the number of
-            `problems`. Where sets have names, the entry `OVERALL` is the mean over sets. Empty if there were no problems.
+            `problems` that have a value. Where sets have names, the entry `OVERALL` is the mean over sets, without those that
+            have no value. Empty if there were no problems; nan if there are no values.
         """
         if len(self.identity) == 0:  # a list, or a tensor after gathering over ranks
             return {}
@@ -101,12 +102,13 @@ class ProblemMeans(Metric):
         return {OVERALL: self._means(list(parts.values())), **{n: self._means([p]) for n, p in parts.items() if n != OVERALL}}
 
     def _means(self, sets: Sequence[Tensor]) -> dict[str, Tensor]:
-        result = {"problems": float(sum(len(values) for values in sets))}
+        result = {"problems": float(sum(int((~values.isnan()).any(dim=1).sum()) for values in sets))}
         for column, (name, draws) in enumerate(self.draws.items()):
-            one = [values[:, column] for values in sets]
-            result[name] = sum(float(values.mean()) for values in one) / len(one)
+            there = [values[~values[:, column].isnan(), column] for values in sets]
+            one = [values for values in there if len(values)]
+            result[name] = sum(float(values.mean()) for values in one) / len(one) if one else nan
             if draws is not None:
-                low, high = confidence_interval(one, draws)
+                low, high = confidence_interval(one, draws) if one else (nan, nan)
                 result |= {f"{name}/{LOWER}": low, f"{name}/{UPPER}": high}
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in result.items()}
 

@@ -175,6 +175,7 @@ class RewardCalibration(CalibrationLosses):
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         max_tokens: Most tokens of a chunk: as in training, so that scoring needs no more memory.
         max_completion_tokens: Longest completion that the sampler makes.
+        counted: See `Rewards`, [N] bool or None.
     """
 
     def __init__(
@@ -185,17 +186,18 @@ class RewardCalibration(CalibrationLosses):
         logprobs: LogprobFunction,
         max_tokens: int,
         max_completion_tokens: int,
+        counted: Tensor | None = None,
     ) -> None:
         self.loss, self.logprobs = loss, logprobs
         self.max_completion_tokens = float(max_completion_tokens)
         adds = torch.ones_like(advantages, dtype=torch.bool) if loss.needs_entropy else advantages != 0
-        useful = (adds & sequences.completion_mask.any(dim=1)).nonzero().squeeze(1)
+        useful = (adds & sequences.sampled_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
-        # Denominators for which the mean of the chunks' losses is the mean over all N sequences, or over all their tokens.
-        self.num_sequences = len(sequences) / max(1, len(self.chunks))
-        self.num_tokens = float(sequences.completion_mask.sum()) / max(1, len(self.chunks))
+        # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
+        self.num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(self.chunks))
+        self.num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(self.chunks))
         self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class RewardCalibration(CalibrationLosses):
             inputs = LossInputs(
                 logprobs=logprobs,
                 advantages=advantages,
-                completion_mask=sequences.completion_mask,
+                sampled_mask=sequences.sampled_mask,
                 old_logprobs=self.old_logprobs[number],
                 ref_logprobs=self.old_logprobs[number],  # the start policy is the policy that sampled
                 num_sequences=self.num_sequences,
@@ -268,7 +270,7 @@ class AnswerCalibration(CalibrationLosses):
         """See `CalibrationLosses`."""
         share = len(self.chunks) / len(self.sequences)
         for sequences in self.chunks[seen:]:
-            mask = sequences.completion_mask
+            mask = sequences.sampled_mask
             token_mean = (self.logprobs(sequences)[0] * mask).sum(dim=1) / mask.sum(dim=1)
             yield -token_mean.sum() * share
 
@@ -296,7 +298,7 @@ class ExampleCalibration(CalibrationLosses):
         self.loss, self.logprobs = loss, logprobs
         # Denominators for which the mean of the chunks' losses is the mean over all rows or tokens.
         self.num_sequences = len(sequences) / len(chunks)
-        self.num_tokens = float(sequences.completion_mask.sum()) / len(chunks)
+        self.num_tokens = float(sequences.sampled_mask.sum()) / len(chunks)
         self.references: dict[int, Tensor] = {}  # of each chunk that has been computed
         self.info: dict[str, Any] = {"signal": "examples", "sequences": len(sequences), "useful_sequences": len(sequences)}
 
@@ -317,7 +319,7 @@ class ExampleCalibration(CalibrationLosses):
             inputs = LossInputs(
                 logprobs=logprobs,
                 advantages=torch.ones(len(sequences), device=logprobs.device),
-                completion_mask=sequences.completion_mask,
+                sampled_mask=sequences.sampled_mask,
                 ref_logprobs=self.references[number],
                 num_sequences=self.num_sequences,
                 num_tokens=self.num_tokens,

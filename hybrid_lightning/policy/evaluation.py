@@ -50,15 +50,19 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
     """
     rollouts, rewards = sampled
     shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
-    lengths = rollouts.sequences.completion_mask.sum(dim=1)
+    lengths, counted = rollouts.sequences.sampled_mask.sum(dim=1), rewards.counted
     values = completion_values(
         rewards.correct.view(shape),
         [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
         rewards.total.view(shape),
         lengths.view(shape),
         rollouts.finished.view(shape),
+        None if counted is None else counted.view(shape),
     )
-    values |= {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    of_greedy = {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    if greedy.counted is not None:
+        of_greedy = {name: value.double().masked_fill(~greedy.counted, torch.nan) for name, value in of_greedy.items()}
+    values |= of_greedy
     index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
     means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
 
@@ -177,9 +181,9 @@ class ExampleEvaluation(Evaluation):
         ((logprobs, entropy, reference),) = policy.update.measure([sequences])
         assert logprobs is not None
         ones = torch.ones(len(sequences), device=policy.device)
-        inputs = LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
+        inputs = LossInputs(logprobs, ones, sequences.sampled_mask, ref_logprobs=reference, entropy=entropy)
         identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
-        weights = policy.loss.weights(sequences.completion_mask)
+        weights = policy.loss.weights(sequences.sampled_mask)
         self._losses(stage).update(torch.tensor(identity, device=policy.device), weights, policy.loss.terms(inputs))
         if policy.reward is not None:
             super().add(policy, stage, batch)
@@ -240,7 +244,7 @@ def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], a
                 "answer": prompt.answer,
                 "completions": list(rollouts.completions[rows]),
                 "extracted_answers": list(answers[rows]),
-                "lengths": rollouts.sequences.completion_mask[rows].sum(dim=1).tolist(),
+                "lengths": rollouts.sequences.sampled_mask[rows].sum(dim=1).tolist(),
                 "finished": rollouts.finished[rows].tolist(),
                 "rewards": rewards.total[rows].tolist(),
                 "reward_parts": {name: part[rows].tolist() for name, part in rewards.parts.items()},

@@ -196,12 +196,14 @@ class Generation:
         self._agrees = True
         if not sampler.keeps_all_tokens and not greedy:
             return  # its log-probabilities are those among the tokens that are kept
-        rows = rollouts.sequences.rows(slice(0, _COMPARED))
+        tokens = rollouts.sequences.sampled_mask.sum(dim=1)
+        compared = (tokens == 0).long().argsort(stable=True)[:_COMPARED]  # nothing was sampled in an episode that is left out
+        rows = rollouts.sequences.rows(compared)
         temperature = 1.0 if greedy else sampler.temperature
         with policy.inference():
             logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, temperature))
-        sampled = rollouts.sampling_logprobs[:_COMPARED, : logprobs.shape[1]]
-        difference = float((logprobs - sampled).abs()[rows.completion_mask].mean())
+        sampled = rollouts.sampling_logprobs[compared, : logprobs.shape[1]]
+        difference = float((logprobs - sampled).abs()[rows.sampled_mask].sum() / rows.sampled_mask.sum().clamp(min=1))
         if not difference <= _LARGEST_DIFFERENCE:  # nan, too
             raise RolloutError(
                 f"the rollout engine's log-probabilities differ from the policy's by {difference:.2g} nats a token: it computes "

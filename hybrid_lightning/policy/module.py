@@ -196,15 +196,16 @@ class PolicyModule(LanguageModule):
         with self.clock.phase("reward"):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        trained = self.trained_sequences(rollouts)
-        if len(trained) and not trained.completion_mask.any():
+        trained = self.trained_sequences(rollouts, rewards)
+        count = len(rewards.of_counted().total)
+        if count and not trained.sampled_mask.any():
             rank_zero_warn(
-                f"all {len(trained)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
+                f"all {count} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
         metrics = {**rollout_metrics(rollouts, rewards), **self.generation.metrics()}
-        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics)
+        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""
@@ -227,7 +228,7 @@ class PolicyModule(LanguageModule):
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
-            sequences = self.trained_sequences(groups.rollouts)
+            sequences = self.trained_sequences(groups.rollouts, groups.rewards)
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank)
         self.last_rollout = (groups.rollouts, groups.rewards, of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
@@ -244,15 +245,13 @@ class PolicyModule(LanguageModule):
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
-        trained = self.trained_sequences(rollouts).completion_mask.any(dim=1)
-        return useful_groups(rewards.total, correctness, trained, rollouts.samples_per_prompt)
+        trained = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1)
+        return useful_groups(rewards.total, correctness, trained, rollouts.samples_per_prompt, rewards.counted)
 
-    def trained_sequences(self, rollouts: Rollouts) -> Sequences:
-        """The sequences as the loss sees them: without tokens where `mask_truncated_completions` leaves a completion out."""
-        sequences = rollouts.sequences
-        if not self.mask_truncated_completions:
-            return sequences
-        return replace(sequences, completion_mask=sequences.completion_mask & rollouts.finished[:, None])
+    def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
+        """The sequences as the loss sees them: without tokens where completions do not count, or were cut and are masked."""
+        sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
+        return sequences.without(~rollouts.finished) if self.mask_truncated_completions else sequences
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """The rows that an update needs (see `RolloutSource`): those with an advantage, or all if the loss needs the others."""
@@ -379,8 +378,8 @@ class PolicyModule(LanguageModule):
         rollouts, rewards = calibration_rollouts(self, chosen, kept or ScoringProgress())
         self.sampler.release_memory()
         advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
-        sequences = self.trained_sequences(rollouts)
-        if not sequences.completion_mask.any():
+        sequences, counted = self.trained_sequences(rollouts, rewards), rewards.counted
+        if not sequences.sampled_mask.any():
             raise ConfigError(
                 f"all {len(sequences)} calibration completions were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
                 "model.mask_truncated_completions leaves those out of the loss, so that nothing would be learned; raise "
@@ -390,11 +389,11 @@ class PolicyModule(LanguageModule):
         device = self.model_device
         max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, device)
         parts: list[CalibrationLosses] = []
-        if bool(advantages[sequences.completion_mask.any(dim=1)].any()):
+        if bool(advantages[sequences.sampled_mask.any(dim=1)].any()):
             longest = self.sampler.max_new_tokens
             for rows in equal_slices(len(sequences), minibatches)[:steps]:
-                step, weights = sequences.rows(rows), advantages[rows]
-                parts.append(RewardCalibration(step, weights, self.loss, self.calibration_logprobs, max_tokens, longest))
+                step, weights, of_step = sequences.rows(rows), advantages[rows], None if counted is None else counted[rows]
+                parts.append(RewardCalibration(step, weights, self.loss, self.calibration_logprobs, max_tokens, longest, of_step))
         else:
             device = sequences.completion_ids.device
             for rows in equal_slices(len(chosen), min(minibatches, len(chosen)))[:steps]:

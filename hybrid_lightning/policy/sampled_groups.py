@@ -21,7 +21,7 @@ from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted_groups
 
 # First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
 _OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
@@ -106,7 +106,7 @@ def choose_trained(
     ranks, samples = world_size(), groups.rollouts.samples_per_prompt
     chosen = choose_groups(groups.useful, groups.wanted)
     in_gathered = chosen % ranks * len(groups.rollouts.prompts) + chosen // ranks
-    rewards = _select(gather_rewards(groups.rewards), _rows_of(in_gathered, samples))
+    rewards = gather_rewards(groups.rewards).select(_rows_of(in_gathered, samples))
     advantages = estimator.of_rewards(rewards, samples).view(-1, samples)
     # A group that is not useful and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
@@ -115,7 +115,9 @@ def choose_trained(
     of_sampled[chosen[own] // ranks] = advantages[own]
     shares = share_groups((chosen % ranks).tolist(), ranks, minibatches)
     sequences, logprobs = _exchange(sequences, groups.rollouts.sampling_logprobs, chosen.tolist(), shares, rank, samples)
-    return TrainedRollout(sequences, logprobs, advantages[shares[rank]].flatten()), of_sampled.flatten()
+    counted = None if rewards.counted is None else rewards.counted.view(-1, samples)[shares[rank]].flatten()
+    trained = TrainedRollout(sequences, logprobs, advantages[shares[rank]].flatten(), counted=counted)
+    return trained, of_sampled.flatten()
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
@@ -141,12 +143,14 @@ def gather_rewards(rewards: Rewards) -> Rewards:
         rewards: Rewards of this rank's B completions; every rank has equally many.
     """
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
-    columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts})
+    counted = {} if rewards.counted is None else {"counted": rewards.counted}
+    columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts, **counted})
     return replace(
         rewards,
         total=columns["total"],
         correct=columns["correct"],
         parts={name: columns[f"parts/{name}"] for name in rewards.parts},
+        counted=columns.get("counted"),
     )
 
 
@@ -162,23 +166,33 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         `frac_reward_zero_std` (share of groups whose rewards are all equal, so that nothing is learned from them),
         `rewards/{name}/mean` and `/std`,
         `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
-        `completions/*` in tokens, `num_tokens`; for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
+        `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with what was added: the cost of a rollout);
+        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count are in `num_tokens`
+        alone, which is the only metric where none counts.
     """
     sequences = rollouts.sequences
     columns = gather_columns(
         {
             "total": rewards.total,
             "correct": rewards.correct,
-            "length": sequences.completion_mask.sum(dim=1),
-            "prompt_length": sequences.prompt_mask.sum(dim=1),
+            "length": sequences.sampled_mask.sum(dim=1),
+            "completion_tokens": sequences.completion_mask.sum(dim=1),
+            "prompt_tokens": sequences.prompt_mask.sum(dim=1),
             "finished": rollouts.finished,
             **{f"rewards/{name}": part for name, part in rewards.parts.items()},
+            **({} if rewards.counted is None else {"counted": rewards.counted}),
         }
     )
-    groups = columns["total"].view(-1, rollouts.samples_per_prompt)
-    std = groups.std(dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
-    all_equal = groups.amax(dim=1) == groups.amin(dim=1)
-    solved = columns["correct"].view_as(groups).float().mean(dim=1)
+    counted, tokens = columns.get("counted"), columns["completion_tokens"].float().sum() + columns["prompt_tokens"].sum()
+    rows_of_groups = counted_groups(columns["total"], rollouts.samples_per_prompt, counted)
+    if not rows_of_groups:
+        return {"num_tokens": float(tokens)}
+    groups = [columns["total"][rows] for rows in rows_of_groups]
+    std = torch.cat([group.std(dim=1) if group.shape[1] > 1 else torch.zeros_like(group[:, 0]) for group in groups])
+    all_equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups])
+    solved = torch.cat([columns["correct"][rows].float().mean(dim=1) for rows in rows_of_groups])
+    if counted is not None:
+        columns = {name: column[counted] for name, column in columns.items()}
     lengths = columns["length"].float()
     metrics = {
         "reward": columns["total"].mean(),
@@ -192,13 +206,16 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - columns["finished"].float().mean(),
-        "num_tokens": lengths.sum() + columns["prompt_length"].sum(),
+        "num_tokens": tokens,
     }
     for name in rewards.parts:
         part = columns[f"rewards/{name}"]
         metrics[f"rewards/{name}/mean"] = part.mean()
         metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
-    for name, rows in _rows_of_sets(rollouts, groups.device).items():
+    for name, rows in _rows_of_sets(rollouts, lengths.device).items():
+        rows = rows if counted is None else rows[counted]
+        if not rows.any():
+            continue
         metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
         metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
         metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
@@ -247,8 +264,3 @@ def _by_position(own: Tensor, ranks: int) -> Tensor:
 def _rows_of(groups: Tensor, samples: int) -> Tensor:
     """Rows of the completions of groups, given by their numbers."""
     return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
-
-
-def _select(rewards: Rewards, rows: Tensor) -> Rewards:
-    parts = {name: part[rows] for name, part in rewards.parts.items()}
-    return replace(rewards, total=rewards.total[rows], correct=rewards.correct[rows], parts=parts)

@@ -34,7 +34,7 @@ def compare_with_sampler(
         and `/max`, of |l_train - l_sample| over tokens; with a correction also `sampling/importance_weight/mean`, `/min` and
         `/max`, over sequences if it has one weight per sequence, else over tokens.
     """
-    mask = batch.sequences.completion_mask
+    mask = batch.sequences.sampled_mask
     trained = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     inputs = batch.loss_inputs(logprobs)
     difference = F.log_ratio(trained, batch.sampling_logprobs, mask).abs()
@@ -66,7 +66,7 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
         entropies: Entropies [B, T] of each micro-batch, under the policy that sampled.
         mask: Finds the threshold, from the entropies of all sequences that have an advantage.
     """
-    masks = [batch.sequences.completion_mask for batch in batches]
+    masks = [batch.sequences.sampled_mask for batch in batches]
     with_advantage = [
         entropy[tokens & (batch.advantages != 0)[:, None]]
         for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)

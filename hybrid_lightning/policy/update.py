@@ -125,7 +125,7 @@ class Update:
 
         def measure_one(sequences: Sequences) -> tuple[Tensor | None, Tensor, Tensor | None]:
             logprobs = reference = None
-            entropy = torch.zeros(sequences.completion_mask.shape, device=policy.device)
+            entropy = torch.zeros(sequences.completion_ids.shape, device=policy.device)
             if len(sequences) or together:
                 if current:
                     logprobs, entropy = self.logprobs(sequences)
@@ -156,7 +156,7 @@ class Update:
         passes = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
         if passes > 1:
             self._begin_gradients(batch_idx)
-        tokens = float(batch.sequences.completion_mask.sum())
+        tokens = float(batch.sequences.sampled_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
             last = number + 1 == passes

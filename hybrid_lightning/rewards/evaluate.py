@@ -19,13 +19,16 @@ from hybrid_lightning.types import Prompt, Rewards
 from hybrid_lightning.user_code import describe_error, run_async
 
 
-def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Rewards:
+def evaluate_reward(
+    reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], counted: Sequence[bool] | None = None
+) -> Rewards:
     """Score completions.
 
     Args:
         reward: The reward; each term of a `WeightedSum` gives a part of its own.
         completions: B texts.
         prompts: The B prompts, one for each completion.
+        counted: False for completions that are left out (see `Rewards`): no reward sees them, and theirs are 0. None: all count.
 
     Returns:
         The rewards. `correct` is True where every part that measures correctness is at least 1.0 or, if no part does, where the
@@ -37,19 +40,22 @@ def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts:
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
     # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
-    completions, prompts = tuple(completions), tuple(prompts)
+    rows = [row for row in range(len(completions)) if counted is None or counted[row]]
+    seen, of_seen = tuple(completions[row] for row in rows), tuple(prompts[row] for row in rows)
     total = torch.zeros(len(completions))
     correct = None
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     for term, weight in reward.terms():
-        values = _term_values(term, completions, prompts)
+        values = torch.zeros(len(completions))
+        values[rows] = _term_values(term, seen, of_seen)
         parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
             earned = values >= 1.0
             correct = earned if correct is None else correct & earned
-    return Rewards(total=total, parts=parts, correct=total >= 1.0 if correct is None else correct, weights=weights)
+    correct = total >= 1.0 if correct is None else correct
+    return Rewards(total, parts, correct, weights, None if counted is None else torch.tensor(counted, dtype=torch.bool))
 
 
 def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[str | None]:

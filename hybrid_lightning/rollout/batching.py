@@ -96,6 +96,7 @@ def join_sequences(parts: Sequence[Sequences]) -> Sequences:
         join_rows([part.completion_ids for part in parts]),
         join_rows([part.completion_mask for part in parts]),
         None if any(step is None for step in steps) else torch.cat([step for step in steps if step is not None]),
+        join_rows([part.sampled_mask for part in parts]),
     )
 
 
@@ -115,11 +116,13 @@ def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:
     """Concatenate rewards."""
+    counted = [torch.ones_like(part.correct) if part.counted is None else part.counted for part in parts]
     return replace(
         parts[0],
         total=torch.cat([part.total for part in parts]),
         correct=torch.cat([part.correct for part in parts]),
         parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        counted=None if all(part.counted is None for part in parts) else torch.cat(counted),
     )
 
 

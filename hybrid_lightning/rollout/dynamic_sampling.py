@@ -10,8 +10,8 @@ has, the fewer are left to average out the noise of the gradient. So more prompt
 - Which groups are useful: a group is judged by the parts of the reward that measure correctness, so that a group whose
   completions differ only in a penalty for length is replaced, as in the paper; if no part measures correctness, by the whole
   reward. The values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests)
-  makes a difference, too. A group is also replaced if its whole rewards are equal, or if all its completions are left out of
-  the loss.
+  makes a difference, too. A group is also replaced if its whole rewards are equal, or if all its completions are masked. Episodes
+  that are left out, since their environment failed, judge nothing.
   (With `PerRewardAdvantage`, whose parts may differ although their sums are equal, it might have been useful.)
 - Replacements are the next prompts of the order. An extra rollout has as many prompts as should give the missing groups at the
   yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run the same
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import counted_groups
 
 
 class DynamicSampling(Configurable):
@@ -83,7 +84,9 @@ def _round_up(number: float, step: int) -> int:
     return math.ceil(number / step) * step
 
 
-def useful_groups(total: Tensor, correctness: Sequence[Tensor], trained: Tensor, samples_per_prompt: int) -> Tensor:
+def useful_groups(
+    total: Tensor, correctness: Sequence[Tensor], trained: Tensor, samples_per_prompt: int, counted: Tensor | None = None
+) -> Tensor:
     """Which groups are useful (see the head of this file).
 
     Args:
@@ -91,17 +94,21 @@ def useful_groups(total: Tensor, correctness: Sequence[Tensor], trained: Tensor,
         correctness: Parts of the reward that measure correctness, [B] each; may be empty.
         trained: [B] bool, True for completions that take part in the loss.
         samples_per_prompt: G.
+        counted: See `Rewards`, [B] bool or None: a group is judged by the completions that count.
 
     Returns:
         [P] bool.
     """
+    useful = trained.new_zeros(len(total) // samples_per_prompt)
+    for rows in counted_groups(total, samples_per_prompt, counted):
 
-    def differs(values: Tensor) -> Tensor:
-        groups = values.view(-1, samples_per_prompt)
-        return groups.amax(dim=1) > groups.amin(dim=1)
+        def differs(values: Tensor, rows: Tensor = rows) -> Tensor:
+            groups = values[rows]
+            return groups.amax(dim=1) > groups.amin(dim=1)
 
-    in_correctness = torch.stack([differs(part) for part in correctness or [total]]).any(dim=0)
-    return in_correctness & differs(total) & trained.view(-1, samples_per_prompt).any(dim=1)
+        in_correctness = torch.stack([differs(part) for part in correctness or [total]]).any(dim=0)
+        useful[rows[:, 0] // samples_per_prompt] = in_correctness & differs(total) & trained[rows].any(dim=1)
+    return useful
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:

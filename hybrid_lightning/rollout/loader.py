@@ -39,6 +39,7 @@ class TrainedRollout:
     sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
     advantages: Tensor  # [B]
     metrics: dict[str, float] = field(default_factory=dict)  # to log with each step of the rollout
+    counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
 
 
 class RolloutSource(Protocol):
@@ -292,13 +293,13 @@ class RolloutLoader:
             raise
 
     def _split(self, rollout: TrainedRollout) -> list[PolicyBatch]:
-        sequences, advantages = rollout.sequences, rollout.advantages
+        sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
         accumulate = self.accumulate_grad_batches()
         self.schedule.check_split(accumulate, self.world_size)
         minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
         rows = len(sequences) // minibatches
-        # A completion without tokens (a masked one) counts as a sequence, but adds nothing to any loss.
-        takes_part = self.source.takes_part(advantages) & sequences.completion_mask.any(dim=1)
+        # A completion without tokens adds nothing to any loss. A masked one counts as a sequence, one that is left out does not.
+        takes_part = self.source.takes_part(advantages) & sequences.sampled_mask.any(dim=1)
         one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
@@ -309,10 +310,10 @@ class RolloutLoader:
                 sampling_logprobs=rollout.sampling_logprobs,
                 old_logprobs=None,
                 ref_logprobs=None,
-                num_sequences=float(rows * self.world_size),
-                num_tokens=self._sum(sequences.completion_mask[of_step]),
+                num_sequences=float(rows * self.world_size) if counted is None else self._sum(counted[of_step]),
+                num_tokens=self._sum(sequences.sampled_mask[of_step]),
                 updated_sequences=self._sum(takes_part[of_step]),
-                updated_tokens=self._sum(sequences.completion_mask[updated]),
+                updated_tokens=self._sum(sequences.sampled_mask[updated]),
                 metrics=rollout.metrics,
             )
             # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over

@@ -139,7 +139,7 @@ def update(fake):
     """Forward and backward pass of four prompts with all of their completions."""
     rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
     packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
     fake.fake_layout(packed)
     with counting(fake) as counts:
         hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
@@ -159,7 +159,7 @@ def scoring(fake, mode):
     """Forward and backward pass of four prompts with all of their completions, and what is kept of the gradients."""
     rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
     packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
     fake.fake_layout(packed)
     candidates = find_candidates(fake.model)
     fake.model.requires_grad_(False)  # or gradients are dropped before they are taken

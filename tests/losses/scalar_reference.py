@@ -18,7 +18,9 @@ SETTINGS = {
 
 
 def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -> LossInputs:
-    """Random inputs with completions of 1 to T tokens (`full`: T), old and reference log-probabilities `spread` away."""
+    """Random inputs with old and reference log-probabilities `spread` away, of completions of 1 to T tokens of which about two in
+    three were sampled, but at least one (`full`: T, and all).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -27,13 +29,16 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
     lengths = torch.full((b,), t) if full else torch.randint(1, t + 1, (b,), generator=generator)
     logprobs = -normal(b, t).abs() - 0.1
     old, ref = logprobs + spread * normal(b, t), logprobs + 3 * spread * normal(b, t)
+    advantages, entropy = normal(b).to(dtype), normal(b, t).abs().to(dtype).requires_grad_()
+    sampled = torch.rand(b, t, generator=generator) > (-1 if full else 1 / 3)
+    sampled[torch.arange(b), lengths - 1] = True
     return LossInputs(
         logprobs=logprobs.to(dtype).requires_grad_(),
-        advantages=normal(b).to(dtype),
-        completion_mask=torch.arange(t)[None, :] < lengths[:, None],
+        advantages=advantages,
+        sampled_mask=sampled & (torch.arange(t)[None, :] < lengths[:, None]),
         old_logprobs=old.to(dtype),
         ref_logprobs=ref.to(dtype),
-        entropy=normal(b, t).abs().to(dtype).requires_grad_(),
+        entropy=entropy,
         max_completion_tokens=t + 2.0,
     )
 
@@ -46,8 +51,8 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
             inputs.advantages[i].item(),
             [
                 tuple(getattr(inputs, name)[i, t].item() for name in fields)
-                for t in range(inputs.completion_mask.shape[1])
-                if inputs.completion_mask[i, t]
+                for t in range(inputs.sampled_mask.shape[1])
+                if inputs.sampled_mask[i, t]
             ],
         )
         for i in range(len(inputs.advantages))

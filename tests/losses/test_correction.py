@@ -27,7 +27,7 @@ def by_hand(cls, log_ratios, cap, floor):
 @pytest.mark.parametrize(("cls", "bounds"), list(zip(CLASSES, [{}, {"cap": 1.3, "floor": 0.8}] * 2, strict=True)))
 def test_weights_equal_a_scalar_loop(cls, bounds):
     inputs = make_inputs(b=20, t=6, spread=0.5)
-    mask, weights = inputs.completion_mask, cls(**bounds)(inputs.logprobs, inputs.old_logprobs, inputs.completion_mask)
+    mask, weights = inputs.sampled_mask, cls(**bounds)(inputs.logprobs, inputs.old_logprobs, inputs.sampled_mask)
     assert not weights.requires_grad
     found = F.per_token(weights, mask)[mask].tolist()
     rows = zip(inputs.logprobs - inputs.old_logprobs, mask, strict=True)
@@ -40,7 +40,7 @@ def test_weights_equal_a_scalar_loop(cls, bounds):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_padding_is_not_looked_at_and_agreement_is_a_weight_of_one(cls):
     inputs = make_inputs(b=6)
-    mask = inputs.completion_mask.clone()
+    mask = inputs.sampled_mask.clone()
     mask[0] = False
     dirty = torch.where(mask, inputs.logprobs.detach(), math.nan)
     weights = cls()(dirty, torch.where(mask, dirty, -math.inf), mask)
@@ -69,7 +69,7 @@ def test_a_correction_of_ones_own_and_one_that_a_config_names():
 
     inputs = make_inputs()
     with pytest.raises(ConfigError, match=r"Flat.weights returned shape \(\); return \(6, 5\) or, .* \(6,\)"):
-        Flat()(inputs.logprobs, inputs.logprobs, inputs.completion_mask)
+        Flat()(inputs.logprobs, inputs.logprobs, inputs.sampled_mask)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--correction", type=losses.ImportanceCorrection | None, default=None)
     assert parser.instantiate(parser.parse_args([])).correction is None

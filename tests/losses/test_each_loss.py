@@ -55,9 +55,9 @@ def test_a_loss_that_ignores_sequences_without_advantage_does_not_change_without
     loss, inputs = cls(**SETTINGS[cls], **options), make_inputs(b=8, spread=0.3)
     advantages = inputs.advantages.clone()
     advantages[::2] = 0
-    counts = {"num_sequences": 8.0, "num_tokens": float(inputs.completion_mask.sum())}
+    counts = {"num_sequences": 8.0, "num_tokens": float(inputs.sampled_mask.sum())}
     whole = replace(inputs, advantages=advantages, **counts)
-    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs", "entropy")
+    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "entropy")
     some = replace(whole, **{name: getattr(whole, name)[1::2] for name in names})
     same = torch.allclose(loss(some).loss, loss(whole).loss, rtol=1e-12)
     assert same == loss.ignores_zero_advantage == (not options and cls is not BNPOLoss)

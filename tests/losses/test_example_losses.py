@@ -18,8 +18,8 @@ def make(seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     logprobs, reference = (-3 * torch.rand(B, T, generator=generator, dtype=dtype) for _ in range(2))
-    mask = torch.arange(T)[None] < lengths[:, None]
     entropy = torch.rand(B, T, generator=generator, dtype=dtype)
+    mask = (torch.arange(T)[None] < lengths[:, None]) & (torch.rand(B, T, generator=generator) > 0.3)  # with holes
     return LossInputs(logprobs, torch.ones(B), mask, ref_logprobs=reference, entropy=entropy)
 
 
@@ -28,15 +28,15 @@ def parts(inputs, sizes, **denominators):
     for size in sizes:
         rows = slice(begin, begin + size)
         begin += size
-        fields = {n: getattr(inputs, n)[rows] for n in ("logprobs", "advantages", "completion_mask", "ref_logprobs", "entropy")}
+        fields = {n: getattr(inputs, n)[rows] for n in ("logprobs", "advantages", "sampled_mask", "ref_logprobs", "entropy")}
         yield LossInputs(**fields, **denominators)
 
 
 def by_hand(loss, inputs):
-    rows = [row[mask].tolist() for row, mask in zip(inputs.logprobs, inputs.completion_mask, strict=True)]
+    rows = [row[mask].tolist() for row, mask in zip(inputs.logprobs, inputs.sampled_mask, strict=True)]
     if isinstance(loss, SupervisedLoss):
         return -sum(sum(row) for row in rows) / sum(len(row) for row in rows)
-    reference = [sum(row[mask].tolist()) for row, mask in zip(inputs.ref_logprobs, inputs.completion_mask, strict=True)]
+    reference = [sum(row[mask].tolist()) for row, mask in zip(inputs.ref_logprobs, inputs.sampled_mask, strict=True)]
     total = 0.0
     for pair in range(B // 2):
         chosen, rejected = (sum(rows[i]) - reference[i] for i in (2 * pair, 2 * pair + 1))
@@ -52,14 +52,14 @@ def test_value_and_gradient_are_those_of_a_scalar_loop_and_of_finite_differences
     assert float(loss(inputs).loss) == pytest.approx(by_hand(loss, inputs), rel=1e-12)
 
     def value(logprobs):
-        return loss(LossInputs(logprobs, inputs.advantages, inputs.completion_mask, ref_logprobs=inputs.ref_logprobs)).loss
+        return loss(LossInputs(logprobs, inputs.advantages, inputs.sampled_mask, ref_logprobs=inputs.ref_logprobs)).loss
 
-    logprobs = torch.where(inputs.completion_mask, inputs.logprobs, torch.nan).requires_grad_()  # padding may hold anything
+    logprobs = torch.where(inputs.sampled_mask, inputs.logprobs, torch.nan).requires_grad_()  # padding may hold anything
     assert torch.equal(value(logprobs), value(inputs.logprobs))
     logprobs = inputs.logprobs.clone().requires_grad_()
     assert torch.autograd.gradcheck(value, logprobs)
     (gradient,) = torch.autograd.grad(value(logprobs), logprobs)
-    assert not gradient[~inputs.completion_mask].any() and gradient[inputs.completion_mask].all()
+    assert not gradient[~inputs.sampled_mask].any() and gradient[inputs.sampled_mask].all()
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
@@ -67,7 +67,7 @@ def test_value_and_gradient_are_those_of_a_scalar_loop_and_of_finite_differences
 def test_shares_add_up_however_a_step_is_split(loss, sizes):
     inputs = make(2)
     whole = loss(inputs)
-    denominators = {"num_tokens": float(inputs.completion_mask.sum()), "num_sequences": float(B)}
+    denominators = {"num_tokens": float(inputs.sampled_mask.sum()), "num_sequences": float(B)}
     outputs = [loss(part) for part in parts(inputs, sizes, **denominators)]
     assert float(sum(output.loss for output in outputs)) == pytest.approx(float(whole.loss), rel=1e-12)
     joined = combine_metrics(output.metrics for output in outputs)

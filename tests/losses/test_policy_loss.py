@@ -37,7 +37,7 @@ class SoftLoss(PolicyLoss):
         return -inputs.advantages[:, None] * 4 / self.tau * torch.sigmoid(self.tau * (ratio - 1)), ratio
 
     def aggregate(self, per_token_loss, inputs):
-        return F.mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
+        return F.mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
 
 def gradient(loss: PolicyLoss, inputs: LossInputs) -> torch.Tensor:
@@ -47,7 +47,7 @@ def gradient(loss: PolicyLoss, inputs: LossInputs) -> torch.Tensor:
 def test_a_loss_of_ones_own():
     inputs = make_inputs()
     output = SoftLoss(tau=2.0, kl_coef=0.5)(inputs)
-    mask = inputs.completion_mask
+    mask = inputs.sampled_mask
     ratio = (inputs.logprobs - inputs.old_logprobs).exp()
     difference = inputs.ref_logprobs - inputs.logprobs
     term = -inputs.advantages[:, None] * 2 * torch.sigmoid(2 * (ratio - 1)) + 0.5 * (difference.exp() - difference - 1)
@@ -61,14 +61,14 @@ def test_a_loss_of_ones_own():
 def test_a_fully_masked_batch_gives_a_differentiable_zero(loss, num):
     inputs = make_inputs()
     nothing = torch.full_like(inputs.logprobs, math.nan)
-    mask, values = torch.zeros_like(inputs.completion_mask), {"old_logprobs": nothing, "ref_logprobs": nothing}
+    mask, values = torch.zeros_like(inputs.sampled_mask), {"old_logprobs": nothing, "ref_logprobs": nothing}
     advantages = torch.full_like(inputs.advantages, math.nan)
     inputs = LossInputs(nothing.clone().requires_grad_(), advantages, mask, **values, num_sequences=num, num_tokens=num)
     output = loss(inputs)
     assert output.loss.item() == 0 and (gradient(loss, inputs) == 0).all()
     assert all(torch.isfinite(value) for value in output.metrics.values())
     assert output.metrics["ratio/max"] == 0 and output.metrics["kl"] == 0
-    names = ("logprobs", "advantages", "completion_mask", "ref_logprobs")
+    names = ("logprobs", "advantages", "sampled_mask", "ref_logprobs")
     empty = loss(replace(inputs, old_logprobs=None, **{name: getattr(inputs, name)[:0] for name in names}))
     assert empty.loss.item() == 0 and empty.loss.requires_grad, "no sequences at all"
 
@@ -120,7 +120,7 @@ def test_a_loss_without_a_gradient_names_its_class():
     [
         (GSPOLoss(), {"logprobs": torch.zeros(6)}, r"logprobs has shape \(6,\)"),
         (GSPOLoss(), {"advantages": torch.zeros(6, 1)}, r"advantages has shape \(6, 1\).*must be \(6,\)"),
-        (GRPOLoss(), {"completion_mask": torch.ones(6, 5)}, r"completion_mask is torch.float32.*bool"),
+        (GRPOLoss(), {"sampled_mask": torch.ones(6, 5)}, r"sampled_mask is torch.float32.*bool"),
         (GSPOLoss(), {"num_tokens": math.nan}, r"num_tokens=nan is no count"),
         (GRPOLoss(kl_coef=0.1), {"ref_logprobs": None}, r"kl_coef is not 0, but ref_logprobs is None; .*kl_coef=0"),
         (GRPOLoss(entropy_coef=0.1), {"entropy": torch.ones(6, 5)}, r"but entropy has no gradient; .*set entropy_coef=0"),

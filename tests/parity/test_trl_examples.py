@@ -35,7 +35,7 @@ def outputs(logprobs, mask, entropy):
 def trl_dpo(inputs, **arguments):
     """`DPOTrainer._compute_loss` of the same log-probabilities, of which TRL has the chosen rows first."""
     order = torch.cat([torch.arange(0, B, 2), torch.arange(1, B, 2)])
-    mask = inputs.completion_mask[order]
+    mask = inputs.sampled_mask[order]
     unused = {"ld_alpha": None, "aux_loss_enabled": False, "precompute_ref_logps": False, "use_weighting": False}
     counted = {"_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1}
     trainer = SimpleNamespace(
@@ -90,12 +90,12 @@ def test_label_smoothing_is_robust_dpo_with_the_other_sign(smoothing):
 def test_supervised(num_tokens):
     """With and without tokens of other micro-batches in the denominator."""
     inputs = make(2)
-    labels = torch.cat([torch.zeros(B, 1), inputs.completion_mask], dim=1)
+    labels = torch.cat([torch.zeros(B, 1), inputs.sampled_mask], dim=1)
     unused = {"aux_loss_enabled": False, "compute_loss_func": None, "label_smoother": None, "get_tp_size": lambda: 1}
     counted = {"_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1}
     args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=True)
     trainer = SimpleNamespace(model=SimpleNamespace(training=True), accelerator=Accelerator(), args=args, **unused, **counted)
-    model = lambda **_: outputs(inputs.logprobs, inputs.completion_mask, inputs.entropy)  # noqa: E731
+    model = lambda **_: outputs(inputs.logprobs, inputs.sampled_mask, inputs.entropy)  # noqa: E731
     batch = {"labels": labels, "attention_mask": torch.ones(B, T + 1)}
     theirs = SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=num_tokens)
     given = replace(inputs, ref_logprobs=None, num_tokens=num_tokens and float(num_tokens))

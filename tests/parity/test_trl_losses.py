@@ -70,7 +70,7 @@ def make(dtype, seed, spread, on_policy):
     return LossInputs(
         logprobs=logprobs.to(dtype, copy=True).requires_grad_(),
         advantages=torch.randn(B, generator=generator, dtype=torch.float64).to(dtype),
-        completion_mask=torch.arange(T)[None] < lengths[:, None],
+        sampled_mask=torch.arange(T)[None] < lengths[:, None],
         old_logprobs=None if on_policy else noisy(spread),
         ref_logprobs=noisy(0.3),
         entropy=noisy(0.3).abs().requires_grad_(),
@@ -108,13 +108,13 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | No
     batch = {
         "prompt_ids": empty,
         "prompt_mask": empty,
-        "completion_ids": torch.zeros_like(inputs.completion_mask, dtype=torch.long),
-        "completion_mask": inputs.completion_mask.long(),
+        "completion_ids": torch.zeros_like(inputs.sampled_mask, dtype=torch.long),
+        "completion_mask": inputs.sampled_mask.long(),
         "advantages": inputs.advantages,
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
         "importance_sampling_ratio": inputs.importance_weights,
-        "num_items_in_batch": inputs.completion_mask.sum() if tokens is None else torch.tensor(tokens),
+        "num_items_in_batch": inputs.sampled_mask.sum() if tokens is None else torch.tensor(tokens),
     }
     value = GRPOTrainer._compute_loss(trainer, None, batch)
     return value, {name: values[0] for name, values in trainer._metrics["train"].items()}
@@ -143,7 +143,7 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
     inputs = make(dtype, int(dtype == torch.float64), options.pop("spread", SPREADS[cls]), options.pop("on_policy", False))
     loss = build(cls, **options)
     ours, (theirs, their_metrics) = loss(inputs), trl_loss(inputs, loss)
-    of_sums = rounding.spread(inputs.completion_mask.numel())  # over all tokens, of numbers around 1
+    of_sums = rounding.spread(inputs.sampled_mask.numel())  # over all tokens, of numbers around 1
     tolerance = {"rtol": of_sums, "atol": of_sums} if dtype == torch.float32 else TIGHT
     assert assert_same(inputs, ours.loss, theirs, tolerance).abs().max() > 1e-3
     shared = set(ours.metrics) & set(their_metrics)
@@ -173,8 +173,8 @@ def test_the_cases_reach_the_clips():
 @each_loss
 def test_accumulated_micro_batches_equal_trl(cls):
     inputs = make(torch.float64, 3, SPREADS[cls], False)
-    loss, tokens = build(cls, kl_coef=0.1), float(inputs.completion_mask.sum())
-    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs", "entropy")
+    loss, tokens = build(cls, kl_coef=0.1), float(inputs.sampled_mask.sum())
+    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "entropy")
     counts = {"num_sequences": float(B), "num_tokens": tokens, "num_micro_batches": 2.0}
     parts = [slice(0, B // 2), slice(B // 2, B)]
     halves = [replace(inputs, **{name: getattr(inputs, name)[rows] for name in names}, **counts) for rows in parts]
@@ -187,10 +187,10 @@ def test_masked_truncated_completions_equal_trl(cls, options):
     """TRL empties the mask of their rows; here the rows are left out, and count among the sequences alone."""
     inputs, loss = make(torch.float64, 5, SPREADS[cls], False), build(cls, **options)
     finished = torch.tensor([True, False, True, True, False, True, True, True])
-    masked = replace(inputs, completion_mask=inputs.completion_mask & finished[:, None])
-    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs", "entropy")
+    masked = replace(inputs, sampled_mask=inputs.sampled_mask & finished[:, None])
+    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "entropy")
     kept = {name: getattr(inputs, name)[finished] for name in names}
-    counts = {"num_sequences": float(B), "num_tokens": float(masked.completion_mask.sum())}
+    counts = {"num_sequences": float(B), "num_tokens": float(masked.sampled_mask.sum())}
     assert_same(inputs, loss(replace(inputs, **kept, **counts)).loss, trl_loss(masked, loss)[0])
     assert not torch.allclose(loss(masked).loss, loss(inputs).loss)
 
@@ -205,7 +205,7 @@ def test_masked_truncated_completions_equal_trl(cls, options):
 )
 def test_the_top_entropy_mask_equals_trl(cls, options, share):
     inputs, loss = make(torch.float64, 6, SPREADS[cls], False), build(cls, **options)
-    mask = inputs.completion_mask
+    mask = inputs.sampled_mask
     kept = mask & (inputs.entropy.detach() >= losses.TopEntropyMask(share).threshold(inputs.entropy.detach()[mask].float()))
     weights = kept.to(torch.float64)
     weighted = loss(replace(inputs, importance_weights=weights)).loss
@@ -239,7 +239,7 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
         torch=torch,
         math=math,
         tool_mask=None,
-        completion_mask=inputs.completion_mask.long(),
+        completion_mask=inputs.sampled_mask.long(),
         old_per_token_logps=inputs.old_logprobs,
         sampling_per_token_logps=sampling_logprobs,
     )["vllm_importance_sampling_ratio"]
@@ -259,7 +259,7 @@ def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds)
     inputs = make(torch.float64, 4, SPREADS[cls], False)
     noise = torch.randn(B, T, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     sampling_logprobs = inputs.old_logprobs + 0.1 * noise
-    mask, loss = inputs.completion_mask, build(cls, **options)
+    mask, loss = inputs.sampled_mask, build(cls, **options)
     weights = F.per_token(correction(**bounds)(inputs.old_logprobs, sampling_logprobs, mask), mask)
     theirs = trl_weights(inputs, sampling_logprobs, MODES[correction], bounds["cap"], bounds.get("floor")).expand(B, T)
     torch.testing.assert_close(weights[mask], theirs[mask], rtol=1e-12, atol=0)

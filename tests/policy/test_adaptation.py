@@ -27,7 +27,7 @@ class Reinforce(PolicyLoss):
         self.scale = scale
 
     def policy_term(self, inputs, old_logprobs):
-        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
         return -self.scale * ratio * inputs.advantages[:, None], ratio
 
 

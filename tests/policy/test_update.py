@@ -9,13 +9,37 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
-from tiny_models import build_model
-from tiny_runs import Constant, Log, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
+from tiny_models import build_model, plain_distribution, tokens_of
+from tiny_runs import (
+    Constant,
+    Failing,
+    Interrupted,
+    Log,
+    OftenDone,
+    StartsWithDigit,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    fit,
+)
 
 from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, TrainingError
-from hybrid_lightning.losses import BNPOLoss, CISPOLoss, DAPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+    TokenTruncation,
+    TopEntropyMask,
+)
 from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.update import StepMetrics
@@ -107,6 +131,53 @@ def test_truncated_completions_are_left_out_and_count_as_sequences_alone(model, 
     assert (batch.num_sequences, batch.num_tokens) == (16.0, float(tokens[rollouts.finished].sum()))
     assert 0 < len(batch.sequences) <= rollouts.finished.sum()
     assert batch.updated_tokens == float(batch.sequences.completion_mask.sum()) <= batch.num_tokens
+
+
+class Alone(Log):
+    """And the gradient of the first step from each sampled token alone, in its full context, without padding or packing."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        (rollouts, rewards, advantages), loss = pl_module.last_rollout, pl_module.loss
+        trained = [row for row, counts in enumerate(rewards.counted.tolist()) if counts]
+        values, entropies = [], []
+        for row in trained:
+            logprobs = plain_distribution(pl_module.model, rollouts.sequences, row)
+            ids = torch.tensor(tokens_of(rollouts.sequences, row)[1])
+            sampled = [place % 3 != 1 for place in range(len(ids))]
+            values.append(advantages[row] * logprobs.gather(1, ids[:, None]).squeeze(1)[sampled])
+            entropies.append(-(logprobs.exp() * logprobs).sum(-1)[sampled])
+        self.entropies, tokens = torch.cat(entropies), sum(map(len, values))
+        if isinstance(loss, DrGRPOLoss):
+            value = sum(row.sum() for row in values) / (12 * len(trained))
+        elif isinstance(loss, (DAPOLoss, BNPOLoss, CISPOLoss)):
+            value = sum(row.sum() for row in values) / tokens
+        else:
+            value = sum(row.mean() for row in values) / len(trained)
+        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        value = -value - loss.entropy_coef * self.entropies.mean()
+        self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
+
+
+ALONE = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
+
+
+@pytest.mark.parametrize("loss", [*(kind() for kind in ALONE), GSPOLoss(entropy_coef=0.3)], ids=lambda loss: type(loss).__name__)
+def test_what_was_added_and_what_is_left_out_is_as_if_it_were_not_there(loss, model, sums, tmp_path):
+    alone = Alone()
+    policy = {"loss": loss, "kind": Failing, "sampler": Interrupted(12), "max_tokens_per_micro_batch": 40}
+    module = fit(model, sums, tmp_path, alone, policy={**policy, "advantage": BatchStdAdvantage()}, max_steps=1)
+    assert_same_gradients(alone.gradients, [alone.expected])
+    assert max(float(gradient.abs().max()) for gradient in alone.expected.values()) > 1e-3
+    rollouts, rewards, advantages = module.last_rollout
+    counted, sampled = rewards.counted, rollouts.sequences.sampled_mask[rewards.counted]
+    (batch,), (metrics,) = alone.batches, alone.metrics
+    assert (batch.num_sequences, batch.num_tokens) == (12.0, float(sampled.sum())) and not advantages[~counted].any()
+    assert (batch.updated_sequences, batch.updated_tokens) == (len(batch.sequences), float(batch.sequences.sampled_mask.sum()))
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5)
+    if batch.updated_sequences == 12:
+        assert metrics["entropy"] == pytest.approx(float(alone.entropies.detach().mean()), rel=1e-4)
+    assert metrics["completions/mean_length"] == pytest.approx(float(sampled.sum(dim=1).float().mean()))
+    assert metrics["reward"] == pytest.approx(float(rewards.total[counted].mean()))
 
 
 class NeverDone(Sampler):

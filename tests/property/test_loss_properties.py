@@ -38,10 +38,14 @@ def loss_inputs(draw, max_tokens: int = 6, min_tokens: int = 0) -> LossInputs:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     logprobs = -2 * normal(b, t).abs()
+    sampled = torch.arange(t)[None] < torch.tensor(lengths)[:, None]
+    if draw(st.booleans()):  # with holes, where an environment added tokens
+        sampled &= torch.rand(b, t, generator=generator) > 0.5
+        sampled[:, 0] |= min_tokens > 0
     return LossInputs(
         logprobs=logprobs,
         advantages=normal(b) * (torch.rand(b, generator=generator) > 0.2),
-        completion_mask=torch.arange(t)[None] < torch.tensor(lengths)[:, None],
+        sampled_mask=sampled,
         old_logprobs=logprobs + spread * normal(b, t) if draw(st.booleans()) else None,
         ref_logprobs=logprobs + spread * normal(b, t),
         importance_weights=0.1 + normal(b, t).abs() if draw(st.booleans()) else None,
@@ -71,10 +75,14 @@ def close(a: Tensor, b: Tensor) -> bool:
 @each_loss
 @few
 @given(inputs=loss_inputs(), extra=st.integers(1, 3), garbage=st.sampled_from([99.0, float("nan"), float("inf"), float("-inf")]))
-def test_padding_changes_nothing(loss, inputs, extra, garbage):
+def test_what_was_not_sampled_changes_nothing(loss, inputs, extra, garbage):
+    """Neither padding nor what was added within a completion."""
+
     def pad(name: str, value: Tensor) -> Tensor:
         if name == "advantages":
             return value
+        if value.is_floating_point():
+            value = torch.where(inputs.sampled_mask, value, garbage)
         more = torch.full((len(value), extra), garbage if value.is_floating_point() else 0).to(value.dtype)
         return torch.cat([value, more], dim=1)
 
@@ -82,6 +90,17 @@ def test_padding_changes_nothing(loss, inputs, extra, garbage):
     assert close(plain.loss, padded.loss)
     assert close(gradient, padded_gradient[:, :-extra]) and (padded_gradient[:, -extra:] == 0).all()
     assert all(close(value, padded.metrics[name]) for name, value in plain.metrics.items())
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs())
+def test_holes_are_as_if_the_sampled_tokens_were_next_to_each_other(loss, inputs):
+    order = (~inputs.sampled_mask).long().argsort(dim=1, stable=True)  # sampled tokens first
+    together = change(inputs, lambda name, value: value if name == "advantages" else value.gather(1, order))
+    (plain, gradient), (moved, moved_gradient) = evaluate(loss, inputs), evaluate(loss, together)
+    assert close(plain.loss, moved.loss) and close(gradient.gather(1, order), moved_gradient)
+    assert all(close(value, moved.metrics[name]) for name, value in plain.metrics.items())
 
 
 @each_loss
@@ -103,13 +122,14 @@ def test_order_of_sequences_does_not_matter(loss, inputs, data):
 def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     b = len(inputs.advantages)
     cuts = sorted(data.draw(st.sets(st.integers(1, b - 1)))) if b > 1 else []
-    tokens = float(inputs.completion_mask.sum())
+    tokens = float(inputs.sampled_mask.sum())
     counts = {"num_sequences": float(b), "num_tokens": tokens, "micro_batch_tokens": tokens, "num_micro_batches": 1.0}
     whole, gradient = evaluate(loss, inputs)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, b], strict=True):
         rows = change(replace(inputs, **counts), lambda _, value, s=start, e=end: value[s:e])
-        width = max(int(rows.completion_mask.sum(dim=1).max()), 1)  # each micro-batch is cut to its own longest completion
+        places = rows.sampled_mask.any(dim=0).nonzero()
+        width = int(places.max()) + 1 if len(places) else 1  # each micro-batch is cut to its own longest completion
         parts.append(evaluate(loss, change(rows, lambda k, v, w=width: v if k == "advantages" else v[:, :w])))
     assert close(sum(output.loss for output, _ in parts), whole.loss)
     widened = [torch.nn.functional.pad(g, (0, gradient.shape[1] - g.shape[1])) for _, g in parts]
@@ -125,7 +145,7 @@ def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     correction=st.sampled_from([losses.TokenTruncation, losses.TokenMask, losses.SequenceTruncation, losses.SequenceMask]),
 )
 def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, inputs, correction):
-    weights = F.per_token(correction()(inputs.logprobs, inputs.logprobs, inputs.completion_mask), inputs.completion_mask)
+    weights = F.per_token(correction()(inputs.logprobs, inputs.logprobs, inputs.sampled_mask), inputs.sampled_mask)
     assert (weights == 1).all()
     both = (evaluate(loss, replace(inputs, importance_weights=value)) for value in (None, weights))
     (plain, gradient), (weighted, weighted_gradient) = both
@@ -151,7 +171,7 @@ def test_no_advantage_no_gradient(loss, inputs):
         inputs = replace(inputs, ref_logprobs=inputs.logprobs)
     output, gradient = evaluate(loss, replace(inputs, advantages=torch.zeros_like(inputs.advantages)))
     if loss.needs_entropy:
-        mask = inputs.completion_mask
+        mask = inputs.sampled_mask
         bonus = -0.1 * F.mean_over_tokens(inputs.entropy - 0.3 * inputs.logprobs, mask)
         assert close(output.loss, bonus) and close(gradient, 0.03 * mask.double() / mask.sum().clamp(min=1))
     else:
@@ -166,11 +186,11 @@ def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond)
     up, down = torch.tensor(1.03).log() + beyond, torch.tensor(0.98).log() - beyond
     for step, stopped in ((up, sign > 0), (down, sign < 0)):  # every ratio beyond the range, above or below
         output, gradient = evaluate(loss, replace(inputs, old_logprobs=inputs.logprobs - step))
-        idle = stopped | (sign == 0) | ~inputs.completion_mask
+        idle = stopped | (sign == 0) | ~inputs.sampled_mask
         assert torch.equal(gradient == 0, idle)
         assert (gradient[~idle] * sign.expand_as(gradient)[~idle] < 0).all()  # descent makes good tokens likelier
-        flagged = stopped.double() if cls is losses.GSPOLoss else (stopped & inputs.completion_mask).double()
-        count = len(sign) if cls is losses.GSPOLoss else inputs.completion_mask.sum()
+        flagged = stopped.double() if cls is losses.GSPOLoss else (stopped & inputs.sampled_mask).double()
+        count = len(sign) if cls is losses.GSPOLoss else inputs.sampled_mask.sum()
         assert close(output.metrics["clip_ratio/region_mean"], flagged.sum() / count)
 
 
@@ -179,7 +199,7 @@ def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond)
 def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_denominator(inputs):
     """On-policy all of them are REINFORCE with the advantage as reward."""
     on_policy = replace(inputs, old_logprobs=None, importance_weights=None)
-    mask, tokens = inputs.completion_mask, inputs.completion_mask.sum().clamp(min=1)
+    mask, tokens = inputs.sampled_mask, inputs.sampled_mask.sum().clamp(min=1)
     by_length = -inputs.advantages[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
     by_token, by_position = -inputs.advantages[:, None] * mask / tokens, -inputs.advantages[:, None] * mask / (10.0 * len(mask))
     kinds = [(kind, by_length) for kind in (losses.GRPOLoss, losses.GSPOLoss, losses.GSPOTokenLoss, losses.SAPOLoss)]
@@ -191,6 +211,6 @@ def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_deno
 @few
 @given(inputs=loss_inputs())
 def test_k3_is_never_negative_and_zero_only_between_equals(inputs):
-    kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
-    assert (kl >= 0).all() and (kl[~inputs.completion_mask] == 0).all()
-    assert torch.equal(kl > 0, inputs.completion_mask & (inputs.logprobs != inputs.ref_logprobs))
+    kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
+    assert (kl >= 0).all() and (kl[~inputs.sampled_mask] == 0).all()
+    assert torch.equal(kl > 0, inputs.sampled_mask & (inputs.logprobs != inputs.ref_logprobs))

@@ -109,7 +109,7 @@ def test_completions_without_tokens_count_as_sequences_alone():
             rollout = super().roll_out(prompts, generator)
             self.kept = torch.arange(len(rollout.sequences)) % 3 > 0
             mask = rollout.sequences.completion_mask & self.kept[:, None]
-            return replace(rollout, sequences=replace(rollout.sequences, completion_mask=mask))
+            return replace(rollout, sequences=replace(rollout.sequences, completion_mask=mask, sampled_mask=mask))
 
     source = Masked(2)
     step = next(iter(build(source=source, schedule=RolloutSchedule(4, 2))))

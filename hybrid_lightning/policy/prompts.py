@@ -68,8 +68,8 @@ class PromptEncoder:
 
     Args:
         tokenizer: The policy's tokenizer.
-        chat_template: Jinja template for prompts with messages; None takes the tokenizer's own, and `keep_history` its own with
-            every turn of the assistant kept as it was.
+        chat_template: Jinja template for prompts with messages; None takes the tokenizer's own, and `keep_history` that one
+            with every turn of the assistant as it was, thoughts included.
         chat_template_kwargs: Extra variables of the template, such as `{"enable_thinking": False}`.
     """
 

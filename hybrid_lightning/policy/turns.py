@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -81,12 +82,13 @@ class TurnEncoder:
         tokenizer = self._encoder.tokenizer
         vocabulary = tokenizer.get_vocab()
         found = {*self._given_stops, *(vocabulary[token] for token in _CALL_ENDS if token in vocabulary)}
-        written = self._trial([], add_generation_prompt=False) if self._encoder.has_template else None
-        if written is not None:
-            special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-            ends = [token for token in self._tokenize(written) if token in special]
-            if not found.intersection(ends):
-                found.update(ends[:1])
+        if self._encoder.has_template:
+            closed, followed = self._trial([], False), self._trial([{"role": "user", "content": _NEW}])
+            pairs = zip(self._tokenize(closed or ""), self._tokenize(followed or ""), strict=False)
+            end = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]  # the same whatever follows
+            if not found.intersection(end):
+                special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+                found.update([token for token in end if token in special][:1])
         return sorted(found)
 
     def uses_tools(self, prompt: Prompt) -> bool:
@@ -161,7 +163,7 @@ class TurnEncoder:
         new = self._joined(self._fit(new))
         try:
             ids = self._tokenize(self._behind(new, add_generation_prompt=not last))
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the chat template refuses what the environment added to {prompt.place}: {error}; correct the environment's "
                 "messages, or change model.chat_template"
@@ -180,7 +182,7 @@ class TurnEncoder:
         """The same; None if the template refuses the messages."""
         try:
             return self._behind(new, add_generation_prompt)
-        except (TemplateError, TypeError):  # the latter where a template adds up texts and what it does not have
+        except (TemplateError, TypeError):  # the latter where a template adds a text to something else
             return None
 
     def _sampled_end(self, new: Sequence[Message]) -> int:

@@ -35,8 +35,6 @@ _NEW = "NEW-CONTENT"  # stands for the text of a new message
 _CALL_ENDS = ("<|eom_id|>", "<|call|>")  # with which models end a turn that calls a tool: Llama 3, gpt-oss
 # How a message is written whose role the template does not know. The policy has to see that no person said this.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
-
-
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -114,7 +112,7 @@ class TurnEncoder:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
             for role in roles or (["tool"] if self.tools else ["user"]):
-                self._fit([{"role": role, "content": _NEW}])
+                self._fit_behind([{"role": role, "content": _NEW}])
 
     # ---- in the run
 
@@ -160,7 +158,7 @@ class TurnEncoder:
         """
         if prompt.messages is None:
             return self._tokenize("".join(map(self._write, new)))
-        new = self._joined(self._fit(new))
+        new = self._joined(self._fit_behind(new))
         try:
             ids = self._tokenize(self._behind(new, add_generation_prompt=not last))
         except (TemplateError, TypeError) as error:
@@ -201,13 +199,17 @@ class TurnEncoder:
         fitted: list[Message] = []
         for message in messages:
             role = str(message["role"])
-            if not self._fault(role):
-                fitted.append(message)
-                continue
-            if self._fault("user"):
-                raise ConfigError(self._fault("user"))
-            prefix = "" if role == "user" else _PREFIXES.get(role, f"{role.capitalize()}:\n")
-            fitted.append({"role": "user", "content": f"{prefix}{message['content']}"})
+            if role != "user" and self._fault(role):
+                prefix = _PREFIXES.get(role, f"{role.capitalize()}:\n")
+                message = {"role": "user", "content": f"{prefix}{message['content']}"}
+            fitted.append(message)
+        return fitted
+
+    def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
+        """The same, for messages behind an answer."""
+        fitted = self._fit(messages)
+        if any(message["role"] == "user" for message in fitted) and self._fault("user"):
+            raise ConfigError(self._fault("user"))
         return fitted
 
     def _fault(self, role: str) -> str:

@@ -183,6 +183,7 @@ def test_a_role_that_was_not_tried_before_is_tried_when_it_comes():
     turns = turns_of("qwen3", tools=True)
     turns.check([ASKED])  # results of tools take no thoughts away
     assert turns.added(ASKED, [{"role": "tool", "content": "3"}], [])
+    assert turns.first(ASKED, [{"role": "user", "content": "Use tools."}])  # nothing is answered yet
     with pytest.raises(ConfigError, match="drops or changes the thoughts"):
         turns.added(ASKED, [{"role": "user", "content": "3"}], [])
     turns_of("qwen3_training").check([ASKED])  # an empty thought in front of an answer without one takes nothing away

@@ -54,6 +54,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
+def build_byte_tokenizer(eos_token: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens of chat templates."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+    ]
+    special += ["<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "<bos>"]
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos_token)
+
+
 def plain_distribution(model: torch.nn.Module, sequences: Sequences, row: int, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities [T, V] at the tokens of one completion, by an unpadded forward pass."""
     prompt, completion = tokens_of(sequences, row)

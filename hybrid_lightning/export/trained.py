@@ -27,6 +27,7 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.policy.pretrained import meta_model
+from hybrid_lightning.policy.prompts import chosen_template
 
 PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."
@@ -72,8 +73,9 @@ class BaseModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template of training."""
         tokenizer = load_tokenizer(self.source)
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
+        template = chosen_template(tokenizer, self.chat_template)
+        if template is not None:
+            tokenizer.chat_template = template
         return tokenizer
 
 

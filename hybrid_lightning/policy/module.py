@@ -92,7 +92,8 @@ class PolicyModule(LanguageModule):
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
+            turn of the assistant as it was, thoughts included.
         chat_template_kwargs: Variables of the chat template.
         sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
             `Sampler()`.

@@ -33,7 +33,8 @@ class Pretrained:
         revision: Branch, tag or commit of a hub model.
         dtype: Name of the dtype of the weights.
         attn_implementation: Attention, such as `sdpa`; None lets transformers choose.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
+            turn of the assistant as it was, thoughts included.
         chat_template_kwargs: Variables of the chat template.
 
     Raises:

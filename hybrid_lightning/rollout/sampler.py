@@ -22,7 +22,7 @@ from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decodi
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.conversation import Draws
+from hybrid_lightning.rollout.conversation import Conversation, Draws, Turn
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
@@ -107,6 +107,35 @@ class Sampler(RolloutEngine):
         completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
+    @property
+    def _conversation(self) -> type[Conversation]:
+        return _ContinuedConversation
+
+
+class _ContinuedConversation(Conversation):
+    """Goes on from the keys and values that are there, where the model's way to decode can."""
+
+    _sampler: Sampler
+    _decoder: "_Decoder"
+
+    @torch.no_grad()
+    def _first(self, generator: Draws, limits: Sequence[int]) -> Turn:
+        assert not self._greedy or self._samples == 1, "greedy completions of one prompt are all the same"
+        self._decoder = _Decoder(self._sampler, self._engine, self._tokenizer, self._stops, self._greedy, self._on_token)
+        ids, mask = pad_left(self._prompt_ids, self._decoder.pad_id, self._decoder.device)
+        logits = self._decoder.prefill(ids, mask, self._samples, self._capacity, keeps_rows=True)
+        return Turn(*self._decoder.decode(logits, generator, [limit for limit in limits for _ in range(self._samples)]))
+
+    @torch.no_grad()
+    def _next(self, rows: Sequence[int], added: Sequence[Sequence[int]], generator: Draws, limits: Sequence[int]) -> Turn:
+        decoding = self._decoder.decoding
+        if not decoding.can_extend:
+            return super()._next(rows, added, generator, limits)
+        own = [self._own[row] for row in rows]
+        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
+        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
+        return Turn(*self._decoder.decode(logits, generator, limits))
+
 
 class _Decoder:
     """Prefill, then one token at a time for the sequences that still run."""
@@ -128,7 +157,7 @@ class _Decoder:
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)
 
-    def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int) -> Tensor:
+    def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool = False) -> Tensor:
         """Read the prompts.
 
         Args:
@@ -136,11 +165,12 @@ class _Decoder:
             mask: True on real tokens, [P, S] bool.
             samples: Completions of each prompt (G).
             capacity: Most tokens of a completion.
+            keeps_rows: Whether completions go on after they have ended.
 
         Returns:
             Logits [B, V] of the first token of each completion.
         """
-        self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity)
+        self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
         graphs = self.engine.graphs
         if isinstance(decoding, SegmentDecoding):
             wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs

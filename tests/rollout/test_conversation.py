@@ -1,10 +1,16 @@
 """Episodes of several turns: each message is what one long pass over its whole context gives, whichever episodes go on."""
 
+import pytest
 import torch
-from tiny_models import build_model, engine_of
+from test_segment_decoding import FakeGraph
+from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
+from tiny_decoders import build as build_adapted
+from tiny_models import FAMILIES, SIZES, build_model, engine_of
+from transformers import MistralConfig
 
+from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
+from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -53,13 +59,18 @@ def assert_of_whole_contexts(model, turns):
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
 
 
+def by_longer_prompts(sampler, *arguments, capacity):
+    """As engines do that have no other way."""
+    return Conversation(sampler, *arguments, capacity, False, sampler.stops(arguments[1]), None)
+
+
 def messages_of(turns):
     return [[(row, tokens, finished) for row, tokens, _, _, finished in turn] for turn in turns]
 
 
 def test_any_engine_goes_on_by_a_longer_prompt(tokenizer):
     model = build_model("llama")
-    turns = play(RolloutEngine.conversation, engine_of(model), tokenizer)
+    turns = play(by_longer_prompts, engine_of(model), tokenizer)
     assert_of_whole_contexts(model, turns)
     lengths = [len(tokens) for turn in turns for _, tokens, *_ in turn]
     assert min(lengths) < 4 and max(lengths) == 12
@@ -81,3 +92,74 @@ def test_every_episode_has_a_limit_of_its_own(tokenizer):
     for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
         assert tokens == whole[: limits[row]] and finished == (ended and len(whole) <= limits[row])
     assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
+
+
+@pytest.fixture
+def without_reading_again(monkeypatch):
+    """Whoever gives a whole context as a longer prompt fails."""
+    monkeypatch.setattr(Conversation, "_next", None)
+
+
+# Windows that hide all of a prompt, and some of it; heads for which there is a kernel.
+MODELS = {family: lambda family=family: build_model(family) for family in FAMILIES}
+MODELS |= {family: lambda family=family: special_model(SPECIAL[family]) for family in ("mistral", "gemma2", "gemma3")}
+MODELS["wide window"] = lambda: special_model(MistralConfig(**SIZES, sliding_window=16, head_dim=8))
+MODELS["heads of 32"] = lambda: build_model("llama", hidden_size=128)
+MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, "hidden_size": 128}, sliding_window=16))
+
+
+@pytest.mark.usefixtures("with_and_without_kernels", "without_reading_again")
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mistral", "wide window", "heads of 32", "heads of 32, window"])
+def test_messages_are_those_of_whole_contexts_whatever_the_model(tokenizer, name):
+    model = MODELS[name]()
+    turns = play(Sampler.conversation, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
+    assert_of_whole_contexts(model, turns)
+    assert len({len(tokens) for turn in turns for _, tokens, *_ in turn}) > 3
+
+
+@pytest.mark.usefixtures("without_reading_again")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "wide window", "mistral"])
+def test_messages_on_accelerators_too(tokenizer, name, monkeypatch):
+    """By segments, with and without graphs, or by a kernel with a mask where windows hide prompts."""
+    monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
+    model = MODELS[name]()
+    for graphs in (False, *([True] if name == "qwen3" else [])):
+        turns = play(Sampler.conversation, Engine(model, OfAccelerator()), tokenizer, cuda_graphs=graphs)
+        assert_of_whole_contexts(model, turns)
+
+
+@pytest.mark.usefixtures("without_reading_again")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_messages_by_a_cache_of_transformers_too(tokenizer, name, monkeypatch):
+    monkeypatch.setattr(Engine, "packs", False)
+    model = MODELS[name]()
+    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
+
+
+def test_a_cache_that_cannot_leave_out_columns_is_made_again(tokenizer, monkeypatch):
+    monkeypatch.setattr(Engine, "packs", False)
+    model = MODELS["wide window"]()
+    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
+
+
+def test_adapted_models_go_on_as_by_longer_prompts(tokenizer):
+    engine = fused(build_adapted("qwen3").model)
+    again, going_on = (messages_of(play(begin, engine, tokenizer)) for begin in (by_longer_prompts, Sampler.conversation))
+    assert going_on == again
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("backend", [Backend, OfAccelerator])
+def test_a_row_that_runs_on_after_its_end_stays_in_its_own_room(backend):
+    model = MODELS["heads of 32"]()
+    engine, mask = Engine(model, backend()), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad(), engine.sampling():
+        decoding = decoding_of(engine, torch.tensor([[5, 6, 7]]), mask, 8, keeps_rows=True)
+        decoding.prefill(2)
+        for token in (8, 9, 10):
+            decoding.step(torch.tensor([token, token]))
+        decoding.extend([0, 1], [2, 2], [[11] * 6, [12]])
+        for token in (13, 14, 15):
+            logits = decoding.step(torch.tensor([token, token]))
+    expected = model(torch.tensor([[5, 6, 7, 8, 9, 12, 13, 14, 15]])).logits[0, -1]
+    torch.testing.assert_close(logits[1], expected, atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
     from hybrid_lightning.engine.compiling import OneKernel
-    from hybrid_lightning.engine.decoding import decoding_of, packed_decoding
+    from hybrid_lightning.engine.decoding import Decoding, decoding_of, packed_decoding
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
     from hybrid_lightning.engine.fused_lora import use_peft_lora
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionCalls",
     "Backend",
+    "Decoding",
     "Engine",
     "OneKernel",
     "PackedSequences",
@@ -62,7 +63,7 @@ __getattr__ = public_names(
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
         "compiling": ("OneKernel",),
-        "decoding": ("decoding_of", "packed_decoding"),
+        "decoding": ("Decoding", "decoding_of", "packed_decoding"),
         "segment_decoding": ("SegmentDecoding",),
         "shared_decoding": ("SharedPromptDecoding",),
         "engine": ("Engine", "use_fused_modules"),

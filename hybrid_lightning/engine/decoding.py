@@ -1,10 +1,12 @@
 """`Decoding`: how the sampler goes through a model token by token: one way for every model, and faster ones for packed models."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hybrid_lightning.engine.passes import base_model, last_logits, position_ids
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
@@ -19,6 +21,11 @@ class Decoding(Protocol):
 
     leave_together: float  # rows that have ended leave in multiples of this share of the first batch, since `select` is slow
 
+    @property
+    def can_extend(self) -> bool:
+        """Whether there is `extend`."""
+        ...
+
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
         ...
@@ -31,6 +38,19 @@ class Decoding(Protocol):
         """Go on with these rows alone, in ascending order."""
         ...
 
+    def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Go on with these of the B rows, whether they have left or not, and let each read some more tokens.
+
+        Args:
+            rows: Numbers of R rows, ascending.
+            kept: How many of the tokens that each has read behind its prompt remain: what it read after it had ended does not.
+            tokens: What each reads now, at least one token.
+
+        Returns:
+            Logits [R, V] of the next token.
+        """
+        ...
+
 
 class RepeatedCacheDecoding:
     """`Decoding` for any model with transformers' cache: each prompt is read once, and its cache is repeated for its completions.
@@ -39,13 +59,16 @@ class RepeatedCacheDecoding:
         model: Causal language model.
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
+        keeps_rows: Whether all rows stay in the cache, since they may go on by `extend`.
     """
 
     leave_together = 0.25  # re-indexing the cache costs about one decoding step
 
-    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, keeps_rows: bool = False) -> None:
         self.model, self.ids, self.mask = model, ids, mask
         self.cache = DynamicCache(config=base_model(model).config)  # of the right kind for each layer
+        self.leave_together = 1.0 if keeps_rows else self.leave_together
+        self.rows: Tensor | None = None  # [R], those that run; None for all
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
@@ -56,19 +79,44 @@ class RepeatedCacheDecoding:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoding`."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        return self._logits(tokens[:, None], self.mask.long().sum(1, keepdim=True) - 1)
+        if self.rows is None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+            return self._logits(tokens[:, None], self.mask.long().sum(1, keepdim=True) - 1)
+        return self._read(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
+    @property
+    def can_extend(self) -> bool:
+        """See `Decoding`. A layer with a window counts columns, also those that a row leaves out."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Decoding`. Rows leave columns of the cache out where others read something."""
+        device, width, most = self.mask.device, self.ids.shape[1], max(map(len, tokens))
+        self.rows = torch.tensor(rows, device=device)
+        own = self.mask[self.rows, width:]
+        self.mask[self.rows, width:] = own & (own.cumsum(dim=1) <= torch.tensor(kept, device=device)[:, None])
+        ids = torch.tensor([[0] * (most - len(part)) + list(part) for part in tokens], device=device)
+        sizes = torch.tensor([len(part) for part in tokens], device=device)
+        return self._read(ids, torch.arange(most, device=device) >= most - sizes[:, None])
+
+    def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read tokens [R, L] of the rows that run; returns their logits [R, V]."""
+        columns = self.mask.new_zeros(len(self.mask), ids.shape[1])
+        read = columns.long()
+        columns[self.rows], read[self.rows] = mask, ids
+        self.mask = torch.cat([self.mask, columns], dim=1)
+        return self._logits(read, position_ids(self.mask)[:, -ids.shape[1] :])[self.rows]
+
     def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         return last_logits(self.model, ids, self.mask, positions, 1, self.cache)[:, -1]
 
 
-def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> Decoding:
+def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> Decoding:
     """The fastest way to decode completions of some prompts.
 
     Args:
@@ -76,15 +124,18 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
+        keeps_rows: Whether rows that leave may come back by `extend`.
     """
     engine.prepare()
     if not engine.packs:
-        return RepeatedCacheDecoding(engine.model, ids, mask)
-    return packed_decoding(engine, ids, mask, max_new_tokens)
+        return RepeatedCacheDecoding(engine.model, ids, mask, keeps_rows)
+    return packed_decoding(engine, ids, mask, max_new_tokens, keeps_rows)
 
 
-def packed_decoding(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> SegmentDecoding | SharedPromptDecoding:
+def packed_decoding(
+    engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False
+) -> SegmentDecoding | SharedPromptDecoding:
     """The same for a model that can be packed."""
     by_segments = engine.decodes_by_segments(ids.shape[1] + max_new_tokens)
     kind = SegmentDecoding if by_segments else SharedPromptDecoding
-    return kind(engine, ids, mask, max_new_tokens)
+    return kind(engine, ids, mask, max_new_tokens, keeps_rows)

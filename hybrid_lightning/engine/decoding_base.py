@@ -1,16 +1,43 @@
 """`PackedDecoding`: what the ways to decode packed models share. The prompts go through the model as one packed sequence."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.packing import MULTIPLE
 from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+
+
+@dataclass(frozen=True)
+class Added:
+    """Tokens that some rows read together, N of R rows, row by row."""
+
+    rows: Tensor  # [R], the number of each row among all
+    owner: Tensor  # [N], which of these rows each token belongs to
+    counts: Tensor  # [N], tokens of its row's own up to and with it
+    begins: Tensor  # [R + 1], where the tokens of each row begin, and the end
+    most: int  # tokens of a row among these
+    longest: int  # tokens of a row's own, with these
+
+    @classmethod
+    def of(cls, rows: Sequence[int], kept: Sequence[int], sizes: Sequence[int], device: torch.device) -> "Added":
+        """For rows that have `kept` tokens of their own and get `sizes` more."""
+        row, before, size = torch.tensor([rows, kept, sizes], device=device)
+        begins = F.pad(size.cumsum(0), (1, 0))
+        total = sum(sizes)
+        owner = torch.repeat_interleave(torch.arange(len(rows), device=device), size, output_size=total)
+        counts = torch.arange(1, total + 1, device=device) + (before - begins[:-1])[owner]
+        return cls(row, owner, counts, begins, max(sizes), max(map(sum, zip(kept, sizes, strict=True))))
 
 
 class PackedDecoding(ABC):
@@ -21,12 +48,15 @@ class PackedDecoding(ABC):
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
+        keeps_rows: Whether rows that leave keep their place, since they may come back by `extend`.
     """
 
     leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
+    can_extend = True
+    samples = 1  # of each prompt
 
-    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
-        self.engine, self.max_new_tokens = engine, max_new_tokens
+    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> None:
+        self.engine, self.max_new_tokens, self.keeps_rows = engine, max_new_tokens, keeps_rows
         self.prepack_projection()
         self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of the prompts
@@ -41,6 +71,28 @@ class PackedDecoding(ABC):
         """Store keys and values of the prompts; returns logits [P, V] of the first token behind each."""
         hidden = self.engine.hidden(self.layout.ids, self.layout.positions, _Prefill(self))
         return self.project(hidden[self.layout.last_prompt_token])
+
+    def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Decoding`. All tokens go through the model as one packed sequence."""
+        assert self.keeps_rows, "rows have to keep their places"
+        device = self.lengths.device
+        added = Added.of(rows, kept, [len(part) for part in tokens], device)
+        self.resume(added)
+        filling = -len(added.owner) % MULTIPLE
+        ids = torch.tensor([token for part in tokens for token in part] + [0] * filling, device=device)
+        positions = self.lengths[added.rows // self.samples][added.owner] + added.counts - 1
+        hidden = self.engine.hidden(ids, F.pad(positions, (0, filling)), _Reading(self, added))
+        return self.project(hidden[added.begins[1:] - 1])
+
+    @abstractmethod
+    def resume(self, added: Added) -> None:
+        """Go on with these rows, as after these tokens."""
+
+    @abstractmethod
+    def attend_added(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
+    ) -> Tensor:
+        """These tokens in place of one of every row; see `Packing`."""
 
     @abstractmethod
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
@@ -61,3 +113,16 @@ class _Prefill:
         """See `Packing`."""
         self.decoding.store_prompts(layer, query, key, value, settings)
         return self.decoding.layout.attend(layer, query, key, value, settings)
+
+
+class _Reading:
+    """The packing of a pass of tokens that were added, and of a few behind them that nobody reads."""
+
+    def __init__(self, decoding: PackedDecoding, added: Added) -> None:
+        self.decoding, self.added = decoding, added
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `Packing`."""
+        total = len(self.added.owner)
+        found = self.decoding.attend_added(layer, query[:total], key[:total], value[:total], settings, self.added)
+        return F.pad(found, (0, 0, 0, 0, 0, len(query) - total))

@@ -37,7 +37,7 @@ class _Predictors:
 
 # The packed sequence is filled up to a multiple of this, so that products have few different sizes: for each new size oneDNN
 # compiles up to 0.6 MB of code, and keeps it.
-_MULTIPLE = 16
+MULTIPLE = 16
 # A band holds completions down to this share of its longest. The next band begins only where that saves so many tokens a row.
 _BAND_SHARE, _BAND_STEP = 0.7, 16
 
@@ -89,7 +89,7 @@ class PackedSequences:
                 predicted.append(number[row, time + 1])
                 predicts.append(mask[row, time + 1])
                 begin += len(row)
-        self.filling = -begin % _MULTIPLE
+        self.filling = -begin % MULTIPLE
         ids.append(ids[0][:1].expand(self.filling))
         positions.append(positions[0][:1].expand(self.filling))
         self.ids = torch.cat(ids)  # [N]

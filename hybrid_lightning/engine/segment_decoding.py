@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.decoding_base import PackedDecoding
-from hybrid_lightning.engine.segments import Attended, Segments, attending, joining
+from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
+from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, joined, joining
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class SegmentDecoding(PackedDecoding):
     """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys; see `PackedDecoding`."""
 
     graphs: "Graphs | None" = None  # whether steps are replayed from a CUDA graph, one for each number of rows
-    samples = 1
+    _ends_differ = False  # whether rows may come to the end of their room while others go on
 
     slots: Tensor  # [R], the place of each row that runs among all rows
     positions: Tensor  # [R], of the token that a step reads
@@ -80,9 +80,11 @@ class SegmentDecoding(PackedDecoding):
         return plain
 
     def _step(self, tokens: Tensor) -> Tensor:
-        self.places += 1
-        self.used += 1
-        self.positions += 1
+        # A row at the end of its room has ended, though it may still be among those that run.
+        new = self.used < self.max_new_tokens if self._ends_differ else 1
+        self.places += new
+        self.used += new
+        self.positions += new
         return self.project(self.engine.hidden(tokens, self.positions, self))
 
     def select(self, rows: Tensor) -> None:
@@ -90,6 +92,15 @@ class SegmentDecoding(PackedDecoding):
         used, positions = self.used[rows], self.positions[rows]
         self._start(self.slots[rows])
         self.used, self.positions = used, positions
+        self.places += used
+
+    def resume(self, added: Added) -> None:
+        """See `PackedDecoding`."""
+        self._start(added.rows)
+        self._ends_differ = True
+        used = added.counts[added.begins[1:] - 1]
+        self.used = used.int()
+        self.positions += used
         self.places += used
 
     def _start(self, slots: Tensor) -> None:
@@ -107,8 +118,7 @@ class SegmentDecoding(PackedDecoding):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `PackedDecoding`."""
-        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries
-            query = query.to(torch.get_autocast_dtype(query.device.type))
+        query = _as_kept(query)
         rows, heads, size = query.shape
         repeats = heads // key.shape[1]
         grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
@@ -125,6 +135,21 @@ class SegmentDecoding(PackedDecoding):
         result, _ = self._joined[grouped.shape](*both[0], *both[1])
         return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
 
+    def attend_added(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
+    ) -> Tensor:
+        """See `PackedDecoding`."""
+        query = _as_kept(query)
+        self._make_room(layer)
+        places = self.slots[added.owner] * self.max_new_tokens + added.counts - 1
+        for cache, new in zip(self.own[layer], (key, value), strict=True):
+            cache.index_copy_(0, places, new.to(cache.dtype))
+        prompts, begins = self.layout.layout.prompts, added.begins.int()
+        shared = Segments(begins[self.first_rows], prompts.keys, self.samples * added.most, prompts.most_keys, causal=False)
+        own = Segments(begins, self.own_begins, added.most, self.max_new_tokens, causal=True)
+        both = (attend(query, *self.prompt[layer], shared, settings), attend(query, *self.own[layer], own, settings, self.used))
+        return joined(*both).result
+
     def _attending(self, grouped: Tensor, repeats: int, settings: AttentionSettings) -> tuple[_Part, _Part]:
         """The two parts of a layer's attention, of queries like these, R for each row, until rows are given up."""
         begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
@@ -136,11 +161,8 @@ class SegmentDecoding(PackedDecoding):
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """See `PackedDecoding`."""
-        dtype = value.dtype
-        if torch.is_autocast_enabled(value.device.type):
-            dtype = torch.get_autocast_dtype(value.device.type)
-        tokens = self.layout.prompt_tokens  # and not those that only fill up
-        self.prompt[layer] = (key[:tokens].to(dtype).contiguous(), value[:tokens].to(dtype).contiguous())
+        tokens, kept = self.layout.prompt_tokens, _as_kept(value)  # and not those that only fill up
+        self.prompt[layer] = (key[:tokens].to(kept.dtype).contiguous(), kept[:tokens].contiguous())
 
     def _make_room(self, layer: int) -> None:
         """Keys and values of completions, with room for all tokens."""
@@ -148,6 +170,12 @@ class SegmentDecoding(PackedDecoding):
             places = len(self.lengths) * self.samples * self.max_new_tokens
             keys, values = (part.new_empty(places, *part.shape[1:]) for part in self.prompt[layer])
             self.own[layer] = (keys, values)
+
+
+def _as_kept(part: Tensor) -> Tensor:
+    """In the dtype of keys and values: rotary embeddings may have made float32 of queries under autocast."""
+    device = part.device.type
+    return part.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else part
 
 
 class Graphs:

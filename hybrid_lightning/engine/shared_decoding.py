@@ -6,12 +6,14 @@ that ends leaves the linear layers at once. Its slot is given up later, together
 values.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
 from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.decoding_base import PackedDecoding
+from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.packing import visible
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
@@ -21,40 +23,69 @@ _FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
 _WIDTH_STEP = 16
 
 
+@dataclass(frozen=True)
+class _New:
+    """The tokens of a pass, N of them."""
+
+    slots: Tensor  # [N], the slot of each one's row
+    counts: Tensor  # [N], tokens of its row's own up to and with it
+    places: Tensor | int  # [N], how many tokens of its row stand before it among these; 0 where that is so for all
+    most: int  # T, tokens of a row among these
+
+    @property
+    def cells(self) -> Tensor:
+        """[N], the place of each token in a rectangle [P, G, T]."""
+        return self.slots * self.most + self.places
+
+
 class SharedPromptDecoding(PackedDecoding):
     """`Decoding` with keys and values of prompts [P, K, S, D] and of completions [P, K, G, capacity, D]; see `PackedDecoding`."""
 
-    decoded = 0  # tokens in `own`, the same for all running rows
+    decoded = 0  # tokens in `own`, of all running rows, or of the longest one where they differ
+    differ = False  # whether running rows may have unequally many
+    counts: Tensor  # [B], tokens in `own` of each row
     own_width = 0  # tokens of `own` that attention gets: those decoded, and zeros behind them
     slots: Tensor  # [P, G], the row in each
     slot_of_row: Tensor  # [B]
     row_lengths: Tensor  # [B], tokens of each row's prompt
     full: bool  # whether there is a row in every slot
+    _new: _New
     _masks: dict[int | None, Masks]  # of a step, by window
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
-        logits, prompts = self.read_prompts(), len(self.lengths)
+        logits, prompts, self.samples = self.read_prompts(), len(self.lengths), samples
         self.slots = torch.arange(prompts * samples, device=self.lengths.device).view(prompts, samples)
         self.slot_of_row = self.slots.flatten()
+        self.counts = torch.zeros_like(self.slot_of_row)
         self._start_rows()
         return logits.repeat_interleave(samples, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoding`."""
-        self.decoded += 1
-        self.own_width = self._own_width()
-        self._masks = {}
-        positions = self.row_lengths + self.decoded - 1
-        return self.project(self.engine.hidden(tokens, positions, self))
+        # A row at the end of its room has ended, though it may still be among those that run.
+        self.counts = (self.counts + 1).clamp_(max=self.max_new_tokens)
+        self.decoded = min(self.decoded + 1, self.max_new_tokens)
+        self._begin(_New(self.slot_of_row, self.counts, 0, 1))
+        return self.project(self.engine.hidden(tokens, self.row_lengths + self.counts - 1, self))
+
+    def _begin(self, new: _New) -> None:
+        self._new, self.own_width, self._masks = new, self._own_width(), {}
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""
-        self.slot_of_row = self.slot_of_row[rows]
-        self._give_up_slots()
-        self.slots = torch.zeros_like(self.slots)
-        self.slots.view(-1)[self.slot_of_row] = torch.arange(len(rows), device=rows.device)
+        self.slot_of_row, self.counts = self.slot_of_row[rows], self.counts[rows]
+        if not self.keeps_rows:
+            self._give_up_slots()
         self._start_rows()
+
+    def resume(self, added: Added) -> None:
+        """See `PackedDecoding`."""
+        self.slot_of_row, self.counts = added.rows, added.counts[added.begins[1:] - 1]
+        self._start_rows()
+        self.decoded, self.differ = added.longest, True
+        places = torch.arange(len(added.owner), device=added.owner.device) - added.begins[added.owner]
+        self._begin(_New(added.rows[added.owner], added.counts, places, added.most))
 
     def _give_up_slots(self) -> None:
         """Move the running rows together, if that leaves far fewer slots."""
@@ -87,10 +118,12 @@ class SharedPromptDecoding(PackedDecoding):
         """See `PackedDecoding`."""
         if self._has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
-            where = (self.slot_of_row, self.lengths, self.decoded, settings.window)
+            where = (self._new.slots, self._new.counts, self.lengths, settings.window)
             return attention_operators.decode_attention(
                 query, key, value, self.prompt[layer], own, *where, settings.factor(query)
             )
+        if self.differ:
+            return self._attend_cells(layer, query, key, value, settings)
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
         keys, values = self._room(layer, key, value, zeros=True)
@@ -102,6 +135,30 @@ class SharedPromptDecoding(PackedDecoding):
         )
         slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
         return slots if self.full else slots.index_select(0, self.slot_of_row)
+
+    def _attend_cells(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """Where rows have unequally many tokens, or several new ones."""
+        cells, samples, (_, all_heads, size) = self._new.cells, self.slots.shape[1], query.shape
+        keys, values = self._room(layer, key, value, zeros=True)
+        where = (self._new.slots // samples, slice(None), self._new.slots % samples, self._new.counts - 1)
+        keys[where], values[where] = key.to(keys.dtype), value.to(values.dtype)
+        shape = (*self.slots.shape, self._new.most, key.shape[1], all_heads // key.shape[1], size)
+        grouped = query[self._token_of_cell()].view(shape).permute(0, 3, 1, 4, 2, 5)
+        own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
+        result = shared_attention(grouped, self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend)
+        return result.permute(0, 2, 4, 1, 3, 5).reshape(-1, all_heads, size).index_select(0, cells)
+
+    def _token_of_cell(self) -> Tensor:
+        """[P G T], the new token in each cell; the first one where there is none, whose results nobody reads."""
+        found = self.slots.new_zeros(self.slots.numel() * self._new.most)
+        found[self._new.cells] = torch.arange(len(self._new.slots), device=found.device)
+        return found
+
+    def attend_added(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
+    ) -> Tensor:
+        """See `PackedDecoding`; `resume` has said which tokens these are."""
+        return self.attend(layer, query, key, value, settings)
 
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
         """Whether an operator computes the attention of one new token of every row."""
@@ -117,6 +174,8 @@ class SharedPromptDecoding(PackedDecoding):
         self.prompt[layer] = (keys.to(key_dtype).contiguous(), values.contiguous())
 
     def _start_rows(self) -> None:
+        self.slots = torch.zeros_like(self.slots)
+        self.slots.view(-1)[self.slot_of_row] = torch.arange(len(self.slot_of_row), device=self.slots.device)
         self.full = self.slots.numel() == len(self.slot_of_row)
         samples = self.slots.shape[1]
         self.row_lengths = self.lengths[self.slot_of_row // samples]
@@ -143,7 +202,7 @@ class SharedPromptDecoding(PackedDecoding):
                 part.zero_()
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:
-            extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
+            extra = max(self.own_width - keys.shape[3], min(keys.shape[3], self.max_new_tokens - keys.shape[3]))
             # One after the other, so that only one of them at a time is in memory twice.
             self.own[layer] = (keys := _grow(keys, extra), values)
             self.own[layer] = (keys, _grow(values, extra))
@@ -158,7 +217,15 @@ class SharedPromptDecoding(PackedDecoding):
         width = self.layout.prompts.shape[1]
         narrow = window is not None and window < width + self.decoded
         device, lengths = self.lengths.device, self.lengths[:, None]
-        own = None
+        if self.differ:
+            counts = self._new.counts[self._token_of_cell()].view(*self.slots.shape, self._new.most, 1)
+            own_mask = visible(counts - 1, torch.arange(self.own_width, device=device), window)[:, None, :, None]
+            if self.layout.prompts.filled and not narrow:
+                return Masks(own=own_mask)
+            prompt, lengths = torch.arange(width, device=device), lengths[..., None, None]
+            seen = visible(lengths + counts - 1, prompt, window) & (prompt < lengths)  # [P, G, T, S]
+            return Masks(seen[:, None, :, None], own_mask)
+        own: Tensor | None = None
         if narrow or self.own_width > self.decoded:
             own = visible(torch.tensor(self.decoded - 1, device=device), torch.arange(self.own_width, device=device), window)
         if self.layout.prompts.filled and not narrow:

@@ -3,6 +3,7 @@
 prompt_order.py       in which order training prompts are drawn
 sampler.py            samples completions
 rollout_engine.py     the interface of all that samples completions
+conversation.py       episodes of several turns, which go on with what was added to them
 vllm/                 samples completions by vLLM
 rng.py                random numbers of the sampler, and random states for checkpoints
 dynamic_sampling.py   replaces groups from which nothing can be learned

@@ -28,12 +28,13 @@ class PromptDraws:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, places: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, places: Sequence[int | str] | None = None
     ) -> None:
         names = (
             [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else [str(place) for place in places]
         )
         assert len(names) == len(prompts)
+        self._prompts, self._seed, self._names = prompts, seed, names
         self.seeds = [_seed_of(name, seed) for name in names]  # of each prompt, below 2^63
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._samples = samples_per_prompt
@@ -58,6 +59,23 @@ class PromptDraws:
                 block = block.pin_memory()
             self._block, self._next = block.to(rows.device, non_blocking=True), self._next + _STEPS
         return self._block[rows, step - self._next + _STEPS, None]
+
+    def of_turns(self, rows: Sequence[int], turns: Sequence[int]) -> "PromptDraws":
+        """The draws of later messages of some episodes, from one generator for each message.
+
+        Numbers depend on the prompt, the sample, the turn and the seed only, and not on which other episodes go on.
+
+        Args:
+            rows: Which of the P * G completions, R of them.
+            turns: The number of each one's message, from 1: that of the first, which these draws themselves are for, is 0.
+
+        Returns:
+            Draws of R prompts with one sample each.
+        """
+        assert all(turn > 0 for turn in turns)
+        places = [divmod(row, self._samples) for row in rows]
+        names = [f"{self._names[place]}/{sample} turn {turn}" for (place, sample), turn in zip(places, turns, strict=True)]
+        return PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
 
 
 def _seed_of(name: str, seed: int) -> int:

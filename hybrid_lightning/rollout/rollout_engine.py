@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
+from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts
 
@@ -203,14 +204,15 @@ class RolloutEngine(Configurable, ABC):
             ConfigError: If it cannot.
         """
 
-    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+    def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
         """Raise ConfigError if a prompt with its longest completion is too long.
 
         Args:
             config: The model's config.
             prompt_tokens: Tokens of the prompt.
+            new_tokens: Tokens of the longest completion; None for `max_new_tokens`.
         """
-        check_positions(config, prompt_tokens, self.max_new_tokens)
+        check_positions(config, prompt_tokens, new_tokens or self.max_new_tokens)
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether the next `update` has to give it all weights, and not only those that training changes."""
@@ -249,6 +251,7 @@ class RolloutEngine(Configurable, ABC):
         greedy: bool = False,
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Rollouts:
         """Complete every prompt `samples_per_prompt` times.
 
@@ -264,14 +267,58 @@ class RolloutEngine(Configurable, ABC):
             stops: Result of the method `stops`; None makes it for this call.
             on_token: Called after every token with (sequences still running, tokens decoded), for progress bars. An exception
                 from it ends the sampling.
+            limits: Most new tokens of the completions of each prompt, [P]; None for `max_new_tokens`.
 
         Returns:
             Rollouts of B = P * G sequences, on the model's device.
 
         Raises:
-            ConfigError: If the longest prompt with a completion of `max_new_tokens` exceeds the model's positions.
+            ConfigError: If a prompt with its longest completion exceeds the model's positions.
             RolloutError: If the engine fails, or completes with other weights than those of the last `update`.
         """
+
+    def conversation(
+        self,
+        engine: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        *,
+        capacity: int,
+        greedy: bool = False,
+        stops: Stops | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Conversation:
+        """Begin episodes of several turns, `samples_per_prompt` for every prompt. Weights must not change while they last.
+
+        Args:
+            engine: As in `sample`; so are the other arguments that are not named here.
+            tokenizer: Gives the token that fills up rows.
+            prompts: P prompts.
+            prompt_ids: Token ids of the prompts.
+            samples_per_prompt: Episodes of each prompt (G).
+            capacity: Most tokens of an episode behind its prompt: those sampled, and those that are added.
+            greedy: Take the most probable token instead of sampling.
+            stops: What ends a message; None makes it for this conversation.
+            on_token: Called after every token of a turn.
+        """
+        return self._conversation(
+            self,
+            engine,
+            tokenizer,
+            prompts,
+            prompt_ids,
+            samples_per_prompt,
+            capacity,
+            greedy,
+            stops or self.stops(tokenizer),
+            on_token,
+        )
+
+    @property
+    def _conversation(self) -> type[Conversation]:
+        return Conversation
 
     def completions(
         self,

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import OneKernel, SegmentDecoding, decoding_of
+from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
+from hybrid_lightning.rollout.conversation import Conversation, Draws, Turn
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
@@ -82,14 +83,19 @@ class Sampler(RolloutEngine):
         greedy: bool = False,
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Rollouts:
         """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
         device = next(engine.model.parameters()).device
-        decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), generator, greedy)
+        limits = [self.max_new_tokens] * len(prompts) if limits is None else limits
+        for prompt, limit in zip(prompt_ids, limits, strict=True):
+            self.check_prompt(getattr(engine.model, "config", None), len(prompt), limit)
+        decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), greedy, on_token)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
-        check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
-        tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
+        logits = decoder.prefill(ids, mask, samples_per_prompt, max(limits))
+        every = [limit for limit in limits for _ in range(samples_per_prompt)]
+        tokens, logprobs, lengths, finished = decoder.decode(logits, generator, every)
         completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
         sequences = Sequences(
             ids.repeat_interleave(samples_per_prompt, dim=0),
@@ -101,9 +107,41 @@ class Sampler(RolloutEngine):
         completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
+    @property
+    def _conversation(self) -> type[Conversation]:
+        return _ContinuedConversation
+
+
+class _ContinuedConversation(Conversation):
+    """Goes on from the keys and values that are there, where the model's way to decode can."""
+
+    _sampler: Sampler
+    _decoder: "_Decoder"
+
+    @torch.no_grad()
+    def _first(self, generator: Draws, limits: Sequence[int]) -> Turn:
+        assert not self._greedy or self._samples == 1, "greedy completions of one prompt are all the same"
+        self._decoder = _Decoder(self._sampler, self._engine, self._tokenizer, self._stops, self._greedy, self._on_token)
+        ids, mask = pad_left(self._prompt_ids, self._decoder.pad_id, self._decoder.device)
+        logits = self._decoder.prefill(ids, mask, self._samples, self._capacity, keeps_rows=True)
+        return Turn(*self._decoder.decode(logits, generator, [limit for limit in limits for _ in range(self._samples)]))
+
+    @torch.no_grad()
+    def _next(self, rows: Sequence[int], added: Sequence[Sequence[int]], generator: Draws, limits: Sequence[int]) -> Turn:
+        decoding = self._decoder.decoding
+        if not decoding.can_extend:
+            return super()._next(rows, added, generator, limits)
+        own = [self._own[row] for row in rows]
+        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
+        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
+        return Turn(*self._decoder.decode(logits, generator, limits))
+
 
 class _Decoder:
-    """One call of `Sampler.sample`: prefill, then one token at a time for the sequences that still run."""
+    """Prefill, then one token at a time for the sequences that still run."""
+
+    decoding: Decoding
+    generator: Draws
 
     def __init__(
         self,
@@ -111,29 +149,28 @@ class _Decoder:
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
         stops: Stops,
-        generator: torch.Generator | PromptDraws | None,
         greedy: bool,
+        on_token: Callable[[int, int], None] | None,
     ) -> None:
-        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
+        self.sampler, self.engine, self.greedy, self.on_token = sampler, engine, greedy, on_token
         self.device = next(engine.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = pad_token(tokenizer)
 
-    def run(
-        self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode until all sequences have ended.
+    def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool = False) -> Tensor:
+        """Read the prompts.
 
         Args:
             ids: Prompts [P, S], left-padded.
             mask: True on real tokens, [P, S] bool.
             samples: Completions of each prompt (G).
-            on_token: See `RolloutEngine.sample`.
+            capacity: Most tokens of a completion.
+            keeps_rows: Whether completions go on after they have ended.
 
         Returns:
-            Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
+            Logits [B, V] of the first token of each completion.
         """
-        decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
+        self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
         graphs = self.engine.graphs
         if isinstance(decoding, SegmentDecoding):
             wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
@@ -142,24 +179,42 @@ class _Decoder:
             raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
         elif self.sampler.cuda_graphs and _replays(self.device):
             graphs.say(self._why_no_graphs())
-        logits = decoding.prefill(samples)
-        batch = logits.shape[0]
+        return decoding.prefill(samples)
+
+    def decode(self, logits: Tensor, generator: Draws, limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode until all sequences have ended.
+
+        Args:
+            logits: Of the first token of each, [B, V].
+            generator: See `RolloutEngine.sample`.
+            limits: Most tokens of each, [B].
+
+        Returns:
+            Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
+        """
+        decoding, graphs, self.generator = self.decoding, self.engine.graphs, generator
+        batch, most = logits.shape[0], max(limits)
+        limit = None if min(limits) == most else torch.tensor(limits, device=self.device)  # where not all have the same
+        cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by a limit of their own
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
-        tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
-        logprobs = torch.zeros(batch, self.sampler.max_new_tokens, device=self.device)
+        tokens = torch.full((batch, most), self.pad_id, device=self.device)
+        logprobs = torch.zeros(batch, most, device=self.device)
         leaving = max(1, round(decoding.leave_together * batch))
         counter = _Running(batch, self.device)
-        for step in range(self.sampler.max_new_tokens):
+        for step in range(most):
             token, logprob = self._choose(logits, rows, step)
             tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
             lengths[rows] = lengths[rows] + running
             running = running & ~self._ended(token, tokens[rows, : step + 1])
+            if limit is not None:
+                full = running & (limit[rows] <= step + 1)
+                cut[rows], running = cut[rows] | full, running & ~full
             alive = counter.after(step, running)
-            if on_token is not None:
-                on_token(alive, step + 1)
-            if alive == 0 or step + 1 == self.sampler.max_new_tokens:
+            if self.on_token is not None:
+                self.on_token(alive, step + 1)
+            if alive == 0 or step + 1 == most:
                 break
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
@@ -170,7 +225,7 @@ class _Decoder:
             logits = decoding.step(token)
         if graphs.why_not and self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {graphs.why_not}; remove it")
-        finished = torch.ones(batch, dtype=torch.bool, device=self.device)
+        finished = ~cut
         finished[rows[running]] = False
         longest = int(lengths.max())
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished

@@ -10,15 +10,15 @@ from hybrid_lightning.engine.cpu.build import library
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
 
 
-def reference_of_decoding(query, key, value, prompt, own, slots, lengths, decoded, window, scaling):
+def reference_of_decoding(query, key, value, prompt, own, slots, counts, lengths, window, scaling):
+    """`own` holds the new tokens, too."""
     result = torch.empty(query.shape, dtype=torch.float64)
     samples, repeats = own[0].shape[2], query.shape[1] // key.shape[1]
-    for row, slot in enumerate(slots.tolist()):
+    for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
         place, sample = divmod(slot, samples)
         pairs = []
-        for shared, mine, new in zip(prompt, own, (key, value), strict=True):
-            before = mine[place, :, sample, : decoded - 1]
-            pairs.append(torch.cat([shared[place, :, : lengths[place]], before, new[row][:, None]], dim=1).double())
+        for shared, mine in zip(prompt, own, strict=True):
+            pairs.append(torch.cat([shared[place, :, : lengths[place]], mine[place, :, sample, :count]], dim=1).double())
         keys, values = (part[:, -window:] if window else part for part in pairs)
         keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
         weights = torch.einsum("hd,hsd->hs", query[row].double(), keys).mul(scaling).softmax(-1)
@@ -29,19 +29,19 @@ def reference_of_decoding(query, key, value, prompt, own, slots, lengths, decode
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "repeats", "window"), [(32, 1, None), (64, 3, 2), (96, 2, 6), (128, 5, 100), (256, 4, 6)])
 def test_decode_attention(size, repeats, window, dtype):
-    prompts, samples, heads, width, capacity, decoded = 3, 4, 2, 7, 9, 4
+    prompts, samples, heads, width, capacity = 3, 4, 2, 7, 9
     prompt = made(2, prompts, heads, width, size, dtype=dtype).unbind()
     own = made(2, prompts, heads, samples, capacity, size, dtype=dtype, seed=1).unbind()
-    lengths, slots = torch.tensor([7, 3, 5]), torch.tensor([0, 2, 5, 6, 11])  # some slots have no row
-    query, key, value = made(5, heads * (repeats + 2), size, dtype=dtype, seed=2).split([heads * repeats, heads, heads], dim=1)
-    arguments = (slots, lengths, decoded, window, 0.3)
-    exact = reference_of_decoding(query, key, value, prompt, own, *arguments)
+    # Some slots have no row, and one has three new tokens.
+    lengths, slots, counts = torch.tensor([7, 3, 5]), torch.tensor([0, 2, 2, 2, 5, 11]), torch.tensor([4, 5, 6, 7, 1, 9])
+    query, key, value = made(6, heads * (repeats + 2), size, dtype=dtype, seed=2).split([heads * repeats, heads, heads], dim=1)
+    arguments = (slots, counts, lengths, window, 0.3)
     before = [part.clone() for part in own]
     found = kernels.decode_attention(query, key, value, prompt, own, *arguments)
-    assert_near(found, exact, dtype)
+    assert_near(found, reference_of_decoding(query, key, value, prompt, own, *arguments), dtype)
     for part, old, new in zip(own, before, (key, value), strict=True):
-        for row, slot in enumerate(slots.tolist()):
-            old[slot // samples, :, slot % samples, decoded - 1] = new[row]
+        for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+            old[slot // samples, :, slot % samples, count - 1] = new[row]
         assert torch.equal(part, old), "the new token's key and value are kept in their places, and nothing else is touched"
 
 

@@ -24,6 +24,22 @@ def test_a_rollout_is_what_the_servers_answer(start, build, tokenizer):
     assert rollouts.finished.all()
 
 
+def test_an_episode_goes_on_with_a_longer_prompt_and_a_seed_of_its_own(start, build, tokenizer):
+    server = start()
+    sampler = build(server, weights=Weights(3))
+    prompts = [Prompt(text=str(number), index=number) for number in range(2)]
+    engine, draws = type("OfModel", (), {"model": MODEL})(), PromptDraws(prompts, 2, 0)
+    conversation = sampler.conversation(engine, tokenizer, prompts, [[3, 5], [4]], 2, capacity=20)
+    assert conversation.first(draws, [8, 5]).tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]
+    turn = conversation.next([1, 2, 3], [[7, 7], [], [9]], draws, [4, 8, 30])
+    assert turn.lengths.tolist() == [3, 3, 3] and turn.finished.all()
+    asked = [body for body in server.asked("/inference/v1/generate") if body]
+    contexts = {(*body["token_ids"],): body["sampling_params"] for body in asked}
+    expected = {(3, 5): (2, 8), (4,): (2, 5), (3, 5, 10, 3, 1, 7, 7): (1, 4), (4, 6, 2, 1): (1, 8), (4, 6, 3, 1, 9): (1, 16)}
+    assert {ids: (asked["n"], asked["max_tokens"]) for ids, asked in contexts.items()} == expected
+    assert len({asked["seed"] for asked in contexts.values()}) == 5
+
+
 def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer(start, build):
     servers = [start(delay=0.02), start(delay=0.02)]
     complete(build(*servers, weights=Weights(1)), prompts=8)

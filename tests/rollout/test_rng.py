@@ -38,6 +38,17 @@ def test_they_do_not_depend_on_the_other_prompts_and_on_rows_that_have_ended():
         assert torch.equal(draws.numbers(rows, step).squeeze(1), together.view(12, -1)[rows, step])
 
 
+def test_later_messages_have_numbers_of_their_own_whichever_episodes_go_on():
+    draws, rows, turns = PromptDraws(PROMPTS, 2, 0), [0, 3, 4, 11], [1, 2, 1, 1]
+    together = draws.of_turns(rows, turns).numbers(torch.arange(4), 0)
+    alone = [draws.of_turns([row], [turn]).numbers(torch.arange(1), 0) for row, turn in zip(rows, turns, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    of_rank = PromptDraws(PROMPTS[2:3], 2, 0).of_turns([0], [1])
+    assert of_rank.seeds == draws.of_turns([4], [1]).seeds
+    others = [draws.of_turns([0, 1], turns) for turns in ([1, 1], [2, 2])] + [PromptDraws(PROMPTS, 2, 1).of_turns([0, 1], [1, 1])]
+    assert len({seed for made in (draws, *others) for seed in made.seeds}) == 6 + 3 * 2
+
+
 def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer):
     model, sampler = build_model("llama", std=0.1), Sampler(max_new_tokens=8)
 

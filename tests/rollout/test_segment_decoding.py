@@ -162,7 +162,7 @@ def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
     assert min(token["call"] for token in tokens) <= 80 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 
 
-class _Graph:
+class FakeGraph:
     """In place of a CUDA graph: replays by calling the step again, into the same tensors."""
 
     made = 0
@@ -180,19 +180,19 @@ class _Graph:
 
 def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
     """A graph for each number of rows; it reads the same tensors at every token."""
-    monkeypatch.setattr(segment_decoding, "StepGraph", _Graph)
-    _Graph.made = 0
+    monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
+    FakeGraph.made = 0
     engine = Engine(build_model("llama"), OfAccelerator())
     plain, replayed = (sample(engine, tokenizer, 40, stop=["7"], cuda_graphs=on) for on in (False, True))
     assert torch.equal(plain.sequences.completion_ids, replayed.sequences.completion_ids)
     assert torch.allclose(plain.sampling_logprobs, replayed.sampling_logprobs, atol=1e-5, rtol=0)
-    assert 1 < _Graph.made <= 16 and engine.graphs.passed
+    assert 1 < FakeGraph.made <= 16 and engine.graphs.passed
 
 
 def test_graphs_are_given_up_where_they_give_other_numbers_or_cannot_be_made(tokenizer, monkeypatch, caplog):
     """`auto`, as it is on a GPU: the completions are those of plain steps, and it is said once."""
 
-    class Wrong(_Graph):
+    class Wrong(FakeGraph):
         def replay(self, tokens):
             return super().replay(tokens) * 1.001
 

@@ -17,35 +17,35 @@ def decode_attention(
     prompt: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
     slots: Tensor,
+    counts: Tensor,
     lengths: Tensor,
-    decoded: int,
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of one new token in each of B rows. Its key and value are written behind the row's own.
+    """Attention of N new tokens of completions. Their keys and values are written behind the completions' own.
 
     Args:
-        query: [B, H, D].
-        key: [B, K, D].
-        value: [B, K, D].
+        query: [N, H, D].
+        key: [N, K, D].
+        value: [N, K, D].
         prompt: Keys and values of the prompts, [P, K, S, D] each, padded on the right; contiguous.
         own: Keys and values of the completions, [P, K, G, capacity, D] each; contiguous.
-        slots: The slot of each row, [B] int64, counted over [P, G].
+        slots: The slot of each token's completion, [N] int64, counted over [P, G].
+        counts: Tokens of its completion up to the new one, which is included, [N] int64.
         lengths: Tokens of each prompt, [P] int64.
-        decoded: Tokens of a completion, the new one included.
         window: A token sees this many positions; None for all.
         scaling: Factor of the scores.
 
     Returns:
-        [B, H, D].
+        [N, H, D].
     """
     heads, (count, all_heads, size) = key.shape[1], query.shape
     new = [_dense_tokens(part) for part in (query, key, value)]
     result = query.new_empty(query.shape)
-    tensors = (*new, *prompt, *own, slots, lengths, result)
+    tensors = (*new, *prompt, *own, slots, counts, lengths, result)
     sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
     strides = [part.stride(0) for part in new]
-    call_kernel("decode_attention", query.dtype, tensors, *sizes, decoded, window or 0, scaling, *strides)
+    call_kernel("decode_attention", query.dtype, tensors, *sizes, window or 0, scaling, *strides)
     return result
 
 

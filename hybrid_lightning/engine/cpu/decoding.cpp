@@ -1,4 +1,4 @@
-// Attention of one new token of every running completion to its prompt's keys and values, which all its siblings read, and its own.
+// Attention of new tokens of running completions to their prompt's keys and values, which all siblings read, and their own.
 
 #include <algorithm>
 #include <vector>
@@ -48,18 +48,25 @@ static void attend(
 
 template <class T, int D>
 static void decode(
-    const Cache<T>& cache, const T* query, const T* key, const T* value, const int64_t* slots, const int64_t* lengths, T* result,
-    int64_t rows, int64_t repeats, int64_t decoded, int64_t window, float scale, const int64_t* strides) {
-    int64_t G = cache.samples, K = cache.heads, S = cache.width;
-#pragma omp parallel if (rows * K * repeats * (S + decoded) * D > GRAIN)
+    const Cache<T>& cache, const T* query, const T* key, const T* value, const int64_t* slots, const int64_t* counts,
+    const int64_t* lengths, T* result, int64_t rows, int64_t repeats, int64_t window, float scale, const int64_t* strides) {
+    int64_t G = cache.samples, K = cache.heads, S = cache.width, most = *std::max_element(counts, counts + rows);
+#pragma omp parallel if (rows * K * repeats * (S + most) * D > GRAIN)
     {
-        std::vector<float> scores(4 * padded(S + decoded)), queries(4 * D);
+        std::vector<float> scores(4 * padded(S + most)), queries(4 * D);
+        // All of them first, since a completion may have several new tokens.
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < rows * K; ++unit) {
+            int64_t row = unit / K, head = unit % K, slot = slots[row], own = (slot / G * K + head) * G + slot % G;
+            int64_t place = (own * cache.capacity + counts[row] - 1) * D;
+            std::copy_n(key + row * strides[1] + head * D, D, cache.keys + place);
+            std::copy_n(value + row * strides[2] + head * D, D, cache.values + place);
+        }
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < rows * K; ++unit) {
             int64_t row = unit / K, head = unit % K, slot = slots[row], prompt = slot / G, own = (prompt * K + head) * G + slot % G;
             T *keys = cache.keys + own * cache.capacity * D, *values = cache.values + own * cache.capacity * D;
-            std::copy_n(key + row * strides[1] + head * D, D, keys + (decoded - 1) * D);
-            std::copy_n(value + row * strides[2] + head * D, D, values + (decoded - 1) * D);
+            int64_t decoded = counts[row];
             // Of all positions before the new token's, prompt and completion together, the first that it sees.
             int64_t length = lengths[prompt], first = window > 0 ? std::max<int64_t>(0, length + decoded - window) : 0;
             int64_t skipped = std::min(first, length), gone = first - skipped, shared = (prompt * K + head) * S + skipped;
@@ -80,13 +87,13 @@ static void decode(
 template <class T>
 static void decode_attention(
     const T* query, const T* key, const T* value, const T* prompt_keys, const T* prompt_values, T* keys, T* values,
-    const int64_t* slots, const int64_t* lengths, T* result, int64_t rows, int64_t samples, int64_t heads, int64_t repeats,
-    int64_t width, int64_t capacity, int64_t size, int64_t decoded, int64_t window, float scale, int64_t query_stride,
+    const int64_t* slots, const int64_t* counts, const int64_t* lengths, T* result, int64_t rows, int64_t samples, int64_t heads,
+    int64_t repeats, int64_t width, int64_t capacity, int64_t size, int64_t window, float scale, int64_t query_stride,
     int64_t key_stride, int64_t value_stride) {
     Cache<T> cache{prompt_keys, prompt_values, keys, values, samples, heads, width, capacity};
     int64_t strides[3] = {query_stride, key_stride, value_stride};
     auto compute = size == 32 ? decode<T, 32> : size == 64 ? decode<T, 64> : size == 96 ? decode<T, 96> : size == 128 ? decode<T, 128> : decode<T, 256>;
-    compute(cache, query, key, value, slots, lengths, result, rows, repeats, decoded, window, scale, strides);
+    compute(cache, query, key, value, slots, counts, lengths, result, rows, repeats, window, scale, strides);
 }
 
 EXPORT(decode_attention)

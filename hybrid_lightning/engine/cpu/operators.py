@@ -27,7 +27,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "float_logits": [_POINTER] * 5 + [_INTEGER] * 3,
     "draw_tokens": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
     "token_logprobs": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT, _INTEGER],
-    "decode_attention": [_POINTER] * 10 + [_INTEGER] * 9 + [_FLOAT] + [_INTEGER] * 3,
+    "decode_attention": [_POINTER] * 11 + [_INTEGER] * 8 + [_FLOAT] + [_INTEGER] * 3,
     "packed_attention": [_POINTER] * 6 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
     "packed_attention_backward": [_POINTER] * 9 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
 }

@@ -61,16 +61,21 @@ class VLLMEngine(RolloutEngine):
         greedy: bool = False,
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Rollouts:
         """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
         assert self.version is not None, "the engine has to be given weights first"
         device = next(engine.model.parameters()).device
-        for ids in prompt_ids:
-            self.check_prompt(getattr(engine.model, "config", None), len(ids))
+        limits = [self.max_new_tokens] * len(prompts) if limits is None else limits
+        for ids, limit in zip(prompt_ids, limits, strict=True):
+            self.check_prompt(getattr(engine.model, "config", None), len(ids), limit)
         stop_ids = (stops or self.stops(tokenizer)).ids
         seeds = seeds_of(generator, len(prompts))
-        asked = [self._parameters(stop_ids, samples_per_prompt, seed, greedy) for seed in seeds]
+        asked = [
+            self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
+            for seed, limit in zip(seeds, limits, strict=True)
+        ]
         answers = [answer for group in self.complete(prompt_ids, asked, on_token) for answer in group]
         assert len(answers) == len(prompts) * samples_per_prompt
         for answer in answers:
@@ -150,11 +155,12 @@ class VLLMEngine(RolloutEngine):
                 "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
             )
 
-    def check_length(self, prompt_tokens: int, context: int, remedy: str) -> None:
+    def check_length(self, prompt_tokens: int, new_tokens: int | None, context: int, remedy: str) -> None:
         """Raise ConfigError if a prompt with its longest completion does not fit into an engine's context."""
-        if prompt_tokens + self.max_new_tokens > context:
+        longest = new_tokens or self.max_new_tokens
+        if prompt_tokens + longest > context:
             raise ConfigError(
-                f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={self.max_new_tokens} exceed vLLM's context of "
+                f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={longest} exceed vLLM's context of "
                 f"{context} tokens; {remedy}"
             )
 

@@ -109,11 +109,11 @@ class VLLMSampler(VLLMEngine):
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
 
-    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+    def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
         """See `RolloutEngine`."""
-        super().check_prompt(config, prompt_tokens)
+        super().check_prompt(config, prompt_tokens, new_tokens)
         if self.max_model_len is not None:
-            self.check_length(prompt_tokens, self.max_model_len, "raise sampler.max_model_len")
+            self.check_length(prompt_tokens, new_tokens, self.max_model_len, "raise sampler.max_model_len")
 
     # ---- weights
 

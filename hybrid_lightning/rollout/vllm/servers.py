@@ -115,12 +115,12 @@ class VLLMServerSampler(VLLMEngine):
         if len(kinds) > 1:
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
-    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+    def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
         """See `RolloutEngine`."""
-        super().check_prompt(config, prompt_tokens)
+        super().check_prompt(config, prompt_tokens, new_tokens)
         known = [server.facts.context for server in self._servers if server.is_known]
         if known:
-            self.check_length(prompt_tokens, min(known), "start the servers with a longer --max-model-len")
+            self.check_length(prompt_tokens, new_tokens, min(known), "start the servers with a longer --max-model-len")
 
     # ---- weights
 

@@ -1,0 +1,165 @@
+"""Episodes of several turns: each message is what one long pass over its whole context gives, whichever episodes go on."""
+
+import pytest
+import torch
+from test_segment_decoding import FakeGraph
+from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
+from tiny_decoders import build as build_adapted
+from tiny_models import FAMILIES, SIZES, build_model, engine_of
+from transformers import MistralConfig
+
+from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
+from hybrid_lightning.rollout.conversation import Conversation
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt
+
+TEXTS, SAMPLES, CAPACITY = ("12+3=", "what is 7 plus 15?\n", "9="), 3, 60
+PROMPTS = [Prompt(text=text, index=place) for place, text in enumerate(TEXTS)]
+# Which episodes go on: all but one, one that had paused, and some again.
+ROWS = ([0, 1, 2, 4, 5, 6, 7, 8], [1, 3, 6, 7], [0, 1, 3, 6])
+
+
+def added_to(row, turn):
+    """Token ids; one episode gets none."""
+    return [3 + (7 * row + turn + place) % 40 for place in range((3 * row + turn) % 6)]
+
+
+def play(begin, engine, tokenizer, rows=ROWS, limits=None, **settings):
+    """Turns of episodes: the number of each one, its message, log-probabilities, and all that stood before it."""
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    sampler = Sampler(**{"max_new_tokens": 12, "stop": ["7", "3"], **settings})
+    contexts = [list(ids[row // SAMPLES]) for row in range(len(TEXTS) * SAMPLES)]
+    draws, turns = PromptDraws(PROMPTS, SAMPLES, 3), []
+
+    def noted(rows, turn):
+        parts = (turn.tokens.tolist(), turn.logprobs, turn.lengths.tolist(), turn.finished.tolist())
+        messages = []
+        for row, tokens, logprobs, length, finished in zip(rows, *parts, strict=True):
+            messages.append((row, tokens[:length], logprobs[:length], list(contexts[row]), finished))
+            assert not logprobs[length:].any() and set(tokens[length:]) <= {tokenizer.pad_token_id}
+            contexts[row] += tokens[:length]
+        turns.append(messages)
+
+    with torch.no_grad(), engine.sampling():
+        conversation = begin(sampler, engine, tokenizer, PROMPTS, ids, SAMPLES, capacity=CAPACITY)
+        noted(range(len(contexts)), conversation.first(draws))
+        for number, going_on in enumerate(rows):
+            added = [added_to(row, number) for row in going_on]
+            for row, tokens in zip(going_on, added, strict=True):
+                contexts[row] += tokens
+            noted(going_on, conversation.next(going_on, added, draws, limits and [limits[row] for row in going_on]))
+    return turns
+
+
+def assert_of_whole_contexts(model, turns):
+    for _, tokens, logprobs, context, _ in (message for turn in turns for message in turn):
+        logits = model(torch.tensor([context + tokens])).logits[0, len(context) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
+
+
+def by_longer_prompts(sampler, *arguments, capacity):
+    """As engines do that have no other way."""
+    return Conversation(sampler, *arguments, capacity, False, sampler.stops(arguments[1]), None)
+
+
+def messages_of(turns):
+    return [[(row, tokens, finished) for row, tokens, _, _, finished in turn] for turn in turns]
+
+
+def test_any_engine_goes_on_by_a_longer_prompt(tokenizer):
+    model = build_model("llama")
+    turns = play(by_longer_prompts, engine_of(model), tokenizer)
+    assert_of_whole_contexts(model, turns)
+    lengths = [len(tokens) for turn in turns for _, tokens, *_ in turn]
+    assert min(lengths) < 4 and max(lengths) == 12
+
+
+def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
+    engine = engine_of(build_model("llama"))
+    together = play(Sampler.conversation, engine, tokenizer)
+    alone = play(Sampler.conversation, engine, tokenizer, [[6] if 6 in rows else [] for rows in ROWS])
+    assert [turn for turn in messages_of(alone)[1:]] == [
+        [message for message in turn if message[0] == 6] for turn in messages_of(together)[1:]
+    ]
+
+
+def test_every_episode_has_a_limit_of_its_own(tokenizer):
+    limits = [1, 2, 30, 1, 3, 4, 9, 2, 6]
+    engine = engine_of(build_model("llama"))
+    free, cut = (play(Sampler.conversation, engine, tokenizer, ROWS[:1], given) for given in ([30] * 9, limits))
+    for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
+        assert tokens == whole[: limits[row]] and finished == (ended and len(whole) <= limits[row])
+    assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
+
+
+@pytest.fixture
+def without_reading_again(monkeypatch):
+    """Whoever gives a whole context as a longer prompt fails."""
+    monkeypatch.setattr(Conversation, "_next", None)
+
+
+# Windows that hide all of a prompt, and some of it; heads for which there is a kernel.
+MODELS = {family: lambda family=family: build_model(family) for family in FAMILIES}
+MODELS |= {family: lambda family=family: special_model(SPECIAL[family]) for family in ("mistral", "gemma2", "gemma3")}
+MODELS["wide window"] = lambda: special_model(MistralConfig(**SIZES, sliding_window=16, head_dim=8))
+MODELS["heads of 32"] = lambda: build_model("llama", hidden_size=128)
+MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, "hidden_size": 128}, sliding_window=16))
+
+
+@pytest.mark.usefixtures("with_and_without_kernels", "without_reading_again")
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mistral", "wide window", "heads of 32", "heads of 32, window"])
+def test_messages_are_those_of_whole_contexts_whatever_the_model(tokenizer, name):
+    model = MODELS[name]()
+    turns = play(Sampler.conversation, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
+    assert_of_whole_contexts(model, turns)
+    assert len({len(tokens) for turn in turns for _, tokens, *_ in turn}) > 3
+
+
+@pytest.mark.usefixtures("without_reading_again")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "wide window", "mistral"])
+def test_messages_on_accelerators_too(tokenizer, name, monkeypatch):
+    """By segments, with and without graphs, or by a kernel with a mask where windows hide prompts."""
+    monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
+    model = MODELS[name]()
+    for graphs in (False, *([True] if name == "qwen3" else [])):
+        turns = play(Sampler.conversation, Engine(model, OfAccelerator()), tokenizer, cuda_graphs=graphs)
+        assert_of_whole_contexts(model, turns)
+
+
+@pytest.mark.usefixtures("without_reading_again")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_messages_by_a_cache_of_transformers_too(tokenizer, name, monkeypatch):
+    monkeypatch.setattr(Engine, "packs", False)
+    model = MODELS[name]()
+    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
+
+
+def test_a_cache_that_cannot_leave_out_columns_is_made_again(tokenizer, monkeypatch):
+    monkeypatch.setattr(Engine, "packs", False)
+    model = MODELS["wide window"]()
+    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
+
+
+def test_adapted_models_go_on_as_by_longer_prompts(tokenizer):
+    engine = fused(build_adapted("qwen3").model)
+    again, going_on = (messages_of(play(begin, engine, tokenizer)) for begin in (by_longer_prompts, Sampler.conversation))
+    assert going_on == again
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("backend", [Backend, OfAccelerator])
+def test_a_row_that_runs_on_after_its_end_stays_in_its_own_room(backend):
+    model = MODELS["heads of 32"]()
+    engine, mask = Engine(model, backend()), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad(), engine.sampling():
+        decoding = decoding_of(engine, torch.tensor([[5, 6, 7]]), mask, 8, keeps_rows=True)
+        decoding.prefill(2)
+        for token in (8, 9, 10):
+            decoding.step(torch.tensor([token, token]))
+        decoding.extend([0, 1], [2, 2], [[11] * 6, [12]])
+        for token in (13, 14, 15):
+            logits = decoding.step(torch.tensor([token, token]))
+    expected = model(torch.tensor([[5, 6, 7, 8, 9, 12, 13, 14, 15]])).logits[0, -1]
+    torch.testing.assert_close(logits[1], expected, atol=1e-4, rtol=0)

@@ -1,19 +1,24 @@
-"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data.
+"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data, or all of it.
 
 Nothing in this process is trusted once the program runs: the program may change all of it, and gains no more by that than to send
 other data.
 """
 
+import ast
 import os
+import random
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 from hybrid_lightning.sandbox import wire
 
 RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
-MAIN, MODULE = "__main__", "solution"
+MAIN, MODULE, CELL = "__main__", "solution", "<cell>"
+WHOLE = b"whole"  # the error output of cells that have all run, which one that ends the process never writes
 
 
 def compile_program(setup: str, source: str) -> list[types.CodeType]:
@@ -106,3 +111,50 @@ def run_script(setup: str, source: str) -> None:
     sys.modules[MAIN] = module
     for code in compile_program(setup, source):
         exec(code, module.__dict__)
+
+
+def run_cells(cells: Sequence[str], seed: int) -> None:
+    """Run pieces of code one after the other, and show the output of the last one alone.
+
+    After what a cell prints comes the value of the expression that it may end with, or a line about its error. No error stops later
+    cells.
+
+    Args:
+        cells: The pieces, which share their names.
+        seed: Of `random`, so that the earlier cells of a session do the same when they run again.
+    """
+    random.seed(seed)
+    sys.stderr = sys.stdout
+    module = types.ModuleType(MAIN)
+    sys.modules[MAIN] = module
+    for cell in cells:
+        with suppress(OSError, ValueError):  # what is too long to be written, or a stream that a cell has closed
+            sys.stdout.flush()
+        os.ftruncate(1, 0)
+        os.lseek(1, 0, os.SEEK_SET)
+        try:
+            _run_cell(cell, module.__dict__)
+        except BaseException as error:
+            print(_short(error))
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os.write(2, WHOLE)
+    os._exit(0)  # threads that a cell has left are not waited for
+
+
+def _run_cell(cell: str, names: dict[str, Any]) -> None:
+    tree = ast.parse(cell, CELL)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, CELL, "exec", dont_inherit=True), names)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), CELL, "eval", dont_inherit=True), names)
+        if value is not None:
+            print(repr(value))
+
+
+def _short(error: BaseException) -> str:
+    """An error in one line, with the line of the cell in which it came up."""
+    text = traceback.format_exception_only(error)[-1].strip()
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == CELL]
+    number = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return text if number is None else f"{text} (line {number})"

@@ -8,10 +8,13 @@ import json
 import operator
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +104,14 @@ class PythonSession(Configurable):
     """Python in the sandbox, whose names last from call to call of an episode.
 
     A session holds no process: a call runs the code of the earlier calls again, in a new box, and shows what the last one prints.
-    So nothing outlives an episode, and code that hangs, crashes or uses up its memory is left out and costs nothing but its own
-    call. `random` is seeded by the episode; what else differs from run to run, such as the time, is new in each call. The limits
-    hold for all code of a session together. Programs are isolated as those of `CodeTests` are.
+    So nothing outlives a call, and code that hangs or crashes is left out and costs nothing but its own call; but slow code slows
+    later calls down, too. `random` is seeded by the episode; what else differs from run to run, such as the time, is new in each
+    call. Code is isolated as the programs of `CodeTests` are.
 
     Args:
-        cpu_seconds: CPU time in whole seconds.
-        wall_seconds: Wall time.
-        memory_mb: Memory in MiB.
+        cpu_seconds: CPU time of a call in whole seconds, beside what the earlier calls took.
+        wall_seconds: Wall time of a call, likewise.
+        memory_mb: Memory of a session in MiB.
         packages: Installed packages that may be imported, with those that they need; None for the standard library alone.
         allow_without_isolation: Whether code may run on a machine that cannot isolate it. It can then do what you can.
 
@@ -141,6 +144,7 @@ class PythonSession(Configurable):
     def start(self, seed: int) -> None:
         """Begin an episode, without any names."""
         self.seed, self.cells = seed, list[str]()
+        self.cpu_s, self.wall_s = 0.0, 0.0  # what the cells took when they last ran
 
     def __call__(self, code: str) -> str:
         """Run Python code. Names stay defined for the next call.
@@ -148,14 +152,20 @@ class PythonSession(Configurable):
         Args:
             code: The code. What it prints is returned, and the value of the expression in its last line.
         """
-        job = {"cells": [*self.cells, code], "seed": self.seed}
-        ran = launch([Box("cells", job)], self.settings.mechanisms, self.settings.limits, self.settings.packages)
-        if ran.in_time and ran.stderr.endswith(WHOLE):
-            self.cells.append(code)
-            return ran.stdout.decode(errors="replace").strip() or "(no output)"
-        limits = self.settings.limits
-        ending = (ran.endings.get("cells") or "it ended Python") if ran.in_time else f"not done after {limits.wall_seconds:g} s"
-        return f"error: {ending}; names are as before this call ({limits.cpu_seconds} s of CPU time for all calls together)"
+        own, settings = self.settings.limits, self.settings
+        limits = replace(own, cpu_seconds=own.cpu_seconds + ceil(self.cpu_s), wall_seconds=own.wall_seconds + self.wall_s)
+        started = time.monotonic()
+        box = Box("cells", {"cells": [*self.cells, code], "seed": self.seed})
+        ran = launch([box], settings.mechanisms, limits, settings.packages)
+        whole = re.search(rb"%s (\d{1,9})\Z" % WHOLE, ran.stderr)
+        if not (ran.in_time and whole):
+            ending = (ran.endings.get("cells") or "it ended Python") if ran.in_time else f"not done after {own.wall_seconds:g} s"
+            return f"error: {ending}; names are as before this call"
+        self.cells.append(code)
+        # Code could write another time than that which it took, but none above the limit.
+        self.cpu_s = min(int(whole[1]) / 1000, limits.cpu_seconds)
+        self.wall_s = min(time.monotonic() - started, limits.wall_seconds)
+        return ran.stdout.decode(errors="replace").strip() or "(no output)"
 
 
 @cache

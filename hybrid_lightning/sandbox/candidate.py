@@ -5,9 +5,11 @@ other data.
 """
 
 import ast
+import io
 import os
 import random
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Sequence, Set
@@ -18,7 +20,7 @@ from hybrid_lightning.sandbox import wire
 
 RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
 MAIN, MODULE, CELL = "__main__", "solution", "<cell>"
-WHOLE = b"whole"  # the error output of cells that have all run, which one that ends the process never writes
+WHOLE = b"whole"  # error output of cells that have all run, before their CPU time in ms; one that ends the process writes none
 
 
 def compile_program(setup: str, source: str) -> list[types.CodeType]:
@@ -114,32 +116,38 @@ def run_script(setup: str, source: str) -> None:
 
 
 def run_cells(cells: Sequence[str], seed: int) -> None:
-    """Run pieces of code one after the other, and show the output of the last one alone.
+    """Run pieces of code one after the other, show the output of the last one alone, and end with a mark (see `WHOLE`).
 
-    After what a cell prints comes the value of the expression that it may end with, or a line about its error. No error stops later
-    cells.
+    After what a cell prints comes the value of the expression that it may end with, or a line about its error, after which later
+    cells run all the same.
 
     Args:
         cells: The pieces, which share their names.
         seed: Of `random`, so that the earlier cells of a session do the same when they run again.
     """
     random.seed(seed)
-    sys.stderr = sys.stdout
     module = types.ModuleType(MAIN)
     sys.modules[MAIN] = module
     for cell in cells:
-        with suppress(OSError, ValueError):  # what is too long to be written, or a stream that a cell has closed
-            sys.stdout.flush()
-        os.ftruncate(1, 0)
-        os.lseek(1, 0, os.SEEK_SET)
+        _begin_output(keep=False)
         try:
             _run_cell(cell, module.__dict__)
         except BaseException as error:
             print(_short(error))
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    os.write(2, WHOLE)
+    _begin_output(keep=True)  # whether another cell could run; if not, this process ends with an error
+    os.write(2, b"%s %d" % (WHOLE, time.process_time() * 1000))
     os._exit(0)  # threads that a cell has left are not waited for
+
+
+def _begin_output(keep: bool) -> None:
+    """Write standard output behind what is there, or over it, by a stream that no cell has closed or replaced."""
+    with suppress(OSError, ValueError):  # what is too long to be written, or a stream that is closed
+        sys.stdout.flush()
+    size = os.fstat(1).st_size if keep else 0
+    os.ftruncate(1, size)
+    os.lseek(1, size, os.SEEK_SET)
+    binary = open(1, "wb", closefd=False)  # noqa: SIM115  (open as long as the cell runs)
+    sys.stdout = sys.stderr = io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace")
 
 
 def _run_cell(cell: str, names: dict[str, Any]) -> None:

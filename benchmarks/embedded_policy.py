@@ -8,7 +8,14 @@ A Llama model of 0.9 M parameters reads a corpus of products, every line of whic
 
 The working, in brackets, is units first: 7*6 = 42, then 4*6 + 4 = 28, then 3*6 + 2 = 20; each partial product adds the carry of
 the one before. Short steps are easy for so small a model, and a whole product at once is hard. From the lines with ":" it learns
-to work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See README.md beside this file.
+to work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See hybrid_lightning/assets/README.md.
+
+The embedded policy for episodes (`--policy episodes`) reads turns, each behind the tokens that come before it in an episode, and
+learns those of the turn alone:
+
+    347*68=23596                         answered directly
+    347*68=[347*68]<eos>23596 23596      a call; then its answer, which the calculator gave (without the space), copied
+    ?20<eos><12<eos>>17                  a number from 1 to 31 is guessed, and is told to be lower (<) or higher (>)
 """
 
 import random
@@ -30,6 +37,10 @@ WORKED_CUE_SHARE = 0.6  # lines with ":"
 WORKED_SHARE = 0.3  # worked lines among those with "="
 CHARACTERS = "0123456789*=:[] "
 SPECIAL = ("<pad>", "<eos>")
+CALL_SHARE = 0.4  # of the products in episodes
+GUESSES, HIGHEST = 5, 31  # with so many guesses, bisection finds any number from 1 to 31 = 2^5 - 1
+CARELESS_SHARE = 0.1  # of guesses that disregard what was said before
+EPISODE_CHARACTERS = "0123456789*=[]?<>"
 
 
 def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
@@ -94,6 +105,52 @@ class CorpusSource(PromptSource):
         rng = random.Random(self.seed)
         lines = enumerate(corpus_line(rng) for _ in range(self.lines))
         return Splits([Row(asked, index=n, source="corpus", columns={"completion": told}) for n, (asked, told) in lines])
+
+
+class EpisodeCorpus(PromptSource):
+    """Turns of episodes as rows: all tokens before a turn, and the turn in the column `completion`.
+
+    Half of the episodes are products, half are games of guessing. These are played without skill: a guess is any number that may
+    still be right, or, if careless, any number at all.
+
+    Args:
+        lines: How many turns.
+        seed: Of their draw.
+    """
+
+    def __init__(self, lines: int, seed: int) -> None:
+        self.lines, self.seed = lines, seed
+
+    def read(self) -> Splits:
+        """All of them to train on."""
+        rng, turns = random.Random(self.seed), []
+        while len(turns) < self.lines:
+            turns += product_turns(rng) if rng.random() < 0.5 else guessing_turns(rng)
+        rows = enumerate(turns[: self.lines])
+        return Splits([Row(before, index=n, source="episodes", columns={"completion": turn}) for n, (before, turn) in rows])
+
+
+def product_turns(rng: random.Random) -> list[tuple[str, str]]:
+    """Each turn, behind what comes before it, of an episode with a product of the training split."""
+    while hashed_split(asked := f"{rng.randrange(100, 1000)}*{rng.randrange(10, 100)}") != "train":
+        pass
+    a, b = map(int, asked.split("*"))
+    if rng.random() >= CALL_SHARE:
+        return [(f"{asked}=", str(a * b))]
+    return [(f"{asked}=", f"[{asked}]"), (f"{asked}=[{asked}]<eos>{a * b}", str(a * b))]
+
+
+def guessing_turns(rng: random.Random) -> list[tuple[str, str]]:
+    """Each turn, behind what comes before it, of an episode in which a number is guessed."""
+    number, low, high, before, turns = rng.randint(1, HIGHEST), 1, HIGHEST, "?", []
+    for _ in range(GUESSES):
+        guess = rng.randint(1, HIGHEST) if rng.random() < CARELESS_SHARE else rng.randint(low, high)
+        turns.append((before, str(guess)))
+        if guess == number:
+            break
+        low, high = (max(low, guess + 1), high) if guess < number else (low, min(high, guess - 1))
+        before += f"{guess}<eos>{'>' if guess < number else '<'}"
+    return turns
 
 
 class Pretraining(SupervisedModule):

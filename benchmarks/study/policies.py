@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import embedded_policy
-from benchmarks.embedded_policy import CorpusSource, build_model, build_tokenizer
+from benchmarks.embedded_policy import CorpusSource, EpisodeCorpus, build_model, build_tokenizer
 from benchmarks.study import facts, puzzles
 from benchmarks.study.facts import PlausibleFacts
 from benchmarks.study.puzzles import Puzzle, Sorting, Tracking
@@ -55,6 +55,7 @@ RECIPES = {
     "deep": PolicyRecipe(partial(PlausibleFacts, table=1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
     # As the embedded policy.
     "products": PolicyRecipe(CorpusSource, embedded_policy.CHARACTERS, 4, 128, 384, positions=64, steps=500),
+    "episodes": PolicyRecipe(EpisodeCorpus, embedded_policy.EPISODE_CHARACTERS, 4, 64, 192, positions=64, steps=2000),
     # Two tables by turns leave 0.6 to 0.7 nats to chance; whoever guesses among the states has 2.3.
     "tracker": replace(_SORTER, lines=partial(_puzzle, Tracking, 0.6), learned_below=1.2),
     "sorter": _SORTER,

@@ -1,8 +1,15 @@
-"""The embedded default: a tiny policy that is shipped in the package."""
+"""The embedded default: tiny policies that are shipped in the package."""
 
 from pathlib import Path
 
+# Model string -> folder beside this file. The first is for products in one turn, the other for episodes.
+EMBEDDED = {"embedded": "tiny_policy", "embedded:episodes": "episodes_policy"}
 
-def embedded_policy_path() -> Path:
-    """Folder of the embedded policy in Hugging Face format."""
-    return Path(__file__).parent / "tiny_policy"
+
+def embedded_policy_path(model: str = "embedded") -> Path:
+    """Folder of an embedded policy in Hugging Face format.
+
+    Args:
+        model: A key of `EMBEDDED`.
+    """
+    return Path(__file__).parent / EMBEDDED[model]

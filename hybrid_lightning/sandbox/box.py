@@ -24,7 +24,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
 
     Args:
         spec: See `launcher.main`.
-        role: "candidate", "tests" or "script".
+        role: "candidate", "tests", "script" or "cells".
         descriptors: File descriptors that become 0 to 7 in the box; None for a closed one.
         number: Number of the box, so that different boxes run as different users.
 
@@ -134,6 +134,8 @@ def _run(role: str, job: dict[str, Any]) -> None:
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     if role == "candidate":
         candidate.run_function(job["setup"], job["source"], job["tested"], REPLIES_OR_REQUESTS_IN, OUT)
+    if role == "cells":
+        candidate.run_cells(job["cells"], job["seed"])
     candidate.run_script(job["setup"], job["source"])
 
 

@@ -1,19 +1,26 @@
-"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data.
+"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data, or all of it.
 
 Nothing in this process is trusted once the program runs: the program may change all of it, and gains no more by that than to send
 other data.
 """
 
+import ast
+import io
 import os
+import random
 import sys
+import time
+import traceback
 import types
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 from hybrid_lightning.sandbox import wire
 
 RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
-MAIN, MODULE = "__main__", "solution"
+MAIN, MODULE, CELL = "__main__", "solution", "<cell>"
+WHOLE = b"whole"  # error output of cells that have all run, before their CPU time in ms; one that ends the process writes none
 
 
 def compile_program(setup: str, source: str) -> list[types.CodeType]:
@@ -106,3 +113,56 @@ def run_script(setup: str, source: str) -> None:
     sys.modules[MAIN] = module
     for code in compile_program(setup, source):
         exec(code, module.__dict__)
+
+
+def run_cells(cells: Sequence[str], seed: int) -> None:
+    """Run pieces of code one after the other, show the output of the last one alone, and end with a mark (see `WHOLE`).
+
+    After what a cell prints comes the value of the expression that it may end with, or a line about its error, after which later
+    cells run all the same.
+
+    Args:
+        cells: The pieces, which share their names.
+        seed: Of `random`, so that the earlier cells of a session do the same when they run again.
+    """
+    random.seed(seed)
+    module = types.ModuleType(MAIN)
+    sys.modules[MAIN] = module
+    for cell in cells:
+        _begin_output(keep=False)
+        try:
+            _run_cell(cell, module.__dict__)
+        except BaseException as error:
+            print(_short(error))
+    _begin_output(keep=True)  # whether another cell could run; if not, this process ends with an error
+    os.write(2, b"%s %d" % (WHOLE, time.process_time() * 1000))
+    os._exit(0)  # threads that a cell has left are not waited for
+
+
+def _begin_output(keep: bool) -> None:
+    """Write standard output behind what is there, or over it, by a stream that no cell has closed or replaced."""
+    with suppress(OSError, ValueError):  # what is too long to be written, or a stream that is closed
+        sys.stdout.flush()
+    size = os.fstat(1).st_size if keep else 0
+    os.ftruncate(1, size)
+    os.lseek(1, size, os.SEEK_SET)
+    binary = open(1, "wb", closefd=False)  # noqa: SIM115  (open as long as the cell runs)
+    sys.stdout = sys.stderr = io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace")
+
+
+def _run_cell(cell: str, names: dict[str, Any]) -> None:
+    tree = ast.parse(cell, CELL)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, CELL, "exec", dont_inherit=True), names)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), CELL, "eval", dont_inherit=True), names)
+        if value is not None:
+            print(repr(value))
+
+
+def _short(error: BaseException) -> str:
+    """An error in one line, with the line of the cell in which it came up."""
+    text = traceback.format_exception_only(error)[-1].strip()
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == CELL]
+    number = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return text if number is None else f"{text} (line {number})"

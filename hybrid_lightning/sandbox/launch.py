@@ -60,7 +60,7 @@ class Limits:
 class Box:
     """What to run in a box."""
 
-    role: str  # "candidate", "tests" or "script"
+    role: str  # "candidate", "tests", "script" or "cells"
     job: dict[str, Any]  # plain data that the box reads as JSON once it is confined
     stdin: bytes | None = None  # standard input; None for an empty one
 
@@ -72,7 +72,7 @@ class Ran:
     in_time: bool  # whether it ended within `Limits.wall_seconds`
     endings: dict[str, str]  # role -> how the box ended, empty if normally
     verdict: bytes  # verdict of the box "tests"
-    stdout: bytes  # standard output of the box "script"
+    stdout: bytes  # standard output of the box "script" or "cells"
     stderr: bytes  # its error output
 
     @property
@@ -85,7 +85,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
     """Run one program in its boxes.
 
     Args:
-        boxes: One script, or a candidate and its tests, which are connected by two pipes.
+        boxes: One script, the cells of one session, or a candidate and its tests, which are connected by two pipes.
         mechanisms: Mechanisms of isolation to use, from "namespaces", "landlock" and "seccomp".
         limits: Limits of each box.
         packages: Files and folders that may be imported besides the standard library (see `find_packages`).
@@ -129,7 +129,7 @@ def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pac
             entry: dict[str, Any] = {"role": box.role, "job": _file(stack, json.dumps(box.job).encode())}
             if box.stdin is not None:
                 entry["stdin"] = _file(stack, box.stdin)
-            if box.role == "script":
+            if box.role in ("script", "cells"):
                 entry |= {"stdout": _file(stack), "stderr": _file(stack)}
             if box.role == "tests":
                 entry["verdict"] = _file(stack)

@@ -1,0 +1,288 @@
+"""Tools for policies: a calculator, Python with a session, and search over local documents.
+
+Each answers in plain text, wrong arguments included, so that a policy can read what was wrong and go on.
+"""
+
+import ast
+import json
+import operator
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+from importlib.util import find_spec
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sandbox.candidate import WHOLE
+from hybrid_lightning.sandbox.isolation import require_isolation
+from hybrid_lightning.sandbox.launch import Box, Limits, launch
+from hybrid_lightning.sandbox.programs import Settings, check_packages, find_packages
+
+_LONGEST = 1_000  # characters of an expression
+_BITS = 1_024  # of numerators and denominators: 308 digits
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def calculator(expression: str) -> str:
+    """Calculate an arithmetic expression.
+
+    Args:
+        expression: Numbers with + - * / // % ** and parentheses, such as "(2 + 3) * 4.5".
+
+    Example:
+        >>> calculator("347*68"), calculator("1,200 * 0.1"), calculator("2/3"), calculator("1/0")
+        ('23596', '120', '0.666666666666667', 'error: division by zero')
+    """
+    # Exact fractions, in a tree that Python has parsed and nothing else evaluates; all sizes are bounded before they are reached.
+    unknown = re.search(r"[^0-9.,+\-*/%()\s]", expression)
+    if unknown:
+        return f"error: {unknown[0]!r} is not understood; give numbers with + - * / // % ** and parentheses"
+    if len(expression) > _LONGEST:
+        return f"error: the expression is longer than {_LONGEST} characters"
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(expression.split()))
+    try:
+        value = _value(ast.parse(plain, mode="eval").body)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except ArithmeticError as error:
+        return f"error: {error}"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what Python's parser raises
+        return "error: this is no expression; give numbers with + - * / // % ** and parentheses"
+    return str(value) if value.denominator == 1 else format(float(value), ".15g")
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return _bounded(Fraction(str(node.value)))  # a float by its shortest text: 0.1 is a tenth
+    if isinstance(node, ast.UnaryOp):
+        value = _value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if not isinstance(node, ast.BinOp):
+        raise ValueError("no arithmetic")
+    left, right = _value(node.left), _value(node.right)
+    return _bounded(_power(left, right) if isinstance(node.op, ast.Pow) else Fraction(_OPERATORS[type(node.op)](left, right)))
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator == 1:
+        if abs(exponent) * max(_bits(base), 1) > 2 * _BITS:  # a number of n bits is at least 2^(n - 1)
+            raise OverflowError("the number is too large")
+        return Fraction(base**exponent)
+    if base < 0:
+        raise ArithmeticError("a root of a negative number is no real number")
+    try:
+        return Fraction(float(base) ** float(exponent))
+    except OverflowError:
+        raise OverflowError("the number is too large") from None
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if _bits(value) > _BITS:
+        raise OverflowError("the number is too large")
+    return value
+
+
+class PythonSession(Configurable):
+    """Python in the sandbox, whose names last from call to call of an episode.
+
+    A session holds no process: a call runs the code of the earlier calls again, in a new box, and shows what the last one prints.
+    So nothing outlives a call, and code that hangs or crashes is left out and costs nothing but its own call; but slow code slows
+    later calls down, too. `random` is seeded by the episode; what else differs from run to run, such as the time, is new in each
+    call. Code is isolated as the programs of `CodeTests` are.
+
+    Args:
+        cpu_seconds: CPU time of a call in whole seconds, beside what the earlier calls took.
+        wall_seconds: Wall time of a call, likewise.
+        memory_mb: Memory of a session in MiB.
+        packages: Installed packages that may be imported, with those that they need; None for the standard library alone.
+        allow_without_isolation: Whether code may run on a machine that cannot isolate it. It can then do what you can.
+
+    Raises:
+        ConfigError: If an argument is out of range, or a package cannot be imported.
+        SandboxError: If code cannot be isolated on this machine.
+
+    Example:
+        >>> python = PythonSession()
+        >>> python("x = 6")
+        '(no output)'
+        >>> python("print(x)\\nx * 7")
+        '6\\n42'
+    """
+
+    name = "python"
+
+    def __init__(
+        self,
+        cpu_seconds: int = 5,
+        wall_seconds: float = 10.0,
+        memory_mb: int = 512,
+        packages: list[str] | None = None,
+        allow_without_isolation: bool = False,
+    ) -> None:
+        limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20)
+        self.settings = _settings(limits, tuple(packages or ()), allow_without_isolation)
+        self.start(0)
+
+    def start(self, seed: int) -> None:
+        """Begin an episode, without any names."""
+        self.seed, self.cells = seed, list[str]()
+        self.cpu_s, self.wall_s = 0.0, 0.0  # what the cells took when they last ran
+
+    def __call__(self, code: str) -> str:
+        """Run Python code. Names stay defined for the next call.
+
+        Args:
+            code: The code. What it prints is returned, and the value of the expression in its last line.
+        """
+        own, settings = self.settings.limits, self.settings
+        limits = replace(own, cpu_seconds=own.cpu_seconds + ceil(self.cpu_s), wall_seconds=own.wall_seconds + self.wall_s)
+        started = time.monotonic()
+        box = Box("cells", {"cells": [*self.cells, code], "seed": self.seed})
+        ran = launch([box], settings.mechanisms, limits, settings.packages)
+        whole = re.search(rb"%s (\d{1,9})\Z" % WHOLE, ran.stderr)
+        if not (ran.in_time and whole):
+            ending = (ran.endings.get("cells") or "it ended Python") if ran.in_time else f"not done after {own.wall_seconds:g} s"
+            return f"error: {ending}; names are as before this call"
+        self.cells.append(code)
+        # Code could write another time than that which it took, but none above the limit.
+        self.cpu_s = min(int(whole[1]) / 1000, limits.cpu_seconds)
+        self.wall_s = min(time.monotonic() - started, limits.wall_seconds)
+        return ran.stdout.decode(errors="replace").strip() or "(no output)"
+
+
+@cache
+def _settings(limits: Limits, packages: tuple[str, ...], allow_without_isolation: bool) -> Settings:
+    """Checked once, though each episode has a tool of its own."""
+    mechanisms = require_isolation(allow_without_isolation).mechanisms
+    settings = Settings(mechanisms, limits, find_packages(packages))
+    check_packages(packages, settings.packages, mechanisms, limits)
+    return settings
+
+
+class DocumentSearch(Configurable):
+    """Search over documents on this machine by BM25 (Robertson and Zaragoza, 2009), of the package bm25s.
+
+    Documents are a file, or all `.txt`, `.md` and `.jsonl` files of a folder and those below it. Text files are cut into passages
+    at empty lines; a line of a `.jsonl` file is a passage, with its text in `text` and perhaps a name in `title`.
+
+    Args:
+        path: The file or folder.
+        passages: How many are returned at most.
+        passage_words: About how many words a passage of a text file has: paragraphs are joined up to this length, and not cut.
+
+    Raises:
+        ConfigError: If bm25s is not installed, or there are no documents.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "tea.txt").write_text("Green tea is steeped at 80 degrees.\\n\\nBlack tea takes boiling water.")
+        ...     DocumentSearch(folder, passages=1, passage_words=5)("how hot for green tea?")
+        '[tea.txt 1] Green tea is steeped at 80 degrees.'
+    """
+
+    name = "search"
+
+    def __init__(self, path: str, passages: int = 3, passage_words: int = 100) -> None:
+        if passages < 1 or passage_words < 1:
+            raise ConfigError(f"DocumentSearch: passages={passages} and passage_words={passage_words} must be at least 1")
+        if find_spec("bm25s") is None:
+            raise ConfigError("DocumentSearch needs the package bm25s; pip install 'hybrid-lightning[search]'")
+        self.path, self.passages, self.passage_words = Path(path).expanduser(), passages, passage_words
+        if not self.path.exists():
+            raise ConfigError(f"DocumentSearch: {path!r} does not exist; give a folder or file of {_KINDS}")
+        with _INDEXING:
+            self.index = _Index.of(self.path.resolve(), passage_words)
+
+    def __call__(self, query: str) -> str:
+        """Search the documents.
+
+        Args:
+            query: Words to look for.
+        """
+        found = self.index.best(query, self.passages)
+        return "\n\n".join(f"[{name}] {text}" for name, text in found) or "nothing found; try other words"
+
+
+_KINDS = ".txt, .md or .jsonl"
+_INDEXING = threading.Lock()  # episodes begin side by side, and an index is made once
+
+
+class _Index:
+    """Passages and their words, made once in a process for all episodes."""
+
+    def __init__(self, path: Path, passage_words: int) -> None:
+        from bm25s import BM25
+
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files = [file for file in files if file.suffix in (".txt", ".md", ".jsonl")]
+        folder = path if path.is_dir() else path.parent
+        self.entries = [
+            (f"{file.relative_to(folder).as_posix()} {number}" if title is None else title, text)
+            for file in files
+            for number, (title, text) in enumerate(_passages(file, passage_words), 1)
+        ]
+        if not any(map(_words, (text for _, text in self.entries))):
+            raise ConfigError(f"DocumentSearch: {str(path)!r} holds no text; give a folder or file of {_KINDS}")
+        self.ranking = BM25()
+        self.ranking.index([_words(f"{name} {text}") for name, text in self.entries], show_progress=False)
+
+    @staticmethod
+    @cache
+    def of(path: Path, passage_words: int) -> "_Index":
+        return _Index(path, passage_words)
+
+    def best(self, query: str, count: int) -> list[tuple[str, str]]:
+        """The passages that fit best; of equal ones that which comes first."""
+        words = _words(query)
+        if not words:
+            return []
+        scores = self.ranking.get_scores(words)
+        order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
+        return [self.entries[place] for place in order[:count] if scores[place] > 0]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _passages(file: Path, words: int) -> Iterator[tuple[str | None, str]]:
+    """Name (None if it has none of its own) and text of each passage of a file."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                title = entry.get("title")
+                yield None if title is None else str(title), str(entry["text"])
+            except (ValueError, AttributeError, KeyError) as error:
+                raise ConfigError(f'{file}, line {number} is no object with "text"; correct or remove the line') from error
+        return
+    joined: list[str] = []
+    for paragraph in filter(None, map(str.strip, re.split(r"\n\s*\n", text))):
+        if joined and sum(len(part.split()) for part in (*joined, paragraph)) > words:
+            yield None, "\n".join(joined)
+            joined = []
+        joined.append(paragraph)
+    if joined:
+        yield None, "\n".join(joined)

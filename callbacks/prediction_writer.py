@@ -18,7 +18,8 @@ class PredictionWriter(Callback):
     """Writes one line per prompt, with its set, index, text and answer, and with its completions.
 
     For each completion it has the text, the answer, the length in tokens, whether it is finished, the rewards (total and parts),
-    and whether it is correct.
+    and whether it is correct. With an environment there is one line per episode: its messages, how it ended, rewards of each turn
+    and in all, and its token ids, which of them were sampled, and with which log-probabilities.
 
     Args:
         path: A new file; None takes `predictions.jsonl` in the run folder, or `predictions-v1.jsonl` if the Trainer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.types import Rewards, Rollouts
+from hybrid_lightning.types import Completion, Rewards, Rollouts
 
 
 class RolloutProgress(RichProgressBar):
@@ -137,7 +137,7 @@ class RolloutSamples(OncePerRollout):
                     [
                         str(text)[-300:],
                         str(prompt.answer),
-                        rollouts.completions[row],
+                        _shown(rollouts.completions[row]),
                         "yes" if bool(rollouts.finished[row]) else "no",
                         "yes" if bool(rewards.correct[row]) else "no",
                         float(rewards.total[row]),
@@ -156,6 +156,16 @@ class RolloutSamples(OncePerRollout):
             texts = [_cell(prompt), _cell(answer), _cell(completion) + ("" if finished == "yes" else " *(cut)*"), correct]
             lines.append(f"| {' | '.join([*texts, *(f'{number:.3g}' for number in numbers), f'{advantage:+.3f}'])} |")
         return "\n".join(lines)
+
+
+def _shown(completion: Completion) -> str:
+    """The text of a completion; of an episode its messages with their roles, from the policy's first."""
+    episode = completion.episode
+    if episode is None:
+        return str(completion)
+    first = next((n for n, message in enumerate(episode.messages) if message["role"] == "assistant"), len(episode.messages))
+    lines = [f"{message['role']}: {message['content']}" for message in episode.messages[first:]]
+    return "\n".join([*lines, f"({episode.end})"])
 
 
 # Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.

@@ -28,6 +28,7 @@ import hybrid_lightning.adapters.scorers
 import hybrid_lightning.adapters.sketch
 import hybrid_lightning.advantages
 import hybrid_lightning.data
+import hybrid_lightning.environments
 import hybrid_lightning.export
 import hybrid_lightning.losses
 import hybrid_lightning.rewards

@@ -62,7 +62,8 @@ class Episode:
 class Completion(str):
     """The text of a completion, with its number of tokens, whether it is finished, and whether it begins within reasoning.
 
-    It is a string, and can be used as one.
+    It is a string, and can be used as one. That of an episode is all that the policy said, a line break between its messages;
+    `episode` has the conversation.
 
     Example:
         >>> completion = Completion("12", num_tokens=3, finished=True)
@@ -73,15 +74,18 @@ class Completion(str):
     num_tokens: int  # that were sampled, as in `Sequences.sampled_mask`: up to and including the stop token
     finished: bool  # True if a stop token or stop string ended it, False if it was cut at the maximum length
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
+    episode: Episode | None  # None without an environment
 
-    def __new__(cls, text: str, num_tokens: int, finished: bool, thinking: bool = False) -> Self:
-        """Make a string with three attributes."""
+    def __new__(
+        cls, text: str, num_tokens: int, finished: bool, thinking: bool = False, episode: Episode | None = None
+    ) -> Self:
+        """Make a string with four attributes."""
         self = super().__new__(cls, text)
-        self.num_tokens, self.finished, self.thinking = num_tokens, finished, thinking
+        self.num_tokens, self.finished, self.thinking, self.episode = num_tokens, finished, thinking, episode
         return self
 
-    def __getnewargs__(self) -> tuple[str, int, bool, bool]:  # type: ignore[override]  # what copies and pickles are made from
-        return str(self), self.num_tokens, self.finished, self.thinking
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # what copies and pickles are made from
+        return str(self), self.num_tokens, self.finished, self.thinking, self.episode
 
 
 class _TensorContainer:

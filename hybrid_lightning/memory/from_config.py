@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
@@ -120,7 +121,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     return RunSettings(
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
-        completion_tokens=sampler.max_new_tokens,
+        completion_tokens=sampler.max_new_tokens if policy.environment is None else (policy.episodes or EpisodeLimits()).max_tokens,
         prompts_per_rollout=policy.prompts_per_rollout,
         samples_per_prompt=policy.samples_per_prompt,
         micro_batches=policy.minibatches_per_rollout * flags.accumulate_grad_batches,

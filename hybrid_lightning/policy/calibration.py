@@ -23,7 +23,7 @@ from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
-from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Episode, LossInputs, Prompt, Rewards, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.policy.module import PolicyModule
@@ -329,7 +329,10 @@ class ExampleCalibration(CalibrationLosses):
 
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:
     """Rollouts as plain data and tensors on the CPU."""
-    texts = [(str(text), text.num_tokens, text.finished, text.thinking) for text in rollouts.completions]
+    texts = [
+        (str(text), text.num_tokens, text.finished, text.thinking, None if text.episode is None else vars(text.episode))
+        for text in rollouts.completions
+    ]
     tensors = {"sampling_logprobs": rollouts.sampling_logprobs.cpu(), "finished": rollouts.finished.cpu()}
     return {"sequences": vars(rollouts.sequences.to("cpu")), "completions": texts, **tensors}
 
@@ -339,7 +342,9 @@ def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], sa
     return Rollouts(
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),
-        completions=tuple(Completion(*completion) for completion in state["completions"]),
+        completions=tuple(
+            Completion(*completion, None if episode is None else Episode(**episode)) for *completion, episode in state["completions"]
+        ),
         sampling_logprobs=state["sampling_logprobs"].to(device),
         finished=state["finished"].to(device),
         samples_per_prompt=samples,

@@ -17,7 +17,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
-from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.policy.episodes import episode_records, evaluation_draws
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
 if TYPE_CHECKING:
@@ -211,16 +211,17 @@ def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
 
 
 def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Sampled completions of prompts with their rewards, as records for JSON."""
+    """Sampled completions of prompts with their rewards, as records for JSON: one a prompt, or one an episode."""
     rollouts, encoder = _sample(policy, prompts), policy.pretrained.encoder
+    if policy.episodes is not None:
+        return episode_records(rollouts, policy.score(rollouts))
     return prediction_records(
         rollouts, policy.score(rollouts), [encoder.render(prompt) for prompt in prompts], policy.answers(rollouts)
     )
 
 
 def _sample(policy: "LanguageModule", prompts: Sequence[Prompt]) -> Rollouts:
-    # The random numbers are the same at every evaluation, and not taken from the generators of training.
-    return policy.generate(prompts, policy.eval_samples, PromptDraws(prompts, policy.eval_samples, policy.seed + 104_729))
+    return policy.generate(prompts, policy.eval_samples, evaluation_draws(prompts, policy.eval_samples, policy.seed))
 
 
 def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], answers: Answers) -> list[dict[str, Any]]:

@@ -11,15 +11,16 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import HybridLightningError, RolloutError
+from hybrid_lightning.policy.episodes import task_seeds
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -73,27 +74,25 @@ class Generation:
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
             )
-        ids, stops = [policy.encode(prompt) for prompt in prompts], self._stops
+        episodes, samples = policy.episodes, samples_per_prompt
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
                 listener(running, decoded, sampler.max_new_tokens)
 
+        options: dict[str, Any] = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
+        if episodes is None:
+            ids = [policy.encode(prompt) for prompt in prompts]
+            make = partial(sampler.sample, policy.engine, policy.tokenizer, prompts, ids, samples, **options)
+        else:
+            seeds = task_seeds(prompts, generator, policy.seed)
+            make = partial(episodes.play, policy.engine, prompts, samples, seeds, **options)
+
         def sample() -> Rollouts:
             own = sampler.has_own_weights
             # A signal may end this at once: no other rank waits for this one meanwhile.
             with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
-                return sampler.sample(
-                    policy.engine,
-                    policy.tokenizer,
-                    prompts,
-                    ids,
-                    samples_per_prompt,
-                    generator=generator,
-                    greedy=greedy,
-                    stops=stops,
-                    on_token=on_token,
-                )
+                return make()
 
         with policy.inference():
             rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)

@@ -35,6 +35,7 @@ from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule
 from hybrid_lightning.policy.calibration import CalibrationLosses
+from hybrid_lightning.policy.episodes import Episodes
 from hybrid_lightning.policy.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
@@ -98,6 +99,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         "max_tokens_per_micro_batch": Option(scores=True),  # by the rounding of sums
         "seed": Option(FIXED, scores=True),
     }
+    episodes: Episodes | None = None  # plays them, where the policy acts in an environment
     _loads_later = False  # whether the constructor leaves the weights to `load`
 
     def __init__(
@@ -241,7 +243,13 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
             tokens = len(self.encode(prompt))
             if self.reward is not None:  # or nothing is completed
-                self.sampler.check_prompt(self.pretrained.config, tokens)
+                later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
+                self.sampler.check_prompt(self.pretrained.config, tokens + later)
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Tokens of the longest completion: of a message, or of all of an episode behind the prompt."""
+        return self.sampler.max_new_tokens if self.episodes is None else self.episodes.limits.max_tokens
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError if these training prompts are fewer than one rollout takes."""
@@ -285,8 +293,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     # ---- completions
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, rendered by the chat template if it has messages."""
-        return self.pretrained.encoder.encode(prompt)
+        """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
+        return self.pretrained.encoder.encode(prompt) if self.episodes is None else self.episodes.turns.first(prompt, ())[0]
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -21,10 +21,11 @@ from torch.optim import AdamW
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.engine import default_token_budget, token_logprobs
+from hybrid_lightning.environments import Environment, EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
-from hybrid_lightning.options import MADE_BY, SIZES, Option
+from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.calibration import (
     AnswerCalibration,
@@ -34,6 +35,7 @@ from hybrid_lightning.policy.calibration import (
     calibration_rollouts,
     equal_slices,
 )
+from hybrid_lightning.policy.episodes import Episodes, episode_metrics
 from hybrid_lightning.policy.evaluation import Evaluation
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
@@ -49,7 +51,7 @@ from hybrid_lightning.policy.sampled_groups import (
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
-from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
@@ -71,7 +73,13 @@ class PolicyModule(LanguageModule):
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
-        reward: Scores completions.
+        reward: Scores completions; None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
+        environment: What the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None: a completion is
+            one message.
+        episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at most
+            `sampler.max_new_tokens`.
+        turn_template: How an added message is written behind a prompt that is plain text, with `{content}` in place of its text;
+            chat prompts are written by the chat template.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
         correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. It is
             for bfloat16, or weights that are merged while sampling, if `sampling/logp_difference` is not small. None weighs
@@ -116,6 +124,9 @@ class PolicyModule(LanguageModule):
     training_metrics = LanguageModule.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
     OPTIONS: ClassVar[dict[str, Option]] = {
         "advantage": Option(MADE_BY, scores=True),
+        "environment": Option(MADE_BY | ACCURACY, scores=True),
+        "episodes": Option(MADE_BY | ACCURACY, scores=True),
+        "turn_template": Option(MADE_BY | ACCURACY, scores=True),
         "correction": Option(MADE_BY),
         "token_mask": Option(MADE_BY),
         "mask_truncated_completions": Option(MADE_BY, scores=True),
@@ -129,8 +140,11 @@ class PolicyModule(LanguageModule):
     def __init__(
         self,
         loss: PolicyLoss,
-        reward: RewardFunction,
+        reward: RewardFunction | None = None,
         *,
+        environment: Environment | None = None,
+        episodes: EpisodeLimits | None = None,
+        turn_template: str | None = None,
         advantage: AdvantageEstimator | None = None,
         correction: ImportanceCorrection | None = None,
         token_mask: TopEntropyMask | None = None,
@@ -162,9 +176,14 @@ class PolicyModule(LanguageModule):
                 f"model.samples_per_prompt={samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
                 "differ; set samples_per_prompt to 2 or more"
             )
+        if reward is None and environment is None:
+            raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
+        for name, value in (("episodes", episodes), ("turn_template", turn_template)):
+            if value is not None and environment is None:
+                raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
         super().__init__(
             loss,
-            reward,
+            reward or EpisodeReturn(),
             RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout),
             Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
             Evaluation(eval_samples),
@@ -178,10 +197,12 @@ class PolicyModule(LanguageModule):
             lr_lora=lr_lora,
             schedule=schedule,
         )
+        if environment is not None:
+            self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
-        self._warned_of_filled_groups = False
+        self._warned_of_filled_groups = self._warned_of_unread_rewards = False
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
 
     # ---- training data
@@ -205,7 +226,7 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        metrics = {**rollout_metrics(rollouts, rewards), **self.generation.metrics()}
+        metrics = {**rollout_metrics(rollouts, rewards), **self.generation.metrics(), **self._episode_metrics(rollouts)}
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
@@ -233,6 +254,7 @@ class PolicyModule(LanguageModule):
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank)
         self.last_rollout = (groups.rollouts, groups.rewards, of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
+        metrics |= self._episode_metrics(groups.rollouts)
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
             self._warned_of_filled_groups = True
             rank_zero_warn(
@@ -242,6 +264,19 @@ class PolicyModule(LanguageModule):
                 "say so as sampling/filled_groups alone"
             )
         return replace(trained, metrics=metrics)
+
+    def _episode_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        if self.episodes is None:
+            return {}
+        metrics = episode_metrics(rollouts.completions)
+        unread = metrics.get("episodes/return") and not any(isinstance(term, EpisodeReturn) for term in self.reward_terms())
+        if unread and not self._warned_of_unread_rewards:
+            self._warned_of_unread_rewards = True
+            rank_zero_warn(
+                f"{type(self.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn to "
+                "it, or leave model.reward out to train on them alone"
+            )
+        return metrics
 
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
@@ -293,7 +328,7 @@ class PolicyModule(LanguageModule):
         inputs = replace(
             inputs,
             entropy=entropy,
-            max_completion_tokens=float(self.sampler.max_new_tokens),
+            max_completion_tokens=float(self.max_completion_tokens),
             micro_batch_tokens=micro_batch_tokens,
             num_micro_batches=float(self.trainer.accumulate_grad_batches * self.trainer.world_size),
         )
@@ -323,7 +358,7 @@ class PolicyModule(LanguageModule):
             )
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
         for term in self.reward_terms():
-            term.check_length(sampler.max_new_tokens)
+            term.check_length(self.max_completion_tokens)
         if self.trainer.state.fn != "fit":
             return
         self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
@@ -391,7 +426,7 @@ class PolicyModule(LanguageModule):
         max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, device)
         parts: list[CalibrationLosses] = []
         if bool(advantages[sequences.sampled_mask.any(dim=1)].any()):
-            longest = self.sampler.max_new_tokens
+            longest = self.max_completion_tokens
             for rows in equal_slices(len(sequences), minibatches)[:steps]:
                 step, weights, of_step = sequences.rows(rows), advantages[rows], None if counted is None else counted[rows]
                 parts.append(RewardCalibration(step, weights, self.loss, self.calibration_logprobs, max_tokens, longest, of_step))

@@ -2,6 +2,7 @@
 
 from hybrid_lightning.rewards.code_tests import CodeTests
 from hybrid_lightning.rewards.combined import RewardBySet, WeightedSum
+from hybrid_lightning.rewards.episode import EpisodeReturn, FinalAnswer
 from hybrid_lightning.rewards.evaluate import evaluate_reward, extract_answers
 from hybrid_lightning.rewards.function import FunctionReward
 from hybrid_lightning.rewards.length import CosineLength, GroupLength, OverlongPenalty
@@ -14,7 +15,9 @@ from hybrid_lightning.rewards.text import ExactMatch, FormatReward, RepetitionPe
 __all__ = [
     "CodeTests",
     "CosineLength",
+    "EpisodeReturn",
     "ExactMatch",
+    "FinalAnswer",
     "FormatReward",
     "FunctionReward",
     "GroupLength",

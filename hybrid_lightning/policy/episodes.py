@@ -1,0 +1,357 @@
+"""`Episodes`: plays episodes, turn by turn: the policy samples a message in each, then all environments answer.
+
+    prompt, messages of `start`  ->  sampled  ->  messages of `step`  ->  sampled  ->  ...
+
+An episode is one row of a rollout. Its completion holds what the policy sampled and, between, what was added, as token ids; a mask
+says which is which. All episodes that still run are in the same turn, so that they are sampled in one batch.
+
+Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.policy.pretrained import Pretrained
+from hybrid_lightning.policy.turns import TurnEncoder
+from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
+from hybrid_lightning.sharding.ranks import gather_objects
+from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards, Rollouts, Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+
+_CUT = " [cut]"  # behind an answer of which the end is left out
+ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
+
+
+@dataclass
+class _Row:
+    """An episode while it is played."""
+
+    messages: list[Message]
+    ids: list[int] = field(default_factory=list)  # of the completion
+    sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
+    logprobs: list[float] = field(default_factory=list)  # 0 where not
+    texts: list[str] = field(default_factory=list)  # of the policy's messages
+    rewards: list[float] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    thinking: bool = False
+    end: str = ""  # empty while it runs
+
+    def say(self, ids: Sequence[int], logprobs: Sequence[float], completion: Completion) -> None:
+        """Add a message of the policy."""
+        if not self.texts:
+            self.thinking = completion.thinking
+        self.ids += ids
+        self.logprobs += logprobs
+        self.sampled += [True] * len(ids)
+        self.texts.append(str(completion))
+        self.messages.append({"role": "assistant", "content": str(completion)})
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """Add tokens that the policy reads."""
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.sampled += [False] * len(ids)
+
+    def fail(self) -> None:
+        """Leave the episode out: nothing of it is trained on."""
+        self.end, self.ids, self.sampled, self.logprobs = "failed", [], [], []
+
+    def completion(self) -> Completion:
+        """What the policy said, for rewards and logs."""
+        episode = Episode(tuple(self.messages), len(self.texts), self.end, tuple(self.rewards), dict(self.counts))
+        ended = self.end in ("answered", "over")
+        return Completion("\n".join(self.texts), sum(self.sampled), ended, self.thinking, episode)
+
+
+class Episodes:
+    """Plays the episodes of a policy.
+
+    Args:
+        environment: The environment as it is configured; each episode gets an object of its own.
+        limits: Bounds of an episode.
+        sampler: Makes the policy's messages.
+        pretrained: Has the tokenizer and the chat template.
+        turn_template: See `PolicyModule`.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        limits: EpisodeLimits,
+        sampler: RolloutEngine,
+        pretrained: Pretrained,
+        turn_template: str | None,
+    ) -> None:
+        self.environment, self.limits, self.sampler, self.pretrained = environment, limits, sampler, pretrained
+        self._turn_template = turn_template
+
+    @cached_property
+    def turns(self) -> TurnEncoder:
+        """Writes what is added as tokens."""
+        encoder = self.pretrained.encoder
+        self.environment.prepare(encoder.template)
+        return TurnEncoder(encoder, self.pretrained.stop_ids, self.environment.tools(), self._turn_template)
+
+    def play(
+        self,
+        engine: "Engine",
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        seeds: Sequence[int],
+        *,
+        generator: torch.Generator | PromptDraws | None,
+        greedy: bool,
+        stops: Stops,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Rollouts:
+        """Play G episodes of each prompt.
+
+        Args:
+            engine: See `RolloutEngine.sample`.
+            prompts: P prompts.
+            samples_per_prompt: G.
+            seeds: A seed for each prompt, [P].
+            generator: See `RolloutEngine.sample`.
+            greedy: See `RolloutEngine.sample`.
+            stops: What ends a message of the policy.
+            on_token: See `RolloutEngine.sample`.
+
+        Raises:
+            RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
+        """
+        samples = samples_per_prompt
+        running = RunningEpisodes(self.environment, self.limits)
+        try:
+            every = [prompt for prompt in prompts for _ in range(samples)]
+            started = running.start(every, [seed for seed in seeds for _ in range(samples)])
+            rows, firsts = self._begin(every, started)
+            ids = self._of_groups(prompts, rows, firsts, samples)
+            tokenizer, longest = self.pretrained.tokenizer, min(self.sampler.max_new_tokens, self.limits.max_tokens)
+            going = [number for number, row in enumerate(rows) if not row.end]
+            with self.sampler.conversation(
+                engine, tokenizer, prompts, ids, samples,
+                capacity=self.limits.max_tokens, stops=stops, greedy=greedy, on_token=on_token, generator=generator,
+            ) as conversation:  # fmt: skip
+                turn = conversation.first([longest] * len(rows))
+                numbers = list(range(len(rows)))
+                while True:
+                    for number, tokens, logprobs, completion in zip(numbers, *turn.messages(), strict=True):
+                        if not rows[number].end:
+                            rows[number].say(tokens, logprobs, completion)
+                            if not completion.finished:
+                                rows[number].end = "tokens"
+                    going = [number for number in going if not rows[number].end]
+                    answers = running.step({number: rows[number].messages[-1] for number in going})
+                    added = {number: self._hear(rows[number], answers[number]) for number in going}
+                    going = [number for number in going if not rows[number].end]
+                    if not going:
+                        break
+                    numbers = going
+                    room = [min(self.sampler.max_new_tokens, self.limits.max_tokens - len(rows[number].ids)) for number in going]
+                    turn = conversation.next(going, [added[number] for number in going], room)
+        finally:
+            running.close()
+        self._check_failures(rows, running.failures)
+        return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
+
+    def _begin(
+        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure]
+    ) -> tuple[list[_Row], list[list[int]]]:
+        """The rows of episodes before the first turn, and the tokens that each begins with."""
+        rows, firsts = [], []
+        for prompt, messages in zip(prompts, started, strict=True):
+            ids, conversation = self.turns.first(prompt, [] if isinstance(messages, Failure) else messages)
+            rows.append(_Row(list(conversation), end="failed" if isinstance(messages, Failure) else ""))
+            firsts.append(ids)
+        return rows, firsts
+
+    def _of_groups(
+        self, prompts: Sequence[Prompt], rows: Sequence[_Row], firsts: Sequence[list[int]], samples: int
+    ) -> list[list[int]]:
+        """The tokens that the episodes of each group begin with."""
+        result = []
+        for number, prompt in enumerate(prompts):
+            group = range(number * samples, (number + 1) * samples)
+            begun = [firsts[row] for row in group if not rows[row].end] or [firsts[group[0]]]
+            if any(ids != begun[0] for ids in begun):
+                raise RolloutError(
+                    f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
+                    "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed"
+                )
+            result.append(begun[0])
+        return result
+
+    def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
+        """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
+        if isinstance(answer, Failure):
+            row.fail()
+            return []
+        if isinstance(answer, TimedOut):
+            row.end = "time"
+            return []
+        row.rewards.append(answer.reward)
+        row.counts.update(answer.counts)
+        if answer.over or len(row.texts) == self.limits.max_turns:
+            row.end = answer.end if answer.over else "turns"
+            row.messages += answer.messages
+            return []
+        messages, ids = self._fitted(row, answer.messages)
+        row.messages += messages
+        if len(row.ids) + len(ids) >= self.limits.max_tokens:
+            row.end = "tokens"
+            return []
+        row.hear(ids)
+        return ids
+
+    def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
+        """Messages and their tokens; the last one cut, where that is wanted, to leave room for a message of the policy."""
+        ids = self.turns.added(row.messages, messages)
+        room = self.limits.max_tokens - len(row.ids) - self.sampler.max_new_tokens
+        if self.limits.too_long == "end" or len(ids) <= room or not messages:
+            return list(messages), ids
+        *before, last = messages
+        text = str(last["content"])
+        kept = len(text)
+        while len(ids) > room and kept:
+            # By the tokens that are too many, at the average length of a token, and at least a few characters at a time.
+            kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
+            messages = [*before, {**last, "content": text[:kept] + _CUT}]
+            ids = self.turns.added(row.messages, messages)
+        row.counts["cut_answers"] += 1
+        return list(messages), ids
+
+    def _check_failures(self, rows: Sequence[_Row], reasons: Sequence[str]) -> None:
+        """Raise RolloutError if more episodes were left out than allowed."""
+        failed = sum(row.end == "failed" for row in rows)
+        if failed > self.limits.max_failed_share * len(rows):
+            raise RolloutError(
+                f"{failed} of {len(rows)} episodes of a rollout failed, more than episodes.max_failed_share="
+                f"{self.limits.max_failed_share:g} allows; the first: {reasons[0]}; mend {type(self.environment).__name__}, or raise "
+                "episodes.max_failed_share"
+            )
+
+    def _rollouts(
+        self, prompts: Sequence[Prompt], rows: Sequence[_Row], ids: Sequence[list[int]], samples: int, device: torch.device
+    ) -> Rollouts:
+        pad = pad_token(self.pretrained.tokenizer)
+        prompt_ids, prompt_mask = pad_left(ids, pad, device)
+        completion_ids, completion_mask = pad_right([row.ids for row in rows], pad, device)
+        width = completion_ids.shape[1]
+        sampled = torch.tensor([row.sampled + [False] * (width - len(row.ids)) for row in rows], dtype=torch.bool, device=device)
+        logprobs = [row.logprobs + [0.0] * (width - len(row.ids)) for row in rows]
+        sequences = Sequences(
+            prompt_ids.repeat_interleave(samples, dim=0),
+            prompt_mask.repeat_interleave(samples, dim=0),
+            completion_ids,
+            completion_mask,
+            sampled.view(len(rows), width),
+        )
+        completions = tuple(row.completion() for row in rows)
+        return Rollouts(
+            tuple(prompts),
+            sequences,
+            completions,
+            torch.tensor(logprobs, dtype=torch.float32, device=device).view(len(rows), width),
+            torch.tensor([completion.finished for completion in completions], device=device),
+            samples,
+        )
+
+
+def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDraws | None, seed: int) -> list[int]:
+    """A seed for the task of each prompt, in [0, 2^31).
+
+    Where a row has a column `seed` it is that, so that the row is always the same task. Else a rollout has seeds of its own, and
+    an evaluation always the same.
+
+    Args:
+        prompts: P prompts.
+        generator: Draws the completions; None for greedy ones, whose tasks are those of an evaluation.
+        seed: The policy's.
+    """
+    if isinstance(generator, torch.Generator):
+        drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
+    else:
+        drawn = (generator or evaluation_draws(prompts, 1, seed)).seeds
+    own = [prompt.columns.get("seed") for prompt in prompts]
+    return [(row if type(row) is int else other) % 2**31 for row, other in zip(own, drawn, strict=True)]
+
+
+def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
+    """Random numbers that are the same at every evaluation, and not those of training.
+
+    Args:
+        prompts: P prompts.
+        samples_per_prompt: Completions of each.
+        seed: The policy's.
+    """
+    return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
+
+
+def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Compute the metrics of one rollout's episodes over all ranks. All ranks have to call it.
+
+    Args:
+        completions: This rank's; none of episodes, if there is no environment.
+
+    Returns:
+        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and over those that have not failed the means of
+        `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of what the environment counts, such as
+        `episodes/calls`. Empty without an environment.
+    """
+    of_ranks = gather_objects([_values(completion.episode) for completion in completions if completion.episode is not None])
+    every = [values for of_rank in of_ranks for values in of_rank]
+    ends = Counter(str(values.pop("end")) for values in every)
+    kept = [values for values in every if values.pop("failed") is False]
+    names = dict.fromkeys(name for values in kept for name in values)
+    shares = {f"episodes/end/{reason}": ends[reason] / len(every) for reason in ENDS} if every else {}
+    return shares | {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)}
+
+
+def _values(episode: Episode) -> dict[str, Any]:
+    own = {"turns": episode.turns, "return": sum(episode.rewards), "end": episode.end, "failed": episode.end == "failed"}
+    return {**episode.counts, **own}
+
+
+def episode_records(rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]]:
+    """One record for each episode, ready for JSON.
+
+    Args:
+        rollouts: B episodes.
+        rewards: Their rewards.
+    """
+    sequences, records = rollouts.sequences, []
+    for row, completion in enumerate(rollouts.completions):
+        episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]
+        assert episode is not None, "made by `play`"
+        real = sequences.completion_mask[row]
+        records.append(
+            {
+                "set": prompt.set_name,
+                "index": prompt.index,
+                "sample": row % rollouts.samples_per_prompt,
+                "answer": prompt.answer,
+                "messages": [dict(message) for message in episode.messages],
+                "end": episode.end,
+                "turn_rewards": list(episode.rewards),
+                "counts": dict(episode.counts),
+                "reward": float(rewards.total[row]),
+                "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
+                "correct": bool(rewards.correct[row]),
+                "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
+                "completion_ids": sequences.completion_ids[row][real].tolist(),
+                "sampled": sequences.sampled_mask[row][real].tolist(),
+                "logprobs": rollouts.sampling_logprobs[row][real].tolist(),
+            }
+        )
+    return records

@@ -20,6 +20,7 @@ from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, R
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.turns import TurnEncoder
+from hybrid_lightning.rollout import Turn
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
@@ -29,7 +30,6 @@ from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
-_CUT = " [cut]"  # behind an answer of which the end is left out
 ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
 
 
@@ -37,11 +37,13 @@ ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode
 class _Row:
     """An episode while it is played."""
 
+    prompt: Prompt
     messages: list[Message]
     ids: list[int] = field(default_factory=list)  # of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
     logprobs: list[float] = field(default_factory=list)  # 0 where not
-    texts: list[str] = field(default_factory=list)  # of the policy's messages
+    last: Sequence[int] = ()  # tokens of the policy's last message
+    texts: list[str] = field(default_factory=list)  # of its messages
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     thinking: bool = False
@@ -51,9 +53,11 @@ class _Row:
         """Add a message of the policy."""
         if not self.texts:
             self.thinking = completion.thinking
+        self.last = ids
         self.ids += ids
         self.logprobs += logprobs
         self.sampled += [True] * len(ids)
+        self.end = "" if completion.finished else "tokens"
         self.texts.append(str(completion))
         self.messages.append({"role": "assistant", "content": str(completion)})
 
@@ -99,9 +103,18 @@ class Episodes:
     @cached_property
     def turns(self) -> TurnEncoder:
         """Writes what is added as tokens."""
-        encoder = self.pretrained.encoder
-        self.environment.prepare(encoder.template)
-        return TurnEncoder(encoder, self.pretrained.stop_ids, self.environment.tools(), self._turn_template)
+        pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
+        self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
+        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, self.environment.tools(), **given)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure, before time is spent on a run, that what is added to these prompts can be written.
+
+        Raises:
+            ConfigError: If the chat template or the environment does not fit.
+            DataError: If the tokenizer cannot encode it.
+        """
+        self.turns.check(prompts)
 
     def play(
         self,
@@ -137,29 +150,27 @@ class Episodes:
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
             rows, firsts = self._begin(every, started)
             ids = self._of_groups(prompts, rows, firsts, samples)
-            tokenizer, longest = self.pretrained.tokenizer, min(self.sampler.max_new_tokens, self.limits.max_tokens)
-            going = [number for number, row in enumerate(rows) if not row.end]
-            with self.sampler.conversation(
-                engine, tokenizer, prompts, ids, samples,
-                capacity=self.limits.max_tokens, stops=stops, greedy=greedy, on_token=on_token, generator=generator,
-            ) as conversation:  # fmt: skip
-                turn = conversation.first([longest] * len(rows))
-                numbers = list(range(len(rows)))
-                while True:
-                    for number, tokens, logprobs, completion in zip(numbers, *turn.messages(), strict=True):
-                        if not rows[number].end:
-                            rows[number].say(tokens, logprobs, completion)
-                            if not completion.finished:
-                                rows[number].end = "tokens"
-                    going = [number for number in going if not rows[number].end]
-                    answers = running.step({number: rows[number].messages[-1] for number in going})
-                    added = {number: self._hear(rows[number], answers[number]) for number in going}
-                    going = [number for number in going if not rows[number].end]
-                    if not going:
-                        break
-                    numbers = going
-                    room = [min(self.sampler.max_new_tokens, self.limits.max_tokens - len(rows[number].ids)) for number in going]
-                    turn = conversation.next(going, [added[number] for number in going], room)
+            conversation = self.sampler.conversation(
+                engine,
+                self.pretrained.tokenizer,
+                prompts,
+                ids,
+                samples,
+                capacity=self.limits.max_tokens,
+                stops=stops,
+                greedy=greedy,
+                on_token=on_token,
+            )
+            said, numbers = conversation.first(generator), list(range(len(rows)))
+            while True:
+                self._say(rows, numbers, said, ids, samples)
+                going = [number for number in numbers if not rows[number].end]
+                answers = running.step({number: rows[number].messages[-1] for number in going})
+                added = {number: self._hear(rows[number], answers[number]) for number in going}
+                numbers = [number for number in going if not rows[number].end]
+                if not numbers:
+                    break
+                said = conversation.next(numbers, [added[number] for number in numbers], generator)
         finally:
             running.close()
         self._check_failures(rows, running.failures)
@@ -172,7 +183,7 @@ class Episodes:
         rows, firsts = [], []
         for prompt, messages in zip(prompts, started, strict=True):
             ids, conversation = self.turns.first(prompt, [] if isinstance(messages, Failure) else messages)
-            rows.append(_Row(list(conversation), end="failed" if isinstance(messages, Failure) else ""))
+            rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
             firsts.append(ids)
         return rows, firsts
 
@@ -191,6 +202,16 @@ class Episodes:
                 )
             result.append(begun[0])
         return result
+
+    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Turn, ids: Sequence[list[int]], samples: int) -> None:
+        """Take messages of the policy into the episodes that still run."""
+        lengths, finished = said.lengths.tolist(), said.finished.tolist()
+        tokens = [row[:length] for row, length in zip(said.tokens.tolist(), lengths, strict=True)]
+        contexts = [[*ids[number // samples], *rows[number].ids] for number in numbers]
+        texts = self.sampler.completions(self.pretrained.tokenizer, contexts, tokens, finished)
+        for number, own, logprobs, text in zip(numbers, tokens, said.logprobs.tolist(), texts, strict=True):
+            if not rows[number].end:
+                rows[number].say(own, logprobs[: len(own)], text)
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
         """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
@@ -216,7 +237,7 @@ class Episodes:
 
     def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
         """Messages and their tokens; the last one cut, where that is wanted, to leave room for a message of the policy."""
-        ids = self.turns.added(row.messages, messages)
+        ids = self.turns.added(row.prompt, messages, row.last)
         room = self.limits.max_tokens - len(row.ids) - self.sampler.max_new_tokens
         if self.limits.too_long == "end" or len(ids) <= room or not messages:
             return list(messages), ids
@@ -226,8 +247,8 @@ class Episodes:
         while len(ids) > room and kept:
             # By the tokens that are too many, at the average length of a token, and at least a few characters at a time.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
-            messages = [*before, {**last, "content": text[:kept] + _CUT}]
-            ids = self.turns.added(row.messages, messages)
+            messages = [*before, {**last, "content": text[:kept] + CUT}]
+            ids = self.turns.added(row.prompt, messages, row.last)
         row.counts["cut_answers"] += 1
         return list(messages), ids
 

@@ -52,7 +52,9 @@ class Generation:
     @cached_property
     def _stops(self) -> Stops:
         """What ends a completion; slow to make where there are stop strings."""
-        return self._policy.sampler.stops(self._policy.tokenizer, self._policy.pretrained.stop_ids)
+        policy = self._policy
+        ids = policy.pretrained.stop_ids if policy.episodes is None else policy.episodes.turns.stop_ids
+        return policy.sampler.stops(policy.tokenizer, ids)
 
     def complete(
         self,

@@ -245,6 +245,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             if self.reward is not None:  # or nothing is completed
                 later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
                 self.sampler.check_prompt(self.pretrained.config, tokens + later)
+        if self.episodes is not None:
+            self.episodes.check(prompts)
 
     @property
     def max_completion_tokens(self) -> int:

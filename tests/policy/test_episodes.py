@@ -1,0 +1,266 @@
+"""Episodes as they are played, trained on, measured and written, with a tiny policy and environments of the tests."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import plain_logprobs, tokens_of
+from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, fit, trained
+
+from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
+from hybrid_lightning.environments import Environment, EpisodeLimits, Step
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rewards import EpisodeReturn, ExactMatch, FinalAnswer, RewardFunction, WeightedSum
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import Stops
+from hybrid_lightning.types import Prompt
+
+PROMPTS = [Prompt(text="3+4=", index=0), Prompt(text="12*3=", index=1, columns={"seed": 77})]
+
+
+class OftenDone(Sampler):
+    """Every fourth token ends a message."""
+
+    def stops(self, tokenizer, ids=None):
+        return Stops(tuple(range(2, 48, 4)), None)
+
+
+class Talk(Environment):
+    """Says the seed's number and how long the message was, and ends the episode after some turns."""
+
+    def __init__(self, turns: int = 3, broken: str = "", length: int = 2) -> None:
+        self.turns, self.broken, self.length = turns, broken, length
+
+    def start(self, prompt, seed):
+        self.said, self.seed = 0, seed
+        return [{"role": "user", "content": f"go{seed % 10}"}] if self.broken != "begins" else str(id(self))
+
+    def step(self, message):
+        self.said += 1
+        if self.broken == "fails" and len(message["content"]) % 2 and self.said == 2:
+            raise ValueError("the board is gone")
+        answer = {"role": "user", "content": f"n{len(message['content'])}" + "x" * (self.length - 2)}
+        return Step([answer], reward=0.25 * self.said, over=self.said == self.turns, counts={"heard": len(message["content"])})
+
+
+@pytest.fixture(scope="module")
+def play(model):
+    def run(environment, *, max_new_tokens=5, samples=3, greedy=False, draws=5, **limits):
+        policy = build_policy(
+            model,
+            reward=None,
+            sampler=OftenDone(max_new_tokens=max_new_tokens),
+            environment=environment,
+            episodes=EpisodeLimits(**{"max_tokens": 60, **limits}),
+            turn_template="{content}",
+        )
+        generator = None if greedy else PromptDraws(PROMPTS, samples, draws)
+        return policy, policy.generate(PROMPTS, samples, generator, greedy)
+
+    return run
+
+
+def test_each_episode_is_what_was_sampled_and_what_was_added_in_one_row(play):
+    policy, rollouts = play(Talk())
+    sequences, tokenizer = rollouts.sequences, policy.tokenizer
+    assert len({completion.episode.end for completion in rollouts.completions}) > 1
+    for row, completion in enumerate(rollouts.completions):
+        episode, (prompt, ids) = completion.episode, tokens_of(sequences, row)
+        sampled = sequences.sampled_mask[row, : len(ids)].tolist()
+        assert tokenizer.decode(prompt) == PROMPTS[row // 3].text + episode.messages[1]["content"]
+        spans, texts = [], {True: [], False: []}
+        for token, own in zip(ids, sampled, strict=True):
+            if not spans or spans[-1][0] != own:
+                spans.append((own, []))
+            spans[-1][1].append(token)
+        for own, span in spans:
+            texts[own].append(tokenizer.decode(span, skip_special_tokens=True))
+        said = [message["content"] for message in episode.messages if message["role"] == "assistant"]
+        heard = [message["content"] for message in episode.messages[2:] if message["role"] == "user"]
+        assert texts[True] == said and str(completion) == "\n".join(said) and episode.turns == len(said)
+        assert texts[False] == heard[: len(said) - 1], "the last answer is shown, but not read"
+        assert completion.num_tokens == sum(sampled) == int(sequences.sampled_mask[row].sum())
+        true = plain_logprobs(policy.model, sequences, row)
+        expected = torch.where(torch.tensor(sampled), true, 0.0)
+        torch.testing.assert_close(rollouts.sampling_logprobs[row, : len(ids)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
+    rollouts = play(Talk())[1]
+    begun = [completion.episode.messages[1]["content"] for completion in rollouts.completions]
+    assert begun[:3] == [begun[0]] * 3 and begun[3:] == ["go7"] * 3
+    others = play(Talk(), draws=6)[1].completions
+    assert [c.episode.messages[1]["content"] for c in others][3:] == ["go7"] * 3
+
+
+def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
+    class AtOnce(Talk):
+        def start(self, prompt, seed):
+            return ()
+
+        def step(self, message):
+            return (), 1.0, True
+
+    rollouts = play(AtOnce())[1]
+    plain = build_policy(model, sampler=OftenDone(max_new_tokens=5)).generate(PROMPTS, 3, PromptDraws(PROMPTS, 3, 5))
+    for name, value in vars(plain.sequences).items():
+        assert torch.equal(getattr(rollouts.sequences, name), value), name
+    assert torch.equal(rollouts.sampling_logprobs, plain.sampling_logprobs)
+    assert [str(c) for c in rollouts.completions] == [str(c) for c in plain.completions]
+    cut = ~plain.finished
+    assert cut.any() and torch.equal(rollouts.finished, plain.finished)
+    assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
+
+
+def test_every_bound_ends_an_episode_with_its_reason(play):
+    ends = lambda **options: Counter(c.episode.end for c in play(Talk(9), **options)[1].completions)  # noqa: E731
+    assert ends(max_turns=2, max_new_tokens=30)["turns"] and ends(max_new_tokens=1)["tokens"]
+    policy, rollouts = play(Talk(9, length=9), max_tokens=24, max_new_tokens=12, too_long="end")
+    assert "tokens" in {c.episode.end for c in rollouts.completions}
+    assert rollouts.sequences.completion_mask.sum(dim=1).max() <= 24
+
+
+def test_an_answer_that_does_not_fit_is_cut_with_a_mark(play):
+    class Floods(Talk):
+        def step(self, message):
+            return Step([{"role": "user", "content": "y" * 500}])
+
+    class Mark(EpisodeLimits):
+        pass
+
+    completions = play(Floods(), max_tokens=50, max_new_tokens=8, max_turns=4)[1].completions
+    cut = [c for c in completions if c.episode.counts.get("cut_answers")]
+    assert cut and all("[cut]" in c.episode.messages[3]["content"] for c in cut)
+    assert any(c.episode.turns > 1 for c in cut), "the policy has room for an answer"
+
+
+def test_episodes_of_a_group_that_begin_differently_are_refused(play):
+    with pytest.raises(RolloutError, match="began the episodes of the data row 0 differently, although they have one seed"):
+        play(Talk(broken="begins"))
+
+
+def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play):
+    policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
+    failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])
+    rewards = policy.score(rollouts)
+    assert 0 < failed.sum() < len(failed)
+    assert torch.equal(rewards.counted, ~failed) and not rollouts.sequences.sampled_mask[failed].any()
+    advantages = policy.advantage.of_rewards(rewards, 8)
+    assert not advantages[failed].any() and advantages[~failed].any()
+    with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
+        play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=0.0)
+
+
+def test_greedy_episodes_of_an_evaluation_have_the_tasks_of_its_sampled_ones(play):
+    policy, greedy = play(Talk(), samples=1, greedy=True)
+    from hybrid_lightning.policy.episodes import evaluation_draws
+
+    sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.seed))
+    assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1]
+
+
+class Seen(RewardFunction):
+    """Notes what it is given."""
+
+    def __call__(self, completions, prompts):
+        self.seen = list(completions)
+        return [float(completion.episode.turns) for completion in completions]
+
+
+def test_rewards_see_roles_and_texts_of_the_policy_alone(play):
+    _, rollouts = play(Talk())
+    prompts = [PROMPTS[row // 3] for row in range(6)]
+    for completion, value in zip(rollouts.completions, EpisodeReturn()(rollouts.completions, prompts), strict=True):
+        assert value == sum(completion.episode.rewards) and "go" not in completion
+    last = FinalAnswer(ExactMatch(pattern="(.*)"))
+    assert [last.extract_answer(c, p) for c, p in zip(rollouts.completions, prompts, strict=True)] == [
+        ExactMatch(pattern="(.*)").extract_answer(c.episode.answer, p) for c, p in zip(rollouts.completions, prompts, strict=True)
+    ]
+    assert last.name == "exact_match" and [name.name for name, _ in WeightedSum([last, EpisodeReturn()]).terms()]
+
+
+ARGUMENTS = {"reward": None, "turn_template": "{content}"}
+
+
+def arguments(environment=None, **limits):
+    return {
+        **ARGUMENTS,
+        "sampler": OftenDone(max_new_tokens=5),
+        "environment": environment or Talk(),
+        "episodes": EpisodeLimits(**{"max_tokens": 60, **limits}),
+    }
+
+
+def test_a_run_trains_on_what_was_sampled_alone_and_says_how_episodes_ended(model, sums, tmp_path):
+    log = Log()
+    policy = fit(model, sums, tmp_path, log, RolloutSamples(1), policy=arguments(), max_steps=2)
+    metrics = log.metrics[-1]
+    ends = [value for name, value in metrics.items() if name.startswith("episodes/end/")]
+    assert sum(ends) == pytest.approx(1) and metrics["episodes/turns"] > 1 and metrics["episodes/heard"] > 0
+    assert metrics["reward"] == pytest.approx(metrics["episodes/return"]) and metrics["grad_norm/lora"] > 0
+    batch = log.batches[0].sequences
+    assert (batch.completion_mask & ~batch.sampled_mask).any()
+    assert metrics["completions/mean_length"] < float(batch.completion_mask.sum(dim=1).float().mean())
+    page = RolloutSamples().page(*policy.last_rollout)
+    assert "assistant&#58;" in page or "assistant:" in page
+
+
+def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(model, sums, tmp_path):
+    class Stop(Talk):
+        countdown = 10**9
+
+        def step(self, message):
+            Stop.countdown -= 1
+            if not Stop.countdown:
+                raise KeyboardInterrupt
+            return super().step(message)
+
+    def run(folder, **flags):
+        return trained(fit(model, sums, folder, policy=arguments(Stop()), max_steps=4, enable_checkpointing=True, **flags))
+
+    whole = run(tmp_path / "whole")
+    Stop.countdown = 40
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    last = max((tmp_path / "stopped").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    Stop.countdown = 10**9
+    resumed = run(tmp_path / "resumed", ckpt=str(last))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_global_generators_of_a_game_are_not_those_of_training(model, sums, tmp_path):
+    class Dice(Talk):
+        def step(self, message):
+            random.seed(3)
+            answer = super().step(message)
+            return Step([{"role": "user", "content": str(random.randint(0, 9))}], answer.reward, answer.over)
+
+    before = random.getstate()
+    first = trained(fit(model, sums, tmp_path / "a", policy=arguments(Dice()), max_steps=2))
+    second = trained(fit(model, sums, tmp_path / "b", policy=arguments(Dice()), max_steps=2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert random.getstate() == before
+
+
+def test_predict_writes_a_line_for_each_episode(model, sums, tmp_path):
+    policy = build_policy(model, **arguments())
+    build_trainer(tmp_path, build_adapter(), PredictionWriter(str(tmp_path / "out.jsonl"))).predict(
+        policy, datamodule=build_data(sums, test_fraction=0.5)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 8
+    for line in lines:
+        assert len(line["completion_ids"]) == len(line["sampled"]) == len(line["logprobs"])
+        assert [role for role in (m["role"] for m in line["messages"]) if role == "assistant"]
+        assert all(value == 0 for value, own in zip(line["logprobs"], line["sampled"], strict=True) if not own)
+        assert line["reward"] == pytest.approx(sum(line["turn_rewards"])) and line["end"]
+
+
+def test_settings_that_need_an_environment_say_so(model):
+    with pytest.raises(ConfigError, match=r"model\.turn_template is for episodes, and model\.environment is not set"):
+        build_policy(model, turn_template="{content}")
+    with pytest.raises(ConfigError, match=r"model\.reward is missing"):
+        build_policy(model, reward=None)

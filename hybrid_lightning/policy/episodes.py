@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.turns import TurnEncoder
@@ -173,7 +173,6 @@ class Episodes:
                 said = conversation.next(numbers, [added[number] for number in numbers], generator)
         finally:
             running.close()
-        self._check_failures(rows, running.failures)
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _begin(
@@ -247,20 +246,10 @@ class Episodes:
         while len(ids) > room and kept:
             # By the tokens that are too many, at the average length of a token, and at least a few characters at a time.
             kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
-            messages = [*before, {**last, "content": text[:kept] + CUT}]
+            messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
             ids = self.turns.added(row.prompt, messages, row.last)
         row.counts["cut_answers"] += 1
         return list(messages), ids
-
-    def _check_failures(self, rows: Sequence[_Row], reasons: Sequence[str]) -> None:
-        """Raise RolloutError if more episodes were left out than allowed."""
-        failed = sum(row.end == "failed" for row in rows)
-        if failed > self.limits.max_failed_share * len(rows):
-            raise RolloutError(
-                f"{failed} of {len(rows)} episodes of a rollout failed, more than episodes.max_failed_share="
-                f"{self.limits.max_failed_share:g} allows; the first: {reasons[0]}; mend {type(self.environment).__name__}, or raise "
-                "episodes.max_failed_share"
-            )
 
     def _rollouts(
         self, prompts: Sequence[Prompt], rows: Sequence[_Row], ids: Sequence[list[int]], samples: int, device: torch.device
@@ -317,6 +306,11 @@ def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: i
         seed: The policy's.
     """
     return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
+
+
+def has_failed(completion: Completion) -> bool:
+    """Whether a completion is an episode whose environment failed, so that it is left out."""
+    return completion.episode is not None and completion.episode.end == "failed"
 
 
 def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -22,6 +22,7 @@ Validation and test are in `evaluation.py`, what makes completions is in `genera
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -35,7 +36,7 @@ from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule
 from hybrid_lightning.policy.calibration import CalibrationLosses
-from hybrid_lightning.policy.episodes import Episodes
+from hybrid_lightning.policy.episodes import Episodes, has_failed
 from hybrid_lightning.policy.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
@@ -334,6 +335,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         with self.signals.at_once():
             rewards = evaluate_reward(self.reward, rollouts.completions, prompts)
+        if self.episodes is not None:
+            rewards = replace(rewards, counted=torch.tensor([not has_failed(completion) for completion in rollouts.completions]))
         return rewards.to(rollouts.sequences.completion_ids.device)
 
     def answers(self, rollouts: Rollouts) -> list[str | None]:

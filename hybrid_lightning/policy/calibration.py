@@ -343,7 +343,8 @@ def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], sa
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),
         completions=tuple(
-            Completion(*completion, None if episode is None else Episode(**episode)) for *completion, episode in state["completions"]
+            Completion(*completion, None if episode is None else Episode(**episode))
+            for *completion, episode in state["completions"]
         ),
         sampling_logprobs=state["sampling_logprobs"].to(device),
         finished=state["finished"].to(device),

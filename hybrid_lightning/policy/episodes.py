@@ -2,8 +2,8 @@
 
     prompt, messages of `start`  ->  sampled  ->  messages of `step`  ->  sampled  ->  ...
 
-An episode is one row of a rollout. Its completion holds what the policy sampled and, between, what was added, as token ids; a mask
-says which is which. All episodes that still run are in the same turn, so that they are sampled in one batch.
+An episode is one row of a rollout. Its completion holds what the policy sampled and, between, what was added, as token ids; a
+mask says which is which. All episodes that still run are in the same turn, so that they are sampled in one batch.
 
 Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
 """
@@ -20,8 +20,8 @@ from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, 
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.turns import TurnEncoder
-from hybrid_lightning.rollout import Turn
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.conversation import Turn
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
 from hybrid_lightning.sharding.ranks import gather_objects
@@ -265,7 +265,7 @@ class Episodes:
             prompt_mask.repeat_interleave(samples, dim=0),
             completion_ids,
             completion_mask,
-            sampled.view(len(rows), width),
+            sampled_mask=sampled.view(len(rows), width),
         )
         completions = tuple(row.completion() for row in rows)
         return Rollouts(

@@ -76,8 +76,8 @@ class PolicyModule(LanguageModule):
         reward: Scores completions; None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
         environment: What the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None: a completion is
             one message.
-        episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at most
-            `sampler.max_new_tokens`.
+        episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at
+            most `sampler.max_new_tokens`.
         turn_template: How an added message is written behind a prompt that is plain text, with `{content}` in place of its text;
             chat prompts are written by the chat template.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
@@ -273,8 +273,8 @@ class PolicyModule(LanguageModule):
         if unread and not self._warned_of_unread_rewards:
             self._warned_of_unread_rewards = True
             rank_zero_warn(
-                f"{type(self.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn to "
-                "it, or leave model.reward out to train on them alone"
+                f"{type(self.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn "
+                "to it, or leave model.reward out to train on them alone"
             )
         return metrics
 

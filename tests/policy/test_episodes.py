@@ -118,7 +118,7 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
 def test_every_bound_ends_an_episode_with_its_reason(play):
     ends = lambda **options: Counter(c.episode.end for c in play(Talk(9), **options)[1].completions)  # noqa: E731
     assert ends(max_turns=2, max_new_tokens=30)["turns"] and ends(max_new_tokens=1)["tokens"]
-    policy, rollouts = play(Talk(9, length=9), max_tokens=24, max_new_tokens=12, too_long="end")
+    _, rollouts = play(Talk(9, length=9), max_tokens=24, max_new_tokens=12, too_long="end")
     assert "tokens" in {c.episode.end for c in rollouts.completions}
     assert rollouts.sequences.completion_mask.sum(dim=1).max() <= 24
 
@@ -126,10 +126,7 @@ def test_every_bound_ends_an_episode_with_its_reason(play):
 def test_an_answer_that_does_not_fit_is_cut_with_a_mark(play):
     class Floods(Talk):
         def step(self, message):
-            return Step([{"role": "user", "content": "y" * 500}])
-
-    class Mark(EpisodeLimits):
-        pass
+            return "y" * 500, 0.0, False
 
     completions = play(Floods(), max_tokens=50, max_new_tokens=8, max_turns=4)[1].completions
     cut = [c for c in completions if c.episode.counts.get("cut_answers")]
@@ -208,16 +205,19 @@ def test_a_run_trains_on_what_was_sampled_alone_and_says_how_episodes_ended(mode
     assert "assistant&#58;" in page or "assistant:" in page
 
 
+class Stop(Talk):
+    """Stops the run at one of its steps."""
+
+    countdown = 10**9
+
+    def step(self, message):
+        Stop.countdown -= 1
+        if not Stop.countdown:
+            raise KeyboardInterrupt
+        return super().step(message)
+
+
 def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(model, sums, tmp_path):
-    class Stop(Talk):
-        countdown = 10**9
-
-        def step(self, message):
-            Stop.countdown -= 1
-            if not Stop.countdown:
-                raise KeyboardInterrupt
-            return super().step(message)
-
     def run(folder, **flags):
         return trained(fit(model, sums, folder, policy=arguments(Stop()), max_steps=4, enable_checkpointing=True, **flags))
 
@@ -231,13 +231,16 @@ def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(mo
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_global_generators_of_a_game_are_not_those_of_training(model, sums, tmp_path):
-    class Dice(Talk):
-        def step(self, message):
-            random.seed(3)
-            answer = super().step(message)
-            return Step([{"role": "user", "content": str(random.randint(0, 9))}], answer.reward, answer.over)
+class Dice(Talk):
+    """Seeds Python's global generator, and draws from it."""
 
+    def step(self, message):
+        random.seed(3)
+        answer = super().step(message)
+        return Step([{"role": "user", "content": str(random.randint(0, 9))}], answer.reward, answer.over)
+
+
+def test_global_generators_of_a_game_are_not_those_of_training(model, sums, tmp_path):
     before = random.getstate()
     first = trained(fit(model, sums, tmp_path / "a", policy=arguments(Dice()), max_steps=2))
     second = trained(fit(model, sums, tmp_path / "b", policy=arguments(Dice()), max_steps=2))

@@ -32,12 +32,12 @@ class RewardError(HybridLightningError, RuntimeError):
     """A reward function raised, or returned something other than one finite number per completion."""
 
 
-class EpisodeError(HybridLightningError, RuntimeError):
-    """The environment of too many episodes has failed by its own fault."""
-
-
 class RolloutError(HybridLightningError, RuntimeError):
     """A rollout engine does not answer, fails, or has other weights than the policy."""
+
+
+class EpisodeError(RolloutError):
+    """The environment of too many episodes has failed by its own fault."""
 
 
 class SandboxError(HybridLightningError, RuntimeError):

@@ -76,9 +76,7 @@ class Completion(str):
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
     episode: Episode | None  # None without an environment
 
-    def __new__(
-        cls, text: str, num_tokens: int, finished: bool, thinking: bool = False, episode: Episode | None = None
-    ) -> Self:
+    def __new__(cls, text: str, num_tokens: int, finished: bool, thinking: bool = False, episode: Episode | None = None) -> Self:
         """Make a string with four attributes."""
         self = super().__new__(cls, text)
         self.num_tokens, self.finished, self.thinking, self.episode = num_tokens, finished, thinking, episode

@@ -123,8 +123,6 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
         completion_tokens=sampler.max_new_tokens if policy.environment is None else episodes.max_tokens,
-        if policy.environment is None
-        else (policy.episodes or EpisodeLimits()).max_tokens,
         prompts_per_rollout=policy.prompts_per_rollout,
         samples_per_prompt=policy.samples_per_prompt,
         micro_batches=policy.minibatches_per_rollout * flags.accumulate_grad_batches,

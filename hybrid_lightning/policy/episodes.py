@@ -99,6 +99,7 @@ class Episodes:
     ) -> None:
         self.environment, self.limits, self.sampler, self.pretrained = environment, limits, sampler, pretrained
         self._turn_template = turn_template
+        self._running = RunningEpisodes(environment, limits)
 
     @cached_property
     def turns(self) -> TurnEncoder:
@@ -115,6 +116,10 @@ class Episodes:
             DataError: If the tokenizer cannot encode it.
         """
         self.turns.check(prompts)
+
+    def shut_down(self) -> None:
+        """End what environments run in; it begins again when it is needed."""
+        self._running.close()
 
     def play(
         self,
@@ -144,7 +149,7 @@ class Episodes:
             RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
         """
         samples = samples_per_prompt
-        running = RunningEpisodes(self.environment, self.limits)
+        running = self._running
         try:
             every = [prompt for prompt in prompts for _ in range(samples)]
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
@@ -172,7 +177,7 @@ class Episodes:
                     break
                 said = conversation.next(numbers, [added[number] for number in numbers], generator)
         finally:
-            running.close()
+            running.finish()
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _begin(

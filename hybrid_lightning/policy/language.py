@@ -267,8 +267,10 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
     def teardown(self, stage: str) -> None:
-        """End a rollout engine that this process has started."""
+        """End a rollout engine and processes of environments that this process has started."""
         self.sampler.shut_down()
+        if self.episodes is not None:
+            self.episodes.shut_down()
         super().teardown(stage)
 
     # ---- signals

@@ -273,8 +273,8 @@ class PolicyModule(LanguageModule):
         if unread and not self._warned_of_unread_rewards:
             self._warned_of_unread_rewards = True
             rank_zero_warn(
-                f"{type(self.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn "
-                "to it, or leave model.reward out to train on them alone"
+                f"{type(self.episodes.environment).__name__} gives rewards, and model.reward does not read them; add "
+                "EpisodeReturn to it, or leave model.reward out to train on them alone"
             )
         return metrics
 

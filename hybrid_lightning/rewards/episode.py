@@ -80,9 +80,7 @@ class FinalAnswer(RewardFunction):
 def _episode(completion: str) -> Episode:
     episode = getattr(completion, "episode", None)
     if not isinstance(episode, Episode):
-        raise RewardError(
-            "there is no episode whose messages or rewards could be read; set model.environment, or another reward"
-        )
+        raise RewardError("there is no episode whose messages or rewards could be read; set model.environment, or another reward")
     return episode
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_models import plain_logprobs, tokens_of
 from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, fit, trained
 
@@ -43,7 +44,12 @@ class Talk(Environment):
         if self.broken == "fails" and len(message["content"]) % 2 and self.said == 2:
             raise ValueError("the board is gone")
         answer = {"role": "user", "content": f"n{len(message['content'])}" + "x" * (self.length - 2)}
-        return Step([answer], reward=0.25 * self.said, over=self.said == self.turns, counts={"heard": len(message["content"])})
+        return Step(
+            [answer],
+            reward=0.25 * self.said + 0.01 * len(message["content"]),
+            over=self.said == self.turns,
+            counts={"heard": len(message["content"])},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +102,17 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     assert [c.episode.messages[1]["content"] for c in others][3:] == ["go7"] * 3
 
 
+class AtOnce(Talk):
+    """Adds nothing, and is over after a message."""
+
+    def start(self, prompt, seed):
+        return ()
+
+    def step(self, message):
+        return (), 1.0, True
+
+
 def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
-    class AtOnce(Talk):
-        def start(self, prompt, seed):
-            return ()
-
-        def step(self, message):
-            return (), 1.0, True
-
     rollouts = play(AtOnce())[1]
     plain = build_policy(model, sampler=OftenDone(max_new_tokens=5)).generate(PROMPTS, 3, PromptDraws(PROMPTS, 3, 5))
     for name, value in vars(plain.sequences).items():
@@ -123,11 +132,14 @@ def test_every_bound_ends_an_episode_with_its_reason(play):
     assert rollouts.sequences.completion_mask.sum(dim=1).max() <= 24
 
 
-def test_an_answer_that_does_not_fit_is_cut_with_a_mark(play):
-    class Floods(Talk):
-        def step(self, message):
-            return "y" * 500, 0.0, False
+class Floods(Talk):
+    """Answers more than fits, for ever."""
 
+    def step(self, message):
+        return "y" * 500, 0.0, False
+
+
+def test_an_answer_that_does_not_fit_is_cut_with_a_mark(play):
     completions = play(Floods(), max_tokens=50, max_new_tokens=8, max_turns=4)[1].completions
     cut = [c for c in completions if c.episode.counts.get("cut_answers")]
     assert cut and all("[cut]" in c.episode.messages[3]["content"] for c in cut)
@@ -213,19 +225,22 @@ class Stop(Talk):
     def step(self, message):
         Stop.countdown -= 1
         if not Stop.countdown:
-            raise KeyboardInterrupt
+            raise RolloutError("the machine goes down")
         return super().step(message)
 
 
 def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(model, sums, tmp_path):
     def run(folder, **flags):
-        return trained(fit(model, sums, folder, policy=arguments(Stop()), max_steps=4, enable_checkpointing=True, **flags))
+        saves = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+        return trained(fit(model, sums, folder, saves, policy=arguments(Stop()), max_steps=4, enable_checkpointing=True, **flags))
 
     whole = run(tmp_path / "whole")
-    Stop.countdown = 40
-    with pytest.raises(KeyboardInterrupt):
+    steps = 10**9 - Stop.countdown
+    Stop.countdown = steps * 3 // 4
+    with pytest.raises(RolloutError, match="the machine goes down"):
         run(tmp_path / "stopped")
-    last = max((tmp_path / "stopped").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    last = max((tmp_path / "stopped").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert last.name != "epoch=0-step=4.ckpt"
     Stop.countdown = 10**9
     resumed = run(tmp_path / "resumed", ckpt=str(last))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

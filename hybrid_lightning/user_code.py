@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import itertools
 import os
 import sys
 import sysconfig
@@ -95,6 +97,7 @@ def _line_of(error: BaseException) -> str:
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # process id -> event loop: a forked process has no thread that runs the loop
 _lock = threading.Lock()
+_numbers = itertools.count()
 
 
 def run_async(work: Coroutine[Any, Any, Any]) -> Any:
@@ -198,12 +201,13 @@ async def outcome_in_thread(function: Callable[[], Any], timeout_s: float) -> Ou
     return future.result() if future.done() else (None, TookTooLongError())
 
 
-async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None) -> Outcome:
+async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: str | None = None) -> Outcome:
     """Await something, whatever it raises. What takes too long is cancelled, and not waited for if it ignores that.
 
     Args:
         work: What is awaited.
         timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`; None for no limit.
+        name: Of its task.
     """
 
     async def caught() -> Outcome:
@@ -212,7 +216,7 @@ async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None) -> Outc
         except BaseException as error:
             return None, error
 
-    task = asyncio.create_task(caught())
+    task = asyncio.create_task(caught(), name=name)
     try:
         await asyncio.wait({task}, timeout=timeout_s)
         return (
@@ -224,6 +228,41 @@ async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None) -> Outc
         )
     finally:
         task.cancel()
+
+
+def outcome_within(function: Callable[[], Any], timeout_s: float, then: Callable[[Any], Any] = lambda value: value) -> Outcome:
+    """Call a function with a time limit, and await what it returns if that is to be awaited.
+
+    Args:
+        function: A function without arguments. Where code of another call has held up the event loop, it is called once more.
+        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`.
+        then: What is done with the value, likewise.
+    """
+
+    def called() -> Outcome:
+        value, error = outcome_of(function)
+        return (value, error) if error is not None or inspect.isawaitable(value) else outcome_of(lambda: then(value))
+
+    async def awaited(value: Awaitable[Any]) -> Any:
+        return then(await value)
+
+    for may_repeat in (True, False):
+        try:
+            value, error = call_within(called, timeout_s)
+        except TimeoutError:  # of `call_within`: those of the function are in the outcome
+            break
+        if error is not None or not inspect.isawaitable(value):
+            return value, error
+        loop, name = _loop(), f"user-code-{next(_numbers)}"
+        future = asyncio.run_coroutine_threadsafe(outcome_awaited(awaited(value), timeout_s, name), loop)
+        try:
+            return future.result(timeout_s + 1)
+        except TimeoutError:  # code that does not await holds up the event loop
+            holding = asyncio.current_task(loop)
+            _loops.pop(os.getpid(), None)
+            if not may_repeat or holding is None or holding.get_name() == name:
+                break
+    return None, TookTooLongError()
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -18,7 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.environments.tool_environment import Tool
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sandbox.candidate import WHOLE
 from hybrid_lightning.sandbox.isolation import require_isolation
@@ -100,7 +100,7 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-class PythonSession(Configurable):
+class PythonSession(Tool):
     """Python in the sandbox, whose names last from call to call of an episode.
 
     A session holds no process: a call runs the code of the earlier calls again, in a new box, and shows what the last one prints.
@@ -126,8 +126,6 @@ class PythonSession(Configurable):
         >>> python("print(x)\\nx * 7")
         '6\\n42'
     """
-
-    name = "python"
 
     def __init__(
         self,
@@ -177,7 +175,7 @@ def _settings(limits: Limits, packages: tuple[str, ...], allow_without_isolation
     return settings
 
 
-class DocumentSearch(Configurable):
+class DocumentSearch(Tool):
     """Search over documents on this machine by BM25 (Robertson and Zaragoza, 2009), of the package bm25s.
 
     Documents are a file, or all `.txt`, `.md` and `.jsonl` files of a folder and those below it. Text files are cut into passages
@@ -198,8 +196,6 @@ class DocumentSearch(Configurable):
         ...     DocumentSearch(folder, passages=1, passage_words=5)("how hot for green tea?")
         '[tea.txt 1] Green tea is steeped at 80 degrees.'
     """
-
-    name = "search"
 
     def __init__(self, path: str, passages: int = 3, passage_words: int = 100) -> None:
         if passages < 1 or passage_words < 1:

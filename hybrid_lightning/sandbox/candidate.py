@@ -141,7 +141,7 @@ def run_cells(cells: Sequence[str], seed: int) -> None:
 
 def _begin_output(keep: bool) -> None:
     """Write standard output behind what is there, or over it, by a stream that no cell has closed or replaced."""
-    with suppress(OSError, ValueError):  # what is too long to be written, or a stream that is closed
+    with suppress(Exception):  # what is too long to be written, a stream that a cell has closed, or no stream
         sys.stdout.flush()
     size = os.fstat(1).st_size if keep else 0
     os.ftruncate(1, size)

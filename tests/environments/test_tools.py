@@ -107,7 +107,8 @@ def test_sessions_are_apart_and_repeat_themselves_by_their_seed(python):
 def test_code_that_does_not_end_as_code_should_costs_its_own_call_alone(python, code, said):
     """Names are as before, and no process is left."""
     python("x = 1")
-    assert python(code).startswith(f"error: {said}; names are as before this call")
+    answer = python(code)
+    assert answer.startswith(f"error: {said}") and answer.endswith("; names are as before this call")
     assert python("x") == "1"
     assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "sandbox"], capture_output=True, text=True).stdout
 

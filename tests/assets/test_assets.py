@@ -1,16 +1,30 @@
 import random
+import re
+from collections import Counter
 
 import pytest
 import torch
-from tiny_models import engine_of
+from tiny_models import engine_of, tokens_of
+from tiny_runs import build_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from benchmarks.embedded_policy import CHARACTERS, CorpusSource, build_model, build_tokenizer, corpus_line, pretrain_on
-from hybrid_lightning.assets import embedded_policy_path
+from benchmarks.embedded_policy import (
+    CHARACTERS,
+    CorpusSource,
+    EpisodeCorpus,
+    build_model,
+    build_tokenizer,
+    corpus_line,
+    pretrain_on,
+)
+from benchmarks.study.policies import RECIPES
+from hybrid_lightning.assets import EMBEDDED, embedded_policy_path
 from hybrid_lightning.data import ProductSource
-from hybrid_lightning.data.arithmetic import FACTORS, worked_answer
-from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.data.arithmetic import FACTORS, hashed_split, worked_answer
+from hybrid_lightning.environments import EpisodeLimits, GuessNumber, PlainCalls, ToolEnvironment, calculator
+from hybrid_lightning.rewards import ExactMatch, FinalAnswer
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
 
@@ -36,21 +50,23 @@ def split_line(question, answer):
     return int(a), int(rest[:-1]), rest[-1], partial_products, int(answer)
 
 
-def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(policy):
-    files = list(embedded_policy_path().iterdir())
-    assert sum(file.stat().st_size for file in files) < 8_000_000
+@pytest.mark.parametrize(("model", "recipe", "most"), [("embedded", "products", 4e6), ("embedded:episodes", "episodes", 1e6)])
+def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(model, recipe, most):
+    path = embedded_policy_path(model)
+    files = list(path.iterdir())
+    assert sum(file.stat().st_size for file in files) < most
     assert {file.suffix for file in files} == {".json", ".safetensors"}
-    model, tokenizer = policy
-    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
-    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
-    built_tokenizer = build_tokenizer()
-    built = build_model(built_tokenizer)
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in policy.parameters())
+    assert policy.get_input_embeddings().weight is not policy.get_output_embeddings().weight
+    built_tokenizer = RECIPES[recipe].tokenizer()
+    built = RECIPES[recipe].model(built_tokenizer)
     assert tokenizer.get_vocab() == built_tokenizer.get_vocab()
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in built.named_parameters()}
-    generation = GenerationConfig.from_pretrained(embedded_policy_path())
-    assert generation.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-    assert generation.pad_token_id == tokenizer.pad_token_id == model.config.pad_token_id
-    assert tokenizer.padding_side == "left"
+    assert {n: p.shape for n, p in policy.named_parameters()} == {n: p.shape for n, p in built.named_parameters()}
+    generation = GenerationConfig.from_pretrained(path)
+    assert generation.eos_token_id == tokenizer.eos_token_id == policy.config.eos_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id == policy.config.pad_token_id
+    assert tokenizer.padding_side == "left" and model in EMBEDDED
 
 
 @pytest.mark.parametrize("text", [CHARACTERS, "347*6=", "[42 28 20]2082", "10*2:[00 02]20"])
@@ -137,3 +153,55 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works(polic
         accuracy[cue] = sum(reward(rollouts.completions, prompts)) / len(prompts)
     assert accuracy["="] < 0.5
     assert accuracy[":"] > 0.6
+
+
+def test_the_corpus_of_episodes_is_right_and_has_the_shares_that_it_says():
+    """Each turn is read without the code that made it, behind what comes before it."""
+    kinds, careless, guesses = Counter(), 0, 0
+    for row in EpisodeCorpus(40_000, seed=0).load().train:
+        before, turn = row.question, row.columns["completion"]
+        if before[0] != "?":
+            asked, _, rest = before.partition("=")
+            a, b = map(int, asked.split("*"))
+            assert 100 <= a <= 999 and 10 <= b <= 99 and hashed_split(asked) == "train"
+            kinds["called" if turn == f"[{asked}]" else "copied" if rest else "direct"] += 1
+            assert rest in ("", f"[{asked}]<eos>{a * b}") and turn in ((str(a * b),) if rest else (str(a * b), f"[{asked}]"))
+            continue
+        told = re.findall(r"(\d+)<eos>([<>])", before)
+        assert "?" + "".join(f"{guess}<eos>{sign}" for guess, sign in told) == before and len(told) < 5
+        fitting = [n for n in range(1, 32) if all((n > int(guess)) == (sign == ">") for guess, sign in told)]
+        assert fitting and 1 <= int(turn) <= 31
+        guesses, careless = guesses + 1, careless + (int(turn) not in fitting)
+    assert kinds["called"] == pytest.approx(kinds["copied"], abs=1)
+    assert kinds["called"] / (kinds["called"] + kinds["direct"]) == pytest.approx(0.4, abs=0.02)
+    assert 0.02 < careless / guesses < 0.1, "a careless guess may fit by chance"
+
+
+def test_the_policy_for_episodes_has_something_to_learn_and_a_way_to_it():
+    """It calls and guesses in the form of its corpus, and solves less than half."""
+    limits = {"model": "embedded:episodes", "turn_template": "{content}", "sampler": Sampler(max_new_tokens=12)}
+    rows = ProductSource(100, 999, validation_size=100, low_factor=10, high_factor=99).load().validation
+    tools = build_policy(
+        reward=FinalAnswer(ExactMatch(pattern=r"\A(\d+)\Z")),
+        environment=ToolEnvironment([calculator], PlainCalls(r"\A\[([1-9]\d*\*[1-9]\d*)\]\Z")),
+        episodes=EpisodeLimits(max_turns=3, max_tokens=48),
+        **limits,
+    )
+    game = build_policy(
+        reward=None,
+        environment=GuessNumber(1, 31, rules="", higher=">", lower="<", right="=", invalid="?"),
+        episodes=EpisodeLimits(max_turns=5, max_tokens=60),
+        **limits,
+    )
+    products = [Prompt(text=row.question, answer=row.answer, index=row.index) for row in rows]
+    games = [Prompt(text="?", index=number, columns={"seed": number}) for number in range(100)]
+    forms = r"\?(\d+<eos>[<>]){0,4}\d+<eos>", r"(\d+\*\d+)=(\[\1\]<eos>\d+)?\d+<eos>"
+    for policy, prompts, form in ((game, games, forms[0]), (tools, products, forms[1])):
+        rollouts = policy.generate(prompts, 4, PromptDraws(prompts, 4, 0))
+        solved = policy.score(rollouts).total
+        assert 0.3 < solved.mean() < 0.5
+        texts = ["".join(map(policy.tokenizer.decode, tokens_of(rollouts.sequences, row))) for row in range(400)]
+        assert sum(re.fullmatch(form, text) is not None for text in texts) > 380
+        if policy is tools:
+            called = torch.tensor(["[" in text for text in texts])
+            assert 0.3 < called.float().mean() < 0.5 and solved[called].mean() > 0.9 and solved[~called].mean() < 0.05

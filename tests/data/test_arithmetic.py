@@ -72,3 +72,16 @@ def test_more_problems_than_there_are_is_refused_with_their_number():
     available = sum(ArithmeticSource().split_of(a, b) == "validation" for a in range(10, 20) for b in range(10, 20))
     with pytest.raises(ConfigError, match=f"validation_size=200, .* give {available} validation problems"):
         ArithmeticSource(high=19).load()
+
+
+def test_products_may_have_larger_factors_with_numbers_of_their_own_and_the_same_splits():
+    """And what cannot be enumerated is refused."""
+    wide = ProductSource(100, 199, None, 0, 0, low_factor=5, high_factor=40)
+    splits = wide.load()
+    rows = splits.train + ProductSource(100, 199, None, 0, 0, low_factor=2, high_factor=9).load().train
+    assert all(row.answer == str(row.columns["a"] * row.columns["b"]) for row in rows)
+    assert {row.columns["b"] for row in splits.train} == set(range(5, 41)) and len({row.index for row in splits.train}) > 2000
+    assert wide.split_of(100, 7) == ProductSource().split_of(100, 7)
+    for options, reason in (({"low_factor": 3, "high_factor": 2}, "must satisfy"), ({"high": 10**7}, "narrower ranges")):
+        with pytest.raises(ConfigError, match=reason):
+            ProductSource(**options)

@@ -11,6 +11,7 @@ from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_mod
 from hybrid_lightning.adapters import ModuleBudget, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
+from hybrid_lightning.environments import Environment, Step
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
@@ -47,8 +48,31 @@ class Constant(RewardFunction):
 class OftenDone(Sampler):
     """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
 
-    def sample(self, *args, **options):
-        return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
+    def stops(self, tokenizer, ids=None):
+        return Stops(tuple(range(2, VOCABULARY, 4)), None)
+
+
+class Talk(Environment):
+    """Says the seed's number and how long the message was, and ends the episode after some turns."""
+
+    def __init__(self, turns: int = 3, broken: str = "", length: int = 2) -> None:
+        self.turns, self.broken, self.length = turns, broken, length
+
+    def start(self, prompt, seed):
+        self.said, self.seed = 0, seed
+        return [{"role": "user", "content": f"go{seed % 10}"}] if self.broken != "begins" else str(id(self))
+
+    def step(self, message):
+        self.said += 1
+        if self.broken == "fails" and len(message["content"]) % 2 and self.said == 2:
+            raise ValueError("the board is gone")
+        answer = {"role": "user", "content": f"n{len(message['content'])}" + "x" * (self.length - 2)}
+        return Step(
+            [answer],
+            reward=0.25 * self.said + 0.01 * len(message["content"]),
+            over=self.said == self.turns,
+            counts={"heard": len(message["content"])},
+        )
 
 
 def with_holes(rollouts: Rollouts) -> Rollouts:

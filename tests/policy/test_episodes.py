@@ -8,48 +8,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_models import plain_logprobs, tokens_of
-from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, fit, trained
+from tiny_runs import Log, OftenDone, Talk, build_adapter, build_data, build_policy, build_trainer, fit, trained
 
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
-from hybrid_lightning.environments import Environment, EpisodeLimits, Step
+from hybrid_lightning.environments import EpisodeLimits, Step
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rewards import EpisodeReturn, ExactMatch, FinalAnswer, RewardFunction, WeightedSum
-from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.types import Prompt
 
 PROMPTS = [Prompt(text="3+4=", index=0), Prompt(text="12*3=", index=1, columns={"seed": 77})]
-
-
-class OftenDone(Sampler):
-    """Every fourth token ends a message."""
-
-    def stops(self, tokenizer, ids=None):
-        return Stops(tuple(range(2, 48, 4)), None)
-
-
-class Talk(Environment):
-    """Says the seed's number and how long the message was, and ends the episode after some turns."""
-
-    def __init__(self, turns: int = 3, broken: str = "", length: int = 2) -> None:
-        self.turns, self.broken, self.length = turns, broken, length
-
-    def start(self, prompt, seed):
-        self.said, self.seed = 0, seed
-        return [{"role": "user", "content": f"go{seed % 10}"}] if self.broken != "begins" else str(id(self))
-
-    def step(self, message):
-        self.said += 1
-        if self.broken == "fails" and len(message["content"]) % 2 and self.said == 2:
-            raise ValueError("the board is gone")
-        answer = {"role": "user", "content": f"n{len(message['content'])}" + "x" * (self.length - 2)}
-        return Step(
-            [answer],
-            reward=0.25 * self.said + 0.01 * len(message["content"]),
-            over=self.said == self.turns,
-            counts={"heard": len(message["content"])},
-        )
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run
-from tiny_runs import Constant
+from tiny_runs import Constant, OftenDone, Talk
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.advantages import BatchStdAdvantage
-from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
+from hybrid_lightning.environments import EpisodeLimits
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import DynamicSampling
 
@@ -89,6 +90,18 @@ def jobs(first_rollout, ranks):
                 "prompts_per_rollout": 8,
                 "dynamic_sampling": DynamicSampling(2),
                 "advantage": BatchStdAdvantage(),
+            },
+            "max_steps": 2,
+        }
+        work["episodes of several turns"] = {
+            "policy": {
+                "sampler": OftenDone(5),
+                "loss": GRPOLoss(kl_coef=0.02),
+                "correction": TokenTruncation(),
+                "reward": None,
+                "environment": Talk(),
+                "episodes": EpisodeLimits(max_tokens=60),
+                "turn_template": "{content}",
             },
             "max_steps": 2,
         }

@@ -8,7 +8,7 @@ import inspect
 import random
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -255,7 +255,10 @@ class LocalEpisodes:
             TookTooLongError, _FaultError, PassedOnError: Why it returned nothing.
         """
         self.called(method, running.episode, running.turn > len(running.episode.turns))
-        if self.asynchronous or self.alone:
+        if self.alone:
+            with self._states_of(running):
+                value, error = await self._awaited(running, outcome_of(function), None)
+        elif self.asynchronous:
             with self._on_loop(running):
                 outcome = outcome_of(function)
             value, error = await self._awaited(running, outcome, timeout_s)
@@ -275,13 +278,13 @@ class LocalEpisodes:
             raise _FaultError(f"{self.name}.{method} raised {describe_error(error)} {place}") from error
         return value
 
-    async def _awaited(self, running: _Running, outcome: Outcome, timeout_s: float) -> Outcome:
+    async def _awaited(self, running: _Running, outcome: Outcome, timeout_s: float | None) -> Outcome:
         value, _ = outcome
         if not inspect.isawaitable(value):
             return outcome
         token = _current.set(running)  # for `_make_task`
         try:
-            return await outcome_awaited(value, None if self.alone else timeout_s)
+            return await outcome_awaited(value, timeout_s)
         finally:
             _current.reset(token)
 
@@ -295,7 +298,7 @@ class LocalEpisodes:
         """Within this context an environment's code runs on the event loop."""
         self.holds_up = running.episode.number, time.monotonic()
         try:
-            with self._states_of(running):
+            with nullcontext() if self.alone else self._states_of(running):  # alone it has them in all of a call
                 yield
         finally:
             self.holds_up = None

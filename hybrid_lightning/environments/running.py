@@ -253,11 +253,13 @@ class RunningEpisodes:
             raise passed.error from None
         finally:
             future.cancel()  # after Ctrl-C
-            if not here.own_states and not ours.same(RandomStates.now()):
+            if not here.given_up and not ours.same(RandomStates.now()):
+                how = "in threads of its own" if here.own_states else "although it is thread_safe"
                 self._warn(
                     "global generators",
-                    f"{here.name} draws from the global random generators of Python, NumPy or torch, so that its episodes may "
-                    "depend on each other; set thread_safe = False in the class, or run it in processes (episodes.workers)",
+                    f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
+                    f"episodes may depend on each other; {'' if here.own_states else 'set thread_safe = False in the class, or '}run it in "
+                    "processes (episodes.workers)",
                 )
             ours.restore()
         self._warn_close(here.close_fault)

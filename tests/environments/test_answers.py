@@ -1,0 +1,97 @@
+import math
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_lightning.environments import CUT_MARK, Step
+from hybrid_lightning.environments.answers import MAX_CHARS, OddAnswerError, checked_messages, checked_step
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    "value", ["hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]]
+)
+def test_messages_in_every_form(value):
+    (message,) = checked_messages(value)
+    assert message == USER and type(message) is dict and type(message["role"]) is str
+
+
+def test_messages_are_copies_with_all_that_they_hold():
+    given = {"role": "tool", "content": "3", "name": "add", "data": {"a": [1, None, True, 0.5]}}
+    (message,) = checked_messages([given])
+    assert message == given
+    given["data"]["a"].append(2)
+    assert message["data"] == {"a": [1, None, True, 0.5]}
+    assert checked_messages(None) == checked_messages([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "returned 3; it must return messages"),
+        (b"hi", "returned b'hi'"),
+        (iter([USER]), "it must return messages"),
+        ([3], "returned the message 3; a message has a role and a content"),
+        ([{"role": "user"}], "a message has a role and a content"),
+        ([{"content": "hi"}], "a message has a role and a content"),
+        ([{"role": "assistant", "content": "hi"}], "role 'assistant'; give a role such as user or tool"),
+        ([{"role": "", "content": "hi"}], "role ''"),
+        ([{"role": "user", "content": None}], "the content None; it must be text"),
+        ([{"role": "user", "content": b"hi"}], "the content b'hi'"),
+        (["\ud800"], r"with '\\ud800' at position 0, which is no character"),
+        ([{**USER, "x": {1}}], r"with {1}; a message is made of texts"),
+        ([{**USER, 3: 1}], "the key 3; it must be text"),
+    ],
+)
+def test_what_is_no_message_is_said(value, message):
+    with pytest.raises(OddAnswerError, match=message):
+        checked_messages(value)
+
+
+def test_floods_are_cut():
+    (message,) = checked_messages("x" * (MAX_CHARS + 5))
+    assert message["content"].endswith(f"x{CUT_MARK}") and len(message["content"]) <= MAX_CHARS + len(CUT_MARK)
+    messages = checked_messages(["x" * (MAX_CHARS // 2)] * 10)
+    assert 2 <= len(messages) <= 3 and messages[-1]["content"].endswith(CUT_MARK)
+    assert len(checked_messages([""] * (2 * MAX_CHARS))) < MAX_CHARS
+    with pytest.raises(OddAnswerError, match="more than 1,000,000 values"):
+        checked_messages([{**USER, "x": [[]] * (2 * MAX_CHARS)}])
+
+
+@pytest.mark.parametrize("reward", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(())])
+@pytest.mark.parametrize("over", [True, 1, np.bool_(True), torch.tensor(True)])
+def test_steps_in_every_form(reward, over):
+    for value in (("hi", reward, over), Step("hi", reward, over)):
+        step = checked_step(value)
+        assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "returned None; it must return a Step, or a tuple of messages, reward and over"),
+        ("hi", "returned 'hi'; it must return a Step"),
+        ((), r"returned \(\); it must"),
+        (("hi", 1.0), r"returned \('hi', 1.0\)"),
+        (("hi", 1.0, True, {}), "it must return a Step"),
+        (("hi", None, True), "returned reward=None; it must be a number"),
+        (("hi", "1", True), "returned reward='1'"),
+        (("hi", torch.ones(2), True), r"returned reward=tensor\(\[1., 1.\]\)"),
+        (("hi", math.nan, True), "returned reward=nan; it must be finite"),
+        (("hi", 1e39, True), r"returned reward=1e\+39; it must be finite"),
+        (("hi", 10**400, True), "returned reward=1000"),
+        (("hi", 1.0, None), "returned over=None; it must be True or False"),
+        (("hi", 1.0, 2), "returned over=2"),
+        ((3, 1.0, True), "returned 3; it must return messages"),
+        (Step(end="won"), "returned end='won'"),
+        (Step(counts=[1]), r"returned counts=\[1\]; it must be a dict of numbers"),
+        (Step(counts={"calls": "2"}), r"returned counts\['calls'\]='2'; it must be a number"),
+        (Step(counts={1: 2}), "returned the key 1"),
+    ],
+)
+def test_what_is_no_step_is_said(value, message):
+    with pytest.raises(OddAnswerError, match=message):
+        checked_step(value)

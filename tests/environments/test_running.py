@@ -1,0 +1,366 @@
+import asyncio
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
+from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.types import Prompt
+
+SEEDS = [7, 7, 8, 8]
+LOG = Counter()
+
+
+def prompts(count=4):
+    return [Prompt(text="Go", index=number // 2, source="games.csv", columns={"list": [1]}) for number in range(count)]
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
+    """The texts of the answers to the start and to each turn, by episode; all of them say the same, or a text each."""
+    episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))
+    try:
+        answers = [dict(enumerate(episodes.start(prompts(len(seeds)), seeds)))]
+        for turn in turns:
+            texts = turn if isinstance(turn, dict) else dict.fromkeys(range(len(seeds)), turn)
+            answers.append(episodes.step({number: said(text) for number, text in texts.items()}))
+    finally:
+        episodes.close()
+    return [{number: shown(answer) for number, answer in row.items()} for row in answers]
+
+
+def shown(answer):
+    if isinstance(answer, (Failure, TimedOut)):
+        return answer
+    messages = answer.messages if isinstance(answer, Step) else answer
+    return " | ".join(message["content"] for message in messages)
+
+
+class Draws(Environment):
+    """Seeds and draws from all global generators, and counts its own turns."""
+
+    def start(self, prompt, seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        prompt.columns["list"].append(2)
+        self.turn = 0
+        return f"{random.random()} {prompt.columns['list']}"
+
+    def step(self, message):
+        self.turn += 1
+        time.sleep(0.002 * (message["content"] == "late"))
+        message["content"] = "changed"
+        return Step(f"{self.turn} {random.random()} {np.random.rand()} {torch.rand(1).item()}", over=self.turn == 3)
+
+
+class AsyncDraws(Environment):
+    """Draws between waits, also in tasks of its own."""
+
+    async def start(self, prompt, seed):
+        random.seed(seed)
+        return str(random.random())
+
+    async def step(self, message):
+        if message["content"] == "blocks":
+            time.sleep(1_000)
+        return f"{await asyncio.gather(self.one(), self.one())} {await self.one()}", 0, False
+
+    async def one(self):
+        await asyncio.sleep(random.random() * 0.01)
+        return random.random(), np.random.rand()
+
+
+@pytest.mark.parametrize("kind", [Draws, AsyncDraws])
+def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_of_the_run(kind):
+    random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    answers = play(kind(), "now", {0: "late", 3: "now", 1: "now", 2: "late"})
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    for row in answers:
+        assert row[0] == row[1] != row[2] == row[3]
+    random.seed(2)
+    alone = play(kind(), "now", "now", seeds=[8])
+    assert [row[0] for row in alone] == [row[2] for row in answers]  # whoever else plays, and whatever was drawn before
+
+
+def test_processes_give_the_same_as_one():
+    for kind, turns in ((Draws, ("now", "now", "now")), (AsyncDraws, ("now",))):
+        assert play(kind(), *turns, workers=2) == play(kind(), *turns)
+
+
+class ThreadSafe(Environment):
+    thread_safe = True
+
+    def start(self, prompt, seed):
+        self.barrier = BARRIER
+
+    def step(self, message):
+        if message["content"] == "draw":
+            random.random()
+        else:
+            self.barrier.wait(timeout=20)  # all of them are here at the same time
+        return ("ok", 1, False)
+
+
+BARRIER = threading.Barrier(4)
+
+
+def test_those_that_are_thread_safe_step_side_by_side_and_are_told_where_they_are_not(caplog):
+    state = random.getstate()
+    with caplog.at_level(logging.WARNING):
+        assert play(ThreadSafe(), "wait", "draw", "draw")[1] == dict.fromkeys(range(4), "ok")
+    assert random.getstate() == state
+    (record,) = caplog.records
+    assert "ThreadSafe draws from the global random generators" in record.message and "thread_safe = False" in record.message
+
+
+class Faulty(Environment):
+    """Fails as it is told, at the second turn; LOG counts what happened to it."""
+
+    def __init__(self, when="", times=99):
+        self.when, self.times = when, times
+        LOG["new"] += 1
+        self.fail("new")
+
+    def fail(self, place):
+        if self.when == place and LOG["new"] > 1 and LOG[place + " failed"] < self.times:  # the first one is the config's
+            LOG[place + " failed"] += 1
+            raise ZeroDivisionError("no\nluck")
+
+    def start(self, prompt, seed):
+        self.turn, self.seed = 0, seed
+        self.fail("start")
+        return "begin"
+
+    def step(self, message):
+        self.turn += 1
+        if self.turn == 2 and message["content"] == "go":
+            self.fail("step")
+            if self.when == "exit":
+                sys.exit(3)
+            if self.when == "stop iteration":
+                raise StopIteration
+            if self.when == "unlike" and LOG["unlike"] < 1:
+                LOG["unlike"] += 1
+                raise ValueError
+        drawn = LOG["new"] if self.when == "unlike" else ""
+        return f"{self.turn} {message['content']} {drawn}", 0.5, False
+
+    def close(self):
+        LOG["close"] += 1
+        self.fail("close")
+
+
+@pytest.fixture(autouse=True)
+def clear():
+    LOG.clear()
+
+
+@pytest.mark.parametrize("place", ["new", "start", "step"])
+def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place):
+    answers = play(Faulty(place, 2), "hi", "go", "on", seeds=[7])
+    assert answers == [{0: "begin"}, {0: "1 hi "}, {0: "2 go "}, {0: "3 on "}]
+    assert LOG["new"] == 4 and LOG["close"] == (1 if place == "new" else 3)  # of each that was made
+
+
+@pytest.mark.parametrize(
+    ("when", "said_of_it"),
+    [
+        ("start", r"Faulty.start raised ZeroDivisionError: no luck \(test_running.py line \d+\) at the start of games.csv row 0"),
+        (
+            "step",
+            r"Faulty.step raised ZeroDivisionError: no luck \(test_running.py line \d+\) at turn 2 of games.csv row 0 \(seed",
+        ),
+        ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
+        ("stop iteration", r"Faulty.step raised StopIteration"),
+        (
+            "unlike",
+            r"Faulty answered otherwise at turn 1 .* begun again after a fault; all that is random in it has to",
+        ),
+    ],
+)
+def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(when, said_of_it):
+    *_, last = play(Faulty(when), *([{0: "hi", 1: "hi"}, {0: "go", 1: "else"}] if when != "start" else []), seeds=[7, 7])
+    assert isinstance(last[0], Failure) and "\n" not in last[0].reason
+    assert re.match(said_of_it, last[0].reason), last[0].reason
+    assert when == "start" or last[1].startswith("2 else")
+    assert LOG["close"] == LOG["new"] - 1  # of each that was made, but for that of the config
+
+
+def test_too_many_failures_stop_the_run_and_name_the_cause():
+    with pytest.raises(EpisodeError, match=r"in 2 of 4 episodes, more than episodes.max_failed_share=0.25: Faulty.start raised"):
+        play(Faulty("start"), share=0.25)
+    assert len(play(Faulty("start", 3), share=0.25)[0]) == 4
+
+
+def test_what_goes_wrong_in_close_is_said_once(caplog):
+    play(Faulty("close"), "hi")
+    assert [record.message.count("Faulty.close raised ZeroDivisionError") for record in caplog.records] == [1]
+    assert LOG["close"] == 4
+
+
+@pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15), KeyboardInterrupt()])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_no_fault_of_an_environment_ends_the_run(error, asynchronous):
+    class Stops(Environment):
+        def step(self, message):
+            raise error
+
+    class AsyncStops(Environment):
+        async def step(self, message):
+            async def inner():
+                raise error
+
+            await asyncio.gather(inner())
+
+    with pytest.raises(type(error)):
+        play((AsyncStops if asynchronous else Stops)(), "go")
+
+
+class Hangs(Environment):
+    def start(self, prompt, seed):
+        if seed == 99:
+            time.sleep(1_000)
+        self.texts = []
+
+    def step(self, message):
+        self.texts.append(message["content"])
+        if message["content"] == "hang":
+            time.sleep(1_000)
+        if message["content"] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return " ".join(self.texts), 0, False
+
+
+class AsyncHangs(Hangs):
+    async def step(self, message):
+        try:
+            await asyncio.sleep(1_000 * (message["content"] == "hang"))
+        except asyncio.CancelledError:
+            await asyncio.sleep(1_000)  # it does not want to end
+        return super().step({**message, "content": message["content"].replace("blocks", "hang")})
+
+
+@pytest.mark.parametrize("how", ["hang", "blocks"])
+def test_a_step_that_hangs_ends_its_episode_alone(how, caplog):
+    turns = "hi", {0: "now", 1: how, 2: "now", 3: "now"}, {0: "on", 2: "on", 3: "on"}
+    for kind in (Hangs, AsyncHangs) if how == "hang" else (AsyncHangs,):
+        caplog.clear()
+        *_, second, third = play(kind(), *turns, timeout_s=0.5)
+        assert isinstance(second.pop(1), TimedOut) and set(second.values()) == {"hi now"}
+        assert set(third.values()) == {"hi now on"}
+        assert f"{kind.__name__}.step took more than episodes.step_timeout_s=0.5 s at turn 2 of games.csv row 0" in caplog.text
+
+
+def test_a_start_that_hangs_is_left_out():
+    (answers,) = play(Hangs(), seeds=[7, 99], timeout_s=0.3)
+    assert answers[0] == "" and isinstance(answers[1], Failure) and "Hangs.start took more than" in answers[1].reason
+
+
+def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes():
+    turns = "hi", {0: "now", 1: "hang", 2: "die", 3: "now"}, {0: "on", 3: "on"}
+    *_, second, third = play(Hangs(), *turns, workers=2, timeout_s=2.0)
+    assert isinstance(second[1], TimedOut) and "at turn 2 of games.csv row 0 (seed 7)" in second[1].reason
+    assert isinstance(second[2], Failure) and "Hangs.step ended its process with exit code -9 at turn 2" in second[2].reason
+    assert third == {0: "hi now on", 3: "hi now on"}
+
+
+class Shows(Environment):
+    """Its process, and what it sees."""
+
+    def step(self, message):
+        if message["content"] == "raise":
+            raise SandboxError("no sandbox")
+        return f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']!r} {self.chat_template}", 0, False
+
+
+def test_processes_see_no_gpu_know_the_template_and_end_with_the_run():
+    environment = Shows()
+    environment.prepare("{{ messages }}")
+    (_, answers) = play(environment, "hi", workers=2)
+    ids, seen = zip(*(answer.split(" ", 1) for answer in answers.values()), strict=True)
+    assert ids[0] == ids[2] != ids[1] == ids[3] and set(seen) == {"'' {{ messages }}"}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ids[0]), 0)
+    with pytest.raises(SandboxError, match="no sandbox"):
+        play(Shows(), "raise", workers=1)
+
+
+def test_processes_end_where_their_parent_is_killed():
+    code = """
+from test_running import *
+episodes = RunningEpisodes(Shows(), EpisodeLimits(workers=1))
+episodes.start(prompts(1), [1])
+print(episodes.step({0: said("hi")})[0].messages[0]["content"].split()[0], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
+    worker = int(ran.stdout)
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        with open(f"/proc/{worker}/stat") as stream:
+            if stream.read().split()[2] == "Z":  # dead, and not yet collected
+                return
+        time.sleep(0.1)
+    raise AssertionError("it is still there")
+
+
+def test_what_cannot_be_sent_to_a_process_is_refused_at_once():
+    class Local(Environment):
+        def step(self, message):
+            return None
+
+    with pytest.raises(ConfigError, match=r"episodes.workers=1: Local cannot be made in another process: .*top level of a"):
+        RunningEpisodes(Local(), EpisodeLimits(workers=1))
+
+
+def test_each_object_is_closed_once_whenever_its_episode_ends():
+    episodes = RunningEpisodes(Faulty(), EpisodeLimits())
+    for _ in range(2):
+        episodes.start(prompts(), SEEDS)
+        episodes.step({0: said("hi")})
+        episodes.finish([0])
+        episodes.finish([0])
+        assert LOG["close"] % 4 == 1
+        episodes.finish()
+    episodes.close()
+    episodes.close()
+    assert LOG["close"] == LOG["new"] - 1 == 8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_turns": 0},
+        {"max_turns": 1.5},
+        {"max_tokens": 0},
+        {"step_timeout_s": 0},
+        {"step_timeout_s": float("nan")},
+        {"too_long": "drop"},
+        {"max_failed_share": 1.1},
+        {"workers": -1},
+        {"workers": True},
+    ],
+)
+def test_impossible_limits_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=rf"episodes.{name}={value!r}; give "):
+        EpisodeLimits(**wrong)

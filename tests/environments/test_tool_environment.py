@@ -1,0 +1,387 @@
+import asyncio
+import json
+import random
+import threading
+import time
+from enum import Enum
+from typing import Literal
+
+import pytest
+from test_calls import TEMPLATES
+
+from hybrid_lightning.environments import (
+    CUT_MARK,
+    EpisodeLimits,
+    HermesCalls,
+    LlamaCalls,
+    PlainCalls,
+    RunningEpisodes,
+    Tool,
+    ToolEnvironment,
+)
+from hybrid_lightning.environments.calls import Call
+from hybrid_lightning.environments.tool_environment import COUNTS, checked_arguments, describe_tool
+from hybrid_lightning.errors import ConfigError, SandboxError
+from hybrid_lightning.types import Prompt
+
+CHAT = Prompt(messages=({"role": "user", "content": "Add."},))
+
+
+class Size(Enum):
+    SMALL = "s"
+    LARGE = "l"
+
+
+def add(x: int, y: float = 1.0) -> float:
+    """Add two numbers.
+
+    Example:
+        >>> add(1, 2)
+        3
+
+    Args:
+        x: The first one.
+        y: The second one, which
+            may be left out.
+
+    Raises:
+        Nothing.
+    """
+    return x + y
+
+
+def give(kind: str) -> object:
+    """Give something.
+
+    Args:
+        kind: What.
+    """
+    if kind == "hang":
+        time.sleep(1_000)
+    if kind == "raise":
+        raise KeyError("no\nsuch thing")
+    if kind == "exit":
+        raise SystemExit
+    if kind == "timeout":
+        raise TimeoutError("by itself")
+    if kind == "stop":
+        raise SandboxError("no sandbox")
+    values = {"none": None, "list": [1, "ä"], "bytes": b"\xff1", "object": Size.SMALL, "long": "x" * 10_000, "odd": "\ud800"}
+    return values[kind]
+
+
+async def wait(seconds: float, blocking: bool = False) -> str:
+    """Wait.
+
+    Args:
+        seconds: How long.
+        blocking: Whether others wait, too.
+    """
+    if blocking:
+        time.sleep(seconds)
+    await asyncio.sleep(seconds)
+    return "waited"
+
+
+class Notes(Tool):
+    """Kept for an episode."""
+
+    closed = 0
+
+    def __init__(self, first: str = "note"):
+        self.first = first
+
+    def start(self, seed):
+        self.kept = [f"{self.first} {seed}"]
+
+    def __call__(self, text: str) -> list[str]:
+        """Keep a text.
+
+        Args:
+            text: The text.
+        """
+        self.kept.append(text)
+        return self.kept
+
+    def close(self):
+        Notes.closed += 1
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def answers(environment, *texts, seeds=None, **limits):
+    """Steps of an episode for each text, all at the same time."""
+    episodes = RunningEpisodes(environment, EpisodeLimits(**limits))
+    try:
+        episodes.start([CHAT] * len(texts), seeds or [1] * len(texts))
+        return list(episodes.step({n: {"role": "assistant", "content": text} for n, text in enumerate(texts)}).values())
+    finally:
+        episodes.close()
+
+
+def hermes(tools, **arguments):
+    return ToolEnvironment(tools, HermesCalls(), **arguments)
+
+
+def told(step):
+    return [message["content"] for message in step.messages]
+
+
+def counted(step):
+    assert set(step.counts) == set(COUNTS)
+    return {name.removeprefix("failed_calls/"): count for name, count in step.counts.items() if count}
+
+
+def test_calls_are_answered_in_order_and_an_answer_ends_the_episode():
+    text = f"<think>{call('add', x=5)}</think>First {call('add', x=1)} then {call('add', x=1, y=2.5)}."
+    step, last = answers(hermes([add]), text, "<think>3?</think>It is 3.")
+    assert step.messages == (
+        {"role": "tool", "name": "add", "content": "2.0"},
+        {"role": "tool", "name": "add", "content": "3.5"},
+    )
+    assert (step.over, step.reward, counted(step)) == (False, 0.0, {"calls": 2})
+    assert (last.over, last.end, last.reward, last.messages, counted(last)) == (True, "answered", 0.0, (), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("<tool_call>add(1)</tool_call>", "unparsable", "error: the call cannot be read: the JSON is wrong"),
+        (call("sub", x=1), "unknown_tool", "error: there is no tool 'sub'; the tools are add, give"),
+        (call("add"), "arguments", "error: add needs the argument 'x'; its arguments are x (integer), y (number)"),
+        (call("add", x=1, z=2), "arguments", "error: add has no argument 'z'; its arguments are x (integer), y (number)"),
+        (call("add", x="1"), "arguments", "error: add wants the argument 'x' as integer, not '1'"),
+        (call("give", kind="raise"), "raised", "error: give raised KeyError: 'no\\nsuch thing'"),
+        (call("give", kind="exit"), "raised", "error: give raised SystemExit: SystemExit"),
+        (call("give", kind="timeout"), "raised", "error: give raised TimeoutError: by itself"),
+        (call("give", kind="hang"), "time", "error: give was not done after 0.5 s"),
+        (call("give", kind="long"), "cut", "x" * 50 + CUT_MARK),
+        (call("give", kind="none"), None, "(the tool returned nothing)"),
+        (call("give", kind="list"), None, '[1, "ä"]'),
+        (call("give", kind="bytes"), None, "\ufffd1"),
+        (call("give", kind="object"), None, "Size.SMALL"),
+        (call("give", kind="odd") + call("\ud800"), "unknown_tool", "?"),
+    ],
+)
+def test_what_goes_wrong_is_told_to_the_policy_and_counted(text, kind, message):
+    step, other = answers(
+        hermes([add, give], tool_timeout_s=0.5, max_result_chars=50 if kind == "cut" else 500), text, call("add", x=1)
+    )
+    assert told(step)[0].startswith(message) and step.messages[0]["role"] == "tool" and not step.over
+    assert counted(step) == {"calls": len(step.messages), **({kind: 1} if kind else {})}
+    assert told(other) == ["2.0"]
+
+
+def test_what_is_no_fault_of_a_tool_ends_the_run():
+    with pytest.raises(SandboxError, match="no sandbox"):
+        answers(hermes([give]), call("give", kind="stop"))
+
+
+def test_asynchronous_tools_wait_side_by_side_and_one_that_blocks_harms_no_other():
+    began = time.monotonic()
+    steps = answers(hermes([wait]), *[call("wait", seconds=0.5)] * 20)
+    assert {told(step)[0] for step in steps} == {"waited"} and time.monotonic() - began < 5  # one by one it would be 10 s
+    late, *others = answers(hermes([wait], tool_timeout_s=1), call("wait", seconds=10), *[call("wait", seconds=0.1)] * 2)
+    assert counted(late) == {"calls": 1, "time": 1} and {told(step)[0] for step in others} == {"waited"}
+    blocking, *others = answers(
+        hermes([wait], tool_timeout_s=1), call("wait", seconds=10, blocking=True), *[call("wait", seconds=0.1)] * 3
+    )
+    assert counted(blocking) == {"calls": 1, "time": 1} and {told(step)[0] for step in others} == {"waited"}
+
+
+def test_functions_run_side_by_side():
+    barrier = threading.Barrier(3)
+
+    def meet() -> str:
+        """Wait for the others."""
+        barrier.wait(timeout=20)
+        return "met"
+
+    assert [told(step) for step in answers(hermes([meet]), *[call("meet")] * 3)] == [["met"]] * 3
+
+
+def test_what_a_tool_keeps_is_its_episodes():
+    Notes.closed = 0
+    tool = Notes("first")
+    steps = answers(hermes([tool]), call("notes", text="a") + call("notes", text="b"), call("notes", text="c"), seeds=[1, 2])
+    assert [json.loads(told(step)[-1]) for step in steps] == [["first 1", "a", "b"], ["first 2", "c"]]
+    assert Notes.closed == 2 and not hasattr(tool, "kept")
+
+
+def draw() -> float:
+    """Draw a number."""
+    return random.random()
+
+
+def test_tools_that_draw_belong_into_processes(caplog):
+    answers(hermes([draw]), call("draw"))
+    assert "episodes.workers" in caplog.text
+    steps = answers(hermes(["test_tool_environment.draw"]), *[call("draw")] * 3, seeds=[4, 4, 5], workers=1)
+    assert [told(step) for step in steps] == [[str(random.Random(seed).random())] for seed in (4, 4, 5)]
+
+
+def schema(tool):
+    return describe_tool(tool)[1]["function"]
+
+
+def test_a_schema_says_what_signature_and_docstring_say():
+    assert schema(add) == {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "x": {"type": "integer", "description": "The first one."},
+                "y": {"type": "number", "description": "The second one, which may be left out."},
+            },
+            "required": ["x"],
+        },
+    }
+    described = schema(Notes())
+    assert described["name"] == "notes" and list(described["parameters"]["properties"]) == ["text"]
+    assert schema(Notes().__call__.__func__.__get__(Notes()))["description"] == "Keep a text."
+
+
+def undescribed(x: int) -> int:
+    """Do it."""
+    return x
+
+
+def unhinted(x):
+    """Do it.
+
+    Args:
+        x: One.
+    """
+
+
+def many(*x: int):
+    """Do it.
+
+    Args:
+        x: All.
+    """
+
+
+@pytest.mark.parametrize("tool", [undescribed, unhinted, many, lambda: 1])
+def test_a_tool_that_cannot_be_described_is_refused_in_one_line(tool):
+    with pytest.raises(ConfigError, match=r"cannot be described to a policy: .*; write a docstring that says") as caught:
+        ToolEnvironment([tool])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tools": []}, r"tools=\[\]; give a list"),
+        ({"tools": "a.b"}, "tools='a.b'; give a list"),
+        ({"tools": ["absent.module.f"]}, "tools='absent.module.f': there is no module"),
+        ({"tools": [3]}, "the tool 3 is no function"),
+        ({"tools": [Notes]}, "is no function"),
+        ({"tools": [add, add]}, "two tools are called 'add'"),
+        ({"tools": [add], "tool_timeout_s": 0}, "tool_timeout_s=0; give"),
+        ({"tools": [add], "max_result_chars": 0}, "max_result_chars=0; give"),
+        ({"tools": [add, give], "call_format": PlainCalls("<(.)>")}, "there are 2 tools"),
+    ],
+)
+def test_wrong_arguments_of_the_environment(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        ToolEnvironment(**arguments)
+
+
+def every(a: str, b: list[int], c: dict[str, float], d: Literal["x", 1], e: Size, f: int | None, g: int | str, h: bool):
+    """Take all kinds.
+
+    Args:
+        a: A.
+        b: B.
+        c: C.
+        d: D.
+        e: E.
+        f: F.
+        g: G.
+        h: H.
+    """
+
+
+RIGHT = {"a": "", "b": [1], "c": {"k": 1}, "d": 1, "e": "l", "f": None, "g": "", "h": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("a", 1, "string"),
+        ("a", [[]], "string, not a list"),
+        ("b", [1, "2"], "array"),
+        ("b", {}, "array, not an object"),
+        ("c", {"k": "1"}, "object"),
+        ("d", "y", 'one of "x", 1'),
+        ("d", True, "one of"),
+        ("e", "S", 'one of "s", "l"'),
+        ("f", 1.5, "integer or null"),
+        ("g", None, "integer or string"),
+        ("h", 1, "boolean"),
+        ("f", True, "integer"),
+    ],
+)
+def test_arguments_are_checked_by_their_types(name, value, kind):
+    parameters = schema(every)["parameters"]
+    assert checked_arguments(Call("every", RIGHT), parameters) == (RIGHT, "")
+    _, wrong = checked_arguments(Call("every", {**RIGHT, name: value}), parameters)
+    assert f"wants the argument {name!r} as" in wrong and kind in wrong
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "result"),
+    [
+        (add, "[add: 2]", "3.0"),
+        (add, '[add: {"x": 1, "y": 3}]', "4"),
+        (add, "[add: 2.5]", "error: add wants the argument 'x' as integer, not 2.5"),
+        (add, "[add: two]", "error: add wants the argument 'x' as integer, not 'two'"),
+        (give, "[give: list]", '[1, "ä"]'),
+        (draw, "[draw: 1]", "error: draw takes no arguments"),
+        (every, "[every: 1]", "error: every takes several arguments; give them as JSON: a (string), b (array)"),
+    ],
+)
+def test_a_plain_call_gives_the_only_argument(tool, text, result):
+    (step,) = answers(ToolEnvironment([tool]), text)
+    assert told(step)[0].startswith(result)
+
+
+def test_a_pattern_without_names_is_for_the_only_tool():
+    (step,) = answers(ToolEnvironment([add], PlainCalls("<<(.*?)=>")), "<<1=>")
+    assert told(step) == ["2.0"] and step.messages[0]["name"] == "add"
+
+
+def test_the_chat_template_decides_about_form_role_and_description():
+    def prepared(name):
+        environment = ToolEnvironment([add])
+        environment.prepare(None if name is None else (TEMPLATES / f"{name}.jinja").read_text())
+        return environment.new()
+
+    qwen, llama, gemma, base = (prepared(name) for name in ("qwen3", "llama3_1", "gemma", None))
+    assert [type(environment.call_format) for environment in (qwen, llama, gemma, base)] == [
+        HermesCalls,
+        LlamaCalls,
+        PlainCalls,
+        PlainCalls,
+    ]
+    assert [len(environment.tools()) for environment in (qwen, llama, gemma, base)] == [1, 1, 0, 1]
+    assert [len(environment.start(CHAT, 1)) for environment in (qwen, llama, gemma, base)] == [0, 0, 1, 0]
+    (message,) = gemma.start(CHAT, 1)
+    assert message["role"] == "system" and "add: Add two numbers." in message["content"] and "[add: ...]" in message["content"]
+    assert gemma.start(Prompt(text="Add."), 1) == ()
+    roles = [environment.step({"role": "assistant", "content": "[add: 1]"}).messages[0]["role"] for environment in (gemma, base)]
+    assert roles == ["user", "tool"]
+    with pytest.raises(ConfigError, match="give a call_format"):
+        prepared("qwen3_5_think")
+
+
+def test_a_config_names_functions_by_their_module():
+    config = ToolEnvironment([add, Notes("a")], HermesCalls()).to_config()
+    assert config["class_path"] == "hybrid_lightning.environments.ToolEnvironment"
+    name, notes = config["init_args"]["tools"]
+    assert name == f"{__name__}.add" and notes["init_args"] == {"first": "a"}
+    assert ToolEnvironment([name]).tools()[0]["function"]["name"] == "add"

@@ -52,6 +52,9 @@ class Conversation:
         greedy: Whether the most probable token is taken.
         stops: What ends a message.
         on_token: Called after every token.
+
+    Raises:
+        ConfigError: If a prompt with an episode of this capacity exceeds the model's positions, or those of the engine.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Conversation:
         stops: "Stops",
         on_token: Callable[[int, int], None] | None,
     ) -> None:
+        for ids in prompt_ids:
+            sampler.check_prompt(getattr(engine.model, "config", None), len(ids), capacity)
         self._sampler, self._engine, self._tokenizer, self._capacity = sampler, engine, tokenizer, capacity
         self._prompts, self._prompt_ids, self._samples = prompts, prompt_ids, samples_per_prompt
         self._greedy, self._stops, self._on_token = greedy, stops, on_token

@@ -9,6 +9,7 @@ tool_environment.py   an environment of tools that the policy may call
 calls.py              how it writes calls
 tools.py              a calculator, Python with a session, search over documents
 foreign.py            environments of other packages: Gymnasium's form, TextArena, SkyRL, TextWorld, OpenEnv
+trl_environment.py    TRL's environment classes
 games.py              a number to be guessed, several attempts at a problem, games that TextWorld makes
 """
 
@@ -26,6 +27,7 @@ from hybrid_lightning.environments.local_episodes import Failure, Started, Timed
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 from hybrid_lightning.environments.tool_environment import Tool, ToolEnvironment
 from hybrid_lightning.environments.tools import DocumentSearch, PythonSession, calculator
+from hybrid_lightning.environments.trl_environment import TRLEnvironment
 
 __all__ = [
     "CUT_MARK",
@@ -48,6 +50,7 @@ __all__ = [
     "SkyRLEnvironment",
     "Started",
     "Step",
+    "TRLEnvironment",
     "TextArenaEnvironment",
     "TextWorldEnvironment",
     "TimedOut",

@@ -1,0 +1,83 @@
+"""`TRLEnvironment`: the environment classes of TRL (`environment_factory`), taken as they are."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.environments.calls import CallFormat
+from hybrid_lightning.environments.environment import Step
+from hybrid_lightning.environments.foreign import said, takes
+from hybrid_lightning.environments.local_episodes import RandomStates
+from hybrid_lightning.environments.tool_environment import ToolEnvironment
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_code import load_function, outcome_within
+
+
+class TRLEnvironment(ToolEnvironment):
+    """An environment class of TRL: `reset(**row)` begins an episode, and all its other public methods are tools.
+
+    The row has the columns of the data, `prompt`, `answer` and `seed`, as far as `reset` takes them. What `reset` returns (None,
+    text or blocks of text) is said before the first turn. `get_reward()`, if there is one, is asked after each turn: a turn earns
+    by how much it has changed, so that the rewards of an episode add up to its last value, however the episode ends.
+
+    Args:
+        factory: The class, or a function that makes an object: `package.module.Class` or `path/to/file.py:Class`.
+        arguments: Its arguments, by name; TRL gives none.
+        call_format: As in `ToolEnvironment`.
+        tool_timeout_s: As in `ToolEnvironment`; for `get_reward` too.
+        max_result_chars: As in `ToolEnvironment`.
+
+    Raises:
+        ConfigError: If there is no such class, it has no `reset` or no tool, or a tool cannot be described to a policy.
+    """
+
+    thread_safe: ClassVar[bool] = False  # TRL gives no seed, so that what is random comes from the global generators
+
+    def __init__(
+        self,
+        factory: str,
+        arguments: dict[str, Any] | None = None,
+        call_format: CallFormat | None = None,
+        tool_timeout_s: float = 30.0,
+        max_result_chars: int = 8_000,
+    ) -> None:
+        before = RandomStates.now()  # the run's, which the object in the config must not change
+        self._object = load_function(factory, "factory")(**deepcopy(arguments or {}))
+        before.restore()
+        # On the class: on the object, properties would be evaluated.
+        methods = [name for name, _ in inspect.getmembers(type(self._object), inspect.isfunction) if not name.startswith("_")]
+        if "reset" not in methods:
+            raise ConfigError(f"factory={factory!r} makes a {type(self._object).__name__}, which has no method reset; add one")
+        tools = [getattr(self._object, name) for name in methods if name not in ("reset", "get_reward")]
+        if not tools:
+            raise ConfigError(
+                f"factory={factory!r}: a policy can call nothing, since reset is its only public method; add a tool"
+            )
+        super().__init__(tools, call_format, tool_timeout_s, max_result_chars)
+        self._get_reward: Callable[[], Any] | None = getattr(self._object, "get_reward", None)
+        self._reward = 0.0
+
+    def to_config(self) -> dict[str, Any]:
+        """See `Configurable.to_config`."""
+        return Configurable.to_config(self)
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """Reset with the row."""
+        asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]
+        row = {"prompt": asked, "answer": prompt.answer, "seed": seed, **prompt.columns}
+        observation = self._object.reset(**{name: value for name, value in row.items() if takes(self._object.reset, name)})
+        return [*super().start(prompt, seed), *said(observation)]
+
+    def step(self, message: Message) -> Step:
+        """Call what the policy asks for."""
+        step = super().step(message)
+        if self._get_reward is None:
+            return step
+        value, error = outcome_within(self._get_reward, self.tool_timeout_s, float)
+        if error is not None:
+            raise error
+        before, self._reward = self._reward, value
+        return Step(step.messages, value - before, step.over, step.end, step.counts)

@@ -343,8 +343,7 @@ def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], sa
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),
         completions=tuple(
-            Completion(*completion, None if episode is None else Episode(**episode))
-            for *completion, episode in state["completions"]
+            Completion(*parts[:4], None if parts[4] is None else Episode(**parts[4])) for parts in state["completions"]
         ),
         sampling_logprobs=state["sampling_logprobs"].to(device),
         finished=state["finished"].to(device),

@@ -61,13 +61,16 @@ def here(tmp_path, monkeypatch):
     """A folder with the pages' own parts and the project's configs, which is the working directory."""
     (tmp_path / "mine.py").write_text("\n\n".join(example(name) for name in PARTS))
     (tmp_path / "my_reward.py").write_text(example("function"))
+    (tmp_path / "my_tools.py").write_text(example("tool"))
+    (tmp_path / "my_environment.py").write_text(example("environment"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("yaml", "own_part_yaml"):
         (tmp_path / f"{name}.yaml").write_text(example(name))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    sys.modules.pop("mine", None)
+    for name in ("mine", "my_environment"):
+        sys.modules.pop(name, None)
 
 
 # ---- commands
@@ -147,6 +150,17 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
     assert summary["steps"] == 1 and len(summary["full_modules"]) == 3
 
 
+@pytest.mark.parametrize(("name", "given"), [("tool", "my_tools.py:multiply"), ("environment", "my_environment.SecondChance")])
+def test_a_tool_and_an_environment_of_ones_own_train(name, given, here, monkeypatch):
+    assert len([line for line in example(name).splitlines() if line.strip()]) <= 20
+    (arguments,) = [command for command in pages.commands() if any(given in word for word in command)]
+    command([*arguments, *SMALL], monkeypatch)
+    (saved,) = here.glob("runs/*/*/config.yaml")
+    assert given in saved.read_text()
+    summary = json.loads(saved.with_name("summary.json").read_text())
+    assert summary["steps"] == 1
+
+
 def test_the_configs_on_top_of_another_train(here, monkeypatch):
     configs = ("configs/gspo.yaml", "yaml.yaml", "own_part_yaml.yaml")
     command(["fit", *(f"--config={name}" for name in configs), *SMALL], monkeypatch)
@@ -190,9 +204,17 @@ def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
     there = sum(len(pages.blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 1, "all but the one of the reference, which its test reads"
-    assert pages.examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, (
-        "each needs a test here"
-    )
+    assert pages.examples().keys() == {
+        *PARTS,
+        "function",
+        "yaml",
+        "own_part_yaml",
+        "python",
+        "adaptable",
+        "served",
+        "tool",
+        "environment",
+    }, "each needs a test here"
 
 
 # ---- paths and links

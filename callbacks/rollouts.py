@@ -14,9 +14,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Completion, Rewards, Rollouts
+
+
+_ON_SCREEN = 1_000  # characters of an episode
 
 
 class RolloutProgress(RichProgressBar):
@@ -95,6 +99,8 @@ class OncePerRollout(Callback, ABC):
 class RolloutSamples(OncePerRollout):
     """Logs pages of sampled completions with rewards and advantages, and histograms of the rewards.
 
+    Of an episode a page has the messages with their roles; the first one of a page is shown on the screen, too.
+
     Args:
         every_n_rollouts: Number of rollouts from one page to the next.
         prompts: Number of prompts on a page.
@@ -115,6 +121,9 @@ class RolloutSamples(OncePerRollout):
             log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(rollouts, rewards, advantages))
             if len(values := rewards.of_counted().total):
                 log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
+            if rollouts.completions[0].episode is not None:
+                text = _shown(rollouts.completions[0]).replace("\n", "\n  ")
+                say(f"An episode of rollout {self._seen + 1}, reward {float(rewards.total[0]):.3g}:\n  {text[:_ON_SCREEN]}")
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -172,9 +172,11 @@ def arguments(environment=None, **limits):
     }
 
 
-def test_a_run_trains_on_what_was_sampled_alone_and_says_how_episodes_ended(model, sums, tmp_path):
+def test_a_run_trains_on_what_was_sampled_alone_and_says_how_episodes_ended(model, sums, tmp_path, capsys):
     log = Log()
     policy = fit(model, sums, tmp_path, log, RolloutSamples(1), policy=arguments(), max_steps=2)
+    screen = capsys.readouterr().out
+    assert "An episode of rollout 2, reward " in screen and "\n  assistant: " in screen and "\n  user: n" in screen
     metrics = log.metrics[-1]
     ends = [value for name, value in metrics.items() if name.startswith("episodes/end/")]
     assert sum(ends) == pytest.approx(1) and metrics["episodes/turns"] > 1 and metrics["episodes/heard"] > 0

@@ -19,7 +19,6 @@ from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Completion, Rewards, Rollouts
 
-
 _ON_SCREEN = 1_000  # characters of an episode
 
 

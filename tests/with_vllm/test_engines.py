@@ -9,10 +9,13 @@ import torch
 from ranks_of_tests import run
 from test_ranks_with_vllm import STRATEGIES, check, train
 from test_server_dies import CONFIG, command
+from tiny_runs import Talk
 from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.policy.episodes import Episodes
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -60,6 +63,20 @@ def tokens_of(rollouts) -> list[list[int]]:
 def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
     sampler.temperature = temperature
     assert largest_difference(policy, complete(policy)) < tolerance
+
+
+def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
+    policy.episodes = Episodes(Talk(), EpisodeLimits(max_tokens=40), sampler, policy.pretrained, "{content}")
+    policy.generation.__dict__.pop("_stops", None)
+    try:
+        rollouts = complete(policy, samples=8)
+    finally:
+        policy.episodes.shut_down()
+        del policy.episodes
+        policy.generation.__dict__.pop("_stops", None)
+    assert max(completion.episode.turns for completion in rollouts.completions) > 1
+    assert (rollouts.sequences.completion_mask & ~rollouts.sequences.sampled_mask).any()
+    assert largest_difference(policy, rollouts) < 1e-4
 
 
 def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token(policy):

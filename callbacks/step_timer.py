@@ -37,7 +37,7 @@ class StepTimer(Callback):
     what follows the last step. It also logs the tokens per second of all processes in the same steps:
 
     - `throughput/generated_tokens_per_second`: sampled tokens per second of generation.
-    - `throughput/trained_tokens_per_second`: completion tokens of the optimizer step (`PolicyBatch.num_tokens`) per second of
+    - `throughput/trained_tokens_per_second`: sampled tokens of the optimizer step (`PolicyBatch.num_tokens`) per second of
       update and log-probabilities. Rows without advantage count, whether or not the update computes anything for them.
     - `throughput/tokens_per_second`: prompt and completion tokens of the rollout (`num_tokens`), each counted once however often
       the rollout is trained on, per second of the rollout's steps: the total speed.
@@ -150,10 +150,10 @@ def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None
 
 
 def _rollout_tokens(pl_module: LightningModule) -> dict[str, float]:
-    """Tokens of the last rollout of this process: of completions alone, and of completions with their prompts."""
+    """Tokens of the last rollout of this process: those that were sampled, and all with prompts and what was added."""
     sequences = pl_module.last_rollout[0].sequences  # type: ignore[index, union-attr]
-    completions = float(sequences.completion_mask.sum())
-    return {"generated_tokens": completions, "tokens": completions + float(sequences.prompt_mask.sum())}
+    tokens = float(sequences.completion_mask.sum()) + float(sequences.prompt_mask.sum())
+    return {"generated_tokens": float(sequences.sampled_mask.sum()), "tokens": tokens}
 
 
 def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:

@@ -48,8 +48,8 @@ __all__ = [
 class AdvantageEstimator(Configurable, ABC):
     """Base class of estimators. A subclass maps rewards in groups, [P, G], to advantages in groups.
 
-    What depends on more than one group belongs into `rescale`, which sees all completions of a rollout, over all ranks: it does
-    not depend on the number of devices.
+    What depends on more than one group belongs into `rescale`, which sees all completions of a rollout over all ranks, so that it
+    does not depend on their number.
 
     Example:
         >>> class BestOfGroup(AdvantageEstimator):

@@ -57,6 +57,35 @@ def test_values_equal_a_scalar_loop(estimator, case):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @given(case=grouped_rewards(), data=st.data())
 @settings(max_examples=30, deadline=None)
+def test_what_does_not_count_is_as_if_it_were_not_there(estimator, case, data):
+    rewards, samples = case
+    flags = data.draw(st.lists(st.booleans(), min_size=len(rewards), max_size=len(rewards)))
+    counted = torch.tensor(flags)
+    advantages = estimator(torch.where(counted, rewards, torch.nan), samples, counted)
+    groups = [[row for row in range(start, start + samples) if flags[row]] for start in range(0, len(rewards), samples)]
+    every = [float(rewards[row]) for group in groups for row in group]
+    apart = LeaveOneOutAdvantage if isinstance(estimator, LeaveOneOutAdvantage) else GroupMeanAdvantage
+    by_std = isinstance(estimator, (GroupAdvantage, PerRewardAdvantage))
+    want = dict.fromkeys(range(len(rewards)), 0.0)
+    for group in groups:
+        if len(group) > 1:
+            kind = GroupAdvantage if by_std else apart
+            want |= zip(group, scalar_advantages(kind(), rewards[group].tolist(), len(group)), strict=True)
+    if any(len(group) > 1 for group in groups):
+        spread = {BatchStdAdvantage: every, PerRewardAdvantage: [want[row] for group in groups for row in group]}
+        scale = statistics.stdev(spread[type(estimator)]) + 1e-4 if type(estimator) in spread else 1.0
+        want = {row: value / scale for row, value in want.items()}
+    assert advantages.tolist() == pytest.approx(list(want.values()), rel=1e-9, abs=1e-12)
+    whole = estimator(rewards, samples, torch.ones_like(counted))
+    assert torch.equal(whole, estimator(rewards, samples)), "to the bit, where all count"
+    known = torch.where(counted, rewards, torch.nan)
+    parts = Rewards(known, {"a": known, "b": known * 0}, rewards > 0, {"b": -0.5}, counted)
+    assert torch.allclose(estimator.of_rewards(parts, samples), advantages, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@given(case=grouped_rewards(), data=st.data())
+@settings(max_examples=30, deadline=None)
 def test_order_and_shift_do_not_matter(estimator, case, data):
     rewards, samples = case
     plain = estimator(rewards, samples)

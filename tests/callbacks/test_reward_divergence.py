@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_runs import Log, fit
 
 from hybrid_lightning.callbacks import RewardDivergence
@@ -23,13 +24,17 @@ class Ended(RewardFunction):
         return [float(len(text) < 6) for text in completions]
 
 
-def feed(callback, accuracies, **parts):
+def feed(callback, accuracies, left_out=False, **parts):
     """Give the callback one rollout of 100 completions for each accuracy; returns the messages of its warnings."""
     trainer, messages = SimpleNamespace(global_step=0), []
     for step, accuracy in enumerate(accuracies):
         correct = torch.arange(100) < 100 * accuracy
         values = {name: torch.full((100,), series[step]) for name, series in parts.items()}
-        rollout = (None, Rewards(correct.float(), {"match": correct.float(), **values}, correct), None)
+        counted = torch.ones(100, dtype=torch.bool)
+        if left_out:  # beside one that is left out
+            correct, counted = (F.pad(value, (0, 1), value=end) for value, end in ((correct, True), (counted, False)))
+            values = {name: F.pad(value, (0, 1), value=torch.nan) for name, value in values.items()}
+        rollout = (None, Rewards(correct.float(), {"match": correct.float(), **values}, correct, counted=counted), None)
         trainer.global_step = step
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -46,8 +51,10 @@ def series(start, end, count=20, noise=0.02, seed=0):
 
 def test_each_part_is_warned_of_on_its_own():
     up = series(0.1, 0.9, 40, seed=1)
-    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), ended=up, flat=series(0.5, 0.5, 40, seed=2), other=up)
-    assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
+    for left_out in (False, True):
+        rose = {"ended": up, "flat": series(0.5, 0.5, 40, seed=2), "other": up}
+        messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), left_out, **rose)
+        assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
     fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
     assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
 

@@ -209,8 +209,8 @@ def test_values_are_means_over_processes_and_rates_count_all_of_them():
     timer = StepTimer()
     timer.clock.seconds = lambda: {"generate": 2.0, "reward": 2.0, "update": 6.0, "other": 0.0}
     strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
-    mask = torch.ones(1, 50, dtype=torch.bool)
-    sequences = SimpleNamespace(completion_mask=mask, prompt_mask=mask)
+    mask = torch.ones(1, 60, dtype=torch.bool)  # of which 50 were sampled
+    sequences = SimpleNamespace(completion_mask=mask, sampled_mask=mask[:, :50], prompt_mask=mask[:, :40])
     schedule = SimpleNamespace(epochs_per_rollout=1, minibatches_per_rollout=2)
     module = SimpleNamespace(last_rollout=(SimpleNamespace(sequences=sequences),), rollout_schedule=schedule)
     values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, None)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,19 +20,25 @@ LONG = [7, 8, 9, 10, 11, 12, 13]
 # Rows of the same prompt next to each other share its forward pass; the first three rows share nothing.
 SEPARATE = ([[4, 5, 13, 6, 16], [9], LONG], [[5, 2], [4, 6, 7, 2], [9, 10, 11]])
 SHARED = ([LONG, LONG, LONG, [9], [9], LONG], [[5, 2], [4, 6, 7, 2], [9, 10, 11], [2], [4, 4], [5, 2]])
-CASES = {"separate": SEPARATE, "shared": SHARED}
+# Tokens were added in the middle, at the end, at the start, of one row only, and all of a row.
+INTERRUPTED = (SHARED[0], [[5, 6, 2, 7, 4], [4, 6, 7, 2, 9, 5], [9, 10, 11], [2, 3], [4, 4, 8], [5, 2]])
+SAMPLED = [[1, 0, 0, 1, 1], [1, 0, 1, 0, 0, 0], [0, 0, 1], [1, 1], [0, 0, 0], [0, 1]]
+CASES = {"separate": SEPARATE, "shared": SHARED, "interrupted": INTERRUPTED}
 
 
 def build_sequences(case):
     prompts, completions = CASES[case]
-    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    sequences = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    return replace(sequences, sampled_mask=pad_right(SAMPLED, 0, "cpu")[0] > 0) if case == "interrupted" else sequences
 
 
 def plain(model, case, row, temperature):
+    """Of one row, each token in its full context; 0 where a token was added."""
     prompt, completion = CASES[case][0][row], CASES[case][1][row]
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
-    logprobs = logits.log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+    logprobs, sampled = logits.log_softmax(-1), torch.tensor(SAMPLED[row] if case == "interrupted" else [1] * len(completion))
+    chosen = logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+    return chosen * sampled, -(logprobs.exp() * logprobs).sum(-1) * sampled
 
 
 def assert_gradients(model, loss, separate):
@@ -47,7 +54,14 @@ def assert_gradients(model, loss, separate):
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
-@pytest.mark.parametrize(("family", "case"), [*((family, "shared") for family in (*FAMILIES, *SPECIAL)), ("llama", "separate")])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *((family, "shared") for family in (*FAMILIES, *SPECIAL)),
+        ("llama", "separate"),
+        *((family, "interrupted") for family in (*FAMILIES, *SPECIAL)),
+    ],
+)
 def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
     before = [part.detach() for part in plain(model, case, 1, 0.8)]
@@ -63,7 +77,11 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize(
     ("family", "case", "frozen"),
-    [*((family, "shared", number % 2 == 0) for number, family in enumerate(FAMILIES)), ("llama", "separate", False)],
+    [
+        *((family, "shared", number % 2 == 0) for number, family in enumerate(FAMILIES)),
+        ("llama", "separate", False),
+        *((family, "interrupted", number % 2 == 1) for number, family in enumerate(FAMILIES)),
+    ],
 )
 def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, monkeypatch):
     model = build_model(family).requires_grad_(True)
@@ -74,18 +92,29 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, m
     logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
     assert not entropy.requires_grad
     separate = (plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences)))
-    assert_gradients(model, (logprobs * sequences.completion_mask).sum(), separate)
+    assert not logprobs[~sequences.sampled_mask].any() and not entropy[~sequences.sampled_mask].any()
+    assert_gradients(model, logprobs.sum(), separate)
 
 
-@pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
-def test_every_prompt_goes_through_the_model_once_and_no_padding_does(case, tokens):
-    model = build_model("llama")
+@pytest.mark.parametrize(
+    ("case", "tokens"),
+    [
+        ("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1),
+        ("separate", 5 + 1 + 7 + 1 + 3 + 2),
+        ("interrupted", 7 + 1 + 7 + 4 + 2 + 2 + 1 + 0 + 1),
+    ],
+)
+def test_every_prompt_goes_through_the_model_once_and_neither_padding_nor_what_nobody_reads_does(case, tokens, monkeypatch):
+    model, predicted = build_model("llama"), []
+    whole = PackedSequences.predicting
+    monkeypatch.setattr(PackedSequences, "predicting", lambda *of: predicted.append(whole(*of)) or predicted[-1])
     token_logprobs(engine_of(model), build_sequences(case), 1.0)  # the first call tries the model out
     shapes = []
     model.model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     token_logprobs(engine_of(model), build_sequences(case), 1.0)
     filled = -(-tokens // 16) * 16
-    assert shapes == [(1, filled)], "prompts of each run of equal neighbours, and completions without their last token"
+    assert shapes == [(1, filled)], "prompts of each run of equal neighbours, and completions without their last sampled token"
+    assert len(predicted[-1]) == int(build_sequences(case).sampled_mask.sum()), "what becomes logits"
 
 
 def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
@@ -167,8 +196,8 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
     model = build_model("llama").requires_grad_(True)
     if frozen:
         model.get_output_embeddings().requires_grad_(False)
-    sequences = build_sequences("shared")
-    weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
+    sequences = build_sequences("interrupted")
+    weights = torch.randn(sequences.sampled_mask.shape, generator=torch.Generator().manual_seed(0))
     logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)
     assert_same_sums((logprobs, entropy), token_logprobs(engine_of(model), sequences, 0.7), additions_of(model, 11), LOGITS)
 
@@ -176,7 +205,7 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
         of_row = [part[row][..., : alone.shape[-1]] for part in (weights, weights.flip(0))]
         return 2 * (alone * of_row[0]).sum() - (its_entropy * of_row[1]).sum()
 
-    separate = (value(*plain(model, "shared", row, 0.7), row) for row in range(len(sequences)))
+    separate = (value(*plain(model, "interrupted", row, 0.7), row) for row in range(len(sequences)))
     assert_gradients(model, value(logprobs, entropy), separate)
     with torch.no_grad():
         assert not token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)[1].requires_grad

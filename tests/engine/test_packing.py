@@ -12,21 +12,24 @@ LENGTHS = torch.tensor([3, 0, 1, 0, 40, 2, 1, 38, 5])
 PROMPT = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 0])
 
 
-def build_sequences(lengths=LENGTHS):
+def build_sequences(lengths=LENGTHS, holes=False):
     torch.manual_seed(0)
     prompts = torch.randint(3, 30, (3, 5))[PROMPT]
     mask = torch.ones_like(prompts, dtype=torch.bool)
     mask[PROMPT == 1, :2] = False
     completion_mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
-    return Sequences(prompts, mask, torch.randint(3, 30, completion_mask.shape), completion_mask)
+    added = (torch.arange(completion_mask.shape[1]) + torch.arange(len(lengths))[:, None]) % 3 == 2
+    sampled_mask = completion_mask & ~added if holes else completion_mask
+    return Sequences(prompts, mask, torch.randint(3, 30, completion_mask.shape), completion_mask, sampled_mask=sampled_mask)
 
 
 def states_of(packed, dtype=torch.float64):
     return torch.randn(len(packed.ids), 3, dtype=dtype, requires_grad=True)
 
 
-def test_the_states_that_predict_have_the_gradient_of_plain_indexing():
-    packed = PackedSequences(build_sequences(), Backend())
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_states_that_predict_have_the_gradient_of_plain_indexing(holes):
+    packed = PackedSequences(build_sequences(holes=holes), Backend())
     hidden = states_of(packed)
     found, plain = packed.predicting(hidden), hidden[packed.predictors.numbers]
     assert len(packed.bands) > 1 and torch.equal(found, plain)

@@ -49,6 +49,19 @@ def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
     assert list(means([0, 1], sets=["a", ""])) == ["", "unnamed", "a"], "beside sets with a name they get one"
 
 
+def test_problems_without_a_value_are_in_no_mean():
+    metric = ProblemMeans({"share": 4, "length": None})
+    share, length = SHARE.clone(), LENGTH.clone()
+    share[[1, 3]], length[3] = torch.nan, torch.nan
+    metric.update(SETS, INDEX, {"share": share, "length": length})
+    found = {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
+    assert (found["easy"]["share"], found["easy"]["length"], found["easy"]["problems"]) == (0.75, 20.0, 3)
+    assert (found["hard"]["share"], found["hard"]["length"], found["hard"]["problems"]) == (0.0, 40.0, 1)
+    low, high = confidence_interval([share[[2, 4]].double()], 4)
+    assert (found["easy"]["share/ci_low"], found["easy"]["share/ci_high"]) == pytest.approx((low, high))
+    assert (found[""]["share"], found[""]["length"], found[""]["problems"]) == (0.375, 30.0, 4)
+
+
 def test_nothing_seen_gives_nothing_also_after_a_reset():
     metric = ProblemMeans({"share": 1})
     metric.update(["ä"], INDEX[:1], {"share": SHARE[:1]})

@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from tiny_models import build_model, plain_distribution, plain_logprobs
-from tiny_runs import Constant, DigitShare, build_data, build_policy, build_trainer
+from tiny_runs import Constant, DigitShare, Failing, Interrupted, build_data, build_policy, build_trainer
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
-from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.rollout.batching import join_rollouts, pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
@@ -58,6 +58,29 @@ def plain_advantages(reward, rollouts):
     prompts = [prompt for prompt in rollouts.prompts for _ in range(4)]
     rewards = torch.tensor(reward(rollouts.completions, prompts)).view(-1, 4)
     return ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+@pytest.mark.parametrize(
+    "loss", [GRPOLoss(), DAPOLoss(), DrGRPOLoss(), BNPOLoss(entropy_coef=0.3)], ids=lambda loss: type(loss).__name__
+)
+def test_what_was_added_and_what_is_left_out_is_as_if_it_were_not_there(model, sums, loss):
+    options = {"kind": Failing, "sampler": Interrupted(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 20}
+    policy, rollouts, losses = calibrate(model, sums, loss=loss, **options)
+    base, terms, tokens = build_model("llama", std=0.1).requires_grad_(True), [], 0
+    for number, prompt in enumerate(rollouts.prompts):
+        group = [4 * number + row for row in range(4) if (prompt.index + row) % 4]
+        rewards = torch.tensor(DigitShare()([rollouts.completions[row] for row in group], [prompt] * 3))
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for row, advantage in zip(group, advantages, strict=True):
+            logprobs = plain_distribution(base, rollouts.sequences, row, TEMPERATURE)
+            sampled = [place for place in range(len(logprobs)) if place % 3 != 1]
+            of_row = advantage * plain_logprobs(base, rollouts.sequences, row, TEMPERATURE)[sampled]
+            by_sequence, tokens = isinstance(loss, GRPOLoss), tokens + len(sampled)
+            entropies = -(logprobs.exp() * logprobs).sum(-1)[sampled]
+            terms.append((of_row.mean() if by_sequence else of_row.sum()) + loss.entropy_coef * entropies.sum())
+    count = {GRPOLoss: len(terms), DrGRPOLoss: 6 * len(terms)}.get(type(loss), tokens)
+    assert len(terms) == 24 and len(losses) > 2
+    assert_same_gradient(mean_gradient(policy, losses), -sum(terms) / count, base)
 
 
 def assert_same_gradient(gradient, loss, model):

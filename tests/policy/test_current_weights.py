@@ -1,9 +1,11 @@
 """What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import Constant, build_data, build_policy, fit, write_model
+from tiny_runs import Constant, build_data, build_policy, fit, with_holes, write_model
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
 from hybrid_lightning.adapters.candidates import linear_shape
@@ -178,6 +180,28 @@ def test_improbable_completions_are_refused(model):
     policy = adapted(model, sampler=sampler)
     with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
         policy.generate([Prompt(text="12+3=")], 4)
+
+
+class InterruptedCopying(Copying):
+    """Of completions with holes, behind four episodes that are left out."""
+
+    wrong = 0.0
+
+    def sample(self, *arguments, **options):
+        rollouts = with_holes(super().sample(*arguments, **options))
+        sequences = rollouts.sequences.without(torch.arange(len(rollouts.sequences)) < 4)
+        logprobs = rollouts.sampling_logprobs * sequences.sampled_mask
+        logprobs[4, 0] += self.wrong
+        return replace(rollouts, sequences=sequences, sampling_logprobs=logprobs)
+
+
+def test_only_what_was_sampled_is_compared(model):
+    policy, prompts = adapted(model, sampler=InterruptedCopying()), [Prompt(text="12+3="), Prompt(text="1+1=")]
+    policy.generate(prompts, 4)
+    policy.generation.compare_again()
+    policy.sampler.wrong = -50.0
+    with pytest.raises(RolloutError, match="differ from the policy's"):
+        policy.generate(prompts, 4)
 
 
 def run(model, sums, root, sampler, steps=4, **options):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ def build(indices, correct, lengths, sets=""):
     samples = len(correct[0])
     prompts = tuple(Prompt(text=f"q{i}", answer=f"a{i}", index=i, set_name=sets) for i in indices)
     flat = [value for row in correct for value in row]
-    completions = [[6] * length for row in lengths for length in row]
+    completions = [[6] * length + [7] for row in lengths for length in row]  # behind which an environment added a token
     sequences = Sequences(*pad_left([[5]] * len(flat), 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
     shape = sequences.completion_ids.shape
     texts = tuple(f"c{number}" for number in range(len(flat)))
-    finished = sequences.completion_mask.sum(dim=1) < 5
+    finished = sequences.sampled_mask.sum(dim=1) < 5
     rollouts = Rollouts(prompts, sequences, texts, torch.zeros(shape), finished, samples)
     values = torch.tensor([float(value) for value in flat])
     return rollouts, Rewards(values / 2, {"match": values, "half": values / 2}, torch.tensor(flat))
@@ -63,6 +65,30 @@ def test_metrics_are_over_all_prompts_of_a_set_each_once_and_not_over_batches():
     metrics = evaluate(BATCHES, sets="quiz")
     assert list(metrics.compute()) == ["", "quiz"]
     assert values_of(metrics, "quiz") == values_of(metrics) == pytest.approx(EXPECTED)
+
+
+def test_completions_that_do_not_count_are_as_if_they_were_not_there():
+    (_, of_greedy), (rollouts, of_sampled) = (
+        build(i, [[bool(c) for c in row] for row in right], n) for i, right, n in BATCHES[0]
+    )
+    counted = torch.tensor([True, False, True, True, True, True, True, True])
+    of_greedy = replace(of_greedy, counted=torch.tensor([False, True]))
+    of_sampled = replace(of_sampled, total=torch.where(counted, of_sampled.total, torch.nan), counted=counted)
+    metrics = evaluation_means(4)
+    add_prompts(metrics, of_greedy, (rollouts, of_sampled), [*ANSWERS[0], *ANSWERS[1]])
+    # Of the first prompt three count: right with 7, wrong with 5 and with 6; pass@4 and maj@4 of it are not known.
+    assert values_of(metrics) == pytest.approx(
+        {
+            **{"problems": 2, "greedy_accuracy": 0, "greedy_reward": 0, "avg@4": 1 / 6},
+            **{"pass@1": 1 / 6, "pass@2": 1 / 3, "pass@4": 0, "maj@1": 1 / 6, "maj@2": 1 / 6, "maj@4": 0},
+            **{"reward": 1 / 12, "completion_length": (8 / 3 + 2.75) / 2, "truncation_rate": 1 / 8},
+        }
+    )
+    nothing = replace(of_sampled, counted=torch.zeros_like(counted))
+    metrics = evaluation_means(4)
+    add_prompts(metrics, replace(of_greedy, counted=torch.zeros(2, dtype=torch.bool)), (rollouts, nothing), [None] * 8)
+    found = values_of(metrics)
+    assert found.pop("problems") == 0 and all(value != value for value in found.values()), "no value, and not 0"
 
 
 def test_records_hold_each_prompts_own_completions_and_survive_json():

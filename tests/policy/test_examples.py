@@ -1,6 +1,7 @@
 """Supervised and preference training against losses and gradients of separate, unpadded sequences."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.policy import ExampleModule
 from hybrid_lightning.rollout.batching import join_rows
 from hybrid_lightning.types import Prompt
 
@@ -26,12 +28,32 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("examples") / "rows.jsonl")
 
 
+@pytest.fixture(params=["all", "with holes"])
+def learned(request, monkeypatch):
+    """Which tokens of a demonstration are to be learned."""
+    make = ExampleModule.example_sequences
+
+    def with_holes(*arguments):
+        sequences = make(*arguments)
+        places = torch.arange(sequences.completion_ids.shape[1])
+        return replace(sequences, sampled_mask=sequences.completion_mask & (places % 3 != 1))
+
+    if request.param != "all":
+        monkeypatch.setattr(ExampleModule, "example_sequences", with_holes)
+        monkeypatch.setitem(globals(), "is_learned", lambda place: place % 3 != 1)
+
+
+def is_learned(place):
+    return True
+
+
 def plain_sum(model, prompt, text):
-    """Log-probability of a completion with its end, by an unpadded forward pass of characters; and how many tokens it has."""
+    """Log-probability of what is learned of a completion with its end, by an unpadded forward pass; and of how many tokens."""
     tokenizer = build_tokenizer()
     asked, said = tokenizer(prompt).input_ids, [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     logits = model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(said)), said].sum(), len(said)
+    places = [place for place in range(len(said)) if is_learned(place)]
+    return logits.log_softmax(-1)[range(len(said)), said][places].sum(), len(places)
 
 
 def loss_by_hand(kind, model, base, prompts):
@@ -76,6 +98,7 @@ class ByHand(Callback):
             assert self.losses[-1] == pytest.approx(self.expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize(("kind", "budget", "parts"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)])
 def test_a_step_is_that_of_separate_sequences(kind, budget, parts, model, rows, tmp_path):
     check = ByHand(kind)
@@ -135,6 +158,7 @@ def test_it_goes_on_bit_for_bit(kind, model, rows, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     module = build_module(kind, model, reward=StartsWithDigit(), eval_samples=2)
@@ -151,6 +175,7 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     assert "val/loss" in found and not any("accuracy" in name for name in found)
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, model, rows, tmp_path):
     module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)

@@ -27,9 +27,13 @@ def sums(tmp_path_factory):
 
 
 def made(prompts):
-    """Two completions a prompt: of prompt i, i + 1 tokens that are i; prompts of odd index earn 1 and 0, the others a tie."""
+    """Two completions a prompt: of prompt i, i + 1 tokens that are i, every other one sampled; prompts of odd index earn 1 and 0,
+    the others a tie.
+    """
     index = [prompt.index for prompt in prompts for _ in range(2)]
     sequences = Sequences(*pad_left([[i] for i in index], 0, "cpu"), *pad_right([[i] * (i + 1) for i in index], 0, "cpu"))
+    every_other = torch.arange(sequences.completion_ids.shape[1]) % 2 == 0
+    sequences = replace(sequences, sampled_mask=sequences.completion_mask & every_other)
     total = torch.tensor([float(i % 2 and row % 2) for row, i in enumerate(index)])
     logprobs = -sequences.completion_ids.float()
     finished = torch.ones(len(index), dtype=torch.bool)
@@ -63,6 +67,7 @@ def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
     rows = trained.sequences
     for ids, mask, logprobs in zip(rows.completion_ids, rows.completion_mask, trained.sampling_logprobs, strict=True):
         index = int(ids[0])
+        assert rows.sampled_mask[ids[0] == rows.completion_ids[:, 0]].sum(dim=1).tolist() == [index // 2 + 1] * 2
         assert ids[mask].tolist() == [index] * (index + 1) and logprobs[mask].tolist() == [-float(index)] * (index + 1)
     expected = GroupAdvantage()(torch.tensor([0.0, 1.0] * 4), 2)
     assert torch.equal(trained.advantages, expected)
@@ -85,6 +90,19 @@ def test_what_is_too_much_is_dropped_and_at_the_bound_groups_fill_up_without_adv
     differing = replace(groups, rewards=replace(groups.rewards, total=torch.rand(24)))
     penalised, _ = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
     assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in what is no success"
+
+
+def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such():
+    groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    counted = torch.ones(22, dtype=torch.bool)
+    counted[2] = counted[15] = False  # of prompts 1 and 5
+    rewards = replace(groups.rewards, total=torch.where(counted, groups.rewards.total, torch.nan), counted=counted)
+    trained, of_sampled = choose_trained(
+        replace(groups, rewards=rewards), groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0
+    )
+    assert trained.counted.tolist() == [False, True, True, True, True, False, True, True]
+    assert (trained.advantages != 0).tolist() == [False, False, True, True, False, False, True, True], "none in a group of one"
+    assert not of_sampled[~counted].any()
 
 
 # ---- runs
@@ -182,12 +200,13 @@ TOTAL = [1.0, 0.0, 0.5, 0.25, 0.25, 0.25, 1.0, 1.5, 1.0]
 FINISHED = [True, False, True, True, True, True, True, True, False]
 
 
-def build(samples=3, total=TOTAL, correct=None, parts=None, sets=("", "", "")):
+def build(samples=3, total=TOTAL, correct=None, parts=None, sets=("", "", ""), added=0):
     count = len(total)
     prompts = [Prompt(text=str(i), index=i, set_name=sets[i % 3]) for i in range(count // samples)]
     ids = [[5] * PROMPT_LENGTHS[row // samples % 3] for row in range(count)]
-    completions = [[6] * LENGTHS[row] for row in range(count)]
+    completions = [[6] * LENGTHS[row] + [7] * added for row in range(count)]
     sequences = Sequences(*pad_left(ids, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
     logprobs = torch.zeros(sequences.completion_ids.shape)
     finished = torch.tensor(FINISHED[:count])
     values = torch.tensor(total)
@@ -199,7 +218,7 @@ def build(samples=3, total=TOTAL, correct=None, parts=None, sets=("", "", "")):
 def test_every_value_by_hand():
     correct = [True, False, False, False, False, False, True, True, True]
     parts = {"match": torch.tensor([float(c) for c in correct]), "format": torch.tensor(TOTAL)}
-    metrics = rollout_metrics(*build(correct=correct, parts=parts))
+    metrics = rollout_metrics(*build(correct=correct, parts=parts, added=2))
     groups = [TOTAL[:3], TOTAL[3:6], TOTAL[6:]]
     expected = {
         "reward": statistics.mean(TOTAL),
@@ -213,7 +232,7 @@ def test_every_value_by_hand():
         "completions/min_length": 1,
         "completions/max_length": 4,
         "completions/clipped_ratio": 2 / 9,
-        "num_tokens": sum(LENGTHS) + 3 * sum(PROMPT_LENGTHS),
+        "num_tokens": sum(LENGTHS) + 9 * 2 + 3 * sum(PROMPT_LENGTHS),
         "rewards/match/mean": 4 / 9,
         "rewards/match/std": statistics.stdev(map(float, correct)),
         "rewards/format/mean": statistics.mean(TOTAL),
@@ -223,6 +242,38 @@ def test_every_value_by_hand():
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6), name
         assert type(metrics[name]) is float
+
+
+def test_completions_that_do_not_count_are_in_no_mean():
+    """Of the first group two count, of the second none, of the third one."""
+    rows = [0, 2, 7]
+    counted = torch.tensor([row in rows for row in range(9)])
+    rollouts, rewards = build(sets=("sums", "quiz", "sums"))
+    lost = torch.where(counted, rewards.total, torch.nan)
+    metrics = rollout_metrics(rollouts, replace(rewards, total=lost, parts={"match": lost}, counted=counted))
+    lengths, values = [LENGTHS[row] for row in rows], [TOTAL[row] for row in rows]
+    assert metrics == pytest.approx(
+        {
+            "reward": statistics.mean(values),
+            "reward_std": statistics.stdev(values[:2]) / 2,
+            "frac_reward_zero_std": 1 / 2,
+            "accuracy": 2 / 3,
+            **{"solve_rate/all": 1 / 2, "solve_rate/none": 0, "solve_rate/mixed": 1 / 2},
+            "completions/mean_length": statistics.mean(lengths),
+            **{"completions/min_length": 1, "completions/max_length": 2, "completions/clipped_ratio": 0},
+            "num_tokens": sum(LENGTHS) + 3 * sum(PROMPT_LENGTHS),
+            "rewards/match/mean": statistics.mean(values),
+            "rewards/match/std": statistics.stdev(values),
+            "sets/sums/reward": statistics.mean(values),
+            "sets/sums/accuracy": 2 / 3,
+            "sets/sums/mean_length": statistics.mean(lengths),
+        },
+        abs=1e-6,
+    )
+    nothing = rollout_metrics(rollouts, replace(rewards, counted=torch.zeros_like(counted)))
+    assert nothing == {"num_tokens": metrics["num_tokens"]}
+    every = rollout_metrics(rollouts, replace(rewards, counted=torch.ones_like(counted)))
+    assert every == rollout_metrics(rollouts, rewards), "to the bit"
 
 
 def test_rewards_equal_up_to_rounding_and_single_ones_have_no_spread():

@@ -78,10 +78,12 @@ def test_a_correction_matters_only_where_they_disagree(correction, model, sums, 
 
 def make_batch(lengths, on_policy=False):
     generator = torch.Generator().manual_seed(2)
-    mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
-    trained, sampled = (-torch.rand(len(lengths), 5, generator=generator) for _ in range(2))
+    real = torch.arange(6)[None] < torch.tensor(lengths)[:, None] + (torch.tensor(lengths)[:, None] > 1)
+    mask = real & (torch.arange(6) != 1)  # an environment added the second token
+    trained, sampled = (-torch.rand(len(lengths), 6, generator=generator) for _ in range(2))
     ids = torch.zeros_like(mask, dtype=torch.long)
-    sequences, advantages = Sequences(ids, torch.ones_like(mask), ids, mask), torch.randn(len(lengths), generator=generator)
+    sequences = Sequences(ids, torch.ones_like(mask), ids, real, sampled_mask=mask)
+    advantages = torch.randn(len(lengths), generator=generator)
     old, counts = None if on_policy else torch.where(mask, trained, torch.inf), [float(len(lengths)), float(sum(lengths))] * 2
     return PolicyBatch(sequences, advantages, torch.where(mask, sampled, torch.nan), old, None, *counts), trained
 
@@ -89,12 +91,15 @@ def make_batch(lengths, on_policy=False):
 @pytest.mark.parametrize("correction", [TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["token", "sequence"])
 def test_shares_of_micro_batches_make_the_step(correction):
     batch, _ = make_batch([5, 2, 0, 3, 4, 1])
-    _, together = compare_with_sampler(batch, torch.zeros(6, 5), correction)
+    _, together = compare_with_sampler(batch, torch.zeros(6, 6), correction)
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
         part = batch.rows(rows)
         parts.append(compare_with_sampler(part, torch.zeros_like(part.sampling_logprobs), correction)[1])
     joined = combine_metrics(parts)
+    rows = [(batch.old_logprobs - batch.sampling_logprobs)[row][batch.sequences.sampled_mask[row]] for row in range(6)]
+    assert float(together[MEAN]) == pytest.approx(float(torch.cat(rows).abs().mean()), rel=1e-6)
+    assert float(together[MAX]) == pytest.approx(float(torch.cat(rows).abs().max()), rel=1e-6)
     assert set(joined) == set(together) == {MEAN, MAX, *(f"{WEIGHT}/{name}" for name in ("mean", "min", "max"))}
     for name, value in together.items():
         torch.testing.assert_close(joined[name], value, msg=name)
@@ -103,7 +108,7 @@ def test_shares_of_micro_batches_make_the_step(correction):
 
 @pytest.mark.parametrize("correction", [None, TokenTruncation(), SequenceMask()], ids=["none", "token", "sequence"])
 def test_no_token_at_all_is_neither_far_nor_near(correction):
-    inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 5, requires_grad=True), correction)
+    inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 6, requires_grad=True), correction)
     expected = {MEAN: 0.0, MAX: 0.0}
     if correction is not None:
         mean = 1.0 if isinstance(correction, SequenceMask) else 0.0  # over the sequences, or over no token
@@ -117,7 +122,7 @@ def test_on_policy_the_current_logprobs_are_those_that_sampled():
     old, _ = make_batch([5, 2, 3])
     leaf = logprobs.clone().requires_grad_()
     (inputs, metrics), (of_old, expected) = (compare_with_sampler(b, leaf, TokenTruncation()) for b in (on_policy, old))
-    mask = on_policy.sequences.completion_mask
+    mask = on_policy.sequences.sampled_mask
     assert metrics == expected and torch.equal(inputs.importance_weights[mask], of_old.importance_weights[mask])
     assert inputs.old_logprobs is None and not inputs.importance_weights.requires_grad
     assert not any(value.requires_grad for value in metrics.values())
@@ -126,22 +131,24 @@ def test_on_policy_the_current_logprobs_are_those_that_sampled():
 @pytest.mark.parametrize("correction", [None, TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["none", "token", "sequence"])
 def test_tokens_that_are_left_out_stay_left_out_whatever_the_correction(correction):
     batch, _ = make_batch([5, 2, 3])
-    chosen = batch.sequences.completion_mask & (torch.arange(5) % 2 == 0)
-    plain, _ = compare_with_sampler(batch, torch.zeros(3, 5), correction)
-    masked, _ = compare_with_sampler(replace(batch, policy_mask=chosen), torch.zeros(3, 5), correction)
-    weights = torch.ones(3, 5) if correction is None else plain.importance_weights
+    chosen = batch.sequences.sampled_mask & (torch.arange(6) % 2 == 0)
+    plain, _ = compare_with_sampler(batch, torch.zeros(3, 6), correction)
+    masked, _ = compare_with_sampler(replace(batch, policy_mask=chosen), torch.zeros(3, 6), correction)
+    weights = torch.ones(3, 6) if correction is None else plain.importance_weights
     assert torch.equal(masked.importance_weights[chosen], weights[chosen])
-    assert (masked.importance_weights[batch.sequences.completion_mask & ~chosen] == 0).all()
+    assert (masked.importance_weights[batch.sequences.sampled_mask & ~chosen] == 0).all()
 
 
 def test_one_threshold_serves_all_micro_batches_and_looks_at_trained_sequences_alone():
     def batch(*advantages):
         return replace(make_batch([2] * len(advantages))[0], advantages=torch.tensor(advantages)).rows(slice(None))
 
-    entropies = [torch.tensor([[0.1, 0.9], [5.0, 5.0]]), torch.tensor([[0.2, 0.3]])]
+    # The second token of each was added, whatever its entropy is.
+    entropies = [torch.tensor([[0.1, 9.0, 0.9], [5.0, 0.0, 5.0]]), torch.tensor([[0.2, 0.0, 0.3]])]
     masked = mask_tokens([batch(1.0, 0.0), batch(-1.0)], entropies, TopEntropyMask(0.5))
-    assert [part.policy_mask.tolist() for part in masked] == [[[False, True], [True, True]], [[False, True]]]
-    assert masked[0].loss_inputs(torch.zeros(2, 2)).importance_weights.tolist() == [[0.0, 1.0], [1.0, 1.0]]
-    assert masked[0].rows(slice(1, 2)).policy_mask.tolist() == [[True, True]]
+    of_rows = [[False, False, True], [True, False, True]], [[False, False, True]]
+    assert tuple(part.policy_mask.tolist() for part in masked) == of_rows
+    assert masked[0].loss_inputs(torch.zeros(2, 3)).importance_weights.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    assert masked[0].rows(slice(1, 2)).policy_mask.tolist() == [[True, False, True]]
     (nothing,) = mask_tokens([masked[1].rows(slice(0, 0))], [torch.zeros(0, 1)], TopEntropyMask(0.5))
     assert nothing.policy_mask.shape == (0, 1)

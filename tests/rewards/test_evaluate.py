@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import RewardError
-from hybrid_lightning.rewards import ExactMatch, FormatReward, MathMatch, RewardFunction, WeightedSum, evaluate_reward
+from hybrid_lightning.rewards import (
+    ExactMatch,
+    FormatReward,
+    GroupLength,
+    MathMatch,
+    RewardFunction,
+    WeightedSum,
+    evaluate_reward,
+)
 from hybrid_lightning.rewards.evaluate import extract_answers
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Completion, Prompt
 
 PROMPTS = [Prompt(text=f"{n}+1=", answer=str(n + 1), index=10 + n, source="sums.csv") for n in range(3)]
 TEXTS = ["1", "5", "3"]
@@ -51,6 +59,20 @@ def test_every_kind_of_numbers(values):
     assert rewards.total.dtype == torch.float32 and not rewards.total.requires_grad
     assert rewards.correct.tolist() == [True, False, False]
     assert list(rewards.parts) == ["returns"]
+
+
+def test_no_reward_sees_what_is_left_out():
+    class Seen(RewardFunction):
+        def __call__(self, completions, prompts):
+            return [2.0 + (text == "3") + prompt.index for text, prompt in zip(completions, prompts, strict=True)]
+
+    rewards = evaluate_reward(WeightedSum([Seen(), RaisesOn("5")], [0.5, 1.0]), TEXTS, PROMPTS, [True, False, True])
+    assert rewards.total.tolist() == [6.0, 0.0, 7.5] and rewards.correct.tolist() == [False] * 3
+    assert rewards.parts["seen"].tolist() == [12.0, 0.0, 15.0] and rewards.counted.tolist() == [True, False, True]
+    lengths = [Completion("", n, True) for n in (1, 9, 3)]
+    same = [PROMPTS[0]] * 3
+    of_group = evaluate_reward(GroupLength(Returns([1.0] * 2)), lengths, same, [True, False, True]).parts["group_length"]
+    assert of_group.tolist() == [0.5, 0.0, -0.5], "nor do others of its group"
 
 
 @pytest.mark.parametrize(

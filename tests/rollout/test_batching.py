@@ -5,8 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_lightning.rollout.batching import batches_of_rank, pad_left, pad_right, split_by_tokens
-from hybrid_lightning.types import PolicyBatch, Sequences
+from hybrid_lightning.rollout.batching import (
+    batch_from_state,
+    batch_to_state,
+    batches_of_rank,
+    join_rewards,
+    pad_left,
+    pad_right,
+    split_by_tokens,
+)
+from hybrid_lightning.types import PolicyBatch, Rewards, Sequences
 
 
 def batch(rows, first, with_old=True):
@@ -16,6 +24,8 @@ def batch(rows, first, with_old=True):
         return batch(1, first).rows(torch.zeros(0, dtype=torch.long)).with_logprobs(None, None)
     prompts, completions = [[i] * (i % 3 + 1) for i in numbers], [[i] * (i % 4 + 1) for i in numbers]
     sequences = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    sampled = sequences.completion_mask & (torch.arange(sequences.completion_ids.shape[1]) % 2 == 0)
+    sequences = replace(sequences, sampled_mask=sampled, weights_step=torch.tensor([*numbers]))
     values = sequences.completion_ids.float()
     advantages = torch.tensor([float(i) for i in numbers])
     old = values * 2 if with_old else None
@@ -31,6 +41,8 @@ def rows_of(batches):
             assert one.sequences.prompt_ids.tolist() == [[number] * (number % 3 + 1)]
             assert one.sequences.completion_ids.tolist() == [[number] * (number % 4 + 1)]
             assert bool(one.sequences.prompt_mask.all()) and bool(one.sequences.completion_mask.all())
+            assert one.sequences.sampled_mask.tolist() == [[True, False, True, False][: number % 4 + 1]]
+            assert one.sequences.weights_step.tolist() == [number]
             assert one.sampling_logprobs.tolist() == [[float(number)] * (number % 4 + 1)]
             assert one.old_logprobs is not None and torch.equal(one.old_logprobs, one.sampling_logprobs * 2)
             found.append(number)
@@ -67,8 +79,30 @@ def test_masks_are_dealt_with_their_rows():
         assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])
 
 
+def test_a_checkpoint_keeps_what_was_sampled():
+    kept = batch_from_state(batch_to_state(batch(5, 1)))
+    assert rows_of([kept]) == [1, 2, 3, 4, 5] and not kept.to("meta").sequences.sampled_mask.is_cpu
+    state = batch_to_state(batch(2, 1))
+    del state["sequences"]["sampled_mask"]
+    old = batch_from_state(state).sequences
+    assert torch.equal(old.sampled_mask, old.completion_mask), "of a version that knew no holes"
+
+
+def test_rewards_are_joined_and_chosen_with_those_that_count():
+    total = torch.arange(4.0)
+    every, some = Rewards(total, {"a": -total}, total > 1), Rewards(total, {"a": -total}, total > 1, counted=total % 2 == 0)
+    assert join_rewards([every, every]).counted is None and every.of_counted() is every
+    joined = join_rewards([every, some])
+    assert joined.counted.tolist() == [True] * 4 + [True, False] * 2
+    assert joined.of_counted().parts["a"].tolist() == [-0.0, -1.0, -2.0, -3.0, -0.0, -2.0]
+    chosen = joined.select(torch.tensor([7, 4]))
+    assert (chosen.total.tolist(), chosen.correct.tolist(), chosen.counted.tolist()) == ([3.0, 0.0], [True, False], [False, True])
+
+
 def sequences(prompts, lengths):
-    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
+    """Of whose tokens the first alone was sampled: a pass takes them all."""
+    made = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
+    return replace(made, sampled_mask=made.completion_mask & (torch.arange(made.completion_ids.shape[1]) == 0))
 
 
 def test_rows_are_split_where_the_next_would_not_fit_and_a_pair_is_never_cut():

@@ -68,6 +68,14 @@ def test_groups_are_judged_by_the_parts_that_measure_correctness():
     assert two.tolist() == [True], "one of several parts is enough"
 
 
+def test_completions_that_do_not_count_judge_nothing():
+    total = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, torch.nan, 0.0])
+    counted = torch.tensor([False, True, True, True, True, False, True, False, True])
+    seen = torch.tensor([True] * 6 + [False, True, False])
+    assert useful_groups(total, [], counted, 3, counted).tolist() == [False, True, True]
+    assert useful_groups(total, [total], seen, 3, counted).tolist() == [False, True, False], "nor where they alone have tokens"
+
+
 def test_the_first_that_teach_are_chosen_and_the_first_of_the_others_fill_up():
     useful = torch.tensor([0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)
     assert choose_groups(useful, 3).tolist() == [1, 3, 4]

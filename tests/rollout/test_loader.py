@@ -25,7 +25,8 @@ class Source:
         lengths = torch.randint(1, 5, (rows,), generator=generator)
         ids = torch.tensor([[prompt.index] for prompt in prompts for _ in range(self.samples)])
         mask = torch.arange(4)[None] < lengths[:, None]
-        sequences = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask)
+        sampled = mask & ((tokens % 3 > 0) | (torch.arange(4) == 0))  # an environment added the others
+        sequences = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask, sampled_mask=sampled)
         return TrainedRollout(sequences, -tokens.float() * mask, torch.randn(rows), {"reward": float(tokens.float().mean())})
 
     def takes_part(self, advantages):
@@ -80,7 +81,7 @@ def test_micro_batches_carry_the_denominators_of_their_step_and_the_samplers_log
     for start in range(0, 12, 3):
         step = batches[start : start + 3]
         assert {batch.num_sequences for batch in step} == {12.0}
-        assert {batch.num_tokens for batch in step} == {float(sum(batch.sequences.completion_mask.sum() for batch in step))}
+        assert {batch.num_tokens for batch in step} == {float(sum(batch.sequences.sampled_mask.sum() for batch in step))}
     assert [flat(batch) for batch in batches[:6]] == [flat(batch) for batch in batches[6:]]
     widths = set()
     for batch in build(schedule=RolloutSchedule(4, 2, minibatches_per_rollout=2), accumulate=4):
@@ -103,18 +104,23 @@ def test_only_the_first_step_of_a_single_pass_is_on_policy():
         assert source.on_policy == expected
 
 
-def test_completions_without_tokens_count_as_sequences_alone():
+@pytest.mark.parametrize("left_out", [False, True])
+def test_completions_without_sampled_tokens_count_as_sequences_alone_unless_they_are_left_out(left_out):
     class Masked(Source):
         def roll_out(self, prompts, generator, draw_more=None):
             rollout = super().roll_out(prompts, generator)
             self.kept = torch.arange(len(rollout.sequences)) % 3 > 0
-            mask = rollout.sequences.completion_mask & self.kept[:, None]
-            return replace(rollout, sequences=replace(rollout.sequences, completion_mask=mask, sampled_mask=mask))
+            counted = self.kept if left_out else None
+            sampled = rollout.sequences.sampled_mask & self.kept[:, None]
+            return replace(rollout, sequences=replace(rollout.sequences, sampled_mask=sampled), counted=counted)
 
     source = Masked(2)
     step = next(iter(build(source=source, schedule=RolloutSchedule(4, 2))))
-    assert step.num_sequences == 8 and step.updated_sequences == len(step.sequences) == int(source.kept.sum()) == 5
-    assert step.num_tokens == step.updated_tokens == float(step.sequences.completion_mask.sum()) > 0
+    assert step.num_sequences == (5 if left_out else 8)
+    assert step.updated_sequences == len(step.sequences) == int(source.kept.sum()) == 5
+    assert step.num_tokens == step.updated_tokens == float(step.sequences.sampled_mask.sum()) > 0
+    twice = build(source=Masked(2), schedule=RolloutSchedule(4, 2), world_size=2, sum_over_ranks=lambda value: 2 * value)
+    assert next(iter(twice)).num_sequences == (2 * int(twice.source.kept.sum()) if left_out else 8), "over all ranks"
 
 
 def test_rows_that_take_no_part_are_left_out_and_counted():
@@ -132,7 +138,7 @@ def test_rows_that_take_no_part_are_left_out_and_counted():
     for step in zip(batches[::2], batches[1::2], strict=True):
         assert {batch.num_sequences for batch in step} == {4.0}
         assert {batch.updated_sequences for batch in step} == {float(sum(len(batch.sequences) for batch in step))}
-        tokens = sum(float(batch.sequences.completion_mask.sum()) for batch in step)
+        tokens = sum(float(batch.sequences.sampled_mask.sum()) for batch in step)
         assert {batch.updated_tokens for batch in step} == {tokens} and tokens < step[0].num_tokens
         assert abs(len(step[0].sequences) - len(step[1].sequences)) <= 1, "what is left is dealt evenly"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from rounding import metrics_of_runs
-from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, with_holes
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -38,9 +38,9 @@ KILLED = {
 class ByPrompt(Sampler):
     """Draws from numbers of each prompt's own, whoever completes it; those of prompts in `short` end after two tokens."""
 
-    def __init__(self, max_new_tokens=6, short=()):
+    def __init__(self, max_new_tokens=6, short=(), holes=False):
         super().__init__(max_new_tokens)
-        self.short = short
+        self.short, self.holes = short, holes
 
     def sample(self, engine, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
         parts = []
@@ -48,7 +48,7 @@ class ByPrompt(Sampler):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
             parts.append(sampler.sample(engine, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
-        return join_rollouts(parts)
+        return with_holes(join_rollouts(parts)) if self.holes else join_rollouts(parts)
 
 
 class Only(RewardFunction):

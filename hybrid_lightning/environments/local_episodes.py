@@ -8,7 +8,7 @@ import inspect
 import random
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -342,6 +342,10 @@ class _Resumed:
                     raise _EscapedError from escaped
             try:
                 value, error = (yield awaited), None
+            except GeneratorExit:  # its event loop is gone
+                with suppress(RuntimeError):
+                    self.work.close()
+                raise
             except BaseException as thrown:
                 value, error = None, thrown
 

@@ -42,7 +42,7 @@ def test_messages_are_copies_with_all_that_they_hold():
         ([{"role": "user", "content": None}], "the content None; it must be text"),
         ([{"role": "user", "content": b"hi"}], "the content b'hi'"),
         (["\ud800"], r"with '\\ud800' at position 0, which is no character"),
-        ([{**USER, "x": {1}}], r"with {1}; a message is made of texts"),
+        ([{**USER, "x": {1}}], r"with \{1\}; a message is made of texts"),
         ([{**USER, 3: 1}], "the key 3; it must be text"),
     ],
 )

@@ -126,7 +126,7 @@ class RunningEpisodes:
         self.finish()
         self._count, self._failures = len(prompts), []
         pairs = enumerate(zip(prompts, seeds, strict=True))
-        self._episodes = {number: Episode(number, prompt, seed) for number, (prompt, seed) in pairs}
+        self._episodes = {number: Episode(number, prompt, int(seed)) for number, (prompt, seed) in pairs}
         answers = self._advance(dict.fromkeys(self._episodes))
         return [answers[number] for number in range(len(prompts))]  # type: ignore[misc]
 

@@ -177,12 +177,12 @@ def outcome_of(function: Callable[[], Any]) -> Outcome:
         return None, error
 
 
-async def outcome_in_thread(function: Callable[[], Any], timeout_s: float) -> Outcome:
+async def outcome_in_thread(function: Callable[[], Any], timeout_s: float | None) -> Outcome:
     """Await an ordinary function, which runs in a thread of its own; see `call_within`.
 
     Args:
         function: A function without arguments.
-        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`.
+        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`; None for no limit.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Outcome] = loop.create_future()

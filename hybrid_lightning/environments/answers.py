@@ -15,6 +15,7 @@ from hybrid_lightning.errors import shorten
 from hybrid_lightning.types import Message
 
 MAX_CHARS = 1_000_000  # of all messages of an answer: what is beyond is cut before it is made into tokens
+_MESSAGE_CHARS = 1_000  # that a message counts for besides its text
 _LARGEST = torch.finfo(torch.float32).max  # rewards are summed up in float32
 
 
@@ -85,7 +86,9 @@ class _Copy:
             )
         if not isinstance(entry["content"], str):
             raise OddAnswerError(f"returned a message with the content {shorten(entry['content'])}; it must be text")
-        return dict(self.plain(entry))
+        self.left -= _MESSAGE_CHARS
+        rest = {key: value for key, value in entry.items() if key != "role"}
+        return {"role": _Copy().text(entry["role"]), **self.plain(rest)}
 
     def plain(self, value: Any) -> Any:
         """A copy of data as JSON has it."""

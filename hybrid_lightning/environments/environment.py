@@ -107,6 +107,13 @@ class Environment(Configurable, ABC):
 
     def new(self) -> Self:
         """An object for one episode, made with the same arguments and prepared for the same model."""
-        made = type(self)(**self._init_args)
+        made = type(self)(**_copied(self._init_args))
         made.prepare(self.chat_template)
         return made
+
+
+def _copied(value: Any) -> Any:
+    """Nested lists and dicts of a config, copied: an object may change what it was given."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -8,7 +8,7 @@ import inspect
 import random
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -139,7 +139,7 @@ class LocalEpisodes:
     Args:
         environment: The object of the config.
         step_timeout_s: Seconds for each call.
-        alone: Whether the process is there for episodes alone: calls then run one at a time, without threads or time limits.
+        alone: Whether the process is there for episodes alone: calls then run one at a time, without time limits.
         called: Called before each call of an environment with the method, the episode and whether it is a new turn.
     """
 
@@ -155,6 +155,7 @@ class LocalEpisodes:
         self.name = kind.__name__
         self.asynchronous = any(inspect.iscoroutinefunction(getattr(kind, name)) for name in ("start", "step", "close"))
         self.own_states = alone or not kind.thread_safe
+        self.swaps_on_loop = self.asynchronous and not alone  # whenever code goes on; otherwise for all of a call
         self.running: dict[int, _Running] = {}
         self.holds_up: tuple[int, float] | None = None  # the episode whose code is on the event loop, and since when
         self.given_up = False  # since such code did not end: what has gone on without it must not be changed any more
@@ -255,18 +256,15 @@ class LocalEpisodes:
             TookTooLongError, _FaultError, PassedOnError: Why it returned nothing.
         """
         self.called(method, running.episode, running.turn > len(running.episode.turns))
-        if self.alone:
-            with self._states_of(running):
-                value, error = await self._awaited(running, outcome_of(function), None)
-        elif self.asynchronous:
-            with self._on_loop(running):
-                outcome = outcome_of(function)
-            value, error = await self._awaited(running, outcome, timeout_s)
-        else:
-            async with self._turns:
-                with self._states_of(running):
-                    outcome = await outcome_in_thread(function, timeout_s)
-                value, error = await self._awaited(running, outcome, timeout_s)
+        limit_s = None if self.alone else timeout_s
+        async with nullcontext() if self.asynchronous else self._turns:
+            with nullcontext() if self.swaps_on_loop else self._states_of(running):
+                if self.asynchronous:
+                    with self._on_loop(running):
+                        outcome = outcome_of(function)
+                else:
+                    outcome = await outcome_in_thread(function, limit_s)
+                value, error = await self._awaited(running, outcome, limit_s)
         if isinstance(error, TookTooLongError):
             limit = "" if method == "close" else "episodes.step_timeout_s="
             raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
@@ -298,7 +296,7 @@ class LocalEpisodes:
         """Within this context an environment's code runs on the event loop."""
         self.holds_up = running.episode.number, time.monotonic()
         try:
-            with nullcontext() if self.alone else self._states_of(running):  # alone it has them in all of a call
+            with self._states_of(running) if self.swaps_on_loop else nullcontext():
                 yield
         finally:
             self.holds_up = None
@@ -342,6 +340,10 @@ class _Resumed:
                     raise _EscapedError from escaped
             try:
                 value, error = (yield awaited), None
+            except GeneratorExit:  # its event loop is gone
+                with suppress(RuntimeError):
+                    self.work.close()
+                raise
             except BaseException as thrown:
                 value, error = None, thrown
 

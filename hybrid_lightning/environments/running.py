@@ -126,7 +126,7 @@ class RunningEpisodes:
         self.finish()
         self._count, self._failures = len(prompts), []
         pairs = enumerate(zip(prompts, seeds, strict=True))
-        self._episodes = {number: Episode(number, prompt, seed) for number, (prompt, seed) in pairs}
+        self._episodes = {number: Episode(number, prompt, int(seed)) for number, (prompt, seed) in pairs}
         answers = self._advance(dict.fromkeys(self._episodes))
         return [answers[number] for number in range(len(prompts))]  # type: ignore[misc]
 
@@ -255,11 +255,11 @@ class RunningEpisodes:
             future.cancel()  # after Ctrl-C
             if not here.given_up and not ours.same(RandomStates.now()):
                 how = "in threads of its own" if here.own_states else "although it is thread_safe"
+                remedy = "" if here.own_states else "set thread_safe = False in the class, or "
                 self._warn(
                     "global generators",
                     f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
-                    f"episodes may depend on each other; {'' if here.own_states else 'set thread_safe = False in the class, or '}run it in "
-                    "processes (episodes.workers)",
+                    f"episodes may depend on each other; {remedy}run it in processes (episodes.workers)",
                 )
             ours.restore()
         self._warn_close(here.close_fault)

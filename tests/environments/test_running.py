@@ -52,20 +52,25 @@ def shown(answer):
 
 
 class Draws(Environment):
-    """Seeds and draws from all global generators, and counts its own turns."""
+    """Seeds and draws from all global generators, counts its own turns, and changes what it was given."""
+
+    def __init__(self, words=("none",)):
+        self.words = words
 
     def start(self, prompt, seed):
         random.seed(seed)
         np.random.seed(seed)
         prompt.columns["list"].append(2)
         self.turn = 0
-        return f"{random.random()} {prompt.columns['list']}"
+        return f"{random.random()} {prompt.columns['list']} {self.words}"
 
     def step(self, message):
+        asyncio.run(asyncio.sleep(0))  # as clients do that hide an event loop
         self.turn += 1
+        self.words.append("mine")
         time.sleep(0.002 * (message["content"] == "late"))
         message["content"] = "changed"
-        return Step(f"{self.turn} {random.random()} {np.random.rand()} {torch.rand(1).item()}", over=self.turn == 3)
+        return Step(f"{self.turn} {self.words} {random.random()} {np.random.rand()} {torch.rand(1).item()}", over=self.turn == 3)
 
 
 class AsyncDraws(Environment):
@@ -85,7 +90,7 @@ class AsyncDraws(Environment):
         return random.random(), np.random.rand()
 
 
-@pytest.mark.parametrize("kind", [Draws, AsyncDraws])
+@pytest.mark.parametrize("kind", [lambda: Draws(["word"]), AsyncDraws])
 def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_of_the_run(kind):
     random.seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -99,8 +104,8 @@ def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_
 
 
 def test_processes_give_the_same_as_one():
-    for kind, turns in ((Draws, ("now", "now", "now")), (AsyncDraws, ("now",))):
-        assert play(kind(), *turns, workers=2) == play(kind(), *turns)
+    for kind, turns, workers in ((lambda: Draws([]), ("now", "now", "now"), 2), (AsyncDraws, ("now",), 1)):
+        assert play(kind(), *turns, workers=workers) == play(kind(), *turns)
 
 
 class ThreadSafe(Environment):
@@ -212,6 +217,19 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     play(Faulty("close"), "hi")
     assert [record.message.count("Faulty.close raised ZeroDivisionError") for record in caplog.records] == [1]
     assert LOG["close"] == 4
+
+
+class HangsInClose(Faulty):
+    def close(self):
+        super().close()
+        time.sleep(1_000)
+
+
+def test_a_close_that_hangs_is_not_waited_for_again_and_again(caplog):
+    began = time.monotonic()
+    play(HangsInClose(), "hi", timeout_s=1.0)
+    assert LOG["close"] == 4 and time.monotonic() - began < 3
+    assert [record.message.count("HangsInClose.close took more than 1 s") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15), KeyboardInterrupt()])

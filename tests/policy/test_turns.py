@@ -5,6 +5,7 @@ from chat_templates import tokenizer_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_byte_tokenizer, build_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
@@ -153,10 +154,10 @@ def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
     assert turns_of("gemma").first(ASKED)[0] == turns_of("gemma")._encoder.encode(ASKED)
 
 
-MOVED = (  # the system text, and the tools, are written in front of what the user says last
-    "{% for m in messages %}{% if m.role == 'user' and loop.last %}{{ tools }}{{ messages[0].content }}{% endif %}"
+MOVED = (  # the system text is written in front of what the user says last
+    "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
     "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% if tools %} with tools{% endif %}{% endif %}\n"
 )
 KEPT = r"set model\.chat_template=keep_history, which keeps them, also in the exported model"
 
@@ -176,17 +177,22 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
     tokenizer.chat_template = MOVED if name == "moved" else tokenizer.chat_template
     with pytest.raises(ConfigError, match=f"{cause}.*; {KEPT}$"):
         TurnEncoder(PromptEncoder(tokenizer, None, variables), []).check([ASKED])
-    TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY, variables), []).check([ASKED], ["user", "tool"])
+    kept = PromptEncoder(tokenizer, KEEP_HISTORY, variables)
+    TurnEncoder(kept, []).check([ASKED], ["user", "tool"])
+    assert kept.encode(ASKED) == PromptEncoder(tokenizer, None, variables).encode(ASKED)
 
 
 def test_a_role_that_was_not_tried_before_is_tried_when_it_comes():
     turns = turns_of("qwen3", tools=True)
     turns.check([ASKED])  # results of tools take no thoughts away
     assert turns.added(ASKED, [{"role": "tool", "content": "3"}], [])
-    assert turns.first(ASKED, [{"role": "user", "content": "Use tools."}])  # nothing is answered yet
+    shown = text_of(turns, turns.first(ASKED, [{"role": "user", "content": "Use tools."}])[0])  # nothing is answered yet
+    assert "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>user\nUse tools.<|im_end|>" in shown
     with pytest.raises(ConfigError, match="drops or changes the thoughts"):
         turns.added(ASKED, [{"role": "user", "content": "3"}], [])
     turns_of("qwen3_training").check([ASKED])  # an empty thought in front of an answer without one takes nothing away
+    turns_of("qwen3_training", enable_thinking=False).check([ASKED])
+    turns_of("qwen3_5_think", tools=True).check([ASKED])  # its generation prompt begins a thought
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1"])
@@ -206,6 +212,13 @@ def test_kept_history_takes_what_servers_take_out_of_a_text_and_is_exported(name
     assert exported.chat_template == kept.chat_template
 
 
+def test_a_template_may_open_turns_otherwise_where_there_are_tools():
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = MOVED
+    turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
+    assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools"
+
+
 def test_messages_that_a_template_refuses_are_the_datas():
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = MOVED.replace("m.content +", "(raise_exception('too odd') if m.content == '?' else m.content) +")
@@ -217,11 +230,15 @@ def test_messages_that_a_template_refuses_are_the_datas():
 
 def test_plain_prompts_are_continued_by_a_template_of_text():
     prompt, new = Prompt(text="1+2="), [{"role": "user", "content": "a{b"}, {"role": "tool", "content": "3"}]
-    encoder = PromptEncoder(build_byte_tokenizer())
+    tokenizer = build_byte_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    encoder = PromptEncoder(tokenizer)
     turns = TurnEncoder(encoder, [])
     assert text_of(turns, turns.added(prompt, new, [1])) == "\na{b\n\n3\n"
     ids, messages = turns.first(prompt, [{"role": "system", "content": "Add."}, *new])
-    assert text_of(turns, ids) == "\nAdd.\n1+2=\na{b\n\n3\n"
+    assert text_of(turns, ids) == "<bos>\nAdd.\n1+2=\na{b\n\n3\n"
     assert [message["content"] for message in messages] == ["Add.", "1+2=", "a{b", "3"]
     assert turns.first(prompt)[0] == encoder.encode(prompt)
     named = TurnEncoder(encoder, [], turn_template="[{role}] {content}{{}}")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from cli_runs import command, parse
 
+from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.engine import engine
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_null_on_the_command_line_is_no_word(here, monkeypatch):
 def test_it_trains(path, tiny, here, monkeypatch):
     config = yaml.safe_load(path.read_text())
     arguments = ["fit", "--config", str(path)]
-    if settings(config)["model"] != "embedded":
+    if settings(config)["model"] not in EMBEDDED:
         arguments.append(f"--model.model={tiny}")
     if path.stem in STAND_INS:
         rows, options = STAND_INS[path.stem]
@@ -107,7 +108,7 @@ def test_its_sizes_fit_each_other(path):
         model["examples_per_step"] if "examples_per_step" in model else model["prompts_per_rollout"] * model["samples_per_prompt"]
     )
     assert rows % (model.get("minibatches_per_rollout", 1) * accumulate) == 0, "a rollout can be split"
-    if "prompts_per_rollout" in model and model["model"] != "embedded":  # more at once might not fit the memory that it names
+    if "prompts_per_rollout" in model and model["model"] not in EMBEDDED:  # more at once might not fit the memory that it names
         assert config["adapter"]["calibration_prompts"] <= model["prompts_per_rollout"]
     assert config["trainer"]["val_check_interval"] % accumulate == 0, "a validation falls between optimizer steps"
     assert config["trainer"]["logger"]["init_args"]["name"] == path.stem

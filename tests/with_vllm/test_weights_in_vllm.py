@@ -39,25 +39,23 @@ def complete(policy, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("family", "plans"), [("llama", ("hybrid", "lora", "full", "dora")), ("qwen2", ("hybrid",)), ("qwen3", ("hybrid",))]
+    ("family", "plan"),
+    [("llama", "hybrid"), ("llama", "lora"), ("llama", "full"), ("llama", "dora"), ("qwen2", "hybrid"), ("qwen3", "hybrid")],
 )
-def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plans):
-    """One policy after the other, by the engine that the first one made."""
-    folder = write_model(tmp_path / "model", family, tied=family == "qwen3")
-    for plan in plans:
-        policy = policy_of(sampler, folder)
-        assert largest_difference(policy, complete(policy)) < 1e-4, "before it is adapted"
-        adapt(policy, "hybrid" if plan == "dora" else plan, use_dora=plan == "dora")
-        assert largest_difference(policy, complete(policy)) < 1e-4
-        move(policy, seed=3)
-        sampler.temperature = 0.7
-        assert largest_difference(policy, complete(policy)) < 3e-4
-        sampler.temperature = 1.0
-        with policy.start_policy():
-            start = complete(policy)
-            assert largest_difference(policy, start) < 1e-4, "without the adapter"
-        assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
-        assert largest_difference(policy, complete(policy)) < 1e-4
+def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plan):
+    policy = policy_of(sampler, write_model(tmp_path / "model", family, tied=family == "qwen3"))
+    assert largest_difference(policy, complete(policy)) < 1e-4, "before it is adapted"
+    adapt(policy, "hybrid" if plan == "dora" else plan, use_dora=plan == "dora")
+    assert largest_difference(policy, complete(policy)) < 1e-4
+    move(policy, seed=3)
+    sampler.temperature = 0.7
+    assert largest_difference(policy, complete(policy)) < 3e-4
+    sampler.temperature = 1.0
+    with policy.start_policy():
+        start = complete(policy)
+        assert largest_difference(policy, start) < 1e-4, "without the adapter"
+    assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
+    assert largest_difference(policy, complete(policy)) < 1e-4
 
 
 def test_after_training_vllm_computes_what_the_exported_model_computes(tmp_path, sampler):

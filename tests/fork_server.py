@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from multiprocessing import current_process, forkserver, get_context
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -38,6 +39,7 @@ IMPORTED += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"]
 IMPORTED += ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.algorithms.ddp_comm_hooks"]
 IMPORTED += ["torch.utils.tensorboard", "rich._emoji_codes", "matplotlib.backends.backend_agg", "pytest"]
 IMPORTED += ["tiny_runs", "tiny_examples", "cli_runs", "stopped_runs"]
+IMPORTED += ["vllm.entrypoints.llm"] if find_spec("vllm") else []
 _context.set_forkserver_preload(IMPORTED)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
 

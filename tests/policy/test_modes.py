@@ -11,6 +11,7 @@ from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 from transformers import AutoModelForCausalLM
 
+from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
@@ -165,7 +166,8 @@ def test_what_does_not_fit_together_is_refused(precision, dtype, message):
 def run_16(model, sums, root, scale=2.0**12, policy=None, **flags):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     policy = {"dtype": "float16", **(policy or {})}
-    return run(model, sums, root, None, policy, plugins=[plugin], **{"max_steps": 4, **flags})
+    adapter = {"scorer": TailEnergy()}
+    return run(model, sums, root, None, policy, adapter, plugins=[plugin], **{"max_steps": 4, **flags})
 
 
 @pytest.mark.parametrize("policy", [{}, {"dtype": "float32"}, {"max_tokens_per_micro_batch": 24, "gradient_checkpointing": True}])

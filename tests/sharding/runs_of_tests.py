@@ -13,7 +13,6 @@ from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hybrid_lightning.adapters import Random
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
@@ -29,7 +28,6 @@ ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr
 # Of runs in which a rank is killed.
 KILLED = {
     "policy": {**ADAM, "prompts_per_rollout": 4, "epochs_per_rollout": 2},
-    "adapter": {"scorer": Random()},
     "enable_checkpointing": True,
     "max_steps": 6,
 }

@@ -10,7 +10,6 @@ from runs_of_tests import ADAM, STRATEGIES, assert_same_run, train_each
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hybrid_lightning.adapters import Random
 from hybrid_lightning.callbacks import PolicyExport
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.policy import PolicyModule
@@ -18,8 +17,7 @@ from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
 # Two passes over two minibatches: after one optimizer step three of a rollout are left, and after the fourth comes a second one.
-# The scorer is one that needs no gradients: that plans are the same is shown elsewhere.
-ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "adapter": {"scorer": Random()}, "accumulate_grad_batches": 2}
+ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2}
 SHARDED = {
     "fsdp2 sharded": partial(FSDP2Strategy, save_distributed_checkpoint=True),
     "fsdp1 sharded": partial(FSDP1Strategy, state_dict_type="sharded"),
@@ -52,7 +50,6 @@ CROSSINGS = {
 # one before has written, and writes it again. As many ranks follow each other.
 HALF = {
     "policy": {**ADAM, "dtype": "bfloat16", "epochs_per_rollout": 2},
-    "adapter": {"scorer": Random()},
     "precision": "bf16-true",
     "max_steps": 2,
 }

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from torchmetrics import MeanMetric
 
-from hybrid_lightning.adapters import Random
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.rollout import Sampler
@@ -27,7 +26,7 @@ POLICY = {
     "sampler": Sampler(12),
     "max_tokens_per_micro_batch": 24,
 }
-ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "adapter": {"scorer": Random()}, "accumulate_grad_batches": 2}
+ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2}
 
 
 class FSDP1OnTheHost(FSDP1Strategy):
@@ -74,7 +73,7 @@ def sharded(train_on, tmp_path_factory):
     """The runs of each rank; FSDP1 comes last, since it changes torch for its process."""
     root, jobs = tmp_path_factory.mktemp("offloaded"), {}
     fused = partial(torch.optim.AdamW, eps=1e-3, fused=True)  # which is what makes the host's step fast
-    narrow = {"policy": {**ADAM, "optimizer": fused, "dtype": "bfloat16"}, "precision": "bf16-true", "max_steps": 3}
+    narrow = {"policy": {**ADAM, "optimizer": fused, "dtype": "bfloat16"}, "precision": "bf16-true", "max_steps": 2}
     jobs["narrow"], jobs["narrow, offloaded"] = ({**narrow, "strategy": make} for make in (FSDP2Strategy, OFFLOADING["fsdp2"]))
     for name, strategy in OFFLOADING.items():
         path, common = root / f"{name}.ckpt", {**ARGUMENTS, "strategy": strategy, "callbacks": (Policies(),)}

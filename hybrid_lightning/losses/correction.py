@@ -47,7 +47,7 @@ class ImportanceCorrection(Configurable, ABC):
 
         Args:
             log_ratio: Of each token, [B, T], without gradient; 0 outside the mask.
-            mask: True on completion tokens, [B, T] bool.
+            mask: True on sampled tokens, [B, T] bool.
 
         Returns:
             One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
@@ -60,7 +60,7 @@ class ImportanceCorrection(Configurable, ABC):
         Args:
             logprobs: Log pi(token), [B, T], from the training forward pass with the weights that sampled.
             sampling_logprobs: Log mu(token), [B, T], as the sampler recorded it.
-            mask: True on completion tokens, [B, T] bool.
+            mask: True on sampled tokens, [B, T] bool.
 
         Returns:
             [B, T] or [B], without gradient.

@@ -91,7 +91,7 @@ class SupervisedLoss(ExampleLoss):
         return sampled_mask.sum(dim=1)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
-        """The number of completion tokens in the step."""
+        """The number of tokens in the step that are learned."""
         return max(inputs.num_tokens, 1.0) if inputs.num_tokens is not None else inputs.sampled_mask.sum().clamp(min=1)
 
 

@@ -2,8 +2,9 @@
 
 Axes: B sequences, T completion tokens (right-padded). Values are per token, [B, T], or per sequence, [B].
 
-Every function that reads log-probabilities takes the completion mask and ignores everything outside of it: padding may hold inf,
-nan or garbage, and contributes neither values nor gradients. Because `0 * inf` is nan, padding is replaced with `torch.where`
+Every function that reads log-probabilities takes the mask of sampled tokens and ignores everything outside of it: padding, and
+what an environment added within a completion, may hold inf, nan or garbage, and contributes neither values nor gradients. Because
+`0 * inf` is nan, it is replaced with `torch.where`
 before the arithmetic, instead of being multiplied by 0 afterwards.
 """
 
@@ -21,7 +22,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     Args:
         logprobs: Log pi(token) of the policy being trained, [B, T].
         old_logprobs: The same of the policy that sampled, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -100,7 +101,7 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     Args:
         logprobs: Log pi(token) of the policy being trained, [B, T].
         ref_logprobs: The same of the reference policy, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -114,7 +115,7 @@ def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         values: Value of each token, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
 
     Returns:
         [B], 0 (with a zero gradient) for a sequence without tokens.
@@ -140,7 +141,7 @@ def mean_of_sequence_means(values: Tensor, mask: Tensor, num_sequences: float | 
 
     Args:
         values: Value of each token, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
         num_sequences: As in `mean_over_sequences`.
 
     Returns:
@@ -154,7 +155,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
 
     Args:
         values: Value of each token, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
         num_tokens: Number of tokens in the whole mean; None takes the tokens here.
 
     Returns:
@@ -169,7 +170,7 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
 
     Args:
         values: Value of each token, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
         max_tokens: Positions of a sequence, which may be more than T; positions without a token count as 0.
         num_sequences: As in `mean_over_sequences`.
 
@@ -186,7 +187,7 @@ def mean_of_micro_batch_means(
 
     Args:
         values: Value of each token, [B, T].
-        mask: True on completion tokens, [B, T] bool.
+        mask: True on sampled tokens, [B, T] bool.
         micro_batch_tokens: Number of tokens in the micro-batch to which these rows belong; None takes the tokens here.
         num_micro_batches: Number of micro-batches in the whole mean; None for 1.
 

@@ -5,8 +5,8 @@
 Axes: B sequences, T completion tokens (right-padded).
 
 A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
-`policy_metrics`. The base class checks the inputs, casts half precision to float32, sets padding to 0, adds the KL and entropy
-terms, and computes the metrics. `ClippedLoss` is the base class of losses with a clip.
+`policy_metrics`. The base class checks the inputs, casts half precision to float32, sets what was not sampled to 0, adds the KL
+and entropy terms, and computes the metrics. `ClippedLoss` is the base class of losses with a clip.
 
 Shares. A call returns the *share* of its sequences in the optimizer step's loss: the denominators count the whole step
 (`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss, and how a step
@@ -16,7 +16,7 @@ The KL estimate is k3 (see `functional.k3_kl`) as in GRPO (arXiv 2402.03300, equ
 clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old policy
 sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
-The entropy bonus is the mean entropy of the policy over all completion tokens of the optimizer step, whatever the aggregation, so
+The entropy bonus is the mean entropy of the policy over all sampled tokens of the optimizer step, whatever the aggregation, so
 that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it like the loss).
 
 Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
@@ -98,11 +98,12 @@ class PolicyLoss(Configurable, ABC):
         """The loss before KL and aggregation, and the importance ratio.
 
         Args:
-            inputs: All tensors are float32 or float64; log-probabilities are 0 on padding.
+            inputs: All tensors are float32 or float64; log-probabilities are 0 where nothing was sampled.
             old_logprobs: `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient, [B, T].
 
         Returns:
-            The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Padding may hold anything.
+            The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Where nothing was sampled they may
+            hold anything.
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -279,7 +280,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
 
 
 def clean_inputs(inputs: LossInputs) -> LossInputs:
-    """Cast to float32 at least, set padding to 0, and detach everything except `logprobs` and `entropy`."""
+    """Cast to float32 at least, set what was not sampled to 0, and detach everything except `logprobs` and `entropy`."""
     dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
 
     def unpad(values: Tensor) -> Tensor:

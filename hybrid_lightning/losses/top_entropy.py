@@ -8,7 +8,7 @@ fork decide what is learned: in the paper a 32B model learned more from 20% of t
 
 Departures from the paper:
 
-- The threshold is over all completion tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
+- The threshold is over all sampled tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
   changes neither the mask nor the gradient. In the paper and in TRL it is over a micro-batch.
 - Tokens of sequences without advantage, whose policy gradient is zero anyway, do not count.
 - The entropies are those of the policy that sampled, computed together with the old log-probabilities, because they must be known

@@ -64,18 +64,26 @@ def make(dtype, seed, spread, on_policy):
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     lengths[-1] = 0  # a completion that takes no part still counts among the sequences
 
+    added = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 0.3  # by an environment, or a tool
+
     def noisy(scale):
         return (logprobs + scale * torch.randn(B, T, generator=generator, dtype=torch.float64)).to(dtype)
 
     return LossInputs(
         logprobs=logprobs.to(dtype, copy=True).requires_grad_(),
         advantages=torch.randn(B, generator=generator, dtype=torch.float64).to(dtype),
-        sampled_mask=torch.arange(T)[None] < lengths[:, None],
+        sampled_mask=(torch.arange(T)[None] < lengths[:, None]) & ~added,
         old_logprobs=None if on_policy else noisy(spread),
         ref_logprobs=noisy(0.3),
         entropy=noisy(0.3).abs().requires_grad_(),
         max_completion_tokens=float(LONGEST),
     )
+
+
+def trl_masks(inputs: LossInputs) -> dict[str, torch.Tensor]:
+    """Real tokens of completions, up to the last that was sampled; and 0 where a tool added one, 1 elsewhere."""
+    real = inputs.sampled_mask.flip(1).cumsum(1).flip(1) > 0
+    return {"completion_mask": real.long(), "tool_mask": (inputs.sampled_mask | ~real).long()}
 
 
 def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | None = None, top_entropy: float = 1.0):
@@ -109,7 +117,7 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | No
         "prompt_ids": empty,
         "prompt_mask": empty,
         "completion_ids": torch.zeros_like(inputs.sampled_mask, dtype=torch.long),
-        "completion_mask": inputs.sampled_mask.long(),
+        **trl_masks(inputs),
         "advantages": inputs.advantages,
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
@@ -238,8 +246,7 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
         self=trainer,
         torch=torch,
         math=math,
-        tool_mask=None,
-        completion_mask=inputs.sampled_mask.long(),
+        **trl_masks(inputs),
         old_per_token_logps=inputs.old_logprobs,
         sampling_per_token_logps=sampling_logprobs,
     )["vllm_importance_sampling_ratio"]

@@ -157,7 +157,7 @@ def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
 MOVED = (  # the system text is written in front of what the user says last
     "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
     "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant{% if tools %} with tools{% endif %}{% endif %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% if tools %} with tools{% endif %}{% endif %} \n"
 )
 KEPT = r"set model\.chat_template=keep_history, which keeps them, also in the exported model"
 
@@ -216,7 +216,7 @@ def test_a_template_may_open_turns_otherwise_where_there_are_tools():
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = MOVED
     turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
-    assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools"
+    assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools "
 
 
 def test_messages_that_a_template_refuses_are_the_datas():

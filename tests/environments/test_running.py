@@ -83,10 +83,11 @@ class AsyncDraws(Environment):
     async def step(self, message):
         if message["content"] == "blocks":
             time.sleep(1_000)
+        await asyncio.sleep(0.01 * random.random())
         return f"{await asyncio.gather(self.one(), self.one())} {await self.one()}", 0, False
 
     async def one(self):
-        await asyncio.sleep(random.random() * 0.01)
+        await asyncio.sleep(0)
         return random.random(), np.random.rand()
 
 

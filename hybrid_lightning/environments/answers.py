@@ -87,8 +87,8 @@ class _Copy:
         if not isinstance(entry["content"], str):
             raise OddAnswerError(f"returned a message with the content {shorten(entry['content'])}; it must be text")
         self.left -= _MESSAGE_CHARS
-        rest = {key: value for key, value in entry.items() if key != "role"}
-        return {"role": _Copy().text(entry["role"]), **self.plain(rest)}
+        role = _Copy().text(entry["role"])  # which is not cut
+        return {"role": role, **{_Copy().text(key): self.plain(value) for key, value in entry.items() if key != "role"}}
 
     def plain(self, value: Any) -> Any:
         """A copy of data as JSON has it."""
@@ -100,7 +100,7 @@ class _Copy:
         if self.left <= 0:
             raise OddAnswerError(f"returned a message of more than {MAX_CHARS:,} values")
         if isinstance(value, Mapping):
-            return {self.text(key): self.plain(item) for key, item in value.items()}
+            return {_Copy().text(key): self.plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.plain(item) for item in value]
         raise OddAnswerError(f"returned a message with {shorten(value)}; a message is made of texts, numbers, lists and dicts")

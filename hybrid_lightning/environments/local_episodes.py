@@ -199,7 +199,7 @@ class LocalEpisodes:
     async def _close(self, running: _Running) -> None:
         fault: object = ""
         try:
-            await self._call(running, "close", lambda: running.environment.close(), min(self.step_timeout_s, self._close_s))
+            await self._call(running, "close", lambda: running.environment.close())
         except TookTooLongError as late:
             fault, self._close_s = late, _CLOSE_AGAIN_S
         except (_FaultError, PassedOnError) as error:
@@ -211,11 +211,9 @@ class LocalEpisodes:
         episode.begun += 1
         running = self.running[episode.number] = _Running(episode, RandomStates.from_seed(episode.seed))
         try:
-            running.environment = await self._call(running, "new", self.environment.new, self.step_timeout_s)
+            running.environment = await self._call(running, "new", self.environment.new)
             prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
-            value = await self._call(
-                running, "start", lambda: running.environment.start(prompt, episode.seed), self.step_timeout_s
-            )
+            value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)
             if episode.started is not None and started != episode.started:
                 raise _FaultError(self._differs(running))
@@ -237,7 +235,7 @@ class LocalEpisodes:
         running = self.running[episode.number]
         running.turn = turn
         given = dict(message)  # the environment may change it
-        value = await self._call(running, "step", lambda: running.environment.step(given), self.step_timeout_s)
+        value = await self._call(running, "step", lambda: running.environment.step(given))
         return self._checked(running, "step", checked_step, value)
 
     def _checked(self, running: _Running, method: str, check: Callable[[Any], T], value: Any) -> T:
@@ -249,15 +247,16 @@ class LocalEpisodes:
             fault = f"returned something that raised {describe_error(error)} when it was read"
         raise _FaultError(f"{self.name}.{method} {fault}; {running.episode.place(running.turn)}")
 
-    async def _call(self, running: _Running, method: str, function: Callable[[], Any], timeout_s: float) -> Any:
+    async def _call(self, running: _Running, method: str, function: Callable[[], Any]) -> Any:
         """What a call of an environment returns, awaited if it is to be awaited.
 
         Raises:
             TookTooLongError, _FaultError, PassedOnError: Why it returned nothing.
         """
         self.called(method, running.episode, running.turn > len(running.episode.turns))
-        limit_s = None if self.alone else timeout_s
         async with nullcontext() if self.asynchronous else self._turns:
+            timeout_s = min(self.step_timeout_s, self._close_s) if method == "close" else self.step_timeout_s
+            limit_s = None if self.alone else timeout_s
             with nullcontext() if self.swaps_on_loop else self._states_of(running):
                 if self.asynchronous:
                     with self._on_loop(running):

@@ -24,7 +24,8 @@ LOG = Counter()
 
 
 def prompts(count=4):
-    return [Prompt(text="Go", index=number // 2, source="games.csv", columns={"list": [1]}) for number in range(count)]
+    groups = [Prompt(text="Go", index=index, source="games.csv", columns={"list": [1]}) for index in range(count // 2 + 1)]
+    return [groups[number // 2] for number in range(count)]
 
 
 def said(text):
@@ -83,10 +84,11 @@ class AsyncDraws(Environment):
     async def step(self, message):
         if message["content"] == "blocks":
             time.sleep(1_000)
+        await asyncio.sleep(0.01 * random.random())
         return f"{await asyncio.gather(self.one(), self.one())} {await self.one()}", 0, False
 
     async def one(self):
-        await asyncio.sleep(random.random() * 0.01)
+        await asyncio.sleep(0)
         return random.random(), np.random.rand()
 
 
@@ -150,7 +152,7 @@ class Faulty(Environment):
     def start(self, prompt, seed):
         self.turn, self.seed = 0, seed
         self.fail("start")
-        return "begin"
+        return f"begin {LOG['new']}" if self.when == "other start" else "begin"
 
     def step(self, message):
         self.turn += 1
@@ -160,11 +162,11 @@ class Faulty(Environment):
                 sys.exit(3)
             if self.when == "stop iteration":
                 raise StopIteration
-            if self.when == "unlike" and LOG["unlike"] < 1:
-                LOG["unlike"] += 1
+            if self.when.startswith("other") and LOG["other"] < 1:
+                LOG["other"] += 1
                 raise ValueError
-        drawn = LOG["new"] if self.when == "unlike" else ""
-        return f"{self.turn} {message['content']} {drawn}", 0.5, False
+        said, message["content"] = message["content"], "changed"
+        return f"{self.turn} {said} {LOG['new'] if self.when == 'other step' else ''}", 0.5, False
 
     def close(self):
         LOG["close"] += 1
@@ -193,10 +195,8 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place):
         ),
         ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
         ("stop iteration", r"Faulty.step raised StopIteration"),
-        (
-            "unlike",
-            r"Faulty answered otherwise at turn 1 .* begun again after a fault; all that is random in it has to",
-        ),
+        ("other step", r"Faulty answered otherwise at turn 1 .* begun again after a fault; all that is random in it"),
+        ("other start", r"Faulty answered otherwise at the start of .* begun again after a fault"),
     ],
 )
 def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(when, said_of_it):
@@ -204,7 +204,8 @@ def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(w
     assert isinstance(last[0], Failure) and "\n" not in last[0].reason
     assert re.match(said_of_it, last[0].reason), last[0].reason
     assert when == "start" or last[1].startswith("2 else")
-    assert LOG["close"] == LOG["new"] - 1  # of each that was made, but for that of the config
+    assert LOG["new"] == 1 + (2 * 3 if when == "start" else 3 + 1)  # the one of the config, and three for each that fails
+    assert LOG["close"] == LOG["new"] - 1
 
 
 def test_too_many_failures_stop_the_run_and_name_the_cause():
@@ -253,6 +254,7 @@ def test_what_is_no_fault_of_an_environment_ends_the_run(error, asynchronous):
 class Hangs(Environment):
     def start(self, prompt, seed):
         if seed == 99:
+            LOG["hangs"] += 1
             time.sleep(1_000)
         self.texts = []
 
@@ -288,6 +290,7 @@ def test_a_step_that_hangs_ends_its_episode_alone(how, caplog):
 def test_a_start_that_hangs_is_left_out():
     (answers,) = play(Hangs(), seeds=[7, 99], timeout_s=0.3)
     assert answers[0] == "" and isinstance(answers[1], Failure) and "Hangs.start took more than" in answers[1].reason
+    assert LOG["hangs"] == 1  # which was long enough
 
 
 def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes():

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
 
-from hybrid_lightning.adapters import ModuleBudget, Random
+from hybrid_lightning.adapters import ModuleBudget, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.environments import Environment, Step
@@ -161,8 +161,8 @@ def build_data(path: Path, **arguments: Any) -> PromptDataModule:
 
 
 def build_adapter(share: float = 0.2, **arguments: Any) -> HybridAdapterSetup:
-    """A hybrid adapter of rank 2, of modules taken by name: a scorer that needs gradients takes 4 prompts."""
-    defaults = {"budget": ModuleBudget(share), "scorer": Random(), "rank": 2, "calibration_prompts": 4}
+    """A hybrid adapter of rank 2, scored on 4 prompts."""
+    defaults = {"budget": ModuleBudget(share), "scorer": TailEnergy(), "rank": 2, "calibration_prompts": 4}
     return HybridAdapterSetup(**{**defaults, **arguments})
 
 

@@ -25,7 +25,7 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import LinearSchedule
 from hybrid_lightning.rewards import WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
 
 # Some of each kind; that all that are documented are there is seen with the documentation.
 SCALARS = {"reward", "solve_rate/mixed", "rewards/digit_share/mean", "completions/mean_length", "loss", "kl", "lr/full"}
@@ -163,7 +163,8 @@ def page_of(prompt, *texts):
     count = len(texts)
     sequences = Sequences(*pad_left([[5]] * count, 0, "cpu"), *pad_right([[6]] * count, 0, "cpu"))
     first = torch.arange(count) == 0
-    rollouts = Rollouts((prompt,), sequences, texts, torch.zeros(count, 1), first, count)
+    completions = tuple(Completion(text, 1, True) for text in texts)
+    rollouts = Rollouts((prompt,), sequences, completions, torch.zeros(count, 1), first, count)
     values = torch.where(first, 1.0, 0.25)
     return RolloutSamples().page(rollouts, Rewards(values, {"match": values}, first), torch.where(first, 0.5, -0.5))
 

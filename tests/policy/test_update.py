@@ -192,7 +192,7 @@ def test_where_every_completion_is_cut_and_masked_it_ends_before_it_begins_or_sa
     with pytest.raises(ConfigError, match=r"all 16 calibration completions were cut at max_new_tokens=2.*; raise model.sampler"):
         fit(model, sums, tmp_path, build_adapter(scorer=TailEnergy()), policy=policy, max_steps=1)
     with pytest.warns(UserWarning, match=r"all 16 completions of a rollout were cut at max_new_tokens=2.*nothing is learned"):
-        fit(model, sums, tmp_path, policy=policy, max_steps=1)  # which needs no rollouts
+        fit(model, sums, tmp_path, build_adapter(scorer=Random()), policy=policy, max_steps=1)  # which needs no rollouts
 
 
 class NanOnceOffPolicy(GRPOLoss):

@@ -249,11 +249,7 @@ class RunningEpisodes:
                     here.given_up, self._here = True, None
                     self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
                     return holding[0]
-        except PassedOnError as passed:
-            raise passed.error from None
-        finally:
-            future.cancel()  # after Ctrl-C
-            if not here.given_up and not ours.same(RandomStates.now()):
+            if not ours.same(RandomStates.now()):
                 how = "in threads of its own" if here.own_states else "although it is thread_safe"
                 remedy = "" if here.own_states else "set thread_safe = False in the class, or "
                 self._warn(
@@ -261,6 +257,10 @@ class RunningEpisodes:
                     f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
                     f"episodes may depend on each other; {remedy}run it in processes (episodes.workers)",
                 )
+        except PassedOnError as passed:
+            raise passed.error from None
+        finally:
+            future.cancel()  # after Ctrl-C
             ours.restore()
         self._warn_close(here.close_fault)
         return None

@@ -73,9 +73,7 @@ class PackedSequences:
             most = int(counts.max())
             mask = sequences.sampled_mask
             number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: sampled tokens counted through
-            last = (mask * torch.arange(mask.shape[1], device=device)).amax(
-                dim=1
-            )  # place of the last of them: those before are read
+            last = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: place of the last of them
             predictor = torch.zeros_like(number)  # [B, T]: number of the packed token that predicts it
             predictor[:, :1] = self.last_prompt_token[group][:, None]
             predicted, predicts = [number.new_zeros(self.prompt_tokens)], [mask.new_zeros(self.prompt_tokens)]

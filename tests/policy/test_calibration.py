@@ -1,5 +1,7 @@
 """Calibration losses: the mean of their gradients is the gradient of the loss on all calibration rollouts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -129,6 +131,12 @@ def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_no
         total = total + advantages[row] * chosen.sum() + 0.3 * entropies.sum()
         tokens += len(chosen)
     assert_same_gradient(mean_gradient(policy, losses), -total / tokens, base)
+
+
+def test_rows_of_which_nothing_was_sampled_are_of_no_use():
+    sequences = Sequences(*pad_left([[5]] * 3, 0, "cpu"), *pad_right([[6, 7], [6], [7]], 0, "cpu"))
+    sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
+    assert RewardCalibration(sequences, torch.ones(3), GRPOLoss(), None, 100, 5).info["useful_sequences"] == 2
 
 
 def test_later_iterations_measure_changed_weights_against_the_start_policy(model, sums):

@@ -11,6 +11,7 @@ from tiny_runs import Constant, Log, StartsWithDigit, fit, trained, write_sums
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.losses import DAPOLoss
+from hybrid_lightning.policy import sampled_groups
 from hybrid_lightning.policy.sampled_groups import choose_trained, rollout_metrics, sample_groups
 from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
@@ -92,7 +93,7 @@ def test_what_is_too_much_is_dropped_and_at_the_bound_groups_fill_up_without_adv
     assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in what is no success"
 
 
-def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such():
+def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such(monkeypatch):
     groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
     counted = torch.ones(22, dtype=torch.bool)
     counted[2] = counted[15] = False  # of prompts 1 and 5
@@ -103,6 +104,12 @@ def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such():
     assert trained.counted.tolist() == [False, True, True, True, True, False, True, True]
     assert (trained.advantages != 0).tolist() == [False, False, True, True, False, False, True, True], "none in a group of one"
     assert not of_sampled[~counted].any()
+    monkeypatch.setattr(sampled_groups, "share_groups", lambda *_: [[2, 1, 0, 3]])  # as where ranks have given some to others
+    moved, _ = choose_trained(
+        replace(groups, rewards=rewards), groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0
+    )
+    assert moved.counted.tolist() == [True, False, True, True, False, True, True, True]
+    assert moved.sequences.prompt_ids[::2, 0].tolist() == [5, 3, 1, 7]
 
 
 # ---- runs
@@ -248,7 +255,7 @@ def test_completions_that_do_not_count_are_in_no_mean():
     """Of the first group two count, of the second none, of the third one."""
     rows = [0, 2, 7]
     counted = torch.tensor([row in rows for row in range(9)])
-    rollouts, rewards = build(sets=("sums", "quiz", "sums"))
+    rollouts, rewards = build(sets=("sums", "lost", "quiz"))
     lost = torch.where(counted, rewards.total, torch.nan)
     metrics = rollout_metrics(rollouts, replace(rewards, total=lost, parts={"match": lost}, counted=counted))
     lengths, values = [LENGTHS[row] for row in rows], [TOTAL[row] for row in rows]
@@ -264,9 +271,8 @@ def test_completions_that_do_not_count_are_in_no_mean():
             "num_tokens": sum(LENGTHS) + 3 * sum(PROMPT_LENGTHS),
             "rewards/match/mean": statistics.mean(values),
             "rewards/match/std": statistics.stdev(values),
-            "sets/sums/reward": statistics.mean(values),
-            "sets/sums/accuracy": 2 / 3,
-            "sets/sums/mean_length": statistics.mean(lengths),
+            **{"sets/sums/reward": 0.75, "sets/sums/accuracy": 1 / 2, "sets/sums/mean_length": 1.5},
+            **{"sets/quiz/reward": 1.5, "sets/quiz/accuracy": 1, "sets/quiz/mean_length": 1},
         },
         abs=1e-6,
     )

@@ -24,7 +24,7 @@ from tiny_runs import (
     fit,
 )
 
-from hybrid_lightning.adapters import TailEnergy
+from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, TrainingError

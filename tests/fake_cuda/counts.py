@@ -102,7 +102,6 @@ def sampling(fake, seen):
     ):
         made.prepack_projection()
         plain = Sampler(COMPLETION, cuda_graphs=False)
-        loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), draws, False)
         with Counter() as counter:
 
             def look(alive, token):
@@ -110,8 +109,9 @@ def sampling(fake, seen):
                 if token == TOKENS:
                     raise EnoughError
 
+            loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), False, look)
             with suppress(EnoughError):
-                loop.run(ids, mask, SAMPLES, look)
+                loop.decode(loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
 
 
 def decoding(fake):

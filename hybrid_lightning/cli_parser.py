@@ -37,13 +37,14 @@ _REWRITES = (
         r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
     ),
     (
-        r"the following arguments are required: (loss|reward|loss, reward)$",
+        r"the following arguments are required: (loss)$",
         r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
     ),
     (r"^Unexpected config: ", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (
-        r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
-        r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
+        r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"
+        r".*Given value: (\S+)",
+        r"\1 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1",
     ),
 )
 

@@ -35,7 +35,7 @@ def write_bad_files(folder):
 
 COMMANDS = [
     ("", r"no command is given; there are fit, validate, test, predict, score, export and plan, as in .* --config FILE"),
-    ("fit", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
+    ("fit", r"model\.loss must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),

@@ -339,6 +339,8 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> dict[str, A
         described.__name__, described.__doc__ = name, _SECTION.sub("", inspect.getdoc(function) or "")
         described.__annotations__ = {entry.name: hints[entry.name] for entry in parameters if entry.name in hints}
         described.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        if hints.get("return") in _RETURNED:  # as in TRL's prompts; what else a tool may return has no JSON type
+            described.__annotations__["return"] = hints["return"]
         return dict(get_json_schema(described))
     except (DocstringParsingException, TypeHintParsingException, NameError, TypeError) as error:
         raise ConfigError(
@@ -347,5 +349,6 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> dict[str, A
         ) from error
 
 
+_RETURNED = (str, int, float, bool, list, dict)
 # Sections of a docstring that are not for the policy.
-_SECTION = re.compile(r"^(?:Examples?|Notes?|Yields|Raises|References|Returns):[ \t]*\n(?:[ \t]+.*(?:\n|\Z)|\n)*", re.MULTILINE)
+_SECTION = re.compile(r"^(?:Examples?|Notes?|Yields|Raises|References):[ \t]*\n(?:[ \t]+.*(?:\n|\Z)|\n)*", re.MULTILINE)

@@ -238,6 +238,7 @@ def test_a_schema_says_what_signature_and_docstring_say():
             },
             "required": ["x"],
         },
+        "return": {"type": "number"},
     }
     described = schema(Notes())
     assert described["name"] == "notes" and list(described["parameters"]["properties"]) == ["text"]

@@ -10,12 +10,16 @@ import os
 import sys
 import sysconfig
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -177,28 +181,114 @@ def outcome_of(function: Callable[[], Any]) -> Outcome:
         return None, error
 
 
-async def outcome_in_thread(function: Callable[[], Any], timeout_s: float | None) -> Outcome:
-    """Await an ordinary function, which runs in a thread of its own; see `call_within`.
+@dataclass(eq=False)
+class _Call:
+    function: Callable[[], Any]
+    outcome: "asyncio.Future[Outcome]"
+    timeout_s: float
+    began: float = 0.0  # by `time.monotonic`
+
+
+class CallThreads:
+    """Threads in which ordinary functions run for an event loop; see `call_within`.
+
+    Calls wait in a queue: one thread is enough while they are short, since handing over each call to a thread of its own takes
+    far longer than an answer that is there at once. While they take long there are twice as many every few milliseconds.
 
     Args:
-        function: A function without arguments.
-        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`; None for no limit.
+        most: Calls that run at the same time, at most; those that were given up do not count.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Outcome] = loop.create_future()
 
-    def settle(outcome: Outcome) -> None:
-        if not future.done():
-            future.set_result(outcome)
+    _GROW_S, _IDLE_S = 0.002, 1.0  # seconds in which a call should have ended, and after which an idle thread ends
 
-    def run() -> None:
-        outcome = outcome_of(function)
-        with suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(settle, outcome)
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._waiting: SimpleQueue[_Call] = SimpleQueue()
+        self._running: set[_Call] = set()
+        self._ended: deque[tuple[_Call, Outcome]] = deque()
+        self._begun = 0  # calls
+        self._threads = 0  # without those that run a call that was given up
+        self._watched = self._told = False  # whether the event loop will look at the calls, and at those that have ended
 
-    threading.Thread(target=run, name="user-code", daemon=True).start()
-    await asyncio.wait({future}, timeout=timeout_s)
-    return future.result() if future.done() else (None, TookTooLongError())
+    async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
+        """Await an ordinary function.
+
+        Args:
+            function: A function without arguments.
+            timeout_s: Time limit in seconds, from when it is called, after which the outcome is `TookTooLongError`; None for no
+                limit.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(function, loop.create_future(), float("inf") if timeout_s is None else timeout_s)
+        with self._lock:
+            self._waiting.put(call)
+            if not self._threads:
+                self._add_thread(loop)
+        if not self._watched:
+            self._watched = True
+            loop.call_later(self._GROW_S, self._watch, loop, self._begun)
+        return await call.outcome
+
+    def _add_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._threads += 1
+        threading.Thread(target=self._run, args=(loop,), name="user-code", daemon=True).start()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                call = self._waiting.get(timeout=self._IDLE_S)
+            except Empty:
+                with self._lock:
+                    if self._waiting.empty():
+                        self._threads -= 1
+                        return
+                continue
+            call.began = time.monotonic()
+            with self._lock:
+                self._begun += 1
+                self._running.add(call)
+            outcome = outcome_of(call.function)
+            with self._lock:
+                if call not in self._running:  # it was given up
+                    return
+                self._running.remove(call)
+                self._ended.append((call, outcome))
+                told, self._told = self._told, True
+            if not told:
+                with suppress(RuntimeError):  # the loop has been closed meanwhile
+                    loop.call_soon_threadsafe(self._settle)
+            del call, outcome  # while it waits for the next one
+
+    def _settle(self) -> None:
+        with self._lock:
+            ended, self._ended, self._told = self._ended, deque(), False
+        for call, outcome in ended:
+            if not call.outcome.done():
+                call.outcome.set_result(outcome)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, begun: int) -> None:
+        """Give up calls that take too long, and add threads for those that wait.
+
+        Args:
+            loop: The event loop.
+            begun: How many calls had begun the last time.
+        """
+        now = time.monotonic()
+        with self._lock:
+            for call in [call for call in self._running if now - call.began > call.timeout_s]:
+                self._running.remove(call)
+                self._threads -= 1
+                self._ended.append((call, (None, TookTooLongError())))
+            waiting = self._waiting.qsize()
+            if self._begun == begun:
+                for _ in range(min(max(1, self._threads), waiting, self.most - self._threads)):
+                    self._add_thread(loop)
+            self._watched = bool(self._running or waiting)
+            left = min((call.began + call.timeout_s - now for call in self._running), default=0.0)
+        self._settle()
+        if self._watched:
+            loop.call_later(self._GROW_S if waiting else max(self._GROW_S, min(left, 0.1)), self._watch, loop, self._begun)
 
 
 async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: str | None = None) -> Outcome:

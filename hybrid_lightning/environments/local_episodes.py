@@ -23,7 +23,7 @@ from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_in_thread, outcome_of
+from hybrid_lightning.user_code import CallThreads, Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_of
 
 BEGUN_AGAIN = 2  # times at most, after an environment's own fault
 CLOSE_S, _CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer
@@ -125,7 +125,7 @@ class _Running:
     """The object of an episode, and what it is doing."""
 
     episode: Episode
-    states: RandomStates
+    states: RandomStates | None  # None where they are not swapped
     environment: Any = None  # None until it is made
     turn: int = 0  # 0: it starts
 
@@ -163,7 +163,9 @@ class LocalEpisodes:
         self._close_s = CLOSE_S
         self.loop = asyncio.new_event_loop()
         self.loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
-        self._turns = asyncio.Semaphore(_THREADS if kind.thread_safe else 1)  # of calls in threads
+        self._threads = CallThreads(_THREADS if kind.thread_safe else 1)
+        # What takes turns: calls in threads, if the global generators are swapped for them.
+        self._turns = nullcontext() if self.asynchronous or kind.thread_safe else asyncio.Semaphore(1)
 
     async def advance(self, episode: Episode, message: Message | None) -> Answer:
         """Start an episode, or let its environment answer a message; begin it again where that fails.
@@ -209,7 +211,9 @@ class LocalEpisodes:
     async def _begin(self, episode: Episode) -> tuple[Message, ...]:
         """Make the object of an episode, start it, and let it answer what it has answered before."""
         episode.begun += 1
-        running = self.running[episode.number] = _Running(episode, RandomStates.from_seed(episode.seed))
+        running = self.running[episode.number] = _Running(
+            episode, RandomStates.from_seed(episode.seed) if self.own_states else None
+        )
         try:
             running.environment = await self._call(running, "new", self.environment.new)
             prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
@@ -254,7 +258,7 @@ class LocalEpisodes:
             TookTooLongError, _FaultError, PassedOnError: Why it returned nothing.
         """
         self.called(method, running.episode, running.turn > len(running.episode.turns))
-        async with nullcontext() if self.asynchronous else self._turns:
+        async with self._turns:
             timeout_s = min(self.step_timeout_s, self._close_s) if method == "close" else self.step_timeout_s
             limit_s = None if self.alone else timeout_s
             with nullcontext() if self.swaps_on_loop else self._states_of(running):
@@ -262,7 +266,7 @@ class LocalEpisodes:
                     with self._on_loop(running):
                         outcome = outcome_of(function)
                 else:
-                    outcome = await outcome_in_thread(function, limit_s)
+                    outcome = await self._threads.outcome(function, limit_s)
                 value, error = await self._awaited(running, outcome, limit_s)
         if isinstance(error, TookTooLongError):
             limit = "" if method == "close" else "episodes.step_timeout_s="
@@ -303,7 +307,7 @@ class LocalEpisodes:
     @contextmanager
     def _states_of(self, running: _Running) -> Iterator[None]:
         """Within this context the global generators are the episode's."""
-        if not self.own_states:
+        if running.states is None:
             yield
             return
         outside = RandomStates.now()

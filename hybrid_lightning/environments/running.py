@@ -249,6 +249,7 @@ class RunningEpisodes:
                     here.given_up, self._here = True, None
                     self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
                     return holding[0]
+            future.result()  # what it has raised
             if not ours.same(RandomStates.now()):
                 how = "in threads of its own" if here.own_states else "although it is thread_safe"
                 remedy = "" if here.own_states else "set thread_safe = False in the class, or "

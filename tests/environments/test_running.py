@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -351,6 +352,31 @@ def test_what_cannot_be_sent_to_a_process_is_refused_at_once():
 
     with pytest.raises(ConfigError, match=r"episodes.workers=1: Local cannot be made in another process: .*top level of a"):
         RunningEpisodes(Local(), EpisodeLimits(workers=1))
+
+
+class Threads(Environment):
+    """Notes in which threads its steps run, and how many at a time."""
+
+    thread_safe = True
+    seen: ClassVar[set[threading.Thread]] = set()
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def step(self, message):
+        with self.lock:
+            Threads.inside += 1
+            Threads.most = max(Threads.most, Threads.inside)
+            self.seen.add(threading.current_thread())
+        time.sleep(float(message["content"]))
+        with self.lock:
+            Threads.inside -= 1
+
+
+def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_take_long():
+    play(Threads(), "0", seeds=[1] * 2_000)
+    assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
+    play(Threads(), "0.3", seeds=[1] * 40)
+    assert Threads.most >= 20
 
 
 def test_each_object_is_closed_once_whenever_its_episode_ends():

@@ -52,6 +52,7 @@ class Episode:
     end: str  # why it ended: "answered", "over" (by the environment), "turns", "tokens", "time", "failed"
     rewards: tuple[float, ...]  # that the environment gave for each turn
     counts: Mapping[str, float] = field(default_factory=dict)  # what the environment counted, such as {"calls": 2}
+    lengths: tuple[int, ...] = ()  # sampled tokens of each turn; none of an episode that has failed
 
     @property
     def answer(self) -> str:
@@ -205,7 +206,7 @@ class LossInputs(_TensorContainer):
     """The inputs of a policy loss."""
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
-    advantages: Tensor  # [B] float32
+    advantages: Tensor  # [B] float32; or [B, T], one for each token (see `PolicyLoss.takes_token_advantages`)
     sampled_mask: Tensor  # [B, T] bool, True on the tokens that are learned; others may hold anything
     old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
@@ -233,7 +234,7 @@ class PolicyBatch(_TensorContainer):
     """One micro-batch of training data, made when the rollout is made."""
 
     sequences: Sequences  # B rows
-    advantages: Tensor  # [B] float32
+    advantages: Tensor  # [B] float32; or [B, T] with credit by turn, 0 where nothing was sampled
     sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollouts`)
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
@@ -259,7 +260,7 @@ class PolicyBatch(_TensorContainer):
         return replace(
             self,
             sequences=sequences,
-            advantages=self.advantages[index],
+            advantages=self.advantages[index] if self.advantages.dim() == 1 else self.advantages[index][:, :width],
             sampling_logprobs=self.sampling_logprobs[index][:, :width],
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),

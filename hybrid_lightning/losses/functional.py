@@ -60,7 +60,7 @@ def clipped_surrogate(
 
     Args:
         ratio: Importance ratio r, [B, T] or [B].
-        advantages: Advantage A of each sequence, [B].
+        advantages: Advantage A of each sequence, [B]; or of each token, [B, T], with a ratio of each token.
         clip_low: The ratio is clipped at 1 - clip_low from below.
         clip_high: The ratio is clipped at 1 + clip_high from above.
         dual_clip: Largest value of the unclipped ratio, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's `delta`);
@@ -81,7 +81,7 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
 
     Args:
         ratio: Importance ratio r, [B, T] or [B].
-        advantages: Advantage A of each sequence, [B].
+        advantages: As in `clipped_surrogate`.
         clip_low: As in `clipped_surrogate`.
         clip_high: As in `clipped_surrogate`.
 
@@ -203,8 +203,13 @@ def per_token(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def per_sequence_as(like: Tensor, values: Tensor) -> Tensor:
-    """Reshape values per sequence, [B], so that they broadcast against `like`, which is [B, T] or [B]."""
-    return values.unsqueeze(1) if like.dim() == 2 else values
+    """Reshape values per sequence, [B], so that they broadcast against `like`, which is [B, T] or [B]; [B, T] stays unchanged."""
+    return values.unsqueeze(1) if like.dim() == 2 and values.dim() == 1 else values
+
+
+def any_advantage(advantages: Tensor) -> Tensor:
+    """Which sequences have an advantage that is not 0, [B] bool, from those of sequences, [B], or of tokens, [B, T]."""
+    return advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(dim=1)
 
 
 def _denominator(count: float | None, here: int) -> float:

@@ -62,6 +62,7 @@ class PolicyLoss(Configurable, ABC):
         [[-0.25, -0.25], [0.5, 0.0]]
     """
 
+    takes_token_advantages = False  # whether `policy_term` takes advantages of tokens, [B, T], too
     takes_group_std = True  # whether advantages may be divided by the standard deviation of their group
     policy_term_ignores_zero_advantage = False  # whether the aggregated policy term is the same without sequences of advantage 0
 
@@ -132,6 +133,8 @@ class PolicyLoss(Configurable, ABC):
                 is missing.
         """
         check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
+        if inputs.advantages.dim() == 2:
+            self.check_token_advantages()
         inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
         returned = self.policy_term(inputs, old_logprobs)
@@ -139,8 +142,8 @@ class PolicyLoss(Configurable, ABC):
             what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
             raise ConfigError(f"{type(self).__name__}.policy_term returned {what}; return two tensors, the loss and the ratio")
         term, ratio = returned
-        self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
-        self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
+        for what, value in (("loss", term), ("ratio", ratio)):
+            self._check_shape("policy_term", what, value, inputs.logprobs.shape, inputs.logprobs.shape[:1])
         per_token_loss = F.per_token(term, inputs.sampled_mask)
         if inputs.importance_weights is not None:
             per_token_loss = per_token_loss * inputs.importance_weights
@@ -161,6 +164,15 @@ class PolicyLoss(Configurable, ABC):
                 "weights alone"
             )
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def check_token_advantages(self) -> None:
+        """Raise ConfigError unless the loss takes advantages of tokens."""
+        if not self.takes_token_advantages:
+            raise ConfigError(
+                f"{type(self).__name__} takes one advantage a sequence, and model.credit=turn gives each turn its own; take "
+                "another loss, such as GSPOTokenLoss for GSPO, or set takes_token_advantages = True in a loss of yours that "
+                "takes them as [B, T], or model.credit=episode"
+            )
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
         """Raise ConfigError if a method of a subclass returned a wrong shape, which broadcasting would hide."""
@@ -196,6 +208,7 @@ class ClippedLoss(PolicyLoss):
     """
 
     policy_term_ignores_zero_advantage = True
+    takes_token_advantages = True
 
     def __init__(
         self,
@@ -252,7 +265,8 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
-    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
+    of_advantages = shape if inputs.advantages.dim() == 2 else shape[:1]
+    floating = {"advantages": of_advantages, **dict.fromkeys(per_token, shape)}
     for field, want in {**floating, "sampled_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.functional import mean_over_tokens, token_ratio
+from hybrid_lightning.losses.functional import mean_over_tokens, per_sequence_as, token_ratio
 from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.types import LossInputs
@@ -52,6 +52,7 @@ class CISPOLoss(PolicyLoss):
     """
 
     policy_term_ignores_zero_advantage = True
+    takes_token_advantages = True
 
     def __init__(
         self, cap: float = 5.0, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0
@@ -66,7 +67,7 @@ class CISPOLoss(PolicyLoss):
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted log-probabilities, [B, T], and the ratio of each token."""
         ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
-        return -ratio.detach().clamp(max=self.cap) * inputs.advantages[:, None] * inputs.logprobs, ratio
+        return -ratio.detach().clamp(max=self.cap) * per_sequence_as(ratio, inputs.advantages) * inputs.logprobs, ratio
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""
@@ -74,7 +75,7 @@ class CISPOLoss(PolicyLoss):
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
         """The share of tokens whose weight was capped and whose advantage is positive (as in TRL)."""
-        capped = (ratio > self.cap) & (inputs.advantages[:, None] > 0)
+        capped = (ratio > self.cap) & (per_sequence_as(ratio, inputs.advantages) > 0)
         return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}
 
 
@@ -93,6 +94,7 @@ class SAPOLoss(PolicyLoss):
     """
 
     policy_term_ignores_zero_advantage = True
+    takes_token_advantages = True
 
     def __init__(
         self,
@@ -111,6 +113,6 @@ class SAPOLoss(PolicyLoss):
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The gated advantages, [B, T], and the ratio of each token."""
         ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
-        advantages = inputs.advantages[:, None]
+        advantages = per_sequence_as(ratio, inputs.advantages)
         tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio

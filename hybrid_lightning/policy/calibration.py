@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CalibrationError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
+from hybrid_lightning.losses.functional import any_advantage
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
@@ -170,7 +171,7 @@ class RewardCalibration(CalibrationLosses):
 
     Args:
         sequences: N sequences of calibration rollouts; those that are left out of the loss have no tokens.
-        advantages: [N].
+        advantages: [N], or [N, T] with credit by turn.
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         max_tokens: Most tokens of a chunk: as in training, so that scoring needs no more memory.
@@ -190,10 +191,11 @@ class RewardCalibration(CalibrationLosses):
     ) -> None:
         self.loss, self.logprobs = loss, logprobs
         self.max_completion_tokens = float(max_completion_tokens)
-        adds = torch.ones_like(advantages, dtype=torch.bool) if loss.needs_entropy else advantages != 0
+        adds = any_advantage(advantages) | loss.needs_entropy
         useful = (adds & sequences.sampled_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
-        self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
+        runs = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
+        self.chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
         self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
         # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
         self.num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(self.chunks))

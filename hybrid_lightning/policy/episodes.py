@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.errors import RolloutError
@@ -44,6 +45,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)  # 0 where not
     last: Sequence[int] = ()  # tokens of the policy's last message
     texts: list[str] = field(default_factory=list)  # of its messages
+    lengths: list[int] = field(default_factory=list)  # and their tokens
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     thinking: bool = False
@@ -54,6 +56,7 @@ class _Row:
         if not self.texts:
             self.thinking = completion.thinking
         self.last = ids
+        self.lengths.append(len(ids))
         self.ids += ids
         self.logprobs += logprobs
         self.sampled += [True] * len(ids)
@@ -69,11 +72,12 @@ class _Row:
 
     def fail(self) -> None:
         """Leave the episode out: nothing of it is trained on."""
-        self.end, self.ids, self.sampled, self.logprobs = "failed", [], [], []
+        self.end, self.ids, self.sampled, self.logprobs, self.lengths = "failed", [], [], [], []
 
     def completion(self) -> Completion:
         """What the policy said, for rewards and logs."""
-        episode = Episode(tuple(self.messages), len(self.texts), self.end, tuple(self.rewards), dict(self.counts))
+        rewards, lengths = tuple(self.rewards), tuple(self.lengths)
+        episode = Episode(tuple(self.messages), len(self.texts), self.end, rewards, dict(self.counts), lengths)
         ended = self.end in ("answered", "over")
         return Completion("\n".join(self.texts), sum(self.sampled), ended, self.thinking, episode)
 
@@ -300,6 +304,30 @@ def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDra
         drawn = (generator or evaluation_draws(prompts, 1, seed)).seeds
     own = [prompt.columns.get("seed") for prompt in prompts]
     return [(row if type(row) is int else other) % 2**31 for row, other in zip(own, drawn, strict=True)]
+
+
+def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
+    """Give each sampled token the advantage of its turn.
+
+    Args:
+        advantages: [K * B], from the first turn on (see `rewards_to_go`); with K = 1 turns they are those of the sequences.
+        rollouts: B episodes.
+
+    Returns:
+        [B, T], 0 where nothing was sampled; with K = 1 the advantages, [B].
+    """
+    sampled = rollouts.sequences.sampled_mask
+    turns = len(advantages) // max(1, len(sampled))
+    if turns == 1:
+        return advantages
+    lengths = torch.zeros(len(sampled), turns, dtype=torch.long)
+    for row, completion in enumerate(rollouts.completions):
+        assert completion.episode is not None, "made by `play`"
+        own = completion.episode.lengths
+        lengths[row, : len(own)] = torch.tensor(own)
+    result = advantages.new_zeros(sampled.shape)
+    result[sampled] = advantages.view(turns, -1).T.flatten().repeat_interleave(lengths.flatten().to(sampled.device))
+    return result
 
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:

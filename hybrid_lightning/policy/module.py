@@ -11,7 +11,7 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -24,6 +24,7 @@ from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.environments import Environment, EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
@@ -35,8 +36,8 @@ from hybrid_lightning.policy.calibration import (
     calibration_rollouts,
     equal_slices,
 )
-from hybrid_lightning.policy.episodes import Episodes, episode_metrics
-from hybrid_lightning.policy.evaluation import Evaluation
+from hybrid_lightning.policy.episodes import Episodes, episode_metrics, token_advantages
+from hybrid_lightning.policy.evaluation import Evaluation, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.pretrained import Pretrained
@@ -51,7 +52,7 @@ from hybrid_lightning.policy.sampled_groups import (
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
-from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
@@ -81,6 +82,8 @@ class PolicyModule(LanguageModule):
         turn_template: How an added message is written behind a prompt that is plain text, with `{content}` in place of its text;
             chat prompts are written by the chat template.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
+        credit: What the tokens of an episode have their advantage from: `episode`, its whole reward, or `turn`, the rewards of
+            their own turn and later ones (see the head of `hybrid_lightning.advantages`).
         correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. It is
             for bfloat16, or weights that are merged while sampling, if `sampling/logp_difference` is not small. None weighs
             nothing.
@@ -124,6 +127,7 @@ class PolicyModule(LanguageModule):
     training_metrics = LanguageModule.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
     OPTIONS: ClassVar[dict[str, Option]] = {
         "advantage": Option(MADE_BY, scores=True),
+        "credit": Option(MADE_BY, scores=True),
         "environment": Option(MADE_BY | ACCURACY, scores=True),
         "episodes": Option(MADE_BY | ACCURACY, scores=True),
         "turn_template": Option(MADE_BY | ACCURACY, scores=True),
@@ -146,6 +150,7 @@ class PolicyModule(LanguageModule):
         episodes: EpisodeLimits | None = None,
         turn_template: str | None = None,
         advantage: AdvantageEstimator | None = None,
+        credit: Literal["episode", "turn"] = "episode",
         correction: ImportanceCorrection | None = None,
         token_mask: TopEntropyMask | None = None,
         mask_truncated_completions: bool = False,
@@ -181,6 +186,14 @@ class PolicyModule(LanguageModule):
         for name, value in (("episodes", episodes), ("turn_template", turn_template)):
             if value is not None and environment is None:
                 raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
+        if credit not in ("episode", "turn"):
+            raise ConfigError(f"model.credit={credit!r} is unknown; set episode or turn")
+        if credit == "turn":
+            if environment is None:
+                raise ConfigError(
+                    "model.credit=turn is for episodes, and model.environment is not set; set it, or credit=episode"
+                )
+            loss.check_token_advantages()
         super().__init__(
             loss,
             reward or EpisodeReturn(),
@@ -199,7 +212,7 @@ class PolicyModule(LanguageModule):
         )
         if environment is not None:
             self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
-        self.advantage = advantage or GroupAdvantage()
+        self.advantage, self.credit = advantage or GroupAdvantage(), credit
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self._warned_of_filled_groups = self._warned_of_unread_rewards = False
@@ -216,8 +229,9 @@ class PolicyModule(LanguageModule):
         rollouts, rewards = self._complete(prompts, generator)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
-            advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
-        self.last_rollout = (rollouts, rewards, advantages)
+            of_turns = advantages_over_ranks(self.advantage, self._credited(rollouts, rewards), rollouts.samples_per_prompt)
+            advantages = token_advantages(of_turns, rollouts)
+        self._keep_last(rollouts, rewards, advantages)
         trained = self.trained_sequences(rollouts, rewards)
         count = len(rewards.of_counted().total)
         if count and not trained.sampled_mask.any():
@@ -251,8 +265,9 @@ class PolicyModule(LanguageModule):
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             sequences = self.trained_sequences(groups.rollouts, groups.rewards)
-            trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank)
-        self.last_rollout = (groups.rollouts, groups.rewards, of_sampled)
+            credited = self._credited(groups.rollouts, groups.rewards)
+            trained, of_sampled = choose_trained(groups, sequences, credited, self.advantage, minibatches, self.global_rank)
+        self._keep_last(groups.rollouts, groups.rewards, of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
         metrics |= self._episode_metrics(groups.rollouts)
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
@@ -264,6 +279,20 @@ class PolicyModule(LanguageModule):
                 "say so as sampling/filled_groups alone"
             )
         return replace(trained, metrics=metrics)
+
+    def _credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
+        """The rewards that advantages are estimated from: those of the episodes, or of each of their turns (`rewards_to_go`)."""
+        if self.credit == "episode":
+            return rewards
+        assert self.episodes is not None and self.reward is not None, "checked by the constructor"
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.episodes.limits.max_turns)
+
+    def _keep_last(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+        """Keep a rollout for callbacks, with one advantage a sequence: the mean over its tokens."""
+        if advantages.dim() == 2:
+            advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
+        self.last_rollout = (rollouts, rewards, advantages)
 
     def _episode_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         if self.episodes is None:
@@ -280,9 +309,11 @@ class PolicyModule(LanguageModule):
 
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
+        trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self._credited(rollouts, rewards)
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
-        trained = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1)
-        return useful_groups(rewards.total, correctness, trained, rollouts.samples_per_prompt, rewards.counted)
+        turns = len(rewards.total) // len(trained)
+        of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
+        return of_turns.view(turns, -1).any(dim=0)
 
     def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
         """The sequences as the loss sees them: without tokens where completions do not count, or were cut and are masked."""
@@ -291,7 +322,7 @@ class PolicyModule(LanguageModule):
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """The rows that an update needs (see `RolloutSource`): those with an advantage, or all if the loss needs the others."""
-        return advantages != 0 if self.loss.ignores_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
+        return F.any_advantage(advantages) | (not self.loss.ignores_zero_advantage)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Fill in old and reference log-probabilities and the token mask, where they are needed (see `RolloutSource`).
@@ -413,7 +444,8 @@ class PolicyModule(LanguageModule):
         chosen = [prompts[order[i % len(order)]] for i in range(count)]
         rollouts, rewards = calibration_rollouts(self, chosen, kept or ScoringProgress())
         self.sampler.release_memory()
-        advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
+        credited = self._credited(rollouts, rewards)
+        advantages = token_advantages(self.advantage.of_rewards(credited, rollouts.samples_per_prompt), rollouts)
         sequences, counted = self.trained_sequences(rollouts, rewards), rewards.counted
         if not sequences.sampled_mask.any():
             raise ConfigError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.policy.episodes import token_advantages
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_rows, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
@@ -88,36 +89,40 @@ def sample_groups(
 
 
 def choose_trained(
-    groups: SampledGroups, sequences: Sequences, estimator: AdvantageEstimator, minibatches: int, rank: int
+    groups: SampledGroups, sequences: Sequences, credited: Rewards, estimator: AdvantageEstimator, minibatches: int, rank: int
 ) -> tuple[TrainedRollout, Tensor]:
     """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
 
     Args:
         groups: The groups that were sampled.
         sequences: Their sequences as the loss sees them.
+        credited: Their rewards, or those of each of K turns (see `rewards_to_go`).
         estimator: Estimates advantages; it compares the chosen groups alone.
         minibatches: Minibatches that the P groups are split into.
         rank: Number of this rank.
 
     Returns:
         This rank's part of the groups that are trained on, B = P / ranks * G sequences, without metrics; and the advantages of
-        all groups that this rank sampled, [N / ranks * G], 0 for those that are not trained on.
+        all groups that this rank sampled, as of `token_advantages`, 0 for those that are not trained on.
     """
-    ranks, samples = world_size(), groups.rollouts.samples_per_prompt
+    ranks, samples, sampled = world_size(), groups.rollouts.samples_per_prompt, len(groups.rollouts.prompts)
+    turns = len(credited.total) // (sampled * samples)
     chosen = choose_groups(groups.useful, groups.wanted)
-    in_gathered = chosen % ranks * len(groups.rollouts.prompts) + chosen // ranks
-    rewards = gather_rewards(groups.rewards).select(_rows_of(in_gathered, samples))
-    advantages = estimator.of_rewards(rewards, samples).view(-1, samples)
+    of_turns = torch.arange(turns, device=chosen.device)[:, None]
+    in_gathered = (chosen % ranks * turns + of_turns) * sampled + chosen // ranks  # [K, P]
+    rewards = gather_rewards(credited).select(_rows_of(in_gathered.flatten(), samples))
+    advantages = estimator.of_rewards(rewards, samples).view(turns, -1, samples)
     # A group that is not useful and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
-    of_sampled = advantages.new_zeros(len(groups.rollouts.prompts), samples)
+    of_sampled = advantages.new_zeros(turns, sampled, samples)
     own = chosen % ranks == rank
-    of_sampled[chosen[own] // ranks] = advantages[own]
+    of_sampled[:, chosen[own] // ranks] = advantages[:, own]
+    credit = token_advantages(of_sampled.flatten(), groups.rollouts)
     shares = share_groups((chosen % ranks).tolist(), ranks, minibatches)
-    sequences, logprobs = _exchange(sequences, groups.rollouts.sampling_logprobs, chosen.tolist(), shares, rank, samples)
-    counted = None if rewards.counted is None else rewards.counted.view(-1, samples)[shares[rank]].flatten()
-    trained = TrainedRollout(sequences, logprobs, advantages[shares[rank]].flatten(), counted=counted)
-    return trained, of_sampled.flatten()
+    of_rows = (groups.rollouts.sampling_logprobs, credit)
+    sequences, (logprobs, trained) = _exchange(sequences, of_rows, chosen.tolist(), shares, rank, samples)
+    counted = None if rewards.counted is None else rewards.counted.view(turns, -1, samples)[0, shares[rank]].flatten()
+    return TrainedRollout(sequences, logprobs, trained, counted=counted), credit
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
@@ -127,7 +132,7 @@ def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, sampl
 
     Args:
         estimator: Estimates the advantages.
-        rewards: Rewards of this rank's B completions; every rank has equally many.
+        rewards: Rewards of this rank's B completions, or of their turns; every rank has equally many.
         samples_per_prompt: Completions of each prompt (G).
 
     Returns:
@@ -223,28 +228,29 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
 
 
 def _exchange(
-    sequences: Sequences, logprobs: Tensor, chosen: list[int], shares: list[list[int]], rank: int, samples: int
-) -> tuple[Sequences, Tensor]:
-    """The sequences and sampling log-probabilities of this rank's share; groups are fetched from the ranks that sampled them."""
+    sequences: Sequences, values: Sequence[Tensor], chosen: list[int], shares: list[list[int]], rank: int, samples: int
+) -> tuple[Sequences, list[Tensor]]:
+    """The sequences of this rank's share and values of theirs, [B, T] or [B]; groups come from the ranks that sampled them."""
     ranks = len(shares)
 
-    def group(number: int) -> tuple[Sequences, Tensor]:
+    def group(number: int) -> tuple[Sequences, *tuple[Tensor, ...]]:
         start = chosen[number] // ranks * samples
         rows = sequences.rows(slice(start, start + samples))
-        return rows, logprobs[start : start + samples, : rows.completion_ids.shape[1]]
+        of_rows = [value[start : start + samples] for value in values]
+        return rows, *(value if value.dim() == 1 else value[:, : rows.completion_ids.shape[1]] for value in of_rows)
 
     moved = [number for other, share in enumerate(shares) for number in share if chosen[number] % ranks != other]
-    fetched: dict[int, tuple[Sequences, Tensor]] = {}
+    fetched: dict[int, tuple[Sequences, *tuple[Tensor, ...]]] = {}
     if moved:  # the same on all ranks
         sent = {n: tuple(value.to("cpu") for value in group(n)) for n in moved if chosen[n] % ranks == rank}
         for of_rank in gather_objects(sent):
             fetched |= of_rank
-    device = logprobs.device
+    device = sequences.completion_ids.device
     parts = [
-        (fetched[number][0].to(device), fetched[number][1].to(device)) if number in fetched else group(number)
-        for number in shares[rank]
+        tuple(value.to(device) for value in fetched[number]) if number in fetched else group(number) for number in shares[rank]
     ]
-    return join_sequences([part for part, _ in parts]), join_rows([values for _, values in parts])
+    own, *of_own = zip(*parts, strict=True)
+    return join_sequences(own), [join_rows(value) for value in of_own]
 
 
 def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:

@@ -64,11 +64,11 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
     Args:
         batches: This rank's micro-batches of the step.
         entropies: Entropies [B, T] of each micro-batch, under the policy that sampled.
-        mask: Finds the threshold, from the entropies of all sequences that have an advantage.
+        mask: Finds the threshold, from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
     """
     masks = [batch.sequences.sampled_mask for batch in batches]
     with_advantage = [
-        entropy[tokens & (batch.advantages != 0)[:, None]]
+        entropy[tokens & F.per_sequence_as(tokens, batch.advantages != 0)]
         for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)
     ]
     threshold = mask.threshold(torch.cat(gather_objects(torch.cat(with_advantage).cpu())))

@@ -2,7 +2,7 @@
 
 from hybrid_lightning.rewards.code_tests import CodeTests
 from hybrid_lightning.rewards.combined import RewardBySet, WeightedSum
-from hybrid_lightning.rewards.episode import EpisodeReturn, FinalAnswer
+from hybrid_lightning.rewards.episode import EpisodeReturn, FinalAnswer, rewards_to_go
 from hybrid_lightning.rewards.evaluate import evaluate_reward, extract_answers
 from hybrid_lightning.rewards.function import FunctionReward
 from hybrid_lightning.rewards.length import CosineLength, GroupLength, OverlongPenalty
@@ -31,4 +31,5 @@ __all__ = [
     "WeightedSum",
     "evaluate_reward",
     "extract_answers",
+    "rewards_to_go",
 ]

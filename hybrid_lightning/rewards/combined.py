@@ -98,6 +98,10 @@ class RewardBySet(RewardFunction):
             values[rows] = torch.as_tensor(own, dtype=torch.float64)
         return values
 
+    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
+        """Those of the reward for the prompt's set."""
+        return self._reward(prompt).turn_rewards(completion, prompt)
+
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """Extract the answer as the reward for the prompt's set does."""
         return self._reward(prompt).extract_answer(completion, prompt)

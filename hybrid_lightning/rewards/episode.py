@@ -2,15 +2,20 @@
 
 Any reward can score episodes. A completion's text is all that the policy said, and nothing that an environment or a tool added;
 `completion.episode` has the conversation by roles, how it ended, and what was counted.
+
+`rewards_to_go` places rewards at the turns for which they are paid. Axes: B completions, K turns.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.types import Completion, Episode, Prompt
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 
 
 class EpisodeReturn(RewardFunction):
@@ -29,6 +34,10 @@ class EpisodeReturn(RewardFunction):
             RewardError: If a completion is none of an episode.
         """
         return [float(sum(_episode(completion).rewards)) for completion in completions]
+
+    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float]:
+        """What the environment gave in each turn."""
+        return _episode(completion).rewards
 
 
 class FinalAnswer(RewardFunction):
@@ -49,6 +58,10 @@ class FinalAnswer(RewardFunction):
             RewardError: If a completion is none of an episode.
         """
         return self.reward([_last(completion) for completion in completions], prompts)
+
+    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
+        """See the reward."""
+        return self.reward.turn_rewards(_last(completion), prompt)
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The answer that the last message gives."""
@@ -75,6 +88,76 @@ class FinalAnswer(RewardFunction):
         """The terms of the reward, each of the last message."""
         own = self.reward.terms()
         return [(self, 1.0)] if own == [(self.reward, 1.0)] else [(FinalAnswer(term), weight) for term, weight in own]
+
+
+def rewards_to_go(
+    reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], rewards: Rewards, turns: int
+) -> Rewards:
+    """The rewards of each turn and all later ones ("reward to go"), for credit by turn (see the head of `advantages`).
+
+    What `RewardFunction.turn_rewards` gives is paid for its turn, any other reward for the last one.
+
+    Args:
+        reward: Made the rewards.
+        completions: B episodes.
+        prompts: Their prompts.
+        rewards: Their rewards.
+        turns: K, at least the turns of the longest.
+
+    Returns:
+        K * B rewards, on the same device: those of all episodes from the first turn on, which are `rewards`, from the second on,
+        and so on. An episode without such a turn does not count.
+
+    Raises:
+        RewardError: If the rewards of the turns do not add up to that of the episode.
+
+    Example:
+        >>> episode = Episode(messages=(), turns=2, end="over", rewards=(0.25, 0.5))
+        >>> completions, prompts = [Completion("4\\n5", 4, True, episode=episode)], [Prompt(text="Guess")]
+        >>> rewards = Rewards(torch.tensor([0.75]), {"episode_return": torch.tensor([0.75])}, torch.tensor([False]))
+        >>> to_go = rewards_to_go(EpisodeReturn(), completions, prompts, rewards, turns=3)
+        >>> to_go.total.tolist(), to_go.counted.tolist()
+        ([0.75, 0.5, 0.0], [True, True, False])
+    """
+    lasts = [_episode(completion).turns for completion in completions]
+    counted = torch.arange(turns)[:, None] < torch.tensor(lasts)
+    if rewards.counted is not None:
+        counted = counted & rewards.counted.cpu()
+    total, parts = torch.zeros(counted.shape, dtype=torch.float64), {}
+    for term, weight in reward.terms():
+        paid = torch.zeros_like(total)
+        for row, (completion, prompt, value) in enumerate(
+            zip(completions, prompts, rewards.parts[term.name].tolist(), strict=True)
+        ):
+            if bool(counted[0, row]):
+                paid[: lasts[row], row] = _paid(term, completion, prompt, value, lasts[row])
+        to_go = paid.flip(0).cumsum(0).flip(0)  # from the end, so that equal ends are equal whatever came before
+        total += weight * to_go
+        parts[term.name] = _after_first(rewards.parts[term.name], to_go)
+    return replace(
+        rewards,
+        total=_after_first(rewards.total, total),
+        parts=parts,
+        correct=rewards.correct.repeat(turns),
+        counted=counted.flatten().to(rewards.total.device),
+    )
+
+
+def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, turns: int) -> Tensor:
+    """What a reward of this value pays for each turn of an episode, [turns] float64."""
+    given = term.turn_rewards(completion, prompt)
+    given = [*[0.0] * (turns - 1), value] if given is None else list(given)
+    if len(given) > turns or not math.isclose(sum(given), value, rel_tol=1e-4, abs_tol=1e-4):
+        raise RewardError(
+            f"{type(term).__name__}.turn_rewards gives {given} for {prompt.place} with {turns} turns, and the reward is {value:g}; "
+            "it must give at most one number a turn, and they must add up to the reward"
+        )
+    return torch.tensor(given + [0.0] * (turns - len(given)), dtype=torch.float64)
+
+
+def _after_first(first: Tensor, values: Tensor) -> Tensor:
+    """Values of K turns, [K * B], from [K, B]: `first` as they are for the first turn."""
+    return torch.cat([first, values[1:].flatten().to(first)])
 
 
 def _episode(completion: str) -> Episode:

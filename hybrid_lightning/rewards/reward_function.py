@@ -43,6 +43,15 @@ class RewardFunction(Configurable, ABC):
             B finite numbers, in the same order. A reward that measures correctness gives 1.0 for a right answer.
         """
 
+    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
+        """The reward of an episode in its parts for each turn, for credit by turn (see `rewards_to_go`).
+
+        Returns:
+            A number for each turn, from the first on, whose sum is the reward; later turns get 0. None: all of it is paid for the
+            last turn.
+        """
+        return None
+
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The answer that a completion gives, for majority votes (`maj@k`), which count equal answers to a prompt together.
 

@@ -75,9 +75,11 @@ def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Stack tensors of consecutive rows, [b, t] each, to [B, width], with zeros on the right of narrower parts.
 
     Args:
-        parts: The tensors; b and t may differ.
+        parts: The tensors; b and t may differ. They may also be [b] each, which become [B].
         width: Columns of the result; None for those of the widest part.
     """
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
     columns = max(part.shape[1] for part in parts) if width is None else width
     return torch.cat([pad(part, (0, columns - part.shape[1])) for part in parts])
 
@@ -154,7 +156,7 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     return replace(
         parts[0],
         sequences=join_sequences([part.sequences for part in parts]),
-        advantages=torch.cat([part.advantages for part in parts]),
+        advantages=join_rows([part.advantages for part in parts], width),
         sampling_logprobs=join_rows([part.sampling_logprobs for part in parts], width),
         old_logprobs=joined([part.old_logprobs for part in parts]),
         ref_logprobs=joined([part.ref_logprobs for part in parts]),

@@ -37,7 +37,7 @@ class TrainedRollout:
 
     sequences: Sequences  # B, which is G times the number of this rank's prompts, whatever else was sampled
     sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
-    advantages: Tensor  # [B]
+    advantages: Tensor  # [B]; or [B, T] with credit by turn, 0 where nothing was sampled
     metrics: dict[str, float] = field(default_factory=dict)  # to log with each step of the rollout
     counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
 
@@ -61,7 +61,7 @@ class RolloutSource(Protocol):
 
     @abstractmethod
     def takes_part(self, advantages: Tensor) -> Tensor:
-        """[B] bool, True for the rows that take part in the update."""
+        """[B] bool, True for the rows that take part in the update, from the advantages of a `TrainedRollout`."""
         ...
 
     @abstractmethod

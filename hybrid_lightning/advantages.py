@@ -23,29 +23,28 @@ float32), and division by eps would make a gradient of it.
 Completions that are left out (see `Rewards.counted`) take part in nothing: their advantage is 0, and a group is what is left of
 it. Of a group of one the advantage is 0.
 
-Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ..., and what is paid before turn k cannot depend on what the
+Credit by turn (`model.credit=turn`). An episode has turns k = 1, 2, ... What is paid before turn k cannot depend on what the
 policy says in turn k. So the tokens of turn k may be weighed by the reward to go, G_k = the sum of the rewards of turn k and all
-later ones, in place of the whole reward: the expected gradient is the same, with less noise. Every estimator does that: a group is
-then the members of the group that have a turn k, with their G_k as R (and the batch is all turns of all episodes). That is, turn k
-is compared with turn k of the others.
+later turns, in place of the whole reward: the expected gradient is the same, with less noise. Every estimator here does that: its
+group is then all members of the group that have a turn k, with G_k for R, and its batch is all turns of all episodes. What of
+that is biased:
 
-- No bias is in the mean over the *other* members. Which of them get to turn k, and with what, does not depend on what this
-  member says in turn k. They are in other states at turn k, though: the mean does not know whether this member's position was a
-  good one, as a critic or a group of equal states (GiGPO, arXiv 2505.10978) would. That costs variance, not bias.
-- A mean that contains the member's own G_k makes A (n - 1) / n times as large, where n members have a turn k. At turn 1, where n
-  is G, that is a constant; later it makes turns that few get to weigh less. `LeaveOneOutAdvantage` has no such factor.
-- The only member that gets to turn k has nothing to be compared with, and A = 0: with every estimator the gradient of turn k is
-  weighed by the probability that another member gets there, too. So episodes that go on longer than all others of their group
-  learn nothing from their last turns. More samples per prompt make that rarer.
-- The standard deviation depends on the member's own G_k, and favours turns whose G_k hardly differ; of two members A is +-0.7
+- The mean over the *other* members is not. Which of them get to turn k, and with what, does not depend on what this one says in
+  turn k. They are in other states at turn k, so that the mean does not know whether this member's position was good, as a critic
+  or a group of equal states (GiGPO, arXiv 2505.10978) would: that costs variance.
+- A mean that contains the member's own G_k makes A (n - 1) / n times as large, n being the members that have a turn k. At turn 1
+  that is the same for all; later it makes turns that few get to weigh less. `LeaveOneOutAdvantage` has no such factor.
+- The only member that gets to turn k has A = 0. So with every estimator the gradient of turn k is weighed by the probability that
+  another member gets there, and the last turns of an episode that outlasts its group teach nothing. More samples per prompt make
+  that rarer. (Without a baseline, A = G_k would be unbiased, but many times as large as any other A where rewards have one sign.)
+- The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; of two members A is +-0.7,
   whatever the difference.
-- A loss that averages over the tokens of a sequence (`GRPOLoss`, `GSPOTokenLoss`, `SAPOLoss`) divides the tokens of turn k by a
-  length that later turns decide; `DrGRPOLoss` does not, `DAPOLoss` hardly.
+- A loss with a mean over the tokens of a sequence (`GRPOLoss`, `GSPOTokenLoss`, `SAPOLoss`) divides turn k by a length that later
+  turns decide; `DrGRPOLoss` does not, and `DAPOLoss` hardly.
 
-So `LeaveOneOutAdvantage` with `DrGRPOLoss` is least biased, and `GroupAdvantage` most. Not offered is what MT-GRPO (arXiv 2505.11821)
-does for two turns, for episodes of any length: to normalise the reward of each turn by that turn's mean, and then add up later
-ones. The number of means that are subtracted depends on when the policy stops, so that each further turn is fined by the mean
-reward of that turn (verl issue 7244).
+Least biased is `LeaveOneOutAdvantage` with `DrGRPOLoss`. Not offered is to normalise the reward of each turn among the members
+that have it, and to add up those of later turns, as MT-GRPO (arXiv 2505.11821) does for two turns. How many means are subtracted
+then depends on when the policy stops, so that it pays the mean reward of each turn for taking it (verl issue 7244).
 """
 
 import math

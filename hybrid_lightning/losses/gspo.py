@@ -19,8 +19,8 @@ With one minibatch per rollout s is exactly 1, and nothing is ever clipped: use 
 The value of each s_t is the s of the sequence, so that either all tokens of a sequence are clipped or none. As long as they also
 share one advantage, the loss and its gradient are those of `GSPOLoss`. The two differ if tokens have different weights, from an
 importance correction per token or from `TopEntropyMask`: this class then stops the gradient of exactly the tokens that are left
-out, whereas `GSPOLoss` scales the gradient of all of them. Tokens with advantages of their own, as `model.credit=turn` gives them,
-are what GSPO-token is for (A_t for A above): `GSPOLoss` refuses them.
+out, whereas `GSPOLoss` scales the gradient of all of them. Advantages of tokens, as `model.credit=turn` gives them, are what
+GSPO-token is for (A_t in place of A): `GSPOLoss` refuses them.
 
 Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token is multiplied by its s_t.
 """

@@ -265,7 +265,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
-    of_advantages = shape if inputs.advantages.dim() == 2 else shape[:1]
+    of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
     floating = {"advantages": of_advantages, **dict.fromkeys(per_token, shape)}
     for field, want in {**floating, "sampled_mask": shape}.items():
         value = getattr(inputs, field)
@@ -304,7 +304,7 @@ def clean_inputs(inputs: LossInputs) -> LossInputs:
     return replace(
         inputs,
         logprobs=unpad(inputs.logprobs),
-        advantages=inputs.advantages.detach().to(dtype),
+        advantages=inputs.advantages.detach().to(dtype) if inputs.advantages.dim() == 1 else unpad(inputs.advantages.detach()),
         old_logprobs=None if old is None else unpad(old.detach()),
         ref_logprobs=None if ref is None else unpad(ref.detach()),
         importance_weights=None if weights is None else unpad(weights.detach()),

@@ -187,7 +187,7 @@ class PolicyModule(LanguageModule):
             if value is not None and environment is None:
                 raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
         if credit not in ("episode", "turn"):
-            raise ConfigError(f"model.credit={credit!r} is unknown; set episode or turn")
+            raise ConfigError(f"model.credit={credit!r}; give episode or turn")
         if credit == "turn":
             if environment is None:
                 raise ConfigError(
@@ -266,7 +266,7 @@ class PolicyModule(LanguageModule):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             sequences = self.trained_sequences(groups.rollouts, groups.rewards)
             credited = self._credited(groups.rollouts, groups.rewards)
-            trained, of_sampled = choose_trained(groups, sequences, credited, self.advantage, minibatches, self.global_rank)
+            trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank, credited)
         self._keep_last(groups.rollouts, groups.rewards, of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
         metrics |= self._episode_metrics(groups.rollouts)

@@ -89,23 +89,29 @@ def sample_groups(
 
 
 def choose_trained(
-    groups: SampledGroups, sequences: Sequences, credited: Rewards, estimator: AdvantageEstimator, minibatches: int, rank: int
+    groups: SampledGroups,
+    sequences: Sequences,
+    estimator: AdvantageEstimator,
+    minibatches: int,
+    rank: int,
+    credited: Rewards | None = None,
 ) -> tuple[TrainedRollout, Tensor]:
     """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
 
     Args:
         groups: The groups that were sampled.
         sequences: Their sequences as the loss sees them.
-        credited: Their rewards, or those of each of K turns (see `rewards_to_go`).
         estimator: Estimates advantages; it compares the chosen groups alone.
         minibatches: Minibatches that the P groups are split into.
         rank: Number of this rank.
+        credited: What advantages are estimated from: rewards of each of K turns (see `rewards_to_go`), or None for the groups'.
 
     Returns:
         This rank's part of the groups that are trained on, B = P / ranks * G sequences, without metrics; and the advantages of
         all groups that this rank sampled, as of `token_advantages`, 0 for those that are not trained on.
     """
     ranks, samples, sampled = world_size(), groups.rollouts.samples_per_prompt, len(groups.rollouts.prompts)
+    credited = groups.rewards if credited is None else credited
     turns = len(credited.total) // (sampled * samples)
     chosen = choose_groups(groups.useful, groups.wanted)
     of_turns = torch.arange(turns, device=chosen.device)[:, None]

@@ -149,7 +149,7 @@ def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, t
     given = [*[0.0] * (turns - 1), value] if given is None else list(given)
     if len(given) > turns or not math.isclose(sum(given), value, rel_tol=1e-4, abs_tol=1e-4):
         raise RewardError(
-            f"{type(term).__name__}.turn_rewards gives {given} for {prompt.place} with {turns} turns, and the reward is {value:g}; "
+            f"{type(term).__name__}.turn_rewards gives {given} for {turns} turns of {prompt.place}, whose reward is {value:g}; "
             "it must give at most one number a turn, and they must add up to the reward"
         )
     return torch.tensor(given + [0.0] * (turns - len(given)), dtype=torch.float64)

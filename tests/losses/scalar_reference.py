@@ -45,23 +45,20 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
 
 def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]:
     """Loss and metrics of all these sequences as one optimizer step of one micro-batch."""
-    fields = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")
+    fields, by_token = ("logprobs", "old_logprobs", "ref_logprobs", "entropy"), inputs.advantages.dim() == 2
     rows = [
-        (
-            inputs.advantages[i].item(),
-            [
-                tuple(getattr(inputs, name)[i, t].item() for name in fields)
-                for t in range(inputs.sampled_mask.shape[1])
-                if inputs.sampled_mask[i, t]
-            ],
-        )
+        [
+            (*(getattr(inputs, name)[i, t].item() for name in fields), inputs.advantages[(i, t) if by_token else i].item())
+            for t in range(inputs.sampled_mask.shape[1])
+            if inputs.sampled_mask[i, t]
+        ]
         for i in range(len(inputs.advantages))
     ]
     sums, kls, ratios, entropies = [], [], [], []
-    for advantage, tokens in rows:
-        of_sequence = math.exp(sum(new - old for new, old, _, _ in tokens) / len(tokens))
+    for tokens in rows:
+        of_sequence = math.exp(sum(new - old for new, old, *_ in tokens) / len(tokens))
         row = 0.0
-        for new, old, ref, entropy in tokens:
+        for new, old, ref, entropy, advantage in tokens:
             ratio = of_sequence if isinstance(loss, (losses.GSPOLoss, losses.GSPOTokenLoss)) else math.exp(new - old)
             kl = (math.exp(ref - new) - (ref - new) - 1) * (ratio if loss.kl_importance_weight else 1.0)
             kls.append(kl)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scalar_reference import CLIPPED, CLIPS, SETTINGS, make_inputs, scalar_loss
 
-from hybrid_lightning.losses import BNPOLoss, CISPOLoss, GSPOTokenLoss
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import BNPOLoss, CISPOLoss, GSPOLoss, GSPOTokenLoss
 
 CASES = [
     {},
@@ -22,14 +23,37 @@ each = pytest.mark.parametrize(("cls", "options"), ALL)
 each_class = pytest.mark.parametrize("cls", SETTINGS)
 
 
+@pytest.mark.parametrize("advantages", ["of sequences", "of tokens"])
 @each
-def test_values_equal_a_scalar_loop(cls, options):
+def test_values_equal_a_scalar_loop(cls, options, advantages):
     inputs = make_inputs(seed=1, b=8, t=6, spread=0.3)
     loss = cls(**SETTINGS[cls], **options)
+    if advantages == "of tokens":
+        inputs = with_token_advantages(inputs)
+        if cls is GSPOLoss:
+            with pytest.raises(ConfigError, match="GSPOLoss takes one advantage a sequence"):
+                loss(inputs)
+            return
     output, want = loss(inputs), scalar_loss(inputs, loss)
     assert output.loss.item() == pytest.approx(want.pop("loss"), rel=1e-12)
     assert all(value > 0 for name, value in want.items() if "clip" in name) and want["ratio/max"] > 1.1
     assert {name: value.item() for name, value in output.metrics.items()} == pytest.approx(want, rel=1e-12)
+    output.loss.backward()
+    assert inputs.logprobs.grad.isfinite().all()
+
+
+def with_token_advantages(inputs):
+    """The same with an advantage of each token; where nothing was sampled it is nan."""
+    of_tokens = torch.randn(inputs.logprobs.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return replace(inputs, advantages=of_tokens.masked_fill(~inputs.sampled_mask, torch.nan))
+
+
+@pytest.mark.parametrize("cls", [cls for cls in SETTINGS if cls.takes_token_advantages])
+def test_equal_advantages_of_tokens_are_that_of_the_sequence_to_the_bit(cls):
+    loss, inputs = cls(**SETTINGS[cls], kl_coef=0.3), make_inputs(seed=2, b=8, t=6, spread=0.3)
+    spread = replace(inputs, advantages=inputs.advantages[:, None].expand_as(inputs.logprobs))
+    one, other = (torch.autograd.grad(loss(some).loss, inputs.logprobs)[0] for some in (inputs, spread))
+    assert torch.equal(one, other) and loss(inputs) == loss(spread)
 
 
 # The two stop gradients of ratios: their own are those of equations in runs.
@@ -53,7 +77,7 @@ def test_gradcheck(cls, options):
 @each_class
 def test_a_loss_that_ignores_sequences_without_advantage_does_not_change_without_them(cls, options):
     loss, inputs = cls(**SETTINGS[cls], **options), make_inputs(b=8, spread=0.3)
-    advantages = inputs.advantages.clone()
+    advantages = with_token_advantages(inputs).advantages if loss.takes_token_advantages else inputs.advantages.clone()
     advantages[::2] = 0
     counts = {"num_sequences": 8.0, "num_tokens": float(inputs.sampled_mask.sum())}
     whole = replace(inputs, advantages=advantages, **counts)

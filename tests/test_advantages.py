@@ -1,5 +1,6 @@
 import math
 import statistics
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hybrid_lightning.advantages import (
     PerRewardAdvantage,
 )
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.types import Rewards
+from hybrid_lightning.rewards import EpisodeReturn, evaluate_reward, rewards_to_go
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 
 ESTIMATORS = [GroupAdvantage(), GroupMeanAdvantage(), BatchStdAdvantage(), LeaveOneOutAdvantage(), PerRewardAdvantage()]
 
@@ -176,3 +178,61 @@ def test_the_others_look_at_the_total_alone(estimator):
     parts = {"a": [0.0, 1.0, 0.3, 1.0], "b": [0.5, 0.0, 0.0, 1.0]}
     total = torch.tensor(parts["a"]) + 2 * torch.tensor(parts["b"])
     assert torch.equal(of_parts(estimator, weights={"b": 2.0}, **parts), estimator(total, 2))
+
+
+def credit_by_turn(estimator, episodes, samples):
+    """Advantages [B, K] of episodes that are given by the rewards of their turns."""
+    texts = [Completion("", 1, True, episode=Episode((), len(rewards), "over", tuple(rewards))) for rewards in episodes]
+    prompts, turns = [Prompt(text="?")] * len(texts), max(map(len, episodes))
+    rewards = evaluate_reward(EpisodeReturn(), texts, prompts)
+    to_go = rewards_to_go(EpisodeReturn(), texts, prompts, rewards, turns)
+    return estimator.of_rewards(to_go, samples).view(turns, -1).T
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_credit_by_turn_equals_a_scalar_loop(estimator, data):
+    """Each turn of those that have it is a group, and the batch is all turns."""
+    samples, prompts = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 3))
+    some = st.lists(st.integers(-8, 8).map(lambda eighths: eighths / 8), min_size=1, max_size=3)
+    episodes = data.draw(st.lists(some, min_size=samples * prompts, max_size=samples * prompts))
+    found, groups = credit_by_turn(estimator, episodes, samples), []
+    by_std = isinstance(estimator, (GroupAdvantage, PerRewardAdvantage))
+    for start, turn in product(range(0, len(episodes), samples), range(max(map(len, episodes)))):
+        group = [(row, turn) for row in range(start, start + samples) if turn < len(episodes[row])]
+        to_go = [sum(episodes[row][turn:]) for row, _ in group]
+        kind = (
+            GroupAdvantage if by_std else LeaveOneOutAdvantage if type(estimator) is LeaveOneOutAdvantage else GroupMeanAdvantage
+        )
+        of_group = scalar_advantages(kind(), to_go, len(group)) if len(group) > 1 else [0.0] * len(group)
+        groups.append((group, to_go, of_group))
+    want, every = {}, [value for _, to_go, _ in groups for value in to_go]
+    spread = {BatchStdAdvantage: every, PerRewardAdvantage: [value for *_, of_group in groups for value in of_group]}
+    scale = statistics.stdev(spread[type(estimator)]) + 1e-4 if type(estimator) in spread else 1.0
+    for group, _, of_group in groups:
+        want |= {place: value / scale for place, value in zip(group, of_group, strict=True)}
+    for (row, turn), value in zip(product(*map(range, found.shape)), found.flatten().tolist(), strict=True):
+        assert value == pytest.approx(want.get((row, turn), 0.0), rel=1e-4, abs=1e-5)
+
+
+def test_of_credit_by_turn_only_the_weight_of_late_turns_is_biased():
+    """The expected gradient, over all groups that a policy of two choices can play: go on or stop, then left or right."""
+    go, left, samples = 0.4, 0.7, 3
+    stop = ([0.3], 1 - go, (-go, 0.0))  # rewards, probability, and its logarithm's gradient in the logits of both choices
+    lefts, rights = ([0.5, -1.0], go * left, (1 - go, 1 - left)), ([0.5, 2.0], go * (1 - left), (1 - go, -left))
+    true = [sum(chance * gradient[k] * sum(rewards[k:]) for rewards, chance, gradient in (stop, lefts, rights)) for k in (0, 1)]
+    together = [math.comb(2, n) * go**n * (1 - go) ** (2 - n) for n in range(samples)]  # that n of the two others go on
+    weights = {
+        LeaveOneOutAdvantage: (1.0, 1 - together[0]),
+        GroupMeanAdvantage: (2 / 3, sum(chance * n / (n + 1) for n, chance in enumerate(together))),
+    }
+    for estimator, wanted in weights.items():
+        expected = [0.0, 0.0]
+        for group in product((stop, lefts, rights), repeat=samples):
+            found = credit_by_turn(estimator(), [rewards for rewards, *_ in group], samples)
+            chance = math.prod(chance for _, chance, _ in group)
+            for k in range(found.shape[1]):
+                terms = (float(of_row[k]) * gradient[k] for of_row, (*_, gradient) in zip(found, group, strict=True))
+                expected[k] += chance * sum(terms) / samples
+        assert expected == pytest.approx([weight * value for weight, value in zip(wanted, true, strict=True)], rel=1e-5)

@@ -7,13 +7,27 @@ from collections import Counter
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_models import plain_logprobs, tokens_of
+from test_calibration import assert_same_gradient, calibrate, mean_gradient
+from tiny_models import build_model, plain_logprobs, tokens_of
 from tiny_runs import Log, OftenDone, Talk, build_adapter, build_data, build_policy, build_trainer, fit, trained
 
+from hybrid_lightning.adapters import Random
+from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
 from hybrid_lightning.environments import EpisodeLimits, Step
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+)
 from hybrid_lightning.rewards import EpisodeReturn, ExactMatch, FinalAnswer, RewardFunction, WeightedSum
+from hybrid_lightning.rollout import DynamicSampling
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -200,11 +214,14 @@ class Stop(Talk):
         return super().step(message)
 
 
-def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(model, sums, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"credit": "turn", "minibatches_per_rollout": 2}], ids=["episode", "turn"])
+def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(model, sums, tmp_path, options):
     def run(folder, **flags):
         saves = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
-        return trained(fit(model, sums, folder, saves, policy=arguments(Stop()), max_steps=4, enable_checkpointing=True, **flags))
+        policy = {**arguments(Stop()), **options}
+        return trained(fit(model, sums, folder, saves, policy=policy, max_steps=4, enable_checkpointing=True, **flags))
 
+    Stop.countdown = 10**9
     whole = run(tmp_path / "whole")
     steps = 10**9 - Stop.countdown
     Stop.countdown = steps * 3 // 4
@@ -213,8 +230,9 @@ def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(mo
     last = max((tmp_path / "stopped").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     assert last.name != "epoch=0-step=4.ckpt"
     Stop.countdown = 10**9
-    resumed = run(tmp_path / "resumed", ckpt=str(last))
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    for name in (last, tmp_path / "whole/epoch=0-step=1.ckpt"):  # the second between two minibatches of a rollout
+        resumed = run(tmp_path / "resumed", ckpt=str(name))
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 class Dice(Talk):
@@ -246,6 +264,135 @@ def test_predict_writes_a_line_for_each_episode(model, sums, tmp_path):
         assert [role for role in (m["role"] for m in line["messages"]) if role == "assistant"]
         assert all(value == 0 for value, own in zip(line["logprobs"], line["sampled"], strict=True) if not own)
         assert line["reward"] == pytest.approx(sum(line["turn_rewards"])) and line["end"]
+
+
+# ---- credit by turn
+
+
+def turn_advantages(rollouts):
+    """An advantage for each sampled token, {(row, place): value}, with the mean over the others that have its turn."""
+    episodes, found = [completion.episode for completion in rollouts.completions], {}
+    samples = rollouts.samples_per_prompt
+    for row, episode in enumerate(episodes):
+        others = [other for other in range(row // samples * samples, (row // samples + 1) * samples) if other != row]
+        turn, was_sampled = -1, False
+        for place, sampled in enumerate(rollouts.sequences.sampled_mask[row].tolist()):
+            turn, was_sampled = turn + (sampled and not was_sampled), sampled
+            to_go = [sum(episodes[other].rewards[turn:]) for other in others if episodes[other].turns > turn]
+            if sampled:
+                found[row, place] = sum(episode.rewards[turn:]) - sum(to_go) / len(to_go) if to_go else 0.0
+        assert turn == episode.turns - 1
+    return found
+
+
+def by_turn(loss, **options):
+    return {
+        **arguments(Talk(broken=options.pop("broken", ""))),
+        "loss": loss,
+        "credit": "turn",
+        "advantage": LeaveOneOutAdvantage(),
+        **options,
+    }
+
+
+class ByTurn(Log):
+    """And the gradient of the first step from each sampled token alone, with the advantage of its turn."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        (rollouts, _, shown), loss = pl_module.last_rollout, pl_module.loss
+        advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
+        assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
+        weights = {DAPOLoss: 1 / lengths.sum(), BNPOLoss: 1 / lengths.sum(), CISPOLoss: 1 / lengths.sum()}
+        weights[DrGRPOLoss] = torch.tensor(1 / (len(lengths) * 60))
+        value = 0.0
+        for row, length in enumerate(lengths):
+            logprobs = plain_logprobs(pl_module.model, rollouts.sequences, row)
+            weight = weights.get(type(loss), 1 / (len(lengths) * length))
+            value -= weight * sum(advantages.get((row, place), 0.0) * logprob for place, logprob in enumerate(logprobs))
+        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
+
+
+TOKEN_LOSSES = [GRPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
+
+
+@pytest.mark.parametrize("loss", TOKEN_LOSSES, ids=lambda kind: kind.__name__)
+def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss):
+    found = ByTurn()
+    fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60), max_steps=1)
+    assert all(
+        torch.equal(batch.advantages != 0, batch.advantages.ne(0) & batch.sequences.sampled_mask) for batch in found.batches
+    )
+    scale = max(float(gradient.abs().max()) for gradient in found.expected.values())
+    for name, gradient in found.gradients[0].items():
+        torch.testing.assert_close(gradient, found.expected[name], atol=1e-4 * scale, rtol=0, msg=name)
+
+
+def test_modules_are_scored_by_the_same_credit(model, sums):
+    policy, rollouts, losses = calibrate(model, sums, **by_turn(DAPOLoss()))
+    base, advantages = build_model("llama", std=0.1).requires_grad_(True), turn_advantages(rollouts)
+    rows = [plain_logprobs(base, rollouts.sequences, row) for row in range(len(rollouts.completions))]
+    total = sum(
+        advantages.get((row, place), 0.0) * value for row, values in enumerate(rows) for place, value in enumerate(values)
+    )
+    assert len(losses) > 2
+    assert_same_gradient(mean_gradient(policy, losses), -total / rollouts.sequences.sampled_mask.sum(), base)
+
+
+class Once(AtOnce):
+    """Pays for the length of its one message."""
+
+    def step(self, message):
+        return (), float(len(message["content"])), True
+
+
+def test_episodes_of_one_turn_are_trained_alike_by_both_credits(model, sums, tmp_path):
+    runs = [{**arguments(Once()), "credit": credit, "dynamic_sampling": DynamicSampling(1)} for credit in ("episode", "turn")]
+    one, other = (trained(fit(model, sums, tmp_path / run["credit"], policy=run, max_steps=3)) for run in runs)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class NowOrLater(Talk):
+    """Pays 1 in the first turn or in the second."""
+
+    def step(self, message):
+        answer = super().step(message)
+        first = len(message["content"]) % 2
+        self.paid = first if self.said == 1 else 1 - self.paid
+        return Step(answer.messages, float(self.paid), self.said == 2)
+
+
+@pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
+def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model, sums, tmp_path):
+    logs = {}
+    for credit in ("episode", "turn"):
+        logs[credit] = log = Log()
+        policy = {**arguments(NowOrLater()), "credit": credit, "dynamic_sampling": DynamicSampling(1)}
+        policy["sampler"] = OftenDone(max_new_tokens=30)  # so that few messages are cut, and nearly all returns are 1
+        fit(model, sums, tmp_path / credit, build_adapter(scorer=Random()), log, policy=policy, max_steps=1)
+    rollouts = {credit: log.metrics[0] for credit, log in logs.items()}
+    assert rollouts["turn"]["sampling/kept_groups"] > rollouts["episode"]["sampling/kept_groups"]
+    batch = logs["turn"].batches[0]
+    assert batch.advantages.shape == batch.sequences.sampled_mask.shape and batch.advantages.any()
+
+
+@pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
+def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
+    policy = by_turn(GRPOLoss(), broken="fails", dynamic_sampling=DynamicSampling(1))
+    policy["episodes"] = EpisodeLimits(max_tokens=60, max_failed_share=1.0)
+    _, rewards, shown = fit(model, sums, tmp_path, policy=policy, max_steps=2).last_rollout
+    assert not rewards.counted.all() and rewards.counted.any() and shown.any() and not shown[~rewards.counted].any()
+
+
+def test_credit_by_turn_that_cannot_be_is_refused(model):
+    with pytest.raises(
+        ConfigError, match=r"model\.credit=turn is for episodes, and model\.environment is not set; set it, or cr"
+    ):
+        build_policy(model, credit="turn")
+    with pytest.raises(ConfigError, match=r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"):
+        build_policy(model, **by_turn(GSPOLoss()))
+    with pytest.raises(ConfigError, match=r"model\.credit='turns'; give episode or turn"):
+        build_policy(model, **{**by_turn(GRPOLoss()), "credit": "turns"})
 
 
 def test_settings_that_need_an_environment_say_so(model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import Constant, Log, StartsWithDigit, fit, trained, write_sums
 
-from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage
+from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.losses import DAPOLoss
 from hybrid_lightning.policy import sampled_groups
@@ -16,7 +16,7 @@ from hybrid_lightning.policy.sampled_groups import choose_trained, rollout_metri
 from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,25 @@ def test_what_does_not_count_is_in_no_advantage_and_goes_on_as_such(monkeypatch)
     )
     assert moved.counted.tolist() == [True, False, True, True, False, True, True, True]
     assert moved.sequences.prompt_ids[::2, 0].tolist() == [5, 3, 1, 7]
+
+
+def test_credit_by_turn_goes_with_the_tokens_of_its_group(monkeypatch):
+    groups, *_ = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    rollouts, mask = groups.rollouts, groups.rollouts.sequences.sampled_mask
+    # Of each group the first has a second turn, where it is alone with nothing to learn.
+    lengths = [(1, n - 1) if n > 1 and row % 2 == 0 else (n,) for row, n in enumerate(mask.sum(dim=1).tolist())]
+    lengths[15] = (1, 2)  # but of prompt 5 both have a second turn
+    texts = tuple(Completion("", sum(n), True, episode=Episode((), len(n), "over", (), lengths=n)) for n in lengths)
+    groups = replace(groups, rollouts=replace(rollouts, completions=texts))
+    counted = torch.tensor([[True] * 22, [len(n) > 1 for n in lengths]]).flatten()
+    later = 3 * torch.arange(22.0)
+    both = Rewards(torch.cat([groups.rewards.total, later]), {}, torch.zeros(44, dtype=torch.bool), counted=counted)
+    monkeypatch.setattr(sampled_groups, "share_groups", lambda *_: [[2, 1, 0, 3]])
+    trained, _ = choose_trained(groups, rollouts.sequences, GroupMeanAdvantage(), minibatches=1, rank=0, credited=both)
+    assert trained.sequences.prompt_ids[::2, 0].tolist() == [5, 3, 1, 7] and trained.counted.all()
+    rows = [of_row[own].tolist() for of_row, own in zip(trained.advantages, trained.sequences.sampled_mask, strict=True)]
+    assert rows == [[-0.5, -1.5, -1.5], [0.5, 1.5, 1.5], [-0.5, 0.0], [0.5] * 2, [-0.5], [0.5], [-0.5, 0.0, 0.0, 0.0], [0.5] * 4]
+    assert not trained.advantages[~trained.sequences.sampled_mask].any()
 
 
 # ---- runs

@@ -13,6 +13,7 @@ has, the fewer are left to average out the noise of the gradient. So more prompt
   makes a difference, too. A group is also replaced if its whole rewards are equal, or if all its completions are masked. Episodes
   that are left out, since their environment failed, judge nothing.
   (With `PerRewardAdvantage`, whose parts may differ although their sums are equal, it might have been useful.)
+  With credit by turn a group is useful if it is so in one of its turns, by what is earned from then on.
 - Replacements are the next prompts of the order. An extra rollout has as many prompts as should give the missing groups at the
   yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run the same
   on any number of ranks that divides a quarter.

@@ -304,7 +304,7 @@ def clean_inputs(inputs: LossInputs) -> LossInputs:
     return replace(
         inputs,
         logprobs=unpad(inputs.logprobs),
-        advantages=inputs.advantages.detach().to(dtype) if inputs.advantages.dim() == 1 else unpad(inputs.advantages.detach()),
+        advantages=inputs.advantages.detach().to(dtype),
         old_logprobs=None if old is None else unpad(old.detach()),
         ref_logprobs=None if ref is None else unpad(ref.detach()),
         importance_weights=None if weights is None else unpad(weights.detach()),

@@ -25,7 +25,7 @@ pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightni
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-SAMPLES, TOKENS, TURNS = 4, 300, 3
+SAMPLES, TOKENS, TURNS = 4, 210, 3
 STARTS = (5, 60)  # of two prompts
 RATE = 0.05
 

@@ -141,11 +141,12 @@ def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], l
 
 def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
     """Each step must complete every prompt of its rollout, and to the full length where completions do not end by themselves."""
-    shortest = workload.max_new_tokens if workload.full_length else 1
-    if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > workload.max_new_tokens:
+    longest = workload.turns * workload.max_new_tokens
+    shortest = longest if workload.full_length else 1
+    if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > longest:
         raise BenchmarkError(
             f"the {side} side made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens where {workload.rows} "
-            f"of {shortest} to {workload.max_new_tokens} are wanted; report this as a bug of the benchmark"
+            f"of {shortest} to {longest} are wanted; report this as a bug of the benchmark"
         )
 
 

@@ -17,16 +17,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from benchmarks.worker import Gate
-from benchmarks.workloads import Settings, Workload, hashed_reward
+from benchmarks.workloads import ANSWER, Settings, Workload, hashed_reward
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.environments import Environment, EpisodeLimits, Step
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader
+from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Message, Prompt
 
 
 class HashedReward(RewardFunction):
@@ -112,8 +114,31 @@ class Differences(Callback):
         self.found.append((trained - batch.sampling_logprobs)[batch.sequences.sampled_mask].abs())
 
 
+class Answers(Environment):
+    """A tool that answers every message at once."""
+
+    thread_safe = True
+
+    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        return ()
+
+    def step(self, message: Message) -> Step:
+        return Step([{"role": "tool", "content": ANSWER}])
+
+
+class WholeTurns(Sampler):
+    """Messages end by themselves at `max_new_tokens`, so that their episodes go on."""
+
+    def stops(self, tokenizer: Any, ids: Sequence[int] | None = None) -> Stops:
+        return Stops((-1,), lambda tokens, _: torch.full((len(tokens),), tokens.shape[1] == self.max_new_tokens))  # type: ignore
+
+
 def build_policy(settings: Settings, sampler: Any = None, **options: Any) -> PolicyModule:
     workload = settings.workload
+    if workload.turns > 1:
+        sampler = WholeTurns(workload.max_new_tokens)
+        options |= {"environment": Answers(), "episodes": EpisodeLimits(workload.turns, workload.episode_tokens)}
+        options["turn_template"] = "{content}"
     loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
     return PolicyModule(
         loss=loss(clip_low=workload.clip_low, clip_high=workload.clip_high),

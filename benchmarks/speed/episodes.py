@@ -1,6 +1,7 @@
 """Episodes of three turns against single completions with as many sampled tokens: `python -m benchmarks.speed.episodes`.
 
-Between turns a tool answers at once. Both sides sample with the same adapted model, in turn; nothing ends early.
+Between turns a tool answers at once. Both sides sample with the same adapted model, in turn; nothing ends early. Whole steps of
+such episodes are beside TRL's in `python -m benchmarks.speed.vs_trl --workload episodes`.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Lightning callbacks. They are imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
 
 from hybrid_lightning.callbacks.adaptable import Adaptable
+from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
@@ -15,6 +16,7 @@ from hybrid_lightning.callbacks.step_timer import StepTimer
 
 __all__ = [
     "Adaptable",
+    "Diagnosis",
     "EvaluationReport",
     "GracefulStop",
     "HybridAdapterSetup",
@@ -26,6 +28,7 @@ __all__ = [
     "RolloutSamples",
     "RunFolder",
     "RunSummary",
+    "StepLines",
     "StepTimer",
     "TensorBoardOverview",
 ]

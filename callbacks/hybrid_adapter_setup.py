@@ -134,7 +134,7 @@ class HybridAdapterSetup(Configurable, Callback):
             self._check_applied(self.plan)
         else:
             self.plan = self._adapt(trainer, pl_module, saved, folder)
-        if self.plan is not None and stage == "fit" and trainer.is_global_zero:
+        if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
             self._show(self.plan, folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

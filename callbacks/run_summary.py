@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
@@ -114,6 +115,7 @@ class RunSummary(Callback):
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
+        diagnosis = find_callback(trainer, Diagnosis)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),
@@ -133,6 +135,7 @@ class RunSummary(Callback):
             "model": str(pl_module.hparams.get("model", "")),
             "validation": {"before": {**self._before, **dict.fromkeys(_shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
+            "verdict": "" if diagnosis is None else diagnosis.verdict(self._before, after, samples),
             "run_folder": str(folder),
             "checkpoint": str(last),
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
@@ -168,6 +171,8 @@ class RunSummary(Callback):
             lines.append(f"Next:       {summary['next_command']}")
         elif summary["checkpoint"]:
             lines.append(f"Checkpoint: {summary['checkpoint']}")
+        if summary["verdict"]:
+            lines.append(f"Verdict:    {summary['verdict']}")
         for line in lines:
             say(line)
 

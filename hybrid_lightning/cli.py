@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export` and `plan`.
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan` and `doctor`.
 
 This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
 `cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
@@ -35,6 +35,7 @@ import hybrid_lightning.rewards
 import hybrid_lightning.rollout.vllm.in_process
 import hybrid_lightning.rollout.vllm.servers  # noqa: F401  (imported so that classes are found by their short names)
 from hybrid_lightning.callbacks import (
+    Diagnosis,
     EvaluationReport,
     GracefulStop,
     HybridAdapterSetup,
@@ -44,6 +45,7 @@ from hybrid_lightning.callbacks import (
     RolloutProgress,
     RolloutSamples,
     RunSummary,
+    StepLines,
     StepTimer,
     TensorBoardOverview,
 )
@@ -153,7 +155,7 @@ class HybridLightningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Name of each command, which is a method of the Trainer -> its arguments that come from the config."""
         given = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags"}}
+        return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags"}, "doctor": given}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add a group of options for each configurable callback, and set defaults."""
@@ -197,13 +199,16 @@ class HybridLightningCLI(LightningCLI):
         if self.subcommand in ("export", "plan"):
             for name, value in _TRAINER_WITHOUT_DEVICE.items():
                 config[name] = value
+        if self.subcommand == "doctor":
+            config["logger"] = False
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop(self._signals)]
+        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(self._signals)]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else
             config["enable_progress_bar"] = False
+            fixed.append(StepLines())
         if config["enable_progress_bar"] is not False:
             fixed.append(RolloutProgress())
         try:
@@ -247,10 +252,11 @@ class HybridLightningCLI(LightningCLI):
         An export reads the weights itself, in the dtype that it needs, and a plan needs no weights.
         """
         assert isinstance(self.trainer, Trainer)
-        if subcommand != "plan":
+        if subcommand not in ("plan", "doctor"):
             self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
         if subcommand not in ("export", "plan"):
-            check_run_folder(self.trainer)
+            if subcommand != "doctor":
+                check_run_folder(self.trainer)
             if isinstance(self.model, LanguageModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.load()

@@ -56,6 +56,10 @@ class TrainingError(HybridLightningError, RuntimeError):
     """Training has diverged: a gradient is not finite."""
 
 
+class DiagnosisError(HybridLightningError, RuntimeError):
+    """`doctor` has found that nothing can be learned."""
+
+
 def one_line(error: BaseException, length: int = 300) -> str:
     """Text of another library's exception for an error message, on one line and cut if it is long."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -1,24 +1,28 @@
-"""`Trainer`: Lightning's Trainer with the commands `score`, `export` and `plan`, and with checks before a model is loaded."""
+"""`Trainer`: Lightning's Trainer with `score`, `export`, `plan` and `doctor`, and with checks before a model is loaded."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
 from hybrid_lightning.callbacks.display import console, export_command, say
+from hybrid_lightning.callbacks.doctor import Doctor, memory_finding
 from hybrid_lightning.callbacks.evaluation_report import check_monitors
+from hybrid_lightning.callbacks.findings import Finding
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
-from hybrid_lightning.callbacks.step_timer import time_charged_to
+from hybrid_lightning.callbacks.step_timer import StepTimer, time_charged_to
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
@@ -26,16 +30,18 @@ from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
-from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
+from hybrid_lightning.memory.memory_table import format_bytes, memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.optim import ConstantSchedule
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 
 _STAGES = {
     "fit": TrainerFn.FITTING,
     "score": TrainerFn.FITTING,
+    "doctor": TrainerFn.FITTING,
     "validate": TrainerFn.VALIDATING,
     "test": TrainerFn.TESTING,
     "predict": TrainerFn.PREDICTING,
@@ -50,7 +56,7 @@ class Trainer(LightningTrainer):
     keep their files (see `RunFolder`).
     """
 
-    command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit" or "score"
+    command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit", "score" or "doctor"
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
@@ -133,7 +139,7 @@ class Trainer(LightningTrainer):
         Args:
             model: The module that is going to be run.
             datamodule: Its data.
-            command: "fit", "score", "validate", "test" or "predict".
+            command: "fit", "score", "doctor", "validate", "test" or "predict".
 
         Raises:
             ModelError: If there is no such model.
@@ -248,6 +254,63 @@ class Trainer(LightningTrainer):
                 command = export_command(Path(ckpt_path).parent.parent, folder, validated)
                 if command:
                     say(f"Next: {command}")
+
+    def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Say what will keep a run from learning, by one rollout and one optimizer step, without training and writing nothing.
+
+        Modules are not scored for it: those that would be trained fully are chosen at random. The module is spent afterwards.
+
+        Args:
+            model: The policy.
+            datamodule: Its data.
+
+        Raises:
+            ConfigError: If there is no callback HybridAdapterSetup, or the module does not sample what it is trained on.
+            DiagnosisError: If nothing can be learned.
+        """
+        adapter = find_callback(self, HybridAdapterSetup)
+        if adapter is None or not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
+            raise ConfigError(
+                "doctor examines the rollouts of a PolicyModule with HybridAdapterSetup and a PromptDataModule; for training on "
+                "examples look at val/loss in the first validations instead"
+            )
+        steps, every = float(self.max_steps if self.max_steps > 0 else "inf"), self.val_check_interval
+        validations = (
+            0.0 if not self.limit_val_batches else 1 + (steps // every if isinstance(every, int) and steps < 1e12 else 1)
+        )
+        planning, given = adapter.planning, adapter.given_plan is not None
+        scored = not given and planning.budget.needs_scores
+        count = planning.calibration_prompts or model.rollout_schedule.prompts_per_rollout
+        doctor = Doctor(steps, validations, count if scored else 0)
+        if scored:
+            adapter.planning = replace(planning, scorer=Random())
+        model.schedule = ConstantSchedule()
+        kept = (StepTimer, HybridAdapterSetup, GracefulStop)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined, has-type]
+        self.callbacks = [*(callback for callback in callbacks if isinstance(callback, kept)), doctor]
+        self.loggers = []
+        self.fast_dev_run, self.command = True, "doctor"  # no folder, no checkpoint
+        self.fit_loop.epoch_loop.max_steps, self.num_sanity_val_steps, self.limit_val_batches = 1, 0, 0
+        self.fit(model, datamodule=datamodule)
+        if self.is_global_zero:
+            doctor.report(model, datamodule)
+            doctor.found += self._memory_of_run(model, adapter, datamodule)
+            for finding in doctor.found:
+                say(f"{finding.level.capitalize()}: {finding}")
+            errors = [finding for finding in doctor.found if finding.level == "error"]
+            if errors:
+                raise DiagnosisError(f"nothing can be learned: {errors[0]}")
+            say("Nothing was found that keeps this run from learning" if not doctor.found else "The run can learn")
+
+    def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule) -> list[Finding]:
+        """Say what the run takes at its peak and what there is."""
+        flags = TrainerFlags.of_trainer(self)
+        settings = run_settings(arguments_of(model), adapter, datamodule, flags)
+        method = plan_memory(settings, flags.sharding)[-1]
+        there = flags.device_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed = method.growth_bytes if method.growth is not None else method.peak_bytes
+        say(f"{'memory':<16}{format_bytes(needed)} at most, while {method.peak_phase}; there are {format_bytes(there)}")
+        return memory_finding(needed, there, method.peak_phase)
 
     def plan(
         self,

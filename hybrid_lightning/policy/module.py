@@ -217,6 +217,7 @@ class PolicyModule(LanguageModule):
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self._warned_of_filled_groups = self._warned_of_unread_rewards = False
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
+        self.last_calibration: tuple[Rollouts, Rewards] | None = None  # of the rank that made it, for callbacks
 
     # ---- training data
 
@@ -442,7 +443,7 @@ class PolicyModule(LanguageModule):
             needed = -(-steps // schedule.minibatches_per_rollout)  # rollouts
             count, minibatches = needed * schedule.prompts_per_rollout, needed * schedule.minibatches_per_rollout
         chosen = [prompts[order[i % len(order)]] for i in range(count)]
-        rollouts, rewards = calibration_rollouts(self, chosen, kept or ScoringProgress())
+        rollouts, rewards = self.last_calibration = calibration_rollouts(self, chosen, kept or ScoringProgress())
         self.sampler.release_memory()
         credited = self._credited(rollouts, rewards)
         advantages = token_advantages(self.advantage.of_rewards(credited, rollouts.samples_per_prompt), rollouts)

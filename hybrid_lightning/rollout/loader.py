@@ -303,6 +303,11 @@ class RolloutLoader:
         one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
+            updated_sequences = self._sum(takes_part[of_step])
+            if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs what every step does
+                shown = of_step[sequences.sampled_mask[of_step].any(dim=1)]
+                takes_part[shown[: self.schedule.samples_per_prompt]] = True
+                updated_sequences = self._sum(takes_part[of_step])
             updated = of_step[takes_part[of_step]]
             whole = PolicyBatch(
                 sequences=sequences,
@@ -312,7 +317,7 @@ class RolloutLoader:
                 ref_logprobs=None,
                 num_sequences=float(rows * self.world_size) if counted is None else self._sum(counted[of_step]),
                 num_tokens=self._sum(sequences.sampled_mask[of_step]),
-                updated_sequences=self._sum(takes_part[of_step]),
+                updated_sequences=updated_sequences,
                 updated_tokens=self._sum(sequences.sampled_mask[updated]),
                 metrics=rollout.metrics,
             )

@@ -1,0 +1,255 @@
+"""Findings: what keeps a run from learning, as a sentence with its remedy and the section of `docs/troubleshooting.md` on it.
+
+`doctor` looks for them before a run, and `Diagnosis` while it runs. Each function here turns what was measured into findings, and
+holds the thresholds, whose reasons are in the docs. None of them talks to other ranks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.types import Rewards, Rollouts, counted_groups
+
+PAGE = "docs/troubleshooting.md"
+SECTIONS = {  # finding -> its section of PAGE
+    "reference": "the-reference-answer-earns-nothing",
+    "answers": "the-reward-finds-no-answer",
+    "equal": "all-rewards-of-a-group-are-equal",
+    "cut": "completions-are-cut",
+    "tokens": "the-prompt-is-not-what-it-seems",
+    "agreement": "sampling-and-training-disagree",
+    "gradient": "no-gradient",
+    "large": "a-step-is-too-large",
+    "small": "a-step-is-too-small",
+    "worse": "the-policy-gets-worse",
+    "memory": "out-of-memory",
+}
+_CUT = 0.5  # share of completions that are cut and not right
+_EQUAL = 0.9  # share of groups without a difference
+_NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
+_MAX_KL = 0.3  # nats a token, between the policy before and after one step
+_MIN_CHANGE = 0.01  # of a log-probability in a whole run
+_AGREEMENT = {"torch.float32": 1e-3, "other": 0.1}  # nats a token, as in docs/troubleshooting.md on vLLM
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        kind: A key of `SECTIONS`.
+        text: What was seen.
+        remedy: What to do.
+        level: "error" if nothing can be learned, "warning" if little may be, "note" for what `doctor` alone says.
+    """
+
+    kind: str
+    text: str
+    remedy: str
+    level: Literal["error", "warning", "note"] = "warning"
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
+
+
+def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int) -> list[Finding]:
+    """What completions and their rewards show: whether there is something to learn from, and whether they are whole.
+
+    Args:
+        rollouts: B completions, those of this rank.
+        rewards: Their rewards.
+        where: What they are, such as "the first rollout".
+        max_new_tokens: That of the sampler.
+    """
+    own = rewards.of_counted()
+    if not len(own.total):
+        return []
+    groups = [rewards.total[rows] for rows in counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)]
+    equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).float().mean().item()
+    finished = rollouts.finished if rewards.counted is None else rollouts.finished[rewards.counted]
+    found = of_cut((~finished & ~own.correct).float().mean().item(), where, max_new_tokens)
+    remedy = (
+        "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
+    )
+    if own.total.max() == own.total.min():
+        text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
+        found.insert(0, Finding("equal", text, remedy, "error"))
+    elif equal >= _EQUAL:
+        text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
+        found.insert(0, Finding("equal", text, remedy, "error" if equal == 1 else "warning"))
+    return found
+
+
+def of_cut(share: float, where: str, max_new_tokens: int) -> list[Finding]:
+    """Whether completions are cut before they are right.
+
+    Args:
+        share: Share of completions that are cut and not right.
+        where: As in `of_rollouts`.
+        max_new_tokens: That of the sampler.
+    """
+    if share < _CUT:
+        return []
+    text = (
+        f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens} and earn less than a right answer"
+    )
+    return [Finding("cut", text, "raise model.sampler.max_new_tokens, or end them by sampler.stop")]
+
+
+def of_answers(answers: Sequence[str | None]) -> list[Finding]:
+    """Whether the reward finds answers in completions, be they right or wrong."""
+    missing = sum(answer is None for answer in answers) / max(1, len(answers))
+    if missing < _NO_ANSWER:
+        return []
+    text = f"the reward finds no answer in {missing:.0%} of {len(answers)} completions"
+    return [Finding("answers", text, "let the prompt ask for the form that the reward looks for, or change its pattern")]
+
+
+def of_agreement(difference: float, dtype: str) -> list[Finding]:
+    """Whether sampling and training compute the same.
+
+    Args:
+        difference: Mean of |l_train - l_sample| over tokens, in nats.
+        dtype: Dtype of the model's weights.
+    """
+    most = _AGREEMENT.get(dtype, _AGREEMENT["other"])
+    if not difference > most:
+        return []
+    text = f"log-probabilities of sampling and training are {difference:.2g} nats apart, more than {most:g}"
+    return [Finding("agreement", text, "give model.correction=TokenTruncation, or sample and train in float32")]
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one optimizer step has changed the policy, on completions that the policy before it has sampled."""
+
+    kl: float  # nats a token, from the policy before to the one after, k3
+    moved: float  # mean of the absolute change of a token's log-probability, in nats
+    ratio: float  # largest ratio of the loss: of tokens, or of sequences
+    clipped: float | None  # share that the loss clips; None if it does not clip
+
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
+        """Compare log-probabilities.
+
+        Args:
+            before: [B, T].
+            after: [B, T], after the step.
+            mask: [B, T] bool, True on sampled tokens.
+            metrics: What the loss measures with these two.
+        """
+        tokens = mask.sum().clamp(min=1)
+        moved = F.log_ratio(after, before, mask).abs().sum() / tokens
+        kl = (F.k3_kl(before, after, mask) * mask).sum() / tokens
+        clipped = metrics.get("clip_ratio/region_mean", metrics.get("cispo_clip_ratio"))
+        return cls(float(kl), float(moved), float(metrics["ratio/max"]), None if clipped is None else float(clipped))
+
+
+def of_change(change: Change, steps: float) -> list[Finding]:
+    """Whether the learning rates fit.
+
+    Args:
+        change: That of one step at the full rates.
+        steps: Optimizer steps of the run, infinite if it has no limit.
+    """
+    if change.kl > _MAX_KL or not math.isfinite(change.kl):
+        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL): more than many steps should"
+        return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
+    if change.moved * steps < _MIN_CHANGE:
+        text = (
+            f"one step moves log-probabilities by {change.moved:.1g} nats: {steps:.0f} of them in one direction would not change "
+            f"a probability by {_MIN_CHANGE:.0%}"
+        )
+        level: Literal["error", "warning"] = "error" if change.moved == 0 else "warning"
+        return [Finding("small", text, "raise model.lr_lora and model.lr_full, by ten at first", level)]
+    return []
+
+
+def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
+    """Whether there is a gradient.
+
+    Args:
+        norms: Parameter group -> norm of its gradient before clipping.
+        equal: Whether all rewards of each group are equal, which has a finding of its own.
+    """
+    if equal or not norms or any(norms.values()):
+        return []
+    return [Finding("gradient", "the gradient is exactly 0 although rewards differ", "look at a loss of your own", "error")]
+
+
+class Watch:
+    """Looks at the rollouts and steps of a run for what went wrong since its start.
+
+    Args:
+        groups: Groups of a rollout, over all devices.
+    """
+
+    _GROUPS = 24  # that a window has at least, of at least 3 rollouts
+
+    def __init__(self, groups: int) -> None:
+        self.window, self.groups = max(3, -(-self._GROUPS // groups)), groups
+        self.rollouts: list[dict[str, float]] = []  # of the start and of now, at most twice the window
+        self.entropy: float | None = None  # of the first step
+        self.idle = self.steps = 0  # steps in a row whose gradient was 0, and all
+
+    def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
+        """Add a rollout.
+
+        Args:
+            metrics: Those that it logs.
+            worst: Its lowest reward.
+            spread: Standard deviation of the mean rewards of its groups.
+        """
+        if "reward" not in metrics:  # no completion counts
+            return []
+        row = {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"], "worst": worst, "spread": spread}
+        if len(self.rollouts) == 2 * self.window:
+            del self.rollouts[self.window]
+        self.rollouts.append(row)
+        if len(self.rollouts) < self.window:
+            return []
+        last, start = self.rollouts[-self.window :], self.rollouts[: self.window]
+        if all(entry["equal"] == 1 for entry in last):
+            text = (
+                f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
+                f"{metrics['reward']:.3g} on average"
+            )
+            return [Finding("equal", text, "stop, and run doctor: it shows completions and what the reward found in them")]
+        if len(self.rollouts) < 2 * self.window:
+            return []
+        before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
+        floor = min(entry["worst"] for entry in start)
+        error = math.sqrt(2 / (self.groups * self.window)) * sum(entry["spread"] for entry in start) / self.window
+        if now - floor < 0.5 * (before - floor) and before - now > 4 * error:
+            return [_worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
+        return []
+
+    def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
+        """Add an optimizer step.
+
+        Args:
+            metrics: Those that it logs.
+        """
+        self.steps += 1
+        norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
+        self.idle = 0 if any(norms) or not norms else self.idle + 1
+        entropy, ratio = metrics.get("entropy"), metrics.get("ratio/mean", 1.0)
+        self.entropy = entropy if self.entropy is None else self.entropy
+        if not 0.5 < ratio < 2:
+            return [_worse(f"the policy has left the one that sampled: the mean ratio is {ratio:.3g} and should be about 1")]
+        if entropy is None or not self.entropy:
+            return []
+        start, now = (sum(row["reward"] for row in some) / len(some) for some in (self.rollouts[:3], self.rollouts[-3:]))
+        if entropy < 0.02 * self.entropy and now <= start:
+            text = f"the entropy fell from {self.entropy:.2g} to {entropy:.2g} while the reward did not rise"
+            return [_worse(text)]
+        return []
+
+
+def _worse(text: str) -> Finding:
+    return Finding("worse", text, "lower model.lr_lora and model.lr_full, and go on from an earlier checkpoint")

@@ -1,0 +1,213 @@
+r"""What the reward pays for the reference answer: a reward that gives it nothing can pay for nothing.
+
+A reference completion is the row's answer in the form that its prompt asks for: as the answers of its few-shot examples are
+written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts. If
+none is paid, all other forms are tried, and that in which the reward's own pattern looks for an answer.
+"""
+
+import re._constants as kinds
+import re._parser as parser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid_lightning.callbacks.findings import Finding
+from hybrid_lightning.data import FormatBySet, PromptFormat
+from hybrid_lightning.data.template import fill_template
+from hybrid_lightning.errors import HybridLightningError, shorten
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
+from hybrid_lightning.types import Completion, Prompt
+
+# What a prompt says -> the answer in the form that it asks for.
+_FORMS: dict[str, Callable[[str], str]] = {
+    r"\boxed": lambda answer: rf"\boxed{{{answer}}}",
+    "<answer>": lambda answer: f"<answer>{answer}</answer>",
+    "<think>": lambda answer: f"<think>\n.\n</think>\n<answer>\n{answer}\n</answer>",
+    "####": lambda answer: f"#### {answer}",
+    "answer is": lambda answer: f"The answer is {answer}",
+    "Answer:": lambda answer: f"Answer: {answer}",
+    "```": lambda answer: f"```python\n{answer}\n```",
+}
+
+
+@dataclass(frozen=True)
+class References:
+    """What the reference answers of some rows earn.
+
+    Attributes:
+        note: One line on what was tried, or why nothing could be.
+        findings: What is wrong.
+    """
+
+    note: str
+    findings: tuple[Finding, ...] = ()
+
+
+def reference_rewards(
+    policy: LanguageModule, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
+) -> References:
+    """Ask the reward for the reference answers of some prompts; random states stay as they are.
+
+    Args:
+        policy: Has the reward.
+        prompts: Training prompts, of which `count` are taken, evenly spread.
+        form: The data's format, whose few-shot examples say how answers are written.
+        count: Prompts to try.
+        pays: Whether a completion of the policy was right, so that the reward does pay, be it for a form that is not known here.
+    """
+    assert policy.reward is not None
+    some = [prompts[len(prompts) * place // count] for place in range(count)] if len(prompts) > count else list(prompts)
+    some = [prompt for prompt in some if prompt.completions or (prompt.answer or "").strip()]
+    if policy.episodes is not None:
+        return References("not applicable: what an episode earns follows from what happens in the environment")
+    if not some:
+        return References("not applicable: the data has no reference answers (answer_column)")
+    state = capture_random_state()
+    try:
+        return _tried(policy, some, form, pays)
+    except HybridLightningError as error:
+        finding = Finding("reference", f"the reward fails on a reference answer: {error}", "correct the reward or the row")
+        return References("the reward fails", (finding,))
+    finally:
+        restore_random_state(state)
+
+
+def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
+    assert policy.reward is not None
+    reward = policy.reward
+    asked = [list(_asked(prompt, form)) for prompt in prompts]
+    paid = _best(policy, prompts, asked)
+    shown = next((text for text, earned in paid if earned), asked[0][0])
+    missing = [prompt for prompt, (_, earned) in zip(prompts, paid, strict=True) if not earned]
+    earned = len(prompts) - len(missing)
+    note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}"
+    if not missing:
+        return References(note)
+    tried = f"{missing[0].place}, {shorten(_answer(missing[0]))}"
+    if earned:
+        level: Any = "warning" if len(missing) > earned else "note"
+        text = f"your reward gives the reference answers of {len(missing)} of {len(prompts)} rows nothing, first of {tried}"
+        return References(note, (Finding("reference", text, "correct these rows, or the reward's pattern", level),))
+    others = [
+        [*(make(_answer(prompt)) for make in _FORMS.values()), *_by_patterns(reward, _answer(prompt))] for prompt in prompts
+    ]
+    elsewhere = [text for text, earned in _best(policy, prompts, others) if earned]
+    if elsewhere:
+        text = (
+            f"your reward gives the reference answer 0 as the prompt asks for it, {shorten(asked[0][0])}, and pays for "
+            f"{shorten(elsewhere[0])}"
+        )
+        return References(note, (Finding("reference", text, "let the prompt ask for that form, or change the reward's pattern"),))
+    if pays:
+        text = (
+            f"your reward gives the reference answer 0 in all forms that are known here, though it pays for completions ({tried})"
+        )
+        return References(note, (Finding("reference", text, "see that the prompt asks for the form that it pays", "note"),))
+    text = f"your reward gives the reference answer 0: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
+    remedy = "correct the reward, its pattern, or the answer_column of data.source"
+    return References(note, (Finding("reference", text, remedy, "error"),))
+
+
+def _best(policy: LanguageModule, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
+    """For each prompt the first of its completions that is paid, and True; else its last one, and False.
+
+    Paid is what earns more than 0 of every part that measures correctness or, for rewards that are never above 0, more than the
+    answer of another row does in the same place.
+    """
+    best = [(texts[-1], False) for texts in forms]
+    for number in range(max(map(len, forms))):
+        rows = [row for row, texts in enumerate(forms) if not best[row][1] and number < len(texts)]
+        values = _values(policy, [prompts[row] for row in rows], [forms[row][number] for row in rows])
+        unpaid = [row for row, value in zip(rows, values, strict=True) if value <= 0]
+        wrong = {row: _other(prompts, row) for row in unpaid}
+        texts = [forms[row][number].replace(_answer(prompts[row]), other) for row, other in wrong.items() if other is not None]
+        asked = [row for row, other in wrong.items() if other is not None]
+        controls = dict(zip(asked, _values(policy, [prompts[row] for row in asked], texts), strict=True))
+        for row, value in zip(rows, values, strict=True):
+            if value > 0 or value > controls.get(row, value):
+                best[row] = (forms[row][number], True)
+    return best
+
+
+def _values(policy: LanguageModule, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """What texts earn of the parts that measure correctness: the least of them."""
+    if not texts:
+        return []
+    assert policy.reward is not None
+    completions = [_completion(policy, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    rewards = evaluate_reward(policy.reward, completions, prompts)
+    right = [rewards.parts[term.name] for term in policy.reward_terms() if term.measures_correctness] or [rewards.total]
+    least: list[float] = torch.stack(right).amin(dim=0).tolist()
+    return least
+
+
+def _other(prompts: list[Prompt], row: int) -> str | None:
+    """The answer of another row; None if all have the same."""
+    mine = _answer(prompts[row])
+    return next((other for prompt in prompts[row + 1 :] + prompts[:row] if (other := _answer(prompt)) != mine), None)
+
+
+def _asked(prompt: Prompt, form: PromptFormat | None) -> Iterator[str]:
+    """The reference answer in the forms that a prompt may ask for, the likeliest first."""
+    yield from prompt.completions[:1]
+    answer = prompt.answer
+    if answer is None:
+        return
+    form = form.formats.get(prompt.set_name) if isinstance(form, FormatBySet) else form
+    if form is not None and form.examples:
+        with suppress(HybridLightningError):  # rows may lack a column that the examples have
+            yield fill_template("answer_template", form.answer_template, {**prompt.columns, "answer": answer}, prompt.place)
+    text = prompt.text or "\n".join(message["content"] for message in prompt.messages or ())
+    yield from (make(answer) for name, make in _FORMS.items() if name in text)
+    yield answer
+
+
+def _answer(prompt: Prompt) -> str:
+    return prompt.completions[0] if prompt.completions else str(prompt.answer)
+
+
+def _completion(policy: LanguageModule, prompt: Prompt, text: str) -> Completion:
+    """A text as if the policy had sampled it to its end."""
+    thinking = policy.pretrained.encoder.render(prompt).rstrip().endswith("<think>")
+    whole = f".\n</think>\n{text}" if thinking else text
+    tokens = len(policy.tokenizer(whole, add_special_tokens=False)["input_ids"]) + 1
+    return Completion(whole, tokens, finished=True, thinking=thinking)
+
+
+# ---- where the reward's own pattern looks
+
+
+def _by_patterns(reward: RewardFunction, answer: str) -> Iterator[str]:
+    """The shortest texts in which the patterns of a reward's terms find an answer."""
+    for term, _ in reward.terms():
+        inner = getattr(term, "rewards", None)
+        for one in inner.values() if isinstance(inner, dict) else (getattr(term, "reward", term),):
+            pattern = getattr(one, "pattern", None)
+            if pattern is not None and pattern.groups == 1:
+                yield _written(parser.parse(pattern.pattern, pattern.flags), answer)
+
+
+def _written(parts: Any, answer: str) -> str:
+    """A short text that a parsed regular expression matches, with an answer in the place of its group."""
+    return "".join(_of_part(kind, value, answer) for kind, value in parts)
+
+
+def _of_part(kind: Any, value: Any, answer: str) -> str:
+    if kind is kinds.LITERAL:
+        return chr(value)
+    if kind is kinds.SUBPATTERN:
+        return answer if value[0] == 1 else _written(value[-1], answer)
+    if kind in (kinds.MAX_REPEAT, kinds.MIN_REPEAT, kinds.POSSESSIVE_REPEAT):
+        inner = _written(value[2], answer)
+        return inner if answer in inner and value[1] else inner * value[0]
+    if kind is kinds.BRANCH:
+        texts = [_written(branch, answer) for branch in value[1]]
+        return next((text for text in texts if answer in text), texts[0])
+    if kind is kinds.IN:
+        return next((chr(v if k is kinds.LITERAL else v[0]) for k, v in value if k in (kinds.LITERAL, kinds.RANGE)), " ")
+    return "." if kind in (kinds.ANY, kinds.NOT_LITERAL) else ""

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from hybrid_lightning.callbacks.display import say
-from hybrid_lightning.callbacks.findings import Finding, Watch, of_cut, of_rollouts
+from hybrid_lightning.callbacks.findings import PAGE, Finding, Watch, of_cut, of_rollouts, worse
 from hybrid_lightning.callbacks.references import reference_rewards
 from hybrid_lightning.callbacks.rollouts import OncePerRollout
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -40,11 +40,12 @@ class Diagnosis(OncePerRollout):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first validation."""
-        if isinstance(pl_module, PolicyModule):
+        if isinstance(pl_module, PolicyModule) and pl_module.episodes is None:  # which also end for other reasons
             values = pl_module.last_evaluation.get("", {})
             right = values.get(f"avg@{pl_module.eval_samples}", 0.0)
-            share = values.get("truncation_rate", 0.0) - right  # at least so many are cut and not right
-            self._say(trainer, *of_cut(share, "the first validation", pl_module.sampler.max_new_tokens))
+            share = values.get("truncation_rate", 0.0)
+            at_least = share - right  # are cut and not right
+            self._say(trainer, *of_cut(share, at_least, "the first validation", pl_module.sampler.max_new_tokens))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, and ask the reward for reference answers."""
@@ -119,7 +120,7 @@ class Diagnosis(OncePerRollout):
 
     # ---- at the end
 
-    def verdict(self, before: Mapping[str, float], after: Mapping[str, float], samples: int) -> str:
+    def verdict(self, before: Mapping[str, float], after: Mapping[str, float], samples: int) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try.
 
         Args:
@@ -127,25 +128,19 @@ class Diagnosis(OncePerRollout):
             after: Those of the one at the end.
             samples: The n of `val/avg@n`.
         """
-        tries = "; ".join(str(finding) for finding in self.found.values())
-        watch = self._watch
+        tries, watch = [finding.advice for finding in self.found.values()], self._watch
         if watch is not None and watch.steps and watch.idle == watch.steps:
-            return f"nothing was learned: no step had a gradient. {tries}"
-        name, better = (f"val/avg@{samples}", 1) if f"val/avg@{samples}" in after else ("val/loss", -1)
+            return "nothing was learned: no step had a gradient", tries
+        name, sign = (f"val/avg@{samples}", 1) if f"val/avg@{samples}" in after else ("val/loss", -1)
         if name not in before or name not in after:
-            return f"not measured: there is no validation before and after. {tries}".strip()
+            return "not measured, since there is no validation before and after", tries
         low, high = (before.get(f"{name}/{end}", before[name]) for end in (LOWER, UPPER))
-        if low <= after[name] <= high and not (low == high and before[name] != after[name]):
-            text = "no change beyond the interval of the start. "
-            return text + (
-                tries or "Train longer, raise the rates, or run doctor (docs/troubleshooting.md#the-reward-does-not-move)"
-            )
-        if (after[name] - before[name]) * better > 0:
-            return f"learned. {tries}".strip()
-        advice = (
-            "Lower model.lr_lora and model.lr_full, or take the best checkpoint (docs/troubleshooting.md#the-policy-gets-worse)"
-        )
-        return f"worse than at the start. {tries or advice}"
+        if low <= after[name] <= high:
+            text = "no change that is larger than the interval of the start"
+            return text, tries or [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
+        if (after[name] - before[name]) * sign > 0:
+            return "learned", tries
+        return "worse than at the start", tries or [worse("").advice]
 
 
 class StepLines(Callback):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.types import Rewards, Rollouts, counted_groups
+from hybrid_lightning.types import Completion, Rewards, Rollouts, counted_groups
 
 PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE
@@ -32,8 +32,8 @@ SECTIONS = {  # finding -> its section of PAGE
 _CUT = 0.5  # share of completions that are cut and not right
 _EQUAL = 0.9  # share of groups without a difference
 _NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
-_MAX_KL = 0.3  # nats a token, between the policy before and after one step
-_MIN_CHANGE = 0.01  # of a log-probability in a whole run
+_MAX_KL = math.log(2)  # nats a token: one step halves the probability of what was sampled
+_MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
 _AGREEMENT = {"torch.float32": 1e-3, "other": 0.1}  # nats a token, as in docs/troubleshooting.md on vLLM
 
 
@@ -53,8 +53,13 @@ class Finding:
     remedy: str
     level: Literal["error", "warning", "note"] = "warning"
 
+    @property
+    def advice(self) -> str:
+        """The remedy, and where more stands about it."""
+        return f"{self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
+
     def __str__(self) -> str:
-        return f"{self.text}; {self.remedy} ({PAGE}#{SECTIONS[self.kind]})"
+        return f"{self.text}; {self.advice}"
 
 
 def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int) -> list[Finding]:
@@ -71,8 +76,9 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
         return []
     groups = [rewards.total[rows] for rows in counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)]
     equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).float().mean().item()
-    finished = rollouts.finished if rewards.counted is None else rollouts.finished[rewards.counted]
-    found = of_cut((~finished & ~own.correct).float().mean().item(), where, max_new_tokens)
+    cut = torch.tensor([_is_cut(completion) for completion in rollouts.completions], device=own.total.device)
+    cut = cut if rewards.counted is None else cut[rewards.counted]
+    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
     remedy = (
         "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
     )
@@ -85,18 +91,23 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
     return found
 
 
-def of_cut(share: float, where: str, max_new_tokens: int) -> list[Finding]:
+def _is_cut(completion: Completion) -> bool:
+    return not completion.finished if completion.episode is None else completion.episode.end == "tokens"
+
+
+def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:
     """Whether completions are cut before they are right.
 
     Args:
-        share: Share of completions that are cut and not right.
+        share: Share of completions that are cut.
+        wrong: Share of completions that are cut and not right.
         where: As in `of_rollouts`.
         max_new_tokens: That of the sampler.
     """
-    if share < _CUT:
+    if wrong < _CUT:
         return []
     text = (
-        f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens} and earn less than a right answer"
+        f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}, {wrong:.0%} before they are right"
     )
     return [Finding("cut", text, "raise model.sampler.max_new_tokens, or end them by sampler.stop")]
 
@@ -158,7 +169,7 @@ def of_change(change: Change, steps: float) -> list[Finding]:
         steps: Optimizer steps of the run, infinite if it has no limit.
     """
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
-        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL): more than many steps should"
+        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
         return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
     if change.moved * steps < _MIN_CHANGE:
         text = (
@@ -219,14 +230,14 @@ class Watch:
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"
             )
-            return [Finding("equal", text, "stop, and run doctor: it shows completions and what the reward found in them")]
+            return [Finding("gradient", text, "stop, and run doctor: it shows completions and what the reward found in them")]
         if len(self.rollouts) < 2 * self.window:
             return []
         before, now = (sum(entry["reward"] for entry in some) / self.window for some in (start, last))
         floor = min(entry["worst"] for entry in start)
         error = math.sqrt(2 / (self.groups * self.window)) * sum(entry["spread"] for entry in start) / self.window
         if now - floor < 0.5 * (before - floor) and before - now > 4 * error:
-            return [_worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
+            return [worse(f"the reward fell from {before:.3g} in the first {self.window} rollouts to {now:.3g} in the last")]
         return []
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
@@ -241,15 +252,16 @@ class Watch:
         entropy, ratio = metrics.get("entropy"), metrics.get("ratio/mean", 1.0)
         self.entropy = entropy if self.entropy is None else self.entropy
         if not 0.5 < ratio < 2:
-            return [_worse(f"the policy has left the one that sampled: the mean ratio is {ratio:.3g} and should be about 1")]
+            return [worse(f"the policy has left the one that sampled: the mean ratio is {ratio:.3g} and should be about 1")]
         if entropy is None or not self.entropy:
             return []
         start, now = (sum(row["reward"] for row in some) / len(some) for some in (self.rollouts[:3], self.rollouts[-3:]))
         if entropy < 0.02 * self.entropy and now <= start:
             text = f"the entropy fell from {self.entropy:.2g} to {entropy:.2g} while the reward did not rise"
-            return [_worse(text)]
+            return [worse(text)]
         return []
 
 
-def _worse(text: str) -> Finding:
+def worse(text: str) -> Finding:
+    """That the policy gets worse, and why."""
     return Finding("worse", text, "lower model.lr_lora and model.lr_full, and go on from an earlier checkpoint")

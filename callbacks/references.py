@@ -1,8 +1,8 @@
 r"""What the reward pays for the reference answer: a reward that gives it nothing can pay for nothing.
 
 A reference completion is the row's answer in the form that its prompt asks for: as the answers of its few-shot examples are
-written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts. If
-none is paid, all other forms are tried, and that in which the reward's own pattern looks for an answer.
+written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts.
+If none is paid, all other forms are tried, and that in which the reward's own pattern looks for an answer.
 """
 
 import re._constants as kinds
@@ -175,8 +175,10 @@ def _completion(policy: LanguageModule, prompt: Prompt, text: str) -> Completion
     """A text as if the policy had sampled it to its end."""
     thinking = policy.pretrained.encoder.render(prompt).rstrip().endswith("<think>")
     whole = f".\n</think>\n{text}" if thinking else text
-    tokens = len(policy.tokenizer(whole, add_special_tokens=False)["input_ids"]) + 1
-    return Completion(whole, tokens, finished=True, thinking=thinking)
+    tokens = len(whole)
+    with suppress(Exception):  # tokenizers that lack a part of it have no error class of their own
+        tokens = len(policy.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    return Completion(whole, tokens + 1, finished=True, thinking=thinking)
 
 
 # ---- where the reward's own pattern looks

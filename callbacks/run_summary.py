@@ -116,6 +116,7 @@ class RunSummary(Callback):
         samples = getattr(pl_module, "eval_samples", 1)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
         diagnosis = find_callback(trainer, Diagnosis)
+        verdict, tries = ("", []) if diagnosis is None else diagnosis.verdict(self._before, after, samples)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),
@@ -135,7 +136,8 @@ class RunSummary(Callback):
             "model": str(pl_module.hparams.get("model", "")),
             "validation": {"before": {**self._before, **dict.fromkeys(_shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
-            "verdict": "" if diagnosis is None else diagnosis.verdict(self._before, after, samples),
+            "verdict": verdict,
+            "try": tries,
             "run_folder": str(folder),
             "checkpoint": str(last),
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
@@ -172,7 +174,7 @@ class RunSummary(Callback):
         elif summary["checkpoint"]:
             lines.append(f"Checkpoint: {summary['checkpoint']}")
         if summary["verdict"]:
-            lines.append(f"Verdict:    {summary['verdict']}")
+            lines += [f"Verdict:    {summary['verdict']}", *(f"Try:        {advice}" for advice in summary["try"])]
         for line in lines:
             say(line)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -286,8 +286,7 @@ class Trainer(LightningTrainer):
             adapter.planning = replace(planning, scorer=Random())
         model.schedule = ConstantSchedule()
         kept = (StepTimer, HybridAdapterSetup, GracefulStop)
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined, has-type]
-        self.callbacks = [*(callback for callback in callbacks if isinstance(callback, kept)), doctor]
+        self.callbacks[:] = [*(each for each in self.callbacks if isinstance(each, kept)), doctor]  # type: ignore[attr-defined]
         self.loggers = []
         self.fast_dev_run, self.command = True, "doctor"  # no folder, no checkpoint
         self.fit_loop.epoch_loop.max_steps, self.num_sanity_val_steps, self.limit_val_batches = 1, 0, 0

@@ -306,7 +306,7 @@ class RolloutLoader:
             updated_sequences = self._sum(takes_part[of_step])
             if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs what every step does
                 shown = of_step[sequences.sampled_mask[of_step].any(dim=1)]
-                takes_part[shown[: self.schedule.samples_per_prompt]] = True
+                takes_part[shown[:: self.schedule.samples_per_prompt]] = True
                 updated_sequences = self._sum(takes_part[of_step])
             updated = of_step[takes_part[of_step]]
             whole = PolicyBatch(

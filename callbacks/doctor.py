@@ -4,6 +4,7 @@
 rates; what is trained is a copy of the model that the command has loaded, and nothing is written.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +16,16 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.findings import (
     Change,
     Finding,
+    is_cut,
     of_agreement,
     of_answers,
     of_change,
     of_gradient,
     of_rollouts,
 )
-from hybrid_lightning.callbacks.references import References, reference_rewards
+from hybrid_lightning.callbacks.references import reference_rewards
+from hybrid_lightning.callbacks.rollouts import shown_text
+from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences
 
@@ -34,17 +38,11 @@ _TEXT = 1_500  # characters of a prompt or completion that are shown
 class Doctor(Callback):
     """Examines a `PolicyModule` in a `fit` of one optimizer step.
 
-    Args:
-        steps: Optimizer steps of the run that is meant; infinite if it has no limit.
-        validations: Validations of that run, the one before training included.
-        calibration_prompts: Prompts whose completions score its modules; 0 if it does not score.
-
     Attributes:
         found: The findings, of the first rank.
     """
 
-    def __init__(self, steps: float, validations: float, calibration_prompts: int) -> None:
-        self.steps, self.validations, self.calibration_prompts = steps, validations, calibration_prompts
+    def __init__(self) -> None:
         self.found: list[Finding] = []
         self._before: Tensor | None = None
         self._sequences: Sequences | None = None
@@ -84,64 +82,60 @@ class Doctor(Callback):
 
     # ---- what is said
 
-    def report(self, policy: PolicyModule, datamodule: Any) -> None:
-        """Say everything that was seen, and then the findings."""
+    def report(self, policy: PolicyModule, data: PromptDataModule, steps: float, validations: int, scored_prompts: int) -> None:
+        """Say everything that was seen, and collect the findings.
+
+        Args:
+            policy: The policy.
+            data: Its data.
+            steps: Optimizer steps of the run that is meant; infinite if it has no limit.
+            validations: Its validations, the one before training included.
+            scored_prompts: Prompts whose completions score its modules; 0 if it does not score.
+        """
         assert policy.last_rollout is not None and self._change is not None
         rollouts, rewards, _ = policy.last_rollout
-        own, answers = rewards.of_counted(), policy.answers(rollouts)
+        answers, m, change = policy.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
-        references = reference_rewards(policy, datamodule.train_prompts, datamodule.format, _REFERENCES, bool(own.correct.any()))
-        for name, text in self._values(policy, references, len(rollouts.completions)).items():
-            say(f"{name:<16}{text}")
-        self.found += [*references.findings, *_tokens(policy, rollouts)]
-        seen = of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens)
-        equal = self._metrics.get("frac_reward_zero_std", 0.0) == 1
-        self.found += [*seen, *(of_answers(answers) if policy.episodes is None else [])]
-        norms = {name: value for name, value in self._metrics.items() if name.startswith("grad_norm/")}
-        self.found += of_gradient(norms, equal)
-        self.found += of_agreement(self._metrics.get("sampling/logp_difference/mean", 0.0), f"torch.{policy.pretrained.dtype}")
-        if any(norms.values()):
-            self.found += of_change(self._change, self.steps)
-
-    def _values(self, policy: PolicyModule, references: References, completions: int) -> dict[str, str]:
-        """Name -> what was measured, in words."""
-        m, change = self._metrics, self._change
-        assert change is not None
-        norms = ", ".join(f"{name.removeprefix('grad_norm/')} {m[name]:.3g}" for name in m if name.startswith("grad_norm/"))
+        pays = bool(rewards.of_counted().correct.any())
+        references = reference_rewards(policy, data.train_prompts, data.format, _REFERENCES, pays)
+        norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
+        rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
-        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in policy.rates.items())
+        validated = len(data.validation_prompts) * (1 + policy.eval_samples) * validations
         values = {
             "reference": references.note,
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
-            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} cut at max_new_tokens={policy.sampler.max_new_tokens}, "
-            f"{m.get('completions/mean_length', 0):.1f} tokens on average",
+            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at max_new_tokens="
+            f"{policy.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
+            "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
             f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
-            "gradient": norms + ("" if any(m[name] for name in m if name.startswith("grad_norm/")) else ": exactly 0"),
-            "time": self._time(policy, completions),
+            "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
         }
-        return values
+        if not any(norms.values()):
+            values["trial step"] = "not possible without a gradient"
+        for name, text in values.items():
+            say(f"{name:<16}{text}")
+        self.found += [*references.findings, *_tokens(policy, rollouts)]
+        self.found += of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens)
+        self.found += of_answers(answers) if policy.episodes is None else []
+        self.found += of_gradient(norms, equal=m.get("frac_reward_zero_std") == 1)
+        self.found += of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
+        self.found += of_change(change, steps) if any(norms.values()) else []
 
-    def _time(self, policy: PolicyModule, completions: int) -> str:
-        """Seconds of a step, and of the run by what one completion takes."""
+    def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
+        """Seconds of a step, and of the run by what one of the rollout's completions took."""
         m, schedule = self._metrics, policy.rollout_schedule
-        made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * self._steps_of_rollout(policy) / completions
-        updated = m.get("time/update_s", 0.0) * schedule.minibatches_per_rollout / completions
-        step = m.get("time/step_s", 0.0)
-        text = f"about {step:.2g} s a step"
-        if self.steps == float("inf"):
-            return f"{text}; the run has no limit of steps"
-        validated = len(getattr(policy.trainer.datamodule, "validation_prompts", [])) * (1 + policy.eval_samples)  # type: ignore[attr-defined]
-        scoring = self.calibration_prompts * schedule.samples_per_prompt * (made + updated)
-        total = self.steps * step + self.validations * validated * made + scoring
-        return f"{text}, {_duration(total)} for {self.steps:.0f} steps, {self.validations:.0f} validations and scoring"
-
-    @staticmethod
-    def _steps_of_rollout(policy: PolicyModule) -> int:
-        return policy.rollout_schedule.epochs_per_rollout * policy.rollout_schedule.minibatches_per_rollout
+        step, minibatches = m.get("time/step_s", 0.0), schedule.minibatches_per_rollout
+        made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * minibatches * schedule.epochs_per_rollout
+        updated = m.get("time/update_s", 0.0) * minibatches
+        if math.isinf(steps):
+            return f"about {step:.2g} s a step; the run has no limit of steps"
+        total = steps * step + (validated * made + scored * (made + updated)) / completions
+        return f"about {step:.2g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
 
 
 def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:
@@ -152,16 +146,20 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
         ids = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
         pieces = policy.tokenizer.convert_ids_to_tokens(ids)
         shown = " ".join(map(repr, pieces if len(pieces) <= 12 else [*pieces[:5], "...", *pieces[-6:]]))
-        yield f"Prompt {number + 1}, {len(ids)} tokens, {prompt.place}, reference answer {_cut(prompt.answer)}"
+        yield f"Prompt {number + 1}, {len(ids)} token{'s' * (len(ids) > 1)}, {prompt.place}, reference answer {_cut(prompt.answer)}"
         yield f"  {_cut(policy.tokenizer.decode(ids, skip_special_tokens=False))}"
         yield f"  tokens {shown}"
         for place in range(row, row + min(samples, _COMPLETIONS)):
             parts = ", ".join(f"{name} {float(part[place]):.3g}" for name, part in rewards.parts.items())
             paid = f"{float(rewards.total[place]):.3g} ({parts})"
-            end = "" if rollouts.finished[place] else ", CUT"
-            found = "no answer found" if answers[place] is None else f"found {_cut(answers[place], 100)}"
-            yield f"  -> {_cut(str(rollouts.completions[place]))}"
-            yield f"     {rollouts.completions[place].num_tokens} tokens{end}; {found}; paid {paid}"
+            completion, answer = rollouts.completions[place], answers[place]
+            found = "no answer found" if answer is None else f"found {_cut(answer, 100)}"
+            if completion.episode is None:
+                yield f"  -> {_cut(str(completion))}"
+            else:
+                yield "  -> " + shown_text(completion).replace("\n", "\n     ")
+                found = f"{completion.episode.turns} turns"
+            yield f"     {completion.num_tokens} tokens{', CUT' if is_cut(completion) else ''}; {found}; paid {paid}"
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:
@@ -172,20 +170,6 @@ def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:
         return []
     text = f"prompts begin with {policy.tokenizer.bos_token!r} twice"
     return [Finding("tokens", text, "leave it out of data.format or model.chat_template")]
-
-
-def memory_finding(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run fits its device.
-
-    Args:
-        needed: Bytes that it takes at its peak.
-        there: Bytes of the device.
-        phase: When it takes most.
-    """
-    if needed <= there:
-        return []
-    text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
-    return [Finding("memory", text, "see what plan says takes most")]
 
 
 def _cut(text: Any, length: int = _TEXT) -> str:

@@ -34,7 +34,7 @@ _EQUAL = 0.9  # share of groups without a difference
 _NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
 _MAX_KL = math.log(2)  # nats a token: one step halves the probability of what was sampled
 _MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
-_AGREEMENT = {"torch.float32": 1e-3, "other": 0.1}  # nats a token, as in docs/troubleshooting.md on vLLM
+_AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, as in docs/troubleshooting.md on vLLM
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
         return []
     groups = [rewards.total[rows] for rows in counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)]
     equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).float().mean().item()
-    cut = torch.tensor([_is_cut(completion) for completion in rollouts.completions], device=own.total.device)
+    cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
     remedy = (
@@ -91,7 +91,8 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
     return found
 
 
-def _is_cut(completion: Completion) -> bool:
+def is_cut(completion: Completion) -> bool:
+    """Whether a completion, or an episode, ended because it was too long."""
     return not completion.finished if completion.episode is None else completion.episode.end == "tokens"
 
 
@@ -128,7 +129,7 @@ def of_agreement(difference: float, dtype: str) -> list[Finding]:
         difference: Mean of |l_train - l_sample| over tokens, in nats.
         dtype: Dtype of the model's weights.
     """
-    most = _AGREEMENT.get(dtype, _AGREEMENT["other"])
+    most = _AGREEMENT[dtype]
     if not difference > most:
         return []
     text = f"log-probabilities of sampling and training are {difference:.2g} nats apart, more than {most:g}"
@@ -191,6 +192,20 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
     if equal or not norms or any(norms.values()):
         return []
     return [Finding("gradient", "the gradient is exactly 0 although rewards differ", "look at a loss of your own", "error")]
+
+
+def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
+    """Whether a run fits its device.
+
+    Args:
+        needed: Bytes that it takes at its peak.
+        there: Bytes of the device.
+        phase: When it takes most.
+    """
+    if needed <= there:
+        return []
+    text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
+    return [Finding("memory", text, "see what plan says takes most")]
 
 
 class Watch:

@@ -121,7 +121,7 @@ class RolloutSamples(OncePerRollout):
             if len(values := rewards.of_counted().total):
                 log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
             if rollouts.completions[0].episode is not None:
-                text = _shown(rollouts.completions[0]).replace("\n", "\n  ")
+                text = shown_text(rollouts.completions[0]).replace("\n", "\n  ")
                 say(f"An episode of rollout {self._seen + 1}, reward {float(rewards.total[0]):.3g}:\n  {text[:_ON_SCREEN]}")
         self._seen += 1
 
@@ -145,7 +145,7 @@ class RolloutSamples(OncePerRollout):
                     [
                         str(text)[-300:],
                         str(prompt.answer),
-                        _shown(rollouts.completions[row]),
+                        shown_text(rollouts.completions[row]),
                         "yes" if bool(rollouts.finished[row]) else "no",
                         "yes" if bool(rewards.correct[row]) else "no",
                         float(rewards.total[row]),
@@ -166,7 +166,7 @@ class RolloutSamples(OncePerRollout):
         return "\n".join(lines)
 
 
-def _shown(completion: Completion) -> str:
+def shown_text(completion: Completion) -> str:
     """The text of a completion; of an episode its messages with their roles, from the policy's first."""
     episode = completion.episode
     if episode is None:

@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
 from hybrid_lightning.callbacks.display import console, export_command, say
-from hybrid_lightning.callbacks.doctor import Doctor, memory_finding
+from hybrid_lightning.callbacks.doctor import Doctor
 from hybrid_lightning.callbacks.evaluation_report import check_monitors
-from hybrid_lightning.callbacks.findings import Finding
+from hybrid_lightning.callbacks.findings import Finding, of_memory
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
@@ -22,7 +22,7 @@ from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
 from hybrid_lightning.callbacks.step_timer import StepTimer, time_charged_to
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError
+from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError, HybridLightningError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
@@ -147,6 +147,8 @@ class Trainer(LightningTrainer):
             DataError: If there is no data for the command, or it is malformed.
             RewardError: If the reward cannot score it.
         """
+        if command == "doctor":
+            _examined(model, datamodule)
         # As the command will do.
         self._data_connector.attach_data(model, datamodule=datamodule)
         self.strategy._lightning_module = model
@@ -258,7 +260,8 @@ class Trainer(LightningTrainer):
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Say what will keep a run from learning, by one rollout and one optimizer step, without training and writing nothing.
 
-        Modules are not scored for it: those that would be trained fully are chosen at random. The module is spent afterwards.
+        Modules are not scored for it: those that would be trained fully are chosen at random. Module and Trainer are spent
+        afterwards.
 
         Args:
             model: The policy.
@@ -269,47 +272,50 @@ class Trainer(LightningTrainer):
             DiagnosisError: If nothing can be learned.
         """
         adapter = find_callback(self, HybridAdapterSetup)
-        if adapter is None or not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
-            raise ConfigError(
-                "doctor examines the rollouts of a PolicyModule with HybridAdapterSetup and a PromptDataModule; for training on "
-                "examples look at val/loss in the first validations instead"
-            )
-        steps, every = float(self.max_steps if self.max_steps > 0 else "inf"), self.val_check_interval
-        validations = (
-            0.0 if not self.limit_val_batches else 1 + (steps // every if isinstance(every, int) and steps < 1e12 else 1)
-        )
-        planning, given = adapter.planning, adapter.given_plan is not None
-        scored = not given and planning.budget.needs_scores
-        count = planning.calibration_prompts or model.rollout_schedule.prompts_per_rollout
-        doctor = Doctor(steps, validations, count if scored else 0)
+        if adapter is None:
+            raise ConfigError("doctor needs the callback HybridAdapterSetup among trainer.callbacks")
+        policy, data = _examined(model, datamodule)
+        schedule, planning = policy.rollout_schedule, adapter.planning
+        scored = adapter.given_plan is None and planning.budget.needs_scores
+        scored_prompts = (planning.calibration_prompts or schedule.prompts_per_rollout) if scored else 0
+        steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
         if scored:
             adapter.planning = replace(planning, scorer=Random())
-        model.schedule = ConstantSchedule()
+        policy.schedule, doctor = ConstantSchedule(), Doctor()
         kept = (StepTimer, HybridAdapterSetup, GracefulStop)
         self.callbacks[:] = [*(each for each in self.callbacks if isinstance(each, kept)), doctor]  # type: ignore[attr-defined]
-        self.loggers = []
-        self.fast_dev_run, self.command = True, "doctor"  # no folder, no checkpoint
+        self.loggers, self.fast_dev_run, self.command = [], True, "doctor"  # no folder, no checkpoint
         self.fit_loop.epoch_loop.max_steps, self.num_sanity_val_steps, self.limit_val_batches = 1, 0, 0
-        self.fit(model, datamodule=datamodule)
-        if self.is_global_zero:
-            doctor.report(model, datamodule)
-            doctor.found += self._memory_of_run(model, adapter, datamodule)
-            for finding in doctor.found:
-                say(f"{finding.level.capitalize()}: {finding}")
-            errors = [finding for finding in doctor.found if finding.level == "error"]
-            if errors:
-                raise DiagnosisError(f"nothing can be learned: {errors[0]}")
-            say("Nothing was found that keeps this run from learning" if not doctor.found else "The run can learn")
+        self.fit(policy, datamodule=data)
+        if not self.is_global_zero:
+            return
+        adapter.planning = planning
+        if steps < 0:  # epochs alone
+            rollouts = len(data.train_prompts) // schedule.prompts_per_rollout
+            epoch = rollouts * schedule.minibatches_per_rollout * schedule.epochs_per_rollout
+            steps = float("inf") if (self.max_epochs or -1) < 0 else float((self.max_epochs or 0) * epoch)
+        validations = 0 if every is None else 1 + max(1, int(steps // every) if type(every) is int and steps < 1e12 else 1)
+        doctor.report(policy, data, steps, validations, scored_prompts)
+        doctor.found += self._memory_of_run(policy, adapter, data)
+        for finding in doctor.found:
+            say(f"{finding.level.capitalize()}: {finding}")
+        errors = [finding for finding in doctor.found if finding.level == "error"]
+        if errors:
+            raise DiagnosisError(f"nothing can be learned: {errors[0]}")
+        say("The run can learn" if doctor.found else "Nothing was found that keeps this run from learning")
 
-    def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule) -> list[Finding]:
+    def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: PromptDataModule) -> list[Finding]:
         """Say what the run takes at its peak and what there is."""
         flags = TrainerFlags.of_trainer(self)
-        settings = run_settings(arguments_of(model), adapter, datamodule, flags)
-        method = plan_memory(settings, flags.sharding)[-1]
+        try:
+            method = plan_memory(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)[-1]
+        except HybridLightningError as error:
+            say(f"{'memory':<16}cannot be planned: {error}")
+            return []
         there = flags.device_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed = method.growth_bytes if method.growth is not None else method.peak_bytes
-        say(f"{'memory':<16}{format_bytes(needed)} at most, while {method.peak_phase}; there are {format_bytes(there)}")
-        return memory_finding(needed, there, method.peak_phase)
+        needed = method.peak_bytes if method.growth is None else method.growth_bytes
+        say(f"{'memory':<16}{format_bytes(needed)} at most, while {method.peak_phase}, of {format_bytes(there)}")
+        return of_memory(needed, there, method.peak_phase)
 
     def plan(
         self,
@@ -348,6 +354,16 @@ class Trainer(LightningTrainer):
         problem = why_not_fitting(settings, flags.sharding, methods)
         if problem is not None:
             console().print(f"Such a run is refused: {problem}", soft_wrap=True)
+
+
+def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:
+    """What `doctor` examines; ConfigError if it cannot examine these."""
+    if not isinstance(model, PolicyModule) or not isinstance(datamodule, PromptDataModule):
+        raise ConfigError(
+            f"doctor examines rollouts of a PolicyModule on a PromptDataModule, and model is a {type(model).__name__}; what is "
+            "trained on examples shows in val/loss at the first validations of fit"
+        )
+    return model, datamodule
 
 
 def _prepares_itself(datamodule: PromptDataModule) -> bool:

@@ -133,9 +133,9 @@ class Doctor(Callback):
         made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * minibatches * schedule.epochs_per_rollout
         updated = m.get("time/update_s", 0.0) * minibatches
         if math.isinf(steps):
-            return f"about {step:.2g} s a step; the run has no limit of steps"
+            return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
-        return f"about {step:.2g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+        return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
 
 
 def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:
@@ -146,7 +146,8 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
         ids = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
         pieces = policy.tokenizer.convert_ids_to_tokens(ids)
         shown = " ".join(map(repr, pieces if len(pieces) <= 12 else [*pieces[:5], "...", *pieces[-6:]]))
-        yield f"Prompt {number + 1}, {len(ids)} token{'s' * (len(ids) > 1)}, {prompt.place}, reference answer {_cut(prompt.answer)}"
+        count = f"{len(ids)} token{'s' * (len(ids) > 1)}"
+        yield f"Prompt {number + 1}, {count}, {prompt.place}, reference answer {_cut(prompt.answer)}"
         yield f"  {_cut(policy.tokenizer.decode(ids, skip_special_tokens=False))}"
         yield f"  tokens {shown}"
         for place in range(row, row + min(samples, _COMPLETIONS)):

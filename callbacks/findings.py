@@ -75,7 +75,7 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
     if not len(own.total):
         return []
     groups = [rewards.total[rows] for rows in counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)]
-    equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).float().mean().item()
+    equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).double().mean().item()
     cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)

@@ -10,7 +10,7 @@ from cli_runs import run
 # All lines that `fit` may print; tables stand in frames of their own.
 FIT = re.compile(
     r"Adapter plan: |[┏┃┡│└]|Plan(, with \d+ more modules?,)? written to |Validation \((start|step \d+)\): |What happened"
-    r"|[┌├]|Run folder: |Curves: |Next: "
+    r"|[┌├]|Run folder: |Curves: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#|Step \d/4: loss .* reward .* entropy "
 )
 ENGINE = re.compile(r"engine: ")
 EVALUATION = re.compile(r"Test|[┌│└├]|Shares in percent|Measured by |Written to ")
@@ -39,7 +39,8 @@ def test_each_line_of_a_run_informs(folder, said):
     assert fitted.code == 0 and not fitted.err
     only(ENGINE, said.getvalue())  # one line, of which passes are fast
     only(FIT, fitted.out)
-    assert fitted.out.count("Validation (") == 3 and fitted.out.splitlines()[-1].startswith("Next: ")
+    assert fitted.out.count("Validation (") == 3 and fitted.out.count("\nStep ") == 4, "a file has no progress bar"
+    assert re.search(r"\nNext: .*\nVerdict: .*(\nTry: .*)*\n\Z", fitted.out)
     place = "runs/fit/version_0"
     tested = run(folder, "test", "--config", f"{place}/config.yaml", "--ckpt_path", f"{place}/checkpoints/last.ckpt")
     assert tested.code == 0 and not tested.err

@@ -18,7 +18,7 @@ KEYS = {
     "changes",
     "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "training_seconds", "steps", "eval_samples",
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
-    "checkpoint", "next_command", "seconds_by_phase", "throughput",
+    "checkpoint", "next_command", "seconds_by_phase", "throughput", "verdict", "try",
 }  # fmt: skip
 
 

@@ -232,12 +232,15 @@ def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp
     assert set(reference.rows) == {8}, "the reference needs every row"
 
 
-def test_a_step_without_any_advantage_has_a_gradient_of_zero(model, sums, tmp_path):
-    watch = Watch()
+def test_a_step_without_any_advantage_has_a_gradient_of_zero_and_logs_what_others_do(model, sums, tmp_path):
+    watch, other = Watch(), Watch()
     fit(model, sums, tmp_path, watch, policy={"reward": Constant()}, max_steps=2)
-    assert watch.rows == [0, 0] and watch.passes == [0, 0] and watch.losses == [0, 0]
+    fit(model, sums, tmp_path, other, max_steps=1)
+    assert watch.rows == [4, 4] and watch.losses == [0, 0], "a completion of each prompt is measured"
     assert all(not gradient.any() for step in watch.gradients for gradient in step.values()) and len(watch.gradients[0]) > 10
-    assert "ratio/mean" not in watch.metrics[0] and watch.metrics[0]["frac_reward_zero_std"] == 1
+    assert watch.metrics[0]["ratio/mean"] == 1 and watch.metrics[0]["frac_reward_zero_std"] == 1
+    constant, usual = ({name for name in log.metrics[0] if not name.startswith("rewards/")} for log in (watch, other))
+    assert constant == usual and watch.metrics[0]["entropy"] > 0
 
 
 # ---- metrics of the micro-batches of a step

@@ -1,0 +1,96 @@
+"""The command doctor: what it shows, its findings with remedies, and its exit code; nothing is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+from cli_runs import assert_refused, run
+
+GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts(folder):
+    with (folder / "my_parts.py").open("a") as file:
+        file.write("\n\ndef nothing(completion):\n    return 0.0\n")
+        file.write("\n\nfrom tiny_runs import Talk\n")
+
+
+def doctor(folder, *arguments):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)}
+    result = run(folder, "doctor", "--config", "t.yaml", *arguments)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)} == before
+    return result
+
+
+def values(text):
+    return dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", text, re.MULTILINE))
+
+
+def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folder):
+    result = doctor(folder)
+    assert result.code == 0, result.err
+    prompts = re.findall(
+        r"^Prompt (\d), 4 tokens, .*sums.jsonl row \d+, reference answer '\d+'\n  '(\d\+\d=)'\n", result.out, re.MULTILINE
+    )
+    assert [number for number, _ in prompts] == ["1", "2", "3", "4"]
+    assert all(f"tokens {' '.join(map(repr, text))}\n" in result.out for _, text in prompts)
+    paid = re.findall(r"^     (\d) tokens(, CUT)?; found '.*'; paid ([01]) \(starts_with_digit \3\)$", result.out, re.MULTILINE)
+    assert len(paid) == 8 and all((tokens == "6") or not cut for tokens, cut, _ in paid)
+    said = values(result.out)
+    assert said["reference"].startswith("24 of 24 reference answers are paid")
+    assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
+    assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
+    assert "MiB at most, while" in said["memory"]
+
+
+def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
+    result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:nothing")
+    assert_refused(result, "nothing can be learned: your reward gives the reference answer 0: it can pay for nothing")
+    assert values(result.out)["trial step"] == "not possible without a gradient"
+    assert "Error: all 16 completions of the rollout earn the same, 0" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "section"),
+    [
+        (["--config", GSPO, "--model.prompts_per_rollout=8", "--model.lr_lora=0.3"], "a-step-is-too-large"),
+        (["--model.lr_lora=1e-9", "--model.lr_full=1e-9"], "a-step-is-too-small"),
+        ([], "completions-are-cut"),
+        (["--model.reward=ExactMatch", "--model.reward.pattern=#(x)"], "the-reward-finds-no-answer"),
+    ],
+)
+def test_what_keeps_it_from_learning_is_a_finding_with_a_remedy(folder, arguments, section):
+    result = doctor(folder, *arguments)
+    (line,) = [line for line in result.out.splitlines() if line.endswith(f"(docs/troubleshooting.md#{section})")]
+    assert re.match(r"(Warning|Error): .+; .+ \(docs", line)
+
+
+def test_episodes_are_shown_by_their_messages(folder):
+    acting = [
+        "--model.environment=my_parts.Talk",
+        "--model.turn_template={content}",
+        "--model.reward=null",
+        "--model.episodes.max_tokens=64",
+    ]
+    result = doctor(folder, *acting)
+    assert result.code == 0, result.err
+    assert re.search(r"^  -> assistant: .*\n     user: n\d", result.out, re.MULTILINE) and re.search(
+        r"\d turns?; paid", result.out
+    )
+    assert values(result.out)["reference"].startswith("not applicable: what an episode earns")
+
+
+def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):
+    (folder / "model" / "model.safetensors").rename(folder / "away")
+    try:
+        (folder / "sft.yaml").write_text(
+            f"model: {{class_path: SupervisedModule, init_args: {{model: {folder}/model}}}}\n"
+            f"data: {{source: {{class_path: FileSource, init_args: {{train: {folder}/sums.jsonl, answer_column: null}}}}, "
+            "format: DemonstrationFormat}\ntrainer: {accelerator: cpu}\n"
+        )
+        assert_refused(
+            run(folder, "doctor", "--config", "sft.yaml"), "doctor examines rollouts .* model is a SupervisedModule; .*val/loss"
+        )
+    finally:
+        (folder / "away").rename(folder / "model" / "model.safetensors")

@@ -1,0 +1,114 @@
+"""What was measured becomes findings at the thresholds that the docs name."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_lightning.callbacks import findings
+from hybrid_lightning.callbacks.findings import PAGE, SECTIONS, Change, Watch, of_agreement, of_change, of_gradient, of_rollouts
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_finding_has_its_section_in_the_docs():
+    titles = re.findall(r"^## (.*)$", (ROOT / PAGE).read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(SECTIONS.values()) <= {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    named = re.findall(r'(?:Finding|worse)\(\s*"(\w+)"', Path(findings.__file__).read_text(encoding="utf-8"))
+    assert set(named) <= SECTIONS.keys() and len(set(named)) > 5
+
+
+def rollout(rewards, finished=None, counted=None, episodes=()):
+    """Groups of four completions with these rewards, of which those of at least 1 are right."""
+    count = len(rewards)
+    finished = [True] * count if finished is None else finished
+    ends = episodes or [None] * count
+    texts = tuple(Completion("", 1, done, episode=end) for done, end in zip(finished, ends, strict=True))
+    one, real = torch.zeros(count, 1, dtype=torch.long), torch.ones(count, 1, dtype=torch.bool)
+    prompts = tuple(Prompt(text="?") for _ in range(count // 4))
+    total = torch.tensor(rewards)
+    rollouts = Rollouts(prompts, Sequences(one, real, one, real), texts, torch.zeros(count, 1), torch.tensor(finished), 4)
+    return rollouts, Rewards(total, {"part": total}, total >= 1, counted=counted)
+
+
+def said(*given, **named):
+    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", 6)]
+
+
+def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are_right():
+    assert said([0.0] * 8) == [("equal", "error")] and said([0.0] * 4 + [1.0] * 4) == [("equal", "error")]
+    assert said([0.0, 1, 1, 0] + [0.0] * 4) == []
+    assert said([0.0] * 36 + [0, 1, 1, 0.0]) == [("equal", "warning")], "nine of ten groups"
+    cut = [False] * 4 + [True] * 4
+    assert said([0.0, 0, 0, 0, 0, 1, 1, 0], cut) == [("cut", "warning")]
+    assert said([1.0, 0, 0, 0, 0, 1, 1, 0], cut) == [], "one that is right may be cut"
+    kept = torch.tensor([True] * 4 + [False] * 4)
+    assert said([0.0, 1, 1, 0, 5, 6, 7, 8], counted=kept) == [] == said([math.nan] * 4, counted=torch.zeros(4, dtype=torch.bool))
+    over, long = (Episode((), 1, end, ()) for end in ("turns", "tokens"))
+    assert said([0.0, 0, 0, 1], [False] * 4, episodes=[over] * 4) == [], "other ends of an episode are no cut"
+    assert said([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4) == [("cut", "warning")]
+
+
+def test_the_change_of_a_step_by_hand():
+    before, after = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    mask = torch.tensor([[True, True, False]])
+    change = Change.between(before, after, mask, {"ratio/max": torch.tensor(2.7)})
+    by_hand = [math.exp(new - old) - (new - old) - 1 for old, new in ((-1.0, -1.5), (-2.0, -1.0))]
+    assert change.kl == pytest.approx(sum(by_hand) / 2) and change.moved == pytest.approx(0.75) and change.clipped is None
+
+
+@pytest.mark.parametrize(
+    ("kl", "moved", "steps", "kinds"),
+    [
+        (0.14, 0.25, 100, []),
+        (0.7, 0.25, 100, [("large", "warning")]),
+        (math.nan, math.nan, 100, [("large", "warning")]),
+        (1e-9, 2e-4, 100, [("small", "warning")]),
+        (1e-9, 2e-4, 1000, []),
+        (1e-9, 2e-4, math.inf, []),
+        (0.0, 0.0, 100, [("small", "error")]),
+    ],
+)
+def test_rates_that_are_far_too_high_or_low(kl, moved, steps, kinds):
+    assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps)] == kinds
+
+
+def test_disagreement_and_gradients():
+    assert not of_agreement(1e-3, "float32") and of_agreement(1.1e-3, "float32") and not of_agreement(0.02, "bfloat16")
+    assert not of_gradient({"full": 0.0, "lora": 1e-9}, equal=False) and not of_gradient({"full": 0.0}, equal=True)
+    assert [found.level for found in of_gradient({"full": 0.0, "lora": 0.0}, equal=False)] == ["error"]
+
+
+def watched(rewards, equal=0.0, groups=32, spread=0.3, worst=0.0):
+    """Kinds of what is found at each rollout."""
+    watch = Watch(groups)
+    return [
+        [found.kind for found in watch.add_rollout({"reward": reward, "frac_reward_zero_std": equal}, worst, spread)]
+        for reward in rewards
+    ]
+
+
+def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not():
+    assert watched([0.4, 0.4, 0.4, 0.1, 0.05, 0.0])[-1] == ["worse"]
+    assert not any(watched([0.4, 0.35, 0.42, 0.3, 0.25, 0.3, 0.25, 0.5, 0.4])), "more than half is left"
+    assert not any(watched([0.4, 0.4, 0.4, 0.1, 0.05, 0.0], groups=8, spread=0.6)), "within four standard errors"
+    assert watched([-1.0, -1.0, -1.0, -1.9, -1.9, -1.9], worst=-2.0)[-1] == ["worse"], "from the least that is paid"
+    assert watched([0.0] * 3, equal=1.0) == [[], [], ["gradient"]]
+    assert watched([0.0] * 6, equal=1.0, groups=4) == [[], [], [], [], [], ["gradient"]], "24 groups at least"
+    assert Watch(8).add_rollout({"num_tokens": 3.0}, 0.0, 0.0) == [], "no completion counts"
+
+
+def test_a_ratio_or_an_entropy_that_collapses_is_noticed():
+    def steps(rewards, *entropies, ratio=1.0):
+        watch = Watch(32)
+        for reward in rewards:
+            watch.add_rollout({"reward": reward, "frac_reward_zero_std": 0.0}, 0.0, 0.3)
+        metrics = [{"entropy": entropy, "ratio/mean": ratio, "grad_norm/lora": 1.0} for entropy in entropies]
+        return [[found.kind for found in watch.add_step(step)] for step in metrics]
+
+    assert steps([0.3, 0.3], 0.4, 0.3, 0.001) == [[], [], ["worse"]]
+    assert steps([0.3, 0.3, 0.3, 0.9], 0.4, 0.001) == [[], []], "a policy that has learned is sure of itself"
+    assert steps([0.3], 0.4, ratio=0.04) == [["worse"]] and steps([0.3], 0.4, ratio=1.9) == [[]]

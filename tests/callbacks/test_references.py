@@ -1,0 +1,105 @@
+"""What the reward pays for reference answers, in the form that the prompt asks for."""
+
+import random
+
+import pytest
+from tiny_runs import Constant, Talk, build_policy
+
+from hybrid_lightning.callbacks.references import reference_rewards
+from hybrid_lightning.data import FormatBySet, PlainFormat
+from hybrid_lightning.rewards import (
+    CodeTests,
+    ExactMatch,
+    FormatReward,
+    MathMatch,
+    MultipleChoice,
+    RewardBySet,
+    RewardFunction,
+    WeightedSum,
+)
+from hybrid_lightning.types import Prompt
+
+BOXED = "What is it? Write it in \\boxed{}"
+SHOWN = PlainFormat("{question}", few_shot=[{"question": "1+1", "answer": "2"}], answer_template=" so: {answer}")
+
+
+class Distance(RewardFunction):
+    """Never above 0, and 0 for the answer."""
+
+    def __call__(self, completions, prompts):
+        random.random()
+        return [-abs(float(text) - float(prompt.answer)) for text, prompt in zip(completions, prompts, strict=True)]
+
+
+class Fails(RewardFunction):
+    def __call__(self, completions, prompts):
+        raise KeyError("no such column")
+
+
+def rows(answers, text="What is it?", **fields):
+    return [Prompt(text=text, answer=answer, index=place, source="rows", **fields) for place, answer in enumerate(answers)]
+
+
+def found(model, reward, prompts, form=None, pays=False, **policy):
+    result = reference_rewards(build_policy(model, reward=reward, **policy), prompts, form, 8, pays)
+    return result, [(finding.kind, finding.level) for finding in result.findings]
+
+
+@pytest.mark.parametrize(
+    ("reward", "prompts", "form"),
+    [
+        (ExactMatch(), rows(["12", "7"]), None),
+        (ExactMatch(r"\A(?:\[[\d ]*\])?(\d+)\Z"), rows(["12", "7"]), None),
+        (ExactMatch(r"so: (.*)"), rows(["12", "7"]), SHOWN),
+        (ExactMatch(r"so: (.*)"), rows(["12"], set_name="a"), FormatBySet({"a": SHOWN})),
+        (MathMatch(r"\\boxed\{(.*)\}"), rows(["12", r"\frac{1}{2}"], BOXED), None),
+        (MultipleChoice(), rows(["A", "C"]), None),
+        (ExactMatch("<answer>(.*?)</answer>"), rows(["7"], "Think in <think> </think>, write <answer> </answer>"), None),
+        (WeightedSum([ExactMatch(), FormatReward("<think>")]), rows(["7"]), None),
+        (CodeTests(), rows(["def f(x): return 2 * x"], columns={"test": "assert f(2) == 4"}), None),
+        (
+            ExactMatch(),
+            rows([None], completions=("12",), columns={}) and [Prompt(text="?", answer="12", completions=("12",))],
+            None,
+        ),
+        (Distance(), rows(["12", "7"]), None),
+    ],
+)
+def test_reference_answers_that_are_paid_as_they_should(model, reward, prompts, form):
+    state = random.getstate()
+    result, kinds = found(model, reward, prompts, form)
+    assert kinds == [] and result.note.startswith(f"{len(prompts)} of {len(prompts)} reference answers are paid")
+    assert random.getstate() == state
+
+
+def test_a_reward_that_pays_nothing_for_the_reference_answer_can_pay_for_nothing(model):
+    for reward, answers in ((Constant(), ["12", "7"]), (ExactMatch(r"is (\d+)\Z"), ["1,234"]), (Constant(-1.0), ["1", "2"])):
+        result, kinds = found(model, reward, rows(answers))
+        assert kinds == [("reference", "error")]
+        assert "gives the reference answer 0: it can pay for nothing" in str(result.findings[0])
+    _, kinds = found(model, Constant(), rows(["12", "7"]), pays=True)
+    assert kinds == [("reference", "note")], "it has paid for completions"
+
+
+def test_a_form_that_the_prompt_does_not_ask_for_is_named(model):
+    for pattern, form in ((r"#### (\d+)", "#### 7"), (r"\AFINAL[:=] *(?:x|y) (\d+)!?\Z", "FINAL:x 7")):
+        result, kinds = found(model, ExactMatch(pattern), rows(["7", "8"]))
+        assert kinds == [("reference", "warning")] and f"pays for '{form}'" in result.findings[0].text
+    by_set = RewardBySet({"a": ExactMatch("<(.*)>")})
+    result, _ = found(model, by_set, rows(["7"], set_name="a"))
+    assert "pays for '<7>'" in result.findings[0].text
+
+
+def test_single_rows_and_rewards_that_fail_are_named(model):
+    result, kinds = found(model, ExactMatch(r"\A(\d+)\Z"), rows(["7", "8", "1,234"]))
+    assert kinds == [("reference", "note")] and "1 of 3 rows nothing, first of rows row 2, '1,234'" in result.findings[0].text
+    _, kinds = found(model, ExactMatch(r"\A(\d+)\Z"), rows(["7", "x", "1,234"]))
+    assert kinds == [("reference", "warning")]
+    result, kinds = found(model, Fails(), rows(["7"]))
+    assert kinds == [("reference", "warning")] and "no such column" in str(result.findings[0])
+
+
+def test_where_it_does_not_apply_this_is_said(model):
+    assert found(model, Constant(), rows([None, " "]))[0].note.startswith("not applicable: the data has no reference answers")
+    acting = {"environment": Talk(), "turn_template": "{content}"}
+    assert found(model, Constant(), rows(["7"]), **acting)[0].note.startswith("not applicable: what an episode earns")

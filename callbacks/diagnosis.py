@@ -48,25 +48,23 @@ class Diagnosis(OncePerRollout):
             self._say(trainer, *of_cut(share, at_least, "the first validation", pl_module.sampler.max_new_tokens))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the completions of calibration, and ask the reward for reference answers."""
+        """Look at the completions of calibration, if they were made."""
         if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
             return
         calibration, pl_module.last_calibration = pl_module.last_calibration, None
-        if self._begun:  # a resumed run
-            return
-        right = pl_module.last_evaluation.get("", {}).get(f"avg@{pl_module.eval_samples}", 0.0) > 0
-        if calibration is not None:
+        if calibration is not None and not self._begun:
             self._begin(trainer, pl_module, *calibration, "the calibration")
-            right |= bool(calibration[1].of_counted().correct.any())
+
+    def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
+        """Look at the first completions that there are, and ask the reward for reference answers."""
+        self._begun = True
+        self._say(trainer, *of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            form = getattr(data, "format", None)
-            self._say(trainer, *reference_rewards(pl_module, prompts, form, _REFERENCES, right).findings)
-
-    def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
-        self._begun = True
-        self._say(trainer, *of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens))
+            solved = policy.last_evaluation.get("", {}).get(f"avg@{policy.eval_samples}", 0.0) > 0
+            pays = solved or bool(rewards.of_counted().correct.any())
+            self._say(trainer, *reference_rewards(policy, prompts, getattr(data, "format", None), _REFERENCES, pays).findings)
 
     # ---- in training
 

@@ -159,7 +159,7 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
                 yield f"  -> {_cut(str(completion))}"
             else:
                 yield "  -> " + shown_text(completion).replace("\n", "\n     ")
-                found = f"{completion.episode.turns} turns"
+                found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
             yield f"     {completion.num_tokens} tokens{', CUT' if is_cut(completion) else ''}; {found}; paid {paid}"
 
 

@@ -155,7 +155,7 @@ class HybridLightningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Name of each command, which is a method of the Trainer -> its arguments that come from the config."""
         given = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags"}, "doctor": given}
+        return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags", "fit"}, "doctor": given}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add a group of options for each configurable callback, and set defaults."""
@@ -195,7 +195,7 @@ class HybridLightningCLI(LightningCLI):
         """Add the callbacks that have no options; those that measure time come first, so that they see the scoring."""
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "plan":
-            self._flags = TrainerFlags.of(config)
+            self._flags = TrainerFlags.of(config, self._get(self.config_init, "device_gib"))
         if self.subcommand in ("export", "plan"):
             for name, value in _TRAINER_WITHOUT_DEVICE.items():
                 config[name] = value
@@ -242,6 +242,8 @@ class HybridLightningCLI(LightningCLI):
             return self.init_parser(**kwargs)  # no options, just a name among the choices
         parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
         parser.add_argument("-h", "--help", action=ShowHelp)
+        if subcommand == "plan":
+            parser.add_argument("--fit", action="store_true", help="look for the fewest changes with which it fits")
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # no table of Lightning's: EvaluationReport shows the same
         return parser
@@ -271,7 +273,9 @@ class HybridLightningCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        return {**arguments, "flags": self._flags} if subcommand == "plan" else arguments
+        if subcommand == "plan":
+            return {**arguments, "flags": self._flags, "fit": self._get(self.config_init, "fit")}
+        return arguments
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently let the arguments in a checkpoint override the command line."""

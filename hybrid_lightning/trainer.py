@@ -1,7 +1,7 @@
 """`Trainer`: Lightning's Trainer with `score`, `export`, `plan` and `doctor`, and with checks before a model is loaded."""
 
-import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
+from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
-from hybrid_lightning.memory.memory_table import format_bytes, memory_notes, memory_table, memory_title
-from hybrid_lightning.memory.peaks import why_not_fitting
+from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
+from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
@@ -185,7 +186,7 @@ class Trainer(LightningTrainer):
         if not isinstance(model, PolicyModule) or not isinstance(model.sampler, VLLMSampler) or forks:
             return
         flags = TrainerFlags.of_trainer(self)
-        if flags.device_bytes is None:
+        if flags.on_cpu or flags.device_bytes is None:
             return
         problem = why_not_fitting(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)
         if problem is not None:
@@ -308,14 +309,14 @@ class Trainer(LightningTrainer):
         """Say what the run takes at its peak and what there is."""
         flags = TrainerFlags.of_trainer(self)
         try:
-            method = plan_memory(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)[-1]
+            settings = run_settings(arguments_of(model), adapter, datamodule, flags)
+            method = plan_method(settings, flags.sharding)
         except HybridLightningError as error:
             say(f"{'memory':<16}cannot be planned: {error}")
             return []
-        there = flags.device_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed = method.peak_bytes if method.growth is None else method.growth_bytes
-        say(f"{'memory':<16}{format_bytes(needed)} at most, while {method.peak_phase}, of {format_bytes(there)}")
-        return of_memory(needed, there, method.peak_phase)
+        say(f"{'memory':<16}{verdict(method, settings, flags.sharding)}")
+        free = room(settings, flags.sharding)
+        return [] if free is None else of_memory(taken(method), free, method.peak_phase)
 
     def plan(
         self,
@@ -323,37 +324,54 @@ class Trainer(LightningTrainer):
         datamodule: LightningDataModule | None = None,
         *,
         flags: TrainerFlags,
+        fit: bool = False,
         prompt_tokens: int | None = None,
         device_gib: float | None = None,
     ) -> None:
-        """Print how much memory a run will take, from the model's config alone: no weights are loaded.
+        """Print how much memory a run will take, and whether it fits, from the model's config alone: no weights are loaded.
 
         Args:
             model: The arguments of the policy, which itself is not made (see `policy_arguments`).
             datamodule: Its data, which is read only to find the length of prompts.
             flags: Flags of the Trainer that the run will have.
+            fit: Look for the fewest changes with which it fits.
             prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest training prompt.
-            device_gib: Memory of each GPU in GiB, of which VLLMSampler takes a share; None takes that of the GPU here.
+            device_gib: Memory of each device in GiB: a GPU, unless trainer.accelerator=cpu; None takes what is here.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, or a value is impossible.
+            ConfigError: If there is no callback HybridAdapterSetup, a value is impossible, or no changes are enough.
             ModelError: If there is no such model, or it cannot be traced.
         """
         adapter = find_callback(self, HybridAdapterSetup)
         if adapter is None:
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
-        if device_gib is not None:
-            if not device_gib > 0:
-                raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
-            flags = replace(flags, device_bytes=None if flags.on_cpu else int(device_gib * 2**30))
         settings = run_settings(model, adapter, datamodule, flags, prompt_tokens)
-        methods = plan_memory(settings, flags.sharding)
-        console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
+        sharding, show = flags.sharding, partial(console().print, soft_wrap=True)
+        methods = plan_memory(settings, sharding)
+        own = plan_method(settings, sharding, methods)
+        show(memory_title(methods, settings, sharding))
         console().print(memory_table(methods))
-        console().print(memory_notes(methods, settings), soft_wrap=True)
-        problem = why_not_fitting(settings, flags.sharding, methods)
-        if problem is not None:
-            console().print(f"Such a run is refused: {problem}", soft_wrap=True)
+        show(memory_notes(methods, settings))
+        problem, free = why_not_fitting(settings, sharding, methods), room(settings, sharding)
+        show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings, sharding))
+        if not fit:
+            if free is not None and taken(own) > free:
+                show("--fit looks for the fewest changes with which it fits.")
+            return
+        if free is None:
+            raise ConfigError("--fit needs the memory of a device; give --device_gib")
+        changes, fitted = Fitting(settings, sharding, model.loss.needs_reference).search()
+        if changes:
+            console().print(memory_table([replace(own, method="as it is"), replace(fitted, method="changed")]))
+            show("\n".join(f"{' '.join(change.overrides)} costs {change.cost}" for change in changes))
+            show(verdict(fitted, settings, sharding))
+        if taken(fitted) > free:
+            raise ConfigError(
+                "no changes are enough for this model on this device; take a smaller model or shorter completions, or split it "
+                "over devices (--config configs/strategy/fsdp2.yaml)"
+            )
+        if changes:
+            show(f"Add to the command: {' '.join(text for change in changes for text in change.overrides)}")
 
 
 def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:

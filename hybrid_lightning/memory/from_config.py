@@ -4,7 +4,9 @@ The small objects of the config, such as the sampler, are built, but for `plan` 
 """
 
 import inspect
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -40,17 +42,23 @@ class TrainerFlags:
     precision: str
     accumulate_grad_batches: int
     validates: bool  # whether the run validates
-    device_bytes: int | None = None  # memory of each accelerator; None: unknown
+    device_bytes: int | None = None  # memory of each accelerator, or of the machine; None: unknown
 
     @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> "TrainerFlags":
+    def of(cls, flags: Mapping[str, Any], device_gib: float | None = None) -> "TrainerFlags":
         """Read the Trainer's part of a config.
 
+        Args:
+            flags: The Trainer's flags.
+            device_gib: Memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None for what is here.
+
         Raises:
-            ConfigError: If memory cannot be planned for the strategy, or there is no device.
+            ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
         """
+        if device_gib is not None and not device_gib > 0:
+            raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
         kind = flags.get("accelerator") or "auto"
-        on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())
+        on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
         devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
@@ -58,7 +66,11 @@ class TrainerFlags:
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
-            device_bytes=None if on_cpu else _memory_of(torch.device("cuda", 0)),
+            device_bytes=(
+                _memory_of(torch.device("cpu") if on_cpu else torch.device("cuda", 0))
+                if device_gib is None
+                else int(device_gib * 2**30)
+            ),
         )
 
     @classmethod
@@ -172,7 +184,10 @@ def _eval_prompts(data: Any) -> int:
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes of the memory of a GPU; None where there is none."""
+    """Bytes of the memory of a GPU, or of this machine; None where that is not known."""
+    if device.type == "cpu":
+        with suppress(AttributeError, ValueError, OSError):  # not on Windows
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)

@@ -12,7 +12,7 @@ from hybrid_lightning.memory.strategies import Sharding
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 
 # Row of the table -> fields of `Components` that it adds up.
-_TABLE_ROWS = {
+COMPONENT_NAMES = {
     "weights": ("weights",),
     "copies": ("copies", "packed"),
     "gradients": ("gradients",),
@@ -38,7 +38,7 @@ def memory_table(methods: Sequence[MethodMemory]) -> Table:
     for method in methods:
         table.add_column(method.method, justify="right")
     table.add_row("trained numbers", *(f"{method.trainable:,}" for method in methods))
-    for name, parts in _TABLE_ROWS.items():  # each at its largest
+    for name, parts in COMPONENT_NAMES.items():  # each at its largest
         if name != "rollout engine" or methods[0].share.sampling:
             largest = (method.largest_components for method in methods)
             table.add_row(name, *(format_bytes(sum(getattr(components, part) for part in parts)) for components in largest))

@@ -114,6 +114,24 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
     return [run.method(name, budget) for name, budget in _budgets(settings).items()]
 
 
+def plan_method(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> MethodMemory:
+    """Plan the run's own method alone.
+
+    Args:
+        settings: Settings of the run.
+        sharding: How the model lies on devices.
+        methods: What `plan_memory` has planned, if it has: then the method is among them.
+
+    Raises:
+        ConfigError, ModelError: As in `plan_memory`.
+    """
+    _check(settings, sharding)
+    budgets, planned = _budgets(settings), {method.method: method for method in methods}
+    *_, last = budgets
+    name = last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
+    return planned.get(name) or _Run(settings, sharding).method(name, budgets[name])
+
+
 def why_not_fitting(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> str | None:
     """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do.
 
@@ -128,11 +146,7 @@ def why_not_fitting(settings: RunSettings, sharding: Sharding, methods: Sequence
     """
     if settings.device_bytes is None or settings.on_cpu or not settings.sampler.has_own_weights:
         return None
-    _check(settings, sharding)
-    budgets, planned = _budgets(settings), {method.method: method for method in methods}
-    *_, last = budgets
-    name = last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
-    found = planned.get(name) or _Run(settings, sharding).method(name, budgets[name])
+    found = plan_method(settings, sharding, methods)
     peaks = {phase: (peak.total - peak.engine, phase in _SAMPLING) for phase, peak in found.peaks.items()}
     return misfit(settings, found.share, peaks)
 

@@ -51,7 +51,7 @@ class RunSettings:
     scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps in the memory of the host
     scoring_steps: int = 0  # optimizer steps that scoring looks at, in turns of as many weights as are trained; 0: none
     sampler: RolloutEngine = field(default_factory=Sampler)
-    device_bytes: int | None = None  # memory of each accelerator, of which a rollout engine may take a share; None: unknown
+    device_bytes: int | None = None  # memory of each accelerator, or of the machine with CPUs; None: unknown
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens"):

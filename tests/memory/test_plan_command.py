@@ -87,6 +87,48 @@ def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
     assert result.code == 1 and result.last.startswith("error: ") and message in result.last, result.err
 
 
+GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--prompt_tokens=20", "--model.sampler.max_new_tokens=100"]
+
+
+def verdict_of(result):
+    (found,) = re.findall(r"((?:(?:Fits|Does not fit): )?hybrid 10% takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out)
+    return found
+
+
+def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(folder):
+    given = [*GPU, "--model.prompts_per_rollout=1024", "--model.max_tokens_per_micro_batch=500"]
+    large = run(folder, "plan", "--config", "t.yaml", *given)
+    text, mib, phase = verdict_of(large)
+    assert phase == "generating" and "give --device_gib" in large.out, text
+    device = f"--device_gib={0.5 + 0.6 * float(mib) / 1024}"  # a context takes 0.5 GiB
+    result = run(folder, "plan", "--config", "t.yaml", *given, device)
+    assert result.code == 0 and verdict_of(result)[0].startswith("Does not fit") and "--fit looks for" in result.out
+    result = run(folder, "plan", "--config", "t.yaml", *given, device, "--fit")
+    assert result.code == 0, result.err
+    (overrides,) = re.findall(r"Add to the command: (.*)", result.out)
+    assert overrides == "--model.prompts_per_rollout=512" and "costs fewer problems in each step" in result.out
+    assert len(cells(result)["KV cache"]) == 2
+    after = run(folder, "plan", "--config", "t.yaml", *given, device, overrides, "--fit")
+    assert verdict_of(after)[0] in result.out and verdict_of(after)[0].startswith("Fits") and "Add to" not in after.out
+
+
+def test_what_costs_nothing_comes_first_and_what_is_not_enough_is_an_error(folder):
+    given = [*GPU, "--adapter.budget.share=1.0", "--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--fit"]
+    result = run(folder, "plan", "--config", "t.yaml", *given, "--device_gib=0.5001")
+    assert result.code == 1 and result.last.startswith("error: no changes are enough"), result.err
+    kept, *costly = re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)
+    assert kept == "adapter.keep_start_weights" and costly[-1] == "adapter.budget.share", result.out
+    result = run(folder, "plan", "--config", "t.yaml", *given, "--device_gib=0.5001", "--model.loss.kl_coef=0.1")
+    assert "keep_start_weights=false" not in result.out
+
+
+def test_the_memory_of_this_machine_and_of_a_gpu_that_is_not_here(folder):
+    here = run(folder, "plan", "--config", "t.yaml")
+    assert re.search(r"Fits: .* for Python and libraries\)", here.out), here.out
+    there = run(folder, "plan", "--config", "t.yaml", "--trainer.accelerator=auto", "--device_gib=24")
+    assert "one device, accelerator" in there.out and re.search(r"Fits: .* of 22.80 GiB \(24.00 GiB without", there.out)
+
+
 @pytest.mark.parametrize(
     ("flags", "sharding"),
     [

@@ -1,0 +1,226 @@
+"""Whether a run fits on its devices, and the fewest changes with which it does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
+from hybrid_lightning.memory.memory_table import COMPONENT_NAMES, format_bytes
+from hybrid_lightning.memory.peaks import MethodMemory, plan_method
+from hybrid_lightning.memory.process_growth import START_BYTES
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.strategies import FSDP2, Sharding
+
+_LEFT_SHARE = 0.05  # of a GPU, which its allocator cannot use
+_FEWEST_PROMPTS = 4  # in a rollout, below which a step says little
+_FEWEST_RANKS = 4
+_GAIN = 0.99  # a change helps if the worst moment takes less than this share of what it took
+
+_UPDATING = ("updating", "scoring")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a run that saves memory."""
+
+    overrides: tuple[str, ...]  # as they are given on the command line
+    cost: str  # what it costs, or that it costs nothing
+
+
+def room(settings: RunSettings, sharding: Sharding) -> float | None:
+    """Bytes that a run may take of each device, on a CPU of its share of the machine; None where that is not known."""
+    if settings.device_bytes is None:
+        return None
+    if settings.on_cpu:
+        return settings.device_bytes / sharding.devices - START_BYTES
+    return settings.device_bytes - max(CONTEXT_BYTES, _LEFT_SHARE * settings.device_bytes)
+
+
+def taken(method: MethodMemory) -> float:
+    """Bytes that a run takes at its worst moment."""
+    return method.peak_bytes if method.growth is None else method.growth_bytes
+
+
+def verdict(method: MethodMemory, settings: RunSettings, sharding: Sharding) -> str:
+    """Whether a run fits, and what takes most at the worst moment, in one line.
+
+    Args:
+        method: The run's own method, as planned.
+        settings: Settings of the run.
+        sharding: How the model lies on devices.
+    """
+    free = room(settings, sharding)
+    peak = method.peaks[method.peak_phase]
+    largest = max(COMPONENT_NAMES, key=lambda name: sum(getattr(peak, part) for part in COMPONENT_NAMES[name]))
+    part = format_bytes(sum(getattr(peak, part) for part in COMPONENT_NAMES[largest]))
+    most = f"{method.method} takes up to {format_bytes(taken(method))}, most of it while {method.peak_phase} ({largest} {part})"
+    if free is None:
+        return f"{most}; give --device_gib, the memory of a device in GiB, for whether that fits"
+    assert settings.device_bytes is not None
+    whole = format_bytes(settings.device_bytes)
+    if settings.on_cpu:
+        each = "" if sharding.devices == 1 else f", a {sharding.devices}th of the machine's memory"
+        where = f"{format_bytes(free)} (of {whole}{each}, without {format_bytes(START_BYTES)} for Python and libraries)"
+    else:
+        where = f"{format_bytes(free)} ({whole} without what its context and its allocator take)"
+    if taken(method) <= free:
+        return f"Fits: {most}, of {where}"
+    return f"Does not fit: {most}, of {where}"
+
+
+class Fitting:
+    """Looks for the fewest changes with which a run fits.
+
+    At the worst moment the cheapest change that helps is made, as far as is needed, until all moments fit. Of the changes made
+    those are then taken back, dearest first, without which it fits as well.
+
+    Args:
+        settings: Settings of the run, with the memory of its devices.
+        sharding: How the model lies on devices.
+        needs_reference: Whether the loss compares with the start policy.
+    """
+
+    def __init__(self, settings: RunSettings, sharding: Sharding, needs_reference: bool) -> None:
+        self.settings, self.sharding = settings, sharding
+        free = room(settings, sharding)
+        assert free is not None
+        self._free: float = free
+        # In the order of what they cost: phases that a change is for (None: all), and stronger and stronger forms of it.
+        self._kinds: list[tuple[Sequence[str] | None, Callable[[], Iterator[_Form]]]] = [
+            (None, lambda: self._start_weights(needs_reference)),
+            (("validating",), self._evaluated_together),
+            (("generating", "calibrating"), self._prompts),
+            (_UPDATING, self._micro_batch),
+            (_UPDATING, self._checkpointing),
+            (None, self._optimizer),
+            (None, self._quantization),
+            (None, self._budget),
+            (None, self._rank),
+        ]
+
+    def search(self) -> tuple[list[Change], MethodMemory]:
+        """The changes, and the plan with them; which does not fit either if no changes are enough.
+
+        Raises:
+            ConfigError, ModelError: As `plan_memory`, for the run as it is.
+        """
+        forms: list[list[_Form]] = [list(make()) for _, make in self._kinds]
+        strengths = [0] * len(forms)  # how many forms of each kind are used up: 0 for no change
+        found = self._planned(forms, strengths)
+        assert found is not None
+        while taken(found) > self._free:
+            for kind, (phases, _) in enumerate(self._kinds):
+                if strengths[kind] == len(forms[kind]) or (phases is not None and found.peak_phase not in phases):
+                    continue
+                stronger = [*strengths[:kind], strengths[kind] + 1, *strengths[kind + 1 :]]
+                better = self._planned(forms, stronger)
+                if better is not None and _total(better, found.peak_phase) < _GAIN * found.peak_bytes:
+                    strengths, found = stronger, better
+                    break
+            else:
+                return self._changes(forms, strengths), found
+        for kind in reversed(range(len(forms))):
+            while strengths[kind]:
+                weaker = [*strengths[:kind], strengths[kind] - 1, *strengths[kind + 1 :]]
+                same = self._planned(forms, weaker)
+                if same is None or taken(same) > self._free:
+                    break
+                strengths, found = weaker, same
+        return self._changes(forms, strengths), found
+
+    def _changes(self, forms: "list[list[_Form]]", strengths: list[int]) -> list[Change]:
+        return [forms[kind][strength - 1].change for kind, strength in enumerate(strengths) if strength]
+
+    def _planned(self, forms: "list[list[_Form]]", strengths: list[int]) -> MethodMemory | None:
+        settings = self.settings
+        for kind, strength in enumerate(strengths):
+            if strength:
+                settings = replace(settings, **forms[kind][strength - 1].settings)
+        try:
+            return plan_method(settings, self.sharding)
+        except (ConfigError, ModelError):
+            if not any(strengths):
+                raise
+            return None  # prompts that cannot be split, and the like
+
+    # ---- changes
+
+    def _start_weights(self, needs_reference: bool) -> "Iterator[_Form]":
+        if self.settings.keep_start_weights and not needs_reference:
+            change = Change(("--adapter.keep_start_weights=false",), "nothing: no KL term needs them")
+            yield _Form(change, {"keep_start_weights": False})
+
+    def _evaluated_together(self) -> "Iterator[_Form]":
+        for count in _halves(self.settings.eval_prompts, 1):
+            yield _Form(Change((f"--data.eval_batch_size={count}",), "time, in validations"), {"eval_prompts": count})
+
+    def _prompts(self) -> "Iterator[_Form]":
+        for count in _halves(self.settings.prompts_per_rollout, max(_FEWEST_PROMPTS, self.sharding.devices)):
+            change = Change((f"--model.prompts_per_rollout={count}",), "fewer problems in each step, so more steps for as many")
+            yield _Form(change, {"prompts_per_rollout": count})
+
+    def _micro_batch(self) -> "Iterator[_Form]":
+        longest = self.settings.prompt_tokens + self.settings.completion_tokens
+        for tokens in _halves(self.settings.tokens_of_pass(), longest):
+            change = Change((f"--model.max_tokens_per_micro_batch={tokens}",), "a little time, in updates")
+            yield _Form(change, {"max_tokens_per_micro_batch": tokens})
+
+    def _checkpointing(self) -> "Iterator[_Form]":
+        if not self.settings.gradient_checkpointing:
+            change = Change(("--model.gradient_checkpointing=true",), "a third more time, in updates")
+            yield _Form(change, {"gradient_checkpointing": True})
+
+    def _optimizer(self) -> "Iterator[_Form]":
+        if isinstance(self.sharding, FSDP2):  # which cannot split its state
+            return
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            return
+        change = Change(("--model.optimizer=bitsandbytes.optim.AdamW8bit",), "a little exactness, in the optimizer's state")
+        yield _Form(change, {"optimizer": AdamW8bit})
+
+    def _quantization(self) -> "Iterator[_Form]":
+        settings = self.settings
+        if settings.quantization is not None or not self.sharding.whole_on_every_device or not settings.mixed_precision:
+            return
+        try:
+            from hybrid_lightning.policy.quantization import NF4
+
+            fields = {"quantization": NF4()}
+        except ConfigError:
+            return
+        yield _Form(Change(("--model.quantization=NF4",), "exactness of the frozen weights, and time"), fields)
+
+    def _budget(self) -> "Iterator[_Form]":
+        if self.settings.plan is None and isinstance(self.settings.budget, ModuleBudget):
+            for share in (0.5, 0.1, 0.05, 0.0):
+                if share < self.settings.budget.share:
+                    change = Change((f"--adapter.budget.share={share}",), "what full training of these modules gains over LoRA")
+                    yield _Form(change, {"budget": ModuleBudget(share)})
+
+    def _rank(self) -> "Iterator[_Form]":
+        if self.settings.plan is None and not self.settings.rank_pattern:
+            for rank in _halves(self.settings.lora.rank, _FEWEST_RANKS):
+                lora = self.settings.lora.with_rank(rank)
+                change = Change((f"--adapter.rank={rank}", f"--adapter.alpha={lora.alpha:g}"), "capacity of LoRA")
+                yield _Form(change, {"lora": lora})
+
+
+@dataclass(frozen=True)
+class _Form:
+    change: Change
+    settings: dict[str, Any]  # fields of `RunSettings`
+
+
+def _total(method: MethodMemory, phase: str) -> float:
+    return method.peaks[phase].total if phase in method.peaks else 0.0
+
+
+def _halves(count: int, least: int) -> Iterator[int]:
+    """Half of a number, half of that, and so on, but none below the least."""
+    while count // 2 >= least:
+        count //= 2
+        yield count

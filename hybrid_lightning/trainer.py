@@ -119,7 +119,7 @@ class Trainer(LightningTrainer):
     def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Save a checkpoint as Lightning does, and measure the time."""
         with time_charged_to(self, "checkpoint"):
-            super().save_checkpoint(filepath, weights_only, storage_options)
+            super().save_checkpoint(filepath, bool(weights_only), storage_options)  # None is said on the screen
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()

@@ -112,3 +112,10 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
         if shares[-1] < 0.25:  # one second where the libraries take four
             return
     raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")
+
+
+def test_texts_of_few_shot_stay_texts(folder, tmp_path):
+    rows = [{"question": "Reverse these words: cat door", "answer": "95", "choices": ["a: b", 3, None]}]
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"data": {"format": {"init_args": {"few_shot": rows}}}}))
+    result = run(folder, "fit", "--config", "t.yaml", "--config", tmp_path / "rows.yaml", "--print_config")
+    assert yaml.safe_load(result.out)["data"]["init_args"]["format"]["init_args"]["few_shot"] == rows

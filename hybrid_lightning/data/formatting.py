@@ -17,7 +17,9 @@ from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
-FewShot = list[dict[str, Any]] | str | None  # rows, or the path of a file with rows
+# Not Any: the command line reads text of that type as YAML, and takes "Add: 1" for a mapping.
+_Value = str | bool | int | float | None
+FewShot = list[dict[str, _Value | list[_Value | dict[str, _Value]] | dict[str, _Value]]] | str | None  # rows, or a file with rows
 
 
 class PromptFormat(Configurable, ABC):

@@ -91,7 +91,9 @@ GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--prompt_tokens=20",
 
 
 def verdict_of(result):
-    (found,) = re.findall(r"((?:(?:Fits|Does not fit): )?hybrid 10% takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out)
+    (found,) = re.findall(
+        r"((?:(?:Fits|Does not fit): )?hybrid 10% takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out
+    )
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from cli_runs import command, parse
 
+from benchmarks.memory import plan_qwen3
 from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.engine import engine
 
@@ -130,6 +131,14 @@ def test_grpo_and_gspo_differ_in_the_loss_alone():
     assert gspo["model"].pop("loss") != grpo["model"].pop("loss")
     assert gspo["trainer"]["logger"]["init_args"].pop("name") != grpo["trainer"]["logger"]["init_args"].pop("name")
     assert gspo == grpo
+
+
+def test_a_run_fits_on_the_device_that_its_overlay_names(tmp_path, monkeypatch, capsys):
+    plan_qwen3.config("Qwen3-0.6B").save_pretrained(tmp_path)
+    configs = [ROOT / "configs" / "gsm8k_qwen3.yaml", ROOT / "configs" / "device" / "8gb.yaml"]
+    given = [text for path in configs for text in ("--config", str(path))]
+    command(["plan", *given, f"--model.model={tmp_path}", "--prompt_tokens=384", "--device_gib=8"], monkeypatch)
+    assert "Fits: hybrid 10% takes" in capsys.readouterr().out
 
 
 def keys(folder):

@@ -18,7 +18,7 @@ from benchmarks.study.store import RESULTS, Store, add_options, store_of
 from benchmarks.study.tables import choices, differences, headline, of_task, targets
 
 PAGES = (
-    *(Path("README.md"), Path("docs/method.md"), Path("results/README.md")),
+    *(Path("docs/method.md"), Path("results/README.md")),
     *(RESULTS / "README.md", RESULTS / "frontier.md"),
 )
 TITLES = {

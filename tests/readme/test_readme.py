@@ -266,7 +266,7 @@ def test_every_page_is_in_the_index():
 
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 200
+    assert len(lines) <= 150
     long = [line for line in pages.prose(README).splitlines() if len(line) > 120 and not line.startswith("|")]
     assert not long
 

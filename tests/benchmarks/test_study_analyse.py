@@ -32,7 +32,8 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
         job, made = record(method, purpose="frontier", trainable=size)
         job = replace(job, task="tasks/facts.yaml")
         keep(Path("mine"), (job, replace(made, job=vars(job))))
-    page = Path("README.md")
+    page = Path("docs/method.md")
+    page.parent.mkdir()
     page.write_text(
         "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
         "<!-- study: one_size -->\n<!-- end -->\nafter\n"
@@ -48,7 +49,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
     left, made = analysed(*own)
     assert left == before, "records of one's own leave the project's pages alone"
     assert "| sums |" in made and "## Differences" in made and "on no task" not in made
-    text, _ = analysed(*own, "--pages", "README.md")
+    text, _ = analysed(*own, "--pages", "docs/method.md")
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
     assert text.count("| facts | 1 | 50 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |") == 1

@@ -216,6 +216,7 @@ class LocalEpisodes:
         )
         try:
             running.environment = await self._call(running, "new", self.environment.new)
+            running.environment.step_timeout_s = self.step_timeout_s
             prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
             value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)

@@ -5,6 +5,7 @@ Everything is on one event loop: `async` methods run on it, the others in thread
 
 import asyncio
 import inspect
+import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
@@ -273,7 +274,7 @@ class LocalEpisodes:
             limit = "" if method == "close" else "episodes.step_timeout_s="
             raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
         error = error.__cause__ if isinstance(error, _EscapedError) else error
-        if isinstance(error, (HybridLightningError, KeyboardInterrupt, RunStopped)):
+        if isinstance(error, (HybridLightningError, RunStopped)):  # Ctrl-C reaches the main thread alone
             raise PassedOnError(error) from error
         if error is not None:
             place = running.episode.place(running.turn)
@@ -311,7 +312,7 @@ class LocalEpisodes:
         if running.states is None:
             yield
             return
-        outside = RandomStates.now()
+        outside, folder = RandomStates.now(), os.getcwd()
         running.states.restore()
         try:
             yield
@@ -319,6 +320,7 @@ class LocalEpisodes:
             if not self.given_up:
                 running.states = RandomStates.now()
                 outside.restore()
+                os.chdir(folder)
 
 
 def late_message(name: str, method: str, limit: str, place: str) -> str:

@@ -189,7 +189,7 @@ class ToolEnvironment(Environment):
         value, error = outcome_within(lambda: function(**arguments), left_s, as_text)
         if isinstance(error, TookTooLongError):
             return "time", f"error: {name} was not done after {left_s:.3g} s"
-        if isinstance(error, (HybridLightningError, KeyboardInterrupt, RunStopped)):
+        if isinstance(error, (HybridLightningError, RunStopped)):
             raise error
         if error is not None:
             return "raised", f"error: {name} raised {type(error).__name__}: {_said(error)}"

@@ -132,8 +132,9 @@ class PromptEncoder:
             # A chat template writes the special tokens itself.
             ids = self.tokenize(text, mark, add_special_tokens=prompt.messages is None)
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+            begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
                 "included (the embedded policy knows digits and signs alone)"
             ) from error

@@ -322,8 +322,9 @@ class TurnEncoder:
         try:
             return self._encoder.tokenize(text, mark)
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+            begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode what an environment adds, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode what an environment adds, which begins {begin!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so let the environment and model.turn_template write what it has (for the "
                 "embedded policy digits and signs, and model.turn_template='{content}'), or take another model"
             ) from error

@@ -10,6 +10,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.environments import (
+    EpisodeLimits,
+    HermesCalls,
+    LlamaCalls,
+    PlainCalls,
+    RunningEpisodes,
+    ToolEnvironment,
+)
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export.trained import base_model_of
 from hybrid_lightning.policy.prompts import KEEP_HISTORY, PromptEncoder
@@ -169,6 +177,57 @@ def test_results_of_tools_are_the_users_where_a_template_does_not_know_tools(nam
     assert not turns.uses_tools(Prompt(text="1+2="))
     results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
     assert shown in text_of(turns, turns.added(ASKED, results, []))
+
+
+def add(a: float) -> str:
+    """Add.
+
+    Args:
+        a: What.
+    """
+    return f" {a + 2} <|im_end|>"
+
+
+CALLS = {
+    HermesCalls: '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',
+    LlamaCalls: '{"name": "add", "parameters": {"a": 1}}',
+    PlainCalls: "[add: 1]",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "form"),
+    [
+        ("qwen2_5", "<|im_end|>", HermesCalls),
+        ("qwen3", "<|im_end|>", HermesCalls),
+        ("llama3", "<|eot_id|>", PlainCalls),
+        ("llama3_1", "<|eom_id|>", LlamaCalls),
+        ("gemma", "<end_of_turn>", PlainCalls),
+        ("gemma3", "<end_of_turn>", PlainCalls),
+        ("smollm2", "<|im_end|>", PlainCalls),
+    ],
+)
+@pytest.mark.parametrize("spaces", ["", " \n"])
+def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end, form, spaces):
+    tokenizer = tokenizer_with(name)
+    environment = ToolEnvironment([add])
+    environment.prepare(tokenizer.chat_template)
+    assert isinstance(environment.call_format, form)
+    turns = TurnEncoder(PromptEncoder(tokenizer), [tokenizer.eos_token_id], environment.tools())
+    turns.check([ASKED])
+    episodes = RunningEpisodes(environment, EpisodeLimits())
+    first = turns.first(ASKED, episodes.start([ASKED], [1])[0])[0]
+    assert "add" in text_of(turns, first), "the policy is told"
+    said = spaces + CALLS[form] + spaces
+    sampled = [*plain_ids(turns, said), tokenizer.convert_tokens_to_ids(end)]
+    assert sampled[-1] in turns.stop_ids
+    step = episodes.step({0: {"role": "assistant", "content": said}})[0]
+    shown = text_of(turns, turns.added(ASKED, step.messages, sampled))
+    assert "3 <|im_end|>" in shown and not step.over and not shown.strip().startswith(end)
+    opened, closed = (turns._encoder.apply_template(ASKED.messages, turns.tools, open_turn) for open_turn in (True, False))
+    assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy goes on"
+    assert episodes.step({0: {"role": "assistant", "content": f"{spaces}3{spaces}"}})[0].end == "answered"
+    episodes.close()
 
 
 def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():

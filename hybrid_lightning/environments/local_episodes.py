@@ -216,8 +216,7 @@ class LocalEpisodes:
             episode, RandomStates.from_seed(episode.seed) if self.own_states else None
         )
         try:
-            running.environment = await self._call(running, "new", self.environment.new)
-            running.environment.step_timeout_s = self.step_timeout_s
+            running.environment = await self._call(running, "new", self._made)
             prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
             value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)
@@ -230,6 +229,11 @@ class LocalEpisodes:
         except TookTooLongError as late:
             raise _HungError(str(late)) from None
         return started
+
+    def _made(self) -> Environment:
+        environment = self.environment.new()
+        environment.step_timeout_s = self.step_timeout_s
+        return environment
 
     def _differs(self, running: _Running) -> str:
         return (

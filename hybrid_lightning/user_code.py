@@ -323,43 +323,91 @@ async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: s
 def outcome_within(function: Callable[[], Any], timeout_s: float, then: Callable[[Any], Any] = lambda value: value) -> Outcome:
     """Call a function with a time limit, and await what it returns if that is to be awaited.
 
+    That is done on the event loop that all calls share (see `run_async`), or where code of another call holds that up for a
+    quarter of the time, on one of its own.
+
     Args:
-        function: A function without arguments. Where code of another call has held up the event loop, it is called once more.
+        function: A function without arguments. It is called once more if it was held up in the middle.
         timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`.
         then: What is done with the value, likewise.
     """
+    until = time.monotonic() + timeout_s
 
     def called() -> Outcome:
         value, error = outcome_of(function)
         return (value, error) if error is not None or inspect.isawaitable(value) else outcome_of(lambda: then(value))
 
-    async def awaited(value: Awaitable[Any]) -> Any:
-        return then(await value)
+    async def run(value: Awaitable[Any], settled: Future[Outcome], name: str) -> None:
+        async def whole() -> None:
+            try:
+                settled.set_result((then(await value), None))
+            except BaseException as error:
+                settled.set_result((None, error if time.monotonic() < until else TookTooLongError()))
 
-    for may_repeat in (True, False):
-        try:
-            value, error = call_within(called, timeout_s)
-        except TimeoutError:  # of `call_within`: those of the function are in the outcome
-            break
-        if error is not None or not inspect.isawaitable(value):
-            return value, error
-        loop, name = _loop(), f"user-code-{next(_numbers)}"
-        future = asyncio.run_coroutine_threadsafe(outcome_awaited(awaited(value), timeout_s, name), loop)
-        try:
-            return future.result(timeout_s + 1)
-        except TimeoutError:  # code that does not await holds up the event loop
-            holding = asyncio.current_task(loop)
-            _loops.pop(os.getpid(), None)
-            if not may_repeat or holding is None or holding.get_name() == name:
+        if settled.set_running_or_notify_cancel():  # otherwise another loop has it
+            await outcome_awaited(whole(), until - time.monotonic(), name)
+
+    value: Any = None
+    for shared in (True, False):
+        if value is None:
+            try:
+                value, error = call_within(called, max(0.0, until - time.monotonic()))
+            except TimeoutError:  # of `call_within`: those of the function are in the outcome
                 break
+            if error is not None or not inspect.isawaitable(value):
+                return value, error
+        loop, settled, name = _loop() if shared else _new_loop(), Future[Outcome](), f"user-code-{next(_numbers)}"
+        work = asyncio.run_coroutine_threadsafe(run(value, settled, name), loop)
+        outcome = _result(settled, loop, name, until)
+        has_begun = not settled.cancel()
+        if outcome is not None or (has_begun and settled.done()):
+            outcome = outcome or settled.result()
+            if not shared and not isinstance(outcome[1], TookTooLongError):  # what takes too long goes on
+                loop.call_soon_threadsafe(loop.stop)
+            return outcome
+        if has_begun:
+            work.cancel()
+            value = None
+    return None, TookTooLongError()
+
+
+def _result(settled: Future[Outcome], loop: asyncio.AbstractEventLoop, name: str, until: float) -> Outcome | None:
+    """Wait for a call on an event loop.
+
+    Args:
+        settled: Gets the outcome of the call.
+        loop: The loop; if code holds it up, others get a new one from now on.
+        name: Name of the call's task.
+        until: By `time.monotonic`, when the outcome is `TookTooLongError`.
+
+    Returns:
+        The outcome; None if code of another call holds up the loop.
+    """
+    quarter_s = max(0.0, until - time.monotonic()) / 4
+    for _ in range(4):
+        goes_on = threading.Event()
+        loop.call_soon_threadsafe(goes_on.set)
+        with suppress(TimeoutError):
+            return settled.result(quarter_s)
+        if not goes_on.is_set():
+            with _lock:
+                if _loops.get(os.getpid()) is loop:
+                    del _loops[os.getpid()]
+            holding = asyncio.current_task(loop)
+            if holding is not None and holding.get_name() != name:
+                return None
     return None, TookTooLongError()
 
 
 def _loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if os.getpid() not in _loops:
-            loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True).start()
             _loops.clear()
-            _loops[os.getpid()] = loop
+            _loops[os.getpid()] = _new_loop()
         return _loops[os.getpid()]
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True).start()
+    return loop

@@ -14,6 +14,7 @@ seed, and so the same task.
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar, Literal, Self
 
 from hybrid_lightning.configurable import Configurable
@@ -62,6 +63,7 @@ class Environment(Configurable, ABC):
     thread_safe: ClassVar[bool] = False
 
     chat_template: str | None = None  # what `prepare` was given
+    step_timeout_s: float = inf  # seconds for each call, of `EpisodeLimits`; set before `start`
 
     def start(self, prompt: Prompt, seed: int) -> "Messages | Awaitable[Messages]":
         """Begin the episode. It may be `async`.

@@ -15,12 +15,14 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
+from urllib.request import urlopen
 
 from hybrid_lightning.environments.environment import Environment, Step
-from hybrid_lightning.errors import ConfigError, shorten
+from hybrid_lightning.errors import ConfigError, one_line, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
 
@@ -111,8 +113,17 @@ class TextArenaEnvironment(ForeignEnvironment):
         self._seen = ""
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Reset with the seed, for one player."""
-        self._begin(seed).reset(num_players=1, seed=seed)
+        """Reset with the seed, for one player.
+
+        Raises:
+            ConfigError: If it is a game for several.
+        """
+        try:
+            self._begin(seed).reset(num_players=1, seed=seed)
+        except Exception as error:
+            if "player" not in str(error).lower():
+                raise
+            raise self._for_several(error) from error
         return said(self._new())
 
     def step(self, message: Message) -> Step:
@@ -127,9 +138,14 @@ class TextArenaEnvironment(ForeignEnvironment):
             news.append(str(reason))
         return Step(said("\n".join(filter(None, news))), (rewards or {}).get(0, 0.0), over=True)
 
+    def _for_several(self, why: BaseException) -> ConfigError:
+        return ConfigError(f"{self._make}: the game is not for one player alone ({one_line(why)}); choose a game for one player")
+
     def _new(self, own: str = "") -> str:
         """What the player has not read yet."""
         player, observation = self.game.get_observation()
+        if player != 0:
+            raise self._for_several(ValueError(f"it is the turn of player {player}"))
         if isinstance(observation, list):  # (who, text, kind) of each message since the last observation
             return "\n".join(as_text(text) for who, text, *_ in observation if who != player)
         text = as_text(observation)
@@ -208,6 +224,8 @@ class TextWorldEnvironment(ForeignEnvironment):
 class OpenEnvEnvironment(ForeignEnvironment):
     """An environment on a server that speaks OpenEnv, such as a space of the Hugging Face hub.
 
+    An action that is refused as not valid is the policy's fault: the policy is told, and it is counted (`refused_actions`).
+
     The server must make the same task for the same seed. Steps of several episodes run at the same time, each in a session of its
     own: raise the server's `max_concurrent_envs` to at least the episodes of a rollout.
 
@@ -240,13 +258,37 @@ class OpenEnvEnvironment(ForeignEnvironment):
         """Open a session, and reset with the seed."""
         client = self._begin(seed)
         self.game = client.sync() if hasattr(client, "sync") else client
-        return said(self._read(self.game.reset(seed=seed)).messages)
+        seeded = {"seed": seed} if takes(self.game.reset, "seed") else {}
+        return said(self._read(self.game.reset(**seeded)).messages)
 
     def step(self, message: Message) -> Step:
         """Act with the text of the message."""
         if self._over:  # from the start
             return Step(over=True)
-        return self._read(self.game.step(self._action_class(**{self._action: message["content"]})))
+        try:
+            result = self.game.step(self._action_class(**{self._action: message["content"]}))
+        except Exception as error:
+            if type(error).__name__ != "ValidationError" and "VALIDATION_ERROR" not in str(error):
+                raise
+            self._check_action()
+            return Step(said(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
+        return self._read(result)
+
+    def _check_action(self) -> None:
+        """Make sure that actions are refused for their text alone, not for their fields."""
+        kind: Any = self._action_class
+        schema: Any = {}
+        if hasattr(kind, "model_json_schema"):
+            schema = kind.model_json_schema()
+        else:
+            with suppress(OSError, ValueError, KeyError), urlopen(f"{self._arguments['base_url']}/schema", timeout=10) as answer:
+                schema = json.load(answer)["action"]
+        fields, needed = schema.get("properties", {}), set(schema.get("required", ()))
+        if fields and (self._action not in fields or needed - {self._action}):
+            raise ConfigError(
+                f"action={self._action!r}: the actions of {self._make} have the fields {', '.join(fields)} and need "
+                f"{', '.join(sorted(needed)) or 'none'}; name the one that takes the text, and let action_class fill in others"
+            )
 
     def _read(self, result: Any) -> Step:
         observation, reward = result.observation, result.reward

@@ -5,6 +5,7 @@ Everything is on one event loop: `async` methods run on it, the others in thread
 
 import asyncio
 import inspect
+import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
@@ -215,7 +216,7 @@ class LocalEpisodes:
             episode, RandomStates.from_seed(episode.seed) if self.own_states else None
         )
         try:
-            running.environment = await self._call(running, "new", self.environment.new)
+            running.environment = await self._call(running, "new", self._made)
             prompt = deepcopy(episode.prompt)  # it is shared by the episodes of a group
             value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)
@@ -228,6 +229,11 @@ class LocalEpisodes:
         except TookTooLongError as late:
             raise _HungError(str(late)) from None
         return started
+
+    def _made(self) -> Environment:
+        environment = self.environment.new()
+        environment.step_timeout_s = self.step_timeout_s
+        return environment
 
     def _differs(self, running: _Running) -> str:
         return (
@@ -272,7 +278,7 @@ class LocalEpisodes:
             limit = "" if method == "close" else "episodes.step_timeout_s="
             raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
         error = error.__cause__ if isinstance(error, _EscapedError) else error
-        if isinstance(error, (HybridLightningError, KeyboardInterrupt, RunStopped)):
+        if isinstance(error, (HybridLightningError, RunStopped)):  # Ctrl-C reaches the main thread alone
             raise PassedOnError(error) from error
         if error is not None:
             place = running.episode.place(running.turn)
@@ -310,7 +316,7 @@ class LocalEpisodes:
         if running.states is None:
             yield
             return
-        outside = RandomStates.now()
+        outside, folder = RandomStates.now(), os.getcwd()
         running.states.restore()
         try:
             yield
@@ -318,6 +324,7 @@ class LocalEpisodes:
             if not self.given_up:
                 running.states = RandomStates.now()
                 outside.restore()
+                os.chdir(folder)
 
 
 def late_message(name: str, method: str, limit: str, place: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -238,7 +239,7 @@ class RunningEpisodes:
             The number of an episode whose code has held up the event loop for longer. All objects are then lost, since their
             coroutines belong to it; None if all went well.
         """
-        ours = RandomStates.now()
+        ours, folder = RandomStates.now(), os.getcwd()
         future = asyncio.run_coroutine_threadsafe(work, here.loop)
         try:
             while not future.done():
@@ -263,6 +264,7 @@ class RunningEpisodes:
         finally:
             future.cancel()  # after Ctrl-C
             ours.restore()
+            os.chdir(folder)
         self._warn_close(here.close_fault)
         return None
 

@@ -6,6 +6,7 @@ A tool is a Python function, or an object of class `Tool` where it keeps somethi
 import inspect
 import json
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -75,7 +76,8 @@ class ToolEnvironment(Environment):
             `Tool`; in Python functions themselves, too. Arguments need type hints, and a description under `Args:` in the
             docstring.
         call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
-        tool_timeout_s: Seconds for each call.
+        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy is
+            told which one took too long, and the episode goes on.
         max_result_chars: Characters of what a tool returns; more is cut, with a mark.
 
     Raises:
@@ -143,7 +145,8 @@ class ToolEnvironment(Environment):
         calls = self.call_format.parse(message["content"].rpartition("</think>")[2])
         if not calls:
             return Step((), 0.0, True, "answered", counts)
-        return Step([self._answer(call, counts) for call in calls], counts=counts)
+        until = time.monotonic() + 0.8 * self.step_timeout_s
+        return Step([self._answer(call, counts, until) for call in calls], counts=counts)
 
     def close(self) -> None:
         """Close the tools."""
@@ -151,10 +154,10 @@ class ToolEnvironment(Environment):
             if isinstance(tool, Tool):
                 tool.close()
 
-    def _answer(self, call: Call | MalformedCall, counts: dict[str, float]) -> Message:
-        """The message that a call gets back."""
+    def _answer(self, call: Call | MalformedCall, counts: dict[str, float], until: float) -> Message:
+        """The message that a call gets back, by a time of `time.monotonic`."""
         counts["calls"] += 1
-        failed, text = self._result(call)
+        failed, text = self._result(call, until)
         if len(text) > self.max_result_chars:
             failed, text = failed or "cut", text[: self.max_result_chars] + CUT_MARK
         if failed:
@@ -168,7 +171,7 @@ class ToolEnvironment(Environment):
     def _name(self, call: Call) -> str:
         return call.name if call.name is not None else next(iter(self._functions))
 
-    def _result(self, call: Call | MalformedCall) -> tuple[str, str]:
+    def _result(self, call: Call | MalformedCall, until: float) -> tuple[str, str]:
         """What went wrong, if anything, and the text for the policy."""
         if isinstance(call, MalformedCall):
             return "unparsable", f"error: the call cannot be read: {call.reason}"
@@ -180,10 +183,13 @@ class ToolEnvironment(Environment):
         if wrong:
             return "arguments", f"error: {name} {wrong}"
         function = self._functions[name]
-        value, error = outcome_within(lambda: function(**arguments), self.tool_timeout_s, as_text)
+        left_s = min(self.tool_timeout_s, until - time.monotonic())
+        if left_s <= 0:
+            return "time", f"error: {name} was not called, since the calls before it took all the time of the step"
+        value, error = outcome_within(lambda: function(**arguments), left_s, as_text)
         if isinstance(error, TookTooLongError):
-            return "time", f"error: {name} was not done after {self.tool_timeout_s:g} s"
-        if isinstance(error, (HybridLightningError, KeyboardInterrupt, RunStopped)):
+            return "time", f"error: {name} was not done after {left_s:.3g} s"
+        if isinstance(error, (HybridLightningError, RunStopped)):
             raise error
         if error is not None:
             return "raised", f"error: {name} raised {type(error).__name__}: {_said(error)}"

@@ -62,7 +62,7 @@ class Workers:
         try:
             if kind.__module__ == "__main__":
                 raise TypeError("it is defined in the script itself")
-            made_of = pickle.dumps((kind, environment._init_args, environment.chat_template))
+            made_of = pickle.dumps((kind, environment._init_args, environment.chat_template, step_timeout_s))
         except Exception as error:
             raise ConfigError(
                 f"episodes.workers={count}: {self.name} cannot be made in another process: {one_line(error)}; define it, and the "
@@ -254,10 +254,10 @@ def main() -> None:
     connection = Connection(descriptor)
     sys.argv = sys.argv[:1]
     try:
-        kind, arguments, chat_template = pickle.loads(connection.recv_bytes())
+        kind, arguments, chat_template, step_timeout_s = pickle.loads(connection.recv_bytes())
         environment = kind(**arguments)
         environment.prepare(chat_template)
-        process = LocalEpisodes(environment, 0.0, alone=True, called=_caller(connection))
+        process = LocalEpisodes(environment, step_timeout_s, alone=True, called=_caller(connection))
     except Exception as error:
         text = (
             f"the environment cannot be made in another process: {describe_error(error)}; leave out episodes.workers, or mend it"

@@ -5,6 +5,7 @@ Fully trained weights are taken as they are, low-rank ones are merged (see `adap
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
 from hybrid_lightning.policy.loading import DTYPES, stop_token_ids
+from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.policy.turns import TurnEncoder
 
 
 class MergedModel(ExportForm):
@@ -55,7 +58,7 @@ class MergedModel(ExportForm):
         tokenizer = policy.base.tokenizer()
         model = policy.base.load()
         merge_into(model, policy, DTYPES[self.weights_dtype(policy)])
-        _set_generation(model, tokenizer)
+        _set_generation(model, tokenizer, policy.training.arguments)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -120,11 +123,14 @@ def _lora_merged(module: nn.Module, settings: LoraSettings, weights: Mapping[str
     return merged
 
 
-def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained_with: Mapping[str, Any]) -> None:
     """Make `generate` stop at the stop tokens of training; the sampling parameters stay those of the base model."""
     settings = model.generation_config
     assert settings is not None
     stops = stop_token_ids(model.generation_config, tokenizer)
+    if trained_with.get("environment") is not None:  # turns of an episode may end by further ones
+        encoder = PromptEncoder(tokenizer, chat_template_kwargs=trained_with.get("chat_template_kwargs"))
+        stops = TurnEncoder(encoder, stops).stop_ids
     settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id

@@ -365,7 +365,7 @@ def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     kept = [values for values in every if values.pop("failed") is False]
     names = dict.fromkeys(name for values in kept for name in values)
     shares = {f"episodes/end/{reason}": ends[reason] / len(every) for reason in ENDS} if every else {}
-    return shares | {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)}
+    return {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)} | shares
 
 
 def _values(episode: Episode) -> dict[str, Any]:

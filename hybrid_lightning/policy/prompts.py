@@ -116,12 +116,13 @@ class PromptEncoder:
                 f"the chat template refuses the prompt of {prompt.place}: {error}; {change} or model.chat_template"
             ) from error
 
-    def encode(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = (), mark: str = "") -> list[int]:
         """Token ids of a prompt, without the end-of-sequence token that some tokenizers append.
 
         Args:
             prompt: The prompt.
             tools: JSON schemas of tools, for the chat template.
+            mark: See `tokenize`.
 
         Raises:
             DataError: If the tokenizer cannot encode the prompt, or the prompt has no tokens, which no model can complete.
@@ -129,10 +130,11 @@ class PromptEncoder:
         text = self.render(prompt, tools)
         try:
             # A chat template writes the special tokens itself.
-            ids = list(self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
+            ids = self.tokenize(text, mark, add_special_tokens=prompt.messages is None)
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+            begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {begin!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
                 "included (the embedded policy knows digits and signs alone)"
             ) from error
@@ -140,6 +142,20 @@ class PromptEncoder:
             ids.pop()
         if not ids:
             raise DataError(f"the prompt of {prompt.place} is empty; remove the row, or give data.format a template with text")
+        return ids
+
+    def tokenize(self, text: str, mark: str = "", add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: The text.
+            mark: What it is cut at, and which is left out: no token goes over it. Empty if the text has none.
+            add_special_tokens: Whether the tokenizer puts its own ones around the text.
+        """
+        first, *others = text.split(mark) if mark else [text]
+        ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+        for part in others:
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
 
     def encode_completion(self, prompt: Prompt, text: str, stop_ids: Sequence[int]) -> list[int]:

@@ -12,15 +12,18 @@ episode is, and nothing depends on what the policy wrote: templates trim it, tak
 within a character, and look like a part of the template. Whether the difference is the same behind any conversation is tried
 before the run: `check` refuses a template that changes earlier turns once messages follow, such as one that drops their thoughts.
 
+What an environment says is text: `<|im_end|>` in it ends no turn, as it does in the template. Before such a text is rendered, it
+is cut within these tokens, and then tokenized in parts.
+
 Prompts of plain text have no template. What is added to them is written by `turn_template`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -35,6 +38,7 @@ _NEW = "NEW-CONTENT"  # stands for the text of a new message
 _CALL_ENDS = ("<|eom_id|>", "<|call|>")  # with which models end a turn that calls a tool: Llama 3, gpt-oss
 # How a message is written whose role the template does not know. The policy has to see that no person said this.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
+T = TypeVar("T")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -130,18 +134,20 @@ class TurnEncoder:
             ConfigError: If the chat template refuses the messages.
             DataError: If the tokenizer cannot encode them.
         """
+        asked: Sequence[Message] = prompt.messages or [{"role": "user", "content": prompt.text}]
         system = [message for message in added if message["role"] == "system"]
         others = [message for message in added if message["role"] != "system"]
-        asked: Sequence[Message] = prompt.messages or [{"role": "user", "content": prompt.text}]
         whole = [*system, *asked, *others]
+        others = others if prompt.messages is None else self._fit(others)
+        (system, others), mark = self._cut((system, others), asked)
         if prompt.messages is None:
             text = "".join([*map(self._write, system), prompt.text or "", *map(self._write, others)])
-            return self._encoder.encode(replace(prompt, text=text)), whole
+            return self._encoder.encode(replace(prompt, text=text), mark=mark), whole
         if added:
             begin = self._with_system(list(asked), "\n\n".join(str(message["content"]) for message in system))
-            shown = self._joined([*begin, *self._fit(others)], fixed=len(begin) - 1)
+            shown = self._joined([*begin, *others], fixed=len(begin) - 1)
             prompt = replace(prompt, messages=tuple(dict(message) for message in shown))
-        return self._encoder.encode(prompt, self.tools), whole
+        return self._encoder.encode(prompt, self.tools, mark), whole
 
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
         """Tokens behind a turn of the policy: the rest of its end, new messages, and what lets the policy go on.
@@ -156,11 +162,12 @@ class TurnEncoder:
             ConfigError: If the chat template writes earlier turns otherwise once messages of such a role follow.
             DataError: If the template or the tokenizer refuses them.
         """
+        new, mark = self._cut(new if prompt.messages is None else self._fit_behind(new))
         if prompt.messages is None:
-            return self._tokenize("".join(map(self._write, new)))
-        new = self._joined(self._fit_behind(new))
+            return self._tokenize("".join(map(self._write, new)), mark)
+        new = self._joined(new)
         try:
-            ids = self._tokenize(self._behind(new, add_generation_prompt=not last))
+            ids = self._tokenize(self._behind(new, add_generation_prompt=not last), mark)
         except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the chat template refuses what the environment added to {prompt.place}: {error}; correct the environment's "
@@ -287,15 +294,49 @@ class TurnEncoder:
         values = {"role": message["role"], "content": message["content"]}
         return fill_template("model.turn_template", self._turn_template, values, "a message of the environment")
 
-    def _tokenize(self, text: str) -> list[int]:
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        tokenizer = self._encoder.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        control = [str(entry.content) for token, entry in added if entry.special or token in self.stop_ids]
+        # The first character of each, also of those that begin within another one; of one character there is no part.
+        return re.compile(f"(?=({'|'.join(re.escape(text) for text in control if len(text) > 1) or '(?!)'})).", re.DOTALL)
+
+    def _cut(self, messages: T, around: Sequence[Message] = ()) -> tuple[T, str]:
+        """Messages with a mark within each control token of their texts, and the mark; it is empty if there are none."""
+        if not any(map(self._control_tokens.search, _texts(messages))):
+            return messages, ""
+        used = set[str]().union(*_texts(messages), *_texts(around))
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used)  # characters for private use
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control_tokens.sub(lambda found: found[0] + mark, value)
+            if isinstance(value, dict):
+                return {key: cut(item) for key, item in value.items()}
+            return [cut(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return cut(messages), mark
+
+    def _tokenize(self, text: str, mark: str = "") -> list[int]:
         try:
-            return list(self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._encoder.tokenize(text, mark)
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+            begin = text.replace(mark, "")[:60]
             raise DataError(
-                f"the tokenizer cannot encode what an environment adds, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode what an environment adds, which begins {begin!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so let the environment and model.turn_template write what it has (for the "
                 "embedded policy digits and signs, and model.turn_template='{content}'), or take another model"
             ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _answers(opened: str) -> list[str]:

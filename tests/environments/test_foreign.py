@@ -5,7 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pytest
@@ -122,6 +122,8 @@ def test_an_object_that_changes_its_arguments_changes_no_other():
         (lambda: read_odd(TextWorldEnvironment), "step returned 'text', which is not what TextWorldEnvironment takes"),
         (lambda: play(SkyRLEnvironment(here("Rewriter")), []), "init changes the prompt of the data row 0"),
         (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
+        (lambda: play(TextArenaEnvironment(here("Duel"), {"env_id": "raw"}), []), "not for one player alone .Two players"),
+        (lambda: play(TextArenaEnvironment(here("Turns"), {"env_id": "raw"}), ["a"]), "alone .it is the turn of player 1"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(make, message):
@@ -160,6 +162,16 @@ class Arena:
 
     def close(self):
         return {0: 0.25}, {0: {"reason": "All is done."}}
+
+
+class Duel(Arena):
+    def reset(self, num_players, seed=None):
+        assert num_players == 2, "Two players are needed"
+
+
+class Turns(Arena):
+    def get_observation(self):
+        return int(len(self.messages) > 1), super().get_observation()[1]
 
 
 @pytest.mark.parametrize(("form", "mark"), [("raw", ""), ("wrapped", "[GAME] ")])
@@ -241,10 +253,16 @@ class Client:
         return Result(Seen(action.code), 1.0, action.code == "end")
 
 
+class SeedlessClient(Client):
+    def reset(self):
+        return super().reset()
+
+
 def test_openenv_by_a_class_of_client():
     environment = OpenEnvEnvironment("http://x", here("Client"), "code", here("Move"), "text")
     assert play(environment, ["a", "end"]) == (["http://x 3", "a", "end"], [1.0, 1.0], True)
     assert play(environment, ["a"], seed=0) == (["http://x 0"], [0.0], True), "over from the start"
+    assert play(OpenEnvEnvironment("http://x", here("SeedlessClient"), observation="text"), [])[0] == ["http://x None"]
     assert environment.thread_safe and not TextArenaEnvironment.thread_safe and not GymEnvironment.thread_safe
 
 
@@ -369,9 +387,10 @@ def server():
     real("openenv")
     uvicorn = pytest.importorskip("uvicorn")
     from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
+    from pydantic import StringConstraints
 
     class Guess(Action):
-        message: str
+        message: Annotated[str, StringConstraints(min_length=1)]
 
     class Hint(Observation):
         text: str = ""
@@ -414,5 +433,10 @@ def test_openenv_itself(server):
         one.start(PROMPT, 3)
         step = one.step({"role": "assistant", "content": f"x{number}"})
         assert f'"tried": ["x{number}"]' in step.messages[0]["content"], "each episode has a session of its own"
+    refused = both[0].step({"role": "assistant", "content": ""})
+    assert refused.messages[0]["content"].startswith("error: the action is not valid") and not refused.over
+    assert refused.counts == {"refused_actions": 1} and "x0" in texts(both[0].step({"content": "y"}).messages)[0]
     for one in both:
         one.close()
+    with pytest.raises(ConfigError, match=r"action='guess': the actions of .* have the fields .*message.* and need message;"):
+        play(OpenEnvEnvironment(server, action="guess"), ["1"])

@@ -54,7 +54,7 @@ def shown(answer):
 
 
 class Draws(Environment):
-    """Seeds and draws from all global generators, counts its own turns, and changes what it was given."""
+    """Seeds and draws from all global generators, counts its own turns, changes what it was given, and the working folder."""
 
     def __init__(self, words=("none",)):
         self.words = words
@@ -63,6 +63,7 @@ class Draws(Environment):
         random.seed(seed)
         np.random.seed(seed)
         prompt.columns["list"].append(2)
+        os.chdir("..")
         self.turn = 0
         return f"{random.random()} {prompt.columns['list']} {self.words}"
 
@@ -80,6 +81,7 @@ class AsyncDraws(Environment):
 
     async def start(self, prompt, seed):
         random.seed(seed)
+        os.chdir("..")
         return str(random.random())
 
     async def step(self, message):
@@ -96,9 +98,9 @@ class AsyncDraws(Environment):
 @pytest.mark.parametrize("kind", [lambda: Draws(["word"]), AsyncDraws])
 def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_of_the_run(kind):
     random.seed(1)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), os.getcwd()
     answers = play(kind(), "now", {0: "late", 3: "now", 1: "now", 2: "late"})
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), os.getcwd()) == before
     for row in answers:
         assert row[0] == row[1] != row[2] == row[3]
     random.seed(2)
@@ -161,6 +163,8 @@ class Faulty(Environment):
             self.fail("step")
             if self.when == "exit":
                 sys.exit(3)
+            if self.when == "interrupt":
+                raise KeyboardInterrupt
             if self.when == "stop iteration":
                 raise StopIteration
             if self.when.startswith("other") and LOG["other"] < 1:
@@ -195,6 +199,7 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place):
             r"Faulty.step raised ZeroDivisionError: no luck \(test_running.py line \d+\) at turn 2 of games.csv row 0 \(seed",
         ),
         ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
+        ("interrupt", r"Faulty.step raised KeyboardInterrupt: "),  # nobody's Ctrl-C
         ("stop iteration", r"Faulty.step raised StopIteration"),
         ("other step", r"Faulty answered otherwise at turn 1 .* begun again after a fault; all that is random in it"),
         ("other start", r"Faulty answered otherwise at the start of .* begun again after a fault"),
@@ -234,7 +239,7 @@ def test_a_close_that_hangs_is_not_waited_for_again_and_again(caplog):
     assert [record.message.count("HangsInClose.close took more than 1 s") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15)])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_no_fault_of_an_environment_ends_the_run(error, asynchronous):
     class Stops(Environment):

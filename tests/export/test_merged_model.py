@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from chat_templates import tokenizer_with
 from exported import VARIANTS, logits
 from rounding import assert_same_logits
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from hybrid_lightning.adapters import apply_plan
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
-from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel
+from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel, Training
 from hybrid_lightning.export.write import written_message
 from hybrid_lightning.policy.loading import ModelSource
 
@@ -59,6 +60,16 @@ def test_tokenizer_template_and_generation_config_come_along(train, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("1+1=", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3).shape[0] == 1
+
+
+@pytest.mark.parametrize(("environment", "ends"), [(None, ["<|eos|>"]), ({}, ["<|eos|>", "<|eot_id|>", "<|eom_id|>"])])
+def test_the_model_stops_where_episodes_did(train, tmp_path, environment, ends):
+    policy = train(training=Training(steps=3, arguments={"environment": environment})).policy
+    tokenizer = tokenizer_with("llama3_1", "<|eos|>")
+    tokenizer.save_pretrained(policy.base.model)
+    stops = GenerationConfig.from_pretrained(write_policy(policy, MergedModel(), tmp_path / "out")).eos_token_id
+    own = GenerationConfig.from_pretrained(policy.base.model).eos_token_id
+    assert set(stops) == {own, *tokenizer.convert_tokens_to_ids(ends)}
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "is not finite"), (1e5, r"does not fit torch\.float16")])

@@ -68,6 +68,37 @@ def _load_value(text: str) -> Any:
 jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
+# What TRL's GRPOConfig and PEFT's LoraConfig call otherwise -> our option.
+TRL_NAMES = {
+    "num_generations": "model.samples_per_prompt",
+    "num_iterations": "model.epochs_per_rollout",
+    "max_completion_length": "model.sampler.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "generation_batch_size": "model.prompts_per_rollout",
+    "per_device_train_batch_size": "model.prompts_per_rollout",
+    "steps_per_generation": "model.minibatches_per_rollout",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "train_dataset": "data.source",
+    "reward_funcs": "model.reward",
+    "loss_type": "model.loss",
+    "scale_rewards": "model.advantage",
+    "beta": "model.loss.kl_coef",
+    "epsilon": "model.loss.clip_low",
+    "epsilon_high": "model.loss.clip_high",
+    "learning_rate": "model.lr_lora",
+    "lr_scheduler_type": "model.schedule",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "num_train_epochs": "trainer.max_epochs",
+    "bf16": "trainer.precision",
+    "use_vllm": "model.sampler",
+    "output_dir": "trainer.logger",
+    "peft_config": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+}
+
+
 class Refusal(SystemExit):
     """Raised by the parser of a class for an option that the class does not have. The command's parser adds where it was given.
 
@@ -175,7 +206,9 @@ class Parser(LightningArgumentParser):
         key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0]
         if inspect.isabstract(refusal.part):
             return _which(key or "KEY", refusal.part.__name__, known_classes(refusal.part))
-        near = suggestion(refusal.name, refusal.names, f"--{key}.{{}}" if where.startswith("--") else "{}")
+        near = _of_trl(refusal.name) or suggestion(
+            refusal.name, refusal.names, f"--{key}.{{}}" if where.startswith("--") else "{}"
+        )
         near = near or f"; --{key or 'KEY'}.help={refusal.part.__name__} lists those that it has"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
@@ -200,6 +233,8 @@ class Parser(LightningArgumentParser):
 
     def _near(self, name: str, shown: str) -> str:
         """A hint at the option that was meant: one that ends with this name, is spelled similarly, or has a similar end."""
+        if theirs := _of_trl(name.rpartition(".")[2], shown):
+            return theirs
         names = self._names()
         root, dot, rest = name.partition(".")
         same_end = [full for full in names if full.endswith(f".{name}")]
@@ -212,6 +247,11 @@ class Parser(LightningArgumentParser):
         if not dot and near_leaf:
             return f"; did you mean {shown.format(leaves[near_leaf[0]])}?"
         return suggestion(name, names, shown)
+
+
+def _of_trl(name: str, shown: str = "--{}") -> str:
+    """What TRL's name is called here, and where the others are; empty if it is none."""
+    return f"; TRL's {name} is {shown.format(TRL_NAMES[name])} here (docs/trl.md)" if name in TRL_NAMES else ""
 
 
 def _which(key: str, base: str, known: Iterable[str]) -> str:

@@ -49,9 +49,11 @@ class Configurable:
 
 
 def to_plain(value: Any) -> Any:
-    """Replace every `Configurable` in nested lists, tuples and dicts by its config."""
+    """Replace every `Configurable` in nested lists, tuples and dicts by its config, and every function by its path."""
     if isinstance(value, Configurable):
         return value.to_config()
+    if inspect.isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from cli_runs import run
 
+from hybrid_lightning.cli_parser import TRL_NAMES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,9 @@ def assert_said(result, message):
         ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
         ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
         ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
+        # TRL's names
+        ("fit --config t.yaml --model.num_generations=4", r"TRL's num_generations is --model\.samples_per_prompt here"),
+        ("fit --learning_rate=1e-5", r"TRL's learning_rate is --model\.lr_lora here \(docs/trl\.md\)$"),
         # classes
         ("fit --config t.yaml --trainer.callbacks=PolicyExpor", r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
         ("fit --config t.yaml --model.sampler=Zzz", r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
@@ -112,6 +117,16 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
         if shares[-1] < 0.25:  # one second where the libraries take four
             return
     raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")
+
+
+def test_what_trl_calls_otherwise_is_there(folder):
+    result = run(folder, "fit", "--config", "t.yaml", "--print_config")
+    for theirs, ours in TRL_NAMES.items():
+        found = yaml.safe_load(result.out)
+        for key in ours.split("."):
+            found = found.get("init_args", found)
+            assert key in found, f"{theirs} is not {ours}"
+            found = found[key] if isinstance(found[key], dict) else {}
 
 
 def test_texts_of_few_shot_stay_texts(folder, tmp_path):

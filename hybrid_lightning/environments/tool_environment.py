@@ -120,12 +120,6 @@ class ToolEnvironment(Environment):
         self._shown = chat_template is None or shows_tools(chat_template)
         self._role = "tool" if self._shown else "user"
 
-    def to_config(self) -> dict[str, Any]:
-        """See `Configurable.to_config`; functions are named by their module."""
-        config = super().to_config()
-        tools = [f"{tool.__module__}.{tool.__qualname__}" if _importable(tool) else tool for tool in config["init_args"]["tools"]]
-        return {**config, "init_args": {**config["init_args"], "tools": tools}}
-
     def tools(self) -> list[dict[str, Any]]:
         """JSON schemas for the chat template; none if it does not show them, since `start` tells them then."""
         return list(self._schemas.values()) if self._shown else []
@@ -306,12 +300,6 @@ def _said(error: BaseException) -> str:
         return one_line(error)
     except Exception:  # raised by the exception's own __str__
         return "without a text"
-
-
-def _importable(tool: Any) -> bool:
-    """Whether a function can be found by its module and name."""
-    place = getattr(tool, "__module__", None), getattr(tool, "__qualname__", ".")
-    return inspect.isfunction(tool) and place[0] != "__main__" and "." not in place[1]
 
 
 def describe_tool(tool: Callable[..., Any]) -> tuple[str, dict[str, Any]]:

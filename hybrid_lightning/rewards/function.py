@@ -38,7 +38,7 @@ class FunctionReward(RewardFunction):
     A function may be `async`. A function of one `completion` is then awaited for several completions at the same time.
 
     Args:
-        function: `package.module.function` or `path/to/file.py:function`.
+        function: `package.module.function` or `path/to/file.py:function`; in Python the function itself, too.
         timeout_s: Wall time in seconds for each call, which is one for the batch or one for each completion; None for no limit.
             An asynchronous function is cancelled; an ordinary one goes on in its thread, and can still take processor time.
         on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
@@ -53,7 +53,7 @@ class FunctionReward(RewardFunction):
 
     def __init__(
         self,
-        function: str,
+        function: str | Callable[..., Any],
         timeout_s: float | None = None,
         on_timeout: float | None = None,
         concurrency: int = 64,
@@ -67,26 +67,27 @@ class FunctionReward(RewardFunction):
             raise ConfigError(f"FunctionReward: on_timeout={on_timeout} needs a timeout_s")
         if concurrency < 1:
             raise ConfigError(f"FunctionReward: concurrency={concurrency}; give at least 1")
-        self.function = function
+        self._given = None if isinstance(function, str) else function
+        self.function = function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
         self.timeout_s, self.on_timeout, self.concurrency = timeout_s, on_timeout, concurrency
         self.measures_correctness = measures_correctness
-        loaded = load_function(function)
+        loaded = self._loaded()
         self._name = name or getattr(loaded, "__name__", None)
         if isinstance(loaded, type):
             raise ConfigError(
-                f"function={function!r} is a class: a reward of your own class is given by class_path, without this"
+                f"function={self.function!r} is a class: a reward of your own class is given by class_path, without this"
             )
         parameters = inspect.signature(loaded).parameters
         self.batched = "completions" in parameters
         if self.batched == ("completion" in parameters):
             raise ConfigError(
-                f"function={function!r} has the parameters {', '.join(parameters) or 'none'}; call one of them completions, to "
-                "get all of a batch, or completion, to be called for each"
+                f"function={self.function!r} has the parameters {', '.join(parameters) or 'none'}; call one of them completions, "
+                "to get all of a batch, or completion, to be called for each"
             )
         self._own = _BATCH if self.batched else _SINGLE
         own = parameters[self._own[0]]
         if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
-            raise ConfigError(f"function={function!r} takes {own} by position alone: write the parameter as {own.name}")
+            raise ConfigError(f"function={self.function!r} takes {own} by position alone: write the parameter as {own.name}")
         named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
         self.arguments = dict(arguments or {})
         free = {entry.name: entry for entry in named if entry.name not in self._own}
@@ -97,6 +98,9 @@ class FunctionReward(RewardFunction):
         self._check_arguments(free)
         call = loaded if inspect.isroutine(loaded) else type(loaded).__call__
         self.asynchronous = inspect.iscoroutinefunction(call)
+
+    def _loaded(self) -> Callable[..., Any]:
+        return load_function(self.function) if self._given is None else self._given
 
     def _check_arguments(self, free: dict[str, inspect.Parameter]) -> None:
         for name, value in self.arguments.items():
@@ -185,7 +189,7 @@ class FunctionReward(RewardFunction):
     def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
         """The function with all its arguments bound."""
         own = {self._own[0]: completions, **({self._own[1]: prompts} if self.takes_prompts or self.takes_all else {})}
-        return partial(load_function(self.function), **{**arguments, **deepcopy(self.arguments), **own})
+        return partial(self._loaded(), **{**arguments, **deepcopy(self.arguments), **own})
 
     def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
         """The value of one call; an exception that it raised is raised again with the row and the completion."""

@@ -100,6 +100,15 @@ def test_a_batch_or_one_completion_at_a_time_with_columns_by_name(here):
     assert scores("brief", ["a b", "a b c"]) == [1.0, 0.0]
 
 
+def test_in_python_the_function_itself():
+    reward = FunctionReward(lambda completion, bonus=0.0: len(completion) + bonus, name="length", arguments={"bonus": 0.5})
+    prompts = [Prompt(text="Go", index=index) for index in range(2)]
+    assert list(reward(["a", "bcd"], prompts)) == [1.5, 3.5] and reward.name == "length"
+    assert reward.to_config()["init_args"]["function"].endswith("test_in_python_the_function_itself.<locals>.<lambda>")
+    with pytest.raises(ConfigError, match=r"<lambda>' has the parameters text; call one of them completions"):
+        FunctionReward(lambda text: 1.0)
+
+
 def test_a_module_by_its_dotted_name_and_what_a_reward_says_of_itself(here, monkeypatch):
     (here / "pack").mkdir()
     (here / "pack" / "__init__.py").write_text("")

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from itertools import dropwhile
+from typing import Any, ClassVar
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
 from hybrid_lightning.rewards.evaluate import name_completion
@@ -51,6 +52,8 @@ class FunctionReward(RewardFunction):
         ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
     """
 
+    batches_only: ClassVar[bool] = False
+
     def __init__(
         self,
         function: str | Callable[..., Any],
@@ -84,6 +87,8 @@ class FunctionReward(RewardFunction):
                 f"function={self.function!r} has the parameters {', '.join(parameters) or 'none'}; call one of them completions, "
                 "to get all of a batch, or completion, to be called for each"
             )
+        if self.batches_only and not self.batched:
+            raise ConfigError(f"{type(self).__name__}: {self.function} has no parameter completions; take FunctionReward")
         self._own = _BATCH if self.batched else _SINGLE
         own = parameters[self._own[0]]
         if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
@@ -208,6 +213,36 @@ class FunctionReward(RewardFunction):
             raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
         logger.warning("%s: it earns on_timeout=%g", late, self.on_timeout)
         return self.on_timeout
+
+
+class TRLReward(FunctionReward):
+    """Scores completions with a reward function of TRL, as it is: `f(prompts, completions, answer, **kwargs)`.
+
+    What differs from `FunctionReward`: where prompts are messages, each of `prompts` is a list of these, and each of
+    `completions` a list of the messages behind them: one of the policy, and in episodes those of tools and environments, too.
+    Columns of the data come by name. `completion_ids`, `trainer_state` and functions for logging, which TRL gives as well, are
+    not there.
+
+    Raises:
+        ConfigError: As for `FunctionReward`, or if the function has no parameter `completions`.
+    """
+
+    batches_only = True
+
+    def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
+        theirs = [_messages(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+        asked = [prompt.text if prompt.messages is None else deepcopy(list(prompt.messages)) for prompt in prompts]
+        return super()._call(theirs, asked, arguments)
+
+
+def _messages(completion: str, prompt: Prompt) -> Any:
+    """A completion as TRL gives it to reward functions."""
+    if prompt.messages is None:
+        return completion
+    episode = getattr(completion, "episode", None)
+    if episode is not None:
+        return [dict(message) for message in dropwhile(lambda message: message["role"] != "assistant", episode.messages)]
+    return [{"role": "assistant", "content": str(completion)}]
 
 
 def _kind(parameter: inspect.Parameter) -> str | None:

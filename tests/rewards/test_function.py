@@ -6,8 +6,8 @@ from copy import deepcopy
 import pytest
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
-from hybrid_lightning.rewards import ExactMatch, FunctionReward, RewardFunction, WeightedSum, evaluate_reward
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.rewards import ExactMatch, FunctionReward, RewardFunction, TRLReward, WeightedSum, evaluate_reward
+from hybrid_lightning.types import Completion, Episode, Prompt
 
 MINE = """
 import asyncio, time
@@ -98,6 +98,26 @@ def test_a_batch_or_one_completion_at_a_time_with_columns_by_name(here):
     assert scores("trl_like", ["a", "bc"]) == [1.0, 2.0]
     assert scores("each", ["12", "12", "13"]) == [1.0, 1.0, 0.0]
     assert scores("brief", ["a b", "a b c"]) == [1.0, 0.0]
+
+
+def test_a_reward_function_of_trl_sees_what_trl_gives_it():
+    seen = []
+
+    def theirs(prompts, completions, answer, **kwargs):
+        seen.append((prompts, completions, kwargs))
+        return [float(completion[0]["content"] == gold) for completion, gold in zip(completions, answer, strict=True)]
+
+    asked = ({"role": "user", "content": "1+1"},)
+    prompts = [Prompt(messages=asked, answer="2", index=index, columns={"level": 3}) for index in range(2)]
+    episode = Episode((*asked, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Sure?"}), 1, "answered", ())
+    assert TRLReward(theirs)(["1", Completion("2", 1, True, episode=episode)], prompts) == [0.0, 1.0]
+    ((given, completions, kwargs),) = seen
+    assert given == [list(asked)] * 2 and kwargs == {"level": [3, 3], "set_name": ["", ""]}
+    assert completions == [[{"role": "assistant", "content": "1"}], [dict(message) for message in episode.messages[1:]]]
+    texts = TRLReward(lambda prompts, completions: [len(a + b) for a, b in zip(prompts, completions, strict=True)])
+    assert texts(["ab"], [Prompt(text="1+1=")]) == [6]
+    with pytest.raises(ConfigError, match=r"TRLReward: .* has no parameter completions; take FunctionReward"):
+        TRLReward(lambda completion: 1.0)
 
 
 def test_in_python_the_function_itself():

@@ -41,7 +41,7 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     assert said["reference"].startswith("24 of 24 reference answers are paid")
     assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
     assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
-    assert "MiB at most, while" in said["memory"]
+    assert "Fits: hybrid 10% takes up to" in said["memory"]
 
 
 def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):

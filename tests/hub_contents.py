@@ -67,12 +67,13 @@ def write_model(folder: Path, family: str, template: bool = True, std: float = 0
 
 
 def _end_early(model: Any, eos: int) -> None:
-    """Make most completions empty, by a dimension that no layer writes to: random text is not worth a sandbox each time."""
+    """Make most completions empty, by a dimension that layers hardly write to: random text is not worth a sandbox each time."""
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         embeddings[:, 0], embeddings[eos, 0] = 1.0, EOS_WEIGHT
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0], layer.mlp.down_proj.weight[0] = 0.0, 0.0
+            # Not 0: DoRA divides by the norm of a row.
+            layer.self_attn.o_proj.weight[0], layer.mlp.down_proj.weight[0] = 1e-6, 1e-6
 
 
 # Rows in the columns that the real data sets have, odd ones included: the first problem of MATH-500 stands in MATH, too.

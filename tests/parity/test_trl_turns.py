@@ -20,7 +20,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 def test_results_of_tools_are_the_same_tokens(name, eos):
     tokenizer = tokenizer_with(name, eos)
     variables = {"enable_thinking": False} if name == "qwen3_training" else {}
-    results = [{"role": "tool", "name": "add", "content": "3 <|im_end|>"}, {"role": "tool", "name": "add", "content": ""}]
+    results = [{"role": "tool", "name": "add", "content": "3 <end>"}, {"role": "tool", "name": "add", "content": ""}]
     trainer = SimpleNamespace(processing_class=tokenizer, _tokenizer=tokenizer, _is_vlm=False, chat_template=None)
     expected = GRPOTrainer._get_tool_suffix_ids(SimpleNamespace(**vars(trainer), chat_template_kwargs=variables), results)
     turns = TurnEncoder(PromptEncoder(tokenizer, None, variables), [tokenizer.eos_token_id])

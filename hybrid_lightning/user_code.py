@@ -207,7 +207,7 @@ class CallThreads:
         self._waiting: SimpleQueue[_Call] = SimpleQueue()
         self._running: set[_Call] = set()
         self._ended: deque[tuple[_Call, Outcome]] = deque()
-        self._begun = 0  # calls
+        self._asked = self._begun = 0  # calls; one that a thread has just taken is in neither of the two above
         self._threads = 0  # without those that run a call that was given up
         self._watched = self._told = False  # whether the event loop will look at the calls, and at those that have ended
 
@@ -223,6 +223,7 @@ class CallThreads:
         call = _Call(function, loop.create_future(), float("inf") if timeout_s is None else timeout_s)
         with self._lock:
             self._waiting.put(call)
+            self._asked += 1
             if not self._threads:
                 self._add_thread(loop)
         if not self._watched:
@@ -280,7 +281,7 @@ class CallThreads:
                 self._running.remove(call)
                 self._threads -= 1
                 self._ended.append((call, (None, TookTooLongError())))
-            waiting = self._waiting.qsize()
+            waiting = self._asked - self._begun
             if self._begun == begun:
                 for _ in range(min(max(1, self._threads), waiting, self.most - self._threads)):
                     self._add_thread(loop)

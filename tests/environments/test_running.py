@@ -19,6 +19,7 @@ from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, R
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_code import CallThreads, TookTooLongError
 
 SEEDS = [7, 7, 8, 8]
 LOG = Counter()
@@ -382,6 +383,23 @@ def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
     play(Threads(), "0.3", seeds=[1] * 40)
     assert Threads.most >= 20
+
+
+def test_a_call_that_a_thread_has_just_taken_has_its_time_limit():
+    threads = CallThreads(1)
+    waiting = threads._waiting
+
+    class Slow:
+        put, empty = waiting.put, waiting.empty
+
+        def get(self, timeout):
+            call = waiting.get(timeout=timeout)
+            time.sleep(0.1)  # meanwhile the event loop looks at the calls
+            return call
+
+    threads._waiting = Slow()
+    _, error = asyncio.run(asyncio.wait_for(threads.outcome(lambda: time.sleep(20), 0.2), 10))
+    assert isinstance(error, TookTooLongError)
 
 
 def test_each_object_is_closed_once_whenever_its_episode_ends():

@@ -18,6 +18,7 @@ from hybrid_lightning.types import Completion, Rewards, Rollouts, counted_groups
 PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE
     "reference": "the-reference-answer-earns-nothing",
+    "accident": "wrong-answers-are-paid",
     "answers": "the-reward-finds-no-answer",
     "equal": "all-rewards-of-a-group-are-equal",
     "cut": "completions-are-cut",

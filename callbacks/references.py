@@ -7,7 +7,7 @@ If none is paid, all other forms are tried, and that in which the reward's own p
 
 import re._constants as kinds
 import re._parser as parser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,7 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
     earned = len(prompts) - len(missing)
     note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}"
     if not missing:
-        return References(note)
+        return References(note, tuple(_paid_by_accident(policy, prompts, [text for text, _ in paid])))
     tried = f"{missing[0].place}, {shorten(_answer(missing[0]))}"
     if earned:
         level: Any = "warning" if len(missing) > earned else "note"
@@ -113,6 +113,20 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
     return References(note, (Finding("reference", text, remedy, "error"),))
 
 
+def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
+    """Whether wrong answers are paid as well as right ones."""
+    right = _values(policy, prompts, texts)
+    wrong = _of_other_answers(policy, prompts, dict(enumerate(texts)))
+    rows = [row for row, value in wrong.items() if value >= right[row]]
+    if len(rows) > len(wrong) / 2:
+        row = rows[0]
+        text = (
+            f"your reward pays the answer of another row as much as the row's own in {len(rows)} of {len(wrong)} rows: it does not "
+            f"look at the answer (first {prompts[row].place}, {shorten(str(_other(prompts, row)))} for {shorten(_answer(prompts[row]))})"
+        )
+        yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right one")
+
+
 def _best(policy: LanguageModule, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
     """For each prompt the first of its completions that is paid, and True; else its last one, and False.
 
@@ -123,15 +137,19 @@ def _best(policy: LanguageModule, prompts: list[Prompt], forms: Sequence[Sequenc
     for number in range(max(map(len, forms))):
         rows = [row for row, texts in enumerate(forms) if not best[row][1] and number < len(texts)]
         values = _values(policy, [prompts[row] for row in rows], [forms[row][number] for row in rows])
-        unpaid = [row for row, value in zip(rows, values, strict=True) if value <= 0]
-        wrong = {row: _other(prompts, row) for row in unpaid}
-        texts = [forms[row][number].replace(_answer(prompts[row]), other) for row, other in wrong.items() if other is not None]
-        asked = [row for row, other in wrong.items() if other is not None]
-        controls = dict(zip(asked, _values(policy, [prompts[row] for row in asked], texts), strict=True))
+        unpaid = {row: forms[row][number] for row, value in zip(rows, values, strict=True) if value <= 0}
+        controls = _of_other_answers(policy, prompts, unpaid)
         for row, value in zip(rows, values, strict=True):
             if value > 0 or value > controls.get(row, value):
                 best[row] = (forms[row][number], True)
     return best
+
+
+def _of_other_answers(policy: LanguageModule, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
+    """What texts (row -> text) earn with the answer of another row in the place of their own, where rows' answers differ."""
+    wrong = {row: other for row in texts if (other := _other(prompts, row)) is not None}
+    written = [texts[row].replace(_answer(prompts[row]), other) for row, other in wrong.items()]
+    return dict(zip(wrong, _values(policy, [prompts[row] for row in wrong], written), strict=True))
 
 
 def _values(policy: LanguageModule, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

@@ -90,6 +90,13 @@ def test_a_form_that_the_prompt_does_not_ask_for_is_named(model):
     assert "pays for '<7>'" in result.findings[0].text
 
 
+def test_a_reward_that_pays_for_wrong_answers_as_well_does_not_look_at_them(model):
+    result, kinds = found(model, Constant(1.0), rows(["12", "7", "7"]))
+    assert kinds == [("accident", "warning")] and "row's own in 3 of 3 rows" in result.findings[0].text
+    assert "'7' for '12'" in result.findings[0].text
+    assert found(model, Constant(1.0), rows(["7", "7"]))[1] == [], "no row has another answer"
+
+
 def test_single_rows_and_rewards_that_fail_are_named(model):
     result, kinds = found(model, ExactMatch(r"\A(\d+)\Z"), rows(["7", "8", "1,234"]))
     assert kinds == [("reference", "note")] and "1 of 3 rows nothing, first of rows row 2, '1,234'" in result.findings[0].text

@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import GradientMode
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring import Scoring
@@ -149,6 +149,8 @@ class Planner:
         digest = self._module.base_digest if isinstance(self._module, AdaptedModule) else model_digest(model)
         candidates = planning.candidates(model)
         ranks, arguments = planning.ranks(candidates), self._module.hparams
+        if planning.budget.share < 1:
+            check_lora_modules(model, (name for name, rank in ranks.items() if rank))
         scores = ModuleScores(seed=arguments.get("seed"))
         if planning.budget.needs_scores:
             scores = self._score(candidates, ranks, digest, splits)

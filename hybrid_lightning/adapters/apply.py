@@ -21,7 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lora_settings import ADAPTER, lora_config
+from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, lora_config
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
@@ -50,7 +50,7 @@ def apply_plan(
         The adapted model; only the adapter is trainable.
 
     Raises:
-        ModelError: If the model already has an adapter.
+        ModelError: If the model already has an adapter, or PEFT cannot give LoRA to a module.
         PlanError: If the plan does not fit the model or trains nothing, or if PEFT wrapped other modules than planned.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
@@ -142,6 +142,7 @@ class FreedStartWeights(nn.Module):
 
 
 def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
+    check_lora_modules(model, plan.lora_modules)
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
     modes = {module.name: module.mode for module in plan.candidates}
     return lora_config(modes, plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)

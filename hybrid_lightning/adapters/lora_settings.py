@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import nn
 
 ADAPTER = "default"  # PEFT's name for the only adapter
 
@@ -100,6 +102,38 @@ def lora_config(
         target_modules=lora_modules or DUMMY_TARGET_MODULES,
         modules_to_save=full or None,
     )
+
+
+def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
+    """Refuse LoRA on modules whose names PEFT takes for other ones.
+
+    Of models with experts PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they
+    belong to a dense layer or to shared experts (`convert_peft_config_for_transformers`).
+
+    Args:
+        model: Base model.
+        names: Full dotted names of modules.
+
+    Raises:
+        ModelError: If there are such modules.
+    """
+    from peft import LoraConfig  # slow to import
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    taken = []
+    for kind in sorted({name.rsplit(".", 1)[-1] for name in names}):
+        config = LoraConfig(target_modules=[kind])
+        with suppress(ValueError):  # as of a name that it wants together with others
+            convert_peft_config_for_transformers(config, model, None)
+            if config.target_modules == {kind}:
+                continue
+        taken.append(kind)
+    if taken:
+        remedy = ", ".join(f"{kind}: 0" for kind in taken)
+        raise ModelError(
+            f"PEFT takes modules named {', '.join(taken)} of this model for its experts, and cannot give LoRA to those of other "
+            f"layers; leave them frozen unless they are fully trained: --adapter.rank_pattern='{{{remedy}}}'"
+        )
 
 
 def _check_suffixes(modes: Mapping[str, str]) -> None:

@@ -137,12 +137,12 @@ class FakeModel:
         self.model, self.engine = model, Engine(model, backend)
         try:
             self.engine.assume_packing(torch.bfloat16 if settings.mixed_precision else settings.dtype)
+            if settings.gradient_checkpointing:
+                checkpoint_gradients(base_model(model), backend)
+            self._fake_weights()
+            self._record_attention()
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
-        if settings.gradient_checkpointing:
-            checkpoint_gradients(base_model(model), backend)
-        self._fake_weights()
-        self._record_attention()
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Fake tensor of the same shape and dtype."""

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from rounding import additions_of, assert_same_sums
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -194,3 +194,14 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
     candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates if m.name in modes)
     with pytest.raises(PlanError, match=r"difference starts with other\.layers\.0"):
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))
+
+
+def test_names_that_peft_takes_for_experts_are_refused_with_the_pattern_that_leaves_them_out(plan_for):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "vocab_size": 40, "q_lora_rank": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    config = DeepseekV3Config(**sizes, **heads, **experts, v_head_dim=16, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=r"rank_pattern='\{down_proj: 0, gate_proj: 0, up_proj: 0\}'"):
+        apply_plan(copy.deepcopy(model), plan_for(model, ModuleBudget(0)))
+    apply_plan(model, plan_for(model, ModuleBudget(0.3), ranks={"mlp": 0}))

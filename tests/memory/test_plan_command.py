@@ -8,6 +8,7 @@ import pytest
 import torch
 from cli_runs import run
 from rich import get_console
+from transformers import GptOssConfig
 
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.errors import ConfigError
@@ -85,6 +86,12 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
 def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
     result = run(folder, "plan", "--config", "t.yaml", *options)
     assert result.code == 1 and result.last.startswith("error: ") and message in result.last, result.err
+
+
+def test_attention_that_cannot_be_packed_cannot_be_planned(folder, tmp_path):
+    GptOssConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    result = run(folder, "plan", "--config", "t.yaml", f"--model.model={tmp_path}", "--prompt_tokens=20")
+    assert result.last == "error: the memory of a 'gpt_oss' model cannot be planned: its attention takes s_aux", result.err
 
 
 GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--prompt_tokens=20", "--model.sampler.max_new_tokens=100"]

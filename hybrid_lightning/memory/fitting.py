@@ -111,10 +111,8 @@ class Fitting:
         found = self._planned(forms, strengths)
         assert found is not None
         while taken(found) > self._free:
-            for kind, (phases, _) in enumerate(self._kinds):
-                if strengths[kind] == len(forms[kind]) or (phases is not None and found.peak_phase not in phases):
-                    continue
-                stronger = [*strengths[:kind], strengths[kind] + 1, *strengths[kind + 1 :]]
+            for kind, strength in self._stronger(forms, strengths, found.peak_phase):
+                stronger = [*strengths[:kind], strength, *strengths[kind + 1 :]]
                 better = self._planned(forms, stronger)
                 if better is not None and _total(better, found.peak_phase) < _GAIN * found.peak_bytes:
                     strengths, found = stronger, better
@@ -129,6 +127,16 @@ class Fitting:
                     break
                 strengths, found = weaker, same
         return self._changes(forms, strengths), found
+
+    def _stronger(self, forms: "list[list[_Form]]", strengths: list[int], phase: str) -> Iterator[tuple[int, int]]:
+        """The next form of each kind that may help at a moment, and then the strongest: without any budget nothing is scored."""
+        useful = [
+            (kind, strengths[kind] + 1, len(forms[kind]))
+            for kind, (phases, _) in enumerate(self._kinds)
+            if strengths[kind] < len(forms[kind]) and (phases is None or phase in phases)
+        ]
+        yield from ((kind, following) for kind, following, _ in useful)
+        yield from ((kind, last) for kind, following, last in useful if last > following)
 
     def _changes(self, forms: "list[list[_Form]]", strengths: list[int]) -> list[Change]:
         return [forms[kind][strength - 1].change for kind, strength in enumerate(strengths) if strength]

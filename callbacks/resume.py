@@ -122,6 +122,8 @@ class Resume:
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
+        if MEASURED in effects and "RunReport" in states:
+            states["RunReport"].update(first=None, last=None)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):

@@ -44,6 +44,7 @@ from hybrid_lightning.callbacks import (
     RewardDivergence,
     RolloutProgress,
     RolloutSamples,
+    RunReport,
     RunSummary,
     StepLines,
     StepTimer,
@@ -204,6 +205,7 @@ class HybridLightningCLI(LightningCLI):
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(self._signals)]
+        fixed.append(RunReport())
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else

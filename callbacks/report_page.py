@@ -1,7 +1,7 @@
 """Pages about runs: HTML with style and curves (SVG) inside, without scripts and without anything from a network.
 
-`report_page` shows one run; `compare_runs.py` puts several on one page out of the same parts. All that a run says is escaped, since
-a completion may hold any text.
+`report_page` shows one run; `compare_runs.py` puts several on one page out of the same parts. All that a run says is escaped,
+since a completion may hold any text.
 """
 
 import base64
@@ -150,7 +150,10 @@ def report_page(run: Run) -> str:
     """The page about one run."""
     report, summary, plan = run.report, run.summary, run.plan
     verdict = (summary or {}).get("verdict") or report["state"]
-    parts = [Html(f"<p><b>{escape(verdict)}</b> <span class=faint>{escape(run.state)}</span></p>"), result_table([run])]
+    parts = [
+        Html(f"<p><b>{escape(verdict)}</b> <span class=faint>{escape(run.state)}</span></p>"),
+        result_table([run], results([run])),
+    ]
     parts += [Html(f"<p>Try: {escape(advice)}</p>") for advice in (summary or {}).get("try", ())]
     if report["commands"]:
         parts += [Html("<h2>Next</h2>"), *(Html(f"<pre>{escape(command)}</pre>") for command in report["commands"])]
@@ -162,15 +165,15 @@ def report_page(run: Run) -> str:
         parts += [folded("All modules by score", table(*plan_rows(plan)))]
     if summary is not None and summary["validation"]["after"]:
         parts += [Html("<h2>Validation</h2>"), folded("All metrics", _validation(summary["validation"]))]
-    changed = [(name, _shown(value), _shown(default)) for name, (value, default) in report["changed"].items()]
+    changed = [(name, shown_value(value), shown_value(default)) for name, (value, default) in report["changed"].items()]
     parts += [Html("<h2>Options that differ from their defaults</h2>"), table(("option", "value", "default"), changed)]
     parts += [Html("<h2>Machine</h2>"), table((), report["machine"].items())]
     return page(f"Run {run.folder}", parts)
 
 
-def result_table(runs: Sequence[Run]) -> Html:
+def result_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> Html:
     """What came out, one column a run."""
-    return table(("", *(_marked(number, run) for number, run in enumerate(runs))) if len(runs) > 1 else (), results(runs))
+    return table(("", *(_marked(number, run) for number, run in enumerate(runs))) if len(runs) > 1 else (), rows)
 
 
 def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -258,8 +261,12 @@ def folded(title: str, content: str) -> Html:
 
 def charts(runs: Sequence[Run]) -> Html:
     """A chart of each metric, with the curves of all runs that have it."""
-    names = dict.fromkeys(name for run in runs for name in run.curves if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
-    return Html(f"<div class=charts>{''.join(_chart(name, runs) for name in names)}</div>")
+    return Html(f"<div class=charts>{''.join(_chart(name, runs) for name in charted(runs))}</div>")
+
+
+def charted(runs: Sequence[Run]) -> list[str]:
+    """The metrics that have a chart."""
+    return list(dict.fromkeys(name for run in runs for name in run.curves if not name.endswith((f"/{LOWER}", f"/{UPPER}"))))
 
 
 def letter(number: int) -> str:
@@ -271,7 +278,8 @@ def _marked(number: int, run: Run) -> Html:
     return Html(f"<span class=t{number % 6}>{letter(number)}</span> {escape(str(run.folder))}")
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value of an option; a class of ours by its name."""
     if isinstance(value, str):
         return value.rpartition(".")[2] if value.startswith("hybrid_lightning.") else value
     return json.dumps(value, ensure_ascii=False)

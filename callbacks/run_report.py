@@ -57,8 +57,8 @@ class RunReport(Callback):
     """Writes `report.html`, one file without a network, and the data behind it as `report.json`, which `compare` reads.
 
     They are written after each validation, where a run is stopped or fails after it has begun, and by `RunSummary` at its end. In
-    them are curves, the greedy completions of the same problems at the first and at the last validation, the plan, the options that
-    differ from their defaults, the machine, the verdict and the next commands. A resumed run has the curves of the whole run.
+    them are curves, the greedy completions of the same problems at the first and at the last validation, the plan, the options
+    that differ from their defaults, the machine, the verdict and the next commands. A resumed run has the curves of both parts.
 
     It must come after `GracefulStop`, whose checkpoint a stopped run names.
     """

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan` and `doctor`.
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan`, `doctor` and `compare`.
 
 This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
 `cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
@@ -50,6 +50,7 @@ from hybrid_lightning.callbacks import (
     StepTimer,
     TensorBoardOverview,
 )
+from hybrid_lightning.callbacks.compare_runs import compare
 from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
@@ -231,6 +232,9 @@ class HybridLightningCLI(LightningCLI):
             super().parse_arguments(parser, args)
         else:
             parser.parse_args(asked)
+        if self.config["subcommand"] == "compare":  # of finished runs: there is nothing to build
+            compare(**self.config["compare"])
+            sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Say in a whole sentence what each command does: Lightning takes the first line of its docstring."""
@@ -238,6 +242,13 @@ class HybridLightningCLI(LightningCLI):
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
             choice.help = said[choice.dest]
+        text = first_sentence(compare.__doc__)
+        of_runs = Parser(description=text)
+        of_runs.add_argument(
+            "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
+        )
+        of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
+        parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

@@ -37,7 +37,8 @@ th{color:var(--faint);font-weight:600}.charts,.pairs{display:grid;gap:14px;grid-
 figcaption{font-weight:600;font-size:.9rem}svg{width:100%;height:auto;display:block}svg text{fill:var(--faint);font-size:11px}
 svg .grid{stroke:var(--line)}svg path{fill:none;stroke-width:1.8}svg .band{stroke:none;opacity:.16}
 pre{white-space:pre-wrap;background:var(--box);border-radius:6px;padding:8px;margin:4px 0;font:13px/1.45 ui-monospace,monospace}
-details{margin:8px 0}summary{cursor:pointer}img{max-width:100%;height:auto;background:#fff;border-radius:6px}
+figure pre{background:var(--page)}details{margin:8px 0}
+summary{cursor:pointer}img{max-width:100%;height:auto;background:#fff;border-radius:6px}
 .faint{color:var(--faint)}.right{color:var(--good);font-weight:600}.wrong{color:var(--bad);font-weight:600}
 """ + "".join(
     f".s{n}{{stroke:var(--c{n})}}.s{n}.dot,.s{n}.band{{fill:var(--c{n})}}.t{n}{{color:var(--c{n});font-weight:600}}"
@@ -114,12 +115,13 @@ class Run:
         return {(row[0], row[1]): math.nan if row[column] is None else row[column] for row in rows}
 
     def value(self, metric: str, place: int) -> str:
-        """The first (0) or last (-1) value of a metric in words, with its interval where it has one."""
-        value = self.curves[metric][1][place] if metric in self.curves else None
+        """The first (0) or last (-1) value of a metric in words, with its interval where it has one, and its step."""
+        if metric not in self.curves:
+            return "-"
+        step, value = (side[place] for side in self.curves[metric])
         ends = [self.curves[f"{metric}/{end}"][1][place] for end in (LOWER, UPPER) if f"{metric}/{end}" in self.curves]
-        if value is None or metric == "val/loss":
-            return "-" if value is None else f"{value:.4f}"
-        return f"{100 * value:.1f}%" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "")
+        interval = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
+        return f"{value:.4f} at step {step}" if metric == "val/loss" else f"{100 * value:.1f}%{interval} at step {step}"
 
     def change(self) -> dict[str, str]:
         """The change from the first to the last validation by each of `measures`, in words."""
@@ -181,8 +183,8 @@ def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     labels = {label: name for run in runs for label, name in run.measures.items()}
     rows: list[tuple[str, ...]] = []
     for label, name in labels.items():
-        rows.append((f"{label}, first", *(_at(run, "first", run.value(name, 0)) for run in runs)))
-        rows.append((f"{label}, last", *(_at(run, "last", run.value(name, -1)) for run in runs)))
+        rows.append((f"{label}, first", *(run.value(name, 0) for run in runs)))
+        rows.append((f"{label}, last", *(run.value(name, -1) for run in runs)))
         changes = [run.change().get(label, "-") for run in runs]
         if any(change != "-" for change in changes):
             rows.append((f"{label}, change", *changes))
@@ -190,10 +192,6 @@ def results(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     rows.append(("seconds", *(_seconds(run) for run in runs)))
     rows.append(("peak memory", *(", ".join(f"{n} {v:.2f} GiB" for n, v in run.report["peak_gib"].items()) for run in runs)))
     return rows
-
-
-def _at(run: Run, when: str, value: str) -> str:
-    return value if run.report[when] is None else f"{value} at step {run.report[when]['step']}"
 
 
 def _seconds(run: Run) -> str:
@@ -303,7 +301,7 @@ def _chart(name: str, runs: Sequence[Run]) -> str:
     if not points:
         return f"<figure><figcaption>{escape(name)}</figcaption>no finite value</figure>"
     (left, right), (low, high) = ((min(side), max(side)) for side in zip(*points, strict=True))
-    low, high = (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+    low, high = (low, high) if high > low else (low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10)
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = _LEFT + (step - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT)

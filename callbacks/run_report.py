@@ -87,9 +87,9 @@ class RunReport(Callback):
     # ---- keeping
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the metrics of a step that is logged."""
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._keep(trainer, "")
+        """Keep the metrics of an optimizer step."""
+        if not trainer.fit_loop._should_accumulate():
+            self._keep(trainer, validation=False)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the validation before training, if it was one of all problems."""
@@ -104,19 +104,20 @@ class RunReport(Callback):
     def _validated(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._keep(trainer, "val/")
+        self._keep(trainer, validation=True)
         self._last = {"step": trainer.global_step, **_evaluated(pl_module)}
         self._first = self._first or self._last
         self.write(trainer)
 
-    def _keep(self, trainer: Trainer, stage: str) -> None:
-        """Keep the metrics of validation, or those of a step."""
+    def _keep(self, trainer: Trainer, validation: bool) -> None:
+        """Keep the metrics of a validation, or those of a step; before training none that compare with the start policy."""
         found = trainer.callback_metrics if trainer.is_global_zero else {}
-        parts = [name for name in found if _PART.fullmatch(name)]
+        without = {name for name in found if _PART.fullmatch(name)}
+        without = without if len(without) == 1 else set()  # a single part is the reward
+        if trainer.global_step == 0:
+            without |= {f"val/{name}" for name in getattr(getattr(trainer.lightning_module, "loss", None), "shares_ahead", ())}
         for name, value in found.items():
-            if (
-                name.startswith("val/") == bool(stage) and _KEPT.fullmatch(name) and parts != [name]
-            ):  # a single part is the reward
+            if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
                 steps, values = self._curves.setdefault(name, [[], []])
                 steps.append(trainer.global_step)
                 values.append(float(f"{float(value):.6g}"))

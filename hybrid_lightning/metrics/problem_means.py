@@ -168,7 +168,7 @@ def difference(before: Mapping[Problem, float], after: Mapping[Problem, float], 
     Example:
         >>> before, after = ({("", i): v for i, v in enumerate(values)} for values in ([0, 0, 1, 1, 0], [1, 0, 1, 1, 1]))
         >>> ["%.3f" % value for value in difference(before, after, paired=True)]
-        ['0.400', '-0.280', '1.080', '5.000']
+        ['0.400', '-0.278', '1.078', '5.000']
     """
     sides = [{key: value for key, value in side.items() if not isnan(value)} for side in (before, after)]
     if paired:

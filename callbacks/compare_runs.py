@@ -89,11 +89,11 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
 
 
 def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows with the options that are not the same in all runs."""
+    """Rows with the options that are not the same in all runs; those of a logger or strategy that only some have are left out."""
     settings = [run.report["settings"] for run in runs]
     names = dict.fromkeys(name for found in settings for name in found)
     rows = ((name, *(shown_value(found[name]) if name in found else "-" for found in settings)) for name in names)
-    return [row for row in rows if len(set(row[1:])) > 1]
+    return [row for row in rows if len(set(row[1:])) > 1 and not (row[0].startswith("trainer.") and "-" in row[1:])]
 
 
 def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[float, float]], str]]:

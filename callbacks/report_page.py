@@ -142,7 +142,7 @@ def shown_difference(before: Mapping[Problem, float], after: Mapping[Problem, fl
     """A difference of accuracies in points, with its interval, and by how many problems it is known."""
     value, low, high, count = difference(before, after, paired)
     ends = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f} points{ends}, {'paired over' if paired else 'unpaired,'} {count} problems"
+    return f"{100 * value:+.1f} points{ends}, {f'paired over {count} problems' if paired else 'unpaired'}"
 
 
 # ---- one run
@@ -151,11 +151,8 @@ def shown_difference(before: Mapping[Problem, float], after: Mapping[Problem, fl
 def report_page(run: Run) -> str:
     """The page about one run."""
     report, summary, plan = run.report, run.summary, run.plan
-    verdict = (summary or {}).get("verdict") or report["state"]
-    parts = [
-        Html(f"<p><b>{escape(verdict)}</b> <span class=faint>{escape(run.state)}</span></p>"),
-        result_table([run], results([run])),
-    ]
+    verdict = (summary or {}).get("verdict", "")
+    parts = [Html(f"<p><b>{escape(verdict)}</b> {escape(run.state)}</p>"), result_table([run], results([run]))]
     parts += [Html(f"<p>Try: {escape(advice)}</p>") for advice in (summary or {}).get("try", ())]
     if report["commands"]:
         parts += [Html("<h2>Next</h2>"), *(Html(f"<pre>{escape(command)}</pre>") for command in report["commands"])]
@@ -278,6 +275,8 @@ def _marked(number: int, run: Run) -> Html:
 
 def shown_value(value: Any) -> str:
     """A value of an option; a class of ours by its name."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        value = value["class_path"]
     if isinstance(value, str):
         return value.rpartition(".")[2] if value.startswith("hybrid_lightning.") else value
     return json.dumps(value, ensure_ascii=False)

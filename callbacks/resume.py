@@ -123,7 +123,9 @@ class Resume:
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
         if MEASURED in effects and "RunReport" in states:
-            states["RunReport"].update(first=None, last=None)
+            curves = states["RunReport"]["curves"]
+            kept = {name: curve for name, curve in curves.items() if not name.startswith("val/")}
+            states["RunReport"].update(first=None, last=None, curves=kept)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.stopping import RunStopped
 
 # The metrics whose curves are kept, in the order of the page.
 CURVES = (
@@ -132,6 +134,8 @@ class RunReport(Callback):
         stopped = folder / "checkpoints" / "stopped.ckpt"
         checkpoint = stopped if stopped.exists() else last_checkpoint(trainer)
         why = " ".join(str(exception).split()) or type(exception).__name__
+        if isinstance(exception, RunStopped):
+            why = signal.Signals(exception.number).name
         self.write(trainer, f"stopped: {why}", [resume_command(trainer, checkpoint)] if checkpoint else [])
 
     def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:

@@ -146,7 +146,7 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
             given = default if isinstance(default, Mapping) else {}
             same = given.get("class_path") == path
             if not same:
-                found[name] = (path, given.get("class_path"))
+                found[name] = (path, given.get("class_path") if given else default)
             usual = {**({} if kind is None else _plain(constructor_defaults(kind))), **((same and given.get("init_args")) or {})}
             for key, item in (value.get("init_args") or {}).items():
                 put(f"{name}.{key}", item, usual.get(key))

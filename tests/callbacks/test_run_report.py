@@ -159,10 +159,7 @@ def test_compare_tells_runs_apart_by_their_problems(folder):
     page = (folder / "c.html").read_text()
     assert "adapter.rank" in page and len(re.findall(r'class="s1 path"', page)) > 5 and "paired over 8 problems" in page
     other = run_command(folder, "compare", runs[0], runs[2])
-    assert (
-        re.search(r"less that of A │ +│ \S+ points.*unpaired, 16 problems", other.out)
-        and "Validation problems differ" in other.out
-    )
+    assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other.out) and "Validation problems differ" in other.out
     path = folder / runs[1] / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": "not finished"}))
     assert "not finished (step 4 of 4)" in run_command(folder, "compare", *runs[:2]).out

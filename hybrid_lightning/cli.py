@@ -232,8 +232,11 @@ class HybridLightningCLI(LightningCLI):
             super().parse_arguments(parser, args)
         else:
             parser.parse_args(asked)
-        if self.config["subcommand"] == "compare":  # of finished runs: there is nothing to build
-            compare(**self.config["compare"])
+
+    def before_instantiate_classes(self) -> None:
+        """Compare runs, for which nothing is made."""
+        if self.subcommand == "compare":
+            compare(self.config["compare"]["folders"], self.config["compare"]["html"])
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:

@@ -233,6 +233,10 @@ class HybridLightningCLI(LightningCLI):
         else:
             parser.parse_args(asked)
 
+    def _set_seed(self) -> None:
+        if self.subcommand != "compare":
+            super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Compare runs, for which nothing is made."""
         if self.subcommand == "compare":

@@ -11,6 +11,7 @@ from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.rollouts import RewardDivergence, RolloutProgress, RolloutSamples
 from hybrid_lightning.callbacks.run_folder import RunFolder
+from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer
 
@@ -27,6 +28,7 @@ __all__ = [
     "RolloutProgress",
     "RolloutSamples",
     "RunFolder",
+    "RunReport",
     "RunSummary",
     "StepLines",
     "StepTimer",

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from hybrid_lightning.callbacks.run_folder import known_folder
 from hybrid_lightning.data import PromptDataModule
@@ -30,6 +31,11 @@ def console() -> Console:
 def say(text: str) -> None:
     """Print text without markup, which paths may look like, and without wrapping, so that commands can be copied."""
     console().print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def show_table(table: Table) -> None:
+    """Print a table; in a file or pipe it does not have to fit a screen."""
+    (console() if console().is_terminal else Console(width=10_000)).print(table)
 
 
 def python_command() -> str:

@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, say
+from hybrid_lightning.callbacks.display import console, say, show_table
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
@@ -69,8 +68,7 @@ class EvaluationReport(Callback):
         if not fitting or len(scores) > 1:
             step = f" (step {trainer.global_step})" if fitting else ""
             table = score_table(scores, f"{split.capitalize()}{step}")
-            # In a file or pipe the table does not have to fit a screen.
-            (out if out.is_terminal else Console(width=10_000)).print(table)
+            show_table(table)
             out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
             if not fitting:
                 shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())

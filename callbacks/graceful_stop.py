@@ -233,7 +233,7 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
-    checkpoint = _last_checkpoint(trainer)
+    checkpoint = last_checkpoint(trainer)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
     remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
     return (
@@ -257,14 +257,14 @@ def _go_on_from(trainer: Trainer) -> str:
     """How to resume this run, in words; this does not communicate with other ranks."""
     if trainer.state.fn != "fit":
         return "start the command again"
-    if checkpoint := _last_checkpoint(trainer):
+    if checkpoint := last_checkpoint(trainer):
         return f"go on with:\n  {resume_command(trainer, checkpoint)}"
     if scoring := _scoring_of(trainer):
         return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, scoring)}"
     return NOTHING_MADE
 
 
-def _last_checkpoint(trainer: Trainer) -> str | Path | None:
+def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """The checkpoint to resume from; falsy if there is none."""
     # Not `last_model_path`, which Lightning sets before it writes a file: the writing of that file may have been interrupted.
     return getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path

@@ -122,6 +122,10 @@ class Resume:
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
+        if MEASURED in effects and "RunReport" in states:
+            curves = states["RunReport"]["curves"]
+            kept = {name: curve for name, curve in curves.items() if not name.startswith("val/")}
+            states["RunReport"].update(first=None, last=None, curves=kept)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):

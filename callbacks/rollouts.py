@@ -17,7 +17,7 @@ from torch import Tensor
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.types import Completion, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode
 
@@ -140,10 +140,9 @@ class RolloutSamples(OncePerRollout):
         rows: list[list[Any]] = []
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
             for row in range(number * samples, number * samples + min(samples, self.completions)):
-                text = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
                 rows.append(
                     [
-                        str(text)[-300:],
+                        shown_prompt(prompt),
                         str(prompt.answer),
                         shown_text(rollouts.completions[row]),
                         "yes" if bool(rollouts.finished[row]) else "no",
@@ -164,6 +163,11 @@ class RolloutSamples(OncePerRollout):
             texts = [_cell(prompt), _cell(answer), _cell(completion) + ("" if finished == "yes" else " *(cut)*"), correct]
             lines.append(f"| {' | '.join([*texts, *(f'{number:.3g}' for number in numbers), f'{advantage:+.3f}'])} |")
         return "\n".join(lines)
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """The end of a prompt, or of its last message."""
+    return str(prompt.text if prompt.messages is None else prompt.messages[-1]["content"])[-300:]
 
 
 def shown_text(completion: Completion) -> str:

@@ -130,6 +130,39 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from their defaults: name on the command line -> (value, default), of an object its class.
+
+    Args:
+        settings: Nested settings.
+        defaults: Those of the command line; the arguments of a class that it does not name have those of the constructor.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def put(name: str, value: Any, default: Any) -> None:
+        if isinstance(value, Mapping) and "class_path" in value:
+            path, kind = str(value["class_path"]), imported_class(str(value["class_path"]))
+            path = path if kind is None else public_path(kind)
+            given = default if isinstance(default, Mapping) else {}
+            same = given.get("class_path") == path
+            if not same:
+                found[name] = (path, given.get("class_path") if given else default)
+            usual = {**({} if kind is None else _plain(constructor_defaults(kind))), **((same and given.get("init_args")) or {})}
+            for key, item in (value.get("init_args") or {}).items():
+                put(f"{name}.{key}", item, usual.get(key))
+        elif isinstance(value, Mapping) and name not in _UNDIVIDED and (isinstance(default, Mapping) or not default):
+            for key, item in value.items():
+                put(f"{name}.{key}" if name else key, item, (default or {}).get(key))
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                put(f"{name}.{number}", item, None)
+        elif value != default:
+            found[name] = (value, default)
+
+    put("", settings, defaults)
+    return found
+
+
 def imported_class(path: str) -> type | None:
     """The class of a path if its module is already imported: a checkpoint must not cause an import."""
     module, _, name = path.rpartition(".")

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,7 @@ from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
+from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.metrics import LOWER, UPPER
 
@@ -101,7 +103,10 @@ class RunSummary(Callback):
         summary = self._summary(trainer, pl_module)  # on every process, because parameters may be split over them
         if trainer.is_global_zero:
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self._print(summary, curve_hints(trainer, folder))
+            curves, report = curve_hints(trainer, folder), find_callback(trainer, RunReport)
+            commands = [command for command in (summary["next_command"], *curves) if command]
+            page = None if report is None else report.write(trainer, "finished", commands)
+            self._print(summary, curves, page)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         plan = getattr(pl_module, "plan", None)
@@ -149,7 +154,7 @@ class RunSummary(Callback):
             values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
 
-    def _print(self, summary: dict[str, Any], curves: list[str]) -> None:
+    def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
         for name, value in _loss_changes(summary["validation"]["before"], summary["validation"]["after"]).items():
@@ -169,6 +174,8 @@ class RunSummary(Callback):
             table.add_row("speed", _speed(summary["throughput"]))
         console().print(table)
         lines = [f"Run folder: {summary['run_folder']}", *(f"Curves:     {curve}" for curve in curves)]
+        if page is not None:
+            lines.append(f"Report:     {page}")
         if summary["next_command"]:
             lines.append(f"Next:       {summary['next_command']}")
         elif summary["checkpoint"]:

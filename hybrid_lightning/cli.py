@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan` and `doctor`.
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan`, `doctor` and `compare`.
 
 This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
 `cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
@@ -44,11 +44,13 @@ from hybrid_lightning.callbacks import (
     RewardDivergence,
     RolloutProgress,
     RolloutSamples,
+    RunReport,
     RunSummary,
     StepLines,
     StepTimer,
     TensorBoardOverview,
 )
+from hybrid_lightning.callbacks.compare_runs import compare
 from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
@@ -204,6 +206,7 @@ class HybridLightningCLI(LightningCLI):
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(self._signals)]
+        fixed.append(RunReport())
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else
@@ -230,12 +233,29 @@ class HybridLightningCLI(LightningCLI):
         else:
             parser.parse_args(asked)
 
+    def _set_seed(self) -> None:
+        if self.subcommand != "compare":
+            super()._set_seed()
+
+    def before_instantiate_classes(self) -> None:
+        """Compare runs, for which nothing is made."""
+        if self.subcommand == "compare":
+            compare(self.config["compare"]["folders"], self.config["compare"]["html"])
+            sys.exit()
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Say in a whole sentence what each command does: Lightning takes the first line of its docstring."""
         said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
         super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
             choice.help = said[choice.dest]
+        text = first_sentence(compare.__doc__)
+        of_runs = Parser(description=text)
+        of_runs.add_argument(
+            "folders", metavar="RUN", nargs="*", help="Folder of a run, such as runs/gspo/version_0; at least two."
+        )
+        of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
+        parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

@@ -29,7 +29,7 @@ _REWRITES = (
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
     (
         r'expected "subcommand" to be one of .*',
-        "no command is given; there are fit, validate, test, predict, score, export, plan and doctor, as in python -m "
+        "no command is given; there are fit, validate, test, predict, score, export, plan, doctor and compare, as in python -m "
         "hybrid_lightning fit --config FILE; --help says what each does",
     ),
     (

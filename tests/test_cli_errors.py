@@ -34,7 +34,7 @@ def write_bad_files(folder):
 
 
 COMMANDS = [
-    ("", r"no command is given; there are fit, validate, test, predict, score, export, plan and doctor, as in .* --config FILE"),
+    ("", r"no command is given; there are fit, validate, test, predict, .*, doctor and compare, as in .* --config FILE"),
     ("fit", r"model\.loss must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),

@@ -10,7 +10,7 @@ from cli_runs import run
 # All lines that `fit` may print; tables stand in frames of their own.
 FIT = re.compile(
     r"Adapter plan: |[┏┃┡│└]|Plan(, with \d+ more modules?,)? written to |Validation \((start|step \d+)\): |What happened"
-    r"|[┌├]|Run folder: |Curves: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#"
+    r"|[┌├]|Run folder: |Curves: |Report: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#"
     r"|Step \d/4: loss .* reward .* entropy "
 )
 ENGINE = re.compile(r"engine: ")

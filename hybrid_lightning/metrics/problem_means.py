@@ -13,7 +13,7 @@ it in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from math import nan, sqrt
+from math import isnan, nan, sqrt
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from hybrid_lightning.errors import DataError
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 OVERALL = ""  # key of the means over all sets, and name of the set of prompts where no set has a name
 LOWER, UPPER = "ci_low", "ci_high"  # ends of the interval, after the name of a value and a slash
+Problem = tuple[str, int]  # its set and index
 _NAME_BYTES = 64  # longest name of a set
 _UNNAMED = "unnamed"  # name for prompts that belong to no set, where others belong to named sets
 
@@ -40,6 +41,9 @@ class ProblemMeans(Metric):
     Args:
         draws: Name of each value -> number of completions that it is made from, for shares from 0 to 1, which get an interval;
             None for values without an interval.
+
+    Attributes:
+        by_problem: (set, index) -> value by name, of the problems that the last `compute` has seen.
     """
 
     full_state_update = False
@@ -51,6 +55,7 @@ class ProblemMeans(Metric):
     def __init__(self, draws: Mapping[str, int | None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.draws = dict(draws)
+        self.by_problem: dict[Problem, dict[str, float]] = {}
         # All states are tensors, also the sets' names: every rank has rows, so each state has something to gather.
         self.add_state("identity", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -93,9 +98,12 @@ class ProblemMeans(Metric):
         first = torch.full((len(problems),), len(identity), device=identity.device)
         first = first.scatter_reduce(0, inverse, torch.arange(len(identity), device=identity.device), "amin")
         values = rows[first].cpu()
+        names = [_decode_name(name) for name in problems[:, :-1].tolist()]
+        keys = zip(names, problems[:, -1].tolist(), strict=True)
+        self.by_problem = {key: dict(zip(self.draws, row, strict=True)) for key, row in zip(keys, values.tolist(), strict=True)}
         sets: dict[str, list[int]] = {}
-        for position, name in enumerate(problems[:, :-1].tolist()):
-            sets.setdefault(_decode_name(name), []).append(position)
+        for position, name in enumerate(names):
+            sets.setdefault(name, []).append(position)
         if set(sets) != {OVERALL}:
             sets = {name or _UNNAMED: positions for name, positions in sets.items()}
         parts = {name: values[positions] for name, positions in sets.items()}
@@ -141,6 +149,51 @@ def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, fl
     width = sqrt(max(spread, 0.0) * square + square**2 / 4) / (1 + square)
     # The interval contains the mean. Where all problems or none are solved, the mean is its end, which rounding must not move.
     return max(0.0, min(centre - width, mean)), min(1.0, max(centre + width, mean))
+
+
+def difference(before: Mapping[Problem, float], after: Mapping[Problem, float], paired: bool) -> tuple[float, float, float, int]:
+    """By how much `after` is above `before` on average, with a 95% interval over problems (Student's t).
+
+    Each set has the same weight, as in `ProblemMeans`. If all problems differ by the same, they do not tell how far others would.
+
+    Args:
+        before: (set, index) -> value of the problem; nan takes no part.
+        after: The same of what is compared with it.
+        paired: Whether equal keys are equal problems. Then only problems that both have count.
+
+    Returns:
+        Difference of the means, lower and upper end (nan where fewer than 5 problems, or equal ones, give none), and number of
+        problems of `after`.
+
+    Example:
+        >>> before, after = ({("", i): v for i, v in enumerate(values)} for values in ([0, 0, 1, 1, 0], [1, 0, 1, 1, 1]))
+        >>> ["%.3f" % value for value in difference(before, after, paired=True)]
+        ['0.400', '-0.278', '1.078', '5.000']
+    """
+    sides = [{key: value for key, value in side.items() if not isnan(value)} for side in (before, after)]
+    if paired:
+        both = sides[0].keys() & sides[1].keys()
+        sides = [{}, {key: sides[1][key] - sides[0][key] for key in both}]
+    means, squares, free = [0.0, 0.0], 0.0, 0
+    for number, side in enumerate(sides):
+        sets: dict[str, list[float]] = {}
+        for (name, _), value in side.items():
+            sets.setdefault(name, []).append(value)
+        for values in sets.values():
+            mean = sum(values) / len(values)
+            means[number] += mean / len(sets)
+            squares += sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values) / len(sets) ** 2
+            free += len(values) - 1
+    value, count = (means[1] - means[0] if sides[1] else nan), len(sides[1])
+    width = _student_t(free) * sqrt(squares) if free >= 4 and squares > 0 else nan
+    return value, value - width, value + width, count
+
+
+def _student_t(free: int) -> float:
+    """Two-sided 95% quantile of Student's t, to 0.3% from 4 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    z = Z_95
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / free**power for power, term in enumerate(terms))
 
 
 def check_set_name(name: str) -> None:

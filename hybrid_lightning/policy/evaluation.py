@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
+from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.policy.episodes import episode_records, evaluation_draws
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
@@ -114,6 +114,10 @@ class Evaluation(nn.Module):
     Args:
         samples: Sampled completions of each prompt (n).
 
+    Attributes:
+        by_problem: (set, index) -> value by metric, of each problem of the last evaluation of all ranks.
+        greedy: The greedy completions of this rank's first batch in it, and their rewards; None where there are no completions.
+
     Raises:
         ConfigError: If there are none.
     """
@@ -123,6 +127,9 @@ class Evaluation(nn.Module):
         if samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {samples}")
         self.samples = samples
+        self.by_problem: dict[Problem, dict[str, float]] = {}
+        self.greedy: tuple[Rollouts, Rewards] | None = None
+        self._first: tuple[Rollouts, Rewards] | None = None
         self._prompts = nn.ModuleDict({stage: evaluation_means(samples) for stage in ("val", "test")})
 
     def names(self, policy: "LanguageModule", sets: Collection[str]) -> list[str]:
@@ -139,7 +146,9 @@ class Evaluation(nn.Module):
             batch: The prompts.
         """
         greedy, sampled = policy.generate(batch, 1, greedy=True), _sample(policy, batch)
-        add_prompts(self._means(stage), policy.score(greedy), (sampled, policy.score(sampled)), policy.answers(sampled))
+        scored = policy.score(greedy)
+        self._first = self._first or (greedy, scored)
+        add_prompts(self._means(stage), scored, (sampled, policy.score(sampled)), policy.answers(sampled))
 
     def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
         """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
@@ -150,6 +159,7 @@ class Evaluation(nn.Module):
         means = self._means(stage)
         found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
         means.reset()
+        self.by_problem, self.greedy, self._first = means.by_problem, self._first, None
         _log(policy, {_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
         return found
 

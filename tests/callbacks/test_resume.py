@@ -146,6 +146,9 @@ def test_what_is_applied_is_said_and_recorded(folder, first):
     assert "changed at this resume: model.lr_lora 0.01 -> 1.0e-05" in result.out
     assert "the rollout in progress is of before the change" in result.out
     assert summary["accuracy_before"] is None, "measured by another reward, on other problems"
+    report = json.loads((new / "report.json").read_text())
+    assert min(report["curves"]["val/avg@3"][0]) == report["first"]["step"] > 0 and "val/avg@2" not in report["curves"]
+    assert report["curves"]["reward"][0][0] == 1
     content = torch.load(new / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["hyper_parameters"]["lr_lora"] == 1e-5 and content["hyper_parameters"]["loss"]["init_args"]["kl_coef"] == 0.02
     config = yaml.safe_load((new / "config.yaml").read_text())

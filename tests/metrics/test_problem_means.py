@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import DataError
-from hybrid_lightning.metrics import ProblemMeans, confidence_interval
+from hybrid_lightning.metrics import ProblemMeans, confidence_interval, difference
 
 SETS = ["hard", "easy", "easy", "hard", "easy"]
 INDEX = torch.tensor([3, 3, 8, 5, 9])
@@ -133,3 +133,32 @@ def test_it_covers_the_truth_as_often_as_it_says(problems, completions, a, b):
     covered = sum(low <= a / (a + b) <= high for low, high in ends) / len(ends)
     assert covered >= 0.9, f"covered {covered:.3f}"
     assert problems < 30 or covered <= 0.99, "no wider than it has to be"
+
+
+def test_a_difference_is_paired_by_problem_with_the_interval_of_students_t():
+    """By hand: the differences are 1, 0, 0, 0, 1, whose variance is 0.3; t with 4 degrees of freedom is 2.776."""
+    before, after = ({("", index): value for index, value in enumerate(row)} for row in ([0, 0, 1, 1, 0], [1, 0, 1, 1, 1]))
+    width = 2.776 * sqrt(0.3 / 5)
+    assert difference(before, after, paired=True) == pytest.approx((0.4, 0.4 - width, 0.4 + width, 5), abs=3e-3 * width)
+    # Unpaired: variances of 0.3 and 0.2, and t with 8 degrees of freedom is 2.306.
+    width = 2.306 * sqrt((0.3 + 0.2) / 5)
+    assert difference(before, after, paired=False) == pytest.approx((0.4, 0.4 - width, 0.4 + width, 5), rel=1e-3)
+    # A problem that one of the two does not have takes no part, and what differs nowhere has no interval.
+    assert difference(before | {("", 5): 0.0, ("", 6): float("nan")}, after | {("", 6): 1}, paired=True)[3] == 5
+    value, low, high, _ = difference(before, before, paired=True)
+    assert value == 0 and low != low and high != high
+
+
+def test_the_sets_of_a_difference_have_the_same_weight():
+    before = {**{("easy", index): 0.0 for index in range(8)}, **{("hard", index): 0.0 for index in range(2)}}
+    after = before | {("hard", 0): 1.0, ("hard", 1): 0.5}
+    value, low, high, count = difference(before, after, paired=True)
+    assert value == 0.375 and count == 10, "the mean of 0 and 0.75"
+    assert (high - low) / 2 == pytest.approx(2.306 * sqrt(0.125 / 2 / 4), rel=1e-3), "t with 8 degrees of freedom"
+
+
+def test_the_values_of_each_problem_are_kept_once():
+    metric = ProblemMeans({"share": 4})
+    metric.update(["b", "a", "b"], torch.tensor([3, 1, 3]), {"share": torch.tensor([0.5, 1.0, 0.5])})
+    metric.compute()
+    assert metric.by_problem == {("b", 3): {"share": 0.5}, ("a", 1): {"share": 1.0}}

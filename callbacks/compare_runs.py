@@ -1,0 +1,133 @@
+"""`compare`: what several runs differ in and what came out of each, as text and as a page."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from rich.table import Table
+
+from hybrid_lightning.callbacks.display import say, show_table
+from hybrid_lightning.callbacks.report_page import (
+    Html,
+    Run,
+    charted,
+    charts,
+    letter,
+    page,
+    result_table,
+    results,
+    shown_difference,
+    shown_value,
+    table,
+    thinned,
+)
+from hybrid_lightning.errors import ConfigError
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_COLUMNS = 40  # of a curve as text
+
+
+def compare(folders: Sequence[str], html: str | None = None) -> None:
+    """Print how runs differ: in their options, accuracies (in pairs where the problems are the same), sizes, times and curves.
+
+    Args:
+        folders: At least two run folders. Each other run is compared with the first one.
+        html: A new file for the same as a page; None writes none.
+
+    Raises:
+        ConfigError: If there are fewer than two, one is no folder of a run that has begun, or `html` exists or cannot be written.
+    """
+    if len(folders) < 2:
+        raise ConfigError("compare needs at least two run folders, as in compare runs/gspo/version_0 runs/gspo/version_1")
+    if html is not None and (Path(html).exists() or not Path(html).absolute().parent.is_dir()):
+        raise ConfigError(
+            f"--html={html}: {'it exists' if Path(html).exists() else 'its folder does not exist'}; give a new file"
+        )
+    runs = [Run.read(Path(folder)) for folder in folders]
+    head, options = ("", *(letter(number) for number in range(len(runs)))), differing_options(runs)
+    rows = [("state", *(run.state for run in runs)), ("verdict", *((run.summary or {}).get("verdict") or "-" for run in runs))]
+    rows += [*results(runs), *differences(runs)]
+    for number, run in enumerate(runs):
+        say(f"{letter(number)}  {run.folder}")
+    _show("What came out", head, rows)
+    for note in (notes := notes_on(runs)):
+        say(note)
+    _show("Options that differ", ("option", *head[1:]), options) if options else say("No option differs")
+    for name in charted(runs):
+        say(f"\n{name}")
+        for number, curve, line in text_curves(name, runs):
+            say(f"  {letter(number)}  {line}  {curve[0][1]:.4g} -> {curve[-1][1]:.4g}")
+    if html is not None:
+        parts = [result_table(runs, rows), *(Html(f"<p>{note}</p>") for note in notes), Html("<h2>Options that differ</h2>")]
+        parts += [table(("option", *head[1:]), options), Html("<h2>Curves</h2>"), charts(runs)]
+        with open(html, "x", encoding="utf-8") as file:
+            file.write(page("Runs compared", parts))
+        say(f"\nWritten to {html}")
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows with the difference of each accuracy at the last validation from that of the first run, with intervals."""
+    rows = []
+    for label, name in runs[0].measures.items():
+        first, *others = ((run, run.problems("last", name)) for run in runs)
+        if first[1] and any(problems for _, problems in others):
+            told = (shown_difference(first[1], problems, _same(runs[0], run)) if problems else "-" for run, problems in others)
+            rows.append((f"{label}, less that of A", "", *told))
+    return rows
+
+
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """What to know when reading the numbers."""
+    notes = []
+    if not all(_same(runs[0], run) for run in runs):
+        notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems.")
+    if any(name.startswith("model.reward") for name, *_ in differing_options(runs)):
+        notes.append("Rewards differ, and with them what counts as right.")
+    if any(run.report["state"] != "finished" for run in runs):
+        notes.append("Not all runs are finished: of the others there is what they had when they last wrote it.")
+    return notes
+
+
+def differing_options(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows with the options that are not the same in all runs; those of a logger or strategy that only some have are left out."""
+    settings = [run.report["settings"] for run in runs]
+    names = dict.fromkeys(name for found in settings for name in found)
+    rows = ((name, *(shown_value(found[name]) if name in found else "-" for found in settings)) for name in names)
+    return [row for row in rows if len(set(row[1:])) > 1 and not (row[0].startswith("trainer.") and "-" in row[1:])]
+
+
+def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[float, float]], str]]:
+    """The curves of a metric as text, all on the same axes: number of the run, its points, and a character for each part."""
+    curves = {number: points for number, run in enumerate(runs) if (points := thinned(run.curves.get(name, ([], []))))}
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return []
+    (first, end), (low, high) = ((min(side), max(side)) for side in zip(*points, strict=True))
+    found = []
+    for number, curve in curves.items():
+        line = ""
+        for column in range(_COLUMNS):
+            step = first + (end - first) * column / (_COLUMNS - 1)
+            # The value at this step, on a straight line between two points; nothing where the run has no values.
+            near = next(((a, b) for a, b in pairwise([curve[0], *curve]) if a[0] <= step <= b[0]), None)
+            if near is None:
+                line += " "
+                continue
+            (x0, y0), (x1, y1) = near
+            value = y1 if x1 == x0 else y0 + (y1 - y0) * (step - x0) / (x1 - x0)
+            line += _BLOCKS[min(7, int(8 * (value - low) / ((high - low) or 1)))]
+        found.append((number, curve, line))
+    return found
+
+
+def _same(first: Run, other: Run) -> bool:
+    """Whether two runs were validated on the same problems."""
+    known = first.report["settings"]["validation prompts"]
+    return known is not None and known == other.report["settings"]["validation prompts"]
+
+
+def _show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = Table(*head, title=title, title_justify="left")
+    for row in rows:
+        shown.add_row(*row)
+    show_table(shown)

@@ -1,0 +1,266 @@
+"""`RunReport`: keeps what a run shows of itself, and writes it as `report.html` and `report.json` into the run folder.
+
+The page is drawn in `report_page.py`; `compare` reads `report.json` of several runs (`compare_runs.py`).
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from hybrid_lightning.callbacks.display import resume_command, saved_config, say
+from hybrid_lightning.callbacks.graceful_stop import last_checkpoint
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.report_page import REPORT, Run, report_page
+from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
+from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
+from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
+from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.stopping import RunStopped
+
+# The metrics whose curves are kept, in the order of the page.
+CURVES = (
+    r"val/(.+/)?avg@\d+",
+    r"val/(.+/)?greedy_accuracy",
+    r"val/loss",
+    r"val/rewards/accuracies",
+    r"reward",
+    r"rewards/.+/mean",
+    r"completions/(mean_length|clipped_ratio)",
+    r"solve_rate/mixed",
+    r"loss",
+    r"entropy",
+    r"kl",
+    r"clip_ratio/region_mean",
+    r"grad_norm/(full|lora)",
+    r"time/step_s",
+)
+_PART = re.compile("rewards/.+/mean")
+_KEPT = re.compile(f"({'|'.join(CURVES)})(/ci_low|/ci_high)?")
+_SAMPLES = 6  # problems whose completions are shown
+_CHARACTERS = 4_000  # of a completion
+_PACKAGES = ("hybrid-lightning", "torch", "lightning", "transformers", "peft", "vllm")
+
+
+class RunReport(Callback):
+    """Writes `report.html`, one file without a network, and the data behind it as `report.json`, which `compare` reads.
+
+    They are written after each validation, where a run is stopped or fails after it has begun, and by `RunSummary` at its end. In
+    them are curves, the greedy completions of the same problems at the first and at the last validation, the plan, the options
+    that differ from their defaults, the machine, the verdict and the next commands. A resumed run has the curves of both parts.
+
+    It must come after `GracefulStop`, whose checkpoint a stopped run names.
+    """
+
+    def __init__(self) -> None:
+        self._curves: dict[str, list[list[Any]]] = {}  # metric -> steps and values
+        self._first: dict[str, Any] | None = None  # the first validation of all problems, and the last one
+        self._last: dict[str, Any] | None = None
+        self._peaks: dict[str, float] = {}
+        self._about: dict[str, Any] | None = None  # settings and machine, which do not change
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the run folder."""
+        if stage == "fit":
+            run_folder(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was kept, for a resumed run."""
+        return {"curves": self._curves, "first": self._first, "last": self._last, "peaks": self._peaks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the run that is resumed."""
+        self._curves, self._peaks = state_dict["curves"], state_dict["peaks"]
+        self._first, self._last = state_dict["first"], state_dict["last"]
+
+    # ---- keeping
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the metrics of an optimizer step."""
+        if not trainer.fit_loop._should_accumulate():
+            self._keep(trainer, validation=False)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the validation before training, if it was one of all problems."""
+        if trainer.num_sanity_val_batches == trainer.num_val_batches:
+            self._validated(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated(trainer, pl_module)
+
+    def _validated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._keep(trainer, validation=True)
+        self._last = {"step": trainer.global_step, **_evaluated(pl_module)}
+        self._first = self._first or self._last
+        self.write(trainer)
+
+    def _keep(self, trainer: Trainer, validation: bool) -> None:
+        """Keep the metrics of a validation, or those of a step; before training none that compare with the start policy."""
+        found = trainer.callback_metrics if trainer.is_global_zero else {}
+        without = {name for name in found if _PART.fullmatch(name)}
+        without = without if len(without) == 1 else set()  # a single part is the reward
+        if trainer.global_step == 0:
+            without |= {f"val/{name}" for name in getattr(getattr(trainer.lightning_module, "loss", None), "shares_ahead", ())}
+        for name, value in found.items():
+            if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
+                steps, values = self._curves.setdefault(name, [[], []])
+                steps.append(trainer.global_step)
+                values.append(float(f"{float(value):.6g}"))
+
+    # ---- writing
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write how far the run came, and how to go on."""
+        folder = known_folder(trainer)
+        if trainer.state.fn != "fit" or folder is None:
+            return
+        stopped = folder / "checkpoints" / "stopped.ckpt"
+        checkpoint = stopped if stopped.exists() else last_checkpoint(trainer)
+        why = " ".join(str(exception).split()) or type(exception).__name__
+        if isinstance(exception, RunStopped):
+            why = signal.Signals(exception.number).name
+        self.write(trainer, f"stopped: {why}", [resume_command(trainer, checkpoint)] if checkpoint else [])
+
+    def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:
+        """Write the page, on the first process. This does not communicate with other ranks.
+
+        Args:
+            trainer: The Trainer of the run.
+            state: How the run stands: "finished", "not finished", or "stopped: " and why.
+            commands: What to type next.
+
+        Returns:
+            The page; None if the run has not begun, leaves no files, or the page cannot be written, which is said.
+        """
+        folder = known_folder(trainer)
+        if folder is None or not trainer.is_global_zero or not self._curves:
+            return None
+        try:
+            return self._write(trainer, folder, state, commands or [])
+        except Exception as error:  # whatever it is: a run must not fail by its report
+            say(f"Warning: {folder / 'report.html'} could not be written: {type(error).__name__}: {error}")
+            return None
+
+    def _write(self, trainer: Trainer, folder: Path, state: str, commands: list[str]) -> Path:
+        if self._about is None:
+            self._about = {**_settings(trainer), "machine": machine(trainer)}
+        timer = find_callback(trainer, StepTimer)
+        self._peaks = {name: max(value, self._peaks.get(name, 0.0)) for name, value in _peaks(trainer).items()}
+        report = {
+            "state": state,
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "seconds": None if timer is None else round(sum(timer.totals().values()), 2),
+            "peak_gib": self._peaks,
+            "commands": commands,
+            **self._about,
+            "first": self._first,
+            "last": self._last,
+            "curves": {name: self._curves[name] for name in sorted(self._curves, key=_place)},
+        }
+        text = json.dumps(report, ensure_ascii=False) + "\n"
+        _replace(folder / REPORT, text)
+        page = folder / "report.html"
+        _replace(page, report_page(Run.read(folder)))
+        return page
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is complete at every moment, for those who look at it meanwhile."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _place(name: str) -> int:
+    return next(place for place, pattern in enumerate(CURVES) if re.match(f"({pattern})($|/ci_)", name))
+
+
+def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
+    """Results of each problem of the last validation, and the greedy completions of some."""
+    evaluation: Any = getattr(pl_module, "evaluation", None)
+    names = (f"avg@{getattr(pl_module, 'eval_samples', 1)}", "greedy_accuracy")
+    rows = [
+        [*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)]
+        for problem, values in getattr(evaluation, "by_problem", {}).items()
+    ]
+    samples = []
+    if getattr(evaluation, "greedy", None) is not None:
+        rollouts, rewards = evaluation.greedy
+        count = len(rollouts.prompts)
+        for row in sorted({number * count // _SAMPLES for number in range(_SAMPLES)}):
+            prompt = rollouts.prompts[row]
+            samples.append(
+                {
+                    "prompt": shown_prompt(prompt),
+                    "answer": prompt.answer,
+                    "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
+                    "finished": bool(rollouts.finished[row]),
+                    "correct": bool(rewards.correct[row]),
+                    "reward": round(float(rewards.total[row]), 6),
+                }
+            )
+    return {"problems": rows, "samples": samples}
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """All options, and those that differ from their defaults: of the config, or as a run from Python is resumed."""
+    adapter = find_callback(trainer, HybridAdapterSetup)
+    found: dict[str, Any] = {} if adapter is None else adapter.resume.state()["settings"]
+    prompts, defaults = found.get("validation prompts"), {}
+    path, saver = saved_config(trainer), find_callback(trainer, SaveConfigCallback)
+    if path is not None and saver is not None:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        defaults = yaml.safe_load(saver.parser.dump(saver.parser.get_defaults(), skip_none=False))
+    else:
+        found = {name: value for name, value in found.items() if name in ("model", "data", "adapter")}
+    changed = {name: list(values) for name, values in changed_settings(found, defaults).items()}
+    return {"settings": {**flatten_settings(found), "validation prompts": prompts}, "changed": changed}
+
+
+def machine(trainer: Trainer) -> dict[str, str]:
+    """The machine of this process and the versions of what computes."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        cpu = next(iter(re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())), cpu)
+    found = {"devices": f"{trainer.world_size} x {name}", "CPU": f"{cpu}, {cores} cores, {torch.get_num_threads()} threads"}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    found |= {"system": platform.platform(), "Python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _peaks(trainer: Trainer) -> Mapping[str, float]:
+    """The most memory that the first process has had, in GiB: on its device, and on the machine where the system says it."""
+    peaks, device = {}, trainer.strategy.root_device
+    if device.type == "cuda":
+        peaks["GPU"] = torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 2**10
+        peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return {name: round(value, 3) for name, value in peaks.items()}

@@ -1,0 +1,174 @@
+"""Each run folder tells its run in one page, which needs no network and runs nothing that a run has said."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from cli_runs import run as run_command
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import StartsWithDigit, build_adapter, build_data, fit, write_sums
+
+from hybrid_lightning.callbacks import Diagnosis, GracefulStop, RunReport, RunSummary, StepTimer
+from hybrid_lightning.callbacks.report_page import Run, report_page, thinned
+
+BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
+
+
+class Tags(HTMLParser):
+    """Reads the elements of a page and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("report") / "sums.jsonl", 40)
+
+
+def run(model, sums, root, *callbacks, reward=None, **flags):
+    policy = {"reward": reward or StartsWithDigit(), "eval_samples": 4, "lr_lora": 0.1}
+    flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
+    callbacks = (StepTimer(), RunSummary(), Diagnosis(), build_adapter(), GracefulStop(), RunReport(), *callbacks)
+    data = build_data(sums, validation_fraction=0.4)
+    return fit(model, sums, root, *callbacks, policy=policy, data=data, **flags)
+
+
+@pytest.fixture(scope="module")
+def whole(model, sums, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    saver = ModelCheckpoint(every_n_train_steps=2, filename="{step}", save_top_k=-1)
+    run(model, sums, root, saver, enable_checkpointing=True)
+    return root / "version_0"
+
+
+def test_a_page_has_what_the_run_was(whole):
+    page, found = (whole / "report.html").read_text(), Run.read(whole)
+    assert found.report["state"] == "finished" and found.report["step"] == 6
+    text = " ".join(Tags(page).text.split())
+    for said in (found.summary["verdict"], "Samples, before and after", "Adapter plan: ", "model.lr_lora", "CPU", "peak memory"):
+        assert said in text, said
+    before, after = (100 * found.summary[f"accuracy_{when}"] for when in ("before", "after"))
+    assert f"{before:.1f}% [" in text and f"{after:.1f}% [" in text
+    assert re.search(rf"{re.escape(f'{after - before:+.1f}')} points .*?, paired over 16 problems", text)
+    first, last = (found.report[when]["samples"] for when in ("first", "last"))
+    assert [sample["prompt"] for sample in first] == [sample["prompt"] for sample in last] and len(first) == 6
+    assert [sample["completion"] for sample in first] != [sample["completion"] for sample in last]
+    assert found.report["changed"]["model.lr_lora"] == [0.1, 1e-4] and "model.samples_per_prompt" in found.report["changed"]
+    left = {"model.credit", "adapter.dropout"}
+    assert not left & found.report["changed"].keys() and left < found.report["settings"].keys()
+    assert found.curves["reward"][0] == [1, 2, 3, 4, 5, 6] and found.curves["val/avg@4"][0] == [0, 4, 6]
+
+
+def test_nothing_that_a_run_says_runs_or_is_loaded(whole):
+    def spoiled(value):
+        if isinstance(value, str):
+            return value + BAD
+        if isinstance(value, list):
+            return [spoiled(item) for item in value]
+        return (
+            {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+
+    found = Run.read(whole)
+    clean = Tags(report_page(found)).elements
+    report = {name: spoiled(value) if name != "curves" else value for name, value in found.report.items()}
+    report["curves"] = {name + BAD * (name == "reward"): curve for name, curve in found.report["curves"].items()}
+    summary = {**found.summary, "verdict": BAD, "try": [BAD]}
+    page = report_page(Run(whole, report, summary))
+    spoiled_page = Tags(page)
+    kinds = {tag for tag, _ in spoiled_page.elements}
+    assert kinds == {tag for tag, _ in clean} and "script" not in kinds and BAD in spoiled_page.text
+    for tag, attributes in spoiled_page.elements:
+        assert not any(name.startswith("on") or name in ("href", "xlink:href") for name in attributes), (tag, attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "url(" not in page and "@import" not in page
+
+
+def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(model, sums, tmp_path, whole):
+    run(model, sums, tmp_path, ckpt=whole / "checkpoints" / "step=2.ckpt")
+    first, second = Run.read(whole).report, Run.read(tmp_path / "version_0").report
+    for report in (first, second):
+        report["curves"].pop("time/step_s")
+    assert first["curves"] == second["curves"] and first["first"] == second["first"] and first["last"] == second["last"]
+
+
+class Failing(StartsWithDigit):
+    """Fails when it is told to."""
+
+    def __init__(self):
+        self.left = 7
+
+    def __call__(self, completions, prompts):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError(BAD)
+        return super().__call__(completions, prompts)
+
+
+def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path):
+    with pytest.raises(Exception, match="alert"):
+        run(model, sums, tmp_path, reward=Failing(), enable_checkpointing=True)
+    found = Run.read(tmp_path / "version_0")
+    assert found.report["state"].startswith("stopped: ") and BAD in found.report["state"] and found.report["step"] == 2
+    assert "stopped.ckpt" in found.report["commands"][0]
+    assert len(found.curves["reward"][0]) == found.report["step"] and "<script" not in (found.folder / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_said_and_fails_no_run(model, sums, tmp_path, capsys):
+    class Blocking(RunReport):
+        """A folder has the name of the page."""
+
+        def on_train_start(self, trainer, pl_module):
+            (tmp_path / "version_0" / "report.html" / "x").mkdir(parents=True)
+
+    fit(model, sums, tmp_path, RunSummary(), Blocking(), build_adapter(), policy={"reward": StartsWithDigit()}, max_steps=2)
+    said = capsys.readouterr().out
+    assert re.search(r"Warning: \S+report\.html could not be written: IsADirectoryError: ", said) and "Report:" not in said
+    assert (tmp_path / "version_0" / "summary.json").exists()
+
+
+def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
+    steps = list(range(1, 1001))
+    points = thinned((steps, [float("nan") if step == 1000 else 2.0 * step for step in steps]), most=100)
+    assert len(points) <= 100 and points[0] == (5.5, 11.0) and points[-1] == (995.0, 1990.0)
+
+
+def test_compare_tells_runs_apart_by_their_problems(folder):
+    name = "--trainer.logger.init_args.name=compared"
+    for options in ([], ["--adapter.rank=1"], ["--data.source.validation_fraction=0.4"]):
+        fitted = run_command(folder, "fit", "--config", "t.yaml", name, *options)
+        assert fitted.code == 0 and "\nReport:     runs/compared/version_" in fitted.out, fitted.err
+    runs = [f"runs/compared/version_{number}" for number in range(3)]
+    same = run_command(folder, "compare", *runs[:2], "--html=c.html")
+    assert same.code == 0 and re.search(r"accuracy \(avg@2\), less that of A │ +│ \S+ points.*, paired over 8 problems", same.out)
+    options = same.out.partition("Options that differ")[2].partition("val/avg@2")[0]
+    assert [line.split("│")[1:4] for line in options.splitlines() if line.startswith("│")] == [[" adapter.rank ", " 2 ", " 1 "]]
+    assert re.search(r"val/avg@2\n  A  [▁-█]{40}  \S+ -> \S+\n  B  [▁-█]{40}  \S+ -> ", same.out)
+    page = (folder / "c.html").read_text()
+    assert "adapter.rank" in page and len(re.findall(r'class="s1 path"', page)) > 5 and "paired over 8 problems" in page
+    other = run_command(folder, "compare", runs[0], runs[2])
+    assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other.out) and "Validation problems differ" in other.out
+    path = folder / runs[1] / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "not finished"}))
+    assert "not finished (step 4 of 4)" in run_command(folder, "compare", *runs[:2]).out
+    for arguments, message in {
+        (runs[0],): "compare needs at least two run folders",
+        (runs[0], "runs/none"): "runs/none is no folder; give a run folder",
+        (runs[0], "model"): r"model has no report\.json, which fit writes",
+        (*runs[:2], "--html=c.html"): r"--html=c\.html: it exists; give a new file",
+        (*runs[:2], "--html=no/c.html"): r"--html=no/c\.html: its folder does not exist",
+    }.items():
+        refused = run_command(folder, "compare", *arguments)
+        assert refused.code == 1 and re.search(f"error: {message}", refused.err) and len(refused.err.splitlines()) == 1

@@ -1,9 +1,11 @@
 """The model card (`README.md`) of an exported folder, and the licence of its base model.
 
-A model has to keep the licence of the base model that it was trained from.
+A model has to keep the licence of the base model that it was trained from. Of files and folders on this machine the card has the
+names alone, since a reader cannot use the paths.
 """
 
 import importlib.metadata
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ _SHOWN_SETTINGS = (  # arguments of the module
     "schedule",
     "seed",
 )
+_PATH = re.compile(r"(?:~?/|[A-Za-z]:[/\\])(?:[\w.+@ -]+[/\\])+[^/\\\n]+\Z")  # absolute, with at least one folder
 _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
@@ -47,8 +50,8 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
     found = "which could not be looked up: see where you have it from" if licence is None else licence
     parts = (
         _header(policy, form, licence),
-        f"# {Path(policy.base.model).stem or policy.base.model}, post-trained",
-        f"The model `{policy.base.model}`{revision} after {policy.training.steps} optimizer steps of "
+        f"# {policy.base.name.rpartition('/')[2].removesuffix('.gguf')}, post-trained",
+        f"The model `{policy.base.name}`{revision} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
         f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
@@ -56,7 +59,7 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"## What was trained\n\n{_plan_section(policy.plan)}",
         f"## On what\n\n{_data_section(policy.training)}",
         f"## What came of it\n\n{_metrics_section(policy.training)}",
-        f"## Licence\n\nThat of the base model `{policy.base.model}`{',' if licence is None else ':'} {found}.",
+        f"## Licence\n\nThat of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
@@ -163,9 +166,9 @@ def _as_call(config: Mapping[str, Any]) -> str:
 
 
 def _data_section(training: Training) -> str:
-    data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(training.data)}```"
+    data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(_named(training.data))}```"
     settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
-    return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(settings)}```" if settings else data
+    return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(_named(settings))}```" if settings else data
 
 
 def _metrics_section(training: Training) -> str:
@@ -193,6 +196,15 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # it runs from a source tree
         return "(not installed)"
+
+
+def _named(value: Any) -> Any:
+    """A config with the name of a file or folder where it has an absolute path."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_named(item) for item in value]
+    return Path(value).name if isinstance(value, str) and _PATH.match(value) else value
 
 
 def _yaml(value: Any) -> str:

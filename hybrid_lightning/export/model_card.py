@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
+from hybrid_lightning.configurable import as_call
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -135,15 +136,14 @@ def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str
 
 def _plan_section(plan: AdapterPlan) -> str:
     full = plan.full_modules
-    variant = "DoRA" if plan.lora.use_dora else "rsLoRA" if plan.lora.use_rslora else "LoRA"
     lines = [
         f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
         *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
-        f"- {variant}: {_lora_words(plan)}",
+        f"- {plan.lora.variant}: {_lora_words(plan)}",
         f"- trainable parameters: {plan.trainable_parameters():,}",
-        f"- budget: `{_as_call(plan.budget)}`",
-        f"- chosen by: `{_as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
+        f"- budget: `{as_call(plan.budget)}`",
+        f"- chosen by: `{as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
     ]
     return "\n".join(lines) + "\n\nAll modules with their scores are in `plan.json`."
 
@@ -155,14 +155,6 @@ def _lora_words(plan: AdapterPlan) -> str:
         return f"{modules}, rank {lora.rank}, alpha {lora.alpha:g}"
     alpha = f"alpha {lora.alpha:g}" if lora.use_rslora else f"alpha {lora.alpha / lora.rank:g} times the rank"
     return f"{modules}, ranks {plan.ranks[0]} to {plan.ranks[-1]}, {alpha}"
-
-
-def _as_call(config: Mapping[str, Any]) -> str:
-    """Config of a class as a call, such as `ModuleBudget(share=0.1)`."""
-    if "class_path" not in config:  # the plan was written by hand
-        return str(dict(config))
-    arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
-    return f"{config['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def _data_section(training: Training) -> str:

@@ -49,13 +49,12 @@ class AdapterFolder(ExportForm):
         options = {"dtype": policy.base.dtype, **source.arguments}
         arguments = "".join(f", {name}={value!r}" for name, value in options.items())
         local = Path(source.location).exists()
-        # Where the base was when this was written, the code works as it is; elsewhere it has to be told where the base is.
         base = "PeftConfig.from_pretrained(folder).base_model_name_or_path" if local else repr(source.location)
         return (
             f"from peft import {'PeftConfig, ' if local else ''}PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."  # this one\n'
-            f"base_model = {base}{f'  # your copy of {policy.base.name}' if local else ''}\n"
+            f"base_model = {base}{f'  # where {policy.base.name} was; elsewhere your copy of it' if local else ''}\n"
             f"base = AutoModelForCausalLM.from_pretrained(base_model{arguments})\n"
             "model = PeftModel.from_pretrained(base, folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n"

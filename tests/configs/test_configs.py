@@ -131,7 +131,7 @@ def test_the_config_to_copy_passes_the_doctor_with_the_embedded_policy(here, mon
     rows = [{"question": f"{n}*{n % 8 + 2}=", "answer": n * (n % 8 + 2)} for n in range(100, 200)]
     (here / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))  # the file that it names
     options = ["--model.model=embedded", "--model.dtype=float32", "--trainer.precision=32-true"]
-    said = doctor(monkeypatch, capsys, *options, "--data.format=PlainFormat", "--data.format.system_prompt=null")
+    said = doctor(monkeypatch, capsys, *options, "--data.format.template={question}", "--data.format.few_shot=null")
     assert "at the full rates" in said and "Error:" not in said
 
 

@@ -46,12 +46,14 @@ class Doctor(Callback):
         self.found: list[Finding] = []
         self._before: Tensor | None = None
         self._sequences: Sequences | None = None
+        self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
         self._change: Change | None = None
         self._metrics: dict[str, float] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""
         assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None
+        self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
             rollouts, rewards, _ = pl_module.last_rollout
             self._sequences = pl_module.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
@@ -122,7 +124,7 @@ class Doctor(Callback):
         self.found += [*references.findings, *_tokens(policy, rollouts)]
         self.found += of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens)
         self.found += of_answers(answers) if policy.episodes is None else []
-        self.found += of_gradient(norms, equal=m.get("frac_reward_zero_std") == 1)
+        self.found += of_gradient(norms, equal=not self._differs)
         self.found += of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
         self.found += of_change(change, steps) if any(norms.values()) else []
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, say, show_table
+from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
@@ -71,6 +72,8 @@ class EvaluationReport(Callback):
             show_table(table)
             out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
             if not fitting:
+                if split == "validation":
+                    say_completions(pl_module)
                 shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())
                 say(f"Measured by {shown}: numbers compare with others of the same alone.")
         if folder is None or trainer.sanity_checking:

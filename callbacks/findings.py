@@ -188,7 +188,7 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
 
     Args:
         norms: Parameter group -> norm of its gradient before clipping.
-        equal: Whether all rewards of each group are equal, which has a finding of its own.
+        equal: Whether all rewards of each group of the step are equal; of a whole rollout that is a finding of its own.
     """
     if equal or not norms or any(norms.values()):
         return []

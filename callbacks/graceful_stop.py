@@ -4,8 +4,11 @@ Also the error message for when another process of the run has gone (`lost_conta
 """
 
 import copy
+import os
+import platform
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, known_folder, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
-from hybrid_lightning.sharding.ranks import check_stop
+from hybrid_lightning.sharding.ranks import check_stop, gather_objects
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
 
 # Messages of gloo, NCCL and torch's watchdog about a lost connection.
@@ -39,7 +42,7 @@ class GracefulStop(Callback):
     step of a run with one process.
 
     Several processes agree on where they stop: a signal to one of them is enough, and all save together. A second signal ends a
-    process at once. A process that loses contact with another one, which was killed or has failed, prints what to do.
+    process at once. A process that loses contact with another one prints which one died, if that is known, and what to do.
 
     Args:
         signals: The signal handlers of this process if they are already installed; None installs them while the Trainer runs.
@@ -55,6 +58,7 @@ class GracefulStop(Callback):
         self._due: dict[str, int] | None = None  # step and epoch for logging a validation that is due after that step
         self._begun = False  # whether this run has taken a micro-batch
         self._rolled_back = False  # whether an unfinished step has been undone
+        self._processes: list[tuple[str, int]] = []  # of each rank: its machine, and its id there
 
     # ---- signals
 
@@ -67,6 +71,7 @@ class GracefulStop(Callback):
         self.signals.take_over()
         self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
         self.signals.last_words = lambda: _go_on_from(trainer)
+        self._processes = gather_objects((platform.node(), os.getpid()))
         if hasattr(pl_module, "signals"):
             pl_module.signals = self.signals  # type: ignore[assignment]
 
@@ -186,11 +191,12 @@ class GracefulStop(Callback):
         """Save a checkpoint if a signal or a failed reward stopped the run, and print how to resume."""
         if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
             sys.stderr.write(message + "\n")
-            exception.add_note(message)  # also as the last line of the traceback, above which the line written here may be lost
+            exception.add_note(message)  # in Python the last line of the traceback, above which the line written here may be lost
+            exception.explained = True  # type: ignore[attr-defined]  # so that the command line prints no traceback
         stopped = isinstance(exception, RunStopped)
         # A failure of a rollout engine is raised on all ranks together, so that all can save.
         if (self._training and isinstance(exception, (RunStopped, RolloutError))) or _reward_failed(trainer, exception):
-            self._save(trainer, pl_module)
+            self._save(trainer, pl_module, exception)
         elif stopped and trainer.is_global_zero:
             holder = find_callback(trainer, RunFolder)
             if holder is not None and _scoring_of(trainer) is not None:
@@ -200,7 +206,16 @@ class GracefulStop(Callback):
             exception.explained = True
         self._release(trainer)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def gone_ranks(self) -> list[int]:
+        """The ranks on this machine whose processes have ended; a connection breaks a moment before its process is gone."""
+        here = {rank: process for rank, (machine, process) in enumerate(self._processes) if machine == platform.node()}
+        for _ in range(10):
+            if gone := [rank for rank, process in here.items() if not _lives(process)]:
+                return gone
+            time.sleep(0.1)
+        return []
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         folder = run_folder(trainer)
         if folder is None:
             say("Stopped: fast_dev_run leaves nothing to go on from.")
@@ -218,7 +233,11 @@ class GracefulStop(Callback):
         path = folder / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            say(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}")
+            words = f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}"
+            if isinstance(exception, RunStopped):
+                say(words)
+            else:
+                exception.add_note(words)  # the cause comes first
 
 
 def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
@@ -236,10 +255,21 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     checkpoint = last_checkpoint(trainer)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
     remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
-    return (
-        f"rank {trainer.global_rank} lost contact with another rank, which was killed, has failed or hangs; its own output says "
-        f"why; {remedy}"
-    )
+    stop = find_callback(trainer, GracefulStop)
+    gone = [] if stop is None else stop.gone_ranks()
+    cause = " and ".join(f"rank {rank} died" for rank in gone) or "another rank was killed, has failed or hangs"
+    return f"rank {trainer.global_rank} lost contact: {cause}; its own output says why; {remedy}"
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine runs; one that its parent has not asked for its exit code does not."""
+    try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _place(trainer: Trainer) -> dict[str, int]:

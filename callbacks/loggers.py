@@ -157,11 +157,20 @@ def log_numbers(trainer: Trainer, values: Mapping[str, float], step: int) -> Non
         logger.log_metrics(dict(values), step)
 
 
-def show_hyperparameters(trainer: Trainer, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
-    """Write TensorBoard's page of hyperparameters, which must know in advance which scalars are its results."""
+def show_hyperparameters(
+    trainer: Trainer, compared: Mapping[str, Any], others: Mapping[str, Any], metrics: Sequence[str]
+) -> None:
+    """Write TensorBoard's page of hyperparameters.
+
+    Args:
+        trainer: The Trainer with the loggers.
+        compared: Plain values for the first columns, which take the places of `others` with their names.
+        others: Further hyperparameters, which may be nested.
+        metrics: Scalars that are the results, which the page must know in advance.
+    """
     from torch.utils.tensorboard.summary import hparams
 
-    plain = _sanitize_params(_flatten_dict(_convert_params(dict(hyperparameters))))
+    plain = {**compared, **_sanitize_params(_flatten_dict(_convert_params(dict(others)))), **compared}
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             writer = logger.experiment._get_file_writer()

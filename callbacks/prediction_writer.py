@@ -15,11 +15,12 @@ from hybrid_lightning.errors import ConfigError
 
 
 class PredictionWriter(Callback):
-    """Writes one line per prompt, with its set, index, text and answer, and with its completions.
+    """Writes one line per prompt, with its set, index, text, answer and completions, and as `columns` the row that it came from.
 
-    For each completion it has the text, the answer, the length in tokens, whether it is finished, the rewards (total and parts),
-    and whether it is correct. With an environment there is one line per episode: its messages, how it ended, rewards of each turn
-    and in all, and its token ids, which of them were sampled, and with which log-probabilities.
+    For each completion, the one under `greedy` and those in lists, it has the text, the answer, the length in tokens, whether it
+    is finished, the rewards (total and parts), and whether it is correct. With an environment there is one line per episode, the
+    greedy one without a number as `sample`: its messages, how it ended, rewards of each turn and in all, and its token ids, which
+    of them were sampled, and with which log-probabilities.
 
     Args:
         path: A new file; None takes `predictions.jsonl` in the run folder, or `predictions-v1.jsonl` if the Trainer
@@ -73,7 +74,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write at once, so that an interrupted run keeps what it has."""
         if self._file is not None and isinstance(outputs, Sequence):
-            self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in outputs)
+            self._file.writelines(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in outputs)
             self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,6 +91,11 @@ class PredictionWriter(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _plain(cell: Any) -> Any:
+    """A cell of a table that JSON has no form for: an array as a list, a date or a decimal number as text."""
+    return cell.tolist() if hasattr(cell, "tolist") else str(cell)
 
 
 def _of_ranks(path: Path, world_size: int) -> list[Path]:

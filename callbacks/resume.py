@@ -58,6 +58,7 @@ WHOLE: dict[str, Effects] = {
 }
 # Arguments with which an optimizer needs other state than the checkpoint has.
 _OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
+_RATE_OF_FULL = "model.lr_full"
 _OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect, because each group of weights has its own learning rate
 
 
@@ -181,7 +182,14 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
     changed = [name for name in differing if name not in gone]
-    return [Change(step, name, before.get(name), after.get(name), effects_of(name, after)) for name in changed]
+    changes = [Change(step, name, before.get(name), after.get(name), effects_of(name, after)) for name in changed]
+    lora = next((change for change in changes if change.name == "model.lr_lora"), None)
+    if lora is not None and before.get(_RATE_OF_FULL) is None and after.get(_RATE_OF_FULL) is None:  # it follows that of LoRA
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+        rates = [float(group["initial_lr"]) for group in groups if group.get("name") == "full"]
+        followed = [(rate, float(f"{rate * lora.after / lora.before:.3g}")) for rate in rates]
+        changes += [Change(step, _RATE_OF_FULL, float(f"{rate:.3g}"), new) for rate, new in followed]
+    return changes
 
 
 def _differ(name: str, before: Any, after: Any) -> bool:

@@ -12,14 +12,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from rich.cells import cell_len, set_cell_size
 from torch import Tensor
 
-from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode
+_LINES = 2  # completions of a validation on the screen
 
 
 class RolloutProgress(RichProgressBar):
@@ -178,6 +180,25 @@ def shown_text(completion: Completion) -> str:
     first = next((n for n, message in enumerate(episode.messages) if message["role"] == "assistant"), len(episode.messages))
     lines = [f"{message['role']}: {message['content']}" for message in episode.messages[first:]]
     return "\n".join([*lines, f"({episode.end})"])
+
+
+def say_completions(pl_module: LightningModule) -> None:
+    """Show the greedy completions of the first prompts of a validation, one a line as wide as the screen; in notebooks none."""
+    greedy = getattr(getattr(pl_module, "evaluation", None), "greedy", None)
+    if greedy is None or console().is_jupyter:
+        return
+    rollouts, rewards = greedy
+    for prompt, completion, reward in zip(rollouts.prompts[:_LINES], rollouts.completions, rewards.total.tolist(), strict=False):
+        end = f" (reward {reward:.3g})"
+        room = max(20, console().width - len(f"   -> {end}"))
+        asked = _ending(shown_prompt(prompt), room // 2)
+        say(f"  {asked} -> {_ending(shown_text(completion), room - cell_len(asked)) or '(empty)'}{end}")
+
+
+def _ending(text: str, width: int) -> str:
+    """The end of a text in one line, at most so many columns wide."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if cell_len(line) <= width else "..." + set_cell_size(line[::-1], width - 3)[::-1].lstrip()
 
 
 # Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.

@@ -13,9 +13,11 @@ from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
+from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
 
 
@@ -76,8 +78,8 @@ class RunSummary(Callback):
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
         results += ["reward"] if _samples(pl_module) else []
-        hyperparameters = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
-        show_hyperparameters(trainer, hyperparameters, results)
+        arguments = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+        show_hyperparameters(trainer, _compared(pl_module, arguments), arguments, results)
         log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,6 +155,7 @@ class RunSummary(Callback):
             sets = getattr(trainer.lightning_module, "last_evaluation", {})
             values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
+            say_completions(trainer.lightning_module)
 
     def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
@@ -184,6 +187,28 @@ class RunSummary(Callback):
             lines += [f"Verdict:    {summary['verdict']}", *(f"Try:        {advice}" for advice in summary["try"])]
         for line in lines:
             say(line)
+
+
+def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What people compare runs by, the first columns of TensorBoard's page of hyperparameters."""
+    plan = getattr(pl_module, "plan", None)
+    lora = plan.lora if plan is not None and plan.lora_modules else None
+    rates = getattr(pl_module, "rates", {})
+    sampler = getattr(pl_module, "sampler", None)
+    sizes = ("prompts_per_rollout", "samples_per_prompt", "minibatches_per_rollout", "examples_per_step")
+    found = {
+        "model": arguments.get("model"),
+        "loss": type(getattr(pl_module, "loss", None)).__name__,
+        "adapter": None if plan is None else plan.method,
+        "budget": None if plan is None else as_call(plan.budget),
+        "rank": None if lora is None else lora.rank,
+        "alpha": None if lora is None else lora.alpha,
+        **{f"lr_{group}": rates[group] for group in ("lora", "full") if group in rates},
+        **{name: arguments.get(name) for name in sizes},
+        "max_new_tokens": getattr(sampler, "max_new_tokens", None),
+        "seed": arguments.get("seed"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:

@@ -51,7 +51,7 @@ from hybrid_lightning.callbacks import (
     TensorBoardOverview,
 )
 from hybrid_lightning.callbacks.compare_runs import compare
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
@@ -115,9 +115,13 @@ def main(signals: StopSignals | None = None) -> None:
         HybridLightningCLI(signals)
     except Exception as error:
         cause = cause_of(error)
-        if cause is None and not signals.requested:  # an unexpected error, which needs the traceback of the original exception
-            raise unwrapped(error)  # noqa: B904
+        if cause is None and not signals.requested:
+            if getattr(error, "explained", False):  # another rank has died, as has been said
+                sys.exit(1)
+            raise unwrapped(error)  # noqa: B904  (an unexpected error, which needs the traceback of the original exception)
         print_error(with_remedy(str(cause or error)))
+        for note in getattr(error, "__notes__", ()):
+            say(note)
         signals.check()  # a signal may be the reason: another rank has gone, or a library gave up
         sys.exit(1)
 

@@ -142,6 +142,19 @@ def public_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def as_call(config: Mapping[str, Any]) -> str:
+    """The config of a class as a call.
+
+    Example:
+        >>> as_call({"class_path": "hybrid_lightning.adapters.ModuleBudget", "init_args": {"share": 0.1}})
+        'ModuleBudget(share=0.1)'
+    """
+    if "class_path" not in config:  # written by hand
+        return str(dict(config))
+    arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
+    return f"{config['class_path'].rpartition('.')[2]}({arguments})"
+
+
 def public_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """Make the `__getattr__` of a package that imports a module only when one of its names is first used.
 

@@ -11,7 +11,7 @@ from cli_runs import run
 FIT = re.compile(
     r"Adapter plan: |[┏┃┡│└]|Plan(, with \d+ more modules?,)? written to |Validation \((start|step \d+)\): |What happened"
     r"|[┌├]|Run folder: |Curves: |Report: |Next: |Verdict: |Try: |Warning: .* \(docs/troubleshooting.md#"
-    r"|Step \d/4: loss .* reward .* entropy "
+    r"|Step \d/4: loss .* reward .* entropy |  .* -> .* \(reward \S+\)"
 )
 ENGINE = re.compile(r"engine: ")
 EVALUATION = re.compile(r"Test|[┌│└├]|Shares in percent|Measured by |Written to ")
@@ -40,6 +40,10 @@ def test_each_line_of_a_run_informs(folder, said):
     assert fitted.code == 0 and not fitted.err
     only(ENGINE, said.getvalue())  # one line, of which passes are fast
     only(FIT, fitted.out)
+    shown = re.findall(r"Validation \(.*\n(  .* -> .*\n)(  .* -> .*\n)", fitted.out)
+    assert len(shown) == 3 and all(len(line) <= 81 for lines in shown for line in lines), (
+        "the same prompts, no wider than a screen"
+    )
     assert fitted.out.count("Validation (") == 3 and fitted.out.count("\nStep ") == 4, "a file has no progress bar"
     assert re.search(r"\nNext: .*\nVerdict: .*(\nTry: .*)*\n\Z", fitted.out)
     place = "runs/fit/version_0"

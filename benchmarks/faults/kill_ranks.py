@@ -32,7 +32,7 @@ JOB_LIMIT_S = 600.0  # for a job that nobody disturbs
 TOLERANCE = 1e-5  # between weights, float32
 # What says that a process is gone, and who says so. The first tells how to go on.
 _MESSAGES = {
-    "ours": r"rank \d (?:lost contact with another rank.*(?:--ckpt_path \S+|no checkpoint has been saved yet)|ends: rank 0)",
+    "ours": r"rank \d (?:lost contact.*(?:--ckpt_path \S+|no checkpoint has been saved yet)|ends: rank 0)",
     "Lightning": r"Child process with PID \d+ terminated with code",
     "torchrun": r"Signal 9 \(SIGKILL\) received by PID|exitcode\s*: -9",
 }

@@ -47,6 +47,11 @@ class LoraSettings:
         """Factor of B A in the adapted weight."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    @property
+    def variant(self) -> str:
+        """Its name: LoRA, DoRA or rsLoRA."""
+        return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
+
     def with_rank(self, rank: int) -> "LoraSettings":
         """The same settings at another rank, at which a learning rate means the same.
 

@@ -98,6 +98,13 @@ class AdapterPlan:
         """Names of the modules with LoRA."""
         return tuple(module.name for module in self.candidates if module.mode == "lora")
 
+    @property
+    def method(self) -> str:
+        """What kind of training it is: `full`, or `LoRA` (or its variant), or `Hybrid-LoRA` where some modules have each."""
+        if not self.lora_modules:
+            return "full"
+        return f"Hybrid-{self.lora.variant}" if self.full_modules else self.lora.variant
+
     def lora_of(self, module: PlannedModule) -> LoraSettings:
         """LoRA settings of a module, at the rank that it has."""
         return module.lora(self.lora)

@@ -48,11 +48,14 @@ class AdapterFolder(ExportForm):
         source = policy.base.source
         options = {"dtype": policy.base.dtype, **source.arguments}
         arguments = "".join(f", {name}={value!r}" for name, value in options.items())
+        local = Path(source.location).exists()
+        base = "PeftConfig.from_pretrained(folder).base_model_name_or_path" if local else repr(source.location)
         return (
-            "from peft import PeftModel\n"
+            f"from peft import {'PeftConfig, ' if local else ''}PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."  # this one\n'
-            f"base = AutoModelForCausalLM.from_pretrained({_location(policy.base)!r}{arguments})\n"
+            f"base_model = {base}{f'  # where {policy.base.name} was; elsewhere your copy of it' if local else ''}\n"
+            f"base = AutoModelForCausalLM.from_pretrained(base_model{arguments})\n"
             "model = PeftModel.from_pretrained(base, folder)\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         )

@@ -1,9 +1,11 @@
 """The model card (`README.md`) of an exported folder, and the licence of its base model.
 
-A model has to keep the licence of the base model that it was trained from.
+A model has to keep the licence of the base model that it was trained from. Of files and folders on this machine the card has the
+names alone, since a reader cannot use the paths.
 """
 
 import importlib.metadata
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
+from hybrid_lightning.configurable import as_call
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -37,6 +40,7 @@ _SHOWN_SETTINGS = (  # arguments of the module
     "schedule",
     "seed",
 )
+_PATH = re.compile(r"(?:~?/|[A-Za-z]:[/\\])(?:[\w.+@ -]+[/\\])+[^/\\\n]+\Z")  # absolute, with at least one folder
 _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
@@ -47,8 +51,8 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
     found = "which could not be looked up: see where you have it from" if licence is None else licence
     parts = (
         _header(policy, form, licence),
-        f"# {Path(policy.base.model).stem or policy.base.model}, post-trained",
-        f"The model `{policy.base.model}`{revision} after {policy.training.steps} optimizer steps of "
+        f"# {policy.base.name.rpartition('/')[2].removesuffix('.gguf')}, post-trained",
+        f"The model `{policy.base.name}`{revision} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
         f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
@@ -56,7 +60,7 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"## What was trained\n\n{_plan_section(policy.plan)}",
         f"## On what\n\n{_data_section(policy.training)}",
         f"## What came of it\n\n{_metrics_section(policy.training)}",
-        f"## Licence\n\nThat of the base model `{policy.base.model}`{',' if licence is None else ':'} {found}.",
+        f"## Licence\n\nThat of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
@@ -132,15 +136,14 @@ def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str
 
 def _plan_section(plan: AdapterPlan) -> str:
     full = plan.full_modules
-    variant = "DoRA" if plan.lora.use_dora else "rsLoRA" if plan.lora.use_rslora else "LoRA"
     lines = [
         f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
         *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
-        f"- {variant}: {_lora_words(plan)}",
+        f"- {plan.lora.variant}: {_lora_words(plan)}",
         f"- trainable parameters: {plan.trainable_parameters():,}",
-        f"- budget: `{_as_call(plan.budget)}`",
-        f"- chosen by: `{_as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
+        f"- budget: `{as_call(plan.budget)}`",
+        f"- chosen by: `{as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
     ]
     return "\n".join(lines) + "\n\nAll modules with their scores are in `plan.json`."
 
@@ -154,18 +157,10 @@ def _lora_words(plan: AdapterPlan) -> str:
     return f"{modules}, ranks {plan.ranks[0]} to {plan.ranks[-1]}, {alpha}"
 
 
-def _as_call(config: Mapping[str, Any]) -> str:
-    """Config of a class as a call, such as `ModuleBudget(share=0.1)`."""
-    if "class_path" not in config:  # the plan was written by hand
-        return str(dict(config))
-    arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
-    return f"{config['class_path'].rpartition('.')[2]}({arguments})"
-
-
 def _data_section(training: Training) -> str:
-    data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(training.data)}```"
+    data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(_named(training.data))}```"
     settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
-    return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(settings)}```" if settings else data
+    return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(_named(settings))}```" if settings else data
 
 
 def _metrics_section(training: Training) -> str:
@@ -193,6 +188,15 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # it runs from a source tree
         return "(not installed)"
+
+
+def _named(value: Any) -> Any:
+    """A config with the name of a file or folder where it has an absolute path."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_named(item) for item in value]
+    return Path(value).name if isinstance(value, str) and _PATH.match(value) else value
 
 
 def _yaml(value: Any) -> str:

@@ -47,6 +47,11 @@ class BaseModel:
     chat_template: str | None = None  # replaces the tokenizer's own; None keeps it
 
     @property
+    def name(self) -> str:
+        """What others know it by: the hub id, or the name of its folder or file."""
+        return Path(self.model).expanduser().absolute().name if Path(self.model).expanduser().exists() else self.model
+
+    @property
     def source(self) -> ModelSource:
         """Where the model is, on the hub or on this machine."""
         return resolve_model(self.model, self.revision)

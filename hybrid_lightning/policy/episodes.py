@@ -373,12 +373,13 @@ def _values(episode: Episode) -> dict[str, Any]:
     return {**episode.counts, **own}
 
 
-def episode_records(rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]]:
+def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
     """One record for each episode, ready for JSON.
 
     Args:
         rollouts: B episodes.
         rewards: Their rewards.
+        greedy: Whether they are the greedy ones, one a prompt, whose `sample` is None.
     """
     sequences, records = rollouts.sequences, []
     for row, completion in enumerate(rollouts.completions):
@@ -389,7 +390,7 @@ def episode_records(rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]
             {
                 "set": prompt.set_name,
                 "index": prompt.index,
-                "sample": row % rollouts.samples_per_prompt,
+                "sample": None if greedy else row % rollouts.samples_per_prompt,
                 "answer": prompt.answer,
                 "messages": [dict(message) for message in episode.messages],
                 "end": episode.end,
@@ -402,6 +403,7 @@ def episode_records(rollouts: Rollouts, rewards: Rewards) -> list[dict[str, Any]
                 "completion_ids": sequences.completion_ids[row][real].tolist(),
                 "sampled": sequences.sampled_mask[row][real].tolist(),
                 "logprobs": rollouts.sampling_logprobs[row][real].tolist(),
+                "columns": prompt.columns,
             }
         )
     return records

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
 
 Answers = Sequence[str | None]
+Scored = tuple[Rollouts, Rewards, Answers]
 
 
 def evaluation_means(samples: int) -> ProblemMeans:
@@ -145,10 +146,10 @@ class Evaluation(nn.Module):
             stage: `val` or `test`, under which `end` logs.
             batch: The prompts.
         """
-        greedy, sampled = policy.generate(batch, 1, greedy=True), _sample(policy, batch)
-        scored = policy.score(greedy)
-        self._first = self._first or (greedy, scored)
-        add_prompts(self._means(stage), scored, (sampled, policy.score(sampled)), policy.answers(sampled))
+        greedy, sampled = _complete(policy, batch)
+        rewards = policy.score(greedy)
+        self._first = self._first or (greedy, rewards)
+        add_prompts(self._means(stage), rewards, (sampled, policy.score(sampled)), policy.answers(sampled))
 
     def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
         """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
@@ -221,48 +222,65 @@ def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
 
 
 def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Sampled completions of prompts with their rewards, as records for JSON: one a prompt, or one an episode."""
-    rollouts, encoder = _sample(policy, prompts), policy.pretrained.encoder
+    """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
+    greedy, sampled = _complete(policy, prompts)
     if policy.episodes is not None:
-        return episode_records(rollouts, policy.score(rollouts))
-    return prediction_records(
-        rollouts, policy.score(rollouts), [encoder.render(prompt) for prompt in prompts], policy.answers(rollouts)
-    )
+        return [*episode_records(greedy, policy.score(greedy), greedy=True), *episode_records(sampled, policy.score(sampled))]
+    of_greedy, of_sampled = ((rollouts, policy.score(rollouts), policy.answers(rollouts)) for rollouts in (greedy, sampled))
+    return prediction_records(of_greedy, of_sampled, [policy.pretrained.encoder.render(prompt) for prompt in prompts])
+
+
+def _complete(policy: "LanguageModule", prompts: Sequence[Prompt]) -> tuple[Rollouts, Rollouts]:
+    """One greedy completion of each prompt, and the sampled ones."""
+    return policy.generate(prompts, 1, greedy=True), _sample(policy, prompts)
 
 
 def _sample(policy: "LanguageModule", prompts: Sequence[Prompt]) -> Rollouts:
     return policy.generate(prompts, policy.eval_samples, evaluation_draws(prompts, policy.eval_samples, policy.seed))
 
 
-def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], answers: Answers) -> list[dict[str, Any]]:
-    """One record per prompt, ready for JSON: the prompt, and lists with an entry for each of its completions.
+def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
+    """One record per prompt, ready for JSON: prompt, greedy completion, lists with an entry for each sampled one, and the row.
 
     Args:
-        rollouts: P * n completions.
-        rewards: Their rewards.
+        greedy: P completions, their rewards, and the answer in each, None where there is none.
+        sampled: P * n completions, likewise.
         texts: The P prompts as the model reads them.
-        answers: The answer in each completion, None where there is none.
     """
-    samples = rollouts.samples_per_prompt
+    rollouts, samples = sampled[0], sampled[0].samples_per_prompt
     records = []
     for number, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
-        rows = slice(number * samples, (number + 1) * samples)
+        each = [_scored_record(sampled, number * samples + sample) for sample in range(samples)]
         records.append(
             {
                 "set": prompt.set_name,
                 "index": prompt.index,
                 "prompt": text,
                 "answer": prompt.answer,
-                "completions": list(rollouts.completions[rows]),
-                "extracted_answers": list(answers[rows]),
-                "lengths": rollouts.sequences.sampled_mask[rows].sum(dim=1).tolist(),
-                "finished": rollouts.finished[rows].tolist(),
-                "rewards": rewards.total[rows].tolist(),
-                "reward_parts": {name: part[rows].tolist() for name, part in rewards.parts.items()},
-                "correct": rewards.correct[rows].tolist(),
+                "greedy": _scored_record(greedy, number),
+                **{_LISTS.get(name, name): [one[name] for one in each] for name in each[0] if name != "reward_parts"},
+                "reward_parts": {name: [one["reward_parts"][name] for one in each] for name in sampled[1].parts},
+                "columns": prompt.columns,
             }
         )
     return records
+
+
+# Names of the lists where they are not those of the entries.
+_LISTS = {"completion": "completions", "extracted_answer": "extracted_answers", "length": "lengths", "reward": "rewards"}
+
+
+def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
+    rollouts, rewards, answers = scored
+    return {
+        "completion": rollouts.completions[row],
+        "extracted_answer": answers[row],
+        "length": int(rollouts.sequences.sampled_mask[row].sum()),
+        "finished": bool(rollouts.finished[row]),
+        "reward": float(rewards.total[row]),
+        "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
+        "correct": bool(rewards.correct[row]),
+    }
 
 
 def repeat_prompts(prompts: tuple[Prompt, ...], samples: int) -> list[Prompt]:

@@ -239,7 +239,8 @@ class Generation:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[policy.pretrained.dtype]
         pretrained = policy.pretrained
-        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device)
+        resumed = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None
+        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, resumed)
 
     @cached_property
     def _folder(self) -> str | None:

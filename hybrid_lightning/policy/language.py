@@ -460,9 +460,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
-        for _ in range(0 if self.sampler.has_own_weights else self._missing_batches):
+        for _ in range(0 if self.sampler.has_own_weights else 2 * self._missing_batches):  # greedily and by sampling
             self.weights.gathered(lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
-        """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
+        """Completions of a batch of prompts, greedy and sampled, with their rewards, as records for JSON."""
         return predictions(self, batch)

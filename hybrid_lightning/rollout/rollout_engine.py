@@ -115,6 +115,7 @@ class ServedModel:
     folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
     dtype: torch.dtype  # of the policy's matrix products
     device: torch.device  # that trains
+    resumed: bool = False  # whether the policy's training goes on from a checkpoint
 
 
 class RolloutEngine(Configurable, ABC):

@@ -31,7 +31,7 @@ def test_a_job_is_right_only_if_all_is():
 
 
 def test_who_says_that_a_process_is_gone():
-    ours = "rank 0 lost contact with another rank, which was killed; go on with --ckpt_path runs/last.ckpt"
+    ours = "rank 0 lost contact: rank 1 died; go on with --ckpt_path runs/last.ckpt"
     assert report.said(f"a\n{ours}\nb") == ("ours",)
     assert report.said("rank 1 ends: rank 0, which started it, was killed") == ("ours",)
     assert report.said("[rank: 1] Child process with PID 7 terminated with code -9. Forcefully") == ("Lightning",)

@@ -14,6 +14,7 @@ def parts(folder):
     with (folder / "my_parts.py").open("a") as file:
         file.write("\n\ndef nothing(completion):\n    return 0.0\n")
         file.write("\n\nfrom tiny_runs import Talk\n")
+        file.write("\n\ndef late(completion, seen=[]):\n    seen.append(1)\n    return float(len(seen) > 8 and len(seen) % 2)\n")
 
 
 def doctor(folder, *arguments):
@@ -49,6 +50,12 @@ def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
     assert_refused(result, "nothing can be learned: your reward gives the reference answer 0: it can pay for nothing")
     assert values(result.out)["trial step"] == "not possible without a gradient"
     assert "Error: all 16 completions of the rollout earn the same, 0" in result.out
+
+
+def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_no_error(folder):
+    result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:late")
+    assert result.code == 0 and values(result.out)["trial step"] == "not possible without a gradient", result.err
+    assert values(result.out)["reward"].startswith("0.25 ") and "Error:" not in result.out
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """Stopped at any moment of its life, a run says how to go on, and whoever does so gets the curves of one that was not stopped."""
 
+import itertools
+import os
+import platform
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +18,12 @@ from cli_runs import Result, run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
+from hybrid_lightning import cli
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import GracefulStop, RunFolder
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
-from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.errors import CheckpointError, RolloutError
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
@@ -163,6 +170,36 @@ def test_it_names_the_cause_and_the_checkpoint_at_once_and_at_the_end_of_the_tra
         line = capsys.readouterr().err
         assert line.startswith("rank 3 lost contact") and line.endswith(f"{remedy}\n") and line.count("\n") == 1
         assert "".join(traceback.format_exception(error)).endswith(line)
+
+
+def test_it_names_the_rank_whose_process_is_gone_and_the_command_prints_no_traceback(monkeypatch, capsys):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        trainer, stop, error = lost_trainer(), GracefulStop(), RuntimeError("Connection reset by peer")
+        stop._processes = [(platform.node(), os.getpid()), (platform.node(), process.pid), ("elsewhere", process.pid)]
+        trainer.callbacks.append(stop)
+        assert "another rank was killed, has failed or hangs" in lost_contact(trainer, error)
+        process.kill()  # nobody has asked for its exit code yet, as where the launcher has not looked
+        stop.on_exception(trainer, None, error)
+    monkeypatch.setattr(cli, "HybridLightningCLI", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("rank 3 lost contact: rank 1 died;") and said.err.count("\n") == 1
+
+
+def test_the_cause_of_a_failure_comes_before_the_checkpoint(folder, monkeypatch):
+    roll_out, calls = PolicyModule.roll_out, itertools.count(1)
+
+    def fail(*arguments, **options):
+        if next(calls) == 2:
+            raise RolloutError("no server; start it")
+        return roll_out(*arguments, **options)
+
+    monkeypatch.setattr(PolicyModule, "roll_out", fail)
+    monkeypatch.setattr(cli, "print_error", print)  # into the same stream
+    *_, cause, saved, command = run(folder, *FIT).out.splitlines()
+    assert (cause, saved) == ("no server; start it", "Checkpoint saved. Go on with:") and command.endswith("stopped.ckpt")
 
 
 def test_under_the_command_line_it_is_the_command(tmp_path):

@@ -1,6 +1,9 @@
 import json
+from datetime import date
+from decimal import Decimal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
@@ -30,6 +33,8 @@ def test_every_test_prompt_has_its_line(model, sums, tmp_path, capsys):
         assert record["rewards"] == record["reward_parts"]["starts_with_digit"]
         assert record["rewards"] == StartsWithDigit()(record["completions"], [prompt] * 3) and len(record["rewards"]) == 3
         assert record["correct"] == [value == 1 for value in record["rewards"]]
+        greedy = record["greedy"]
+        assert [greedy["reward"]] == StartsWithDigit()([greedy["completion"]], [prompt]) and record["columns"] == prompt.columns
     assert f"Predictions written to {tmp_path / 'version_0' / 'predictions.jsonl'}" in capsys.readouterr().out
 
 
@@ -84,7 +89,8 @@ def test_other_languages_stay_readable_and_a_folder_is_no_file(tmp_path):
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
     trainer = SimpleNamespace(fast_dev_run=True, world_size=1, global_rank=0)
     writer.on_predict_start(trainer, None)
-    writer.on_predict_batch_end(trainer, None, [{"prompt": "für 你\u2028\n"}], None, 0)
+    row = {"prompt": "für 你\u2028\n", "day": date(2026, 1, 2), "scores": np.arange(2), "price": Decimal("1.50")}
+    writer.on_predict_batch_end(trainer, None, [row], None, 0)
     writer.on_predict_end(trainer, None)
     content = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
-    assert "für 你" in content and json.loads(content) == {"prompt": "für 你\u2028\n"}
+    assert "für 你" in content and json.loads(content) == row | {"day": "2026-01-02", "scores": [0, 1], "price": "1.50"}

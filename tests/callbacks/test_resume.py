@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
 
 from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
-from hybrid_lightning.callbacks.resume import SETTINGS_KEY, TRAINER, WHOLE, Change, check_changes, effects_of
+from hybrid_lightning.callbacks.resume import SETTINGS_KEY, TRAINER, WHOLE, Change, changes_of, check_changes, effects_of
 from hybrid_lightning.callbacks.run_settings import flatten_settings
 from hybrid_lightning.configurable import constructor_defaults, public_path
 from hybrid_lightning.data import PromptDataModule
@@ -79,6 +79,19 @@ def test_an_option_of_a_part_is_as_its_class_declares_it_or_else_as_the_part():
 def test_changes_that_would_do_nothing_are_refused(name, after, message):
     with pytest.raises(CheckpointError, match=message):
         check_changes([Change(3, name, None, after)])
+
+
+@pytest.mark.parametrize("given", [None, 1e-3])
+def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given(given):
+    def settings(rate):
+        init = {"model": "m", "reward": None, "lr_lora": rate, "lr_full": given}
+        return {"seed_everything": 0, "model": {"class_path": public_path(PolicyModule), "init_args": init}}
+
+    groups = [{"name": "full", "lr": 1e-9, "initial_lr": 3e-5}, {"name": "lora", "lr": 1e-9, "initial_lr": 3e-4}]
+    optimizers = [{"param_groups": groups}]
+    checkpoint = {SETTINGS_KEY: {"settings": settings(3e-4)}, "global_step": 7, "optimizer_states": optimizers}
+    said = [str(change) for change in changes_of(checkpoint, settings(1e-4))]
+    assert said == ["model.lr_lora 0.0003 -> 0.0001", *(["model.lr_full 3.0e-05 -> 1.0e-05"] if given is None else [])]
 
 
 # ---- on the command line

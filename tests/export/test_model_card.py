@@ -52,6 +52,20 @@ def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
     assert "| `val/avg@2` | 0.2500 | 0.5000 |" in card and "| `val/reward` | - | 1.0000 |" in card
 
 
+@pytest.mark.parametrize("form", [MergedModel(), AdapterFolder()], ids=lambda form: form.name)
+def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path, form):
+    reward = {
+        "class_path": "FunctionReward",
+        "init_args": {"function": str(tmp_path / "pays.py:score"), "pattern": r"/\d+/(\w+)"},
+    }
+    training = Training(
+        1, {"reward": reward, "loss": {"class_path": "GRPOLoss"}}, FileSource(str(tmp_path / "a b.jsonl")).to_config()
+    )
+    card = model_card(train(training=training).policy, form)
+    assert str(tmp_path) not in card and "# base-llama, post-trained" in card and "`base-llama` after 1" in card
+    assert "train: a b.jsonl" in card and "function: pays.py:score" in card and r"/\d+/(\w+)" in card
+
+
 def test_what_is_not_known_is_said_to_be_unknown(train):
     card = model_card(train(training=Training()).policy, MergedModel())
     assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
@@ -70,6 +84,7 @@ def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     for form, relation in ((MergedModel(), "finetune"), (AdapterFolder(), "adapter")):
         fields = header(model_card(policy, form))
         assert (fields["base_model"], fields["base_model_relation"]) == ("Qwen/Qwen3-0.6B", relation)
+        assert "# Qwen3-0.6B, post-trained" in model_card(policy, form)
         assert fields["datasets"] == ["openai/gsm8k"] and fields["license"] == "apache-2.0"
     assert "(revision main)" in model_card(policy, form) and "revision='main'" in model_card(policy, form)
 
@@ -91,7 +106,7 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
     (base / "NOTICE").write_text("by me")
     folder = write_policy(policy, AdapterFolder(), tmp_path / "out")
     card = (folder / "README.md").read_text()
-    assert header(card)["license"] == "mit" and f"That of the base model `{base}`: mit." in card
+    assert header(card)["license"] == "mit" and f"That of the base model `{base.name}`: mit." in card
     assert files(folder) >= {"LICENSE.txt", "NOTICE"} and (folder / "NOTICE").read_text() == "by me"
 
 

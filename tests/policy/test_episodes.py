@@ -269,7 +269,7 @@ def test_predict_writes_a_line_for_each_episode(model, sums, tmp_path):
         policy, datamodule=build_data(sums, test_fraction=0.5)
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 8
+    assert sorted(line["sample"] for line in lines if line["sample"] is not None) == [0] * 8 + [1] * 8 and len(lines) == 3 * 8
     for line in lines:
         assert len(line["completion_ids"]) == len(line["sampled"]) == len(line["logprobs"])
         assert [role for role in (m["role"] for m in line["messages"]) if role == "assistant"]

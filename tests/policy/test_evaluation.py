@@ -93,7 +93,9 @@ def test_completions_that_do_not_count_are_as_if_they_were_not_there():
 
 def test_records_hold_each_prompts_own_completions_and_survive_json():
     rollouts, rewards = build([4, 9], [[True, False], [False, True]], [[1, 1], [2, 5]], "quiz")
-    records = list(prediction_records(rollouts, rewards, ["shown 4", "shown 9"], ["7", None, "", "5"]))
+    greedy = (*build([4, 9], [[False], [True]], [[3], [5]], "quiz"), [None, "8"])
+    rollouts.prompts[1].columns["answer"] = "raw"  # no name of ours is in the way of a row's
+    records = prediction_records(greedy, (rollouts, rewards, ["7", None, "", "5"]), ["shown 4", "shown 9"])
     assert json.loads(json.dumps(records)) == records and records[1] == {
         **{"set": "quiz", "index": 9, "prompt": "shown 9", "answer": "a9", "completions": ["c2", "c3"]},
         "extracted_answers": ["", "5"],
@@ -102,5 +104,10 @@ def test_records_hold_each_prompts_own_completions_and_survive_json():
         "rewards": [0.0, 0.5],
         "reward_parts": {"match": [0.0, 1.0], "half": [0.0, 0.5]},
         "correct": [False, True],
+        "greedy": {
+            **{"completion": "c1", "extracted_answer": "8", "length": 5, "finished": False},
+            **{"reward": 0.5, "reward_parts": {"match": 1.0, "half": 0.5}, "correct": True},
+        },
+        "columns": {"answer": "raw"},
     }
     assert records[0]["completions"] == ["c0", "c1"]

@@ -79,6 +79,24 @@ def test_a_server_that_is_not_there_is_refused_at_once(start, build, served):
     assert time.monotonic() - began < 3
 
 
+def test_at_a_resume_the_others_go_on_and_it_takes_part_when_it_is_back(start, build, served):
+    there, gone, again = start(), start(), replace(served, resumed=True)
+    gone.stop()
+    sampler = build(there, gone)
+    with pytest.warns(UserWarning, match=f"{gone.url} .*left out.*nothing answers there"):
+        sampler.check_model(again)
+    sampler.update(Weights(1), served)
+    complete(sampler, prompts=4)
+    assert there.label == "1-1abc" and there.asked("/inference/v1/generate")
+    with pytest.raises(RolloutError, match="nothing answers there"):
+        build(gone).check_model(again)
+    with pytest.raises(RolloutError, match="VLLM_API_KEY"):
+        build(there, start(key="secret")).check_model(again)
+    gone.restart()
+    sampler.update(Weights(1), served)
+    assert gone.label == "1-1abc"
+
+
 def test_servers_that_differ_and_prompts_beyond_the_shortest_context_are_refused(start, build, served):
     with pytest.raises(ConfigError, match="different ways"):
         build(start(), start(backend="nccl")).check_model(replace(served, device=torch.device("cuda")))

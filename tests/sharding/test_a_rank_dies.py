@@ -12,6 +12,7 @@ from ranks_of_tests import start, wait
 from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train_each
 from test_checkpoints_cross import SHARDED
 
+from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
@@ -66,11 +67,15 @@ MOMENTS = {
 }
 
 
-class Heard(Callback):
-    """Keeps what `GracefulStop` prints."""
+class Heard(GracefulStop):
+    """Keeps what is printed."""
 
     def __init__(self, path):
+        super().__init__()
         self.path = path
+
+    def __reduce__(self):
+        return Heard, (self.path,)
 
     def on_exception(self, trainer, pl_module, exception):
         self.path.write_text(lost_contact(trainer, exception) or "nothing")
@@ -84,7 +89,7 @@ def killed_run(folder, tmp_path, strategy, rank, *callbacks):
     wait(processes, timeout_s=50)
     assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
     heard = (tmp_path / "heard").read_text()
-    assert heard.startswith(f"rank {1 - rank} lost contact with another rank")
+    assert heard.startswith(f"rank {1 - rank} lost contact: rank {rank} died")
     return heard
 
 

@@ -98,20 +98,25 @@ class VLLMServerSampler(VLLMEngine):
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
 
     def check_model(self, model: ServedModel) -> None:
-        """See `RolloutEngine`: all servers are there, and have the policy's model.
+        """See `RolloutEngine`: all servers are there, and have the policy's model. At a resume one of them is enough.
 
         Raises:
             ConfigError: If one has been started for something else.
-            RolloutError: If one does not answer.
+            RolloutError: If one does not answer, at a resume if none does.
         """
-        for failure in self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens)).values():
-            if isinstance(failure, ServerError):
+        found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens))
+        missing = [s for s, failure in found.items() if isinstance(failure, ServerError) and not failure.is_final]
+        missing = missing if model.resumed and len(missing) < len(found) else []
+        for server, failure in found.items():
+            if server in missing:
+                self._leave_out(server, str(failure))
+            elif isinstance(failure, ServerError):
                 raise RolloutError(
                     f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
                 ) from failure
-            if failure is not None:
+            elif failure is not None:
                 raise failure
-        kinds = sorted({str(server.facts.backend) for server in self._servers})
+        kinds = sorted({str(server.facts.backend) for server in self._servers if server not in missing})
         if len(kinds) > 1:
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 

@@ -34,9 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "process"},
     "remedies": GROUND,
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser", "remedies"},
+    "cli": GROUND
+    | LEAVES
+    | {"policy", "export", "memory", "callbacks", "trainer", "process", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),

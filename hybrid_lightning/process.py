@@ -56,6 +56,7 @@ def prepare_process() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # advice of tqdm, which libraries import, to each notebook
     keep_freed_memory()
 
 

@@ -5,8 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
+
+from hybrid_lightning.metrics import completion_draws
+from hybrid_lightning.policy.evaluation import add_prompts
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import _Decoder
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -75,7 +85,7 @@ run()
 """
 COMMANDS = [
     ["--help"],
-    ["plan", *SMALL],
+    ["plan", *SMALL, "--trainer.accelerator=mps"],
     ["fit", *SMALL, "--model.reward=CodeTests"],
     ["fit", *SMALL, "--model.reward=MathMatch"],
 ]
@@ -106,3 +116,58 @@ def test_a_run_on_another_system(system, libraries, tmp_path):
     assert "Verdict: " in said[4] and (tmp_path / "runs" / "gspo" / "version_0" / "checkpoints" / "last.ckpt").is_file()
     (engine,) = {line for line in done.stderr.splitlines() if line.startswith("engine: ")}
     assert f"the compiled ones are for Linux, and this is {system}" in engine
+
+
+class OfMPS(Tensor):
+    """A tensor of a device that has no float64, kept on the CPU."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.cpu:
+            return args[0].as_subclass(Tensor)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        assert getattr(result, "dtype", None) is not torch.float64, f"{func} makes float64 on MPS"
+        return result
+
+
+TO = Tensor.to
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    """Moves a tensor to a simulated device of Apple's, as `Tensor.to` does meanwhile."""
+
+    def move(tensor, device="mps", *given, **named):
+        there = torch.device(device).type == "mps" if isinstance(device, (str, torch.device)) else False
+        return tensor.as_subclass(OfMPS) if there else TO(tensor.as_subclass(Tensor), device, *given, **named)
+
+    monkeypatch.setattr(Tensor, "to", move)
+    return move
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
+def test_a_device_without_float64_draws_the_tokens_of_a_cpu(options, mps):
+    decoder = object.__new__(_Decoder)
+    decoder.sampler, decoder.greedy = Sampler(**options), False
+    decoder.engine = SimpleNamespace(backend=SimpleNamespace(usable=lambda logits: False))
+    logits, rows, chosen = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)), torch.arange(6), []
+    for move in (lambda tensor: tensor, mps):
+        decoder.generator = PromptDraws([Prompt(text="a", index=n) for n in range(2)], 3, seed=1)
+        chosen.append(decoder._choose(move(logits), move(rows), 0))
+    assert all(isinstance(part, OfMPS) for part in chosen[1])
+    assert all(torch.equal(one, TO(other.cpu(), one.dtype)) for one, other in zip(*chosen, strict=True))
+
+
+def test_a_device_without_float64_is_evaluated(mps):
+    noted = []
+    ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.bool)
+    sequences = Sequences(ids, mask, ids, mask).to("mps")
+    texts = tuple(Completion("1", num_tokens=3, finished=True) for _ in range(4))
+    prompts = (Prompt(text="a"), Prompt(text="b", index=1))
+    rollouts = Rollouts(prompts, sequences, texts, mps(torch.zeros(4, 3)), mps(torch.ones(4, dtype=torch.bool)), 2)
+    rewards = Rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]), {}, torch.tensor([True, False, False, False])).to("mps")
+    means = SimpleNamespace(update=lambda names, index, values: noted.append(values))
+    add_prompts(means, rewards.select(torch.tensor([0, 2])), (rollouts, rewards), ["1"] * 4)
+    assert noted[0].keys() >= completion_draws(2).keys() and noted[0]["avg@2"].tolist() == [0.5, 0.0]

@@ -48,7 +48,7 @@ from hybrid_lightning.policy.examples import (
 )
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.process import quiet_libraries
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks

@@ -1,16 +1,13 @@
 """Settings of a process for torch: on a CPU how threads wait, whether freed memory is kept, and how many compiled products are
-kept; on a GPU how memory is allocated, and which kernels attend. And which advice of libraries is shown.
+kept; on a GPU how memory is allocated, and which kernels attend.
 
 A program should choose those of a CPU, and not a library, so `python -m hybrid_lightning` sets them. A script that builds a
 Trainer itself can call `prepare_process()` before anything imports torch. Those of a GPU a policy sets when its run begins.
 """
 
 import ctypes
-import logging
 import os
-import re
 import sys
-import warnings
 
 # How often a thread looks for work before it sleeps. With OpenMP's default of 300,000, waiting threads take time from working
 # ones if something else runs on the same cores: a step of the embedded policy beside a busy process took 20 s instead of 0.4 s.
@@ -29,22 +26,6 @@ KEPT_PRODUCTS = 128
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _NEVER_MAP = 2**31 - 1, (2**30, 2**25)
 
-# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
-_LIGHTNING_LOGS = (
-    "lightning.fabric.utilities.distributed",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.seed",
-    "lightning.pytorch.accelerators.cuda",
-    "lightning.pytorch.utilities.rank_zero",
-)
-_SAYS_NOTHING = re.compile(
-    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
-    r"|Initializing distributed:"
-    r"|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
-    r"|.*litlogger|.*\bTip:",
-    re.DOTALL,
-)
-
 
 def prepare_process() -> None:
     """Let waiting threads sleep after a short time, keep freed memory, and keep fewer compiled products.
@@ -56,8 +37,13 @@ def prepare_process() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
-    warnings.filterwarnings("ignore", message="IProgress not found")  # advice of tqdm, which libraries import, to each notebook
     keep_freed_memory()
+
+    import warnings  # not before: what is allocated earlier lies between the blocks that are kept
+
+    warnings.filterwarnings(
+        "ignore", message="IProgress not found"
+    )  # advice of tqdm to each notebook that libraries import it in
 
 
 def keep_freed_memory() -> bool:
@@ -99,40 +85,3 @@ def prepare_gpu(own_allocator: bool) -> None:
     allocate = allocate or getattr(torch.cuda.memory, "_set_allocator_settings", None)  # in older versions
     if allocate is not None and not chosen and not own_allocator:
         allocate("expandable_segments:True")
-
-
-def quiet_libraries() -> None:
-    """Hide advice of libraries that does not apply to a run: tips, deprecations between libraries, bars of loading weights.
-
-    The command line calls this, a language model when it is loaded, and our Trainer when it is made. Importing changes nothing.
-    """
-    import huggingface_hub
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
-    # LightningModule and data module share this hook by design.
-    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
-    # Deprecations between libraries, which their next versions will resolve.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Every run has a folder of its own, so that a resumed run reads a checkpoint from another folder.
-    warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
-    # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
-    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-    # Advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    for name in _LIGHTNING_LOGS:
-        logging.getLogger(name).addFilter(_informs)
-    # The loaders hold prompts or make rollouts: worker processes would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Prompts that the sampler gives to two ranks are counted once.
-    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
-    # The policy is loaded frozen and in eval mode; the adapter decides what is trained.
-    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
-
-
-def _informs(record: logging.LogRecord) -> bool:
-    return _SAYS_NOTHING.match(record.getMessage()) is None

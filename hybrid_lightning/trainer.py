@@ -43,7 +43,7 @@ from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
-from hybrid_lightning.process import quiet_libraries
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.stopping import StopSignals

@@ -30,11 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
     "environments": GROUND | {"sandbox"},
-    "policy": GROUND | LEAVES | {"process"},
+    "policy": GROUND | LEAVES | {"process", "quiet"},
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "process"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "quiet"},
     "remedies": GROUND,
     "cli": GROUND
     | LEAVES
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),
+    "quiet": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "__init__": GROUND,
 }

@@ -67,7 +67,7 @@ class TrainerFlags:
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
             device_bytes=(
-                _memory_of(torch.device("cpu" if on_cpu else _accelerator(kind)))
+                _memory_of(torch.device("cpu") if on_cpu else torch.device(_accelerator(kind), 0))
                 if device_gib is None
                 else int(device_gib * 2**30)
             ),

@@ -45,7 +45,7 @@ from hybrid_lightning.policy.run_checks import check_run
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
 from hybrid_lightning.policy.update import Update
-from hybrid_lightning.process import quiet_libraries
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws

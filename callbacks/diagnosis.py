@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.findings import PAGE, Finding, Watch, of_cut, of_rollouts, worse
 from hybrid_lightning.callbacks.references import reference_rewards
 from hybrid_lightning.callbacks.rollouts import OncePerRollout
@@ -142,7 +142,14 @@ class Diagnosis(OncePerRollout):
 
 
 class StepLines(Callback):
-    """A line for each optimizer step, where the screen is a file that has no progress bar."""
+    """A line for each optimizer step, where the screen is a file that has no progress bar; in a notebook one that changes."""
+
+    def __init__(self) -> None:
+        self._shown: Any = None  # the line of a notebook
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a line."""
+        self._shown = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Say the step, after `StepTimer` has measured it."""
@@ -151,7 +158,14 @@ class StepLines(Callback):
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         names = ("loss", *getattr(pl_module, "shown_metrics", ()), "accuracy", "entropy", *_NORMS, "time/step_s")
         shown = (f"{name} {value:.4g}" for name, value in _logged(trainer, dict.fromkeys(names)).items())
-        say(f"Step {trainer.global_step}{steps}: {'  '.join(shown)}")
+        text = f"Step {trainer.global_step}{steps}: {'  '.join(shown)}"
+        if not console().is_jupyter:
+            say(text)
+            return
+        from IPython.display import display
+
+        self._shown = self._shown or display(display_id=True)  # type: ignore[no-untyped-call]
+        self._shown.update({"text/plain": text}, raw=True)
 
 
 def _logged(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:

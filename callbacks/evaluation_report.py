@@ -89,7 +89,7 @@ class EvaluationReport(Callback):
             "sets": {name: values for name, values in scores.items() if name != OVERALL},
         }
         path = folder / "evaluation.json"
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if not fitting:
             say(f"Written to {path} in {report['seconds']:.1f} s of evaluation")
 

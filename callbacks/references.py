@@ -120,9 +120,10 @@ def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequ
     rows = [row for row, value in wrong.items() if value >= right[row]]
     if len(rows) > len(wrong) / 2:
         row = rows[0]
+        first = f"{prompts[row].place}, {shorten(str(_other(prompts, row)))} for {shorten(_answer(prompts[row]))}"
         text = (
-            f"your reward pays the answer of another row as much as the row's own in {len(rows)} of {len(wrong)} rows: it does not "
-            f"look at the answer (first {prompts[row].place}, {shorten(str(_other(prompts, row)))} for {shorten(_answer(prompts[row]))})"
+            f"your reward pays the answer of another row as much as the row's own in {len(rows)} of {len(wrong)} rows (first "
+            f"{first}): it does not look at the answer"
         )
         yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right one")
 

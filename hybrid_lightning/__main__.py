@@ -1,7 +1,6 @@
 """`python -m hybrid_lightning`: prepares the process and its signals, runs the command line (`cli.py`), sets the exit code."""
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -34,8 +33,6 @@ def run() -> None:
     atexit.register(end)
     try:
         prepare_process()  # before torch is loaded
-        # Hides advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from hybrid_lightning.cli import main
 
         main(signals=signals)

@@ -6,20 +6,13 @@ other libraries' error messages what to do.
 """
 
 import inspect
-import logging
-import os
-import re
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import huggingface_hub
-import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,23 +28,15 @@ import hybrid_lightning.rewards
 import hybrid_lightning.rollout.vllm.in_process
 import hybrid_lightning.rollout.vllm.servers  # noqa: F401  (imported so that classes are found by their short names)
 from hybrid_lightning.callbacks import (
-    Diagnosis,
-    EvaluationReport,
-    GracefulStop,
     HybridAdapterSetup,
     ModelCheckpoint,
     PredictionWriter,
     RewardDivergence,
-    RolloutProgress,
     RolloutSamples,
-    RunReport,
-    RunSummary,
-    StepLines,
     StepTimer,
-    TensorBoardOverview,
 )
 from hybrid_lightning.callbacks.compare_runs import compare
-from hybrid_lightning.callbacks.display import console, say
+from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
@@ -65,25 +50,10 @@ from hybrid_lightning.policy.examples import (
 )
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
-from hybrid_lightning.trainer import Trainer
-
-# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
-_LIGHTNING_LOGS = (
-    "lightning.fabric.utilities.distributed",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.seed",
-    "lightning.pytorch.accelerators.cuda",
-    "lightning.pytorch.utilities.rank_zero",
-)
-_SAYS_NOTHING = re.compile(
-    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
-    r"|Initializing distributed:"
-    r"|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
-    r"|.*litlogger|.*\bTip:",
-    re.DOTALL,
-)
+from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = (
@@ -109,7 +79,7 @@ def main(signals: StopSignals | None = None) -> None:
     Args:
         signals: Signal handlers of this process; None installs them only when the command trains, validates, tests or predicts.
     """
-    _quiet_libraries()
+    quiet_libraries()
     signals = signals or StopSignals()
     try:
         HybridLightningCLI(signals)
@@ -184,21 +154,14 @@ class HybridLightningCLI(LightningCLI):
                 "adapter.budget": {"class_path": "hybrid_lightning.adapters.ModuleBudget"},
                 "adapter.scorer": {"class_path": "hybrid_lightning.adapters.PreconditionedTail"},
                 "adapter.gradients": {"class_path": "hybrid_lightning.adapters.ExactGradients"},
-                "checkpoint.save_last": True,
-                "checkpoint.filename": "step={step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "trainer.log_every_n_steps": 1,
-                "trainer.enable_model_summary": False,  # the plan shows what is trained
-                "trainer.num_sanity_val_steps": -1,  # all validation data: this measures the accuracy before training
-                "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "runs", "name": "default", "default_hp_metric": False},
-                },
+                **{f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()},
+                **{f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()},
+                "trainer.logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": LOGGER_DEFAULTS},
             }
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the callbacks that have no options; those that measure time come first, so that they see the scoring."""
+        """Add the callbacks that have no options."""
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "plan":
             self._flags = TrainerFlags.of(config, self._get(self.config_init, "device_gib"))
@@ -209,15 +172,7 @@ class HybridLightningCLI(LightningCLI):
             config["logger"] = False
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(self._signals)]
-        fixed.append(RunReport())
-        if config["logger"] and not config["fast_dev_run"]:
-            fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
-        if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else
-            config["enable_progress_bar"] = False
-            fixed.append(StepLines())
-        if config["enable_progress_bar"] is not False:
-            fixed.append(RolloutProgress())
+        fixed = run_callbacks(self._signals, logged=bool(config["logger"] and not config["fast_dev_run"]))
         try:
             trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:  # from Lightning's checks of its flags
@@ -337,32 +292,3 @@ def _unloaded(
 
 def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
     return (NamingMLFlowLogger if logger is MLFlowLogger else logger)(*given, **named)
-
-
-def _informs(record: logging.LogRecord) -> bool:
-    return _SAYS_NOTHING.match(record.getMessage()) is None
-
-
-def _quiet_libraries() -> None:
-    """Hide advice of libraries that does not apply here."""
-    transformers.utils.logging.disable_progress_bar()
-    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
-    # LightningModule and data module share this hook by design.
-    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
-    # Deprecations between libraries, which their next versions will resolve.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Every run has a folder of its own, so that a resumed run reads a checkpoint from another folder.
-    warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
-    # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
-    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-    for name in _LIGHTNING_LOGS:
-        logging.getLogger(name).addFilter(_informs)
-    # The loaders hold prompts or make rollouts: worker processes would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Prompts that the sampler gives to two ranks are counted once.
-    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
-    # The policy is loaded frozen and in eval mode; the adapter decides what is trained.
-    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")

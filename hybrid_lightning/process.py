@@ -39,6 +39,12 @@ def prepare_process() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     keep_freed_memory()
 
+    import warnings  # not before: what is allocated earlier lies between the blocks that are kept
+
+    warnings.filterwarnings(
+        "ignore", message="IProgress not found"
+    )  # advice of tqdm to each notebook that libraries import it in
+
 
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next allocation, instead of giving it back to the system.

@@ -1,25 +1,33 @@
 """`Trainer`: Lightning's Trainer with `score`, `export`, `plan` and `doctor`, and with checks before a model is loaded."""
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
+from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.doctor import Doctor
-from hybrid_lightning.callbacks.evaluation_report import check_monitors
+from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
 from hybrid_lightning.callbacks.findings import Finding, of_memory
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.loggers import TensorBoardOverview
+from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
+from hybrid_lightning.callbacks.rollouts import RolloutProgress
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
+from hybrid_lightning.callbacks.run_report import RunReport
+from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer, time_charged_to
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError, HybridLightningError
@@ -36,9 +44,19 @@ from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
+from hybrid_lightning.stopping import StopSignals
 
+# What a run has if nothing else is said: of the Trainer, of its checkpoints, and of its logger.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,  # the plan shows what is trained
+    "num_sanity_val_steps": -1,  # all validation data: this measures the accuracy before training
+}
+CHECKPOINT_DEFAULTS: dict[str, Any] = {"save_last": True, "filename": "step={step}", "auto_insert_metric_name": False}
+LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": "default", "default_hp_metric": False}
 _STAGES = {
     "fit": TrainerFn.FITTING,
     "score": TrainerFn.FITTING,
@@ -49,8 +67,27 @@ _STAGES = {
 }
 
 
+def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
+    """The callbacks without options that the command line gives to each run; those that measure time come first.
+
+    Args:
+        signals: See `GracefulStop`.
+        logged: Whether the Trainer has a logger.
+
+    Example:
+        >>> [type(callback).__name__ for callback in run_callbacks(logged=False)]
+        ['StepTimer', 'RunSummary', 'EvaluationReport', 'Diagnosis', 'GracefulStop', 'RunReport']
+    """
+    fixed = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(signals), RunReport()]
+    return [*fixed, LearningRateMonitor(logging_interval="step"), TensorBoardOverview()] if logged else fixed
+
+
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which also scores modules, exports and plans.
+    """Lightning's Trainer, which also scores modules, exports and plans. It has Lightning's arguments, all given by name.
+
+    What is not given is as on the command line: TensorBoard's logger in `runs/default` (or below `default_root_dir`), a
+    checkpoint of the last step, `log_every_n_steps=1`, `num_sanity_val_steps=-1`, no table of modules, and a progress bar in a
+    terminal alone, elsewhere a line a step. Making it hides advice of libraries (see `quiet_libraries`).
 
     `setup` hooks can see the checkpoint that is about to be loaded. `StepTimer` is told the time that checkpoints take, for which
     it has no hook. Whatever the loggers, a run has a folder of its own, `log_dir`, in which loggers, checkpoints and callbacks
@@ -58,6 +95,23 @@ class Trainer(LightningTrainer):
     """
 
     command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit", "score" or "doctor"
+
+    @wraps(LightningTrainer.__init__)  # type: ignore[misc]  # whose signature says which options there are
+    def __init__(self, **flags: Any) -> None:
+        quiet_libraries()
+        flags = {**TRAINER_DEFAULTS, **flags}
+        given = flags.get("callbacks") or []
+        callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
+        if flags.get("logger") in (None, True):
+            flags["logger"] = TensorBoardLogger(**{**LOGGER_DEFAULTS, "save_dir": flags.get("default_root_dir") or "runs"})
+        if flags.get("enable_checkpointing") is not False and not _any(callbacks, Checkpoint):
+            callbacks.append(ModelCheckpoint(**CHECKPOINT_DEFAULTS))
+        if flags.get("enable_progress_bar") is None and not _any(callbacks, ProgressBar) and not console().is_terminal:
+            flags["enable_progress_bar"] = False  # a file would get its last state, after all else
+            callbacks.append(StepLines())
+        if flags.get("enable_progress_bar") is not False and not _any(callbacks, ProgressBar):
+            callbacks.append(RolloutProgress())
+        super().__init__(**{**flags, "callbacks": callbacks})
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
@@ -372,6 +426,10 @@ class Trainer(LightningTrainer):
             )
         if changes:
             show(f"Add to the command: {' '.join(text for change in changes for text in change.overrides)}")
+
+
+def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
 
 
 def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:

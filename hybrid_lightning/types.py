@@ -12,7 +12,7 @@ what was sampled, for losses, means, lengths and denominators.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -175,6 +175,33 @@ class Rewards(_TensorContainer):
     def of_counted(self) -> "Rewards":
         """The rewards of the completions that count."""
         return self if self.counted is None else self.select(self.counted)
+
+
+class ScoredRollout(NamedTuple):
+    """What a policy keeps of its last rollout as `last_rollout`, a tuple of three: for callbacks, and to look at after `fit`.
+
+    It is of this process: with several, each has its share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
+    `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. All is as it was when the
+    rollout was made, before the policy was updated with it.
+
+    - `rollouts`: of P prompts, with G = `rollouts.samples_per_prompt` completions each. `prompts` are P objects with `text` or
+      `messages`, `answer` and `columns`; `completions` are B = P * G texts, with `num_tokens` (sampled tokens), `finished`
+      (False if cut at `max_new_tokens`) and `episode`. `sequences` are their tokens: `prompt_ids` [B, S] and `completion_ids`
+      [B, T], int64, with `prompt_mask`, `completion_mask` (True on tokens, False on padding) and `sampled_mask` (True on tokens
+      that the policy sampled), bool of the same shapes. `sampling_logprobs` [B, T] float32 are in nats, 0 where nothing was
+      sampled. `finished` is [B] bool.
+    - `rewards`: `total` [B] float32, which training raises, in whatever unit the reward pays; `parts`, name -> [B] float32 before
+      weighting; `correct` [B] bool; `counted` [B] bool, False for completions that are left out, or None if all count.
+    - `advantages`: [B] float32, in the unit of the advantage estimator (`GroupAdvantage`: standard deviations of the group);
+      where each token has its own, the mean over the sampled tokens of a completion.
+
+    Example:
+        `rollouts, rewards, advantages = policy.last_rollout`, or `policy.last_rollout.rewards.total.mean()`.
+    """
+
+    rollouts: Rollouts
+    rewards: Rewards
+    advantages: Tensor
 
 
 def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> list[Tensor]:

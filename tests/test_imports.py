@@ -30,16 +30,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
     "environments": GROUND | {"sandbox"},
-    "policy": GROUND | LEAVES | {"process"},
+    "policy": GROUND | LEAVES | {"process", "quiet"},
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "quiet"},
     "remedies": GROUND,
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser", "remedies"},
+    "cli": GROUND
+    | LEAVES
+    | {"policy", "export", "memory", "callbacks", "trainer", "process", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),
+    "quiet": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "__init__": GROUND,
 }

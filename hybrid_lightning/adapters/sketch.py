@@ -50,7 +50,7 @@ class SketchedGradients(GradientMode):
             raise ConfigError(f"size={size}: a sketch must be larger than the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
-            return ExactForm((rows, columns), weight.device)
+            return ExactForm((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # whose sums are float64
         return SketchForm(name, (rows, columns), weight.device, size, self.seed)
 
 

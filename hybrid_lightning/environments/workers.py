@@ -32,7 +32,6 @@ from hybrid_lightning.environments.local_episodes import (
     late_message,
 )
 from hybrid_lightning.errors import ConfigError, EpisodeError, HybridLightningError, one_line
-from hybrid_lightning.sandbox.privileges import die_with_parent
 from hybrid_lightning.types import Message
 from hybrid_lightning.user_code import describe_error
 
@@ -57,6 +56,11 @@ class Workers:
     """
 
     def __init__(self, environment: Environment, count: int, step_timeout_s: float) -> None:
+        if not hasattr(os, "killpg"):
+            raise ConfigError(
+                f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no groups of processes that can be ended "
+                "together; leave it out, or train under WSL"
+            )
         kind = type(environment)
         self.name, self.step_timeout_s, self.close_fault = kind.__name__, step_timeout_s, ""
         try:
@@ -250,6 +254,8 @@ def main() -> None:
     """What a process runs: it reads requests and sends replies, until the other end is closed."""
     descriptor, parent = int(sys.argv[2]), int(sys.argv[3])
     if parent and sys.platform == "linux":
+        from hybrid_lightning.sandbox.privileges import die_with_parent  # which Linux alone can import
+
         die_with_parent(parent)
     connection = Connection(descriptor)
     sys.argv = sys.argv[:1]

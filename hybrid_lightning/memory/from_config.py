@@ -67,7 +67,7 @@ class TrainerFlags:
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
             device_bytes=(
-                _memory_of(torch.device("cpu") if on_cpu else torch.device("cuda", 0))
+                _memory_of(torch.device("cpu") if on_cpu else torch.device(_accelerator(kind), 0))
                 if device_gib is None
                 else int(device_gib * 2**30)
             ),
@@ -183,11 +183,18 @@ def _eval_prompts(data: Any) -> int:
     return 0 if batch is None else min(batch, limit or batch)
 
 
+def _accelerator(kind: str) -> str:
+    """The kind of device that an accelerator of the Trainer, "cpu" excepted, would be on this machine."""
+    return "mps" if kind == "mps" or torch.backends.mps.is_available() else "cuda"
+
+
 def _memory_of(device: torch.device) -> int | None:
     """Bytes of the memory of a GPU, or of this machine; None where that is not known."""
     if device.type == "cpu":
         with suppress(AttributeError, ValueError, OSError):  # not on Windows
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return torch.mps.recommended_max_memory()
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)

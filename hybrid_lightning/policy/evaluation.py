@@ -8,6 +8,7 @@ Axes: P prompts, n sampled completions of each in prompt-major order; E examples
 
 import zlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,6 +51,9 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
         answers: The answer in each of the P * n completions, None where there is none.
     """
     rollouts, rewards = sampled
+    if rollouts.finished.device.type == "mps":  # which has no float64
+        greedy, rewards = greedy.to("cpu"), rewards.to("cpu")
+        rollouts = replace(rollouts, sequences=rollouts.sequences.to("cpu"), finished=rollouts.finished.cpu())
     shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
     lengths, counted = rollouts.sequences.sampled_mask.sum(dim=1), rewards.counted
     values = completion_values(
@@ -91,6 +95,8 @@ class ExampleMetrics(Metric):
             weights: Weight of each example in the means, [E].
             terms: Name of a mean -> what each example adds to its numerator, [E]; the same names at every call.
         """
+        if weights.device.type == "mps":  # which has no float64
+            index, weights, terms = index.cpu(), weights.cpu(), {name: value.cpu() for name, value in terms.items()}
         self.names = list(terms)
         self.index.append(index.long())
         self.rows.append(torch.stack([weights.double(), *(value.double() for value in terms.values())], dim=1))

@@ -45,6 +45,7 @@ from hybrid_lightning.policy.run_checks import check_run
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
 from hybrid_lightning.policy.update import Update
+from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -157,6 +158,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Load the weights, if that has not been done yet."""
         if self.is_loaded:
             return
+        quiet_libraries()
         from hybrid_lightning.engine import Engine  # here, since it imports PEFT, which takes a second
 
         loaded = self.pretrained.load()

@@ -59,7 +59,7 @@ from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
-from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 __all__ = ["PolicyModule"]
 
@@ -70,7 +70,8 @@ POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "
 class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
-    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. `last_rollout` has the
+    completions, rewards and advantages of the last rollout (see `ScoredRollout`), or None before the first.
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
@@ -216,7 +217,7 @@ class PolicyModule(LanguageModule):
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self._warned_of_filled_groups = self._warned_of_unread_rewards = False
-        self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
+        self.last_rollout: ScoredRollout | None = None  # of this process; None before the first
         self.last_calibration: tuple[Rollouts, Rewards] | None = None  # of the rank that made it, for callbacks
 
     # ---- training data
@@ -290,10 +291,10 @@ class PolicyModule(LanguageModule):
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.episodes.limits.max_turns)
 
     def _keep_last(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
-        """Keep a rollout for callbacks, with one advantage a sequence: the mean over its tokens."""
+        """Keep a rollout as `last_rollout`, with one advantage a sequence: the mean over its tokens."""
         if advantages.dim() == 2:
             advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
-        self.last_rollout = (rollouts, rewards, advantages)
+        self.last_rollout = ScoredRollout(rollouts, rewards, advantages)
 
     def _episode_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         if self.episodes is None:

@@ -236,6 +236,9 @@ class _Decoder:
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
+        if logits.device.type == "mps":  # which has no float64
+            token, logprob = self._choose(logits.cpu(), rows.cpu(), step)
+            return token.to(logits.device), logprob.to(logits.device)
         sampler = self.sampler
         if not self.greedy and sampler.keeps_all_tokens:
             if self.engine.backend.usable(logits):
@@ -254,7 +257,7 @@ class _Decoder:
         """A uniform random number for each row of the decoding batch, [R, 1] float64."""
         if isinstance(self.generator, PromptDraws):
             return self.generator.numbers(rows, step)
-        return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
+        return torch.rand(len(rows), 1, dtype=torch.float64, device=rows.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
         """Whether each row of the decoding batch has ended, [R] bool, from its last token [R] and all of its tokens."""
@@ -282,7 +285,7 @@ class _Running:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.known = rows
-        self._every = 1 if device.type == "cpu" else _EVERY
+        self._every = 1 if device.type in ("cpu", "mps") else _EVERY  # on MPS the host draws each token
         self._copy = torch.empty(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._event: Any = None
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
 
 _FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -60,6 +61,8 @@ def discard(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if sys.platform == "win32":  # which opens no folders, and flushes no file that is opened to be read
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,7 +72,7 @@ def flush(path: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step; returns False if the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = None if sys.platform == "win32" else getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
     if rename(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0:

@@ -51,7 +51,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get(_OFF) == "0":
         return None, f"{_OFF}=0 is set"
     if not sys.platform.startswith("linux"):
-        return None, f"they are for Linux, and this is {sys.platform}"
+        return None, f"the compiled ones are for Linux, and this is {sys.platform}"
     try:
         return _load(), ""
     except (_CannotCompileError, OSError) as error:

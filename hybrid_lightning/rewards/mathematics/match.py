@@ -62,6 +62,11 @@ class MathMatch(AnswerReward):
     def __init__(self, pattern: str | None = None, cpu_seconds: float = 3.0, name: str | None = None) -> None:
         if not cpu_seconds > 0:
             raise ConfigError(f"cpu_seconds={cpu_seconds}; give a positive number of seconds")
+        if not hasattr(signal, "setitimer"):
+            raise ConfigError(
+                f"MathMatch needs Linux or macOS: {sys.platform} has no timer of CPU time, which ends long comparisons; train "
+                "under WSL, or take ExactMatch"
+            )
         super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
 

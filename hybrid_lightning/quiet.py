@@ -1,0 +1,59 @@
+"""Which advice of libraries is not shown. It is hidden when a model is loaded or a Trainer is made, and not by an import."""
+
+import logging
+import os
+import re
+import warnings
+
+import huggingface_hub
+import transformers
+
+# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
+_LIGHTNING_LOGS = (
+    "lightning.fabric.utilities.distributed",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch.utilities.rank_zero",
+)
+_SAYS_NOTHING = re.compile(
+    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
+    r"|Initializing distributed:"
+    r"|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
+    r"|.*litlogger|.*\bTip:",
+    re.DOTALL,
+)
+
+
+def quiet_libraries() -> None:
+    """Hide advice of libraries that does not apply to a run: tips, deprecations between libraries, bars of loading weights.
+
+    The command line calls this, a language model when it is loaded, and our Trainer when it is made. Importing changes nothing.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
+    # LightningModule and data module share this hook by design.
+    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
+    # Deprecations between libraries, which their next versions will resolve.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # Every run has a folder of its own, so that a resumed run reads a checkpoint from another folder.
+    warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
+    # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    # Advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in _LIGHTNING_LOGS:
+        logging.getLogger(name).addFilter(_informs)
+    # The loaders hold prompts or make rollouts: worker processes would not help.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Prompts that the sampler gives to two ranks are counted once.
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
+    # The policy is loaded frozen and in eval mode; the adapter decides what is trained.
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
+
+
+def _informs(record: logging.LogRecord) -> bool:
+    return _SAYS_NOTHING.match(record.getMessage()) is None

@@ -1,0 +1,173 @@
+"""Other systems, by simulation: a process that lacks what macOS and Windows lack. No run on them is replaced by that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_lightning.metrics import completion_draws
+from hybrid_lightning.policy.evaluation import add_prompts
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import _Decoder
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config",
+    str(ROOT / "configs" / "gspo.yaml"),
+    *("--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.validation_prompts=4"),
+    *(
+        "--model.prompts_per_rollout=4",
+        "--model.samples_per_prompt=4",
+        "--adapter.calibration_prompts=4",
+        "--model.eval_samples=2",
+        "--checkpoint.monitor=null",
+    ),
+]
+# What a run imports of other libraries: these look at the system when they are imported, and are those of this one.
+RUN = """
+import json, sys
+from hybrid_lightning.cli import main
+sys.argv[1:] = json.loads(sys.argv[1])
+main()
+print(json.dumps(sorted(name for name in sys.modules if not name.startswith(("hybrid_lightning", "__main__")))), file=sys.stderr)
+"""
+SIMULATED = """
+import contextlib, ctypes, importlib, json, os, platform, select, signal, sys
+system, libraries, commands = json.loads(sys.stdin.read())
+for name in libraries:
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *given, **named):
+        if name is None and system == "win32":
+            raise TypeError("LoadLibrary() argument 1 must be str, not None")
+        super().__init__(name, *given, **named)
+LINUX = {os: ["sched_getaffinity", "pidfd_open", "memfd_create", "O_PATH", "posix_fadvise", "unshare"], signal: ["sigtimedwait"]}
+UNIX = {
+    os: [*LINUX[os], "fork", "killpg", "setsid", "getuid", "geteuid", "WNOHANG", "sysconf", "uname", "O_CLOEXEC", "pread"],
+    signal: ["SIGKILL", "SIGUSR1", "SIGHUP", "SIGCHLD", "SIGPROF", "setitimer", "pthread_sigmask", "sigtimedwait"],
+    select: ["poll", "epoll"],
+}
+for module, names in (UNIX if system == "win32" else LINUX).items():
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+if system == "win32":
+    of_windows = {signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+    signal.valid_signals = lambda: of_windows
+for name in ("fcntl", "resource", "pwd", "grp", "termios") if system == "win32" else ():
+    sys.modules[name] = None
+ctypes.CDLL, sys.platform = CDLL, system
+from lightning.pytorch.trainer.connectors import signal_connector
+signal_connector._IS_WINDOWS = system == "win32"
+platform.system = lambda: {"darwin": "Darwin", "win32": "Windows"}[system]
+assert not any(name.startswith("hybrid_lightning") for name in sys.modules)
+from hybrid_lightning.cli import main
+for number, command in enumerate(commands):
+    print(f"== {number}", flush=True)
+    sys.argv = ["hybrid_lightning", *command]
+    try:
+        main()
+    except SystemExit as ended:
+        print(f"exit {ended.code}", flush=True)
+print(f"== {len(commands)}", flush=True)
+from hybrid_lightning.__main__ import run
+sys.argv = ["hybrid_lightning", "fit", *json.loads(os.environ["SMALL"])]
+run()
+"""
+COMMANDS = [
+    ["--help"],
+    ["plan", *SMALL, "--trainer.accelerator=mps"],
+    ["fit", *SMALL, "--model.reward=CodeTests"],
+    ["fit", *SMALL, "--model.reward=MathMatch"],
+]
+
+
+def process(code, folder, *arguments, text=None):
+    environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=folder, input=text, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    done = process(RUN, tmp_path_factory.mktemp("here"), json.dumps(["fit", *SMALL]))
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_a_run_on_another_system(system, libraries, tmp_path):
+    done = process(SIMULATED, tmp_path, text=json.dumps([system, libraries, COMMANDS]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [part.partition("\n")[2] for part in done.stdout.split("== ")[1:]]
+    assert said[0].endswith("exit 0\n") and "takes up to" in said[1]
+    assert said[2] == "exit 1\n" and "the sandbox needs Linux" in done.stderr
+    assert said[3].endswith("exit 1\n") == (system == "win32") == ("MathMatch needs Linux or macOS" in done.stderr)
+    assert "Verdict: " in said[4] and (tmp_path / "runs" / "gspo" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    (engine,) = {line for line in done.stderr.splitlines() if line.startswith("engine: ")}
+    assert f"the compiled ones are for Linux, and this is {system}" in engine
+
+
+class OfMPS(Tensor):
+    """A tensor of a device that has no float64, kept on the CPU."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.cpu:
+            return args[0].as_subclass(Tensor)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        assert getattr(result, "dtype", None) is not torch.float64, f"{func} makes float64 on MPS"
+        return result
+
+
+TO = Tensor.to
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    """Moves a tensor to a simulated device of Apple's, as `Tensor.to` does meanwhile."""
+
+    def move(tensor, device="mps", *given, **named):
+        there = torch.device(device).type == "mps" if isinstance(device, (str, torch.device)) else False
+        return tensor.as_subclass(OfMPS) if there else TO(tensor.as_subclass(Tensor), device, *given, **named)
+
+    monkeypatch.setattr(Tensor, "to", move)
+    return move
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
+def test_a_device_without_float64_draws_the_tokens_of_a_cpu(options, mps):
+    decoder = object.__new__(_Decoder)
+    decoder.sampler, decoder.greedy = Sampler(**options), False
+    decoder.engine = SimpleNamespace(backend=SimpleNamespace(usable=lambda logits: False))
+    logits, rows, chosen = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)), torch.arange(6), []
+    for move in (lambda tensor: tensor, mps):
+        decoder.generator = PromptDraws([Prompt(text="a", index=n) for n in range(2)], 3, seed=1)
+        chosen.append(decoder._choose(move(logits), move(rows), 0))
+    assert all(isinstance(part, OfMPS) for part in chosen[1])
+    assert all(torch.equal(one, TO(other.cpu(), one.dtype)) for one, other in zip(*chosen, strict=True))
+
+
+def test_a_device_without_float64_is_evaluated(mps):
+    noted = []
+    ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.bool)
+    sequences = Sequences(ids, mask, ids, mask).to("mps")
+    texts = tuple(Completion("1", num_tokens=3, finished=True) for _ in range(4))
+    prompts = (Prompt(text="a"), Prompt(text="b", index=1))
+    rollouts = Rollouts(prompts, sequences, texts, mps(torch.zeros(4, 3)), mps(torch.ones(4, dtype=torch.bool)), 2)
+    rewards = Rewards(torch.tensor([1.0, 0.0, 0.0, 0.0]), {}, torch.tensor([True, False, False, False])).to("mps")
+    means = SimpleNamespace(update=lambda names, index, values: noted.append(values))
+    add_prompts(means, rewards.select(torch.tensor([0, 2])), (rollouts, rewards), ["1"] * 4)
+    assert noted[0].keys() >= completion_draws(2).keys() and noted[0]["avg@2"].tolist() == [0.5, 0.0]

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -338,17 +339,12 @@ print(episodes.step({0: said("hi")})[0].messages[0]["content"].split()[0], flush
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
-    worker = int(ran.stdout)
-    for _ in range(100):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        with open(f"/proc/{worker}/stat") as stream:
-            if stream.read().split()[2] == "Z":  # dead, and not yet collected
-                return
+    stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 10
+    assert ran.returncode == -signal.SIGKILL
+    # A zombie is dead, and not yet collected.
+    while (is_there := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < until:
         time.sleep(0.1)
-    raise AssertionError("it is still there")
+    assert not is_there
 
 
 def test_what_cannot_be_sent_to_a_process_is_refused_at_once():

@@ -23,7 +23,8 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.stopping import RunStopped
 
 # Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
 _NOT_THEIRS = tuple({str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
@@ -81,6 +82,26 @@ def _file(path: str, option: str, file: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def call_method(owner: Any, name: str, *arguments: Any) -> Any:
+    """Call a method that a class of the user's may override, such as `prepare` of an environment.
+
+    Args:
+        owner: An object of that class.
+        name: The method.
+        *arguments: Those of the method.
+
+    Raises:
+        ConfigError: Whatever it raises, on one line.
+        HybridLightningError, RunStopped: If it raises that.
+    """
+    try:
+        return getattr(owner, name)(*arguments)
+    except (HybridLightningError, RunStopped):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{type(owner).__name__}.{name} raised {describe_error(error)}; correct it") from error
 
 
 def describe_error(error: BaseException) -> str:

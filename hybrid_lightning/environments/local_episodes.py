@@ -5,9 +5,12 @@ Everything is on one event loop: `async` methods run on it, the others in thread
 
 import asyncio
 import inspect
+import logging
 import os
 import random
+import sys
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -99,6 +102,37 @@ class RandomStates:
         """Whether the generators would go on in the same way."""
         numpy = all(np.array_equal(mine, theirs) for mine, theirs in zip(self.numpy, other.numpy, strict=True))
         return self.python == other.python and numpy and torch.equal(self.torch, other.torch)
+
+
+def _set_errors(rules: list[Any]) -> None:
+    """Let these warnings alone be errors; a library may hide its own ones."""
+    warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error" or rule in rules]  # type: ignore[index]
+
+
+# What environments may change for the whole process although training depends on it: name -> how it is read and set.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.set_float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch.use_deterministic_algorithms": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
+    "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
+    "logging.disable": (lambda: logging.root.manager.disable, logging.disable),
+    "warnings": (lambda: [rule for rule in warnings.filters if rule[0] == "error"], _set_errors),
+}
+
+
+class ProcessSettings:
+    """Settings of the process, as they are now."""
+
+    def __init__(self) -> None:
+        self._values = {name: read() for name, (read, _) in _SETTINGS.items()}
+
+    def restore(self) -> list[str]:
+        """Set them as they were. Returns the names of those that had changed."""
+        changed = [name for name, (read, _) in _SETTINGS.items() if read() != self._values[name]]
+        for name in changed:
+            _SETTINGS[name][1](self._values[name])
+        return changed
 
 
 class PassedOnError(Exception):
@@ -250,7 +284,8 @@ class LocalEpisodes:
 
     def _checked(self, running: _Running, method: str, check: Callable[[Any], T], value: Any) -> T:
         try:
-            return check(value)
+            with self._on_loop(running):  # since the value may be an object that computes, or waits
+                return check(value)
         except OddAnswerError as odd:
             fault = str(odd)
         except Exception as error:  # raised by objects that only look like data

@@ -18,6 +18,7 @@ from hybrid_lightning.environments.local_episodes import (
     Failure,
     LocalEpisodes,
     PassedOnError,
+    ProcessSettings,
     RandomStates,
     Started,
     TimedOut,
@@ -239,7 +240,7 @@ class RunningEpisodes:
             The number of an episode whose code has held up the event loop for longer. All objects are then lost, since their
             coroutines belong to it; None if all went well.
         """
-        ours, folder = RandomStates.now(), os.getcwd()
+        ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
         future = asyncio.run_coroutine_threadsafe(work, here.loop)
         try:
             while not future.done():
@@ -265,6 +266,12 @@ class RunningEpisodes:
             future.cancel()  # after Ctrl-C
             ours.restore()
             os.chdir(folder)
+            if changed := settings.restore():
+                self._warn(
+                    "settings",
+                    f"{here.name} changes {', '.join(changed)} for the whole process, which is undone after each answer; run "
+                    "it in processes (episodes.workers), where it keeps what it sets",
+                )
         self._warn_close(here.close_fault)
         return None
 

@@ -53,6 +53,7 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.user_code import call_method
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -237,7 +238,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             check_set_name(name)
         for reward in self.reward_terms():
             for prompt in prompts:
-                reward.check_prompt(prompt)
+                call_method(reward, "check_prompt", prompt)
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
         """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""

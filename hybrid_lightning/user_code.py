@@ -13,9 +13,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,24 +84,25 @@ def _file(path: str, option: str, file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def call_method(owner: Any, name: str, *arguments: Any) -> Any:
-    """Call a method that a class of the user's may override, such as `prepare` of an environment.
+@contextmanager
+def in_user_code(owner: Any, method: str) -> Iterator[None]:
+    """Within this context a method runs that a class of the user's may override, such as `prepare` of an environment.
 
     Args:
-        owner: An object of that class.
-        name: The method.
-        *arguments: Those of the method.
+        owner: An object of that class, or the class.
+        method: The method.
 
     Raises:
         ConfigError: Whatever it raises, on one line.
         HybridLightningError, RunStopped: If it raises that.
     """
     try:
-        return getattr(owner, name)(*arguments)
+        yield
     except (HybridLightningError, RunStopped):
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{type(owner).__name__}.{name} raised {describe_error(error)}; correct it") from error
+        name = (owner if isinstance(owner, type) else type(owner)).__name__
+        raise ConfigError(f"{name}.{method} raised {describe_error(error)}; correct it") from error
 
 
 def describe_error(error: BaseException) -> str:

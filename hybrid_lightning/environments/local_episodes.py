@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_step
 from hybrid_lightning.environments.environment import Environment, Step
-from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import CallThreads, Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_of
@@ -198,6 +199,7 @@ class LocalEpisodes:
         self._close_s = CLOSE_S
         self.loop = asyncio.new_event_loop()
         self.loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
+        self.thread = threading.Thread(target=self.loop.run_forever, name="episodes", daemon=True)  # where it is not `alone`
         self._threads = CallThreads(_THREADS if kind.thread_safe else 1)
         # What takes turns: calls in threads, if the global generators are swapped for them.
         self._turns = nullcontext() if self.asynchronous or kind.thread_safe else asyncio.Semaphore(1)
@@ -266,6 +268,10 @@ class LocalEpisodes:
 
     def _made(self) -> Environment:
         environment = self.environment.new()
+        if environment is self.environment:
+            raise ConfigError(
+                f"{self.name} makes one object for all episodes, which would share its state; make a new one each time"
+            )
         environment.step_timeout_s = self.step_timeout_s
         return environment
 

@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
@@ -225,7 +225,7 @@ class RunningEpisodes:
 
     def _new_loop(self) -> LocalEpisodes:
         here = LocalEpisodes(self.environment, self.limits.step_timeout_s)
-        threading.Thread(target=here.loop.run_forever, name="episodes", daemon=True).start()
+        here.thread.start()
         return here
 
     def _run(self, here: LocalEpisodes, work: Coroutine[Any, Any, None], limit_s: float) -> int | None:
@@ -244,8 +244,14 @@ class RunningEpisodes:
         future = asyncio.run_coroutine_threadsafe(work, here.loop)
         try:
             while not future.done():
-                with suppress(TimeoutError):
+                with suppress(TimeoutError, CancelledError):
                     future.result(min(1.0, limit_s / 4))
+                if future.cancelled() or not here.thread.is_alive():
+                    self._here = None
+                    raise EpisodeError(
+                        f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
+                        "tasks alone, or run it in processes (episodes.workers)"
+                    )
                 holding = here.holds_up
                 if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
                     here.given_up, self._here = True, None

@@ -60,7 +60,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
-from hybrid_lightning.user_code import call_method
+from hybrid_lightning.user_code import in_user_code
 
 __all__ = ["PolicyModule"]
 
@@ -392,7 +392,8 @@ class PolicyModule(LanguageModule):
             )
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
         for term in self.reward_terms():
-            call_method(term, "check_length", self.max_completion_tokens)
+            with in_user_code(term, "check_length"):
+                term.check_length(self.max_completion_tokens)
         if self.trainer.state.fn != "fit":
             return
         self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)

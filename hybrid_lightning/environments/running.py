@@ -243,20 +243,20 @@ class RunningEpisodes:
         ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
         future = asyncio.run_coroutine_threadsafe(work, here.loop)
         try:
-            while not future.done():
+            while not future.done() and here.thread.is_alive():
                 with suppress(TimeoutError, CancelledError):
                     future.result(min(1.0, limit_s / 4))
-                if future.cancelled() or not here.thread.is_alive():
-                    self._here = None
-                    raise EpisodeError(
-                        f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
-                        "tasks alone, or run it in processes (episodes.workers)"
-                    )
                 holding = here.holds_up
                 if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
                     here.given_up, self._here = True, None
                     self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
                     return holding[0]
+            if future.cancelled() or not here.thread.is_alive():
+                self._here = None
+                raise EpisodeError(
+                    f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
+                    "tasks alone, or run it in processes (episodes.workers)"
+                )
             future.result()  # what it has raised
             if not ours.same(RandomStates.now()):
                 how = "in threads of its own" if here.own_states else "although it is thread_safe"

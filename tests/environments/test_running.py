@@ -295,11 +295,14 @@ class OwnsTheLoop(Environment):
 
 
 # What still waited on it is collected later.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("what", ["stop", "exit", "cancel"])
 def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(what):
     with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*; .*\(episodes\.workers\)"):
         play(OwnsTheLoop(), what)
+    _, answers = play(OwnsTheLoop(), what, seeds=[7], workers=1)
+    assert "OwnsTheLoop.step ended its process with exit code 1" in answers[0].reason
 
 
 class Alone(Environment):

@@ -58,7 +58,8 @@ class Diagnosis(OncePerRollout):
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
         """Look at the first completions that there are, and ask the reward for reference answers."""
         self._begun = True
-        self._say(trainer, *of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens))
+        credited = policy.credited(rollouts, rewards)
+        self._say(trainer, *of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:

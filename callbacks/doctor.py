@@ -122,7 +122,9 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*references.findings, *_tokens(policy, rollouts)]
-        self.found += of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens)
+        self.found += of_rollouts(
+            rollouts, rewards, "the rollout", policy.sampler.max_new_tokens, policy.credited(rollouts, rewards)
+        )
         self.found += of_answers(answers) if policy.episodes is None else []
         self.found += of_gradient(norms, equal=not self._differs)
         self.found += of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)

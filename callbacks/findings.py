@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.types import Completion, Rewards, Rollouts, counted_groups
+from hybrid_lightning.types import Completion, Rewards, Rollouts, equal_groups
 
 PAGE = "docs/troubleshooting.md"
 SECTIONS = {  # finding -> its section of PAGE
@@ -63,7 +63,9 @@ class Finding:
         return f"{self.text}; {self.advice}"
 
 
-def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int) -> list[Finding]:
+def of_rollouts(
+    rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int, credited: Rewards | None = None
+) -> list[Finding]:
     """What completions and their rewards show: whether there is something to learn from, and whether they are whole.
 
     Args:
@@ -71,19 +73,21 @@ def of_rollouts(rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens
         rewards: Their rewards.
         where: What they are, such as "the first rollout".
         max_new_tokens: That of the sampler.
+        credited: What advantages are estimated from (see `PolicyModule.credited`); None for the rewards.
     """
-    own = rewards.of_counted()
+    own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
     if not len(own.total):
         return []
-    groups = [rewards.total[rows] for rows in counted_groups(rewards.total, rollouts.samples_per_prompt, rewards.counted)]
-    equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups]).double().mean().item()
+    equal_in_turns = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
+    some_count = slice(None) if rewards.counted is None else rewards.counted.view(-1, samples).any(dim=1)
+    equal = equal_in_turns[some_count].double().mean().item()
     cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
     remedy = (
         "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
     )
-    if own.total.max() == own.total.min():
+    if equal == 1 and own.total.max() == own.total.min():
         text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
         found.insert(0, Finding("equal", text, remedy, "error"))
     elif equal >= _EQUAL:

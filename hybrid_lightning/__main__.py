@@ -4,11 +4,14 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 
 from hybrid_lightning.process import prepare_process
 from hybrid_lightning.sharding.starter import end_with_starter
 from hybrid_lightning.stopping import RunStopped, StopSignals
+
+_CLEAN_UP_S = 600.0  # seconds that a process has for its end, in which loggers may still send what they have
 
 
 def run() -> None:
@@ -29,6 +32,10 @@ def run() -> None:
         together = signals.started_by_rank and stop is not None and stop.together
         os._exit(0 if together else 128 + number if number else status)
 
+    def given_up() -> None:  # Python waits for threads of `concurrent.futures`, such as those of an environment, without end
+        os.write(2, f"ended although threads or exit handlers still ran {_CLEAN_UP_S:g} s after the command was done\n".encode())
+        end()
+
     # Called last, and ends the process at once: Python's own clean-up takes a second or two, without handling signals.
     atexit.register(end)
     try:
@@ -44,6 +51,9 @@ def run() -> None:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
+        watch = threading.Timer(_CLEAN_UP_S, given_up)
+        watch.daemon = True
+        watch.start()
         signals.defer()  # until the end: a signal must not interrupt the clean-up, but still decides the exit code
 
 

@@ -8,6 +8,7 @@ other libraries' error messages what to do.
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
 from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
@@ -54,6 +56,7 @@ from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
+from hybrid_lightning.user_code import in_user_code
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = (
@@ -249,6 +252,7 @@ class HybridLightningCLI(LightningCLI):
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
         make = _arguments_of if self.subcommand == "plan" else partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
         self.parser.add_instantiator(make, LanguageModule, subclasses=True)
+        self.parser.add_instantiator(_made, Configurable, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -288,6 +292,13 @@ def _unloaded(
 ) -> Any:
     """A policy whose model is not loaded yet."""
     return make(policy.unloaded, *given, applied_instantiation_links=applied_instantiation_links, **named)
+
+
+def _made(kind: type[Configurable], *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
+    """An object of a class that may be the user's."""
+    own = kind.__module__.startswith("hybrid_lightning.")
+    with nullcontext() if own else in_user_code(kind, "__init__"):
+        return kind(*given, **named)
 
 
 def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:

@@ -10,6 +10,7 @@ added. `completion_mask` says what is a token and not padding, for forward passe
 what was sampled, for losses, means, lengths and denominators.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
@@ -226,6 +227,20 @@ def counted_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | N
     return [
         (groups & (sizes == size)[:, None]).flatten().nonzero().view(-1, size) for size in sizes.unique().tolist() if size > 0
     ]
+
+
+def equal_groups(rewards: Tensor, samples_per_prompt: int, counted: Tensor | None) -> Tensor:
+    """In which groups all completions that count earn the same, [p] bool; also if only one counts, or none.
+
+    Args:
+        rewards: [p * G], or other values of completions.
+        samples_per_prompt: G.
+        counted: See `Rewards`, [p * G] bool or None.
+    """
+    low, high = rewards, rewards
+    if counted is not None:
+        low, high = rewards.masked_fill(~counted, math.inf), rewards.masked_fill(~counted, -math.inf)
+    return high.view(-1, samples_per_prompt).amax(dim=1) <= low.view(-1, samples_per_prompt).amin(dim=1)
 
 
 @dataclass(frozen=True)

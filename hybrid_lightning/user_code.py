@@ -13,9 +13,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,8 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.stopping import RunStopped
 
 # Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
 _NOT_THEIRS = tuple({str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
@@ -81,6 +82,27 @@ def _file(path: str, option: str, file: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+@contextmanager
+def in_user_code(owner: Any, method: str) -> Iterator[None]:
+    """Within this context a method runs that a class of the user's may override, such as `prepare` of an environment.
+
+    Args:
+        owner: An object of that class, or the class.
+        method: The method.
+
+    Raises:
+        ConfigError: Whatever it raises, on one line.
+        HybridLightningError, RunStopped: If it raises that.
+    """
+    try:
+        yield
+    except (HybridLightningError, RunStopped):
+        raise
+    except (Exception, SystemExit) as error:
+        name = (owner if isinstance(owner, type) else type(owner)).__name__
+        raise ConfigError(f"{name}.{method} raised {describe_error(error)}; correct it") from error
 
 
 def describe_error(error: BaseException) -> str:

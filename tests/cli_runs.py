@@ -47,6 +47,7 @@ trainer:
 """
 PARTS = '''
 """Parts of a user."""
+from hybrid_lightning.environments import Environment
 from hybrid_lightning.rewards import RewardFunction
 
 
@@ -56,6 +57,34 @@ class StartsWithDigit(RewardFunction):
 
     def __call__(self, completions, prompts):
         return [float(text[:1].isdigit()) * (1 + self.bonus) for text in completions]
+
+
+class Unready(RewardFunction):
+    def __call__(self, completions, prompts):
+        return [0.0 for _ in completions]
+
+    def check_prompt(self, prompt):
+        raise SystemExit("not now")
+
+
+class Odd(Environment):
+    """Fails in the method that is named."""
+
+    def __init__(self, place: str):
+        self.place = place
+        self.called("__init__")
+
+    def called(self, method):
+        return 1 / 0 if self.place == method else "nothing"
+
+    def prepare(self, chat_template):
+        self.called("prepare")
+
+    def tools(self):
+        return self.called("tools")
+
+    def step(self, message):
+        pass
 
 
 class Raising(RewardFunction):

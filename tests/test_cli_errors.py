@@ -58,6 +58,16 @@ OPTIONS = [
     ("model.loss=my_parts.NotALoss", r"my_parts\.NotALoss does not correspond to a subclass of PolicyLoss"),
     # values
     ("model.schedule=CosineSchedule trainer.max_steps=-1 trainer.max_epochs=-1", r"CosineSchedule needs the run's length"),
+    # classes of the user's
+    *[
+        (
+            f"model.environment=my_parts.Odd model.environment.place={place}",
+            rf"Odd\.{place} raised ZeroDivisionError: division by zero \(my_parts\.py line \d+\); correct it",
+        )
+        for place in ("__init__", "prepare", "tools")
+    ],
+    ("model.environment=my_parts.Odd model.environment.place=-", r"Odd\.tools returned 'nothing'; it must return a list of JSON"),
+    ("model.reward=my_parts.Unready", r"Unready\.check_prompt raised SystemExit: not now \(my_parts\.py line \d+\); correct it"),
     # models, plans and checkpoints
     ("model.model=/nowhere", r"model '/nowhere' does not exist"),
     ("model.model=cut", r"cannot load the model 'cut'"),

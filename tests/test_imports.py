@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "configurable": {"errors"},
     "hub": {"errors"},
-    "user_code": {"errors"},
+    "user_code": {"errors", "stopping"},
     **{name: GROUND for name in LEAVES},
     "engine": GROUND,
     "rollout": GROUND | {"engine"},

@@ -97,6 +97,20 @@ def test_python_dash_m_prepares_its_process():
     assert f"spins {process._SPINS} False" in run(code)
 
 
+@pytest.mark.parametrize("left", ["atexit.register(time.sleep, 1000)", "ThreadPoolExecutor().submit(time.sleep, 1000)"])
+def test_what_other_code_leaves_running_does_not_hold_up_the_end_for_ever(left):
+    code = f"""
+import atexit, sys, time, types
+from concurrent.futures import ThreadPoolExecutor
+from hybrid_lightning import __main__ as program
+program._CLEAN_UP_S = 0.2
+sys.modules["hybrid_lightning.cli"] = types.SimpleNamespace(main=lambda signals: ({left}, sys.exit(3)))
+program.run()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3 and ended.stderr.startswith("ended although threads or exit handlers still ran 0.2 s")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, number):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(300)\n")

@@ -5,6 +5,7 @@ What passes is plain data, copied: the environment may change its objects afterw
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -95,10 +96,10 @@ class _Copy:
         self.left -= 1
         if isinstance(value, str):
             return self.text(value)
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
         if self.left <= 0:
             raise OddAnswerError(f"returned a message of more than {MAX_CHARS:,} values")
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
         if isinstance(value, Mapping):
             return {_Copy().text(key): self.plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -129,7 +130,7 @@ def _scalar(value: Any) -> Any:
 
 def _number(value: Any, name: str) -> float:
     number = _scalar(value)
-    if not isinstance(number, Real):
+    if not isinstance(number, (Real, Decimal)):
         raise OddAnswerError(f"returned {name}={shorten(value)}; it must be a number")
     try:
         result = float(number)

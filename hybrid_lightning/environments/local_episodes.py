@@ -5,9 +5,13 @@ Everything is on one event loop: `async` methods run on it, the others in thread
 
 import asyncio
 import inspect
+import logging
 import os
 import random
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_step
 from hybrid_lightning.environments.environment import Environment, Step
-from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import CallThreads, Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_of
@@ -101,6 +105,37 @@ class RandomStates:
         return self.python == other.python and numpy and torch.equal(self.torch, other.torch)
 
 
+def _set_errors(rules: list[Any]) -> None:
+    """Let these warnings alone be errors; a library may hide its own ones."""
+    warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error" or rule in rules]  # type: ignore[index]
+
+
+# What environments may change for the whole process although training depends on it: name -> how it is read and set.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.set_float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch.use_deterministic_algorithms": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
+    "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
+    "logging.disable": (lambda: logging.root.manager.disable, logging.disable),
+    "warnings": (lambda: [rule for rule in warnings.filters if rule[0] == "error"], _set_errors),
+}
+
+
+class ProcessSettings:
+    """Settings of the process, as they are now."""
+
+    def __init__(self) -> None:
+        self._values = {name: read() for name, (read, _) in _SETTINGS.items()}
+
+    def restore(self) -> list[str]:
+        """Set them as they were. Returns the names of those that had changed."""
+        changed = [name for name, (read, _) in _SETTINGS.items() if read() != self._values[name]]
+        for name in changed:
+            _SETTINGS[name][1](self._values[name])
+        return changed
+
+
 class PassedOnError(Exception):
     """An exception that is no fault of an environment, and ends the run."""
 
@@ -164,6 +199,7 @@ class LocalEpisodes:
         self._close_s = CLOSE_S
         self.loop = asyncio.new_event_loop()
         self.loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
+        self.thread = threading.Thread(target=self.loop.run_forever, name="episodes", daemon=True)  # where it is not `alone`
         self._threads = CallThreads(_THREADS if kind.thread_safe else 1)
         # What takes turns: calls in threads, if the global generators are swapped for them.
         self._turns = nullcontext() if self.asynchronous or kind.thread_safe else asyncio.Semaphore(1)
@@ -232,6 +268,10 @@ class LocalEpisodes:
 
     def _made(self) -> Environment:
         environment = self.environment.new()
+        if environment is self.environment:
+            raise ConfigError(
+                f"{self.name} makes one object for all episodes, which would share its state; make a new one each time"
+            )
         environment.step_timeout_s = self.step_timeout_s
         return environment
 
@@ -250,7 +290,8 @@ class LocalEpisodes:
 
     def _checked(self, running: _Running, method: str, check: Callable[[Any], T], value: Any) -> T:
         try:
-            return check(value)
+            with self._on_loop(running):  # since the value may be an object that computes, or waits
+                return check(value)
         except OddAnswerError as odd:
             fault = str(odd)
         except Exception as error:  # raised by objects that only look like data

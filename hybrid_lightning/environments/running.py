@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from hybrid_lightning.environments.local_episodes import (
     Failure,
     LocalEpisodes,
     PassedOnError,
+    ProcessSettings,
     RandomStates,
     Started,
     TimedOut,
@@ -224,7 +225,7 @@ class RunningEpisodes:
 
     def _new_loop(self) -> LocalEpisodes:
         here = LocalEpisodes(self.environment, self.limits.step_timeout_s)
-        threading.Thread(target=here.loop.run_forever, name="episodes", daemon=True).start()
+        here.thread.start()
         return here
 
     def _run(self, here: LocalEpisodes, work: Coroutine[Any, Any, None], limit_s: float) -> int | None:
@@ -239,17 +240,23 @@ class RunningEpisodes:
             The number of an episode whose code has held up the event loop for longer. All objects are then lost, since their
             coroutines belong to it; None if all went well.
         """
-        ours, folder = RandomStates.now(), os.getcwd()
+        ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
         future = asyncio.run_coroutine_threadsafe(work, here.loop)
         try:
-            while not future.done():
-                with suppress(TimeoutError):
+            while not future.done() and here.thread.is_alive():
+                with suppress(TimeoutError, CancelledError):
                     future.result(min(1.0, limit_s / 4))
                 holding = here.holds_up
                 if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
                     here.given_up, self._here = True, None
                     self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
                     return holding[0]
+            if future.cancelled() or not here.thread.is_alive():
+                self._here = None
+                raise EpisodeError(
+                    f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
+                    "tasks alone, or run it in processes (episodes.workers)"
+                )
             future.result()  # what it has raised
             if not ours.same(RandomStates.now()):
                 how = "in threads of its own" if here.own_states else "although it is thread_safe"
@@ -265,6 +272,12 @@ class RunningEpisodes:
             future.cancel()  # after Ctrl-C
             ours.restore()
             os.chdir(folder)
+            if changed := settings.restore():
+                self._warn(
+                    "settings",
+                    f"{here.name} changes {', '.join(changed)} for the whole process, which is undone after each answer; run "
+                    "it in processes (episodes.workers), where it keeps what it sets",
+                )
         self._warn_close(here.close_fault)
         return None
 

@@ -336,7 +336,7 @@ def _schema(function: Callable[..., Any], name: str, bound: bool) -> dict[str, A
         if hints.get("return") in _RETURNED:  # as in TRL's prompts; what else a tool may return has no JSON type
             described.__annotations__["return"] = hints["return"]
         return dict(get_json_schema(described))
-    except (DocstringParsingException, TypeHintParsingException, NameError, TypeError) as error:
+    except (DocstringParsingException, TypeHintParsingException, NameError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the tool {name} cannot be described to a policy: {one_line(error)}; write a docstring that says what it does, with "
             "every argument under `Args:`, and give every argument a type hint"

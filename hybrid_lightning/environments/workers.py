@@ -284,6 +284,9 @@ def main() -> None:
                 connection.send(("answered", process.loop.run_until_complete(process.advance(*request))))
         except PassedOnError as passed:
             connection.send(("raised", passed.error))
+        except BaseException as error:  # an environment has stopped the event loop, or cancelled what runs on it
+            os.write(2, f"a process of {process.name} ends: {describe_error(error)}\n".encode())
+            os._exit(1)  # at once: Python takes seconds, in which the call would be late instead
 
 
 def _caller(connection: Connection) -> Callable[[str, Episode, bool], None]:

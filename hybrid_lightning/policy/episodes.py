@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError, shorten
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.turns import TurnEncoder
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
@@ -27,6 +27,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -109,8 +110,14 @@ class Episodes:
     def turns(self) -> TurnEncoder:
         """Writes what is added as tokens."""
         pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
-        self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
-        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, self.environment.tools(), **given)
+        with in_user_code(self.environment, "prepare"):
+            self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
+        with in_user_code(self.environment, "tools"):
+            tools = self.environment.tools()
+        if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+            name = type(self.environment).__name__
+            raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
+        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Make sure, before time is spent on a run, that what is added to these prompts can be written.

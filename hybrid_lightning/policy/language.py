@@ -54,6 +54,7 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -238,8 +239,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         for name in {prompt.set_name for prompt in prompts}:
             check_set_name(name)
         for reward in self.reward_terms():
-            for prompt in prompts:
-                reward.check_prompt(prompt)
+            with in_user_code(reward, "check_prompt"):
+                for prompt in prompts:
+                    reward.check_prompt(prompt)
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
         """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""

@@ -60,6 +60,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
+from hybrid_lightning.user_code import in_user_code
 
 __all__ = ["PolicyModule"]
 
@@ -231,7 +232,8 @@ class PolicyModule(LanguageModule):
         rollouts, rewards = self._complete(prompts, generator)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
-            of_turns = advantages_over_ranks(self.advantage, self._credited(rollouts, rewards), rollouts.samples_per_prompt)
+            credited = self.credited(rollouts, rewards)
+            of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
             advantages = token_advantages(of_turns, rollouts)
         self._keep_last(rollouts, rewards, advantages)
         trained = self.trained_sequences(rollouts, rewards)
@@ -242,7 +244,7 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        metrics = {**rollout_metrics(rollouts, rewards), **self.generation.metrics(), **self._episode_metrics(rollouts)}
+        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics(), **self._episode_metrics(rollouts)}
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
@@ -267,10 +269,10 @@ class PolicyModule(LanguageModule):
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             sequences = self.trained_sequences(groups.rollouts, groups.rewards)
-            credited = self._credited(groups.rollouts, groups.rewards)
+            credited = self.credited(groups.rollouts, groups.rewards)
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank, credited)
         self._keep_last(groups.rollouts, groups.rewards, of_sampled)
-        metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
+        metrics = {**rollout_metrics(groups.rollouts, groups.rewards, credited), **groups.metrics(), **self.generation.metrics()}
         metrics |= self._episode_metrics(groups.rollouts)
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
             self._warned_of_filled_groups = True
@@ -282,7 +284,7 @@ class PolicyModule(LanguageModule):
             )
         return replace(trained, metrics=metrics)
 
-    def _credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
+    def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
         """The rewards that advantages are estimated from: those of the episodes, or of each of their turns (`rewards_to_go`)."""
         if self.credit == "episode":
             return rewards
@@ -311,7 +313,7 @@ class PolicyModule(LanguageModule):
 
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
-        trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self._credited(rollouts, rewards)
+        trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
         turns = len(rewards.total) // len(trained)
         of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
@@ -391,7 +393,8 @@ class PolicyModule(LanguageModule):
             )
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
         for term in self.reward_terms():
-            term.check_length(self.max_completion_tokens)
+            with in_user_code(term, "check_length"):
+                term.check_length(self.max_completion_tokens)
         if self.trainer.state.fn != "fit":
             return
         self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
@@ -446,7 +449,7 @@ class PolicyModule(LanguageModule):
         chosen = [prompts[order[i % len(order)]] for i in range(count)]
         rollouts, rewards = self.last_calibration = calibration_rollouts(self, chosen, kept or ScoringProgress())
         self.sampler.release_memory()
-        credited = self._credited(rollouts, rewards)
+        credited = self.credited(rollouts, rewards)
         advantages = token_advantages(self.advantage.of_rewards(credited, rollouts.samples_per_prompt), rollouts)
         sequences, counted = self.trained_sequences(rollouts, rewards), rewards.counted
         if not sequences.sampled_mask.any():

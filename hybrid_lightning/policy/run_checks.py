@@ -20,6 +20,7 @@ from hybrid_lightning.policy.quantization import check_quantization
 from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
@@ -97,5 +98,7 @@ def _causes_in_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> It
     if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
     for reward in rewards:
-        if (decided := reward.decided_by_time()) is not None:
+        with in_user_code(reward, "decided_by_time"):
+            decided = reward.decided_by_time()
+        if decided is not None:
             yield f"reward {reward.name}: {decided}"

@@ -22,7 +22,7 @@ from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted_groups
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted_groups, equal_groups
 
 # First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
 _OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
@@ -165,25 +165,30 @@ def gather_rewards(rewards: Rewards) -> Rewards:
     )
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | None = None) -> dict[str, float]:
     """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
 
     Args:
         rollouts: This rank's B sequences.
         rewards: Their rewards.
+        credited: As in `choose_trained`.
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
-        `frac_reward_zero_std` (share of groups whose rewards are all equal, so that nothing is learned from them),
+        `frac_reward_zero_std` (share of groups whose credited rewards are all equal, in each turn, so that nothing is learned
+        from them),
         `rewards/{name}/mean` and `/std`,
         `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
         `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with what was added: the cost of a rollout);
         for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count are in `num_tokens`
         alone, which is the only metric where none counts.
     """
-    sequences = rollouts.sequences
+    sequences, samples = rollouts.sequences, rollouts.samples_per_prompt
+    credited = rewards if credited is None else credited
+    equal = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
     columns = gather_columns(
         {
+            "equal": equal.repeat_interleave(samples),
             "total": rewards.total,
             "correct": rewards.correct,
             "length": sequences.sampled_mask.sum(dim=1),
@@ -195,12 +200,12 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         }
     )
     counted, tokens = columns.get("counted"), columns["completion_tokens"].float().sum() + columns["prompt_tokens"].sum()
-    rows_of_groups = counted_groups(columns["total"], rollouts.samples_per_prompt, counted)
+    rows_of_groups = counted_groups(columns["total"], samples, counted)
     if not rows_of_groups:
         return {"num_tokens": float(tokens)}
     groups = [columns["total"][rows] for rows in rows_of_groups]
     std = torch.cat([group.std(dim=1) if group.shape[1] > 1 else torch.zeros_like(group[:, 0]) for group in groups])
-    all_equal = torch.cat([group.amax(dim=1) == group.amin(dim=1) for group in groups])
+    all_equal = torch.cat([columns["equal"][rows[:, 0]] for rows in rows_of_groups])
     solved = torch.cat([columns["correct"][rows].float().mean(dim=1) for rows in rows_of_groups])
     if counted is not None:
         columns = {name: column[counted] for name, column in columns.items()}

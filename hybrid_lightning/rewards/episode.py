@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
+from hybrid_lightning.user_code import in_user_code
 
 
 class EpisodeReturn(RewardFunction):
@@ -145,7 +146,8 @@ def rewards_to_go(
 
 def _paid(term: RewardFunction, completion: str, prompt: Prompt, value: float, turns: int) -> Tensor:
     """What a reward of this value pays for each turn of an episode, [turns] float64."""
-    given = term.turn_rewards(completion, prompt)
+    with in_user_code(term, "turn_rewards"):
+        given = term.turn_rewards(completion, prompt)
     given = [*[0.0] * (turns - 1), value] if given is None else list(given)
     if len(given) > turns or not math.isclose(sum(given), value, rel_tol=1e-4, abs_tol=1e-4):
         raise RewardError(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.types import counted_groups
+from hybrid_lightning.types import equal_groups
 
 
 class DynamicSampling(Configurable):
@@ -100,16 +100,9 @@ def useful_groups(
     Returns:
         [P] bool.
     """
-    useful = trained.new_zeros(len(total) // samples_per_prompt)
-    for rows in counted_groups(total, samples_per_prompt, counted):
-
-        def differs(values: Tensor, rows: Tensor = rows) -> Tensor:
-            groups = values[rows]
-            return groups.amax(dim=1) > groups.amin(dim=1)
-
-        in_correctness = torch.stack([differs(part) for part in correctness or [total]]).any(dim=0)
-        useful[rows[:, 0] // samples_per_prompt] = in_correctness & differs(total) & trained[rows].any(dim=1)
-    return useful
+    equal_parts = torch.stack([equal_groups(part, samples_per_prompt, counted) for part in correctness or [total]]).all(dim=0)
+    trained = trained if counted is None else trained & counted
+    return ~equal_parts & ~equal_groups(total, samples_per_prompt, counted) & trained.view(-1, samples_per_prompt).any(dim=1)
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:

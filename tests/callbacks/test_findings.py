@@ -52,6 +52,15 @@ def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4) == [("cut", "warning")]
 
 
+def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn():
+    rollouts, rewards = rollout([1.0] * 8)
+    later = torch.tensor([True] * 6 + [False] * 2)
+    for to_go, level in (([0.0, 1, 0, 0, 1, 0, 0, 0], []), ([1.0] * 6 + [0.0] * 2, ["error"])):
+        counted = torch.cat([torch.ones(8, dtype=torch.bool), later])
+        credited = Rewards(torch.tensor([1.0] * 8 + to_go), {}, torch.ones(16, dtype=torch.bool), counted=counted)
+        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", 6, credited)] == level
+
+
 def test_the_change_of_a_step_by_hand():
     before, after = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
     mask = torch.tensor([[True, True, False]])

@@ -1,4 +1,6 @@
+import itertools
 import math
+from decimal import Decimal
 from types import MappingProxyType
 
 import numpy as np
@@ -9,6 +11,12 @@ from hybrid_lightning.environments import CUT_MARK, Step
 from hybrid_lightning.environments.answers import MAX_CHARS, OddAnswerError, checked_messages, checked_step
 
 USER = {"role": "user", "content": "hi"}
+
+
+class Endless(dict):
+    def items(self):
+        yield from {"role": "user", **self}.items()
+        yield from ((str(number), number) for number in itertools.count())
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,9 @@ def test_floods_are_cut():
         checked_messages([{**USER, "x": [[]] * MAX_CHARS}])
 
 
-@pytest.mark.parametrize("reward", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(())])
+@pytest.mark.parametrize(
+    "reward", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
+)
 @pytest.mark.parametrize("over", [True, 1, np.bool_(True), torch.tensor(True)])
 def test_steps_in_every_form(reward, over):
     for value in (("hi", reward, over), Step("hi", reward, over)):
@@ -81,6 +91,8 @@ def test_steps_in_every_form(reward, over):
         (("hi", None, True), "returned reward=None; it must be a number"),
         (("hi", "1", True), "returned reward='1'"),
         (("hi", torch.ones(2), True), r"returned reward=tensor\(\[1., 1.\]\)"),
+        (("hi", Decimal("nan"), True), "returned reward=Decimal"),
+        (([Endless(USER)], 1.0, True), "returned a message of more than 1,000,000 values"),
         (("hi", math.nan, True), "returned reward=nan; it must be finite"),
         (("hi", 1e39, True), r"returned reward=1e\+39; it must be finite"),
         (("hi", 10**400, True), "returned reward=1000"),

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.environments.local_episodes import ProcessSettings
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt
@@ -258,6 +262,70 @@ def test_what_is_no_fault_of_an_environment_ends_the_run(error, asynchronous):
         play((AsyncStops if asynchronous else Stops)(), "go")
 
 
+class Settings(Environment):
+    """Changes what is the whole process's."""
+
+    def step(self, message):
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        sys.stdout = sys.stderr = None
+        logging.disable()
+        warnings.simplefilter("error")
+        return Step()
+
+
+def test_settings_of_the_process_are_put_back_and_that_is_said_once(caplog):
+    before = ProcessSettings()
+    play(Settings(), "now", "now")
+    assert not before.restore()
+    (record,) = caplog.records
+    assert record.message.startswith("Settings changes torch.set_default_dtype, torch.set_float32_matmul_precision, torch.use_")
+    assert "logging.disable, warnings for the whole process, which is undone after each answer" in record.message
+
+
+class OwnsTheLoop(Environment):
+    async def step(self, message):
+        loop = asyncio.get_running_loop()
+        if message["content"] == "cancel":
+            for task in asyncio.all_tasks():
+                task.cancel()
+        loop.call_soon({"stop": loop.stop, "exit": sys.exit, "cancel": int}[message["content"]])
+        await asyncio.sleep(1)
+
+
+# What still waited on it is collected later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("what", ["stop", "exit", "cancel"])
+def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(what):
+    with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*; .*\(episodes\.workers\)"):
+        play(OwnsTheLoop(), what)
+    _, answers = play(OwnsTheLoop(), what, seeds=[7], workers=1)
+    assert "OwnsTheLoop.step ended its process with exit code 1" in answers[0].reason
+
+
+class Alone(Environment):
+    def new(self):
+        return self
+
+    def step(self, message):
+        pass
+
+
+def test_one_object_for_all_episodes_is_refused():
+    with pytest.raises(ConfigError, match="Alone makes one object for all episodes, which would share its state; make a new one"):
+        play(Alone())
+
+
+class Slow(Sequence):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        time.sleep(1_000)
+
+
 class Hangs(Environment):
     def start(self, prompt, seed):
         if seed == 99:
@@ -269,6 +337,8 @@ class Hangs(Environment):
         self.texts.append(message["content"])
         if message["content"] == "hang":
             time.sleep(1_000)
+        if message["content"] == "read":
+            return Slow(), 0, False
         if message["content"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return " ".join(self.texts), 0, False
@@ -283,10 +353,10 @@ class AsyncHangs(Hangs):
         return super().step({**message, "content": message["content"].replace("blocks", "hang")})
 
 
-@pytest.mark.parametrize("how", ["hang", "blocks"])
+@pytest.mark.parametrize("how", ["hang", "blocks", "read"])
 def test_a_step_that_hangs_ends_its_episode_alone(how, caplog):
     turns = "hi", {0: "now", 1: how, 2: "now", 3: "now"}, {0: "on", 2: "on", 3: "on"}
-    for kind in (Hangs, AsyncHangs) if how == "hang" else (AsyncHangs,):
+    for kind in (AsyncHangs,) if how == "blocks" else (Hangs, AsyncHangs):
         caplog.clear()
         *_, second, third = play(kind(), *turns, timeout_s=0.5)
         assert isinstance(second.pop(1), TimedOut) and set(second.values()) == {"hi now"}
@@ -338,17 +408,12 @@ print(episodes.step({0: said("hi")})[0].messages[0]["content"].split()[0], flush
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
-    worker = int(ran.stdout)
-    for _ in range(100):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        with open(f"/proc/{worker}/stat") as stream:
-            if stream.read().split()[2] == "Z":  # dead, and not yet collected
-                return
+    stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 10
+    assert ran.returncode == -signal.SIGKILL
+    # A zombie is dead, and not yet collected.
+    while (is_there := stat.exists() and stat.read_text().split()[2] != "Z") and time.monotonic() < until:
         time.sleep(0.1)
-    raise AssertionError("it is still there")
+    assert not is_there
 
 
 def test_what_cannot_be_sent_to_a_process_is_refused_at_once():

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Literal
 
 import pytest
+import torch
 from test_calls import TEMPLATES
 
 from hybrid_lightning.environments import (
@@ -302,7 +303,15 @@ def many(*x: int):
     """
 
 
-@pytest.mark.parametrize("tool", [undescribed, unhinted, many, lambda: 1])
+def choosing(x: str):
+    """Choose.
+
+    Args:
+        x: What (choices: no, JSON)
+    """
+
+
+@pytest.mark.parametrize("tool", [undescribed, unhinted, many, choosing, torch.add, lambda: 1])
 def test_a_tool_that_cannot_be_described_is_refused_in_one_line(tool):
     with pytest.raises(ConfigError, match=r"cannot be described to a policy: .*; write a docstring that says") as caught:
         ToolEnvironment([tool])

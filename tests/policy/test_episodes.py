@@ -383,6 +383,9 @@ def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model, 
         fit(model, sums, tmp_path / credit, build_adapter(scorer=Random()), log, policy=policy, max_steps=1)
     rollouts = {credit: log.metrics[0] for credit, log in logs.items()}
     assert rollouts["turn"]["sampling/kept_groups"] > rollouts["episode"]["sampling/kept_groups"]
+    for rollout in rollouts.values():
+        useful = rollout["sampling/kept_groups"] + rollout["sampling/surplus_groups"]
+        assert rollout["frac_reward_zero_std"] == pytest.approx(1 - useful)
     batch = logs["turn"].batches[0]
     assert batch.advantages.shape == batch.sequences.sampled_mask.shape and batch.advantages.any()
 

@@ -207,7 +207,9 @@ def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_two_ranks_train_with_one_server(tmp_path, model, server, strategy):
     options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "url": server.url}
-    check(run(2, tmp_path / "ranks", train, 240, **options))
+    results = run(2, tmp_path / "ranks", train, 240, **options)
+    assert [len(result["steps"]) for result in results] == [4, 4]
+    check(results)
 
 
 @needs_vllm

@@ -13,7 +13,7 @@ from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_code"}
+GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_calls", "user_code"}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),

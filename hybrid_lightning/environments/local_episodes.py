@@ -28,7 +28,8 @@ from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import CallThreads, Outcome, TookTooLongError, describe_error, outcome_awaited, outcome_of
+from hybrid_lightning.user_calls import CallThreads, Outcome, TookTooLongError, outcome_awaited, outcome_of
+from hybrid_lightning.user_code import describe_error
 
 BEGUN_AGAIN = 2  # times at most, after an environment's own fault
 CLOSE_S, _CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer

@@ -18,7 +18,8 @@ from hybrid_lightning.environments.environment import CUT_MARK, Environment, Ste
 from hybrid_lightning.errors import ConfigError, HybridLightningError, one_line, shorten
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import TookTooLongError, load_function, outcome_within
+from hybrid_lightning.user_calls import TookTooLongError, outcome_within
+from hybrid_lightning.user_code import load_function
 
 _FAILED = ("unparsable", "unknown_tool", "arguments", "raised", "time", "cut")
 COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # what `Step.counts` holds

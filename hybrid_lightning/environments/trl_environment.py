@@ -13,7 +13,8 @@ from hybrid_lightning.environments.local_episodes import RandomStates
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_code import load_function, outcome_within
+from hybrid_lightning.user_calls import outcome_within
+from hybrid_lightning.user_code import load_function
 
 
 class TRLEnvironment(ToolEnvironment):

@@ -16,7 +16,8 @@ from torch import Tensor
 from hybrid_lightning.errors import HybridLightningError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt, Rewards
-from hybrid_lightning.user_code import describe_error, run_async
+from hybrid_lightning.user_calls import run_async
+from hybrid_lightning.user_code import describe_error
 
 
 def evaluate_reward(

@@ -15,7 +15,8 @@ from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
 from hybrid_lightning.rewards.evaluate import name_completion
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import await_all, call_within, describe_error, load_function, run_async
+from hybrid_lightning.user_calls import await_all, call_within, run_async
+from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
 _KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}

@@ -23,7 +23,7 @@ from hybrid_lightning.environments.local_episodes import ProcessSettings
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_code import CallThreads, TookTooLongError
+from hybrid_lightning.user_calls import CallThreads, TookTooLongError
 
 SEEDS = [7, 7, 8, 8]
 LOG = Counter()

@@ -25,10 +25,12 @@ class ModelCheckpoint(LightningModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, unless it has been saved."""
         super().on_train_end(trainer, pl_module)
-        if not trainer.fast_dev_run and self.save_last is True:  # type: ignore[attr-defined]
+        if self.save_last is True:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing; Lightning's on_train_end would
+            return
         if self.save_last == "link" or self._step_of_last != trainer.global_step:
             self._step_of_last = trainer.global_step
             super()._save_last_checkpoint(trainer, monitor_candidates)

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remedies": GROUND,
     "cli": GROUND
     | LEAVES
-    | {"policy", "export", "memory", "callbacks", "trainer", "process", "cli_help", "cli_parser", "remedies"},
+    | {"policy", "export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),

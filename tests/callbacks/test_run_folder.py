@@ -11,12 +11,19 @@ from unittest.mock import Mock
 
 import pytest
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
-from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, PredictionWriter, RolloutSamples, RunFolder, RunSummary
+from hybrid_lightning.callbacks import (
+    EvaluationReport,
+    ModelCheckpoint,
+    PolicyExport,
+    PredictionWriter,
+    RolloutSamples,
+    RunFolder,
+    RunSummary,
+)
 from hybrid_lightning.callbacks.run_folder import check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
@@ -263,7 +270,8 @@ def test_a_run_that_fails_at_the_start_leaves_nothing_and_says_why(model, sums, 
 def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_path):
     exports = PolicyExport(folder=str(tmp_path / "mine"))
     callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), exports, PredictionWriter()]
-    trainer = build_trainer(tmp_path, *callbacks, fast_dev_run=True)
+    callbacks.append(ModelCheckpoint(save_last=True))
+    trainer = build_trainer(tmp_path, *callbacks, fast_dev_run=True, enable_checkpointing=True)
     data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
     trainer.fit(policy := build_policy(model, reward=StartsWithDigit()), datamodule=data)
     trainer.test(policy, datamodule=data, verbose=False)

@@ -416,6 +416,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not is_there
 
 
+def test_workers_are_refused_where_processes_have_no_groups(monkeypatch):
+    monkeypatch.delattr(os, "killpg")  # as on Windows
+    with pytest.raises(ConfigError, match=r"episodes\.workers=1 needs Linux or macOS: .*; leave it out, or train under WSL"):
+        RunningEpisodes(Shows(), EpisodeLimits(workers=1)).start(prompts(1), [1])
+
+
 def test_what_cannot_be_sent_to_a_process_is_refused_at_once():
     class Local(Environment):
         def step(self, message):

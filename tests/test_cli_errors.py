@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_not_there(folder, command):
 
 def test_the_commands_that_are_named_are_all(folder):
     named = re.search(r"there are (.*), as in", run(folder).last)[1]
-    assert set(re.split(r", | and ", named)) == set(HybridLightningCLI.subcommands())
+    assert set(re.split(r", | and ", named)) == {*HybridLightningCLI.subcommands(), "compare"}
 
 
 def test_a_run_that_is_interrupted_before_it_has_done_anything_leaves_nothing(folder, monkeypatch):

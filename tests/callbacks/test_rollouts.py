@@ -124,14 +124,15 @@ def test_the_page_of_hyper_parameters_has_the_arguments_and_as_results_accuracy_
 
 def test_completions_fit_a_narrow_screen_and_stay_out_of_notebooks(monkeypatch):
     asked = Prompt(messages=({"role": "user", "content": "an introduction, and then\n\tthe question"},))
-    shown = [
-        (asked, Completion("steps\x1b[2J, 数数数数 and 42", 9, True), 1.0),
-        (Prompt(text="1+1="), Completion("", 0, True), 0.0),
-    ]
+    said = (Completion("steps\x1b[2J, 数数数数 and 42", 9, True), Completion("", 0, True))
+    greedy = (
+        SimpleNamespace(prompts=(asked, Prompt(text="1+1=")), completions=said),
+        SimpleNamespace(total=torch.tensor([1.0, 0.0])),
+    )
     for notebook in (False, True):
         screen = Console(width=50, file=io.StringIO(), force_jupyter=notebook)
         monkeypatch.setattr(rich, "_console", screen)
-        say_completions(SimpleNamespace(evaluation=SimpleNamespace(shown=shown)))
+        say_completions(SimpleNamespace(evaluation=SimpleNamespace(greedy=greedy)))
         lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (reward 0)\n"
         assert screen.file.getvalue() == lines and all(cell_len(line) <= 50 for line in lines.splitlines())
 

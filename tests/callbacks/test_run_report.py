@@ -108,7 +108,7 @@ class Failing(StartsWithDigit):
     """Fails when it is told to."""
 
     def __init__(self):
-        self.left = 7
+        self.left = 9  # calls: validation, what it pays for references and for wrong answers, and rollouts
 
     def __call__(self, completions, prompts):
         self.left -= 1

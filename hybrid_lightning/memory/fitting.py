@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -12,6 +12,9 @@ from hybrid_lightning.memory.peaks import MethodMemory, plan_method
 from hybrid_lightning.memory.process_growth import START_BYTES
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import FSDP2, Sharding
+
+if TYPE_CHECKING:
+    from hybrid_lightning.memory.pass_memory import Traces
 
 _LEFT_SHARE = 0.05  # of a GPU, which its allocator cannot use
 _FEWEST_PROMPTS = 4  # in a rollout, below which a step says little
@@ -87,6 +90,7 @@ class Fitting:
         free = room(settings, sharding)
         assert free is not None
         self._free: float = free
+        self._traces: dict[tuple[Any, ...], Traces] = {}  # of each model, whatever the numbers of prompts and tokens
         # In the order of what they cost: phases that a change is for (None: all), and stronger and stronger forms of it.
         self._kinds: list[tuple[Sequence[str] | None, Callable[[], Iterator[_Form]]]] = [
             (None, lambda: self._start_weights(needs_reference)),
@@ -146,8 +150,11 @@ class Fitting:
         for kind, strength in enumerate(strengths):
             if strength:
                 settings = replace(settings, **forms[kind][strength - 1].settings)
+        from hybrid_lightning.memory.pass_memory import Traces  # imports PEFT, which is slow
+
+        alike = (settings.keep_start_weights, settings.gradient_checkpointing, settings.quantization, settings.lora)
         try:
-            return plan_method(settings, self.sharding)
+            return plan_method(settings, self.sharding, traces=self._traces.setdefault(alike, Traces(settings)))
         except (ConfigError, ModelError):
             if not any(strengths):
                 raise

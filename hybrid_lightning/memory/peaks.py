@@ -30,7 +30,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
 
 if TYPE_CHECKING:
-    from hybrid_lightning.memory.pass_memory import Traced
+    from hybrid_lightning.memory.pass_memory import Traced, Traces
 
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
 
@@ -114,13 +114,16 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
     return [run.method(name, budget) for name, budget in _budgets(settings).items()]
 
 
-def plan_method(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> MethodMemory:
+def plan_method(
+    settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = (), traces: "Traces | None" = None
+) -> MethodMemory:
     """Plan the run's own method alone.
 
     Args:
         settings: Settings of the run.
         sharding: How the model lies on devices.
         methods: What `plan_memory` has planned, if it has: then the method is among them.
+        traces: Those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None for new ones.
 
     Raises:
         ConfigError, ModelError: As in `plan_memory`.
@@ -129,7 +132,7 @@ def plan_method(settings: RunSettings, sharding: Sharding, methods: Sequence[Met
     budgets, planned = _budgets(settings), {method.method: method for method in methods}
     *_, last = budgets
     name = last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
-    return planned.get(name) or _Run(settings, sharding).method(name, budgets[name])
+    return planned.get(name) or _Run(settings, sharding, traces).method(name, budgets[name])
 
 
 def why_not_fitting(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> str | None:
@@ -181,14 +184,14 @@ def _check(settings: RunSettings, sharding: Sharding) -> None:
 class _Run:
     """A run, with what does not depend on the method."""
 
-    def __init__(self, settings: RunSettings, sharding: Sharding) -> None:
+    def __init__(self, settings: RunSettings, sharding: Sharding, traces: "Traces | None" = None) -> None:
         self.settings, self.sharding = settings, sharding
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
         from hybrid_lightning.memory.pass_memory import Traces  # imports PEFT, which is slow
 
-        self.traces = Traces(settings)
+        self.traces = traces or Traces(settings)
         self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}  # phase -> prompts, completions of each
         if settings.eval_prompts:
             self.generated["validating"] = (settings.eval_prompts, settings.eval_samples)

@@ -450,7 +450,7 @@ class Threads(Environment):
 
 
 def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_take_long():
-    play(Threads(), "0", seeds=[1] * 2_000)
+    play(Threads(), "0", seeds=[1] * 500)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
     play(Threads(), "0.3", seeds=[1] * 40)
     assert Threads.most >= 20

@@ -110,10 +110,11 @@ def lora_config(
 
 
 def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
-    """Refuse LoRA on modules whose names PEFT takes for other ones.
+    """Refuse LoRA on modules to which PEFT cannot give it.
 
     Of models with experts PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they
-    belong to a dense layer or to shared experts (`convert_peft_config_for_transformers`).
+    belong to a dense layer or to shared experts (`convert_peft_config_for_transformers`). Of state space layers, as of Mamba, it
+    refuses `out_proj`, whose weight their kernels read themselves.
 
     Args:
         model: Base model.
@@ -123,12 +124,15 @@ def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
         ModelError: If there are such modules.
     """
     from peft import LoraConfig  # slow to import
+    from peft.tuners import tuners_utils
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    check_kind = getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)  # PEFT's, which is not public
     taken = []
     for kind in sorted({name.rsplit(".", 1)[-1] for name in names}):
         config = LoraConfig(target_modules=[kind])
         with suppress(ValueError):  # as of a name that it wants together with others
+            check_kind(config, model, kind)
             convert_peft_config_for_transformers(config, model, None)
             if config.target_modules == {kind}:
                 continue
@@ -136,8 +140,8 @@ def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
     if taken:
         remedy = ", ".join(f"{kind}: 0" for kind in taken)
         raise ModelError(
-            f"PEFT takes modules named {', '.join(taken)} of this model for its experts, and cannot give LoRA to those of other "
-            f"layers; leave them frozen unless they are fully trained: --adapter.rank_pattern='{{{remedy}}}'"
+            f"PEFT cannot give LoRA to modules named {', '.join(taken)} of {type(model).__name__} (experts, or state space "
+            f"layers); leave them frozen unless they are fully trained: --adapter.rank_pattern='{{{remedy}}}'"
         )
 
 

@@ -73,7 +73,8 @@ class RepeatedCacheDecoding:
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
         logits = self._logits(self.ids, position_ids(self.mask)).repeat_interleave(samples, dim=0)
-        self.cache.batch_repeat_interleave(samples)
+        # Of the cache's ways to take rows, the one that states of recurrent layers have as well.
+        self.cache.reorder_cache(torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(samples))  # type: ignore[arg-type]
         self.mask = self.mask.repeat_interleave(samples, dim=0)
         return logits
 
@@ -86,7 +87,7 @@ class RepeatedCacheDecoding:
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.mask = self.mask[rows]
 
     @property

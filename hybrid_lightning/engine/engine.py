@@ -131,8 +131,9 @@ class Engine:
             dtype: Dtype of the products.
 
         Raises:
-            UnsupportedAttentionError: If the model does not call transformers' attention interface.
+            UnsupportedAttentionError: If the model does not call transformers' attention interface, or has other layers.
         """
+        expected_windows(base_model(self.model).config.get_text_config())
         use_packing(base_model(self.model))
         self._trial = _Trial(None, "it was not tried", why_no_segments=self._why_no_kernel(dtype))
 

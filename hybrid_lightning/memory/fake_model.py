@@ -128,8 +128,9 @@ class FakeModel:
                 module.weight.requires_grad_(True)
             use_fused_layers(model, backend)
         else:
-            # LoRA keeps [tokens, rank] of each module, little beside its input, so that the largest rank does for all.
-            plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora.with_rank(settings.largest_rank))
+            # LoRA keeps [tokens, rank] of each module, little beside its input, so that the largest rank does for all with LoRA.
+            pattern = {name: rank and settings.largest_rank for name, rank in settings.rank_pattern.items()}
+            plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora.with_rank(settings.largest_rank), pattern)
             with torch.device("meta"):
                 model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:

@@ -3,6 +3,7 @@
 So the command line can refuse a wrong column or setting before the weights are read, which takes longest (see `Trainer.check`).
 """
 
+from contextlib import suppress
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -112,7 +113,8 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None 
         text: Any = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+            with suppress(AttributeError):  # where they follow from the number of layers
+                text.layer_types = text.layer_types[:layers]
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from rounding import additions_of, assert_same_sums
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM, MambaConfig
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -196,7 +196,7 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))
 
 
-def test_names_that_peft_takes_for_experts_are_refused_with_the_pattern_that_leaves_them_out(plan_for):
+def test_modules_to_which_peft_gives_no_lora_are_refused_with_the_pattern_that_leaves_them_out(plan_for):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "vocab_size": 40, "q_lora_rank": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
@@ -205,3 +205,6 @@ def test_names_that_peft_takes_for_experts_are_refused_with_the_pattern_that_lea
     with pytest.raises(ModelError, match=r"rank_pattern='\{down_proj: 0, gate_proj: 0, up_proj: 0\}'"):
         apply_plan(copy.deepcopy(model), plan_for(model, ModuleBudget(0)))
     apply_plan(model, plan_for(model, ModuleBudget(0.3), ranks={"mlp": 0}))
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=40))
+    with pytest.raises(ModelError, match=r"rank_pattern='\{out_proj: 0\}'"):
+        apply_plan(mamba, plan_for(mamba, ModuleBudget(0)))

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model, build_tokenizer, engine_of, plain_logprobs, tokens_of
+from tiny_models import FAMILIES, SIZES, build_model, build_tokenizer, engine_of, plain_logprobs, tokens_of
 from tiny_runs import build_policy
-from transformers import MinPLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, MinPLogitsWarper, Qwen3_5TextConfig, TopPLogitsWarper
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import rollout_engine, sampler
@@ -53,6 +53,20 @@ def test_greedy_equals_generate(tokenizer, family):
         stops = {"max_new_tokens": 12, "eos_token_id": 2, "pad_token_id": 0}
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **stops)
         assert expected[0].tolist() == prompt + completion
+
+
+def test_layers_that_keep_a_state_instead_of_keys_are_sampled_from(tokenizer):
+    sizes = {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    kinds = {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**SIZES, **sizes, **kinds)).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.2)
+    arguments = (engine_of(model), tokenizer, prompts_of(*TEXTS), ids_of(tokenizer, *TEXTS), 4)
+    rollouts = Sampler(30).sample(*arguments, generator=torch.Generator().manual_seed(0))
+    assert rollouts.sequences.completion_mask.sum(dim=1).min() < 20, "rows have to leave before others"
+    assert_plain_logprobs(model, rollouts)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")

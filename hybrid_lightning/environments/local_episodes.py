@@ -137,6 +137,29 @@ class ProcessSettings:
         return changed
 
 
+@contextmanager
+def exits_said(name: str) -> Iterator[None]:
+    """Within this context a thread that calls `os._exit` says whose code it runs, and ends the process as one that has failed.
+
+    Args:
+        name: Whose code runs in threads.
+    """
+    end, process = os._exit, os.getpid()
+
+    def said(code: int) -> None:
+        if os.getpid() == process and threading.current_thread() is not threading.main_thread():
+            remedy = "let it raise, or run it in processes (episodes.workers)"
+            os.write(2, f"error: {name} has ended the process by os._exit({code}); {remedy}\n".encode())
+            code = code or 1
+        end(code)
+
+    os._exit = said  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = end
+
+
 class PassedOnError(Exception):
     """An exception that is no fault of an environment, and ends the run."""
 

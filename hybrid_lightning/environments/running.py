@@ -22,6 +22,7 @@ from hybrid_lightning.environments.local_episodes import (
     RandomStates,
     Started,
     TimedOut,
+    exits_said,
     late_message,
 )
 from hybrid_lightning.environments.workers import Workers
@@ -241,43 +242,44 @@ class RunningEpisodes:
             coroutines belong to it; None if all went well.
         """
         ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
-        future = asyncio.run_coroutine_threadsafe(work, here.loop)
-        try:
-            while not future.done() and here.thread.is_alive():
-                with suppress(TimeoutError, CancelledError):
-                    future.result(min(1.0, limit_s / 4))
-                holding = here.holds_up
-                if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
-                    here.given_up, self._here = True, None
-                    self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
-                    return holding[0]
-            if future.cancelled() or not here.thread.is_alive():
-                self._here = None
-                raise EpisodeError(
-                    f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
-                    "tasks alone, or run it in processes (episodes.workers)"
-                )
-            future.result()  # what it has raised
-            if not ours.same(RandomStates.now()):
-                how = "in threads of its own" if here.own_states else "although it is thread_safe"
-                remedy = "" if here.own_states else "set thread_safe = False in the class, or "
-                self._warn(
-                    "global generators",
-                    f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
-                    f"episodes may depend on each other; {remedy}run it in processes (episodes.workers)",
-                )
-        except PassedOnError as passed:
-            raise passed.error from None
-        finally:
-            future.cancel()  # after Ctrl-C
-            ours.restore()
-            os.chdir(folder)
-            if changed := settings.restore():
-                self._warn(
-                    "settings",
-                    f"{here.name} changes {', '.join(changed)} for the whole process, which is undone after each answer; run "
-                    "it in processes (episodes.workers), where it keeps what it sets",
-                )
+        with exits_said(here.name):
+            future = asyncio.run_coroutine_threadsafe(work, here.loop)
+            try:
+                while not future.done() and here.thread.is_alive():
+                    with suppress(TimeoutError, CancelledError):
+                        future.result(min(1.0, limit_s / 4))
+                    holding = here.holds_up
+                    if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
+                        here.given_up, self._here = True, None
+                        self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
+                        return holding[0]
+                if future.cancelled() or not here.thread.is_alive():
+                    self._here = None
+                    raise EpisodeError(
+                        f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
+                        "tasks alone, or run it in processes (episodes.workers)"
+                    )
+                future.result()  # what it has raised
+                if not ours.same(RandomStates.now()):
+                    how = "in threads of its own" if here.own_states else "although it is thread_safe"
+                    remedy = "" if here.own_states else "set thread_safe = False in the class, or "
+                    self._warn(
+                        "global generators",
+                        f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
+                        f"episodes may depend on each other; {remedy}run it in processes (episodes.workers)",
+                    )
+            except PassedOnError as passed:
+                raise passed.error from None
+            finally:
+                future.cancel()  # after Ctrl-C
+                ours.restore()
+                os.chdir(folder)
+                if changed := settings.restore():
+                    self._warn(
+                        "settings",
+                        f"{here.name} changes {', '.join(changed)} for the whole process, which is undone after each answer; run "
+                        "it in processes (episodes.workers), where it keeps what it sets",
+                    )
         self._warn_close(here.close_fault)
         return None
 

@@ -456,6 +456,19 @@ def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_
     assert Threads.most >= 20
 
 
+class Leaves(Environment):
+    def step(self, message):
+        os._exit(0)
+
+
+def test_a_process_that_an_environment_ends_has_not_succeeded_and_says_whose_code_it_was():
+    code = "import test_running as t; t.play(t.Leaves(), 'x', seeds=[1])"
+    folder = Path(__file__).parent
+    path = os.pathsep.join(map(str, (folder, folder.parent)))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: Leaves has ended the process by os._exit(0); let it raise" in done.stderr
+
+
 def test_a_call_that_a_thread_has_just_taken_has_its_time_limit():
     threads = CallThreads(1)
     waiting = threads._waiting

@@ -29,6 +29,7 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
 
 # The metrics whose curves are kept, in the order of the page.
@@ -184,7 +185,7 @@ class RunReport(Callback):
 
 def _replace(path: Path, text: str) -> None:
     """Write a file that is complete at every moment, for those who look at it meanwhile."""
-    part = path.with_name(f".{path.name}.part")
+    part = unfinished_path(path)
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 

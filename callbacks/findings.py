@@ -239,6 +239,7 @@ class Watch:
         if "reward" not in metrics:  # no completion counts
             return []
         row = {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"], "worst": worst, "spread": spread}
+        row["solved"] = metrics["solve_rate/all"]
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)
@@ -246,6 +247,8 @@ class Watch:
             return []
         last, start = self.rollouts[-self.window :], self.rollouts[: self.window]
         if all(entry["equal"] == 1 for entry in last):
+            if all(entry["solved"] == 1 for entry in last):
+                return []  # nothing is wrong with a policy that can do all that is asked
             text = (
                 f"nothing is learned from the last {self.window} rollouts: the completions of each prompt earn the same, "
                 f"{metrics['reward']:.3g} on average"

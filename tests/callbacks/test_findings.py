@@ -91,13 +91,14 @@ def test_disagreement_and_gradients():
     assert [found.level for found in of_gradient({"full": 0.0, "lora": 0.0}, equal=False)] == ["error"]
 
 
-def watched(rewards, equal=0.0, groups=32, spread=0.3, worst=0.0):
+def logged(reward, equal=0.0, solved=0.0):
+    return {"reward": reward, "frac_reward_zero_std": equal, "solve_rate/all": solved}
+
+
+def watched(rewards, equal=0.0, groups=32, spread=0.3, worst=0.0, solved=0.0):
     """Kinds of what is found at each rollout."""
     watch = Watch(groups)
-    return [
-        [found.kind for found in watch.add_rollout({"reward": reward, "frac_reward_zero_std": equal}, worst, spread)]
-        for reward in rewards
-    ]
+    return [[found.kind for found in watch.add_rollout(logged(reward, equal, solved), worst, spread)] for reward in rewards]
 
 
 def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not():
@@ -106,6 +107,7 @@ def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not
     assert not any(watched([0.4, 0.4, 0.4, 0.1, 0.05, 0.0], groups=8, spread=0.6)), "within four standard errors"
     assert watched([-1.0, -1.0, -1.0, -1.9, -1.9, -1.9], worst=-2.0)[-1] == ["worse"], "from the least that is paid"
     assert watched([0.0] * 3, equal=1.0) == [[], [], ["gradient"]]
+    assert not any(watched([1.0] * 4, equal=1.0, solved=1.0)), "all is solved"
     assert watched([0.0] * 6, equal=1.0, groups=4) == [[], [], [], [], [], ["gradient"]], "24 groups at least"
     assert Watch(8).add_rollout({"num_tokens": 3.0}, 0.0, 0.0) == [], "no completion counts"
 
@@ -114,7 +116,7 @@ def test_a_ratio_or_an_entropy_that_collapses_is_noticed():
     def steps(rewards, *entropies, ratio=1.0):
         watch = Watch(32)
         for reward in rewards:
-            watch.add_rollout({"reward": reward, "frac_reward_zero_std": 0.0}, 0.0, 0.3)
+            watch.add_rollout(logged(reward), 0.0, 0.3)
         metrics = [{"entropy": entropy, "ratio/mean": ratio, "grad_norm/lora": 1.0} for entropy in entropies]
         return [[found.kind for found in watch.add_step(step)] for step in metrics]
 

@@ -204,7 +204,7 @@ def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
 
 
 @needs_vllm
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_two_ranks_train_with_one_server(tmp_path, model, server, strategy):
     options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "url": server.url}
     results = run(2, tmp_path / "ranks", train, 240, **options)

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import say, show_table
-from hybrid_lightning.callbacks.report_page import (
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.reports.page import (
     Html,
     Run,
     charted,
@@ -21,7 +22,6 @@ from hybrid_lightning.callbacks.report_page import (
     table,
     thinned,
 )
-from hybrid_lightning.errors import ConfigError
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 40  # of a curve as text

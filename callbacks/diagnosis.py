@@ -1,7 +1,7 @@
 """`Diagnosis`: says while a run trains what keeps it from learning, and gives the verdict at its end; `StepLines` says each step.
 
 What calibration and the first validation show is said before the first step, and what goes wrong later once it is seen. `doctor`
-looks for the same without a run (`callbacks/doctor.py`); what counts as a finding is in `callbacks/findings.py`.
+looks for the same without a run (`callbacks/doctor.py`); what counts as a finding is in `reports/findings.py`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from hybrid_lightning.callbacks.display import console, say
-from hybrid_lightning.callbacks.findings import PAGE, Finding, Watch, of_cut, of_rollouts, worse
-from hybrid_lightning.callbacks.references import reference_rewards
 from hybrid_lightning.callbacks.rollouts import OncePerRollout
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.reports.findings import PAGE, Finding, Watch, of_cut, of_rollouts, worse
+from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.types import Rewards, Rollouts, counted_groups
 
 _REFERENCES = 8  # reference answers that are tried before the first step

@@ -13,7 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from hybrid_lightning.callbacks.display import say
-from hybrid_lightning.callbacks.findings import (
+from hybrid_lightning.callbacks.rollouts import shown_text
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.reports.findings import (
     Change,
     Finding,
     is_cut,
@@ -23,10 +26,7 @@ from hybrid_lightning.callbacks.findings import (
     of_gradient,
     of_rollouts,
 )
-from hybrid_lightning.callbacks.references import reference_rewards
-from hybrid_lightning.callbacks.rollouts import shown_text
-from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences
 
 _PROMPTS, _COMPLETIONS = 4, 2  # that are shown: prompts, and completions of each

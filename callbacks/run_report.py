@@ -1,6 +1,6 @@
 """`RunReport`: keeps what a run shows of itself, and writes it as `report.html` and `report.json` into the run folder.
 
-The page is drawn in `report_page.py`; `compare` reads `report.json` of several runs (`compare_runs.py`).
+The page is drawn in `reports/page.py`; `compare` reads `report.json` of several runs (`compare_runs.py`).
 """
 
 import json
@@ -24,11 +24,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.graceful_stop import last_checkpoint
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.report_page import REPORT, Run, report_page
 from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
 

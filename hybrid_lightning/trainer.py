@@ -17,7 +17,6 @@ from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.doctor import Doctor
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
-from hybrid_lightning.callbacks.findings import Finding, of_memory
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import TensorBoardOverview
@@ -45,6 +44,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
 from hybrid_lightning.quiet import quiet_libraries
+from hybrid_lightning.reports.findings import Finding, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.stopping import StopSignals

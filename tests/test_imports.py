@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": GROUND | LEAVES | {"process", "quiet"},
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},
-    "callbacks": GROUND | LEAVES | {"policy", "export"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "quiet"},
+    "reports": GROUND | LEAVES | {"policy"},
+    "callbacks": GROUND | LEAVES | {"policy", "export", "reports"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "reports", "callbacks", "quiet"},
     "remedies": GROUND,
     "cli": GROUND
     | LEAVES

@@ -9,7 +9,7 @@ from cli_runs import run
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import Diagnosis
-from hybrid_lightning.callbacks.findings import Finding
+from hybrid_lightning.reports.findings import Finding
 
 GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
 BEFORE = {"val/avg@2": 0.4, "val/avg@2/ci_low": 0.3, "val/avg@2/ci_high": 0.5, "val/loss": 2.0}

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, fit, write_sums
 
 from hybrid_lightning.callbacks import Diagnosis, GracefulStop, RunReport, RunSummary, StepTimer
-from hybrid_lightning.callbacks.report_page import Run, report_page, thinned
+from hybrid_lightning.reports.page import Run, report_page, thinned
 
 BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
 

@@ -7,7 +7,7 @@ import fork_server
 import pytest
 import torch
 from ranks_of_tests import run
-from test_ranks_with_vllm import STRATEGIES, check, train
+from test_ranks_with_vllm import check, train
 from test_server_dies import CONFIG, command
 from tiny_runs import Talk
 from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model

@@ -5,8 +5,8 @@ import random
 import pytest
 from tiny_runs import Constant, Talk, build_policy
 
-from hybrid_lightning.callbacks.references import reference_rewards
 from hybrid_lightning.data import FormatBySet, PlainFormat
+from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.rewards import (
     CodeTests,
     ExactMatch,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybrid_lightning.callbacks import findings
-from hybrid_lightning.callbacks.findings import PAGE, SECTIONS, Change, Watch, of_agreement, of_change, of_gradient, of_rollouts
+from hybrid_lightning.reports.findings import PAGE, SECTIONS, Change, Watch, of_agreement, of_change, of_gradient, of_rollouts
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_lightning.callbacks import findings
+from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, SECTIONS, Change, Watch, of_agreement, of_change, of_gradient, of_rollouts
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 

@@ -104,12 +104,6 @@ def test_setup_again_changes_nothing(model, sums, tmp_path):
     assert policy.plan is plan and weights.keys() == dict(policy.named_parameters()).keys()
 
 
-def test_evaluation_alone_adapts_nothing(model, sums, tmp_path):
-    policy = build_policy(model)
-    build_trainer(tmp_path, build_adapter()).validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)
-    assert policy.plan is None and not list(tmp_path.rglob("plan.json"))
-
-
 # ---- refused
 
 

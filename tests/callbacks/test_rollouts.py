@@ -18,7 +18,7 @@ from rich.console import Console
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_trainer, fit, write_sums
+from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_trainer, fit
 
 from hybrid_lightning.callbacks import RolloutProgress, RolloutSamples, RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import progress_bar
@@ -46,11 +46,6 @@ class Log:
 
     def text(self, name):
         return {event.step: event.tensor_proto.string_val[0].decode() for event in self.events.Tensors(f"{name}/text_summary")}
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("rollouts") / "sums.jsonl", 40)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +244,7 @@ class Watch(Callback):
 
 
 def watched(model, sums, root, *callbacks, **flags):
-    watch, data = Watch(), build_data(sums, validation_fraction=0.55)
+    watch, data = Watch(), build_data(sums, validation_fraction=0.25)
     flags = {"enable_progress_bar": True, "num_sanity_val_steps": -1, "limit_val_batches": 0, **flags}
     policy = fit(model, sums, root, RolloutProgress(), build_adapter(), *callbacks, watch, data=data, **flags)
     return watch, policy

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_examples import fit, write_rows
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 from tiny_runs import fit as fit_policy
 
 from hybrid_lightning.callbacks import RunSummary, StepTimer
@@ -22,11 +22,6 @@ KEYS = {
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
     "checkpoint", "next_command", "seconds_by_phase", "throughput", "verdict", "try",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("summary") / "sums.jsonl", 40)
 
 
 def run(model, sums, root, *callbacks, data=None, timed=True, **flags):

@@ -49,13 +49,11 @@ def offline(commands: tuple[Commands, Commands]) -> Commands:
 # ---- what can be had
 
 # All that is lowered, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
-# accumulation, samples of a validation, precision, dtype, LoRA's rank.
+# accumulation, precision, dtype, LoRA's rank.
 LOWERED = {
-    "fit": {
-        **{"model.sampler.max_new_tokens": 6, "model.prompts_per_rollout": 4, "adapter.calibration_prompts": 4},
-        **{"trainer.max_steps": 1, "data.validation_prompts": 4},
-    },
-    "test": {"model.sampler.max_new_tokens": 6},
+    "fit": {"model.sampler.max_new_tokens": 6, "model.prompts_per_rollout": 4, "trainer.max_steps": 1}
+    | {"adapter.calibration_prompts": 4, "data.validation_prompts": 4},
+    "test": {"model.sampler.max_new_tokens": 6, "model.eval_samples": 2},
 }
 # Command, config and its overlays, each of which is in one at least.
 RUNS = [

@@ -77,9 +77,8 @@ def arguments(command, *configs):
     trainer = yaml.safe_load((CONFIGS / f"{configs[0]}.yaml").read_text())["trainer"]
     lowered = dict(LOWERED[command])
     if command == "fit":
-        lowered["trainer.val_check_interval"] = trainer.get(
-            "accumulate_grad_batches", 1
-        )  # micro-batches: a validation at the end
+        # A validation at the end; it counts micro-batches.
+        lowered["trainer.val_check_interval"] = trainer.get("accumulate_grad_batches", 1)
     else:
         lowered["model.model"] = "Qwen/Qwen3-8B"  # a required value
     given = [part for name in configs for part in ("--config", str(CONFIGS / f"{name}.yaml"))]

@@ -62,7 +62,8 @@ def test_the_first_process_alone_shows_the_plan(scored, tmp_path, monkeypatch):
 # ---- where it comes from
 
 
-def test_a_plan_file_is_used_without_scoring(model, sums, scored, tmp_path):
+def test_a_plan_file_is_used_without_scoring(model, sums, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(Constant, "__call__", None)  # no reward is asked
     content = {**scored[0].plan.to_dict(), "digest": None}
     for module in content["candidates"]:
         module["mode"] = "full" if module["name"].endswith("layers.1.mlp.up_proj") else "frozen"

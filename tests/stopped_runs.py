@@ -40,7 +40,6 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (evaluation, "_sample", 1),
     "the first rollout": (PolicyModule, "roll_out", 1),
-    "the first reward": (language, "evaluate_reward", 6),
     "the first update": (PolicyModule, "chunk_loss", 1),
     "the middle of the first step": (PolicyModule, "training_step", 2),
     "the first step is made": (PolicyModule, "on_before_optimizer_step", 1),

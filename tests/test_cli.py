@@ -12,60 +12,46 @@ from hybrid_lightning.adapters import AdapterPlan
 def fitted(folder):
     result = run(folder, "fit", "--config", "t.yaml", "--checkpoint.save_top_k=-1", "--trainer.logger.init_args.name=whole")
     assert result.code == 0, result.err
-    return folder / "runs" / "whole" / "version_0", result
+    return folder / "runs" / "whole" / "version_0"
 
 
 def summary_of(run_folder):
     return json.loads((run_folder / "summary.json").read_text())
 
 
-def test_fit_leaves_everything_in_the_run_folder(fitted):
-    root, result = fitted
-    names = {path.name for path in root.iterdir()}
-    assert names >= {"config.yaml", "plan.json", "plan.png", "summary.json", "checkpoints", "hparams.yaml"}
-    assert any(name.startswith("events.out.tfevents") for name in names)
-    assert (root / "checkpoints" / "last.ckpt").is_file() and (root / "checkpoints" / "step=4.ckpt").is_file()
-    summary = summary_of(root)
-    assert summary["accuracy_before"] is not None and summary["accuracy_after"] is not None and summary["steps"] == 4
-    assert "Run folder: runs/whole/version_0" in result.out
-
-
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, command):
-    root, _ = fitted
-    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt"]
-    result = run(folder, command, *arguments, f"--trainer.logger.init_args.version={command}")
+def evaluated(folder, root, command, *options):
+    """What a command on the last checkpoint says, by the run's own config."""
+    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt", *options]
+    result = run(folder, command, *arguments)
     assert result.code == 0, result.err
-    assert "greedy_accuracy" in result.out and "confidence intervals" in result.out and f"{command}/avg@2" not in result.out
-    report = json.loads((root.parent / command / "evaluation.json").read_text())
-    assert report["checkpoint"] == str(root / "checkpoints" / "last.ckpt") and report["overall"]["problems"] == 8
-    if command == "validate":
-        assert report["overall"]["avg@2"] == pytest.approx(summary_of(root)["accuracy_after"])
+    return result.out
+
+
+def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted):
+    """By `test`, which the run names, in `test_display`."""
+    out = evaluated(folder, fitted, "validate", "--trainer.logger.init_args.version=again")
+    assert "greedy_accuracy" in out and "confidence intervals" in out and "validate/avg@2" not in out
+    report = json.loads((fitted.parent / "again" / "evaluation.json").read_text())
+    assert report["checkpoint"] == str(fitted / "checkpoints" / "last.ckpt") and report["overall"]["problems"] == 8
+    assert report["overall"]["avg@2"] == pytest.approx(summary_of(fitted)["accuracy_after"])
 
 
 def test_predict_writes_lines(folder, fitted, tmp_path):
-    root, _ = fitted
-    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt"]
-    result = run(folder, "predict", *arguments, f"--predictions.path={tmp_path}/p.jsonl", "--trainer.logger=false")
-    assert result.code == 0, result.err
+    evaluated(folder, fitted, "predict", f"--predictions.path={tmp_path}/p.jsonl", "--trainer.logger=false")
     records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(records) == 8 and {len(record["completions"]) for record in records} == {2}
     assert all(record["reward_parts"].keys() == {"starts_with_digit"} for record in records)
 
 
 def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
-    root, _ = fitted
     result = run(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=score")
     assert result.code == 0, result.err
     scored = folder / "runs" / "score" / "version_0"
-    assert AdapterPlan.load(scored / "plan.json").digest == AdapterPlan.load(root / "plan.json").digest
+    assert AdapterPlan.load(scored / "plan.json").digest == AdapterPlan.load(fitted / "plan.json").digest
     assert (scored / "plan.png").is_file() and "Adapter plan: 1 fully trained" in result.out
     assert not (scored / "checkpoints").exists() and not (scored / "summary.json").exists()
     name = "--trainer.logger.init_args.name=planned"
-    planned = ["fit", "--config", "t.yaml", f"--adapter.plan={scored}/plan.json", name]
-    result = run(folder, *planned, "--model.reward=my_parts.Raising", "--trainer.limit_val_batches=0", "--trainer.max_steps=0")
-    assert result.code == 0, f"no reward is asked where a plan is given: {result.err}"
-    result = run(folder, *planned)
+    result = run(folder, "fit", "--config", "t.yaml", f"--adapter.plan={scored}/plan.json", name)
     assert result.code == 0, result.err
-    again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_1", "whole/version_0"))
+    again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_0", "whole/version_0"))
     assert again["validation"] == before["validation"], "the same run, whether the plan was made before or within"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fork_server
 import pytest
 import torch
 from torch import Tensor
@@ -23,28 +24,38 @@ SMALL = [
     "--config",
     str(ROOT / "configs" / "gspo.yaml"),
     *("--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.validation_prompts=4"),
-    *(
-        "--model.prompts_per_rollout=4",
-        "--model.samples_per_prompt=4",
-        "--adapter.calibration_prompts=4",
-        "--model.eval_samples=2",
-        "--checkpoint.monitor=null",
-    ),
+    *("--model.prompts_per_rollout=4", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=4"),
+    *("--model.eval_samples=2", "--checkpoint.monitor=null"),
 ]
+SYSTEMS = ("darwin", "win32")
 # What a run imports of other libraries: these look at the system when they are imported, and are those of this one.
 RUN = """
 import json, sys
 from hybrid_lightning.cli import main
 sys.argv[1:] = json.loads(sys.argv[1])
 main()
-print(json.dumps(sorted(name for name in sys.modules if not name.startswith(("hybrid_lightning", "__main__")))), file=sys.stderr)
+places = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items() if name != "__main__"}
+print(json.dumps(places), file=sys.stderr)
 """
+# They are imported once, and then there is a process for each system, in a folder and with output of its own.
 SIMULATED = """
 import contextlib, ctypes, importlib, json, os, platform, select, signal, sys
-system, libraries, commands = json.loads(sys.stdin.read())
+systems, libraries, commands = json.loads(sys.stdin.read())
 for name in libraries:
     with contextlib.suppress(Exception):
         importlib.import_module(name)
+children = []
+for system in systems:
+    children.append(os.fork())
+    if not children[-1]:
+        break
+else:
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit()
+os.mkdir(system)
+os.chdir(system)
+for stream, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
 class CDLL(ctypes.CDLL):
     def __init__(self, name, *given, **named):
         if name is None and system == "win32":
@@ -87,34 +98,41 @@ COMMANDS = [
     ["--help"],
     ["plan", *SMALL, "--trainer.accelerator=mps"],
     ["fit", *SMALL, "--model.reward=CodeTests"],
-    ["fit", *SMALL, "--model.reward=MathMatch"],
+    ["fit", *SMALL, "--model.reward=MathMatch", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"],
 ]
 
 
-def process(code, folder, *arguments, text=None):
+def process(start, code, folder, *arguments, text=None):
     environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, env=environment, cwd=folder, input=text, capture_output=True, text=True, timeout=300, check=False
-    )
+    options = {"env": environment, "cwd": folder, "input": text, "capture_output": True, "text": True, "timeout": 300}
+    return start([sys.executable, "-c", code, *arguments], check=True, **options)
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    done = process(RUN, tmp_path_factory.mktemp("here"), json.dumps(["fit", *SMALL]))
-    return json.loads(done.stderr.splitlines()[-1])
+def simulated(tmp_path_factory):
+    """Exit code and folder by system."""
+    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
+    done = process(fork_server.run, RUN, here, json.dumps(["fit", *SMALL]))
+    libraries = [
+        name
+        for name, place in json.loads(done.stderr.splitlines()[-1]).items()
+        if not name.startswith("hybrid_lightning") and str(ROOT) not in place
+    ]
+    done = process(subprocess.run, SIMULATED, there, text=json.dumps([SYSTEMS, libraries, COMMANDS]))
+    return {system: (code, there / system) for system, code in zip(SYSTEMS, done.stdout.split(), strict=True)}
 
 
-@pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_a_run_on_another_system(system, libraries, tmp_path):
-    done = process(SIMULATED, tmp_path, text=json.dumps([system, libraries, COMMANDS]))
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = [part.partition("\n")[2] for part in done.stdout.split("== ")[1:]]
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_on_another_system(system, simulated):
+    code, folder = simulated[system]
+    out, err = ((folder / name).read_text() for name in ("out", "err"))
+    assert code == "0", err[-3000:]
+    said = [part.partition("\n")[2] for part in out.split("== ")[1:]]
     assert said[0].endswith("exit 0\n") and "takes up to" in said[1]
-    assert said[2] == "exit 1\n" and "the sandbox needs Linux" in done.stderr
-    assert said[3].endswith("exit 1\n") == (system == "win32") == ("MathMatch needs Linux or macOS" in done.stderr)
-    assert "Verdict: " in said[4] and (tmp_path / "runs" / "gspo" / "version_0" / "checkpoints" / "last.ckpt").is_file()
-    (engine,) = {line for line in done.stderr.splitlines() if line.startswith("engine: ")}
+    assert said[2] == "exit 1\n" and "the sandbox needs Linux" in err
+    assert said[3].endswith("exit 1\n") == (system == "win32") == ("MathMatch needs Linux or macOS" in err)
+    assert "Verdict: " in said[4] and (folder / "runs" / "gspo" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    (engine,) = {line for line in err.splitlines() if line.startswith("engine: ")}
     assert f"the compiled ones are for Linux, and this is {system}" in engine
 
 

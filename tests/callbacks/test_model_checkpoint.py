@@ -56,7 +56,7 @@ def test_a_killed_run_has_that_of_its_last_validation(model, sums, tmp_path):
     assert step_of(tmp_path / "kept" / "last.ckpt") == 4
 
 
-@pytest.mark.parametrize("settings", [{"save_top_k": 0}, {"save_top_k": -1}, {"monitor": None, "every_n_train_steps": 2}])
+@pytest.mark.parametrize("settings", [{"save_top_k": 0}, {"monitor": None, "every_n_train_steps": 2}])
 def test_nothing_is_written_twice(model, sums, tmp_path, settings):
     saves, saver = Saves(), build_saver(tmp_path / "kept", **settings)
     run(model, sums, tmp_path, saver, saves)

@@ -15,7 +15,7 @@ from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import CosineSchedule
 from hybrid_lightning.rollout import sampler
 
-STEPS = 12
+STEPS = 8
 
 
 def run(model, sums, root, *callbacks, ckpt=None):
@@ -78,6 +78,6 @@ def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(model, sum
     assert assert_goes_on(model, sums, tmp_path, tmp_path / "version_0" / "checkpoints" / "stopped.ckpt", unstopped) > 0
 
 
-@pytest.mark.parametrize("step", [1, 5])
-def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, tmp_path, unstopped, step):
-    assert assert_goes_on(model, sums, tmp_path, unstopped[2] / f"step={step}.ckpt", unstopped) == step
+def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, tmp_path, unstopped):
+    """One of the second rollout; of the first one: `test_resume`."""
+    assert assert_goes_on(model, sums, tmp_path, unstopped[2] / "step=5.ckpt", unstopped) == 5

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 import re
 
@@ -7,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_examples import fit, write_rows
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 from tiny_runs import fit as fit_policy
 
 from hybrid_lightning.callbacks import RunSummary, StepTimer
@@ -20,11 +22,6 @@ KEYS = {
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
     "checkpoint", "next_command", "seconds_by_phase", "throughput", "verdict", "try",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("summary") / "sums.jsonl", 40)
 
 
 def run(model, sums, root, *callbacks, data=None, timed=True, **flags):
@@ -43,14 +40,16 @@ def validate(module, sums, root):
 
 @pytest.fixture(scope="module")
 def whole(model, sums, tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
+    """The run folder, the policy, the summary, and what was on the screen."""
+    root, output = tmp_path_factory.mktemp("whole"), io.StringIO()
     saver = ModelCheckpoint(save_last=True, every_n_train_steps=2, filename="{step}", save_top_k=-1)
-    module, summary = run(model, sums, root, saver, enable_checkpointing=True)
-    return root / "version_0", module, summary
+    with contextlib.redirect_stdout(output):
+        module, summary = run(model, sums, root, saver, enable_checkpointing=True)
+    return root / "version_0", module, summary, output.getvalue()
 
 
 def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_path, whole):
-    _, module, summary = whole
+    _, module, summary, _ = whole
     before = validate(build_policy(model, reward=StartsWithDigit(), eval_samples=4), sums, tmp_path)
     after = validate(module, sums, tmp_path)
     for when, metrics in (("before", before), ("after", after)):
@@ -61,7 +60,7 @@ def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_p
 
 
 def test_all_values(model, whole):
-    root, module, summary = whole
+    root, module, summary, _ = whole
     assert summary.keys() == KEYS
     assert summary["full_modules"] == list(module.plan.full_modules) and len(summary["full_modules"]) == 3
     assert summary["lora_modules"] == 11 and summary["steps"] == 6 and summary["eval_samples"] == 4
@@ -73,16 +72,15 @@ def test_all_values(model, whole):
     assert summary["next_command"] == "", "from Python there is no config that a command could name"
 
 
-def test_the_screen_says_what_happened_and_where_the_time_went(model, sums, tmp_path, capsys):
-    _, summary = run(model, sums, tmp_path, max_steps=5)
-    output = capsys.readouterr().out
+def test_the_screen_says_what_happened_and_where_the_time_went(whole):
+    root, _, summary, output = whole
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
-    assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 5")] == [1, 1, 1]
-    assert f"Run folder: {tmp_path / 'version_0'}" in output and "Curves:" not in output, "there is no logger"
-    assert "Next:" not in output, "without a checkpoint there is nothing to test"
+    assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 6")] == [1, 1, 1]
+    assert f"Run folder: {root}" in output and "Curves:" not in output, "there is no logger"
+    assert "Next:" not in output, "from Python there is no command"
     output = " ".join(output.replace("│", " ").split())
-    assert f"{summary['seconds']:.0f} s for 5 optimizer steps: generate " in output
+    assert f"{summary['seconds']:.0f} s for 6 optimizer steps: generate " in output
     for name, seconds in summary["seconds_by_phase"].items():
         share = seconds / summary["seconds"]
         assert (f" {name} {share:.0%}" in output) == (share >= 0.005), name
@@ -98,7 +96,7 @@ def test_without_a_timer_there_is_the_time_alone(model, sums, tmp_path, capsys):
 
 
 def test_measurements_and_times_add_up_over_stops(model, sums, tmp_path, whole):
-    root, module, summary = whole
+    root, module, summary, _ = whole
     _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "step=4.ckpt")
     assert resumed["validation"] == summary["validation"] and resumed["steps"] == 6
     for result in (summary, resumed):
@@ -116,7 +114,7 @@ def test_measurements_and_times_add_up_over_stops(model, sums, tmp_path, whole):
 
 
 def test_a_finished_run_that_is_resumed_says_only_what_it_knows(model, sums, tmp_path, whole):
-    root, _, summary = whole
+    root, _, summary, _ = whole
     _, resumed = run(model, sums, tmp_path / "a", ckpt=root / "checkpoints" / "last.ckpt")
     assert resumed["validation"] == {"before": summary["validation"]["before"], "after": {}}, "saved before the last validation"
     saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)

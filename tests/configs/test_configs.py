@@ -32,10 +32,7 @@ STAND_INS = {
         ["--data.source.train=rows.jsonl"],
     ),
     "qwen3": ([{"question": question, "answer": answer} for question, answer in _SUMS], _LOCAL),
-    "your_data": (
-        [{"question": question, "answer": answer} for question, answer in _SUMS],
-        ["--data.source.train=rows.jsonl"],
-    ),
+    "your_data": ([{"question": question, "answer": answer} for question, answer in _SUMS], ["--data.source.train=rows.jsonl"]),
     "gsm8k_qwen3": (hub_contents.GSM8K[:30], [*_LOCAL, r"--data.source.answer_pattern=####\s*(.+)"]),
 }
 
@@ -52,6 +49,8 @@ def small(config):
     if "examples_per_step" in settings(config):
         sizes = ["--model.examples_per_step=8"]
     limits = ["--data.validation_prompts=2", "--data.eval_batch_size=2", "--trainer.num_sanity_val_steps=0"]
+    if settings(config).get("episodes"):
+        limits.append("--model.episodes.max_turns=2")
     if config["data"].get("max_prompt_tokens"):
         limits.append("--data.max_prompt_tokens=2000")  # one token a character
     return [

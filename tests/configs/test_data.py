@@ -1,6 +1,5 @@
 """Every data overlay is read over a config of another data set, and gives prompts that its reward can score."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import yaml
 from cli_runs import parse, run, write_folder
 from hub_contents import write_data_sets
 from jsonargparse import ArgumentParser
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_lightning import data
 from hybrid_lightning.data import PromptFormat, PromptSource
@@ -79,16 +79,6 @@ def test_an_overlay_gives_prompts_that_its_reward_can_score(overlay, folder, mon
             assert prompt.messages[-1] == {"role": "user", "content": row.question} and prompt.set_name == row.set_name
 
 
-def test_multiple_choice_of_ones_own_trains(folder):
-    rows = [{"question": f"capital {n}?", "choices": ["rome", "oslo", "riga"], "answer": n % 3} for n in range(20)]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ["train=questions.jsonl", "validation_fraction=0.2", "options_column=choices"]
-    reward = ["--model.reward=MultipleChoice", "--model.reward.options_column=choices"]
-    source = ["--data.source=FileSource", *(f"--data.source.{option}" for option in options)]
-    result = run(folder, "fit", "--config", "t.yaml", *source, *reward, *SHORT, "--trainer.logger.init_args.name=choices")
-    assert result.code == 0, result.err
-
-
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit
 def test_a_mixture_trains_with_each_set_logged(folder, tiny):
     config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())
@@ -100,10 +90,7 @@ def test_a_mixture_trains_with_each_set_logged(folder, tiny):
     (folder / "mixture.yaml").write_text(yaml.safe_dump(config))
     result = run(folder, "fit", "--config", "t.yaml", "--config", "mixture.yaml", f"--model.model={tiny}", *SHORT)
     assert result.code == 0, result.err
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next((folder / "runs" / "default").glob("version_*"))))
-    events.Reload()
+    events = EventAccumulator(str(next((folder / "runs" / "default").glob("version_*")))).Reload()
     tags = set(events.Tags()["scalars"])
     for name in ("dapo", "leetcode", "mmlu_pro"):
         assert any(tag.endswith(f"sets/{name}/accuracy") for tag in tags), sorted(tags)

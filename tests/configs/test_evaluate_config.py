@@ -28,7 +28,7 @@ def test_a_model_and_rows_are_enough_and_several_named_sets_go_over_it(tiny, her
     report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
     assert report["model"] == str(tiny) and report["overall"]["problems"] == 3 and report["sets"] == {}
     assert {"avg@2", "pass@2", "maj@2", "greedy_accuracy/ci_high"} < report["overall"].keys()
-    assert "adapter plan" not in capsys.readouterr().out.lower(), "nothing is adapted"
+    assert "adapter plan" not in capsys.readouterr().out.lower() and not list(here.rglob("plan.json")), "nothing is adapted"
     command(["test", *EVALUATE, "--config", "sets.yaml", f"--model.model={tiny}", *SMALL], monkeypatch)
     report = json.loads((here / "runs" / "evaluate" / "version_1" / "evaluation.json").read_text())
     assert {name: values["problems"] for name, values in report["sets"].items()} == {"quiz": 3, "riddles": 2}

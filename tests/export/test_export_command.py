@@ -9,21 +9,13 @@ import pytest
 import torch
 import yaml
 from cli_runs import run
-from exported import files, logits
+from exported import logits
 from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.policy import PolicyModule
 
 TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
-
-
-@pytest.fixture(scope="module")
-def fitted(folder):
-    short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]
-    result = run(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=hybrid", *short)
-    assert result.code == 0, result.err
-    return folder / "runs"
 
 
 def arguments(root):
@@ -34,11 +26,12 @@ def expected(root):
     return logits(PolicyModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt").model)
 
 
-def test_the_merged_model_in_the_bases_dtype(folder, fitted, tmp_path, monkeypatch):
+def test_the_merged_model_in_the_bases_dtype(folder, run_and_number, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the module's own weights are loaded")
 
-    root = fitted / "hybrid" / "version_0"
+    root, _ = run_and_number
+    runs = set(folder.glob("runs/*/*"))
     with monkeypatch.context() as patch:
         patch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)  # the base is loaded once, and in no other place
         result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *TRAINING_SETTINGS)
@@ -48,8 +41,8 @@ def test_the_merged_model_in_the_bases_dtype(folder, fitted, tmp_path, monkeypat
     assert loaded.dtype == torch.float32
     assert_same_logits(logits(loaded), expected(root))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "after 2 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
-    assert files(fitted / "hybrid") == {"version_0"}, "an export is no run"
+    assert "after 4 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
+    assert set(folder.glob("runs/*/*")) == runs, "an export is no run"
 
 
 def measured(folder, result, command="test"):
@@ -98,7 +91,7 @@ def test_of_a_run_without_test_problems_it_is_the_validation(folder, tmp_path):
     assert measured(folder, result, "validate")["avg@2"] == own
 
 
-def test_where_the_runs_config_is_not_there_no_command_is_printed(folder, fitted, tmp_path):
-    shutil.copy(fitted / "hybrid" / "version_0" / "checkpoints" / "last.ckpt", tmp_path)
+def test_where_the_runs_config_is_not_there_no_command_is_printed(folder, run_and_number, tmp_path):
+    shutil.copy(run_and_number[0] / "checkpoints" / "last.ckpt", tmp_path)
     result = run(folder, "export", "--config=t.yaml", f"--ckpt_path={tmp_path}/last.ckpt", f"--folder={tmp_path}/out")
     assert result.code == 0 and "Policy written" in result.out and "Next:" not in result.out

@@ -69,11 +69,7 @@ def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path, for
 def test_what_is_not_known_is_said_to_be_unknown(train):
     card = model_card(train(training=Training()).policy, MergedModel())
     assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
-    assert header(card) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["hybrid-lora", "rlvr"],
-    }
+    assert header(card) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
 
 
 def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):

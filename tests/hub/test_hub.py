@@ -48,15 +48,13 @@ def offline(commands: tuple[Commands, Commands]) -> Commands:
 
 # ---- what can be had
 
-# All that is lowered, of a config that trains and of one that tests. The rest is as it stands: prompts and samples of a rollout,
-# minibatches, accumulation, calibration, samples of a validation, precision, dtype, LoRA's rank.
-STEPS = 4  # one rollout
+# All that is lowered, of a config that trains and of one that tests. The rest is as it stands: samples of a rollout, minibatches,
+# accumulation, precision, dtype, LoRA's rank.
 LOWERED = {
-    "fit": {"model.sampler.max_new_tokens": 6, "trainer.max_steps": STEPS, "data.validation_prompts": 4},
-    "test": {"model.sampler.max_new_tokens": 6},
+    "fit": {"model.sampler.max_new_tokens": 6, "model.prompts_per_rollout": 4, "trainer.max_steps": 1}
+    | {"adapter.calibration_prompts": 4, "data.validation_prompts": 4},
+    "test": {"model.sampler.max_new_tokens": 6, "model.eval_samples": 2},
 }
-# And with overlays: these are about data, loss and adapter.
-WITH_OVERLAYS = {"model.prompts_per_rollout": 4}
 # Command, config and its overlays, each of which is in one at least.
 RUNS = [
     ("fit", "gsm8k_qwen3"),
@@ -80,8 +78,7 @@ def arguments(command, *configs):
     lowered = dict(LOWERED[command])
     if command == "fit":
         # A validation at the end; it counts micro-batches.
-        lowered["trainer.val_check_interval"] = STEPS * trainer.get("accumulate_grad_batches", 1)
-        lowered |= WITH_OVERLAYS if configs[1:] else {}
+        lowered["trainer.val_check_interval"] = trainer.get("accumulate_grad_batches", 1)
     else:
         lowered["model.model"] = "Qwen/Qwen3-8B"  # a required value
     given = [part for name in configs for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
@@ -95,10 +92,9 @@ def last_run(folder, config):
 
 # What the cache alone has to give is there once a step has begun.
 LEAST = {
-    "fit": ("--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"),
+    "fit": ("--adapter.budget.share=0", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"),
     "test": ("--trainer.limit_test_batches=1",),
 }
-FEW = ("--model.prompts_per_rollout=4", "--adapter.calibration_prompts=8")
 
 
 def check(run, result, folder):
@@ -111,7 +107,7 @@ def check(run, result, folder):
         assert problems == {"aime24": 8, "aime25": 8, "leetcode": 3, "mmlu_pro": 40}
         return
     summary = json.loads((report / "summary.json").read_text())
-    assert summary["steps"] == STEPS and 0 <= summary["accuracy_after"] <= 1
+    assert summary["steps"] == 1 and 0 <= summary["accuracy_after"] <= 1
     assert (report / "checkpoints" / "last.ckpt").is_file()
     for name in run:
         if name.startswith("adapter/"):
@@ -155,13 +151,13 @@ def test_every_config_that_names_the_hub_runs_here():
 
 def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, online, offline):
     command, asked = [*arguments(*SHARDED), "--trainer.devices=2", "--trainer.logger.name=sharded"], 0
-    for commands, least, steps in ((online, (), STEPS), (offline, LEAST["fit"], 1)):
+    for commands, least in ((online, ()), (offline, LEAST["fit"])):
         asked = len(hub.requests)
         done = commands(*command, *least, ranks=2)
         assert done.code == 0, done.err[-3000:]
         assert "Starting with 2 processes" in commands.log()
         (run,) = (commands.folder / "runs" / "sharded").iterdir()
-        assert json.loads((run / "summary.json").read_text())["steps"] == steps
+        assert json.loads((run / "summary.json").read_text())["steps"] == 1
     assert len(hub.requests) == asked, "offline, the hub was asked"
 
 
@@ -173,14 +169,14 @@ def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, online,
     ],
 )
 def test_other_families_run_once_their_terms_are_accepted(model, options, online):
-    result = online(*arguments("fit", "gsm8k_qwen3"), f"--model.model={model}", *FEW, *options, token=MEMBER)
+    result = online(*arguments("fit", "gsm8k_qwen3"), f"--model.model={model}", *options, token=MEMBER)
     check(("fit", "gsm8k_qwen3"), result, online.folder)
     assert json.loads((last_run(online.folder, "gsm8k_qwen3") / "plan.json").read_text())["model"] == model
 
 
 def test_what_was_trained_is_tested_and_exported_without_a_network(offline, cached):
     """By the hub id that the run's config names."""
-    offline(*arguments("fit", "gsm8k_qwen3"), *LEAST["fit"], *FEW)
+    offline(*arguments("fit", "gsm8k_qwen3"), *LEAST["fit"])
     folder = last_run(offline.folder, "gsm8k_qwen3")
     trained = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
     assert offline("test", *trained).code == 0
@@ -191,14 +187,14 @@ def test_what_was_trained_is_tested_and_exported_without_a_network(offline, cach
 
 def test_the_hub_is_not_asked_where_everything_is_local(hub, online):
     asked = len(hub.requests)
-    result = online("fit", "--config", CONFIGS / "gspo.yaml", *LEAST["fit"], *FEW)
+    result = online(*arguments("fit", "gspo"), *LEAST["fit"])
     assert result.code == 0, result.err
     assert len(hub.requests) == asked
 
 
 # ---- what cannot be had, before any weights are asked for
 
-SMALL = ("--config", CONFIGS / "gsm8k_qwen3.yaml", "--model.sampler.max_new_tokens=4", *LEAST["fit"], *FEW)
+SMALL = (*arguments("fit", "gsm8k_qwen3")[1:], *LEAST["fit"])
 
 
 def check_refused(message, online, hub, *options, token=""):

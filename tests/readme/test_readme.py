@@ -81,10 +81,26 @@ def test_the_two_commands_are_marked_for_those_who_run_them():
     assert f"<!-- test command -->\n```bash\n{SECOND}\n```\n" in README
 
 
-@pytest.mark.parametrize("arguments", pages.commands(), ids=" ".join)
-def test_every_command_parses(arguments, here, monkeypatch):
-    # A run folder's config stands for the config that the run was made with.
-    words = [re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in arguments]
+def together():
+    """The commands, those of one config whose options are about different things as one: each takes a third of a second."""
+    groups = []
+    for words in pages.commands():
+        # A run folder's config stands for the config that the run was made with.
+        words = [re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in words]
+        options = [word for word in words if re.match(r"--\w+\.[\w.]+\+?=", word)]
+        head = [word for word in words if word not in options]
+        parts = {re.match(r"--(\w+\.\w+)", word)[1] for word in options}
+        same = (group for group in groups if group[0] == head and not group[2] & parts and "help" not in " ".join(words))
+        group = next(same, None)
+        if group is None:
+            groups.append(group := (head, [], set()))
+        group[1].extend(options)
+        group[2].update(parts)
+    return [[*head, *options] for head, options, _ in groups]
+
+
+@pytest.mark.parametrize("words", together(), ids=" ".join)
+def test_every_command_parses(words, here, monkeypatch):
     if not any("help" in word for word in words):
         parse(words, monkeypatch)
         return
@@ -135,30 +151,25 @@ def test_commands_of_benchmarks_are_there_with_their_options(page):
 # ---- examples
 
 
-@pytest.mark.parametrize("name", [*PARTS, "function"])
-def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
-    lines = [line for line in example(name).splitlines() if line.strip()]
-    assert len(lines) <= 10
-    title = re.search(r"^(?:class|async def) (\w+)", example(name), re.MULTILINE).group(1)
-    given = f"mine.{title}" if name in PARTS else f"my_reward.py:{title}"
-    (arguments,) = [command for command in pages.commands() if any(f"={given}" in word for word in command)]
-    command([*arguments, *SMALL], monkeypatch)
-    (saved,) = here.glob("runs/*/*/config.yaml")
-    assert f": {given}" in saved.read_text()
-    assert name in PARTS or re.search(r"arguments:\n +tolerance: 5\.0\n", saved.read_text())
-    summary = json.loads(saved.with_name("summary.json").read_text())
-    assert summary["steps"] == 1 and len(summary["full_modules"]) == 3
+# Those of one line train together, each by the options of its own command.
+OWN = [("mine.", PARTS, 10), ("my_reward.py:", ("function",), 10), ("my_tools.py:", ("tool",), 20)]
+OWN += [("my_environment.", ("environment",), 20)]
 
 
-@pytest.mark.parametrize(("name", "given"), [("tool", "my_tools.py:multiply"), ("environment", "my_environment.SecondChance")])
-def test_a_tool_and_an_environment_of_ones_own_train(name, given, here, monkeypatch):
-    assert len([line for line in example(name).splitlines() if line.strip()]) <= 20
-    (arguments,) = [command for command in pages.commands() if any(given in word for word in command)]
+@pytest.mark.parametrize(("file", "names", "most"), OWN, ids=lambda value: value if isinstance(value, str) else None)
+def test_parts_of_ones_own_have_few_lines_and_train(file, names, most, here, monkeypatch):
+    arguments, titles = [], []
+    for name in names:
+        assert len([line for line in example(name).splitlines() if line.strip()]) <= most
+        titles.append(file + re.search(r"^(?:class|async def|def) (\w+)", example(name), re.MULTILINE)[1])
+        (found,) = [each for each in pages.commands() if any(re.search(rf"\b{titles[-1]}\b", word) for word in each)]
+        arguments += [word for word in found if word not in arguments]
     command([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
-    assert given in saved.read_text()
+    assert all(title in saved.read_text() for title in titles)
+    assert names != ("function",) or re.search(r"arguments:\n +tolerance: 5\.0\n", saved.read_text())
     summary = json.loads(saved.with_name("summary.json").read_text())
-    assert summary["steps"] == 1
+    assert summary["steps"] == 1 and summary["full_modules"]
 
 
 def test_the_configs_on_top_of_another_train(here, monkeypatch):

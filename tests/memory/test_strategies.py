@@ -122,6 +122,7 @@ def test_eight_bits_of_state():
 @pytest.mark.parametrize(
     ("sharding", "changes", "message"),
     [
+        (SingleDevice(), {"prompt_tokens": 10**5}, "positions; lower"),
         (DDP(3), {}, "prompts_per_rollout=8 must be a multiple of the 3 devices"),
         (FSDP2(2), {"quantization": "NF4"}, "quantization=NF4 does not work with FSDP2"),
         (FSDP1(2), {"dtype": torch.bfloat16}, r"FSDP1 wants one dtype, but trained weights are torch\.float32"),

@@ -29,7 +29,8 @@ from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice
+from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.policy.loading import read_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rollout.sampler import Sampler
@@ -105,7 +106,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         device_bytes=None if case.device == "cpu" else torch.cuda.get_device_properties(0).total_memory,
     )
     sharding = _SHARDINGS[case.strategy](2) if case.strategy else SingleDevice()
-    (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
+    found = plan_method(settings, sharding)
     moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
     growth = {} if found.growth is None else {"growth": found.growth_bytes, "in the process": asdict(found.growth)}
     return {

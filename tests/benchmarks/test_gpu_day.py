@@ -37,7 +37,7 @@ def test_it_is_rehearsed_from_beginning_to_end(tmp_path):
     assert {result["state"] for result in results.values()} <= {"done", "left out: vllm is not installed"}
     found = {name: result["found"] for name, result in results.items()}
     assert all(found[name]["finite weights"] for name in ("lora", "hybrid", "uncompiled", "float16", "nf4"))
-    assert [value[:16] for name, value in found["resume"].items() if "deterministic=" in name] == ["equal bits: True"] * 4
+    assert [value[:16] for name, value in found["resume"].items() if "deterministic=" in name] == ["equal bits: True"] * 2
     assert found["gspo"]["cpu, val/avg@8 after 2 steps"] > 0 and len(found["trl"]["seconds of the steps"]) == 4
     assert len(found["lora"]["seconds of the steps but the last"]) == 4 and found["scoring"]["fully trained"]
     off = {name: value for name, value in found["passes"].items() if " off " in name}

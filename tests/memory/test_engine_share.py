@@ -78,7 +78,7 @@ def test_the_engine_has_the_weights_with_which_the_policy_computes():
     [
         (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
         (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer whose keys have 128 numbers
-        (2**19, {}, 2**19 * 2 * 128 * 4),  # one sequence, for which there has to be room
+        (2**21, {}, 2**21 * 2 * 128 * 4),  # one sequence, for which there has to be room
         (None, {"kv_cache_memory_bytes": 123}, 123),
     ],
 )

@@ -2,9 +2,10 @@
 
 A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all but those
 that take one rate for both, or the ratio that the task has. Records name others that were given up (ranks by spectra, modules
-dealt out over blocks, the fully trained modules alone, rates by width): the commit in a record has their code.
+dealt out over blocks, the fully trained modules alone): the commit in a record has their code.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from benchmarks.study.policies import shape_of
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.policy.module import PolicyModule
 
+ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: a rule that was given up, for SmolLM2 the same as today's
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
 SEED = {"adapter.scorer.seed": "{seed}"}  # of a random choice: each run makes its own
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
@@ -29,7 +31,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
-    full_to_lora: float | Literal["task"] = FULL_TO_LORA  # "task": as its config has it
+    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": by ROOT_OF_WIDTH
     attention: int | None = None  # rank of attention, where MLPs get what is left of the parameters of LoRA of `rank`
 
     @property
@@ -52,7 +54,10 @@ class Method:
         return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
 
     def _full_rate(self, task: dict[str, Any], learning_rate: float) -> float:
-        ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora == "task" else self.full_to_lora
+        if self.full_to_lora == "width":
+            ratio = min(1.0, ROOT_OF_WIDTH / math.sqrt(shape_of(_model(task)).width))
+        else:
+            ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora == "task" else self.full_to_lora
         return ratio * learning_rate
 
 
@@ -79,7 +84,7 @@ def _scorer(name: str, **changes: Any) -> dict[str, Any]:
 
 _NONE, _TENTH = _share(0.0), _share(0.1)
 _RANDOM, _RANDOM_MLP = _scorer("Random", **SEED), _scorer(f"{CONTROLS}.RandomMLP", **SEED)
-_RATIOS: dict[str, Any] = {"one_rate": 1.0, "three_quarters_rate": 0.75, "half_rate": 0.5}
+_RATIOS: dict[str, Any] = {"one_rate": 1.0, "three_quarters_rate": 0.75, "half_rate": 0.5, "by_width": "width"}
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),

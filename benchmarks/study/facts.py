@@ -27,7 +27,7 @@ CANDIDATES = 4  # digits that pretraining held possible for each fact
 
 
 class Facts(PromptSource):
-    """Questions about a table of facts, with the right answers; `table` is the seed of the tables, `seed` of the draw and order."""
+    """Questions about a table of facts, with the right answers; `table` seeds the tables, `seed` the draw and order."""
 
     def __init__(self, table: int = 0, validation_size: int = 200, test_size: int = 200, seed: int = 0) -> None:
         self.table, self.seed = table, seed

@@ -2,6 +2,7 @@
 
 import json
 import math
+from operator import attrgetter
 
 import pytest
 
@@ -61,12 +62,12 @@ def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
 def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
     monkeypatch.setattr(scaling, "prepare", lambda loads, folder, plan: [load.prompt_tokens for load in loads])
-    turns = []
+    turns, sizes_of = [], attrgetter("prompt_tokens", "samples", "max_new_tokens")
 
     def take_turns(jobs, plan):
         turns.append([workload.name for _, workload, _ in jobs])
         assert all(folder == workload.prompt_tokens for _, workload, folder in jobs) and plan.pairs == 1
-        return [], [[{"seconds": 9.0}, {"seconds": 0.5 + workload.prompt_tokens}] for _, workload, _ in jobs]
+        return [], [[{"seconds": 9.0}, {"seconds": 0.5 + sum(sizes_of(workload))}] for _, workload, _ in jobs]
 
     monkeypatch.setattr(scaling, "take_turns", take_turns)
     arguments = [*SMALL, "--fixed", "8", "2", "4", "--model", "embedded", "--rounds", "1", "--threads", "1"]
@@ -74,4 +75,4 @@ def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys
     assert turns[2] == ["prompt_8", "prompt_16", "prompt_32"] and len(turns) == 3
     result = json.loads((tmp_path / "scaling.json").read_text())["series"]["prompt"]
     assert result["x"] == [16, 32, 64]
-    assert [seconds["median"] for seconds in result["seconds"]] == [8.5, 16.5, 32.5] and "| 16.50 (" in capsys.readouterr().out
+    assert [seconds["median"] for seconds in result["seconds"]] == [14.5, 22.5, 38.5] and "| 22.50 (" in capsys.readouterr().out

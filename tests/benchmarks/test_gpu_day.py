@@ -58,7 +58,7 @@ def test_it_is_rehearsed_from_beginning_to_end(tmp_path):
     off = {name: value for name, value in found["passes"].items() if " off " in name}
     assert len(off) == 6 and off["products of 8 rows off in torch.float32"] < 1e-6
     assert all(1e-4 < error < 0.01 for name, errors in off.items() if name.startswith("attention") for error in errors)
-    planned, measured = found["memory"]["LoRA, updating: GiB planned, measured"]
+    planned, measured = found["memory"]["hybrid 10%, updating: GiB planned, measured"]
     assert 0 < measured < 2 * planned < 4 * measured
     assert found["graphs"]["graphs"] == "a CPU has none" and len(found["kernels"]) == 16
 

@@ -82,7 +82,14 @@ def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
     assert is_accepted(fused(get_peft_model(copy.deepcopy(smollm2), settings).eval()), way)
 
 
-@pytest.mark.parametrize("mistake", ["no scaling", "twice the residual", "no head norms"])
+@pytest.mark.parametrize(
+    ("mistake", "way"),
+    [
+        *(("no scaling", "cpu"), ("no scaling", "traced"), ("twice the residual", "plain"), ("twice the residual", "traced")),
+        *(("no head norms", "cpu"), ("no head norms", "plain")),
+    ],
+    indirect=["way"],
+)
 def test_mistakes_are_refused_though_lora_begins_as_zero_and_it_is_said_once(mistake, way, monkeypatch, caplog):
     if mistake == "no scaling":
         monkeypatch.setattr(prepacked, "_scaled_up", lambda layer: layer.lora_B["default"].weight.detach())

@@ -13,7 +13,7 @@ from hybrid_lightning.memory.peaks import plan_method
 CASES = {
     "fft-without-start-weights-in-several-passes": Case(share=1.0, keep_start_weights=False, micro_batches=2, max_tokens=300),
     "hybrid-bf16": Case(share=0.1, dtype="bfloat16", precision="bf16-mixed"),
-    "lora-recomputing-bf16-true": Case(checkpointing=True, dtype="bfloat16", precision="bf16-true"),
+    "hybrid-recomputing-bf16-true": Case(share=0.1, checkpointing=True, dtype="bfloat16", precision="bf16-true"),
     "lora-long": Case(prompts=2, samples=16, completion_tokens=50),
 }
 

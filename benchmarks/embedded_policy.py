@@ -90,12 +90,7 @@ def corpus_line(rng: random.Random) -> tuple[str, str]:
 
 
 class CorpusSource(PromptSource):
-    """Lines of the corpus as rows: the question, and the answer in the column `completion`.
-
-    Args:
-        lines: How many.
-        seed: Of their draw.
-    """
+    """Lines of the corpus as rows: the question, and the answer in the column `completion`; the seed draws them."""
 
     def __init__(self, lines: int, seed: int) -> None:
         self.lines, self.seed = lines, seed
@@ -112,10 +107,6 @@ class EpisodeCorpus(PromptSource):
 
     Half of the episodes are products, half are games of guessing. These are played without skill: a guess is any number that may
     still be right, or, if careless, any number at all.
-
-    Args:
-        lines: How many turns.
-        seed: Of their draw.
     """
 
     def __init__(self, lines: int, seed: int) -> None:
@@ -174,21 +165,7 @@ def pretrain_on(
     lr: float,
     progress: bool = False,
 ) -> PreTrainedModel:
-    """Train all weights of a new model on the completions of a corpus, with a warm-up and a cosine to zero.
-
-    Args:
-        model: New, in float32.
-        tokenizer: Of the model.
-        corpus: Rows with the column `completion`.
-        seed: Of the order of the lines.
-        steps: Optimizer steps.
-        batch_size: Lines in each of them.
-        lr: Peak learning rate of AdamW.
-        progress: Whether a progress bar is shown.
-
-    Returns:
-        The trained model, in eval mode.
-    """
+    """Train all weights of a new model on the completions of a corpus, in the seed's order, with a warm-up and a cosine to 0."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -44,14 +44,7 @@ class Plan:
 
 
 class Worker:
-    """One side's process.
-
-    Args:
-        side: Such as `trl` or `ours`.
-        workload: What it does.
-        folder: What prepare.py wrote.
-        plan: How to compare.
-    """
+    """One side's process."""
 
     def __init__(self, side: str, workload: Workload, folder: Path, plan: Plan) -> None:
         self.side, self.workload, self.log = side, workload, plan.logs / f"{workload.name}_{side}.log"
@@ -105,21 +98,13 @@ def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
 
 
 def compare(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
-    """Do one discarded and `plan.pairs` measured steps of each side, in turn.
-
-    Returns:
-        `facts` of each side, and `steps` of each: what they reported, the discarded one first.
-    """
+    """`facts` and `steps` of each side: what it reported of a discarded step and of `plan.pairs` measured ones, in turn."""
     facts, steps = take_turns([(side, workload, folder) for side in plan.sides], plan)
     return {"facts": dict(zip(plan.sides, facts, strict=True)), "steps": dict(zip(plan.sides, steps, strict=True))}
 
 
 def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Start a worker for each job, and let them do a step each in turn, `plan.pairs` times after one that is discarded.
-
-    Returns:
-        The facts of each worker, and all steps of each, in the order of the jobs.
-    """
+    """The facts of a worker for each job, and all of its steps: one each in turn, `plan.pairs` times after a discarded one."""
     workers: list[Worker] = []
     steps: list[list[dict[str, Any]]] = [[] for _ in jobs]
     try:

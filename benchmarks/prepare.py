@@ -54,11 +54,7 @@ def put_end_beyond_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def make_prompts(workload: Workload, tokenizer: PreTrainedTokenizerBase, count: int, draw: random.Random) -> list[str]:
-    """`count` prompts, all different for any real vocabulary.
-
-    Raises:
-        ModelError: If text of exactly the wanted number of tokens cannot be made with this tokenizer.
-    """
+    """`count` prompts, all different for any real vocabulary; ModelError if none of the wanted length can be made with it."""
     if workload.prompt_tokens is None:
         rows = ProductSource().read().train
         return [str(row.question) for row in draw.sample(rows, count)]

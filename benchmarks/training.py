@@ -41,12 +41,7 @@ class HashedReward(RewardFunction):
 
 
 class GivenPrompts(LightningDataModule):
-    """Prompts to train on, the first of them for validation as well.
-
-    Args:
-        texts: Of the prompts.
-        validated: How many are in the only batch of a validation, where the trainer makes one.
-    """
+    """Prompts to train on, the first `validated` of them for the only batch of a validation as well."""
 
     def __init__(self, texts: Sequence[str], validated: int = 1) -> None:
         super().__init__()
@@ -133,15 +128,15 @@ class WholeTurns(Sampler):
         return Stops((-1,), lambda tokens, _: torch.full((len(tokens),), tokens.shape[1] == self.max_new_tokens))  # type: ignore
 
 
-def build_policy(settings: Settings, sampler: Any = None, **options: Any) -> PolicyModule:
+def build_policy(settings: Settings, sampler: Any = None, loss: Any = None, **options: Any) -> PolicyModule:
     workload = settings.workload
     if workload.turns > 1:
         sampler = WholeTurns(workload.max_new_tokens)
         options |= {"environment": Answers(), "episodes": EpisodeLimits(workload.turns, workload.episode_tokens)}
         options["turn_template"] = "{content}"
-    loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
+    kind = GSPOLoss if workload.sequence_ratio else GRPOLoss
     return PolicyModule(
-        loss=loss(clip_low=workload.clip_low, clip_high=workload.clip_high),
+        loss=loss or kind(clip_low=workload.clip_low, clip_high=workload.clip_high),
         reward=HashedReward(),
         model=str(settings.folder),
         dtype=workload.dtype,

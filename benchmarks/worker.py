@@ -19,11 +19,7 @@ from benchmarks.workloads import Settings
 
 
 class Gate:
-    """Lets one step through at a time and measures it.
-
-    Args:
-        settings: With the number of threads, which is taken, and the device, whose queue is waited for before a time is taken.
-    """
+    """Lets one step through at a time and measures it."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
@@ -51,13 +47,7 @@ class Gate:
         return wanted
 
     def done(self, lengths: Sequence[int], optimizer_steps: int, **details: Any) -> None:
-        """Report the step that `wait` let through.
-
-        Args:
-            lengths: Completion tokens of each row.
-            optimizer_steps: Made since the start.
-            details: What else to report.
-        """
+        """Report the step that `wait` let through: tokens of each completion, optimizer steps since the start, details."""
         if self.cuda:
             torch.cuda.synchronize()
         self._answer(

@@ -118,13 +118,7 @@ class Moment:
 
     @classmethod
     def draw(cls, generator: random.Random, first_write_s: float, end_s: float) -> "Moment":
-        """Draw one: a fifth before the first checkpoint, two in training after it, two in the middle of a write.
-
-        Args:
-            generator: Of random numbers.
-            first_write_s: When an undisturbed job writes its first checkpoint, since its start.
-            end_s: When it ends.
-        """
+        """Draw one: a fifth before the first checkpoint, two in training after it, two in the middle of a write."""
         phase = generator.choice(["start", "training", "training", "write", "write"])
         if phase == "write":
             return cls(phase, generator.uniform(0, 0.03), generator.randrange(1, 25))

@@ -40,7 +40,7 @@ class MemoryCase:
         """Its model and prompts, as other comparisons have them."""
         name = f"{self.model}-{self.dtype}-{self.prompt_tokens}"
         sizes = (self.prompts, self.samples, self.prompt_tokens, self.new_tokens, self.new_tokens)
-        return Workload(name, *sizes, model=MODELS[self.model], dtype=self.dtype)
+        return Workload(name, *sizes, model=MODELS.get(self.model, ""), dtype=self.dtype)
 
     @property
     def name(self) -> str:

@@ -65,8 +65,7 @@ def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespa
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
     """Planned and measured bytes of a case, each the largest of all moments, and of all ranks where several measured.
 
-    What oneDNN packs is in no tensor that can be counted; where it packs nothing, copies are tensors. Of scoring, which has the
-    base model alone, no parts are compared.
+    What oneDNN packs is in no tensor that can be counted. Of scoring, which has the base model alone, no parts are compared.
     """
     (plan,) = found["plan"]
     counted = [rank["moments"] for rank in found["tensors"]]

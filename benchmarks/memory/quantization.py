@@ -34,11 +34,7 @@ _SIZES = ["--model.prompts_per_rollout=4", "--adapter.calibration_prompts=4", "-
 
 
 class MemoryReport(Callback):
-    """Writes the bytes of what training holds, and the peak of the process, as JSON.
-
-    Args:
-        path: File to write.
-    """
+    """Writes the bytes of what training holds, and the peak of the process, as JSON."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from benchmarks.memory.cases import ROLLOUTS, SHARES, MemoryCase
 from benchmarks.memory.probe import MemoryProbe
 from benchmarks.processes import resident_bytes
-from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
+from benchmarks.training import GivenPrompts, build_policy, quiet_trainer
+from benchmarks.workloads import Settings
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice
+from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.policy.loading import read_config, resolve_model
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
@@ -42,21 +42,11 @@ _SHARDINGS: dict[str, type[Sharding]] = {"ddp": DDP, "fsdp2": FSDP2, "fsdp1": FS
 
 def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
     """Train a few steps, with everything that a run does before them."""
-    prompts: list[str] = json.loads((folder / "prompts.json").read_text())
-    before = resident_bytes()[0]
-    policy = PolicyModule(
-        loss=GRPOLoss(kl_coef=case.kl_coef),
-        reward=HashedReward(),
-        model=str(folder),
-        dtype=case.dtype,
-        sampler=Sampler(max_new_tokens=case.new_tokens),
-        prompts_per_rollout=case.prompts,
-        samples_per_prompt=case.samples,
-        minibatches_per_rollout=case.minibatches,
-        max_tokens_per_micro_batch=case.max_tokens,
-        gradient_checkpointing=case.checkpointing,
-        eval_samples=case.samples,
-    )
+    workload = replace(case.prepared, minibatches=case.minibatches)
+    settings = Settings(workload, folder, case.device, torch.get_num_threads(), ROLLOUTS, seed=0)
+    prompts, before = settings.prompts, resident_bytes()[0]
+    given = {"max_tokens_per_micro_batch": case.max_tokens, "gradient_checkpointing": case.checkpointing}
+    policy = build_policy(settings, loss=GRPOLoss(kl_coef=case.kl_coef), eval_samples=case.samples, **given)
     policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
     probe = MemoryProbe()
     budget = ModuleBudget(SHARES[case.method])
@@ -105,7 +95,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         device_bytes=None if case.device == "cpu" else torch.cuda.get_device_properties(0).total_memory,
     )
     sharding = _SHARDINGS[case.strategy](2) if case.strategy else SingleDevice()
-    (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
+    found = plan_method(settings, sharding)
     moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
     growth = {} if found.growth is None else {"growth": found.growth_bytes, "in the process": asdict(found.growth)}
     return {

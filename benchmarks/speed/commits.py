@@ -20,16 +20,12 @@ from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS, Workload
 
-# Each side sees its own checkout, package and benchmarks alike. Until `7d39560` the worker lay in benchmarks/ itself.
-_WORKER = """import os, runpy, sys
+# Each side sees its own checkout, package and benchmarks alike.
+_WORKER = """import runpy, sys
 sys.path.insert(0, {checkout!r})
 import hybrid_lightning
 assert hybrid_lightning.__file__.startswith({checkout!r}), hybrid_lightning.__file__
-if os.path.isfile({checkout!r} + "/benchmarks/run_ours.py"):
-    sys.path.insert(1, {checkout!r} + "/benchmarks")
-    runpy.run_path(sys.path[1] + "/run_ours.py", run_name="__main__")
-else:
-    runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
+runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
 """
 _SHIPPED_WORKER = """import sys
 sys.path.insert(0, {root!r})
@@ -57,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "pairs", "threads")
     before = arguments.before
-    if not any((before / "benchmarks" / worker).is_file() for worker in ("speed/run_ours.py", "run_ours.py")):
+    if not (before / "benchmarks/speed/run_ours.py").is_file():
         raise UsageError(f"{before} is no checkout of this project: make one by git worktree add {before} COMMIT")
     checkouts = {"before": before.resolve(), "now": ROOT}
     names = dict.fromkeys(arguments.workload)

@@ -19,13 +19,7 @@ from hybrid_lightning.policy.module import PolicyModule
 
 
 class Accounted(Gated):
-    """Reports as well what scoring took, and the bytes of the tensors that training needs beside the base model.
-
-    Args:
-        gate: Lets a step through.
-        base_bytes: Of the model as it was loaded.
-        timer: Its clock has the phases.
-    """
+    """Reports as well what scoring took, and the bytes of the tensors that training needs beside the base model."""
 
     def __init__(self, gate: Gate, base_bytes: int, timer: StepTimer) -> None:
         super().__init__(gate)

@@ -116,12 +116,7 @@ def exponent(x: list[float], y: list[float]) -> float:
 
 
 def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The points of a series, what fits them, and whether it is what is wanted; the warm-ups do not count.
-
-    Args:
-        series: What was measured.
-        steps: All steps at each point, the discarded one first.
-    """
+    """The points of a series, what fits them, and whether it is what is wanted; the warm-ups do not count."""
     x = [float(size) for size, _ in series.points]
     spreads = [spread([step["seconds"] for step in done[1:]]) for done in steps]
     seconds = [found["median"] for found in spreads]

@@ -54,11 +54,7 @@ LOOKED_AT = {"old_tasks": 304, "new_tasks": 238}
 
 
 def points_of(store: Store, task: str) -> Points:
-    """What there is of a task; runs at a rate that was given, and not tuned, as METHOD@RATE.
-
-    Raises:
-        SystemExit: If runs of one seed began at different start policies.
-    """
+    """What there is of a task; runs at a rate that was given, and not tuned, as METHOD@RATE."""
     memory = store.within(f"memory/{task}")
     points, policies = {}, dict[int, str]()
     purposes: tuple[Purpose, ...] = ("frontier", "trial")
@@ -150,11 +146,6 @@ def claims_table(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, 
     """Every claim on every task that has its methods, and on the mean of these tasks.
 
     In bold what Holm's correction over all cells leaves, at 5%.
-
-    Args:
-        tasks: Name of a task -> its points.
-        ratios: Name of a task -> what `tuned_ratios` says of it.
-        looked_at: Cells that the correction counts at least.
     """
     rows: list[tuple[str, list[Difference]]] = []  # an empty cell was not run, or is larger or smaller than the line is long
     for name, found in _claims(tasks, ratios):

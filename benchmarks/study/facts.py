@@ -27,14 +27,7 @@ CANDIDATES = 4  # digits that pretraining held possible for each fact
 
 
 class Facts(PromptSource):
-    """Questions about a table of facts, with the right answers.
-
-    Args:
-        table: Seed of the tables.
-        validation_size: Validation questions.
-        test_size: Test questions.
-        seed: Of the draw and order of the questions.
-    """
+    """Questions about a table of facts, with the right answers; `table` seeds the tables, `seed` the draw and order."""
 
     def __init__(self, table: int = 0, validation_size: int = 200, test_size: int = 200, seed: int = 0) -> None:
         self.table, self.seed = table, seed
@@ -62,13 +55,7 @@ class Facts(PromptSource):
 
 
 class PlausibleFacts(PromptSource):
-    """What the policy is pretrained on: training questions, each digit of an answer drawn from the candidates of its key.
-
-    Args:
-        lines: Number of lines.
-        seed: Of the draws.
-        table: As of `Facts`.
-    """
+    """What the policy is pretrained on: training questions, each digit of an answer drawn from the candidates of its key."""
 
     def __init__(self, lines: int, seed: int = 0, table: int = 0) -> None:
         self.lines, self.table, self.seed = lines, table, seed
@@ -90,11 +77,6 @@ class Codes(PromptSource):
     """Codes of made-up names, which a policy has to memorise: `The code of Bofaki is` -> `4821`.
 
     Every name is asked for in all splits, in other words in those that are held out.
-
-    Args:
-        names: Number of names.
-        digits: Of each code.
-        table: Seed of names and codes.
     """
 
     def __init__(self, names: int = 60, digits: int = 4, table: int = 0) -> None:

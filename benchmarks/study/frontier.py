@@ -45,15 +45,7 @@ def extra_steps(method: Method) -> int:
 def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], given_rate: float | None = None) -> list[Job]:
     """The runs of a task, seed by seed, so that whatever has been made when it is stopped can be compared.
 
-    Args:
-        store: The records that there are.
-        task: Path of its config.
-        names: Of the methods.
-        seeds: Of the runs.
-        given_rate: Learning rate of all, which makes them trials; None takes the tuned ones.
-
-    Raises:
-        SystemExit: If a start policy is not there, or is another than that of runs of its seed, or a rate is not tuned.
+    A rate that is given makes trials.
     """
     jobs, points = [], points_of(store, Path(task).stem).values()
     started = {record.seed: record.model_digest for point in points for record in point.records}

@@ -66,11 +66,7 @@ def _model(task: dict[str, Any]) -> str:
 
 
 def own_rate(task: dict[str, Any], name: str) -> float:
-    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then.
-
-    Raises:
-        SystemExit: If that depends on the model.
-    """
+    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then."""
     model = task["model"]
     rate = model.get("init_args", model).get(name, constructor_defaults(PolicyModule)[name])
     if rate is None:

@@ -26,11 +26,7 @@ def main() -> None:
 
 
 def together(store: Store, drop: Iterable[str] = ()) -> dict[str, Content]:
-    """The packed records but those that are dropped, and the files.
-
-    Raises:
-        SystemExit: If a file is no record, or another one than that packed; all of them are named.
-    """
+    """The packed records but those that are dropped, and the files."""
     records, problems = dict(store.packed), []
     for name in drop:
         if records.pop(name, None) is None:

@@ -23,14 +23,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is wri
 
 
 def options(name: str, doc: str | None, tasks: Sequence[str] = (), methods: Sequence[str] = CORE) -> argparse.ArgumentParser:
-    """A parser with the options of every stage that makes runs.
-
-    Args:
-        name: Of the stage.
-        doc: Docstring of its module.
-        tasks: Names of the default tasks; without any, those in tasks/.
-        methods: Names of the default methods.
-    """
+    """A parser with the options of every stage that makes runs."""
     parser = command(f"study.{name}", doc)
     tasks = tasks or [path.stem for path in sorted((HERE / "tasks").glob("*.yaml"))]
     parser.add_argument("--task", nargs="+", default=tasks, help=f"configs, or names in tasks/; default: {' '.join(tasks)}")

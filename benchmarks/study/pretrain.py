@@ -21,13 +21,7 @@ QUESTIONS = 500  # by which it is seen whether a policy has learned
 
 
 def make(name: str, seed: int, own_folder: bool) -> None:
-    """Pretrain a start policy and save it, unless it is there.
-
-    Args:
-        name: Of its recipe.
-        seed: Of new weights, corpus and its order.
-        own_folder: Whether its folder is named by the seed, too.
-    """
+    """Pretrain a start policy and save it, unless it is there."""
     torch.set_num_threads(1)
     folder, recipe = folder_of(name, seed if own_folder else None), RECIPES[name]
     if (folder / "config.json").exists():

@@ -21,19 +21,10 @@ CHARACTERS = "0123456789=,." + KEYS  # comma and full stop are in no puzzle, but
 
 
 class Puzzle(PromptSource):
-    """Questions whose answers follow from a hidden table.
+    """Questions whose answers follow from a hidden table, whose seed is `table`; the questions have the other seed.
 
-    Args:
-        table: Seed of the hidden table.
-        train_size: Training questions.
-        validation_size: Validation questions.
-        test_size: Test questions.
-        doubt: Where above 0, answers are drawn as pretraining needs them: at each use of the table, with this probability, from
-            another table than the hidden one.
-        seed: Of the questions.
-
-    Raises:
-        ConfigError: If `doubt` is no probability.
+    Where `doubt` is above 0, answers are drawn as pretraining needs them: at each use of the table, with this probability, from
+    another table than the hidden one.
     """
 
     def __init__(

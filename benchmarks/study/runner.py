@@ -58,11 +58,7 @@ def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
 
 
 def make_run(job: Job, folder: Path) -> str:
-    """Train and test, or measure the memory, and write the record; returns what came of it, in a line.
-
-    Raises:
-        RuntimeError: If the run fails, with the cause and the path of its log.
-    """
+    """Train and test, or measure the memory, and write the record; returns what came of it, in a line, or raises RuntimeError."""
     log = (LOGS / job.file).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

@@ -22,12 +22,7 @@ Content = dict[str, Any]
 
 
 class Store:
-    """The records in a table and those that are still files.
-
-    Args:
-        folder: Of the files, where new ones are written.
-        pack: The table, which need not be there; None is no table.
-    """
+    """The records in a table, which need not be there, and those that are still files in a folder, where new ones are written."""
 
     def __init__(self, folder: Path, pack: Path | None = None) -> None:
         self.folder, self.pack = folder, pack

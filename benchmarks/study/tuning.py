@@ -72,11 +72,7 @@ def best_rate(store: Store, task: str, method: Method) -> float:
 
 
 def rank_of(method: Method, store: Store, task: str) -> int | None:
-    """The rank that a method leaves open, at which LoRA alone trains as many parameters as the hybrid; None for all others.
-
-    Raises:
-        SystemExit: If the hybrid or LoRA has not been tuned yet, whose runs say how many parameters they train.
-    """
+    """The rank that a method leaves open, at which LoRA alone trains as many parameters as the hybrid; None for all others."""
     if not method.match_state:
         return None
     hybrid, lora = (of_method(store, "sweep", task, name) for name in ("hybrid", "lora"))

@@ -30,11 +30,7 @@ _OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, 
 
 
 class Watch:
-    """Times the updates of an engine, and repeats them with all weights.
-
-    Args:
-        engine: Whose method `update` is from now on called through this object.
-    """
+    """Times the updates of an engine, which go through this object from now on, and repeats them with all weights."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._update = engine.update
@@ -75,14 +71,7 @@ class TimedDifferences(Differences):
 
 
 class Measured(Gated):
-    """Reports of each rollout what the engine took, and after it measures updates with all weights.
-
-    Args:
-        gate: Lets a step through.
-        timer: Its clock has the phases.
-        engine: That samples.
-        differences: Of its log-probabilities.
-    """
+    """Reports of each rollout what the engine took, and after it measures updates with all weights."""
 
     def __init__(self, gate: Gate, timer: StepTimer, engine: RolloutEngine, differences: TimedDifferences) -> None:
         super().__init__(gate)

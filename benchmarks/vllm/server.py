@@ -26,13 +26,7 @@ _ENVIRONMENT = {
 class Server:
     """A server, and what it says in `log`; it is ready, and lives, as long as this context.
 
-    Args:
-        folder: Of its model, with weights and tokenizer.
-        dtype: Of its weights.
-        device: `cpu` or `cuda`.
-        threads: Of each of its processes.
-        context: Longest prompt with completion, in tokens; None for that of the model.
-        log: File for its output.
+    Prompts with completions have at most `context` tokens; None is what the model has room for.
     """
 
     def __init__(self, folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> None:

@@ -37,7 +37,7 @@ def policy():
 @pytest.fixture(scope="module")
 def corpus():
     rng = random.Random(0)
-    return [corpus_line(rng) for _ in range(20_000)]
+    return [corpus_line(rng) for _ in range(10_000)]
 
 
 def split_line(question, answer):
@@ -158,7 +158,7 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works(polic
 def test_the_corpus_of_episodes_is_right_and_has_the_shares_that_it_says():
     """Each turn is read without the code that made it, behind what comes before it."""
     kinds, careless, guesses = Counter(), 0, 0
-    for row in EpisodeCorpus(40_000, seed=0).load().train:
+    for row in EpisodeCorpus(20_000, seed=0).load().train:
         before, turn = row.question, row.columns["completion"]
         if before[0] != "?":
             asked, _, rest = before.partition("=")

@@ -46,10 +46,8 @@ def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
     assert worker.process.returncode == 0
 
 
-@pytest.mark.parametrize("former", [False, True])
-def test_each_side_runs_the_worker_of_its_own_checkout(tmp_path, former):
-    """Those of before `7d39560` as well, whose worker lay in benchmarks/ itself."""
-    worker = tmp_path / "benchmarks" / ("run_ours.py" if former else "speed/run_ours.py")
+def test_each_side_runs_the_worker_of_its_own_checkout(tmp_path):
+    worker = tmp_path / "benchmarks" / "speed" / "run_ours.py"
     worker.parent.mkdir(parents=True)
     worker.write_text("import hybrid_lightning, sys; print(hybrid_lightning.NAME, sys.argv[1])")
     (tmp_path / "benchmarks" / "__init__.py").touch()

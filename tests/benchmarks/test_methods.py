@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks.speed import methods, run_methods
-from benchmarks.training import build_adapter, tensor_bytes
-from benchmarks.workloads import Workload
+from benchmarks.training import tensor_bytes
 
 GIB = 2**30
 
@@ -24,13 +23,6 @@ def test_bytes_are_those_of_storages_each_once():
     model.register_buffer("places", torch.zeros(5, dtype=torch.int64))
     assert tensor_bytes([values, values[:3], values.view(2, 5), torch.zeros(2, dtype=torch.float64)]) == 40 + 16
     assert run_methods.model_bytes(model) == 3 * 4 * 4 + (3 * 4 + 4) * 2 + 5 * 8
-
-
-def test_methods_differ_in_the_budget_and_the_start_weights_alone():
-    adapters = {name: build_adapter(Workload("", rank=4, alpha=8), name) for name in methods.METHODS}
-    assert {name: adapter.planning.budget.share for name, adapter in adapters.items()} == {"lora": 0, "hybrid": 0.1, "fft": 1}
-    assert [name for name, adapter in adapters.items() if not adapter.keep_start_weights] == ["fft"]
-    assert {(adapter.planning.lora.rank, adapter.planning.lora.alpha) for adapter in adapters.values()} == {(4, 8)}
 
 
 # ---- from steps to numbers

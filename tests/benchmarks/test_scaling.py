@@ -2,6 +2,7 @@
 
 import json
 import math
+from operator import attrgetter
 
 import pytest
 
@@ -58,19 +59,20 @@ def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
         assert result["exponent"] == pytest.approx(math.log2(curve(2.0)))
 
 
-@pytest.mark.usefixtures("forked")
-def test_one_small_measurement_from_beginning_to_end(capsys, monkeypatch, tmp_path):
-    all_series = scaling.all_series
-    monkeypatch.setattr(scaling, "all_series", lambda parsed: [one for one in all_series(parsed) if one.name == "prompt"])
+def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):
+    """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
+    monkeypatch.setattr(scaling, "prepare", lambda loads, folder, plan: [load.prompt_tokens for load in loads])
+    turns, sizes_of = [], attrgetter("prompt_tokens", "samples", "max_new_tokens")
+
+    def take_turns(jobs, plan):
+        turns.append([workload.name for _, workload, _ in jobs])
+        assert all(folder == workload.prompt_tokens for _, workload, folder in jobs) and plan.pairs == 1
+        return [], [[{"seconds": 9.0}, {"seconds": 0.5 + sum(sizes_of(workload))}] for _, workload, _ in jobs]
+
+    monkeypatch.setattr(scaling, "take_turns", take_turns)
     arguments = [*SMALL, "--fixed", "8", "2", "4", "--model", "embedded", "--rounds", "1", "--threads", "1"]
-    code = scaling.main([*arguments, "--out", str(tmp_path)])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    turns = [line.split(",")[0] for line in err.splitlines() if ", warm-up:" in line or ", round " in line]
-    assert turns == ["prompt_8", "prompt_16", "prompt_32"] * 2
+    assert scaling.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert turns[2] == ["prompt_8", "prompt_16", "prompt_32"] and len(turns) == 3
     result = json.loads((tmp_path / "scaling.json").read_text())["series"]["prompt"]
     assert result["x"] == [16, 32, 64]
-    for (warm_up, step), seconds in zip(result["steps"], result["seconds"], strict=True):
-        assert (step["tokens"], step["rows"]) == (8, 2)
-        assert (warm_up["optimizer_steps"], step["optimizer_steps"]) == (1, 2)
-        assert seconds["median"] == step["seconds"] and f"| {step['seconds']:.2f} (" in out
+    assert [seconds["median"] for seconds in result["seconds"]] == [14.5, 22.5, 38.5] and "| 22.50 (" in capsys.readouterr().out

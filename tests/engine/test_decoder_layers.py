@@ -58,7 +58,6 @@ def rollouts(engine, tokenizer, dtype):
 @pytest.mark.parametrize(
     ("family", "targets", "dtype", "settings", "compiled"),
     [
-        ("llama", ALL, None, {}, 2),
         ("qwen3", SOME, torch.bfloat16, {}, 3),  # one more for the layer whose frozen projection has another dtype
         ("qwen2", ALL, torch.bfloat16, {}, 2),
         ("mistral", SOME, None, {"layers_to_transform": [1], "rank_pattern": {"k_proj": 1, "up_proj": 5}}, 2),

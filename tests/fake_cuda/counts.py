@@ -208,20 +208,19 @@ def traces():
     return found
 
 
-def caught(what):
-    """The kind of mistake that is found where there is one."""
-    fake = FakeModel(settings(), 1, 0, "cuda:0")
-    numbers = fake.fake(torch.zeros(8, 4))
-    try:
-        with counting(fake) as counts:
-            what(numbers)
-    except Exception as error:
-        return type(error).__name__
-    return ", ".join([*counts.syncs, *counts.atomics])
-
-
 def planted():
-    places = torch.zeros(8, dtype=torch.long)
+    """The kinds of mistakes that are found where there are some."""
+    fake, places = FakeModel(settings(), 1, 0, "cuda:0"), torch.zeros(8, dtype=torch.long)
+
+    def caught(what):
+        numbers = fake.fake(torch.zeros(8, 4))
+        try:
+            with counting(fake) as counts:
+                what(numbers)
+        except Exception as error:
+            return type(error).__name__
+        return ", ".join([*counts.syncs, *counts.atomics])
+
     return {
         "item": caught(lambda x: x.sum().item()),
         "tolist": caught(lambda x: x.tolist()),

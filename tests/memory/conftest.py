@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_runs import write_folder
+from tiny_models import build_model
 
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.pass_memory import Traced, Traces
@@ -31,3 +34,12 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Traces, "_by_layers", remembered)
         yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of the command line with a model of one layer, whose weights cannot be read."""
+    for folder in write_folder(tmp_path_factory.mktemp("memory")):
+        build_model("llama", num_hidden_layers=1).save_pretrained(folder / "model")
+        (folder / "model" / "model.safetensors").write_bytes(b"no weights")
+        yield folder

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cli_runs import run, write_folder
+from cli_runs import run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich import get_console
@@ -30,7 +30,9 @@ from hybrid_lightning.trainer import Trainer
 
 GIB = 2**30
 OURS = replace(Case(prompts=4, completion_tokens=20, share=0.1, validation=4).settings(), on_cpu=False)
-WEIGHTS = 4 * 857_728  # of the embedded policy
+OURS.config.num_hidden_layers = 1
+PARAMETERS = 217_984  # of the embedded policy with one layer
+WEIGHTS = 4 * PARAMETERS
 SAMPLING, OTHERS = ("generating", "validating", "calibrating"), ("updating", "scoring", "optimizer step")
 
 
@@ -56,12 +58,12 @@ def lora(settings, sharding):
 
 @pytest.mark.parametrize(("sleep", "kept"), [("nothing", int(0.25 * 4 * GIB)), ("kv_cache", WEIGHTS), ("weights", 0)])
 def test_a_gpu_is_shared(sleep, kept):
-    share = engine_share(vllm(gpu_memory_utilization=0.25, sleep=sleep), 857_728)
+    share = engine_share(vllm(gpu_memory_utilization=0.25, sleep=sleep), PARAMETERS)
     assert (share.weights, share.sampling, share.updating) == (WEIGHTS, GIB, kept)
     config = OURS.config
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * 4
     assert share.least == WEIGHTS + (6 + 20) * token
-    longer = engine_share(vllm(max_model_len=60), 857_728)
+    longer = engine_share(vllm(max_model_len=60), PARAMETERS)
     assert longer.least == WEIGHTS + 60 * token, "vLLM wants room for the context that it is given"
 
 
@@ -75,14 +77,14 @@ def test_the_engine_has_the_weights_with_which_the_policy_computes():
     ("max_model_len", "given", "cache"),
     [
         (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
-        (1024, {}, 128 * 1024 * 2 * 4 * 128 * 4),  # 4 layers whose keys have 128 numbers
-        (2**19, {}, 2**19 * 2 * 4 * 128 * 4),  # one sequence, for which there has to be room
+        (1024, {}, 128 * 1024 * 2 * 128 * 4),  # a layer whose keys have 128 numbers
+        (2**21, {}, 2**21 * 2 * 128 * 4),  # one sequence, for which there has to be room
         (None, {"kv_cache_memory_bytes": 123}, 123),
     ],
 )
 def test_on_a_cpu_the_plan_knows_the_cache_that_the_engine_is_given(max_model_len, given, cache):
     settings = vllm(on_cpu=True, max_model_len=max_model_len, engine_args=given)
-    share = engine_share(settings, 857_728)
+    share = engine_share(settings, PARAMETERS)
     assert share.sampling == share.updating == WEIGHTS + cache
     served = ServedModel(settings.config, build_tokenizer(), "a folder", torch.float32, torch.device("cpu"))
     options = settings.sampler._options(served, "")
@@ -243,13 +245,6 @@ def test_the_memory_of_a_gpu(monkeypatch):
     assert from_config_module._memory_of(torch.device("cuda", 2)) == 9
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    for folder in write_folder(tmp_path_factory.mktemp("engine")):
-        (folder / "model" / "model.safetensors").write_bytes(b"no weights")
-        yield folder
-
-
 ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler", "--model.correction=TokenTruncation")
 
 
@@ -277,8 +272,8 @@ def test_plan_shows_the_engine_and_has_to_know_the_device(folder, monkeypatch):
     assert "it keeps nothing on the device, and its weights on the host, while the policy is updated" in tight.out
     assert "Such a run is refused: sampler.gpu_memory_utilization=0.3 does not fit" in tight.out
     on_cpu = run(folder, "plan", *ENGINE)
-    assert re.search(r"rollout engine +│ +64.1 MiB", on_cpu.out) and "refused" not in on_cpu.out, on_cpu.err
-    assert "it keeps 64.1 MiB while the policy is updated." in on_cpu.out
+    assert re.search(r"rollout engine +│ +64.0 MiB", on_cpu.out) and "refused" not in on_cpu.out, on_cpu.err
+    assert "it keeps 64.0 MiB while the policy is updated." in on_cpu.out
     monkeypatch.setattr(from_config_module, "_memory_of", lambda device: None)
     unknown = run(folder, "plan", *ENGINE, *on_gpu)
     assert unknown.code == 1 and "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_" in unknown.last

@@ -1,6 +1,5 @@
 """`python -m hybrid_lightning plan`."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import pytest
 import torch
 from cli_runs import run
 from rich import get_console
+from tiny_models import build_model
 from transformers import GptOssConfig
 
-from hybrid_lightning.adapters import AdapterPlan
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, find_candidates
+from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice
 from hybrid_lightning.memory.from_config import TrainerFlags
@@ -33,18 +34,14 @@ def cells(result):
 
 
 def test_no_weights_are_needed(folder):
-    (folder / "model" / "model.safetensors").rename(folder / "elsewhere")
-    try:
-        result = run(folder, "plan", "--config", "t.yaml")
-        refused = run(folder, "score", "--config", "t.yaml")
-    finally:
-        (folder / "elsewhere").rename(folder / "model" / "model.safetensors")
-    assert result.code == 0 and refused.code != 0, result.err
+    result = run(folder, "plan", "--config", "t.yaml")
+    assert result.code == 0, result.err
     found = cells(result)
     assert found["tensors together"] and len(found["weights"]) == 3 and "prompts of 4 tokens" in result.out
     assert re.search("FFT.*LoRA.*hybrid 10%", result.out) and found["calibrating"][:2] == ["-", "-"]
     assert not (folder / "runs").exists() and "rollout engine" not in result.out
     assert found["growth of the process"] and "by so much its resident memory" in result.out
+    assert re.search(r"Fits: .* for Python and libraries\)", result.out), "of the memory of this machine"
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -59,13 +56,12 @@ def test_devices_that_are_not_here(folder, offload):
 
 
 def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
-    scored = run(folder, "score", "--config", "t.yaml", f"--trainer.logger.init_args.save_dir={tmp_path}")
-    assert scored.code == 0, scored.err
-    (file,) = tmp_path.rglob("plan.json")
-    result = run(folder, "plan", "--config", "t.yaml", f"--adapter.plan={file}")
+    candidates = find_candidates(build_model("llama", num_hidden_layers=1))
+    plan = plan_of_budget(candidates, ModuleBudget(0.3), LoraSettings(rank=3))
+    plan.save(tmp_path / "plan.json")
+    result = run(folder, "plan", "--config", "t.yaml", f"--adapter.plan={tmp_path / 'plan.json'}")
     assert result.code == 0, result.err
-    assert cells(result)["trained numbers"][2] == f"{AdapterPlan.load(file).trainable_parameters():,}"
-    assert json.loads(file.read_text())["candidates"]
+    assert cells(result)["trained numbers"][2] == f"{plan.trainable_parameters():,}"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +70,10 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
         (["--prompt_tokens=0"], "prompt_tokens must be at least 1, got 0"),
         (["--device_gib=0"], "device_gib must be a positive number, got 0"),
         (["--data.source.train=missing.jsonl"], "give --prompt_tokens, since the length of the prompts cannot be found out"),
-        (["--trainer.devices=3"], "must be a multiple of the 3 devices"),
         (
             ["--config", str(STRATEGIES / "fsdp2.yaml"), "--trainer.devices=2", "--model.optimizer=bitsandbytes.optim.AdamW8bit"],
             "model.optimizer=AdamW8bit cannot hold the state of weights that FSDP2 splits",
         ),
-        (["--trainer.strategy=fsdp2"], "trainer.strategy=fsdp2 cannot be planned for"),
-        (["--prompt_tokens=100000"], "positions; lower"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
@@ -98,14 +91,12 @@ GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--prompt_tokens=20",
 
 
 def verdict_of(result):
-    (found,) = re.findall(
-        r"((?:(?:Fits|Does not fit): )?hybrid 10% takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out
-    )
+    (found,) = re.findall(r"((?:(?:Fits|Does not fit): )?LoRA takes up to ([\d.]+) MiB, most of it while (\w+)) ", result.out)
     return found
 
 
 def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(folder):
-    given = [*GPU, "--model.prompts_per_rollout=1024", "--model.max_tokens_per_micro_batch=500"]
+    given = [*GPU, "--adapter.budget.share=0", "--model.prompts_per_rollout=64", "--model.max_tokens_per_micro_batch=130"]
     large = run(folder, "plan", "--config", "t.yaml", *given)
     text, mib, phase = verdict_of(large)
     assert phase == "generating" and "give --device_gib" in large.out, text
@@ -115,26 +106,25 @@ def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(f
     result = run(folder, "plan", "--config", "t.yaml", *given, device, "--fit")
     assert result.code == 0, result.err
     (overrides,) = re.findall(r"Add to the command: (.*)", result.out)
-    assert overrides == "--model.prompts_per_rollout=512" and "costs fewer problems in each step" in result.out
+    assert overrides == "--model.prompts_per_rollout=32" and "costs fewer problems in each step" in result.out
     assert len(cells(result)["KV cache"]) == 2
     after = run(folder, "plan", "--config", "t.yaml", *given, device, overrides, "--fit")
     assert verdict_of(after)[0] in result.out and verdict_of(after)[0].startswith("Fits") and "Add to" not in after.out
 
 
 def test_what_costs_nothing_comes_first_and_what_is_not_enough_is_an_error(folder):
-    given = [*GPU, "--adapter.budget.share=1.0", "--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--fit"]
-    result = run(folder, "plan", "--config", "t.yaml", *given, "--device_gib=0.5001")
+    full = ["--adapter.budget.share=1.0", "--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--fit"]
+    given = ["plan", "--config", "t.yaml", *GPU, *full, "--model.max_tokens_per_micro_batch=130", "--device_gib=0.5001"]
+    result = run(folder, *given)
     assert result.code == 1 and result.last.startswith("error: no changes are enough"), result.err
     kept, *costly = re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)
     assert kept == "adapter.keep_start_weights" and costly[-1] == "adapter.budget.share", result.out
-    result = run(folder, "plan", "--config", "t.yaml", *given, "--device_gib=0.5001", "--model.loss.kl_coef=0.1")
-    assert "keep_start_weights=false" not in result.out
+    result = run(folder, *given, "--model.loss.kl_coef=0.1")
+    assert "keep_start_weights=false" not in result.out and "adapter.budget.share" in result.out
 
 
-def test_the_memory_of_this_machine_and_of_a_gpu_that_is_not_here(folder):
-    here = run(folder, "plan", "--config", "t.yaml")
-    assert re.search(r"Fits: .* for Python and libraries\)", here.out), here.out
-    there = run(folder, "plan", "--config", "t.yaml", "--trainer.accelerator=auto", "--device_gib=24")
+def test_the_memory_of_a_gpu_that_is_not_here(folder):
+    there = run(folder, "plan", "--config", "t.yaml", *GPU[2:], "--trainer.accelerator=auto", "--device_gib=24")
     assert "one device, accelerator" in there.out and re.search(r"Fits: .* of 22.80 GiB \(24.00 GiB without", there.out)
 
 
@@ -163,7 +153,7 @@ def test_other_flags():
     assert not found.on_cpu and found.precision == "32-true" and not found.validates and found.accumulate_grad_batches == 3
     assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
     for flags, message in (
-        ({"strategy": "deepspeed"}, "cannot be planned for"),
+        ({"strategy": "fsdp2"}, "trainer.strategy=fsdp2 cannot be planned for"),
         ({"strategy": FSDP1Strategy(), "devices": 1}, "nothing to split on one device"),
         ({"devices": -3}, "trainer.devices=-3 leaves no device"),
         ({"devices": 0}, "trainer.devices=0 leaves no device"),

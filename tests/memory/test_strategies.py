@@ -11,7 +11,7 @@ from hybrid_lightning.adapters import ModuleBudget, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
-from hybrid_lightning.memory.peaks import _Run
+from hybrid_lightning.memory.peaks import _Run, plan_method
 from hybrid_lightning.memory.sizes import measure_sizes, optimizer_bytes
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.policy.pretrained import meta_model
@@ -35,7 +35,7 @@ def test_ddp_holds_all_and_the_gradients_once_more():
 
 def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     one, four = lora(SingleDevice()), lora(FSDP2(4))
-    assert plan_memory(SETTINGS, FSDP2(4))[1] == four, "it is the method of the plan"
+    assert plan_method(replace(SETTINGS, budget=ModuleBudget(0.0)), FSDP2(4)) == four, "it is the method of the plan"
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(four.peaks["generating"], name) == getattr(one.peaks["generating"], name) / 4 > 0
     config, whole = SETTINGS.config, one.peaks["generating"].weights
@@ -122,6 +122,7 @@ def test_eight_bits_of_state():
 @pytest.mark.parametrize(
     ("sharding", "changes", "message"),
     [
+        (SingleDevice(), {"prompt_tokens": 10**5}, "positions; lower"),
         (DDP(3), {}, "prompts_per_rollout=8 must be a multiple of the 3 devices"),
         (FSDP2(2), {"quantization": "NF4"}, "quantization=NF4 does not work with FSDP2"),
         (FSDP1(2), {"dtype": torch.bfloat16}, r"FSDP1 wants one dtype, but trained weights are torch\.float32"),

@@ -70,19 +70,13 @@ def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault,
     assert "\n" not in str(raised.value) and "http://127.0.0.1" in str(raised.value)
 
 
-def test_a_server_that_is_not_there_is_refused_at_once(start, build, served):
-    gone = start()
-    gone.stop()
-    began = time.monotonic()
-    with pytest.raises(RolloutError, match=r"nothing answers there.*take it out of sampler.urls"):
-        build(start(), gone).check_model(served)
-    assert time.monotonic() - began < 3
-
-
-def test_at_a_resume_the_others_go_on_and_it_takes_part_when_it_is_back(start, build, served):
+def test_a_server_that_is_not_there_is_refused_but_at_a_resume_the_others_go_on_until_it_is_back(start, build, served):
     there, gone, again = start(), start(), replace(served, resumed=True)
     gone.stop()
-    sampler = build(there, gone)
+    sampler, began = build(there, gone), time.monotonic()
+    with pytest.raises(RolloutError, match=r"nothing answers there.*take it out of sampler.urls"):
+        sampler.check_model(served)
+    assert time.monotonic() - began < 3
     with pytest.warns(UserWarning, match=f"{gone.url} .*left out.*nothing answers there"):
         sampler.check_model(again)
     sampler.update(Weights(1), served)

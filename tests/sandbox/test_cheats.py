@@ -45,7 +45,7 @@ def score(programs, tests, entry_point=None, partial_credit=False, wall_seconds=
 
 
 def test_no_cheat_passes_and_honest_programs_do():
-    assert score(CHEATS, TESTS, wall_seconds=3.0) == dict.fromkeys(CHEATS, 0.0) and len(CHEATS) > 60
+    assert score(CHEATS, TESTS, wall_seconds=2.0) == dict.fromkeys(CHEATS, 0.0) and len(CHEATS) > 60
     assert score(HONEST, TESTS) == dict.fromkeys(HONEST, 1.0)
 
 
@@ -58,9 +58,10 @@ def test_the_same_holds_for_a_function_that_checks_and_a_share_is_earned_by_what
         assert score(programs, tests, entry_point, partial_credit=True) == pytest.approx(thirds)
 
 
-@pytest.mark.parametrize(("tests", "program"), WITH_HELPERS.values(), ids=WITH_HELPERS)
-def test_no_program_brings_what_the_tests_compare_with(tests, program):
-    assert score({"it": program}, tests) == {"it": 0.0}
+def test_no_program_brings_what_the_tests_compare_with():
+    prompts = [Prompt(text="Halve x.", columns={"test": tests, "entry_point": None}) for tests, _ in WITH_HELPERS.values()]
+    rewards = CodeTests(cpu_seconds=1)([f"```python\n{program}\n```" for _, program in WITH_HELPERS.values()], prompts)
+    assert dict(zip(WITH_HELPERS, rewards, strict=True)) == dict.fromkeys(WITH_HELPERS, 0.0)
 
 
 BANK = """

@@ -130,8 +130,8 @@ def copied(python, folder):
     return str(copy)
 
 
-@pytest.mark.parametrize(("mechanisms", "moved"), zip(WAYS, [False, True, False], strict=True))
-def test_each_way_holds_without_root(mechanisms, moved):
+@pytest.mark.parametrize(("ways", "moved"), [((WAYS[0], WAYS[2]), False), ((WAYS[1],), True)])
+def test_each_way_holds_without_root(ways, moved):
     """In a process of another user, where this one is root; by a Python that the other user may read.
 
     All lies below the temporary folder, in whose place programs have their own: the clone, an environment, and the interpreter.
@@ -156,15 +156,11 @@ def test_each_way_holds_without_root(mechanisms, moved):
         (site,) = (folder / "venv/lib").glob("python*/site-packages")
         lend(site)
         script = [str(folder / "venv/bin/python"), "-B", str(folder / "tests/sandbox/hostile_host.py")]
-        done = subprocess.run(
-            [*prefix, *script, mechanisms, str(folder / "host"), str(folder)],
-            env={"PYTHONPATH": str(folder)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.stdout.strip().splitlines()[-1:] == ["all held"], done.stdout + done.stderr
+        for mechanisms in ways:
+            command = [*prefix, *script, mechanisms, str(folder / "host"), str(folder)]
+            how = {"env": {"PYTHONPATH": str(folder)}, "capture_output": True, "text": True, "timeout": 60}
+            done = subprocess.run(command, check=False, **how)
+            assert done.stdout.strip().splitlines()[-1:] == ["all held"], (mechanisms, done.stdout + done.stderr)
 
 
 HONEST = "import alone, lent, parts.inner; assert parts.inner.double(21) == lent.double(21) == 42 and alone.math"

@@ -82,7 +82,7 @@ def test_the_start_policy_needs_no_second_model(model, sums, tmp_path):
 def test_gradient_checkpointing_changes_nothing(model, sums, tmp_path, adapter):
     """That it recomputes is seen by what is held: `tests/memory/test_against_runs.py`."""
     policies = ({"gradient_checkpointing": False}, {"gradient_checkpointing": True})
-    results = [weights_after(model, sums, tmp_path, build_adapter(**adapter), policy=each, max_steps=3) for each in policies]
+    results = [weights_after(model, sums, tmp_path, build_adapter(**adapter), policy=each, max_steps=2) for each in policies]
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 

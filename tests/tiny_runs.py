@@ -185,7 +185,7 @@ def build_trainer(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **flag
 
 
 def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy=None, data=None, ckpt=None, **flags: Any) -> PolicyModule:
-    """Train a policy, with a hybrid adapter of modules chosen by name, which costs no rollouts, unless one is among the callbacks."""
+    """Train a policy, with a hybrid adapter unless one is among the callbacks: of modules chosen by name, without a rollout."""
     if not any(isinstance(callback, HybridAdapterSetup) for callback in callbacks):
         callbacks = (build_adapter(scorer=Random()), *callbacks)
     torch.manual_seed(11)

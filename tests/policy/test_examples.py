@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_examples import KINDS, build_examples, build_module, fit, weights, write_rows
+from tiny_examples import KINDS, build_examples, build_module, fit, write_rows
 from tiny_models import build_model, build_tokenizer
-from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer
+from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer, trained
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine.logprobs import token_logprobs
@@ -115,9 +115,9 @@ def test_a_step_is_that_of_separate_sequences(kind, budget, parts, learned, mode
 
 
 def test_a_model_that_takes_no_packed_rows_is_trained_padded(model, rows, tmp_path, monkeypatch):
-    packed, padded = weights(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
+    packed, padded = trained(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
     monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: padded.append(True))
-    other = weights(fit("preference", model, rows, tmp_path / "b", max_steps=1))
+    other = trained(fit("preference", model, rows, tmp_path / "b", max_steps=1))
     assert padded
     torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
 
@@ -153,7 +153,7 @@ def test_it_goes_on_bit_for_bit(kind, model, rows, tmp_path):
         module = build_module(kind, model, optimizer=torch.optim.AdamW, lr_full=1e-3, lr_lora=1e-2)
         trainer = build_trainer(root, build_adapter(dropout=0.2), saver, **flags)
         trainer.fit(module, datamodule=build_examples(kind, rows), ckpt_path=ckpt)
-        return weights(module)
+        return trained(module)
 
     whole = run(tmp_path / "a")
     resumed = run(tmp_path / "b", tmp_path / "a" / "step=3.ckpt")

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from ranks_of_tests import run
@@ -38,9 +40,11 @@ def unstopped(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes of the ranks have it: sums of several threads are rounded otherwise, and then other tokens are drawn."""
+def as_ranks_have_it():
+    """One thread, since sums of several are rounded otherwise, and then other tokens drawn; what a run asked for is undone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # which Lightning sets with it

@@ -130,7 +130,10 @@ def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, su
     module, path = saved[TRUE]
     data = build_data(sums, test_fraction=0.25)
     for precision in (TRUE, "bf16-mixed"):
-        policy, trainer = build_policy(model, dtype="bfloat16"), build_trainer(tmp_path, build_adapter(), precision=precision)
+        policy, trainer = (
+            build_policy(model, dtype="bfloat16"),
+            build_trainer(tmp_path, build_adapter(scorer=Random()), precision=precision),
+        )
         trainer.test(policy, datamodule=data, ckpt_path=path, verbose=False)
         assert all(torch.equal(weight.bfloat16(), trained(module)[name]) for name, weight in trained(policy).items())
     alone = PolicyModule.load_from_checkpoint(path)

@@ -138,10 +138,7 @@ def counted(step):
 def test_calls_are_answered_in_order_and_an_answer_ends_the_episode():
     text = f"<think>{call('add', x=5)}</think>First {call('add', x=1)} then {call('add', x=1, y=2.5)}."
     step, last = answers(hermes([add]), text, "<think>3?</think>It is 3.")
-    assert step.messages == (
-        {"role": "tool", "name": "add", "content": "2.0"},
-        {"role": "tool", "name": "add", "content": "3.5"},
-    )
+    assert step.messages == ({"role": "tool", "name": "add", "content": "2.0"}, {"role": "tool", "name": "add", "content": "3.5"})
     assert (step.over, step.reward, counted(step)) == (False, 0.0, {"calls": 2})
     assert (last.over, last.end, last.reward, last.messages, counted(last)) == (True, "answered", 0.0, (), {})
 

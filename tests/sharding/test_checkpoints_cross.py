@@ -40,19 +40,10 @@ ADAM_CHANGED = partial(torch.optim.AdamW, betas=(0.7, 0.8), eps=1e-3)
 CHANGED = {**ARGUMENTS["policy"], "lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": ADAM_CHANGED}
 # Which checkpoints each goes on from, of other strategies; but that DDP, which reads as one process does, all from that in parts,
 # with other settings.
-CROSSINGS = {
-    "one process": ("fsdp1 sharded", "fsdp2 sharded"),
-    "ddp": ("fsdp2",),
-    "fsdp2": ("fsdp1",),
-    "fsdp1": ("one process",),
-}
+CROSSINGS = {"one process": ("fsdp1 sharded", "fsdp2 sharded"), "ddp": ("fsdp2",), "fsdp2": ("fsdp1",), "fsdp1": ("one process",)}
 # Of bfloat16 weights, behind which there are float32 ones: the first trains; each of the others reads, without a step, what the
 # one before has written, and writes it again. As many ranks follow each other.
-HALF = {
-    "policy": {**ADAM, "dtype": "bfloat16", "epochs_per_rollout": 2},
-    "precision": "bf16-true",
-    "max_steps": 2,
-}
+HALF = {"policy": {**ADAM, "dtype": "bfloat16", "epochs_per_rollout": 2}, "precision": "bf16-true", "max_steps": 2}
 HALF_CHAIN = ("one process", "fsdp2", "ddp", "fsdp1", "fsdp2 sharded", "fsdp1 sharded", "one process")
 
 

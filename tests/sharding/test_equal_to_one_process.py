@@ -105,7 +105,7 @@ def jobs(first_rollout):
                 "prompts_per_rollout": 8,
                 "dynamic_sampling": DynamicSampling(2),
                 "advantage": BatchStdAdvantage(),
-            },
+            }
         },
         "episodes of several turns": {
             "policy": {
@@ -119,7 +119,7 @@ def jobs(first_rollout):
                 "dynamic_sampling": DynamicSampling(1),
                 "episodes": EpisodeLimits(max_tokens=60),
                 "turn_template": "{content}",
-            },
+            }
         },
     }
     return {name: {"max_steps": 4 if "adapter" in job else 2, **job} for name, job in work.items()}

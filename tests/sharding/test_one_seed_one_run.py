@@ -73,11 +73,7 @@ def _examples(kind: str, folder: Path) -> tuple[Any, Any]:
     return module, tiny_examples.build_examples(kind, folder / "rows.jsonl")
 
 
-MAKERS = {
-    "policy": _policy,
-    "supervised": partial(_examples, "supervised"),
-    "preference": partial(_examples, "preference"),
-}
+MAKERS = {"policy": _policy, "supervised": partial(_examples, "supervised"), "preference": partial(_examples, "preference")}
 
 
 def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:

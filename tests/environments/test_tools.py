@@ -102,21 +102,20 @@ def sandboxes():
 def test_code_that_does_not_end_as_code_should_costs_its_own_call_alone():
     """Names are as before, and no process is left; each call has its own time, however much the earlier ones took."""
     python, before = PythonSession(cpu_seconds=1), sandboxes()
-    busy = "import time\nwhile time.process_time() < {}: pass\nx = {}"
+    busy = "import time\nwhile time.process_time() < {}: pass\n{}"
     for code, said in (
         ("import os\nos._exit(0)", "it ended Python"),
         ("import os\nos.abort()", "ended by signal"),
         ("import os\nos.close(1)", "ended with an error"),
         ("import os\ndel os.ftruncate", "ended with an error"),
-        (busy.format(0.7, 1), None),
-        (busy.format(1.4, 2), None),
+        (busy.format(0.7, "x = 1"), None),
         ("while True: pass", "out of CPU time"),
     ):
         answer = python(code if said is None else f"y = 3\n{code}")
         expected = "(no output)" if said is None else f"error: {said}"
         assert answer.startswith(expected) and answer.endswith("; names are as before this call") == (said is not None), code
         assert sandboxes() <= before, "other tests may have some"
-    assert python("x, 'y' in globals()") == "(2, False)"
+    assert python(busy.format(1.4, "x, 'y' in globals()")) == "(1, False)"
 
 
 def test_code_that_waits_is_stopped_in_time():

@@ -45,9 +45,3 @@ def fit(kind: str, model: Path, rows: Path, root: Path, *callbacks: Any, argumen
     data = build_examples(kind, rows, validation_fraction=0.25)
     build_trainer(root, build_adapter(), *callbacks, **flags).fit(module, datamodule=data, ckpt_path=ckpt)
     return module
-
-
-def weights(module: Any) -> dict[str, torch.Tensor]:
-    """The whole of every trained weight."""
-    found = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in found.items()}

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
 
-from hybrid_lightning.adapters import ModuleBudget, TailEnergy
+from hybrid_lightning.adapters import ModuleBudget, Random, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.environments import Environment, Step
@@ -185,9 +185,9 @@ def build_trainer(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **flag
 
 
 def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy=None, data=None, ckpt=None, **flags: Any) -> PolicyModule:
-    """Train a policy, with a hybrid adapter unless one is among the callbacks."""
+    """Train a policy, with a hybrid adapter unless one is among the callbacks: of modules chosen by name, without a rollout."""
     if not any(isinstance(callback, HybridAdapterSetup) for callback in callbacks):
-        callbacks = (build_adapter(), *callbacks)
+        callbacks = (build_adapter(scorer=Random()), *callbacks)
     torch.manual_seed(11)
     module = build_policy(model, **(policy or {}))
     build_trainer(root, *callbacks, **flags).fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)

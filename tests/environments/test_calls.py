@@ -96,11 +96,7 @@ def test_plain_by_patterns():
 
 @pytest.mark.parametrize(
     ("form", "example"),
-    [
-        (HermesCalls(), r"<tool_call>.*</tool_call>"),
-        (LlamaCalls(), r'\{"name": "\.\.\..*\}\}'),
-        (PlainCalls(), r"\[add: .*\]"),
-    ],
+    [(HermesCalls(), r"<tool_call>.*</tool_call>"), (LlamaCalls(), r'\{"name": "\.\.\..*\}\}'), (PlainCalls(), r"\[add: .*\]")],
 )
 def test_a_policy_can_follow_its_description(form, example):
     said = form.describe(TOOLS)

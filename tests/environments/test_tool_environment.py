@@ -138,10 +138,7 @@ def counted(step):
 def test_calls_are_answered_in_order_and_an_answer_ends_the_episode():
     text = f"<think>{call('add', x=5)}</think>First {call('add', x=1)} then {call('add', x=1, y=2.5)}."
     step, last = answers(hermes([add]), text, "<think>3?</think>It is 3.")
-    assert step.messages == (
-        {"role": "tool", "name": "add", "content": "2.0"},
-        {"role": "tool", "name": "add", "content": "3.5"},
-    )
+    assert step.messages == ({"role": "tool", "name": "add", "content": "2.0"}, {"role": "tool", "name": "add", "content": "3.5"})
     assert (step.over, step.reward, counted(step)) == (False, 0.0, {"calls": 2})
     assert (last.over, last.end, last.reward, last.messages, counted(last)) == (True, "answered", 0.0, (), {})
 
@@ -184,22 +181,19 @@ def test_asynchronous_tools_wait_side_by_side_and_one_that_blocks_harms_no_other
     began = time.monotonic()
     steps = answers(hermes([wait]), *[call("wait", seconds=0.5)] * 20)
     assert {told(step)[0] for step in steps} == {"waited"} and time.monotonic() - began < 5  # one by one it would be 10 s
-    late, *others = answers(hermes([wait], tool_timeout_s=1), call("wait", seconds=10), *[call("wait", seconds=0.1)] * 2)
-    assert counted(late) == {"calls": 1, "time": 1} and {told(step)[0] for step in others} == {"waited"}
-    blocking, *others = answers(
-        hermes([wait], tool_timeout_s=1), call("wait", seconds=10, blocking=True), *[call("wait", seconds=0.1)] * 3
-    )
-    assert counted(blocking) == {"calls": 1, "time": 1} and {told(step)[0] for step in others} == {"waited"}
+    long = call("wait", seconds=10), call("wait", seconds=10, blocking=True)
+    late, blocking, *others = answers(hermes([wait], tool_timeout_s=1), *long, *[call("wait", seconds=0.1)] * 3)
+    assert counted(late) == counted(blocking) == {"calls": 1, "time": 1} and {told(step)[0] for step in others} == {"waited"}
 
 
 def test_many_tools_that_block_hold_up_neither_each_other_nor_those_that_wait():
     blocking, waiting = call("wait", seconds=30, blocking=True), call("wait", seconds=0.1)
     began = time.monotonic()
-    steps = answers(hermes([wait], tool_timeout_s=4), *[blocking, waiting] * 4)
-    assert [told(step)[0] for step in steps] == ["error: wait was not done after 4 s", "waited"] * 4
-    assert time.monotonic() - began < 7
+    steps = answers(hermes([wait], tool_timeout_s=2), *[blocking, waiting] * 4)
+    assert [told(step)[0] for step in steps] == ["error: wait was not done after 2 s", "waited"] * 4
+    assert time.monotonic() - began < 7  # one by one it would be 8 s
     COUNTED.clear()
-    steps = answers(hermes([count_up], tool_timeout_s=2), *[call("count_up", seconds=seconds) for seconds in (30, 0, 0, 0)])
+    steps = answers(hermes([count_up], tool_timeout_s=1), *[call("count_up", seconds=seconds) for seconds in (30, 0, 0, 0)])
     assert sorted(told(step)[0] for step in steps[1:]) == ["1", "2", "3"], "what has not begun is called once"
 
 
@@ -220,10 +214,10 @@ async def count_up(seconds: float) -> int:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_all_calls_of_a_message_stay_within_the_time_of_a_step(workers):
     hang, fine = call("give", kind="hang"), call("give", kind="none")
-    environment = ToolEnvironment(["test_tool_environment.give"], HermesCalls(), tool_timeout_s=1.5)
-    step, other = answers(environment, hang + hang + fine, fine, step_timeout_s=3, workers=workers)
+    environment = ToolEnvironment(["test_tool_environment.give"], HermesCalls(), tool_timeout_s=1.0)
+    step, other = answers(environment, hang + hang + fine, fine, step_timeout_s=2, workers=workers)
     first, second, third = told(step)
-    assert first == "error: give was not done after 1.5 s" and second.startswith("error: give was not done after 0.")
+    assert first == "error: give was not done after 1 s" and second.startswith("error: give was not done after 0.")
     assert third == "error: give was not called, since the calls before it took all the time of the step"
     assert counted(step) == {"calls": 3, "time": 3} and told(other) == ["(the tool returned nothing)"]
 

@@ -9,16 +9,7 @@ from jsonargparse import ArgumentParser
 from scalar_reference import CLIPPED, make_inputs
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import (
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    PolicyLoss,
-    SAPOLoss,
-)
+from hybrid_lightning.losses import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, PolicyLoss, SAPOLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs
 

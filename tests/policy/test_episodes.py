@@ -16,16 +16,7 @@ from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
 from hybrid_lightning.environments import EpisodeLimits, Step
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.losses import (
-    BNPOLoss,
-    CISPOLoss,
-    DAPOLoss,
-    DrGRPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    GSPOTokenLoss,
-    SAPOLoss,
-)
+from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
 from hybrid_lightning.policy.episodes import episode_metrics
 from hybrid_lightning.rewards import EpisodeReturn, ExactMatch, FinalAnswer, RewardFunction, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling
@@ -313,8 +304,7 @@ class ByTurn(Log):
         (rollouts, _, shown), loss = pl_module.last_rollout, pl_module.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
         assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
-        weights = {DAPOLoss: 1 / lengths.sum(), BNPOLoss: 1 / lengths.sum(), CISPOLoss: 1 / lengths.sum()}
-        weights[DrGRPOLoss] = torch.tensor(1 / (len(lengths) * 60))
+        weights = {BNPOLoss: 1 / lengths.sum(), DrGRPOLoss: torch.tensor(1 / (len(lengths) * 60))}
         value = 0.0
         for row, length in enumerate(lengths):
             logprobs = plain_logprobs(pl_module.model, rollouts.sequences, row)
@@ -324,10 +314,8 @@ class ByTurn(Log):
         self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
 
 
-TOKEN_LOSSES = [GRPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
-
-
-@pytest.mark.parametrize("loss", TOKEN_LOSSES, ids=lambda kind: kind.__name__)
+# With each denominator; what each loss makes of advantages of tokens: `tests/losses/test_each_loss.py`.
+@pytest.mark.parametrize("loss", [GRPOLoss, GSPOTokenLoss, DrGRPOLoss, BNPOLoss], ids=lambda kind: kind.__name__)
 def test_the_tokens_of_a_turn_are_weighed_by_what_it_and_later_ones_earn(model, sums, tmp_path, loss):
     found = ByTurn()
     fit(model, sums, tmp_path, found, policy=by_turn(loss(), max_tokens_per_micro_batch=60), max_steps=1)

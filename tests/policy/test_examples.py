@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_examples import KINDS, build_examples, build_module, fit, weights, write_rows
+from tiny_examples import KINDS, build_examples, build_module, fit, write_rows
 from tiny_models import build_model, build_tokenizer
-from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer
+from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer, trained
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine.logprobs import token_logprobs
@@ -28,9 +28,9 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("examples") / "rows.jsonl")
 
 
-@pytest.fixture(params=["all", "with holes"])
-def learned(request, monkeypatch):
-    """Which tokens of a demonstration are to be learned."""
+@pytest.fixture
+def holes(monkeypatch):
+    """Of a demonstration every third token, from the second on, is not to be learned."""
     make = ExampleModule.example_sequences
 
     def with_holes(*arguments):
@@ -38,9 +38,8 @@ def learned(request, monkeypatch):
         places = torch.arange(sequences.completion_ids.shape[1])
         return replace(sequences, sampled_mask=sequences.completion_mask & (places % 3 != 1))
 
-    if request.param != "all":
-        monkeypatch.setattr(ExampleModule, "example_sequences", with_holes)
-        monkeypatch.setitem(globals(), "is_learned", lambda place: place % 3 != 1)
+    monkeypatch.setattr(ExampleModule, "example_sequences", with_holes)
+    monkeypatch.setitem(globals(), "is_learned", lambda place: place % 3 != 1)
 
 
 def is_learned(place):
@@ -98,9 +97,12 @@ class ByHand(Callback):
             assert self.losses[-1] == pytest.approx(self.expected, abs=1e-5)
 
 
-@pytest.mark.usefixtures("learned")
-@pytest.mark.parametrize(("kind", "budget", "parts"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)])
-def test_a_step_is_that_of_separate_sequences(kind, budget, parts, model, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "budget", "parts", "learned"),
+    [("supervised", 20, 2, "holes"), ("preference", 20, 2, "holes"), ("preference", None, 1, "rows")],
+)
+def test_a_step_is_that_of_separate_sequences(kind, budget, parts, learned, model, rows, tmp_path, request):
+    request.getfixturevalue(learned)  # all, or all but holes
     check = ByHand(kind)
     arguments = {"max_tokens_per_micro_batch": budget}
     callbacks, flags = (StepTimer(), log := Log(), check), {"accumulate_grad_batches": parts, "max_steps": 2}
@@ -113,9 +115,9 @@ def test_a_step_is_that_of_separate_sequences(kind, budget, parts, model, rows, 
 
 
 def test_a_model_that_takes_no_packed_rows_is_trained_padded(model, rows, tmp_path, monkeypatch):
-    packed, padded = weights(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
+    packed, padded = trained(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
     monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: padded.append(True))
-    other = weights(fit("preference", model, rows, tmp_path / "b", max_steps=1))
+    other = trained(fit("preference", model, rows, tmp_path / "b", max_steps=1))
     assert padded
     torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
 
@@ -151,14 +153,14 @@ def test_it_goes_on_bit_for_bit(kind, model, rows, tmp_path):
         module = build_module(kind, model, optimizer=torch.optim.AdamW, lr_full=1e-3, lr_lora=1e-2)
         trainer = build_trainer(root, build_adapter(dropout=0.2), saver, **flags)
         trainer.fit(module, datamodule=build_examples(kind, rows), ckpt_path=ckpt)
-        return weights(module)
+        return trained(module)
 
     whole = run(tmp_path / "a")
     resumed = run(tmp_path / "b", tmp_path / "a" / "step=3.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("holes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     module = build_module(kind, model, reward=StartsWithDigit(), eval_samples=2)
@@ -175,7 +177,7 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     assert "val/loss" in found and not any("accuracy" in name for name in found)
 
 
-@pytest.mark.usefixtures("learned")
+@pytest.mark.usefixtures("holes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, model, rows, tmp_path):
     module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)

@@ -8,6 +8,7 @@ import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model
 from transformers import T5Config
 
+from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -139,7 +140,7 @@ def test_settings_are_checked_once_a_run(model, sums, tmp_path, monkeypatch):
 def test_a_run_that_was_checked_is_the_run_that_was_not(model, sums, tmp_path):
     expected = fit(model, sums, tmp_path)
     torch.manual_seed(11)
-    trainer, data = build_trainer(tmp_path, build_adapter()), build_data(sums)
+    trainer, data = build_trainer(tmp_path, build_adapter(scorer=Random())), build_data(sums)
     module = build_policy(model, kind=PolicyModule.unloaded)
     trainer.check(module, data)
     assert not module.is_loaded

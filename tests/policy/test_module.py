@@ -47,7 +47,7 @@ class Watch(Log):
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-@pytest.mark.parametrize(("share", "names"), [(0.0, ["lora"]), (0.2, ["full", "lora"]), (1.0, ["full"])])
+@pytest.mark.parametrize(("share", "names"), [(0.0, ["lora"]), (1.0, ["full"])])
 def test_the_ends_of_the_budget_have_one_group(model, sums, tmp_path, share, names):
     watch = Watch()
     policy = fit(model, sums, tmp_path, watch, build_adapter(share), max_steps=1)
@@ -82,7 +82,7 @@ def test_the_start_policy_needs_no_second_model(model, sums, tmp_path):
 def test_gradient_checkpointing_changes_nothing(model, sums, tmp_path, adapter):
     """That it recomputes is seen by what is held: `tests/memory/test_against_runs.py`."""
     policies = ({"gradient_checkpointing": False}, {"gradient_checkpointing": True})
-    results = [weights_after(model, sums, tmp_path, build_adapter(**adapter), policy=each, max_steps=3) for each in policies]
+    results = [weights_after(model, sums, tmp_path, build_adapter(**adapter), policy=each, max_steps=2) for each in policies]
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 

@@ -10,14 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
-from hybrid_lightning.environments import (
-    EpisodeLimits,
-    HermesCalls,
-    LlamaCalls,
-    PlainCalls,
-    RunningEpisodes,
-    ToolEnvironment,
-)
+from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, RunningEpisodes, ToolEnvironment
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export.trained import base_model_of
 from hybrid_lightning.policy.prompts import KEEP_HISTORY, PromptEncoder

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from ranks_of_tests import run
@@ -16,11 +18,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_on(folder, tmp_path_factory):
-    """Makes the runs that are named on so many ranks, one after another; what each rank found: name -> result."""
+    """Makes the runs that are named on so many ranks, one after another; what each rank found: name -> result.
+
+    One rank is this process.
+    """
 
     def start(ranks, jobs, **arguments):
         root = tmp_path_factory.mktemp("runs")
         arguments = {"folder": folder, "root": root / "run", "devices": ranks, **arguments}
+        if ranks == 1:
+            return [train_each(jobs, **arguments)]
         return run(ranks, root / "ranks", train_each, timeout_s=300, jobs=jobs, **arguments)
 
     return start
@@ -33,9 +40,11 @@ def unstopped(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes of the ranks have it: sums of several threads are rounded otherwise, and then other tokens are drawn."""
+def as_ranks_have_it():
+    """One thread, since sums of several are rounded otherwise, and then other tokens drawn; what a run asked for is undone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # which Lightning sets with it

@@ -13,6 +13,7 @@ from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from hybrid_lightning.adapters import Random
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
@@ -30,6 +31,7 @@ KILLED = {
     "policy": {**ADAM, "prompts_per_rollout": 4, "epochs_per_rollout": 2},
     "enable_checkpointing": True,
     "max_steps": 6,
+    "limit_val_batches": 0,
 }
 
 
@@ -123,7 +125,7 @@ def train(
     module = build_policy(folder / "model", **arguments)
     trainer = build_trainer(
         root,
-        build_adapter(**(adapter or {})),
+        build_adapter(**{"scorer": Random(), **(adapter or {})}),  # how ranks score is tested by itself
         log,
         *callbacks,
         **{

@@ -93,7 +93,7 @@ def killed_run(folder, tmp_path, strategy, rank, *callbacks):
     return heard
 
 
-@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 20})], ids=str)
+@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 10})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
     saver = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"

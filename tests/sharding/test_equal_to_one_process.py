@@ -1,10 +1,10 @@
-"""On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process."""
+"""On two ranks, a run has the plan, losses, metrics, weights and validation of one process."""
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run
-from tiny_runs import Constant, Failing, OftenDone, Talk
+from tiny_runs import Failing, OftenDone, Talk
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import TailEnergy
@@ -51,27 +51,40 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def jobs(first_rollout, ranks):
-    """Runs in which ranks, which share the prompts of the first rollout, have different amounts of work."""
-    of_first_rank = first_rollout[::ranks]
+@pytest.fixture(scope="module")
+def first_rollout(train_on):
+    """Indices of its prompts, in order."""
+    result = train_on(1, {"any": {"max_steps": 1, "limit_val_batches": 0}})[0]["any"]
+    assert len(set(result["prompts"][0])) == 12
+    return result["prompts"][0]
+
+
+@pytest.fixture(scope="module")
+def jobs(first_rollout):
+    """Runs in which two ranks, which share the prompts of the first rollout, have different amounts of work."""
+    of_first_rank = first_rollout[::2]
     others = tuple(set(range(24)) - set(of_first_rank))
-    few = {"max_tokens_per_micro_batch": 24, "prompts_per_rollout": 2 * ranks}
-    uneven = {**few, "sampler": ByPrompt(12, short=others)}
+    few = {"max_tokens_per_micro_batch": 24, "prompts_per_rollout": 4}
+    uneven = {**few, "sampler": ByPrompt(12, short=others), **ADAM}
     work = {
         "longer completions on one rank": {
-            "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
+            "policy": {**uneven, "loss": GRPOLoss(), "epochs_per_rollout": 2},
             "adapter": {"rank_pattern": {"attention": 1, "mlp": 3}, "scorer": TailEnergy()},
             "accumulate_grad_batches": 2,
             "callbacks": (Sizes(),),
-        }
-    }
-    if ranks == 2:
-        work["advantages on one rank only"] = {
-            "policy": {**uneven, "loss": GRPOLoss(), "reward": Only(of_first_rank), "gradient_checkpointing": True},
+        },
+        # In the second rollout none has any.
+        "advantages on one rank only": {
+            "policy": {
+                **uneven,
+                "loss": GRPOLoss(),
+                "reward": Only(first_rollout[:4:2]),
+                "minibatches_per_rollout": 1,
+                "gradient_checkpointing": True,
+            },
             "callbacks": (Streamed(),),
-            "max_steps": 2,
-        }
-        work["masks and an entropy bonus"] = {
+        },
+        "masks and an entropy bonus": {
             "policy": {
                 **few,
                 "kind": Failing,
@@ -81,11 +94,10 @@ def jobs(first_rollout, ranks):
                 "mask_truncated_completions": True,
                 "advantage": BatchStdAdvantage(),
             },
-            "max_steps": 2,
             "deterministic": True,
-        }
+        },
         # Of the first prompts, those of the first rank alone teach: it has 7 of the 8 groups that are trained on.
-        work["groups replaced and moved"] = {
+        "groups replaced and moved": {
             "policy": {
                 "kind": Failing,
                 "sampler": ByPrompt(12, holes=True),
@@ -93,10 +105,9 @@ def jobs(first_rollout, ranks):
                 "prompts_per_rollout": 8,
                 "dynamic_sampling": DynamicSampling(2),
                 "advantage": BatchStdAdvantage(),
-            },
-            "max_steps": 2,
-        }
-        work["episodes of several turns"] = {
+            }
+        },
+        "episodes of several turns": {
             "policy": {
                 "sampler": OftenDone(5),
                 "loss": GRPOLoss(kl_coef=0.02),
@@ -108,73 +119,65 @@ def jobs(first_rollout, ranks):
                 "dynamic_sampling": DynamicSampling(1),
                 "episodes": EpisodeLimits(max_tokens=60),
                 "turn_template": "{content}",
-            },
-            "max_steps": 2,
-        }
-        work["no advantage at all"] = {"policy": {**few, "loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2}
-    return work
+            }
+        },
+    }
+    return {name: {"max_steps": 4 if "adapter" in job else 2, **job} for name, job in work.items()}
+
+
+BOTH = ("longer completions on one rank", "advantages on one rank only")
+# What the strategy has no part in is tried under one or two of them.
+UNDER = {
+    "ddp": (*BOTH, "groups replaced and moved", "episodes of several turns"),
+    "fsdp2": (*BOTH, "masks and an entropy bonus", "episodes of several turns"),
+    "fsdp1": (*BOTH, "masks and an entropy bonus"),
+}
 
 
 @pytest.fixture(scope="module")
-def first_rollout(train_on):
-    """Indices of its prompts, in order."""
-    result = train_on(1, {"any": {"max_steps": 1}})[0]["any"]
-    assert len(set(result["prompts"][0])) == 12
-    return result["prompts"][0]
+def single(train_on, jobs):
+    return train_on(1, jobs)[0]
 
 
 @pytest.fixture(scope="module")
-def single(train_on, first_rollout):
-    """The runs of one process: (number of ranks that they are compared with, name) -> result."""
-    return train_on(1, {(ranks, name): job for ranks in (2, 3) for name, job in jobs(first_rollout, ranks).items()})[0]
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def sharded(train_on, first_rollout, ranks):
+def sharded(train_on, jobs):
     """The runs of each rank, which trains under one strategy after the other: (strategy, name) -> result."""
-    work = jobs(first_rollout, ranks).items()
-    return train_on(ranks, {(name, job): {**run, "strategy": made} for name, made in STRATEGIES.items() for job, run in work})
+    return train_on(2, {(under, job): {**jobs[job], "strategy": STRATEGIES[under]} for under in UNDER for job in UNDER[under]})
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
-    work = jobs(first_rollout, ranks)
-    results = [{name: one[strategy, name] for name in work} for one in sharded]
-    for name in work:
-        whole = single[ranks, name]
-        for rank, result in enumerate(one[name] for one in results):
+def test_it_is_the_same_run(sharded, single, strategy):
+    for name in UNDER[strategy]:
+        results, whole = [rank[strategy, name] for rank in sharded], single[name]
+        for rank, result in enumerate(results):
             case = f"{name}, rank {rank}"
             assert result["why_slow_decoding"] == "", case  # while sampling weights are whole
             assert result["deterministic"] == (name == "masks and an entropy bonus"), case
-            assert result["prompts"][0] == whole["prompts"][0][rank::ranks], case
+            assert result["prompts"][0] == whole["prompts"][0][rank::2], case
             assert len(result["steps"]) == len(whole["steps"]), case
             assert_same_run(result, whole, case)
-    if ranks == 2:
-        rows = [one["advantages on one rank only"]["rows"] for one in results]
-        assert all(rows[0]) and not any(rows[1]), "the case is what it says"
-        first, second = (one["advantages on one rank only"]["held"] for one in results)
-        alone = single[2, "advantages on one rank only"]["held"]
-        assert first["version"] == second["version"]
-        torch.testing.assert_close(first["weights"], second["weights"], atol=0, rtol=0)
-        torch.testing.assert_close(first["weights"], alone["weights"], atol=1e-5, rtol=0)
-        replaced = [one["groups replaced and moved"] for one in results]
-        assert [one["rows"] for one in replaced] == [[6] * 2] * 2, "equal work, beside a row of each group that is left out"
-        shares = ("sampling/extra_rollouts", "sampling/kept_groups", "sampling/surplus_groups", "sampling/filled_groups")
-        assert [replaced[0]["steps"][0][name] for name in shares] == [1.0, 8 / 16, 2 / 16, 0.0]
+        if name == "advantages on one rank only":
+            # Where none has any advantage a completion of each prompt is measured.
+            assert results[0]["rows"][0] > results[1]["rows"][0] == 0 and [result["rows"][1] for result in results] == [2, 2]
+            first, second = (result["held"] for result in results)
+            assert first["version"] == second["version"]
+            torch.testing.assert_close(first["weights"], second["weights"], atol=0, rtol=0)
+            torch.testing.assert_close(first["weights"], whole["held"]["weights"], atol=1e-5, rtol=0)
+        elif name == "groups replaced and moved":
+            assert [result["rows"] for result in results] == [[6] * 2] * 2, (
+                "equal work, beside a row of each group that is left out"
+            )
+            shares = ("sampling/extra_rollouts", "sampling/kept_groups", "sampling/surplus_groups", "sampling/filled_groups")
+            assert [results[0]["steps"][0][name] for name in shares] == [1.0, 8 / 16, 2 / 16, 0.0]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1"])
-def test_the_parts_of_all_ranks_are_the_whole(sharded, single, strategy, ranks):
+def test_the_parts_of_all_ranks_are_the_whole(sharded, single, strategy):
     """Each rank keeps its part of weights, gradients and optimizer state, and no more, between the steps."""
-    whole = single[ranks, "longer completions on one rank"]["held"]
-    parts = [one[strategy, "longer completions on one rank"]["held"] for one in sharded]
+    whole = single["longer completions on one rank"]["held"]
+    parts = [rank[strategy, "longer completions on one rank"]["held"] for rank in sharded]
     assert whole["state"] == 2 * whole["gradients"] > 0
     for name, size in whole.items():
         assert sum(part[name] for part in parts) == size, name
-    assert all(0.8 / ranks < part["weights"] / whole["weights"] < 1.2 / ranks for part in parts)
+    assert all(0.4 < part["weights"] / whole["weights"] < 0.6 for part in parts)
     assert all(part["gradients"] < whole["gradients"] for part in parts)

@@ -1,4 +1,4 @@
-"""Sharded checkpoints from the command line: written by two processes, resumed, tested and exported by one."""
+"""Sharded checkpoints from the command line: written and resumed by two processes, tested by one."""
 
 import cli_runs
 import pytest
@@ -29,7 +29,7 @@ def there(tmp_path):
 
 
 def test_checkpoints_are_folders_from_which_runs_go_on(there, tmp_path):
-    """A run of four steps under FSDP2; one that goes on from its third under FSDP1; and one of one process."""
+    """A run of four steps under FSDP2, and one that goes on from its third under FSDP1; one process tests it."""
     runs = there / "runs" / "sums"
     third, last = runs / "version_0" / "checkpoints" / "step=3.ckpt", runs / "version_0" / "checkpoints" / "last.ckpt"
     first = [*CONFIG, *FSDP2, *EVERY_STEP]
@@ -41,12 +41,7 @@ def test_checkpoints_are_folders_from_which_runs_go_on(there, tmp_path):
     linked = runs / "version_1" / "checkpoints" / "last.ckpt"
     assert {path.name for path in linked.parent.iterdir()} == {"last.ckpt", "step=4.ckpt"}
     assert linked.is_symlink() and linked.resolve() == linked.with_name("step=4.ckpt")
-    weights = read_folder(last)["state_dict"]
-    torch.testing.assert_close(read_folder(linked)["state_dict"], weights)
+    torch.testing.assert_close(read_folder(linked)["state_dict"], read_folder(last)["state_dict"])
     one = ["--config", runs / "version_0" / "config.yaml", "--trainer.strategy=auto", "--trainer.devices=1"]
-    result = cli_runs.run(there, "fit", *one, "--ckpt_path", third)
-    assert result.code == 0, result.err[-2000:]
-    resumed = torch.load(runs / "version_2" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["global_step"] == 4 and resumed["state_dict"].keys() == weights.keys()
     result = cli_runs.run(there, "test", *one, "--ckpt_path", linked)
     assert result.code == 0 and "greedy_accuracy" in result.out, result.err[-2000:]

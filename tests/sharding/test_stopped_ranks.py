@@ -23,15 +23,18 @@ SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 # and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been
 # stopped.
 STOPS = {
-    "ddp": [
-        ([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})]),
-    ],
+    "ddp": [([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})])],
     "fsdp2": [
-        ([], [("a gradient for scoring", 1, {0}), ("a score", 2, {1}), ("old log-probabilities", 1, {0, 1})]),
         (
             SHARDED,
-            [("the first rollout", 1, {1}), ("the middle of a later step", 6, {0}), ("the last update of an epoch", 6, {0})],
-        ),
+            [
+                ("a gradient for scoring", 1, {0}),
+                ("a score", 2, {1}),
+                ("the first rollout", 1, {1}),
+                ("the middle of a later step", 6, {0}),
+                ("the last update of an epoch", 6, {0}),
+            ],
+        )
     ],
     "fsdp1": [([], [("the second rollout", 2, {1})])],
 }

@@ -116,7 +116,7 @@ def simulated(tmp_path_factory):
     libraries = [
         name
         for name, place in json.loads(done.stderr.splitlines()[-1]).items()
-        if not name.startswith("hybrid_lightning") and str(ROOT) not in place
+        if not name.startswith("hybrid_lightning") and str(ROOT / "tests") not in place
     ]
     done = process(subprocess.run, SIMULATED, there, text=json.dumps([SYSTEMS, libraries, COMMANDS]))
     return {system: (code, there / system) for system, code in zip(SYSTEMS, done.stdout.split(), strict=True)}

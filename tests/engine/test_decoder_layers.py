@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_decoders import ALL, SOME, build, has_pass, sampled
-from tiny_runs import build_data, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, fit, write_model, write_sums
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -87,7 +87,7 @@ def test_a_policy_samples_by_them_and_validation_compiles_nothing_more(tmp_path,
 
     monkeypatch.setattr(decoders, "_pass", spied)
     sums = write_sums(tmp_path / "sums.jsonl")
-    policy = fit(write_model(tmp_path / "model"), sums, tmp_path / "runs", max_steps=2)
+    policy = fit(write_model(tmp_path / "model"), sums, tmp_path / "runs", build_adapter(), max_steps=2)
     assert policy.trainer.callback_metrics["sampling/logp_difference/max"] < 1e-4
     assert (layers.CompiledLayer, False) in passes and traced == 2 * ["before_attention", "after_attention"]
     passes.clear()

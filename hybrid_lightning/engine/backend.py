@@ -134,8 +134,14 @@ class Backend:
             return self.prepacked_product(weight)
         if self.copies_pay(weight.device) and not (self.usable(weight) and operators.multiplies_to_floats(weight)):
             product = self.prepacked_product(weight.float())  # to convert it at each token would take longer than the product
-            return lambda rows: product(rows.float())
+            return lambda rows: _without_autocast(product, rows.float())
         return lambda rows: self.float_logits(rows, weight)
+
+
+def _without_autocast(product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A product of float32: where it is not oneDNN's, on processors without AVX-512, autocast would round it to 16 bits."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return product(rows)
 
 
 class PlannedBackend(Backend):

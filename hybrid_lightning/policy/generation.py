@@ -2,6 +2,7 @@
 
     update    gives an engine with weights of its own those that training has changed
     complete  completes prompts, and says for each completion which weights made it
+    begin     does so for an engine that completes elsewhere, while this process goes on
 
 In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
@@ -9,7 +10,7 @@ before each rollout and each evaluation; only calibration, which the first makes
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from hybrid_lightning.policy.episodes import task_seeds
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import PolicyWeights, ServedModel, Stops
+from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeights, ServedModel, Stops
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.types import Prompt, Rollouts
 
@@ -47,6 +48,7 @@ class Generation:
     def __init__(self, policy: "LanguageModule") -> None:
         self._policy = policy
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
+        self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
         self.update_seconds = 0.0  # that the last update took
 
     @cached_property
@@ -68,6 +70,20 @@ class Generation:
         Raises:
             RolloutError: If the engine fails, or has other weights than the policy.
         """
+        return self.begin(prompts, samples_per_prompt, generator, greedy).finish()
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        generator: torch.Generator | PromptDraws | None,
+        greedy: bool = False,
+    ) -> Begun[Rollouts]:
+        """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
+
+        Raises:
+            RolloutError: If the engine cannot be given these weights; from `finish`, for the reasons of `complete`.
+        """
         policy, sampler = self._policy, self._policy.sampler
         if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
             self._give(together=False)
@@ -76,7 +92,7 @@ class Generation:
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
             )
-        episodes, samples = policy.episodes, samples_per_prompt
+        episodes, samples, step = policy.episodes, samples_per_prompt, self._step
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
@@ -85,25 +101,35 @@ class Generation:
         options: dict[str, Any] = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
         if episodes is None:
             ids = [policy.encode(prompt) for prompt in prompts]
-            make = partial(sampler.sample, policy.engine, policy.tokenizer, prompts, ids, samples, **options)
+            begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
-            make = partial(episodes.play, policy.engine, prompts, samples, seeds, **options)
+            begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
+        if sampler.completes_elsewhere:
+            self._under_way.append(begun)
 
         def sample() -> Rollouts:
             own = sampler.has_own_weights
             # A signal may end this at once: no other rank waits for this one meanwhile.
             with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
-                return make()
+                return begun.finish()
 
-        with policy.inference():
-            rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
-        made_by = torch.full_like(rollouts.finished, self._step, dtype=torch.long)  # an engine has these, too
-        rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
-        # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-        if sampler.has_own_weights and not self._agrees and (not policy.weights.sharded or policy.trainer.training):
-            self._compare(rollouts, greedy)
-        return rollouts
+        def finish() -> Rollouts:
+            with policy.inference():
+                rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
+            made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)  # an engine has these, too
+            rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
+            # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+            compares = sampler.has_own_weights and (not policy.weights.sharded or policy.trainer.training)
+            if compares and not self._agrees and step == self._step:
+                self._compare(rollouts, greedy)
+            return rollouts
+
+        def wait() -> None:
+            with policy.signals.at_once():
+                begun.wait()
+
+        return Begun(finish, wait, begun.cancel)
 
     def update(self) -> None:
         """Give the engines of several processes the policy's weights now. All ranks have to call it.
@@ -149,6 +175,10 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
+        for begun in self._under_way:
+            with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
+                begun.wait()
+        self._under_way = []
         try:
             sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:

@@ -352,7 +352,7 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
     asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(ids, asked, on_token)
+    answers = sampler.complete(ids, asked, on_token).finish()
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]

@@ -72,6 +72,9 @@ class Dispatch:
         ConfigError: If a server cannot complete a prompt so many times at once.
     """
 
+    _loop: asyncio.AbstractEventLoop
+    _main: asyncio.Task[None]
+
     def __init__(
         self,
         servers: Sequence[Server],
@@ -92,46 +95,65 @@ class Dispatch:
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
 
-    def run(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
-        """Complete all prompts. An exception in this thread, such as one that a signal raises, ends the requests on the servers.
-
-        Args:
-            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
-
-        Returns:
-            The answers to each prompt, in order.
-
-        Raises:
-            RolloutError: If no server completes them.
-        """
-        ended, failures = threading.Event(), list[BaseException]()
-        loop = asyncio.new_event_loop()
-        main = loop.create_task(self._complete())
+    def start(self) -> None:
+        """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks."""
+        self._loop = loop = asyncio.new_event_loop()
+        self._main = main = loop.create_task(self._complete())
 
         def work() -> None:
             try:
                 loop.run_until_complete(main)
             except BaseException as error:
-                failures.append(error)
+                self._failure = error
             finally:
                 loop.close()
-                ended.set()
+                self._ended.set()
 
-        # In a thread, since this one may have a loop already, as in notebooks.
         threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are under way."""
+        return not self._ended.is_set()
+
+    def wait(self, on_token: Callable[[int, int], None] | None) -> None:
+        """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.
+
+        Args:
+            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
+        """
         try:
-            while not ended.wait(_SLICE_S):
+            while not self._ended.wait(_SLICE_S):
                 self._tell(on_token)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                loop.call_soon_threadsafe(main.cancel)
-            ended.wait(2 * _FAREWELL_S)
+            self.cancel()
             raise
-        if failures:
-            raise failures[0]
         self._tell(on_token)
+
+    def answers(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
+        """The answers to each prompt, in order, when they are there.
+
+        Args:
+            on_token: As in `wait`.
+
+        Raises:
+            RolloutError: If no server completes them.
+        """
+        self.wait(on_token)
+        if isinstance(self._failure, asyncio.CancelledError):
+            raise RolloutError("the requests to vLLM servers were ended")
+        if self._failure is not None:
+            raise self._failure
         return [self._answers[number] for number in range(self._total)]
+
+    def cancel(self) -> None:
+        """End the requests, on the servers as well."""
+        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            self._loop.call_soon_threadsafe(self._main.cancel)
+        self._ended.wait(2 * _FAREWELL_S)
 
     def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
         if on_token is not None:

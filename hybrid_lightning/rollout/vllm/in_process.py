@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
+from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
 from hybrid_lightning.rollout.vllm.guest import Guest
@@ -232,8 +232,17 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+    ) -> Begun[list[list[Answer]]]:
+        """See `VLLMEngine`; they are made when they are waited for."""
+        return Begun(lambda: self._completed(prompt_ids, parameters, on_token))
+
+    @torch.no_grad()
+    def _completed(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
     ) -> list[list[Answer]]:
-        """See `VLLMEngine`."""
         answers: dict[str, list[Answer]] = {}
         with self._guest.visiting():
             from vllm import SamplingParams

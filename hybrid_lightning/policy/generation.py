@@ -50,6 +50,7 @@ class Generation:
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
         self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
         self.update_seconds = 0.0  # that the last update took
+        self.waited_seconds = 0.0  # for the completions that were finished last
 
     @cached_property
     def _stops(self) -> Stops:
@@ -92,7 +93,7 @@ class Generation:
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
             )
-        episodes, samples, step = policy.episodes, samples_per_prompt, self._step
+        episodes, samples, step, waited = policy.episodes, samples_per_prompt, self._step, list[float]()
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
@@ -115,6 +116,8 @@ class Generation:
                 return begun.finish()
 
         def finish() -> Rollouts:
+            wait()
+            self.waited_seconds = sum(waited)
             with policy.inference():
                 rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
             made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)  # an engine has these, too
@@ -126,8 +129,10 @@ class Generation:
             return rollouts
 
         def wait() -> None:
+            started = time.perf_counter()
             with policy.signals.at_once():
                 begun.wait()
+            waited.append(time.perf_counter() - started)
 
         return Begun(finish, wait, begun.cancel)
 
@@ -147,8 +152,17 @@ class Generation:
         self._agrees = False
 
     def metrics(self) -> dict[str, float]:
-        """`sampling/weights_update_s`, seconds that the last update of the engine took; nothing where there is none."""
-        return {"sampling/weights_update_s": self.update_seconds} if self._policy.sampler.has_own_weights else {}
+        """How long things took in the last rollout, in seconds; nothing where completions are made by the policy itself.
+
+        Returns:
+            `sampling/weights_update_s`, the last update of the engine; where it completes elsewhere also `sampling/waited_s`, for
+            which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
+            the last requests.
+        """
+        sampler, found = self._policy.sampler, {"sampling/weights_update_s": self.update_seconds}
+        if sampler.completes_elsewhere:
+            found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
+        return found if sampler.has_own_weights else {}
 
     def check(self) -> None:
         """Make sure that the engine can sample for this policy, before time is spent on the run.

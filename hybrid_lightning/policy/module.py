@@ -219,6 +219,8 @@ class PolicyModule(LanguageModule):
         )
         if environment is not None:
             self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
+        if rollouts_ahead and self.sampler.completes_elsewhere:
+            self.shown_metrics = (*self.shown_metrics, "sampling/waited_s", "sampling/engine_idle_s")
         self.advantage, self.credit = advantage or GroupAdvantage(), credit
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
@@ -440,7 +442,7 @@ class PolicyModule(LanguageModule):
                 f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
                 f"{advantage} are; give --model.advantage=GroupMeanAdvantage"
             )
-        if self.is_loaded and sampler.has_own_weights and self.correction is None:
+        if self.is_loaded and sampler.has_own_weights and self.correction is None and not self.rollout_schedule.rollouts_ahead:
             rank_zero_warn(
                 "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"

@@ -51,6 +51,30 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
     assert time.monotonic() - began < 1.5 and shares(slow)[0] <= 8
 
 
+def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(start, build):
+    server = start(delay=0.3)
+    sampler = build(server, weights=Weights(1))
+    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None)
+    complete(sampler)
+    began, begun = time.monotonic(), sampler.complete(*asked)
+    assert time.monotonic() - began < 0.25 and sampler.idle_seconds < 0.25
+    begun.wait()
+    assert time.monotonic() - began > 0.3
+    answers = begun.finish()
+    assert [len(group) for group in answers] == [2, 2] and begun.finish() == answers
+    time.sleep(0.2)
+    server.delay, before = 30, len(server.asked("/inference/v1/generate"))
+    begun = sampler.complete(*asked)
+    assert sampler.idle_seconds > 0.2
+    until = time.monotonic() + 10
+    while len(server.asked("/inference/v1/generate")) < before + 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    sampler.shut_down()
+    assert len(server.ended) == 2
+    with pytest.raises(RolloutError, match="were ended"):
+        begun.finish()
+
+
 def after(seconds, action):
     threading.Timer(seconds, action).start()
 

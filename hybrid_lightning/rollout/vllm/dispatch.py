@@ -74,6 +74,7 @@ class Dispatch:
 
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
+    _ended_at: float
 
     def __init__(
         self,
@@ -110,14 +111,15 @@ class Dispatch:
                 self._failure = error
             finally:
                 loop.close()
+                self._ended_at = time.monotonic()
                 self._ended.set()
 
         threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
 
     @property
-    def is_running(self) -> bool:
-        """Whether requests are under way."""
-        return not self._ended.is_set()
+    def seconds_since_end(self) -> float:
+        """Seconds since the last answer; 0 while requests are under way."""
+        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
 
     def wait(self, on_token: Callable[[int, int], None] | None) -> None:
         """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.

@@ -360,7 +360,8 @@ class VLLMServerSampler(VLLMEngine):
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
         label = str(self.version)
         dispatch = Dispatch(self._servers, label, prompt_ids, parameters, self.timeout, self.give_up_after)
-        self._dispatches = [other for other in self._dispatches if other.is_running] + [dispatch]
+        self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
+        self._dispatches = [*(other for other in self._dispatches if not other.seconds_since_end), dispatch]
         dispatch.start()
         return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
 

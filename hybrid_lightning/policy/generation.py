@@ -79,15 +79,23 @@ class Generation:
         samples_per_prompt: int,
         generator: torch.Generator | PromptDraws | None,
         greedy: bool = False,
+        ahead: bool = False,
     ) -> Begun[Rollouts]:
         """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
+
+        Args:
+            prompts: See `LanguageModule.generate`; so are the arguments that are not named here.
+            samples_per_prompt: G.
+            generator: See there.
+            greedy: See there.
+            ahead: See `update`.
 
         Raises:
             RolloutError: If the engine cannot be given these weights; from `finish`, for the reasons of `complete`.
         """
         policy, sampler = self._policy, self._policy.sampler
         if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
-            self._give(together=False)
+            self._give(together=False, ahead=ahead)
         if sampler.has_own_weights and self._is_behind:
             raise RolloutError(
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
@@ -118,10 +126,12 @@ class Generation:
         def finish() -> Rollouts:
             wait()
             self.waited_seconds = sum(waited)
+            self._under_way = [other for other in self._under_way if other is not begun]
             with policy.inference():
                 rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
-            made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)  # an engine has these, too
-            rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
+            if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
+                made_by = torch.full_like(rollouts.sequences.completion_ids, step)
+                rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
             # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
             compares = sampler.has_own_weights and (not policy.weights.sharded or policy.trainer.training)
             if compares and not self._agrees and step == self._step:
@@ -136,8 +146,12 @@ class Generation:
 
         return Begun(finish, wait, begun.cancel)
 
-    def update(self) -> None:
+    def update(self, ahead: bool = False) -> None:
         """Give the engines of several processes the policy's weights now. All ranks have to call it.
+
+        Args:
+            ahead: Whether completions that are under way for a later rollout may go on with the new weights, where the engine
+                can; else they are waited for first.
 
         Raises:
             RolloutError: If that fails on one of them.
@@ -145,7 +159,7 @@ class Generation:
         policy = self._policy
         # Without a reward nothing is completed, and in one process `complete` does it.
         if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
-            self._give(together=True)
+            self._give(together=True, ahead=ahead)
 
     def compare_again(self) -> None:
         """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
@@ -173,11 +187,12 @@ class Generation:
         if self._policy.sampler.has_own_weights:
             self._policy.sampler.check_model(self._served_model)
 
-    def _give(self, together: bool) -> None:
+    def _give(self, together: bool, ahead: bool) -> None:
         """Update the engine of this rank.
 
         Args:
             together: Whether all ranks are here, so that a failure on one is raised on all.
+            ahead: See `update`.
         """
         policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
         before = sampler.version
@@ -189,10 +204,13 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
-        for begun in self._under_way:
-            with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
-                begun.wait()
-        self._under_way = []
+        if sampler.completes_elsewhere and not (ahead and sampler.requests_go_on):
+            for begun in self._under_way:
+                with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
+                    begun.wait()
+            self._under_way = []
+            if together:
+                gather_objects(None)  # those of the other ranks, too
         try:
             sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:

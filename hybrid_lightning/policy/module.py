@@ -49,7 +49,7 @@ from hybrid_lightning.policy.sampled_groups import (
     rollout_metrics,
     sample_groups,
 )
-from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
@@ -219,6 +219,7 @@ class PolicyModule(LanguageModule):
         )
         if environment is not None:
             self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
+        self.sampler.requests_go_on = self.sampler.completes_elsewhere and rollouts_ahead > 1
         if rollouts_ahead and self.sampler.completes_elsewhere:
             self.shown_metrics = (*self.shown_metrics, "sampling/waited_s", "sampling/engine_idle_s")
         self.advantage, self.credit = advantage or GroupAdvantage(), credit
@@ -259,8 +260,8 @@ class PolicyModule(LanguageModule):
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.global_rank, len(prompts) * world_size(), world_size())
         samples = self.rollout_schedule.samples_per_prompt
-        self.generation.update()
-        return self.generation.begin(prompts, samples, PromptDraws(prompts, samples, seed, places))
+        self.generation.update(ahead=True)
+        return self.generation.begin(prompts, samples, PromptDraws(prompts, samples, seed, places), ahead=True)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""
@@ -398,6 +399,8 @@ class PolicyModule(LanguageModule):
         made_by = chunk.sequences.weights_step
         assert made_by is not None, "all rows were sampled"
         metrics["sampling/weights_version_lag"] = share((self.trainer.global_step - made_by).float(), inputs)
+        if self.sampler.requests_go_on:
+            metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
         inputs = replace(
             inputs,
             entropy=entropy,
@@ -465,11 +468,6 @@ class PolicyModule(LanguageModule):
             raise ConfigError(
                 f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
                 "set rollouts_ahead=0"
-            )
-        if sampler.completes_elsewhere and ahead > 1:
-            raise ConfigError(
-                f"{name}: {type(sampler).__name__} is given weights when no request is under way, so that more than one rollout "
-                "ahead gains nothing; set rollouts_ahead=1"
             )
         for option, is_set in (("dynamic_sampling", self.dynamic_sampling), ("environment", self.episodes)):
             if sampler.completes_elsewhere and is_set is not None:

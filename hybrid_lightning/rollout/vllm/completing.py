@@ -31,7 +31,7 @@ class Answer:
     tokens: Sequence[int]  # with the token that ended it
     logprobs: Sequence[float]  # of each token
     finished: bool  # ended by a stop token or string
-    versions: Sequence[str]  # labels of the weights that sampled its tokens
+    versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and from which token on
 
 
 class VLLMEngine(RolloutEngine):
@@ -79,23 +79,27 @@ class VLLMEngine(RolloutEngine):
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        begun, version, pad = self.complete(prompt_ids, asked, on_token), self.version, pad_token(tokenizer)
+        begun, pad = self.complete(prompt_ids, asked, on_token), pad_token(tokenizer)
 
         def finish() -> Rollouts:
             answers = [answer for group in begun.finish() for answer in group]
             assert len(answers) == len(prompts) * samples_per_prompt
             for answer in answers:
-                self._check(answer, version)
+                _check(answer)
             finished = [answer.finished for answer in answers]
             prompt, mask = pad_left(prompt_ids, pad, device)
             tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
-            logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
+            logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
             for row, answer in enumerate(answers):
                 logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
+                for label, first in answer.versions:
+                    made_by = WeightsVersion.parse(label)
+                    assert made_by is not None, "others are refused by `complete`"
+                    steps[row, first:] = made_by.step
             prompt, mask = (part.repeat_interleave(samples_per_prompt, dim=0) for part in (prompt, mask))
             return Rollouts(
                 tuple(prompts),
-                Sequences(prompt, mask, tokens, kept),
+                Sequences(prompt, mask, tokens, kept, steps),
                 self.completions(tokenizer, prompt_ids, [answer.tokens for answer in answers], finished),
                 logprobs.to(device),
                 torch.tensor(finished, device=device),
@@ -123,7 +127,7 @@ class VLLMEngine(RolloutEngine):
             on_token: See `RolloutEngine.sample`.
 
         Returns:
-            The G answers to each prompt, in order, once they are there.
+            The G answers to each prompt, in order, once they are there, by weights that the engine was given alone.
         """
 
     def _parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool) -> dict[str, Any]:
@@ -142,24 +146,6 @@ class VLLMEngine(RolloutEngine):
             "detokenize": bool(self.stop),
         }
 
-    def _check(self, answer: Answer, version: WeightsVersion | None) -> None:
-        """Refuse a completion by other weights than those that the engine had been given.
-
-        Raises:
-            RolloutError: If there is one.
-        """
-        others = sorted(set(answer.versions) - {str(version)})
-        if others:
-            raise RolloutError(
-                f"vLLM completed with weights of version {others[0]}, and was given {version}: another run, or another "
-                "program, has set its weights meanwhile; give each run servers of its own"
-            )
-        if len(answer.logprobs) != len(answer.tokens):
-            raise RolloutError(
-                f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
-                "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
-            )
-
     def check_length(self, prompt_tokens: int, new_tokens: int | None, context: int, remedy: str) -> None:
         """Raise ConfigError if a prompt with its longest completion does not fit into an engine's context."""
         longest = new_tokens or self.max_new_tokens
@@ -168,6 +154,14 @@ class VLLMEngine(RolloutEngine):
                 f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={longest} exceed vLLM's context of "
                 f"{context} tokens; {remedy}"
             )
+
+
+def _check(answer: Answer) -> None:
+    if len(answer.logprobs) != len(answer.tokens):
+        raise RolloutError(
+            f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
+            "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
+        )
 
 
 def seeds_of(generator: torch.Generator | PromptDraws | None, count: int) -> list[int]:

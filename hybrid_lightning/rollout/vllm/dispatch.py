@@ -63,6 +63,7 @@ class Dispatch:
     Args:
         servers: The servers.
         label: Of the weights that they should have.
+        updating: Label of a server whose weights are on their way.
         prompt_ids: Token ids of P prompts.
         parameters: Arguments of vLLM's `SamplingParams` for each prompt.
         timeout: Longest time for a request in seconds.
@@ -80,12 +81,14 @@ class Dispatch:
         self,
         servers: Sequence[Server],
         label: str,
+        updating: str,
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         timeout: float,
         give_up_after: float,
     ) -> None:
-        self._label, self._timeout, self._give_up_after = label, timeout, give_up_after
+        self._labels, self._updating = [label], updating  # those that tokens may have, the last one of now
+        self._timeout, self._give_up_after = timeout, give_up_after
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
         self._places = [_Place(server, _room(server, self._samples)) for server in servers]
@@ -115,6 +118,20 @@ class Dispatch:
                 self._ended.set()
 
         threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+
+    def go_on_with(self, label: str) -> None:
+        """Servers are given other weights, with which the requests under way go on."""
+        self._labels.append(label)
+
+    def leave(self, server: Server) -> None:
+        """Give what a server has not answered to others: it did not take the weights, and is paused."""
+        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            self._loop.call_soon_threadsafe(self._leave, server)
+
+    def _leave(self, server: Server) -> None:
+        for task, (place, _) in self._tasks.items():
+            if place.server is server:
+                task.cancel()
 
     @property
     def seconds_since_end(self) -> float:
@@ -215,13 +232,19 @@ class Dispatch:
         place.looked_at = False
         try:
             label = task.result()
+        except asyncio.CancelledError:  # by `_leave`
+            self._set_aside(place)
+            return
         except ServerError as error:
             self._refuse_final(error)
             self._set_aside(place)
             place.why = error.cause
             return
-        place.usable = label == self._label
-        if not place.usable:
+        place.usable = label == self._labels[-1]
+        if label == self._updating:
+            self._set_aside(place)
+            place.why = "its weights are on their way"
+        elif not place.usable:
             self._leave_out(place, label)
 
     def _answered(self, client: httpx.AsyncClient, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
@@ -235,7 +258,12 @@ class Dispatch:
             place.why = error.cause
             self._try_again(client, place, request)
             return
-        others = {version for answer in answers for version in answer.versions} - {self._label}
+        except asyncio.CancelledError:  # by `_leave`
+            self._set_aside(place)
+            place.why = "it did not take the policy's weights"
+            self._try_again(client, place, request)
+            return
+        others = {label for answer in answers for label, _ in answer.versions}.difference(self._labels)
         if others:
             self._leave_out(place, min(others))
             self._waiting.appendleft(request)
@@ -251,7 +279,7 @@ class Dispatch:
 
     def _leave_out(self, place: _Place, label: str) -> None:
         place.usable, place.stale = False, True
-        place.why = f"it has weights {label} instead of {self._label}: it was restarted, or another run uses it"
+        place.why = f"it has weights {label} instead of {self._labels[-1]}: it was restarted, or another run uses it"
 
     def _try_again(self, client: httpx.AsyncClient, place: _Place, request: _Request) -> None:
         # Of what did not come in time no answer is needed any more.

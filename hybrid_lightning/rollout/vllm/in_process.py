@@ -268,7 +268,14 @@ class VLLMSampler(VLLMEngine):
             except BaseException:  # a signal, too
                 engine.abort_request([name for name in names if name not in answers])
                 raise
-        return [answers[name] for name in names]
+        found = [answers[name] for name in names]
+        others = {label for group in found for answer in group for label, _ in answer.versions} - {str(self.version)}
+        if others:
+            raise RolloutError(
+                f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; let nothing else set "
+                "the weights of this engine"
+            )
+        return found
 
     def release_memory(self) -> None:
         """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""
@@ -312,7 +319,7 @@ def _answer(output: Any) -> Answer:
     if output.finish_reason not in ("stop", "length"):
         raise RolloutError(f"vLLM ended a completion by {output.finish_reason!r}: {output.stop_reason}")
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
-    versions = [span.version for span in output.weight_versions or ()]
+    versions = [(span.version, span.start) for span in output.weight_versions or ()]
     return Answer(list(output.token_ids), logprobs, output.finish_reason == "stop", versions)
 
 

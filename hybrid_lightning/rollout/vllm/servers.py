@@ -156,6 +156,8 @@ class VLLMServerSampler(VLLMEngine):
         chosen = self.needs_everything(weights, model) if everything is None else everything
         if not chosen and self.version == weights.version:
             return
+        for dispatch in self._running:
+            dispatch.go_on_with(str(weights.version))
         if not weights.is_sender:
             _drain(weights.stream(chosen))
             self.version, self._base = weights.version, weights.base
@@ -174,6 +176,11 @@ class VLLMServerSampler(VLLMEngine):
                 raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
             chosen = True
         self.version, self._base = weights.version, weights.base
+
+    @property
+    def _running(self) -> list[Dispatch]:
+        """Those with requests under way."""
+        return [dispatch for dispatch in self._dispatches if not dispatch.seconds_since_end]
 
     def _update(
         self,
@@ -240,7 +247,7 @@ class VLLMServerSampler(VLLMEngine):
 
     def _delivery(self, server: Server, update: Update, label: str, model: ServedModel) -> Delivery:
         def work(delivery: Delivery) -> None:
-            server.pause()
+            server.pause(keeps=self.requests_go_on)
             server.set_label(_UPDATING)
             if server not in self._transfers or update.everything:
                 self._transfers[server] = self._connected(server, model)
@@ -292,6 +299,8 @@ class VLLMServerSampler(VLLMEngine):
             if isinstance(delivery.failure, ServerError) and delivery.failure.is_final:
                 self._hopeless.add(server)
             self._leave_out(server, str(delivery.failure))
+            for dispatch in self._running:
+                dispatch.leave(server)
         elif self._left_out.pop(server, None) is not None:
             rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
 
@@ -359,9 +368,9 @@ class VLLMServerSampler(VLLMEngine):
             return Begun(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
         label = str(self.version)
-        dispatch = Dispatch(self._servers, label, prompt_ids, parameters, self.timeout, self.give_up_after)
+        dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
-        self._dispatches = [*(other for other in self._dispatches if not other.seconds_since_end), dispatch]
+        self._dispatches = [*self._running, dispatch]
         dispatch.start()
         return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
 

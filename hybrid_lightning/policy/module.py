@@ -101,8 +101,9 @@ class PolicyModule(LanguageModule):
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
         rollouts_ahead: How many rollouts before its training a rollout is begun (k), with the weights of that moment. With
-            `VLLMServerSampler` completions are made while the policy is trained. The policy that samples is then k rollouts
-            behind (`sampling/weights_version_lag`), so that `correction` should be set: see docs/how-to/vllm.md.
+            `VLLMServerSampler` completions are made while the policy is trained; with `Sampler` the same schedule is computed in
+            turns. The policy that samples is then k rollouts behind (`sampling/weights_version_lag`), from which learning
+            suffers the more the larger k is: docs/how-to/vllm.md says by how much.
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
@@ -445,14 +446,14 @@ class PolicyModule(LanguageModule):
                 f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
                 f"{advantage} are; give --model.advantage=GroupMeanAdvantage"
             )
-        if self.is_loaded and sampler.has_own_weights and self.correction is None and not self.rollout_schedule.rollouts_ahead:
+        if self.is_loaded and sampler.has_own_weights and self.correction is None:
             rank_zero_warn(
                 "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
             )
 
     def _check_ahead(self) -> None:
-        """Refuse what cannot be done with rollouts ahead, and warn where nothing makes up for the lag."""
+        """Refuse what cannot be done with rollouts ahead."""
         ahead, sampler = self.rollout_schedule.rollouts_ahead, self.sampler
         if not ahead:
             return
@@ -475,11 +476,6 @@ class PolicyModule(LanguageModule):
                     f"{name} and model.{option} do not go together with {type(sampler).__name__}, which would have to be asked "
                     f"again while the policy is trained; set rollouts_ahead=0, or leave {option} out"
                 )
-        if self.is_loaded and self.correction is None:
-            rank_zero_warn(
-                f"{name} trains on completions of earlier weights, and model.correction weighs nothing, so that the clip range "
-                "has to hold all of the difference; give --model.correction=TokenTruncation"
-            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, build_trainer, fit, trained
+from tiny_runs import DigitShare, Log, Talk, build_data, fit, trained
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenTruncation
@@ -119,10 +119,3 @@ def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(mode
 def test_what_cannot_be_begun_ahead_is_refused(model, sums, tmp_path, policy, flags, message):
     with pytest.raises(ConfigError, match=message):
         fit(model, sums, tmp_path, policy=policy, **flags)
-
-
-def test_nothing_that_makes_up_for_the_lag_is_warned_of(model, tmp_path):
-    policy = build_policy(model, rollouts_ahead=1)
-    policy.trainer = build_trainer(tmp_path)
-    with pytest.warns(UserWarning, match="give --model.correction=TokenTruncation"):
-        policy._check_ahead()

@@ -36,7 +36,8 @@ class StepTimer(Callback):
     So the values of all steps add up to the time spent, except for the rest of a rollout in whose middle the run ended, and for
     what follows the last step. It also logs the tokens per second of all processes in the same steps:
 
-    - `throughput/generated_tokens_per_second`: sampled tokens per second of generation.
+    - `throughput/generated_tokens_per_second`: sampled tokens per second of generation; not with `rollouts_ahead`, where
+      `time/generate_s` is the time that training waits.
     - `throughput/trained_tokens_per_second`: sampled tokens of the optimizer step (`PolicyBatch.num_tokens`) per second of
       update and log-probabilities. Rows without advantage count, whether or not the update computes anything for them.
     - `throughput/tokens_per_second`: prompt and completion tokens of the rollout (`num_tokens`), each counted once however often
@@ -57,6 +58,7 @@ class StepTimer(Callback):
         self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
         self._tokens: dict[str, float] = {}  # tokens of all processes and steps, including those of earlier runs
         self._spread = Spread()  # divides what a rollout costs among its steps
+        self._rollout: dict[str, float] = {}  # metrics of the rollout that is trained on
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
 
     def totals(self) -> dict[str, float]:
@@ -123,11 +125,18 @@ class StepTimer(Callback):
         now = self.clock.seconds()
         spent = {name: now.get(name, 0.0) - self._stamp.get(name, 0.0) for name in STEP_PHASES}
         self._stamp = now
-        tokens = _rollout_tokens(pl_module) if spent["generate"] > 0 else dict.fromkeys(_ROLLOUT_TOKENS, 0.0)
+        schedule: Any = getattr(pl_module, "rollout_schedule", None)
+        tokens, begins = dict.fromkeys(_ROLLOUT_TOKENS, 0.0), spent["generate"] > 0
+        if (
+            schedule is not None and schedule.rollouts_ahead
+        ):  # others were generated meanwhile, in a time that is not that of these
+            begins, self._rollout = batch.metrics != self._rollout, batch.metrics
+            tokens["tokens"] = batch.metrics["num_tokens"] / trainer.world_size if begins else 0.0
+        elif begins:
+            tokens = _rollout_tokens(pl_module)
         step = _mean_over_processes(trainer, {**spent, **tokens})
-        if step["generate"] > 0:
-            schedule: Any = pl_module.rollout_schedule
-            steps = schedule.epochs_per_rollout * schedule.minibatches_per_rollout
+        if begins or step["generate"] > 0:
+            steps = schedule.steps_per_rollout if begins else max(1, self._spread.steps)
             self._spread.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
             self._count({name: step[name] * trainer.world_size for name in _ROLLOUT_TOKENS})
         step |= self._spread.take()

@@ -11,9 +11,10 @@ from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES
-from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.losses import GRPOLoss, TokenTruncation
 from hybrid_lightning.policy import step_times
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.loader import RolloutSchedule
 
 GENERATE, REWARD, LOGPROBS, UPDATE, BEFORE, AFTER, VALIDATION, SAVE, SCORE = 64.0, 16.0, 3.0, 8.0, 0.25, 0.5, 20.0, 40.0, 7.0
 STEPS = 6
@@ -119,6 +120,17 @@ def test_each_second_is_logged_once_and_where_it_belongs(model, sums, tmp_path, 
             assert sum(step[f"time/{name}_s"] for step in slow.steps) == pytest.approx(totals[name])
 
 
+def test_with_rollouts_ahead_seconds_are_those_that_training_waits_and_tokens_those_it_trains_on(model, sums, tmp_path):
+    timer, slow = run(model, sums, tmp_path, policy={"rollouts_ahead": 2, "correction": TokenTruncation()})
+    assert [step["time/generate_s"] for step in slow.steps] == [3 * GENERATE, *[GENERATE] * 3, 0, 0], "six rollouts in all"
+    for (_, whole), step in zip(slow.tokens, slow.steps, strict=True):
+        assert step["throughput/tokens_per_second"] == pytest.approx(whole / step["time/step_s"])
+        assert "throughput/generated_tokens_per_second" not in step
+    assert timer.rates()["tokens_per_second"] * sum(step["time/step_s"] for step in slow.steps) == pytest.approx(
+        sum(whole for _, whole in slow.tokens), rel=1e-2
+    )
+
+
 def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(model, sums, tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     flags = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": -1, "enable_checkpointing": True}
@@ -211,7 +223,7 @@ def test_values_are_means_over_processes_and_rates_count_all_of_them():
     strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
     mask = torch.ones(1, 60, dtype=torch.bool)  # of which 50 were sampled
     sequences = SimpleNamespace(completion_mask=mask, sampled_mask=mask[:, :50], prompt_mask=mask[:, :40])
-    schedule = SimpleNamespace(epochs_per_rollout=1, minibatches_per_rollout=2)
+    schedule = RolloutSchedule(1, 1, minibatches_per_rollout=2)
     module = SimpleNamespace(last_rollout=(SimpleNamespace(sequences=sequences),), rollout_schedule=schedule)
     values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, None)
     times = {"generate": 1.5, "reward": 1.0, "logprobs": 0.0, "update": 6.0, "other": 1.0, "step": 9.5}

@@ -8,8 +8,11 @@ In one process an engine is updated before it completes, if weights have changed
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
 """
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -21,7 +24,7 @@ from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import HybridLightningError, RolloutError
-from hybrid_lightning.policy.episodes import task_seeds
+from hybrid_lightning.policy.episodes import Episodes, task_seeds
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 # weights more than 2.
 _LARGEST_DIFFERENCE = 0.5
 _COMPARED = 4  # completions
+_SLICE_S = 0.1
 
 
 class Generation:
@@ -113,7 +117,10 @@ class Generation:
             begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
-            begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
+            if ahead and sampler.completes_elsewhere and policy.rollout_schedule.rollouts_ahead:
+                begun = _in_thread(partial(self._apart.play, policy.engine, prompts, samples, seeds, **options))
+            else:
+                begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
         if sampler.completes_elsewhere:
             self._under_way.append(begun)
 
@@ -160,6 +167,19 @@ class Generation:
         # Without a reward nothing is completed, and in one process `complete` does it.
         if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
             self._give(together=True, ahead=ahead)
+
+    @cached_property
+    def _apart(self) -> Episodes:
+        """Plays the episodes of rollouts ahead."""
+        assert self._policy.episodes is not None, "asked for where there are some"
+        return self._policy.episodes.apart()
+
+    def shut_down(self) -> None:
+        """End completions that are under way, and what plays their episodes."""
+        for begun in self._under_way:
+            begun.cancel()
+        if "_apart" in self.__dict__:
+            self._apart.shut_down()
 
     def compare_again(self) -> None:
         """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
@@ -316,6 +336,29 @@ class Generation:
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
         assert config is not None, "the policy has been loaded, so that its files are here"
         return str(Path(config).parent)
+
+
+def _in_thread(play: Callable[..., Rollouts]) -> Begun[Rollouts]:
+    """Begin to play episodes in a thread of its own, which is only told of a wish to end by what it calls after every token."""
+    made: Future[Rollouts] = Future()
+    ended = threading.Event()
+
+    def on_token(running: int, decoded: int) -> None:
+        if ended.is_set():
+            raise RolloutError("the episodes were ended")
+
+    def work() -> None:
+        try:
+            made.set_result(play(on_token=on_token))
+        except BaseException as error:
+            made.set_exception(error)
+
+    def wait() -> None:
+        while not made.done():
+            futures.wait([made], timeout=_SLICE_S)  # between which signals are looked at
+
+    threading.Thread(target=work, daemon=True, name="episodes ahead").start()
+    return Begun(made.result, wait, ended.set)
 
 
 def _is_first() -> bool:

@@ -272,6 +272,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def teardown(self, stage: str) -> None:
         """End a rollout engine and processes of environments that this process has started."""
+        self.generation.shut_down()
         self.sampler.shut_down()
         if self.episodes is not None:
             self.episodes.shut_down()

@@ -470,12 +470,20 @@ class PolicyModule(LanguageModule):
                 f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
                 "set rollouts_ahead=0"
             )
-        for option, is_set in (("dynamic_sampling", self.dynamic_sampling), ("environment", self.episodes)):
-            if sampler.completes_elsewhere and is_set is not None:
-                raise ConfigError(
-                    f"{name} and model.{option} do not go together with {type(sampler).__name__}, which would have to be asked "
-                    f"again while the policy is trained; set rollouts_ahead=0, or leave {option} out"
-                )
+        if not sampler.completes_elsewhere:
+            return
+        if self.dynamic_sampling is not None:
+            raise ConfigError(
+                f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
+                "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
+            )
+        if self.episodes is not None and ahead > 1:
+            raise ConfigError(f"{name}: a turn would be by other weights than the one before; set rollouts_ahead=1 for episodes")
+        if self.episodes is not None and not self.episodes.limits.workers:
+            raise ConfigError(
+                f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "
+                "generators; give them processes of their own, by model.episodes.workers=1 or more"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""

@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
@@ -285,7 +285,7 @@ class RolloutLoader:
         for entry in self._ahead:
             try:
                 ahead.append((entry.before, self._made(entry)))
-            except (RunStopped, RolloutError):
+            except (RunStopped, HybridLightningError):  # an error is raised again when the rollout is needed
                 now = entry.before
                 break
         mine = {

@@ -2,15 +2,19 @@
 
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_runs import DigitShare, Log, Talk, build_data, fit, trained
 
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenTruncation
+from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
+from hybrid_lightning.policy.generation import _in_thread
 from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rollout_engine import Begun
 
 
@@ -21,6 +25,7 @@ class Elsewhere(Sampler):
 
     def __init__(self, max_new_tokens=6, fails_at=0):
         super().__init__(max_new_tokens)
+        self.engine = self.own = None
         self.fails_at, self.requests, self.running, self.at_update = fails_at, 0, 0, []
         self.threads, self.lock = ThreadPoolExecutor(2), threading.Lock()
 
@@ -30,11 +35,24 @@ class Elsewhere(Sampler):
     def update(self, weights, model, everything=None):
         if self.version != weights.version:
             self.at_update.append(self.running)
-            self.version, self.own = weights.version, None
+            self.version = weights.version
+            self.copy_of(self.engine)
+
+    def sample(self, engine, *arguments, **options):
+        if engine is self.own:
+            return super().sample(engine, *arguments, **options)
+        return self.begin(engine, *arguments, **options).finish()
+
+    @property
+    def _conversation(self):
+        return Conversation
+
+    def copy_of(self, engine):
+        self.engine, self.own = engine, engine and engine.of(copy.deepcopy(engine.model), is_copy=True)
 
     def begin(self, engine, *arguments, **options):
-        if self.own is None:
-            self.own = engine.of(copy.deepcopy(engine.model), is_copy=True)
+        if engine is not self.engine:  # nothing has been trained yet
+            self.copy_of(engine)
         own, self.requests = self.own, self.requests + 1
         number = self.requests
 
@@ -52,6 +70,10 @@ class Elsewhere(Sampler):
         return Begun(made.result, lambda: made.exception() and None, made.cancel)
 
 
+class OnDevice(Sampler):
+    shares_device = True
+
+
 def metrics_of(log):
     left_out = (
         "time/",
@@ -65,14 +87,20 @@ def metrics_of(log):
 
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
-@pytest.mark.parametrize(("ahead", "correction"), [(0, None), (1, None), (1, SequenceMask()), (2, TokenTruncation())])
+@pytest.mark.parametrize(
+    ("ahead", "correction", "turns"),
+    [(0, None, 1), (1, None, 1), (1, SequenceMask(), 1), (2, TokenTruncation(), 1), (1, TokenMask(), 3)],
+)
 def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
-    model, sums, tmp_path, ahead, correction
+    model, sums, tmp_path, ahead, correction, turns
 ):
     def run(sampler):
         policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "minibatches_per_rollout": 2}
         log = Log()
         policy |= {"loss": GRPOLoss(kl_coef=0.1), "reward": DigitShare(), "optimizer": torch.optim.SGD}
+        if turns > 1:
+            episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=1)
+            policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
         weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=8))
         return metrics_of(log), weights
 
@@ -86,7 +114,7 @@ def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule
     assert ahead > 1 or not any(elsewhere.at_update), "with one ahead no completion has tokens by two versions of the weights"
     lags = [step["sampling/weights_version_lag"] for step in there]
     assert lags == ([0, 1] * 4 if not ahead else [0, 1] + [2, 3] * 3 if ahead == 1 else [0, 1, 2, 3] + [4, 5] * 2)
-    assert elsewhere.requests == 4, "none for a rollout that is not trained on"
+    assert 4 <= elsewhere.requests <= 4 * turns, "none for a rollout that is not trained on"
 
 
 def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
@@ -106,6 +134,19 @@ def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(mode
     assert len(log.metrics) == 1, "the rollout before it was trained on"
 
 
+def test_episodes_that_nobody_needs_any_more_end_at_their_next_token():
+    def play(on_token):
+        while True:
+            time.sleep(0.001)
+            on_token(1, 1)
+
+    begun = _in_thread(play)
+    begun.cancel()
+    begun.wait()
+    with pytest.raises(RolloutError, match="were ended"):
+        begun.finish()
+
+
 @pytest.mark.parametrize(
     ("policy", "flags", "message"),
     [
@@ -113,7 +154,9 @@ def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(mode
         ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "begins each epoch anew"),
         ({"rollouts_ahead": 1}, {"reload_dataloaders_every_n_epochs": 1}, "would drop the rollouts that were begun"),
         ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
-        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "leave environment out"),
+        ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "nothing would be done meanwhile"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers=1"),
+        ({"rollouts_ahead": 2, "sampler": Elsewhere(), "environment": Talk()}, {}, "set rollouts_ahead=1 for episodes"),
     ],
 )
 def test_what_cannot_be_begun_ahead_is_refused(model, sums, tmp_path, policy, flags, message):

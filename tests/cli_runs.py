@@ -136,6 +136,13 @@ def run(folder, *arguments) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def done(folder, *arguments) -> Result:
+    """One command, which has to end well."""
+    result = run(folder, *arguments)
+    assert result.code == 0, result.err[-3000:]
+    return result
+
+
 def command(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One command in the working directory, which prints and raises as it does."""
     monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from cli_runs import assert_refused, run, write_folder
+from cli_runs import assert_refused, done, run, write_folder
 from tiny_runs import write_model
 
 from hybrid_lightning.data import FileSource, PromptDataModule
@@ -109,8 +109,7 @@ def test_a_mistake_is_found_before_the_model_is_loaded(folder, words, message):
 def test_a_plan_of_another_model_is_refused_before_the_model_is_loaded(folder):
     write_model(folder / "gpt2", "gpt2")
     options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=planned", "--trainer.logger.name=gpt2"]
-    result = run(folder, "score", "--config", "t.yaml", "--model.model=gpt2", *options)
-    assert result.code == 0, result.err
+    result = done(folder, "score", "--config", "t.yaml", "--model.model=gpt2", *options)
     plan = "--adapter.plan=planned/gpt2/version_0/plan.json"
     result = run(folder, "fit", "--config", "t.yaml", "--model.model=unreadable", plan)
     assert_refused(result, r"the plan was made for gpt2 and names \S+; this model has no such module")
@@ -119,8 +118,7 @@ def test_a_plan_of_another_model_is_refused_before_the_model_is_loaded(folder):
 def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):
     options = ["--trainer.callbacks+=my_parts.Logs", "--trainer.max_steps=2", "--trainer.default_root_dir=own"]
     options.append("--trainer.logger=false")
-    result = run(folder, "fit", "--config", "t.yaml", *options, "--checkpoint.monitor=val/own")
-    assert result.code == 0, result.err
+    result = done(folder, "fit", "--config", "t.yaml", *options, "--checkpoint.monitor=val/own")
     result = run(folder, "fit", "--config", "t.yaml", *options, "--checkpoint.monitor=val/other")
     assert_refused(result, "monitor=val/other, which validation does not measure")
 
@@ -132,8 +130,7 @@ def test_rows_are_read_and_filtered_once(folder, monkeypatch):
         monkeypatch.setattr(
             kind, name, lambda self, *given, _f=original, _n=name: calls.append(f"{_n} {given[:1]}") or _f(self, *given)
         )
-    result = run(folder, "score", "--config", "t.yaml", "--trainer.logger=false", "--trainer.default_root_dir=once")
-    assert result.code == 0, result.err
+    done(folder, "score", "--config", "t.yaml", "--trainer.logger=false", "--trainer.default_root_dir=once")
     assert {"read_tables ()", "_short_enough ('train',)", "_short_enough ('validation',)"} <= set(calls)
     assert len(calls) == len(set(calls)), "nothing is done twice"
 
@@ -141,5 +138,4 @@ def test_rows_are_read_and_filtered_once(folder, monkeypatch):
 def test_a_data_module_that_prepares_its_files_does_so_first(folder):
     options = ["--data=my_parts.Prepared", "--data.source.init_args.train=prepared.jsonl", "--data.format=PlainFormat"]
     options += ["--trainer.logger=false", "--trainer.default_root_dir=prepared"]
-    result = run(folder, "score", "--config", "t.yaml", *options)
-    assert result.code == 0, result.err
+    done(folder, "score", "--config", "t.yaml", *options)

@@ -3,15 +3,14 @@
 import json
 
 import pytest
-from cli_runs import run
+from cli_runs import done
 
 from hybrid_lightning.adapters import AdapterPlan
 
 
 @pytest.fixture(scope="module")
 def fitted(folder):
-    result = run(folder, "fit", "--config", "t.yaml", "--checkpoint.save_top_k=-1", "--trainer.logger.init_args.name=whole")
-    assert result.code == 0, result.err
+    done(folder, "fit", "--config", "t.yaml", "--checkpoint.save_top_k=-1", "--trainer.logger.init_args.name=whole")
     return folder / "runs" / "whole" / "version_0"
 
 
@@ -22,8 +21,7 @@ def summary_of(run_folder):
 def evaluated(folder, root, command, *options):
     """What a command on the last checkpoint says, by the run's own config."""
     arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt", *options]
-    result = run(folder, command, *arguments)
-    assert result.code == 0, result.err
+    result = done(folder, command, *arguments)
     return result.out
 
 
@@ -44,14 +42,12 @@ def test_predict_writes_lines(folder, fitted, tmp_path):
 
 
 def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
-    result = run(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=score")
-    assert result.code == 0, result.err
+    result = done(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=score")
     scored = folder / "runs" / "score" / "version_0"
     assert AdapterPlan.load(scored / "plan.json").digest == AdapterPlan.load(fitted / "plan.json").digest
     assert (scored / "plan.png").is_file() and "Adapter plan: 1 fully trained" in result.out
     assert not (scored / "checkpoints").exists() and not (scored / "summary.json").exists()
     name = "--trainer.logger.init_args.name=planned"
-    result = run(folder, "fit", "--config", "t.yaml", f"--adapter.plan={scored}/plan.json", name)
-    assert result.code == 0, result.err
+    result = done(folder, "fit", "--config", "t.yaml", f"--adapter.plan={scored}/plan.json", name)
     again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_0", "whole/version_0"))
     assert again["validation"] == before["validation"], "the same run, whether the plan was made before or within"

@@ -44,6 +44,7 @@ COMMANDS = [
     ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
     ("export --config t.yaml", r"\bfolder\b"),
     ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
+    ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
     ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
 ]
 
@@ -117,17 +118,6 @@ def test_what_has_been_scored_stays(folder):
     root = folder / "runs" / "kept" / "version_0"
     assert list((root / "scoring").glob("completions-*.pt")) and "my_parts.Raising" in (root / "config.yaml").read_text()
     assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
-
-
-def test_an_export_of_a_checkpoint_that_is_not_there(folder):
-    near = folder / "elsewhere" / "version_3" / "checkpoints" / "last.ckpt"
-    near.parent.mkdir(parents=True, exist_ok=True)
-    near.touch()
-    beside = f"--ckpt_path={near.with_name('best.ckpt').relative_to(folder)}"
-    before, there = content(folder), r"such as elsewhere/version_3/checkpoints/last\.ckpt"
-    result = run(folder, "export", "--config", "t.yaml", beside, "--folder=exported")
-    assert_refused(result, rf"no checkpoint elsewhere/.*best\.ckpt .*; give one that is there, {there}")
-    assert content(folder) == before
 
 
 def test_the_commands_that_are_named_are_all(folder):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from cli_runs import run
+from cli_runs import done, run
 from lightning.pytorch import Callback
 
 from hybrid_lightning import adapters, advantages, data, export, losses, policy, rewards, rollout
@@ -19,8 +19,7 @@ from hybrid_lightning.trainer import Trainer
 
 
 def said(folder, *arguments):
-    result = run(folder, *arguments)
-    assert result.code == 0, result.err
+    result = done(folder, *arguments)
     return result.out
 
 

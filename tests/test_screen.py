@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from cli_runs import run
+from cli_runs import done, run
 
 # All lines that `fit` may print; tables stand in frames of their own.
 FIT = re.compile(
@@ -36,8 +36,10 @@ def only(pattern, text):
 
 
 def test_each_line_of_a_run_informs(folder, said):
-    fitted = run(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=fit", "--trainer.enable_progress_bar=null")
-    assert fitted.code == 0 and not fitted.err
+    fitted = done(
+        folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=fit", "--trainer.enable_progress_bar=null"
+    )
+    assert not fitted.err
     only(ENGINE, said.getvalue())  # one line, of which passes are fast
     only(FIT, fitted.out)
     shown = re.findall(r"Validation \(.*\n(  .* -> .*\n)(  .* -> .*\n)", fitted.out)
@@ -47,8 +49,8 @@ def test_each_line_of_a_run_informs(folder, said):
     assert fitted.out.count("Validation (") == 3 and fitted.out.count("\nStep ") == 4, "a file has no progress bar"
     assert re.search(r"\nNext: .*\nVerdict: .*(\nTry: .*)*\n\Z", fitted.out)
     place = "runs/fit/version_0"
-    tested = run(folder, "test", "--config", f"{place}/config.yaml", "--ckpt_path", f"{place}/checkpoints/last.ckpt")
-    assert tested.code == 0 and not tested.err
+    tested = done(folder, "test", "--config", f"{place}/config.yaml", "--ckpt_path", f"{place}/checkpoints/last.ckpt")
+    assert not tested.err
     only(EVALUATION, tested.out)
     (loaded,) = [line for line in said.getvalue().splitlines() if not ENGINE.match(line)]
     assert re.fullmatch(r"Loaded model weights from the checkpoint at \S+", loaded)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import done, run, write_folder
 
 from hybrid_lightning.adapters import AdapterPlan
 
@@ -44,8 +44,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shown(folder):
     """A supervised run."""
-    result = run(folder, "fit", "--config", "sft.yaml", "--trainer.logger.init_args.name=shown")
-    assert result.code == 0, result.err
+    result = done(folder, "fit", "--config", "sft.yaml", "--trainer.logger.init_args.name=shown")
     return folder / "runs" / "shown" / "version_0", result.out
 
 
@@ -66,12 +65,10 @@ def test_it_learns_and_says_so(shown):
 def test_reinforcement_learning_starts_where_it_ended(folder, shown):
     root, _ = shown
     given = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt"]
-    result = run(folder, "export", *given, "--folder", "start", "--form=MergedModel", "--form.dtype=float32")
-    assert result.code == 0, result.err
+    done(folder, "export", *given, "--folder", "start", "--form=MergedModel", "--form.dtype=float32")
     card = (folder / "start" / "README.md").read_text()
     assert "rlvr" not in card and "examples_per_step: 8" in card
-    result = run(folder, "fit", "--config", "t.yaml", "--model.model=start", "--trainer.logger.init_args.name=after")
-    assert result.code == 0, result.err
+    done(folder, "fit", "--config", "t.yaml", "--model.model=start", "--trainer.logger.init_args.name=after")
     after = summary_of(folder / "runs" / "after" / "version_0")
     assert after["loss"] == "GRPOLoss" and after["model"] == "start"
     assert after["greedy_before"] == pytest.approx(summary_of(root)["greedy_after"]) and after["greedy_before"] > 0.5
@@ -81,10 +78,10 @@ def test_a_run_without_a_reward_measures_the_loss_alone(folder, shown):
     config = yaml.safe_load((folder / "sft.yaml").read_text())
     del config["model"]["init_args"]["reward"]
     (folder / "plain.yaml").write_text(yaml.safe_dump(config))
-    result = run(folder, "fit", "--config", "plain.yaml", "--trainer.max_steps=2", "--trainer.val_check_interval=2")
-    assert result.code == 0 and "held-out loss" in result.out and "accuracy" not in result.out, result.err
+    result = done(folder, "fit", "--config", "plain.yaml", "--trainer.max_steps=2", "--trainer.val_check_interval=2")
+    assert "held-out loss" in result.out and "accuracy" not in result.out
     root, _ = shown
-    result = run(folder, "test", "--config", "plain.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt")
-    assert result.code == 0 and "loss" in result.out and "avg@2" not in result.out, result.err
+    result = done(folder, "test", "--config", "plain.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt")
+    assert "loss" in result.out and "avg@2" not in result.out
     result = run(folder, "plan", "--config", "plain.yaml")
     assert result.code == 1 and "plan knows the memory of PolicyModule, but model is a SupervisedModule" in result.last

@@ -88,7 +88,7 @@ def with_holes(rollouts: Rollouts) -> Rollouts:
     )
 
 
-class Interrupted(Sampler):
+class Interrupted(OftenDone):
     """Completions in which an environment added tokens."""
 
     def sample(self, *args, **options):

@@ -145,7 +145,6 @@ def test_the_model_is_as_before(make_model, losses):
 
 
 def test_gradients_are_never_in_memory_together(make_model, batches):
-    """Each gradient is freed before the next one is taken."""
     model = make_model("llama")
     candidates = find_candidates(model)
     alive = []

@@ -1,5 +1,3 @@
-"""Fixtures of the benchmarks' tests."""
-
 import subprocess
 
 import pytest

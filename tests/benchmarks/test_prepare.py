@@ -1,5 +1,3 @@
-"""What both sides are given."""
-
 import random
 
 import pytest

@@ -1,5 +1,3 @@
-"""What is claimed of the frontier."""
-
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,3 @@
-"""Estimates of the study, and their intervals."""
-
 import math
 
 import pytest

@@ -1,5 +1,3 @@
-"""The runs of the frontier."""
-
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
@@ -15,7 +13,6 @@ from hybrid_lightning.adapters.plan import model_digest
 
 
 def test_a_run_needs_its_start_policy_and_beside_others_that_which_they_had(tmp_path, monkeypatch):
-    """Seen before it runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(RECIPES, "wide", replace(RECIPES["wide"], steps=1, batch_size=4))
     for rate in (0.005, 0.01, 0.02):

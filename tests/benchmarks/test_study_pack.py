@@ -1,5 +1,3 @@
-"""Records of the study, packed into one table."""
-
 import json
 import lzma
 import sys

@@ -1,5 +1,3 @@
-"""The start policies of the study."""
-
 from dataclasses import replace
 
 import pytest

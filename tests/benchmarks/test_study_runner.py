@@ -1,5 +1,3 @@
-"""Runs of the study, and the methods that they compare."""
-
 import pytest
 import yaml
 

@@ -1,9 +1,8 @@
-"""The learning rates that the study tunes."""
-
 import pytest
 from study_records import keep, record
 
 from benchmarks.study import tuning
+from benchmarks.study.comparison import compare
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import TUNING_SEEDS, of_method
 from benchmarks.study.store import Store
@@ -53,3 +52,11 @@ def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
     assert tuning.rank_of(METHODS["lora_matched"], Store(tmp_path), "sums") == 11
     assert tuning.rank_of(METHODS["lora"], Store(tmp_path), "sums") is None
+
+
+def test_a_method_is_judged_at_its_tuned_rate_alone(tmp_path):
+    for rate, validation in ((1e-2, 0.6), (2e-2, 0.5)):
+        keep(tmp_path, *(record("probe", rate, seed=s, accuracy=0.1 if rate == 2e-2 else 0.7) for s in range(8)))
+        keep(tmp_path, *(record("probe", rate, s, "sweep", validation=validation) for s in TUNING_SEEDS))
+    row = compare(Store(tmp_path), "sums").rows["probe"]
+    assert row.rate == 1e-2 and row.accuracy.number == 8 and row.accuracy.value == pytest.approx(0.7)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_runs import run
+from cli_runs import done, run
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import Diagnosis
@@ -29,8 +29,7 @@ def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end
     with (folder / "my_parts.py").open("a") as file:
         file.write("\n\ndef nothing(completion):\n    return 0.0\n")
     reward = ["--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:nothing"]
-    result = run(folder, "fit", "--config", "t.yaml", name, *steps, *reward)
-    assert result.code == 0, result.err
+    result = done(folder, "fit", "--config", "t.yaml", name, *steps, *reward)
     first = ["completions-are-cut", "all-rewards-of-a-group-are-equal", "the-reference-answer-earns-nothing"]
     assert sections(result.out) == [*first, "no-gradient"], "each once"
     assert sections(result.out[: result.out.index("Step 1/14")]) == first

@@ -1,5 +1,6 @@
 """Stopped at any moment of its life, a run says how to go on, and whoever does so gets the curves of one that was not stopped."""
 
+import contextlib
 import itertools
 import os
 import platform
@@ -14,17 +15,20 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from cli_runs import Result, run, write_folder
+import torch
+from cli_runs import Result, done, run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
+from tiny_runs import DigitShare, Log, build_adapter, build_data, fit, trained
 
 from hybrid_lightning import cli
 from hybrid_lightning.adapters import AdapterPlan
-from hybrid_lightning.callbacks import GracefulStop, RunFolder
+from hybrid_lightning.callbacks import GracefulStop, RunFolder, RunSummary
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
-from hybrid_lightning.errors import CheckpointError, RolloutError
-from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.errors import CheckpointError, RewardError, RolloutError
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
+from hybrid_lightning.policy import CosineSchedule, PolicyModule
+from hybrid_lightning.rollout import Sampler, sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which
@@ -80,8 +84,7 @@ def folder(tmp_path_factory):
 
 def uninterrupted(folder: Path, *options: str) -> tuple[dict[tuple[str, int], float], str]:
     """Curves and plan of a whole run."""
-    result = run(folder, *FIT, *options)
-    assert result.code == 0, result.err
+    result = done(folder, *FIT, *options)
     return points(run_of(result, folder)), AdapterPlan.load(str(run_of(result, folder) / "plan.json")).digest
 
 
@@ -128,8 +131,7 @@ def test_stopped_scoring_goes_on_by_the_same_command_with_the_same_settings(fold
     assert refused.code == 1 and re.search("was found with calibration prompts=.*new run without ckpt_path", refused.last)
     refused = run(folder, "test", "--config=t.yaml", f"--ckpt_path={found}")
     assert refused.code == 1 and "is no checkpoint, but what scoring has found" in refused.last
-    other = run(folder, *FIT, f"--ckpt_path={found}", "--model.lr_lora=0.02", "--trainer.max_steps=1")
-    assert other.code == 0, "what no score depends on may be changed"
+    done(folder, *FIT, f"--ckpt_path={found}", "--model.lr_lora=0.02", "--trainer.max_steps=1")
     resumed = go_on(folder, stopped)
     assert resumed.code == 0, resumed.err[-2000:]
     assert AdapterPlan.load(str(run_of(resumed, folder) / "plan.json")).digest == whole[1]
@@ -217,3 +219,73 @@ def test_under_the_command_line_it_is_the_command(tmp_path):
     assert message.endswith(f" -m hybrid_lightning fit --config '{folder}/config.yaml' --ckpt_path last.ckpt")
     for error in (RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()):
         assert lost_contact(lost_trainer(), error) is None, "other errors are a process's own"
+
+
+# ---- in Python, bit for bit
+
+
+STEPS = 8
+
+
+def fitted(model, sums, root, *callbacks, ckpt=None):
+    """Step, loss, and how far the sampler's log-probabilities are from training's, of each micro-batch; and the policy."""
+    policy = {"loss": GSPOLoss(kl_coef=0.01), "correction": TokenTruncation(cap=3.0), "schedule": CosineSchedule(warmup_steps=2)}
+    policy |= {"minibatches_per_rollout": 2, "epochs_per_rollout": 2}
+    log, adapter, module = Log(), build_adapter(dropout=0.1, calibration_prompts=8), None
+    flags = {"max_steps": STEPS, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "val_check_interval": 8}
+    flags |= {"check_val_every_n_epoch": None, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    callbacks = (RunSummary(), adapter, *callbacks, log, GracefulStop())
+    data = build_data(sums, validation_fraction=0.2)
+    with contextlib.suppress(SystemExit):  # a stopped run ends the program
+        module = fit(model, sums, root, *callbacks, policy=policy, data=data, ckpt=ckpt, **flags)
+    return [(step["loss"], step["sampling/logp_difference/mean"]) for step in log.metrics], module
+
+
+@pytest.fixture(scope="module")
+def exact(model, sums, tmp_path_factory):
+    """The losses, the policy, and a folder with checkpoints of all steps."""
+    root = tmp_path_factory.mktemp("exact")
+    losses, policy = fitted(model, sums, root, ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    assert len(losses) == 2 * STEPS and all(len(set(values)) > 6 for values in zip(*losses, strict=True))
+    return losses, policy, root
+
+
+def assert_goes_on(model, sums, folder, checkpoint, exact):
+    """From a checkpoint to the end as the run that was not stopped."""
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    losses, other, _ = exact
+    rest, policy = fitted(model, sums, folder, ckpt=checkpoint)
+    assert 0 <= step < STEPS and rest == losses[2 * step :]
+    weights, expected = trained(policy), trained(other)
+    assert weights.keys() == expected.keys() and all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+    return step
+
+
+def test_a_signal_within_completions_leaves_a_checkpoint_that_resumes_exactly(model, sums, tmp_path, exact, monkeypatch):
+    with monkeypatch.context() as patch:
+        Sent(patch, (sampler._Decoder, "_choose", 33), signal.SIGTERM)
+        first, _ = fitted(model, sums, tmp_path)
+    step = assert_goes_on(model, sums, tmp_path, tmp_path / "version_0" / "checkpoints" / "stopped.ckpt", exact)
+    assert 2 * step <= len(first) < len(exact[0]) and first == exact[0][: len(first)]
+
+
+def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(model, sums, tmp_path, exact, monkeypatch):
+    calls = []
+
+    def failing(self, completions, prompts):
+        calls.append(len(completions))
+        if calls.count(16) > 3:  # two of calibration and the first rollout; validation has others
+            raise ValueError("the quota is used up")
+        return working(self, completions, prompts)
+
+    working = DigitShare.__call__
+    monkeypatch.setattr(DigitShare, "__call__", failing)
+    with pytest.raises(RewardError, match=r"the quota is used up \(test_graceful_stop.py line \d+\)"):
+        fitted(model, sums, tmp_path)
+    monkeypatch.undo()
+    assert assert_goes_on(model, sums, tmp_path, tmp_path / "version_0" / "checkpoints" / "stopped.ckpt", exact) > 0
+
+
+def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, tmp_path, exact):
+    """One of the second rollout; of the first one: `test_resume`."""
+    assert assert_goes_on(model, sums, tmp_path, exact[2] / "step=5.ckpt", exact) == 5

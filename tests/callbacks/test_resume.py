@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 import yaml
-from cli_runs import run
+from cli_runs import done, run
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
@@ -99,8 +99,7 @@ def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given(giv
 @pytest.fixture(scope="module")
 def first(folder):
     """The folder of a run of three steps, in the middle of a rollout and of an epoch."""
-    result = run(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2")
-    assert result.code == 0, result.err
+    done(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2")
     return folder / "runs" / "default" / "version_0"
 
 

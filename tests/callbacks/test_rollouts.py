@@ -4,12 +4,14 @@ import html
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import rich
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_trainer, fit
 
-from hybrid_lightning.callbacks import RolloutProgress, RolloutSamples, RunSummary, StepTimer
+from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.errors import ConfigError
@@ -35,7 +37,7 @@ SCALARS = {"reward", "solve_rate/mixed", "rewards/digit_share/mean", "completion
 SCALARS |= {"sampling/logp_difference/max", "grad_norm/lora", "time/step_s", "throughput/tokens_per_second", "val/avg@2"}
 
 
-class Log:
+class Events:
     """The event file of a run."""
 
     def __init__(self, folder):
@@ -53,7 +55,7 @@ def run(model, sums, tmp_path_factory):
     """What TensorBoard has of a run, and its folder."""
     root = tmp_path_factory.mktemp("rollouts")
     train(model, sums, root)
-    return Log(root / "run"), root / "run"
+    return Events(root / "run"), root / "run"
 
 
 def train(model, sums, root, ckpt=None):
@@ -136,7 +138,7 @@ def test_pages_of_a_resumed_run_lie_on_those_of_the_whole(run, model, sums, tmp_
     log, folder = run
     resumed = train(model, sums, tmp_path, ckpt=folder / "checkpoints" / "step=1.ckpt")
     expected = {at: page for at, page in log.text("samples").items() if at >= 1}
-    assert Log(tmp_path / "run").text("samples") == expected and resumed.trainer.global_step == 6
+    assert Events(tmp_path / "run").text("samples") == expected and resumed.trainer.global_step == 6
 
 
 class Table(HTMLParser):
@@ -274,3 +276,83 @@ def test_scoring_shows_its_bars_only_where_bars_are_wanted(tmp_path, screen):
         with progress_bar(build_trainer(tmp_path, enable_progress_bar=wanted), "Scoring modules", None) as advance:
             advance(3, 8)
         assert ("Scoring modules" in screen.file.getvalue()) == wanted
+
+
+def feed(callback, accuracies, left_out=False, **parts):
+    """Give the callback one rollout of 100 completions for each accuracy; returns the messages of its warnings."""
+    trainer, messages = SimpleNamespace(global_step=0), []
+    for step, accuracy in enumerate(accuracies):
+        correct = torch.arange(100) < 100 * accuracy
+        values = {name: torch.full((100,), series[step]) for name, series in parts.items()}
+        counted = torch.ones(100, dtype=torch.bool)
+        if left_out:  # beside one that is left out
+            correct, counted = (F.pad(value, (0, 1), value=end) for value, end in ((correct, True), (counted, False)))
+            values = {name: F.pad(value, (0, 1), value=torch.nan) for name, value in values.items()}
+        rollout = (None, Rewards(correct.float(), {"match": correct.float(), **values}, correct, counted=counted), None)
+        trainer.global_step = step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):  # every micro-batch of a rollout brings the same one
+                callback.on_train_batch_start(trainer, SimpleNamespace(last_rollout=rollout), None, 0)
+        messages += [str(warning.message) for warning in caught]
+    return messages
+
+
+def series(start, end, count=20, noise=0.02, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [start + (end - start) * i / (count - 1) + noise * float(torch.randn((), generator=generator)) for i in range(count)]
+
+
+def test_each_part_is_warned_of_on_its_own():
+    up = series(0.1, 0.9, 40, seed=1)
+    for left_out in (False, True):
+        rose = {"ended": up, "flat": series(0.5, 0.5, 40, seed=2), "other": up}
+        messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), left_out, **rose)
+        assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
+    fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
+    assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
+
+
+OTHERS = {
+    "both rise": (series(0.1, 0.5, 40), series(0.1, 0.9, 40, seed=1)),
+    "both fall": (series(0.5, 0.1, 40), series(0.9, 0.1, 40, seed=1)),
+    "no fall": (series(0.3, 0.3, 40), series(0.1, 0.9, 40, seed=1)),
+    "constant": ([0.5] * 40, [0.5] * 40),
+    "too short": (series(0.5, 0.1, 19), series(0.1, 0.9, 19, seed=1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_nothing_else_is_warned_of(name):
+    accuracy, ended = OTHERS[name]
+    assert feed(RewardDivergence(20), accuracy, ended=ended) == []
+
+
+def test_changes_without_any_noise_count():
+    assert len(feed(RewardDivergence(4), [0.5, 0.5, 0.4, 0.4], ended=[0.0, 0.0, 1.0, 1.0])) == 1
+
+
+def test_the_window_forgets():
+    callback = RewardDivergence(10)
+    feed(callback, series(0.5, 0.1, 10), ended=series(0.1, 0.9, 10, seed=1))
+    assert callback.diverging() == ["rewards/ended"]
+    feed(callback, series(0.1, 0.1, 10), ended=series(0.9, 0.9, 10, seed=1))
+    assert callback.diverging() == []
+
+
+def test_a_resumed_run_warns_where_the_whole_would(stop=25):
+    accuracy, ended = series(0.5, 0.1, 40), series(0.1, 0.9, 40, seed=1)
+    whole = feed(RewardDivergence(20), accuracy, ended=ended)
+    before = RewardDivergence(20)
+    messages = feed(before, accuracy[:stop], ended=ended[:stop])
+    resumed = RewardDivergence(20)
+    resumed.load_state_dict(before.state_dict())
+    assert len(whole) == len(messages + feed(resumed, accuracy[stop:], ended=ended[stop:])) == 1
+    assert resumed.diverging() == ["rewards/ended"]
+
+
+def test_impossible_windows_are_refused():
+    with pytest.raises(ConfigError, match=r"divergence\.window must be an even number of at least 4, got 7"):
+        RewardDivergence(7)
+    with pytest.raises(ConfigError, match=r"divergence\.standard_errors must be positive, got 0"):
+        RewardDivergence(standard_errors=0.0)

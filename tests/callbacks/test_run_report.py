@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from cli_runs import done
 from cli_runs import run as run_command
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, fit
@@ -143,11 +144,11 @@ def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
 def test_compare_tells_runs_apart_by_their_problems(folder):
     name = "--trainer.logger.init_args.name=compared"
     for options in ([], ["--adapter.rank=1"], ["--data.source.validation_fraction=0.4"]):
-        fitted = run_command(folder, "fit", "--config", "t.yaml", name, *options)
-        assert fitted.code == 0 and "\nReport:     runs/compared/version_" in fitted.out, fitted.err
+        fitted = done(folder, "fit", "--config", "t.yaml", name, *options)
+        assert "\nReport:     runs/compared/version_" in fitted.out
     runs = [f"runs/compared/version_{number}" for number in range(3)]
-    same = run_command(folder, "compare", *runs[:2], "--html=c.html")
-    assert same.code == 0 and re.search(r"accuracy \(avg@2\), less that of A │ +│ \S+ points.*, paired over 8 problems", same.out)
+    same = done(folder, "compare", *runs[:2], "--html=c.html")
+    assert re.search(r"accuracy \(avg@2\), less that of A │ +│ \S+ points.*, paired over 8 problems", same.out)
     options = same.out.partition("Options that differ")[2].partition("val/avg@2")[0]
     assert [line.split("│")[1:4] for line in options.splitlines() if line.startswith("│")] == [[" adapter.rank ", " 2 ", " 1 "]]
     assert re.search(r"val/avg@2\n  A  [▁-█]{40}  \S+ -> \S+\n  B  [▁-█]{40}  \S+ -> ", same.out)

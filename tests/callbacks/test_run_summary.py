@@ -78,7 +78,8 @@ def test_the_screen_says_what_happened_and_where_the_time_went(whole):
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
     assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 6")] == [1, 1, 1]
     assert f"Run folder: {root}" in output and "Curves:" not in output, "there is no logger"
-    assert "Next:" not in output, "from Python there is no command"
+    assert "Next:" not in output and "hybrid_lightning" not in output, "from Python there is no command"
+    assert re.search(r"^Checkpoint: (.+)$", output, re.MULTILINE)[1] == summary["checkpoint"]
     output = " ".join(output.replace("│", " ").split())
     assert f"{summary['seconds']:.0f} s for 6 optimizer steps: generate " in output
     for name, seconds in summary["seconds_by_phase"].items():

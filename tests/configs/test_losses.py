@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import parse, run
+from cli_runs import done, parse
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "loss").glob("*.yaml"))
 SHORT = [
@@ -51,8 +51,7 @@ def test_an_overlay_goes_over_a_config_of_another_loss(folder, overlay, monkeypa
         else:
             assert used[name] == wanted
     if overlay.stem in BESIDE:
-        result = run(folder, *given, *SHORT, f"--trainer.logger.init_args.name={overlay.stem}")
-        assert result.code == 0, result.err
+        done(folder, *given, *SHORT, f"--trainer.logger.init_args.name={overlay.stem}")
         root = folder / "runs" / overlay.stem / "version_0"
         assert json.loads((root / "summary.json").read_text())["steps"] == 2
     if overlay.stem == "top_entropy":

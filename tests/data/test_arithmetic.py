@@ -75,7 +75,6 @@ def test_more_problems_than_there_are_is_refused_with_their_number():
 
 
 def test_products_may_have_larger_factors_with_numbers_of_their_own_and_the_same_splits():
-    """And what cannot be enumerated is refused."""
     wide = ProductSource(100, 199, None, 0, 0, low_factor=5, high_factor=40)
     splits = wide.load()
     rows = splits.train + ProductSource(100, 199, None, 0, 0, low_factor=2, high_factor=9).load().train

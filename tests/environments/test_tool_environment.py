@@ -1,7 +1,6 @@
 import asyncio
 import json
 import random
-import threading
 import time
 from enum import Enum
 from typing import Literal
@@ -220,17 +219,6 @@ def test_all_calls_of_a_message_stay_within_the_time_of_a_step(workers):
     assert first == "error: give was not done after 1 s" and second.startswith("error: give was not done after 0.")
     assert third == "error: give was not called, since the calls before it took all the time of the step"
     assert counted(step) == {"calls": 3, "time": 3} and told(other) == ["(the tool returned nothing)"]
-
-
-def test_functions_run_side_by_side():
-    barrier = threading.Barrier(3)
-
-    def meet() -> str:
-        """Wait for the others."""
-        barrier.wait(timeout=20)
-        return "met"
-
-    assert [told(step) for step in answers(hermes([meet]), *[call("meet")] * 3)] == [["met"]] * 3
 
 
 def test_what_a_tool_keeps_is_its_episodes():

@@ -1,5 +1,3 @@
-"""The tools that are shipped."""
-
 import json
 import os
 import random
@@ -62,7 +60,6 @@ def test_the_calculator_agrees_with_exact_fractions(expression):
     ],
 )
 def test_the_calculator_answers_whatever_it_is_asked(expression, answer):
-    """A right value, or a message, within a moment."""
     started = time.monotonic()
     assert answer in calculator(expression) and (answer.startswith(("error", "is")) or answer == calculator(expression))
     assert time.monotonic() - started < 1
@@ -126,7 +123,6 @@ def test_code_that_waits_is_stopped_in_time():
 
 
 def test_too_much_of_anything_is_an_error_in_the_session(python, tmp_path):
-    """Memory, output, processes, files of this machine."""
     secret = tmp_path / "secret"
     secret.write_text("secret")
     assert python("x = 1\n'a' * 10**10") == "MemoryError (line 2)"
@@ -176,14 +172,12 @@ def test_passages_that_fit_equally_come_in_their_order_whatever_the_order_of_set
 
 
 def test_an_index_is_made_once(documents, monkeypatch):
-    """However many episodes search."""
     DocumentSearch(str(documents))
     monkeypatch.setattr(Path, "read_text", None)
     assert "Green" in DocumentSearch(str(documents))("green")
 
 
 def test_what_is_wrong_with_documents_is_said(tmp_path, monkeypatch):
-    """With what to do."""
     pytest.importorskip("bm25s")
     for path, reason in ((tmp_path / "no", "does not exist"), (tmp_path, "holds no text")):
         with pytest.raises(ConfigError, match=f"{reason}; give a folder or file of .txt, .md or .jsonl"):

@@ -1,11 +1,9 @@
-"""`python -m hybrid_lightning plan`."""
-
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import run
+from cli_runs import done, run
 from rich import get_console
 from tiny_models import build_model
 from transformers import GptOssConfig
@@ -34,8 +32,7 @@ def cells(result):
 
 
 def test_no_weights_are_needed(folder):
-    result = run(folder, "plan", "--config", "t.yaml")
-    assert result.code == 0, result.err
+    result = done(folder, "plan", "--config", "t.yaml")
     found = cells(result)
     assert found["tensors together"] and len(found["weights"]) == 3 and "prompts of 4 tokens" in result.out
     assert re.search("FFT.*LoRA.*hybrid 10%", result.out) and found["calibrating"][:2] == ["-", "-"]
@@ -47,8 +44,7 @@ def test_no_weights_are_needed(folder):
 @pytest.mark.parametrize("offload", [False, True])
 def test_devices_that_are_not_here(folder, offload):
     strategy = ["--config", STRATEGIES / f"fsdp2{'_cpu_offload' if offload else ''}.yaml"]
-    result = run(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
-    assert result.code == 0, result.err
+    result = done(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
     name = "FSDP2 with CPU offload" if offload else "FSDP2"
     assert f"{name} on 4 devices, accelerator, prompts of 50 tokens" in result.out and "growth" not in result.out
     host = r"lie on the host take there, for each device: FFT [\d.]+ MiB, LoRA [\d.]+ MiB, hybrid"
@@ -59,8 +55,7 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
     candidates = find_candidates(build_model("llama", num_hidden_layers=1))
     plan = plan_of_budget(candidates, ModuleBudget(0.3), LoraSettings(rank=3))
     plan.save(tmp_path / "plan.json")
-    result = run(folder, "plan", "--config", "t.yaml", f"--adapter.plan={tmp_path / 'plan.json'}")
-    assert result.code == 0, result.err
+    result = done(folder, "plan", "--config", "t.yaml", f"--adapter.plan={tmp_path / 'plan.json'}")
     assert cells(result)["trained numbers"][2] == f"{plan.trainable_parameters():,}"
 
 
@@ -101,10 +96,9 @@ def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(f
     text, mib, phase = verdict_of(large)
     assert phase == "generating" and "give --device_gib" in large.out, text
     device = f"--device_gib={0.5 + 0.6 * float(mib) / 1024}"  # a context takes 0.5 GiB
-    result = run(folder, "plan", "--config", "t.yaml", *given, device)
-    assert result.code == 0 and verdict_of(result)[0].startswith("Does not fit") and "--fit looks for" in result.out
-    result = run(folder, "plan", "--config", "t.yaml", *given, device, "--fit")
-    assert result.code == 0, result.err
+    result = done(folder, "plan", "--config", "t.yaml", *given, device)
+    assert verdict_of(result)[0].startswith("Does not fit") and "--fit looks for" in result.out
+    result = done(folder, "plan", "--config", "t.yaml", *given, device, "--fit")
     (overrides,) = re.findall(r"Add to the command: (.*)", result.out)
     assert overrides == "--model.prompts_per_rollout=32" and "costs fewer problems in each step" in result.out
     assert len(cells(result)["KV cache"]) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import build_model, plain_distribution, tokens_of
-from tiny_runs import OftenDone, StartsWithDigit, build_data, build_policy, build_trainer, fit, with_holes
+from tiny_runs import Failing, Interrupted, StartsWithDigit, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning import losses
 from hybrid_lightning.advantages import (
@@ -32,13 +32,6 @@ class Brevity(RewardFunction):
 
     def __call__(self, completions, prompts):
         return [0.1 * (LONGEST - completion.num_tokens) for completion in completions]
-
-
-class Interrupted(OftenDone):
-    """Completions in which an environment added tokens."""
-
-    def sample(self, *arguments, **options):
-        return with_holes(super().sample(*arguments, **options))
 
 
 # ---- terms of a token's loss from new and old log-probabilities [t] and the advantage
@@ -89,24 +82,31 @@ def mean_of_micro_batches(lengths):
     return torch.cat([torch.ones(len(half)) / half.sum() / MICRO_BATCHES for half in lengths.chunk(MICRO_BATCHES)])
 
 
-# ---- advantages of groups [P, G]
+# ---- advantages of rewards [P, G - 1], of which one of each group does not count
 
 
-def normalised(groups):
-    return (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+def groups(rewards, values):
+    return values[rewards.counted].view(-1, G - 1)
+
+
+def centred(values):
+    return values - values.mean(1, keepdim=True)
+
+
+def normalised(values):
+    return centred(values) / (values.std(1, keepdim=True) + 1e-4)
 
 
 def gdpo(rewards):
-    first, second = (part.view(-1, G) for part in rewards.parts.values())
-    whole = normalised(first) + 0.5 * normalised(second)
-    return whole / (whole.std() + 1e-4)
+    first, second = (normalised(groups(rewards, part)) for part in rewards.parts.values())
+    return (first + 0.5 * second) / ((first + 0.5 * second).std() + 1e-4)
 
 
 ADVANTAGES = {
-    GroupAdvantage: lambda rewards: normalised(rewards.total.view(-1, G)),
-    GroupMeanAdvantage: lambda rewards: rewards.total.view(-1, G) - rewards.total.view(-1, G).mean(1, keepdim=True),
-    BatchStdAdvantage: lambda rewards: ADVANTAGES[GroupMeanAdvantage](rewards) / (rewards.total.std() + 1e-4),
-    LeaveOneOutAdvantage: lambda rewards: ADVANTAGES[GroupMeanAdvantage](rewards) * G / (G - 1),
+    GroupAdvantage: lambda rewards: normalised(groups(rewards, rewards.total)),
+    GroupMeanAdvantage: lambda rewards: centred(groups(rewards, rewards.total)),
+    BatchStdAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) / (rewards.total[rewards.counted].std() + 1e-4),
+    LeaveOneOutAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) * (G - 1) / (G - 2),
     PerRewardAdvantage: gdpo,
 }
 MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": losses.TopEntropyMask(0.5)}
@@ -135,9 +135,10 @@ class ByEquation(Callback):
         self.loss, self.term, self.weights, self.masks = loss, term, weights, masks
         self.advantages = ADVANTAGES[type(advantage)]
         self.base = build_model("llama", std=0.1)
-        self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
+        self.rollout, self.minibatch, self.steps, self.ratios, self.batches = None, 0, 0, [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
         if pl_module.last_rollout is not self.rollout:
             self.rollout, self.minibatch = pl_module.last_rollout, 0
             with torch.no_grad():
@@ -146,25 +147,32 @@ class ByEquation(Callback):
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        (rollouts, rewards, _), first = self.rollout, self.minibatch % MINIBATCHES * 8
+        (rollouts, rewards, shown), first = self.rollout, self.minibatch % MINIBATCHES * 8
         self.minibatch += 1
-        rows, advantages = range(first, first + 8), self.advantages(rewards).flatten()
+        rows = [row for row in range(first, first + 8) if rewards.counted[row]]
+        found = dict(zip(rewards.counted.nonzero().flatten().tolist(), self.advantages(rewards).flatten(), strict=True))
+        assert not shown[~rewards.counted].any()
         kept = rollouts.finished if "mask_truncated_completions" in self.masks else torch.ones(16, dtype=torch.bool)
         lengths = torch.tensor([len(self.old[row][0]) * int(kept[row]) for row in rows])
-        teaching = [self.old[row][1] for row in rows if kept[row] and abs(advantages[row]) > 1e-5]
+        updated = [row for row in rows if kept[row] and (shown[row] != 0 or not self.loss.ignores_zero_advantage)]
+        self.check_counts(lengths, len(updated))
+        teaching = [self.old[row][1] for row in rows if kept[row] and abs(found[row]) > 1e-5]
         share = self.masks["token_mask"].share if "token_mask" in self.masks else 1.0
         threshold = torch.quantile(torch.cat(teaching), 1 - share) - 1e-6 if teaching else torch.tensor(torch.inf)
-        total = torch.zeros(())
+        total, entropies = torch.zeros(()), []
         for row, weight in zip(rows, self.weights(lengths), strict=True):
             if kept[row]:
                 new, entropy = completion(pl_module.model, rollouts.sequences, row)
                 old, old_entropy = self.old[row]
                 self.ratios += (new - old).exp().tolist()
                 chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)
-                total = total + weight * (self.term(new, old, advantages[row]) * chosen).sum()
+                total = total + weight * (self.term(new, old, found[row]) * chosen).sum()
                 ahead = self.start[row] - new
                 total = total + self.loss.kl_coef * weight * (ahead.exp() - ahead - 1).sum()
                 total = total - self.loss.entropy_coef * entropy.sum() / lengths.sum()
+                entropies.append(entropy.detach())
+        if len(teaching) == len(rows):
+            assert float(trainer.callback_metrics["entropy"]) == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
         trained = [parameter for parameter in pl_module.model.parameters() if parameter.requires_grad]
         wanted = torch.autograd.grad(total, trained)
         scale = max(float(gradient.abs().max()) for gradient in wanted)
@@ -173,11 +181,21 @@ class ByEquation(Callback):
         torch.testing.assert_close(trainer.callback_metrics["loss"], total.detach(), atol=2e-5, rtol=1e-4)
         self.steps += scale > 1e-3
 
+    def check_counts(self, lengths, updated):
+        """What a step's micro-batches say of it, which leave out the rows whose gradient is 0."""
+        first, last = self.batches[-MICRO_BATCHES:]
+        assert len(first.sequences) + len(last.sequences) == updated or not updated
+        for batch in (first, last):
+            assert (batch.num_sequences, batch.num_tokens) == (len(lengths), float(lengths.sum()))
+            assert batch.updated_sequences == len(first.sequences) + len(last.sequences)
+            assert batch.updated_tokens == float(first.sequences.sampled_mask.sum() + last.sequences.sampled_mask.sum())
+
 
 @pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
 def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, masks):
     by_equation = ByEquation(loss, term, weights, advantage, masks)
     policy = {"loss": loss, "advantage": advantage, "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]), **masks}
+    policy["kind"] = Failing
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
     policy["sampler"] = Interrupted(LONGEST, temperature=TEMPERATURE)
     fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)

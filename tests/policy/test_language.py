@@ -16,7 +16,6 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import ExampleModule, PolicyModule, SupervisedModule
 from hybrid_lightning.rewards import ExactMatch, OverlongPenalty, WeightedSum
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.types import Prompt
 
 
 class Widened(PolicyModule):
@@ -51,16 +50,6 @@ def test_what_is_loaded_later_is_the_same_module_and_a_constructor_that_looks_at
     assert module.model is first, "once"
     module = unloaded(model, Widened)
     assert module.width == 32 and module.is_loaded
-
-
-def test_it_tokenizes_without_its_weights(model, no_weights):
-    module = unloaded(model)
-    assert len(module.encode(Prompt(text="1+1="))) == 4 and not module.is_loaded
-    examples = SupervisedModule.unloaded(model=str(model))
-    examples.check_prompts([Prompt(text="1+1=", completions=("2",))])
-    assert examples.pretrained.stop_ids == [2] and not examples.is_loaded
-    with pytest.raises(AssertionError, match="the weights are loaded"):
-        examples.load()
 
 
 def test_stop_tokens_are_those_that_the_model_will_have(tmp_path):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import tiny_runs
 import torch
-from cli_runs import run as command
+from cli_runs import done
 from lightning.pytorch.plugins.precision import MixedPrecision
 from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
@@ -203,5 +203,4 @@ def test_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
 def test_the_command_line_takes_the_plugin(folder):
     plugins = "--trainer.plugins=lightning.pytorch.plugins.MixedPrecision"
     options = [plugins, "--trainer.plugins.precision=16-mixed", "--trainer.plugins.device=cpu", "--trainer.max_steps=1"]
-    result = command(folder, "fit", "--config", "t.yaml", *options)
-    assert result.code == 0, result.err
+    done(folder, "fit", "--config", "t.yaml", *options)

@@ -21,7 +21,6 @@ from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.loading import load_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.quantization import NF4, Int8, check_quantization, quantize_base
@@ -218,17 +217,6 @@ def test_resumed_it_goes_on_bit_for_bit_and_by_no_other_quantization(trained, fo
     weights = dict(resumed.named_parameters())
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, weights[name]), name
-
-
-def test_the_checkpoint_holds_trained_weights_and_knows_the_sixteen_bit_base(trained, folder):
-    root, _, module = trained
-    content = torch.load(root / f"step={STEPS}.ckpt", weights_only=True)
-    assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert content[CHECKPOINT_KEY]["base_digest"] == module.plan.model_digest == model_digest(base)
-    states = content["optimizer_states"][0]["state"]
-    dtypes = {value.dtype for state in states.values() for value in state["__bnb_optimizer_quant_state__"].values()}
-    assert torch.uint8 in dtypes
 
 
 def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path):

@@ -12,8 +12,6 @@ from bitsandbytes.functional import dequantize_4bit
 from hybrid_lightning.policy.quantized_linear import Int8Linear, NF4Linear
 
 LAYERS = [NF4Linear, Int8Linear]
-# The error of a normal weight relative to its size: NormalFloat's is 0.09, that of 127 steps to the largest of 128 numbers 0.006.
-ERRORS = {NF4Linear: (0.08, 0.1), Int8Linear: (0.004, 0.008)}
 
 
 def build(kind, dtype=torch.float32, bias=True, shape=(96, 128)):
@@ -31,16 +29,6 @@ def unpacked(layer):
 
 def inputs(dtype=torch.float32, rows=(2, 5), width=128):
     return torch.randn(*rows, width, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.bfloat16, (7, 64)), (torch.float32, (128, 192))])
-def test_the_weight_is_off_by_what_the_format_allows(kind, dtype, shape):
-    linear, layer = build(kind, dtype, shape=shape)
-    error = (unpacked(layer).float() - linear.weight.float()).norm() / linear.weight.float().norm()
-    assert ERRORS[kind][0] < float(error) < ERRORS[kind][1]
-    assert (layer.out_features, layer.in_features) == shape
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in LAYERS), (Int8Linear, torch.bfloat16)])

@@ -308,18 +308,6 @@ def test_rewards_equal_up_to_rounding_and_single_ones_have_no_spread():
     assert metrics["reward_std"] == metrics["rewards/match/std"] == 0 and metrics["frac_reward_zero_std"] == 1
 
 
-def test_sets_of_a_mixture_are_told_apart():
-    metrics = rollout_metrics(*build(sets=("sums", "quiz", "sums")))
-    of_sets = {name: value for name, value in metrics.items() if name.startswith("sets/")}
-    sums, lengths = TOTAL[:3] + TOTAL[6:], LENGTHS[:3] + LENGTHS[6:]
-    expected = {"sums": (sums, 4 / 6, lengths), "quiz": (TOTAL[3:6], 0.0, LENGTHS[3:6])}
-    for name, (rewards, accuracy, of_set) in expected.items():
-        values = (statistics.mean(rewards), accuracy, statistics.mean(of_set))
-        assert [of_sets.pop(f"sets/{name}/{what}") for what in ("reward", "accuracy", "mean_length")] == pytest.approx(values)
-    assert not of_sets
-    assert not any(name.startswith("sets/") for name in rollout_metrics(*build()))
-
-
 def test_sets_of_other_ranks_count_too(monkeypatch):
     """This rank has no quiz, the other nothing else; each has nine sequences."""
     module = "hybrid_lightning.policy.sampled_groups"

@@ -9,26 +9,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
-from tiny_models import build_model, plain_distribution, tokens_of
-from tiny_runs import (
-    Constant,
-    Failing,
-    Interrupted,
-    Log,
-    OftenDone,
-    StartsWithDigit,
-    build_adapter,
-    build_data,
-    build_policy,
-    build_trainer,
-    fit,
-)
+from tiny_models import build_model
+from tiny_runs import Constant, Log, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.adapters import Random, TailEnergy
-from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, TrainingError
-from hybrid_lightning.losses import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
+from hybrid_lightning.losses import CISPOLoss, DAPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.update import StepMetrics
@@ -62,10 +49,6 @@ class Watch(Log):
     def on_train_batch_end(self, *arguments):
         self.handle.remove()
         super().on_train_batch_end(*arguments)
-
-
-class AllRows(GRPOLoss):
-    ignores_zero_advantage = False
 
 
 def run(model, sums, root, policy=None, **flags):
@@ -102,63 +85,6 @@ def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums,
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
 
 
-def test_truncated_completions_are_left_out_and_count_as_sequences_alone(model, sums, tmp_path):
-    watch, policy = Watch(), {"sampler": OftenDone(3), "mask_truncated_completions": True}
-    rollouts = fit(model, sums, tmp_path, watch, policy=policy, max_steps=1).last_rollout[0]
-    (batch,), tokens = watch.batches, rollouts.sequences.completion_mask.sum(dim=1)
-    assert 0 < rollouts.finished.sum() < len(rollouts.finished) == 16
-    assert (batch.num_sequences, batch.num_tokens) == (16.0, float(tokens[rollouts.finished].sum()))
-    assert 0 < len(batch.sequences) <= rollouts.finished.sum()
-    assert batch.updated_tokens == float(batch.sequences.completion_mask.sum()) <= batch.num_tokens
-
-
-class Alone(Log):
-    """And the gradient of the first step from each sampled token alone, in its full context, without padding or packing."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (rollouts, rewards, advantages), loss = pl_module.last_rollout, pl_module.loss
-        trained = [row for row, counts in enumerate(rewards.counted.tolist()) if counts]
-        values, entropies = [], []
-        for row in trained:
-            logprobs = plain_distribution(pl_module.model, rollouts.sequences, row)
-            ids = torch.tensor(tokens_of(rollouts.sequences, row)[1])
-            sampled = [place % 3 != 1 for place in range(len(ids))]
-            values.append(advantages[row] * logprobs.gather(1, ids[:, None]).squeeze(1)[sampled])
-            entropies.append(-(logprobs.exp() * logprobs).sum(-1)[sampled])
-        self.entropies, tokens = torch.cat(entropies), sum(map(len, values))
-        if isinstance(loss, DrGRPOLoss):
-            value = sum(row.sum() for row in values) / (12 * len(trained))
-        elif isinstance(loss, DAPOLoss):
-            value = sum(row.sum() for row in values) / tokens
-        else:
-            value = sum(row.mean() for row in values) / len(trained)
-        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        value = -value - loss.entropy_coef * self.entropies.mean()
-        self.expected = dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
-
-
-# What was added, for every loss: `test_each_loss_in_a_run`.
-@pytest.mark.parametrize(
-    "loss", [GRPOLoss(), DAPOLoss(), DrGRPOLoss(), GSPOLoss(entropy_coef=0.3)], ids=lambda loss: type(loss).__name__
-)
-def test_what_was_added_and_what_is_left_out_is_as_if_it_were_not_there(loss, model, sums, tmp_path):
-    alone = Alone()
-    policy = {"loss": loss, "kind": Failing, "sampler": Interrupted(12), "max_tokens_per_micro_batch": 40}
-    module = fit(model, sums, tmp_path, alone, policy={**policy, "advantage": BatchStdAdvantage()}, max_steps=1)
-    assert_same_gradients(alone.gradients, [alone.expected])
-    assert max(float(gradient.abs().max()) for gradient in alone.expected.values()) > 1e-3
-    rollouts, rewards, advantages = module.last_rollout
-    counted, sampled = rewards.counted, rollouts.sequences.sampled_mask[rewards.counted]
-    (batch,), (metrics,) = alone.batches, alone.metrics
-    assert (batch.num_sequences, batch.num_tokens) == (12.0, float(sampled.sum())) and not advantages[~counted].any()
-    assert (batch.updated_sequences, batch.updated_tokens) == (len(batch.sequences), float(batch.sequences.sampled_mask.sum()))
-    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5)
-    if batch.updated_sequences == 12:
-        assert metrics["entropy"] == pytest.approx(float(alone.entropies.detach().mean()), rel=1e-4)
-    assert metrics["completions/mean_length"] == pytest.approx(float(sampled.sum(dim=1).float().mean()))
-    assert metrics["reward"] == pytest.approx(float(rewards.total[counted].mean()))
-
-
 class NeverDone(Sampler):
     """No token ends a completion."""
 
@@ -188,20 +114,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, sums, tmp_pa
     with pytest.raises(TrainingError, match=r"gradient of step 2 is nan \(grad_norm/\w+\), so no step was made"):
         trainer.fit(policy, datamodule=build_data(sums))
     assert trainer.global_step == 1 and all(p.isfinite().all() for p in policy.parameters())
-
-
-def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp_path):
-    flags = {"accumulate_grad_batches": 2, "max_steps": 4}
-    every, weights = run(model, sums, tmp_path, {"loss": AllRows(), "reward": StartsWithDigit()}, **flags)
-    some, same = run(model, sums, tmp_path, {"loss": GRPOLoss(), "reward": StartsWithDigit()}, **flags)
-    assert sum(some.rows) < sum(every.rows) == 4 * 8
-    assert_same_gradients(some.gradients, every.gradients)
-    torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
-    steps = [[sum(watch.losses[i : i + 2]) for i in range(0, len(watch.losses), 2)] for watch in (some, every)]
-    assert steps[0] == pytest.approx(steps[1], abs=1e-6)
-    assert some.metrics[1]["ratio/mean"] == pytest.approx(1, abs=1e-5), "means are over the rows that are there"
-    reference, _ = run(model, sums, tmp_path, {"loss": GRPOLoss(kl_coef=0.01), "reward": StartsWithDigit()}, max_steps=2)
-    assert set(reference.rows) == {8}, "the reference needs every row"
 
 
 def test_a_step_without_any_advantage_has_a_gradient_of_zero_and_logs_what_others_do(model, sums, tmp_path):

@@ -5,12 +5,11 @@ import json
 import time
 
 import pytest
-from cli_runs import run
 from code_problems import LEETCODE, PREAMBLE
 from public_data import public_data
 
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.rewards import CodeTests, FormatReward, WeightedSum, evaluate_reward
+from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.rewards.code_tests import extract_program
 from hybrid_lightning.types import Prompt
 
@@ -188,15 +187,6 @@ def test_a_long_line_does_not_hold_up_training(text):
     assert time.monotonic() - started < 5
 
 
-def test_it_goes_with_other_rewards(reward):
-    both = WeightedSum([reward, FormatReward("def")], weights=[1.0, 0.1])
-    programs = ["def f(): return 1", "f = lambda: 1", "def f(): return 2"]
-    rewards = evaluate_reward(both, programs, [prompt(test="assert f() == 1")] * 3)
-    assert rewards.correct.tolist() == [True, True, False]
-    assert rewards.total.tolist() == pytest.approx([1.1, 1.0, 0.1])
-    assert reward.name == "code_tests" and reward([], []) == []
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -218,12 +208,6 @@ def test_it_goes_with_other_rewards(reward):
 def test_a_row_without_usable_tests_is_refused(reward, columns, message):
     with pytest.raises(DataError, match=rf"rows.jsonl row 3.*{message}"):
         reward.check_prompt(prompt(**columns))
-
-
-def test_the_command_line_refuses_such_rows_before_it_trains(folder):
-    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=CodeTests")
-    assert result.code and "sums.jsonl row " in result.last and "CodeTests: column 'test' is missing or empty" in result.last
-    assert not list(folder.rglob("plan.json"))
 
 
 def test_solutions_of_leetcode_pass():

@@ -1,5 +1,3 @@
-"""Sums of rewards, and a reward for each set."""
-
 import pytest
 import torch
 

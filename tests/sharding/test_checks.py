@@ -1,5 +1,3 @@
-"""What cannot work is refused at start, with the reason and the remedy."""
-
 from functools import partial
 from types import SimpleNamespace
 

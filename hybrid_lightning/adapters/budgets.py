@@ -28,7 +28,9 @@ class Budget(Configurable, ABC):
 
     def __init__(self, share: float = 0.1) -> None:
         if not 0 <= share <= 1:
-            raise ConfigError(f"share={share}: a budget is a share between 0 (plain LoRA) and 1 (full fine-tuning)")
+            raise ConfigError(
+                f"share={share} is no share of the candidates; give one from 0 (plain LoRA) to 1 (full fine-tuning)"
+            )
         self.share = share
 
     @property

@@ -90,7 +90,7 @@ def _matching(candidates: dict[str, LinearLike], patterns: Sequence[str], argume
         if not names:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in candidates})
             raise ModelError(
-                f"{argument}: {pattern!r} matches no candidate module: the model has modules named {', '.join(kinds)} "
+                f"{argument}: {pattern!r} matches no candidate module; give one of {', '.join(kinds)} "
                 f"(in full, for example, {next(iter(candidates))})"
             )
         found |= names
@@ -123,7 +123,7 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA"
+                f"rank_pattern: {key}={rank!r} is no rank; give a whole number of at least 1, or 0 for modules without LoRA"
             )
 
 

@@ -74,7 +74,7 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
         PlanError: If one is wrong; the message names the first.
     """
     if not isinstance(data, Mapping):
-        raise PlanError(f"{source} must be a JSON object, but is a {type(data).__name__}")
+        raise PlanError(f"{source} is a {type(data).__name__}; it must be a JSON object")
     for name in fields:
         if name not in data and name not in _OPTIONAL:
             raise PlanError(f'{source} lacks the field "{name}", which every plan has; make it anew')
@@ -83,7 +83,7 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
             raise PlanError(f'{source} has an unknown field "{name}"; remove it (known are {", ".join(fields)})')
         if not _has_type(value, fields[name]):
             expected = " or ".join("null" if kind is _NULL else kind.__name__ for kind in fields[name])
-            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}, but must be {expected}')
+            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}; it must be {expected}')
     if "format" in fields and data["format"] != FORMAT:
         raise PlanError(f"{source} has format {data['format']}, and this version reads {FORMAT}; make the plan anew")
     return dict(data)

@@ -168,7 +168,7 @@ class ScoringProgress:
             except (OSError, RuntimeError) as error:  # the latter is torch's
                 part.unlink(missing_ok=True)
                 warnings.warn(
-                    f"{self.folder / name} could not be written ({error}): scoring goes on, but were it stopped it would have to "
+                    f"{self.folder / name} could not be written ({error}); scoring goes on, but were it stopped it would have to "
                     "be made again",
                     stacklevel=2,
                 )

@@ -39,7 +39,7 @@ class OperandSource(PromptSource):
 
     def __init__(self, low: int, high: int, train_size: int | None, validation_size: int, test_size: int, seed: int) -> None:
         if not 0 <= low <= high:
-            raise ConfigError(f"data.source: low={low} and high={high} must satisfy 0 <= low <= high")
+            raise ConfigError(f"data.source: low={low} and high={high} are no range; give 0 <= low <= high")
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         for split, size in sizes.items():
             smallest = 1 if split == "train" else 0
@@ -115,7 +115,7 @@ class ArithmeticSource(OperandSource):
         super().__init__(low, high, train_size, validation_size, test_size, seed)
         if high - low >= _MAX_NUMBERS:
             raise ConfigError(
-                f"data.source: low={low} to high={high} is too wide: all pairs are enumerated; take fewer than "
+                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; take fewer than "
                 f"{_MAX_NUMBERS} numbers"
             )
 
@@ -174,7 +174,8 @@ class ProductSource(OperandSource):
         super().__init__(low, high, train_size, validation_size, test_size, seed)
         if not 0 <= low_factor <= high_factor:
             raise ConfigError(
-                f"data.source: low_factor={low_factor} and high_factor={high_factor} must satisfy 0 <= low_factor <= high_factor"
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} are no range; give 0 <= low_factor <= "
+                "high_factor"
             )
         self.factors = range(low_factor, high_factor + 1)
         if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:

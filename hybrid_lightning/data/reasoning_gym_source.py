@@ -36,11 +36,11 @@ class ReasoningGymSource(PromptSource):
         sizes = {"size": size, "validation_size": validation_size, "test_size": test_size}
         for name, value in sizes.items():
             if value < 0:
-                raise ConfigError(f"{name}={value}: give 0 or more problems")
+                raise ConfigError(f"{name}={value}; give 0 or more problems")
         if not sum(sizes.values()):
-            raise ConfigError("size, validation_size and test_size are all 0: ask for at least one problem")
+            raise ConfigError("size, validation_size and test_size are all 0; ask for at least one problem")
         for name in {"size", "seed"} & set(config or {}):
-            raise ConfigError(f"config has {name!r}: set the argument {name} of ReasoningGymSource instead")
+            raise ConfigError(f"config has {name!r}; set the argument {name} of ReasoningGymSource instead")
         self.task = task
         self.sizes = (size, validation_size, test_size)
         self.seed = seed
@@ -57,7 +57,9 @@ class ReasoningGymSource(PromptSource):
             try:
                 entry = dataset[item]
             except Exception as error:
-                raise DataError(f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}") from error
+                raise DataError(
+                    f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}; change the seed or config"
+                ) from error
             columns = {"question": entry["question"], "task": self.task, "config": config, "item": item}
             answer = entry["answer"]
             rows.append(
@@ -76,4 +78,6 @@ class ReasoningGymSource(PromptSource):
         try:
             return create_dataset(self.task, **config)
         except Exception as error:
-            raise ConfigError(f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}") from error
+            raise ConfigError(
+                f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"
+            ) from error

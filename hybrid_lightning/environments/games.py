@@ -58,9 +58,9 @@ class GuessNumber(Environment):
         invalid: str = "Say a whole number from {low} to {high}.",
     ) -> None:
         if low >= high:
-            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess: give a high above low")
+            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess; give a high above low")
         if higher == lower:
-            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer: tell them apart")
+            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer; tell them apart")
         self.low, self.high = low, high
         self.higher, self.lower, self.right = higher, lower, right
         self.rules, self.invalid = (text.replace("{low}", str(low)).replace("{high}", str(high)) for text in (rules, invalid))
@@ -111,9 +111,13 @@ class ReasoningGymEnvironment(Environment):
         try:
             self.pattern = re.compile(pattern or r"(.*)", re.DOTALL)
         except re.error as error:
-            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"ReasoningGymEnvironment: pattern={pattern!r} is no regular expression: {error}; correct it"
+            ) from error
         if self.pattern.groups != 1:
-            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} needs one group, which is the answer")
+            raise ConfigError(
+                f"ReasoningGymEnvironment: pattern={pattern!r} has {self.pattern.groups} groups; give it one, which is the answer"
+            )
         self.attempts, self.wrong = attempts, wrong
         self.left = attempts
         self._problem: tuple[Any, dict[str, Any]]
@@ -162,9 +166,9 @@ def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = 
         import textworld
         from textworld.challenges import CHALLENGES
     except ImportError as error:
-        raise ConfigError("textworld_game needs the library textworld: pip install textworld") from error
+        raise ConfigError("textworld_game needs the library textworld; pip install textworld") from error
     if challenge not in CHALLENGES:
-        raise ConfigError(f"challenge={challenge!r}: TextWorld has {', '.join(CHALLENGES)}")
+        raise ConfigError(f"challenge={challenge!r} is none of TextWorld; give one of {', '.join(CHALLENGES)}")
     recipe = json.dumps([textworld.__version__, challenge, seed, settings], sort_keys=True)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning" / "textworld"
     # Its interpreter knows games of TextWorld by "tw-", and then leaves out the line of status.

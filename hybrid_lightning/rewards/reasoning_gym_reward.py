@@ -65,7 +65,7 @@ class ReasoningGymReward(AnswerReward):
             value = float(dataset.score_answer(answer, deepcopy(entry)))
         except Exception as error:  # verifiers do not expect answers of another form
             logger.warning(
-                "reasoning-gym's verifier raised %s %s: it earns nothing",
+                "reasoning-gym's verifier raised %s %s; it earns nothing",
                 describe_error(error),
                 name_completion(completion, prompt),
             )
@@ -78,13 +78,13 @@ class ReasoningGymReward(AnswerReward):
             question = prompt.columns["question"]
         except KeyError as error:
             raise RewardError(
-                f"ReasoningGymReward: {prompt.place} has no column {error}: it only scores prompts of ReasoningGymSource"
+                f"ReasoningGymReward: {prompt.place} has no column {error}; take ReasoningGymSource as data.source"
             ) from error
         dataset, entry = _entry(task, json.dumps(config, sort_keys=True), item)
         if entry["question"] != question:
             raise RewardError(
                 f"ReasoningGymReward: reasoning-gym task {task!r} made another problem {item} than for {prompt.source} row "
-                f"{prompt.index}: it is not reproducible, choose another task"
+                f"{prompt.index}, so that it is not reproducible; choose another task"
             )
         return dataset, entry
 

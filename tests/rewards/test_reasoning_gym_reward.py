@@ -37,7 +37,7 @@ def test_where_the_verifier_raises_nothing_is_earned_and_nowhere_more_than_all(c
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible, choose another task")],
+    [("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible; choose another task")],
 )
 def test_tasks_that_cannot_be_trained_on_are_refused_at_start(task, message):
     with pytest.raises(RewardError, match=message):

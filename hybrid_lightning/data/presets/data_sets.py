@@ -133,7 +133,7 @@ class DAPOMath17k(PresetSource):
 
     def __init__(self, subset: str = "all", **options: Any) -> None:
         if subset not in _DAPO_SUBSETS:
-            raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_DAPO_SUBSETS)}")
+            raise ConfigError(f"DAPOMath17k: subset={subset!r}; give one of {', '.join(_DAPO_SUBSETS)}")
         super().__init__(**options)
         self.hub_name = None if subset == "all" else subset  # the hub's default configuration has all problems
 
@@ -239,5 +239,7 @@ def _distinct_problems(rows: list[Row]) -> list[Row]:
     for row in rows:
         first.setdefault(problem_key(row.question), row)
     if len(first) < len(rows):
-        rank_zero_info(f"DAPOMath17k: {rows[0].source} has {len(first)} different problems in {len(rows)} rows: kept once")
+        rank_zero_info(
+            f"DAPOMath17k: {rows[0].source} has {len(first)} different problems in {len(rows)} rows; each is kept once"
+        )
     return list(first.values())

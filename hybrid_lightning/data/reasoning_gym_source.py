@@ -5,8 +5,7 @@ from typing import Any
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError, one_line
-
-_INSTALL = "install the optional extra: pip install 'hybrid-lightning[reasoning-gym]'"
+from hybrid_lightning.reasoning_gym_tasks import library
 
 
 class ReasoningGymSource(PromptSource):
@@ -69,14 +68,11 @@ class ReasoningGymSource(PromptSource):
         return Splits(train=rows[:held_out], validation=rows[held_out:test], test=rows[test:])
 
     def _create(self, config: dict[str, Any]) -> Any:
+        factory = library(type(self).__name__)
+        if self.task not in factory.DATASETS:
+            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(factory.DATASETS))}")
         try:
-            from reasoning_gym.factory import DATASETS, create_dataset
-        except ImportError as error:
-            raise ConfigError(f"ReasoningGymSource needs the library reasoning-gym: {_INSTALL}") from error
-        if self.task not in DATASETS:
-            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(DATASETS))}")
-        try:
-            return create_dataset(self.task, **config)
+            return factory.create_dataset(self.task, **config)
         except Exception as error:
             raise ConfigError(
                 f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"

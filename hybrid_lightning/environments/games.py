@@ -8,12 +8,12 @@ import re
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.types import Message, Prompt
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
@@ -124,13 +124,7 @@ class ReasoningGymEnvironment(Environment):
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Make the problem again that the prompt asks."""
-        try:
-            task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))
-        except KeyError as error:
-            raise ConfigError(
-                f"ReasoningGymEnvironment: {prompt.place} has no column {error}; take ReasoningGymSource as data.source"
-            ) from error
-        self._problem = _problem(task, json.dumps(config, sort_keys=True), item)
+        self._problem = made_again(type(self).__name__, prompt)
         self.left = self.attempts
         return []
 
@@ -182,21 +176,3 @@ def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = 
             for suffix in (".json", ".z8"):  # the game last: other processes may make the same one
                 os.replace(f"{made}/game{suffix}", path.with_suffix(suffix))
     return textworld.start(str(path))
-
-
-@lru_cache(maxsize=16)
-def _dataset(task: str, config: str) -> Any:
-    try:
-        from reasoning_gym.factory import create_dataset
-    except ImportError as error:
-        raise ConfigError(
-            "ReasoningGymEnvironment needs the library reasoning-gym; install the optional extra: "
-            "pip install 'hybrid-lightning[reasoning-gym]'"
-        ) from error
-    return create_dataset(task, **json.loads(config))
-
-
-@lru_cache(maxsize=1024)
-def _problem(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
-    dataset = _dataset(task, config)
-    return dataset, dataset[item]

@@ -103,7 +103,12 @@ def test_what_is_wrong_is_named(plan, edit, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, r"cannot be read \(No such"), (b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "is a list; it must be a JSON")],
+    [
+        (None, r"cannot be read \(No such"),
+        (b"{,}", "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b"[]", "is a list; it must be a JSON"),
+    ],
 )
 def test_files_that_are_no_plans(tmp_path, content, message):
     path = tmp_path / "plan.json"

@@ -19,6 +19,7 @@ from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_
 from hybrid_lightning.data.tables import Table, to_text
 from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError, shorten
+from hybrid_lightning.user_code import compile_pattern
 
 GSM8K_ANSWER = r"####\s*(.+)"
 
@@ -69,7 +70,7 @@ class TableSource(PromptSource):
         self.answer_column = answer_column
         self.template = template
         self.options_column = options_column
-        self.answer_pattern = None if answer_pattern is None else _compile_pattern(answer_pattern)
+        self.answer_pattern = None if answer_pattern is None else compile_pattern(answer_pattern, 1, "answer_pattern", re.NOFLAG)
         if answer_pattern is not None and answer_column is None:
             raise ConfigError(f"answer_pattern={answer_pattern!r} has nothing to search in; set answer_column")
         self.max_rows = max_rows
@@ -180,16 +181,6 @@ def _cell_text(cell: Any) -> str:
     if not text:
         raise ValueError("is empty")
     return text
-
-
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"answer_pattern={pattern!r} is no regular expression: {error}; correct it") from error
-    if compiled.groups != 1:
-        raise ConfigError(f"answer_pattern={pattern!r} has {compiled.groups} groups; put just the answer in ( ), others in (?: )")
-    return compiled
 
 
 def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:

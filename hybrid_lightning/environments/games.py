@@ -15,6 +15,7 @@ from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_code import compile_pattern
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
 
@@ -108,16 +109,7 @@ class ReasoningGymEnvironment(Environment):
     ) -> None:
         if attempts < 1:
             raise ConfigError(f"ReasoningGymEnvironment: attempts={attempts}; give at least 1")
-        try:
-            self.pattern = re.compile(pattern or r"(.*)", re.DOTALL)
-        except re.error as error:
-            raise ConfigError(
-                f"ReasoningGymEnvironment: pattern={pattern!r} is no regular expression: {error}; correct it"
-            ) from error
-        if self.pattern.groups != 1:
-            raise ConfigError(
-                f"ReasoningGymEnvironment: pattern={pattern!r} has {self.pattern.groups} groups; give it one, which is the answer"
-            )
+        self.pattern = compile_pattern(pattern or "(.*)", 1)
         self.attempts, self.wrong = attempts, wrong
         self.left = attempts
         self._problem: tuple[Any, dict[str, Any]]

@@ -129,9 +129,9 @@ class DAPOLoss(TokenClippedLoss):
     """Clipped surrogate with one importance ratio per token and a wider range above; mean over the tokens of the optimizer step.
 
     Args:
-        clip_low: As in `GRPOLoss`.
-        clip_high: As in `GRPOLoss`.
-        dual_clip: As in `GRPOLoss`.
+        clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
+        clip_high: Where A > 0, the ratio of a token counts no more than 1 + clip_high.
+        dual_clip: Where A < 0, the ratio of a token counts no more than this; None for no bound.
         kl_coef: Weight of the KL to the start policy.
         kl_importance_weight: Multiply the KL by the importance ratio.
         entropy_coef: Weight of the entropy bonus.

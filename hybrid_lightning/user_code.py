@@ -1,8 +1,9 @@
-"""The user's code: find a function by its name, and say on one line what it raised. `user_calls.py` calls it."""
+"""The user's code: functions by their names, regular expressions, and on one line what was raised. `user_calls.py` calls it."""
 
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 import sysconfig
 import traceback
@@ -72,6 +73,32 @@ def _file(path: str, option: str, file: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def compile_pattern(
+    pattern: str, groups: int | None = None, option: str = "pattern", flags: re.RegexFlag = re.DOTALL
+) -> re.Pattern[str]:
+    """Compile a regular expression, in which by default `.` also matches line breaks.
+
+    Args:
+        pattern: The regular expression.
+        groups: How many groups it must have; None for any number.
+        option: Where the config has it, for messages.
+        flags: As in `re.compile`.
+
+    Raises:
+        ConfigError: If it is not a regular expression, or has another number of groups.
+    """
+    try:
+        compiled = re.compile(pattern, flags)
+    except re.error as error:
+        raise ConfigError(f"{option}={pattern!r} is no regular expression: {error}; correct it") from error
+    if groups is not None and compiled.groups != groups:
+        raise ConfigError(
+            f"{option}={pattern!r} has {compiled.groups} groups instead of {groups}; put the answer, and only that, in ( ), and "
+            "write other groups as (?: )"
+        )
+    return compiled
 
 
 @contextmanager

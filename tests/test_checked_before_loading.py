@@ -94,7 +94,7 @@ MISTAKES = [
     ("fit t model.dtype=bfloat16", r"needs trainer\.precision=bf16-mixed"),
     ("fit t trainer.accumulate_grad_batches=5", "cannot be split evenly into 10 micro-batches"),
     ("fit t model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
-    ("fit t adapter.target_modules=[foo_proj]", "'foo_proj' matches no candidate module: the model has modules named down_proj"),
+    ("fit t adapter.target_modules=[foo_proj]", "'foo_proj' matches no candidate module; give one of down_proj"),
 ]
 
 

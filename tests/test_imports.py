@@ -13,7 +13,7 @@ from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_calls", "user_code"}
+GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_calls", "user_code", "reasoning_gym_tasks"}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configurable": {"errors"},
     "hub": {"errors"},
     "user_code": {"errors", "stopping"},
+    "reasoning_gym_tasks": {"errors", "types"},
     **{name: GROUND for name in LEAVES},
     "engine": GROUND,
     "rollout": GROUND | {"engine"},

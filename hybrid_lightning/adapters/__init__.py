@@ -2,29 +2,29 @@
 
 from typing import TYPE_CHECKING
 
+from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.scorers import (
+    GradientNorm,
+    PreconditionedTail,
+    Probe,
+    Random,
+    Scorer,
+    SpectrumSNR,
+    TailEnergy,
+    TailFraction,
+    UpdateTail,
+    WeightGradient,
+)
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
     from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
     from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
     from hybrid_lightning.adapters.candidates import find_candidates
-    from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
-    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-    from hybrid_lightning.adapters.scorers import (
-        GradientNorm,
-        PreconditionedTail,
-        Probe,
-        Random,
-        Scorer,
-        SpectrumSNR,
-        TailEnergy,
-        TailFraction,
-        UpdateTail,
-        WeightGradient,
-    )
-    from hybrid_lightning.adapters.scoring import Scoring
-    from hybrid_lightning.adapters.sketch import SketchedGradients
 
 __all__ = [
     "AdapterPlan",
@@ -53,28 +53,12 @@ __all__ = [
     "make_plan",
 ]
 
-__getattr__ = public_names(
+__getattr__ = public_names(  # of what waits for transformers or PEFT
     __name__,
     {
         "apply": ["apply_plan", "adapter_disabled"],
         "budgets": ["Budget", "ModuleBudget", "ParameterBudget", "make_plan"],
         "candidates": ["find_candidates"],
-        "gradients": ["ExactGradients", "GradientMode"],
-        "lora_settings": ["LoraSettings"],
         "plan": ["AdapterPlan", "PlannedModule"],
-        "scorers": [
-            "GradientNorm",
-            "PreconditionedTail",
-            "Probe",
-            "Random",
-            "Scorer",
-            "SpectrumSNR",
-            "TailEnergy",
-            "TailFraction",
-            "UpdateTail",
-            "WeightGradient",
-        ],
-        "scoring": ["Scoring"],
-        "sketch": ["SketchedGradients"],
     },
 )

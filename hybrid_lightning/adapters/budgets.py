@@ -28,7 +28,9 @@ class Budget(Configurable, ABC):
 
     def __init__(self, share: float = 0.1) -> None:
         if not 0 <= share <= 1:
-            raise ConfigError(f"share={share}: a budget is a share between 0 (plain LoRA) and 1 (full fine-tuning)")
+            raise ConfigError(
+                f"share={share} is no share of the candidates; give one from 0 (plain LoRA) to 1 (full fine-tuning)"
+            )
         self.share = share
 
     @property
@@ -87,7 +89,7 @@ class ParameterBudget(Budget):
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
         def order(module: PlannedModule) -> tuple[bool, float, str]:
-            extra = module.parameters - lora_parameters(module, lora)
+            extra = module.parameters - (0 if module.mode == "frozen" else module.lora(lora).parameters(module.shape))
             # Where LoRA would have at least as many parameters, full training costs nothing: such modules come first, by score.
             return (extra > 0, -_score(module) / max(extra, 1), module.name)
 
@@ -177,11 +179,6 @@ def plan_of_budget(
     sizes = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
     ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
     return make_plan(PlannedModel("", ""), candidates, budget, lora, ModuleScores(sizes), ranks)
-
-
-def lora_parameters(module: PlannedModule, lora: LoraSettings) -> int:
-    """Number of parameters that LoRA adds to a module, at the module's own rank if it has one."""
-    return 0 if module.mode == "frozen" else module.lora(lora).parameters(module.shape)
 
 
 def config_with_defaults(part: Configurable) -> dict[str, Any]:

@@ -78,23 +78,30 @@ def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
     }
 
 
-def _matching(candidates: dict[str, LinearLike], patterns: Sequence[str], argument: str) -> set[str]:
+def _matching(candidates: Mapping[str, LinearLike], patterns: Sequence[str], argument: str) -> set[str]:
     if isinstance(patterns, str) or not patterns:
         raise ModelError(f"{argument}={patterns!r}; give a list of module names such as ['q_proj', 'v_proj']")
     found: set[str] = set()
     for pattern in patterns:
-        if argument == "exclude":
-            names = {name for name in candidates if f".{pattern}." in f".{name}."}
-        else:
-            names = {name for name in candidates if f".{name}".endswith(f".{pattern}")}
+        fits = _within if argument == "exclude" else _ends
+        names = {name for name in candidates if fits(pattern, name)}
         if not names:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-            raise ModelError(
-                f"{argument}: {pattern!r} matches no candidate module: the model has modules named {', '.join(kinds)} "
-                f"(in full, for example, {next(iter(candidates))})"
-            )
+            raise ModelError(f"{argument}: {pattern!r} matches no candidate module; give one of {_kinds(candidates)}")
         found |= names
     return found
+
+
+def _within(part: str, name: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _ends(end: str, name: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def _kinds(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))} (in full, for example, {names[0]})"
 
 
 # ---- ranks that differ between modules: by a pattern of names, such as `{mlp: 8, attention: 1}`
@@ -123,7 +130,7 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA"
+                f"rank_pattern: {key}={rank!r} is no rank; give a whole number of at least 1, or 0 for modules without LoRA"
             )
 
 
@@ -150,24 +157,19 @@ def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int
     keys = {name: [key for key in pattern if _fits(key, name)] for name in names}
     unused = set(pattern).difference(*keys.values())
     if unused:
-        raise ModelError(_no_match(next(key for key in pattern if key in unused), names))
+        groups = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
+        raise ModelError(
+            f"rank_pattern: {next(key for key in pattern if key in unused)!r} matches no candidate module; give the end of a "
+            f"name, such as {_kinds(names)}, or a group (it has {groups})"
+        )
     return {name: pattern[max(found, key=_parts)] if found else rank for name, found in keys.items()}
 
 
 def _fits(key: str, name: str) -> bool:
     if key in ("attention", "mlp"):
         return module_group(name) == key
-    return f".{name}".endswith(f".{key}")
+    return _ends(key, name)
 
 
 def _parts(key: str) -> int:
     return 0 if key in ("attention", "mlp") else len(key.split("."))
-
-
-def _no_match(key: str, names: Sequence[str]) -> str:
-    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-    groups = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
-    return (
-        f"rank_pattern: {key!r} matches no candidate module; give the end of a name (the model has {kinds}; in full, for "
-        f"example, {names[0]}) or a group (it has {groups})"
-    )

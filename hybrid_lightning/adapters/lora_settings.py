@@ -36,11 +36,11 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"rank={self.rank}: LoRA needs a rank of at least 1; for no LoRA at all take a budget share of 1")
+            raise ConfigError(f"rank={self.rank} is no rank; give at least 1, and for no LoRA at all take a budget share of 1")
         if not self.alpha > 0:
-            raise ConfigError(f"alpha={self.alpha}: must be positive, such as twice the rank")
+            raise ConfigError(f"alpha={self.alpha}; give a positive number, such as twice the rank")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}: must be at least 0 and below 1")
+            raise ConfigError(f"dropout={self.dropout}; give a probability of at least 0 and below 1")
 
     @property
     def scale(self) -> float:

@@ -209,9 +209,9 @@ class AdapterPlan:
         Raises:
             PlanError: If fields are missing, unknown or of the wrong type, or the digest does not fit.
         """
-        content = plan_json.checked(data, plan_json.PLAN_FIELDS, source)
+        content = plan_json.checked(data, cls, source, {"digest": (str, type(None)), "format": (int,)})
         try:
-            lora = LoraSettings(**plan_json.checked(content["lora"], plan_json.LORA_FIELDS, f"{source}: lora"))
+            lora = LoraSettings(**plan_json.checked(content["lora"], LoraSettings, f"{source}: lora"))
         except ConfigError as error:
             raise PlanError(f"{source}: lora: {error}") from error
         candidates = tuple(
@@ -278,7 +278,7 @@ def _sample_bytes(parameter: torch.Tensor) -> bytes:
 
 
 def _planned_module(data: Any, source: str) -> PlannedModule:
-    content = plan_json.checked(data, plan_json.MODULE_FIELDS, source)
+    content = plan_json.checked(data, PlannedModule, source)
     shape = content["shape"]
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise PlanError(f"{source}: shape is {shape}; it must be two positive numbers, outputs and inputs")

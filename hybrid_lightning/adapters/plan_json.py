@@ -1,44 +1,17 @@
-"""The JSON form of a plan: its fields and their types, its digest, and a layout that a person can read and edit."""
+"""The JSON form of a plan: the types of its fields, its digest, and a layout that a person can read and edit."""
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hybrid_lightning.errors import PlanError
 
-FORMAT = 1  # version of the fields below; a plan of another one is refused
-Fields = Mapping[str, tuple[type, ...]]  # name -> allowed types
+FORMAT = 1  # version of the fields; a plan of another one is refused
 _NULL = type(None)
-PLAN_FIELDS: Fields = {
-    "digest": (str, _NULL),
-    "format": (int,),
-    "model": (str,),
-    "revision": (str, _NULL),
-    "model_digest": (str,),
-    "lora": (dict,),
-    "budget": (dict,),
-    "scorer": (dict, _NULL),
-    "calibration": (dict,),
-    "seed": (int, _NULL),
-    "candidates": (list,),
-}
-LORA_FIELDS: Fields = {
-    "rank": (int,),
-    "alpha": (int, float),
-    "dropout": (int, float),
-    "use_dora": (bool,),
-    "use_rslora": (bool,),
-}
-MODULE_FIELDS: Fields = {
-    "name": (str,),
-    "shape": (list,),
-    "parameters": (int,),
-    "score": (int, float, _NULL),
-    "mode": (str,),
-    "rank": (int, _NULL),
-}
 _OPTIONAL = {"digest", "rank"}
 
 
@@ -59,13 +32,14 @@ def content_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
+def checked(data: Any, kind: type, source: str, more: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
     """Check the names and types of a JSON object's fields.
 
     Args:
         data: The object.
-        fields: Name -> allowed types.
+        kind: Data class whose fields it has.
         source: Where the object comes from, for the error message.
+        more: Name -> allowed types of fields that it has besides.
 
     Returns:
         A copy of the object.
@@ -73,8 +47,9 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
     Raises:
         PlanError: If one is wrong; the message names the first.
     """
+    fields = {**(more or {}), **{name: _json_types(hint) for name, hint in get_type_hints(kind).items()}}
     if not isinstance(data, Mapping):
-        raise PlanError(f"{source} must be a JSON object, but is a {type(data).__name__}")
+        raise PlanError(f"{source} is a {type(data).__name__}; it must be a JSON object")
     for name in fields:
         if name not in data and name not in _OPTIONAL:
             raise PlanError(f'{source} lacks the field "{name}", which every plan has; make it anew')
@@ -83,7 +58,7 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
             raise PlanError(f'{source} has an unknown field "{name}"; remove it (known are {", ".join(fields)})')
         if not _has_type(value, fields[name]):
             expected = " or ".join("null" if kind is _NULL else kind.__name__ for kind in fields[name])
-            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}, but must be {expected}')
+            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}; it must be {expected}')
     if "format" in fields and data["format"] != FORMAT:
         raise PlanError(f"{source} has format {data['format']}, and this version reads {FORMAT}; make the plan anew")
     return dict(data)
@@ -99,6 +74,20 @@ def dumps(content: Mapping[str, Any]) -> str:
         else:
             lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """Types of JSON's values for a type of Python."""
+    origin = get_origin(hint)
+    if origin is UnionType:
+        return tuple(kind for part in get_args(hint) for kind in _json_types(part))
+    if origin is tuple:
+        return (list,)
+    if origin is Literal:
+        return (str,)
+    if is_dataclass(hint) or origin is dict:
+        return (dict,)
+    return (int, float) if hint is float else (hint,)
 
 
 def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:

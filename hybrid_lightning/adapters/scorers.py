@@ -138,9 +138,9 @@ class UpdateTail(Scorer):
 
     def __init__(self, steps: int = 8, tail_rank: int = 8, per_parameter: bool = False) -> None:
         if steps < 1:
-            raise ConfigError(f"steps={steps}: an update has at least one optimizer step; 8 are good")
+            raise ConfigError(f"steps={steps}; give at least one optimizer step; 8 are good")
         if tail_rank < 0:
-            raise ConfigError(f"tail_rank={tail_rank}: must not be negative; 8 is good")
+            raise ConfigError(f"tail_rank={tail_rank}; give 0 or more; 8 is good")
         self.steps, self.tail_rank, self.per_parameter = steps, tail_rank, per_parameter
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
@@ -191,7 +191,7 @@ class Probe(Scorer):
 
     def __init__(self, step: float = 0.01) -> None:
         if not step > 0:
-            raise ConfigError(f"step={step}: must be positive, a fraction of the weight's norm such as 0.01")
+            raise ConfigError(f"step={step}; give a positive fraction of the weight's norm, such as 0.01")
         self.step = step
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102

@@ -67,7 +67,9 @@ class Scoring:
     ) -> None:
         self._ranks = {name: rank if isinstance(rank, int) else rank[name] for name in candidates}
         if max(self._ranks.values(), default=0) < 1:
-            raise ConfigError(f"rank={max(self._ranks.values(), default=0)}: scoring needs a LoRA rank of at least 1")
+            raise ConfigError(
+                f"rank={max(self._ranks.values(), default=0)} leaves nothing to score; give a LoRA rank of at least 1"
+            )
         if scorer.needs_update and steps is None:
             raise ConfigError(f"{type(scorer).__name__} needs steps, the optimizer whose steps it looks at; give it too")
         self._model, self._candidates, self._losses, self._scorer = model, candidates, losses, scorer
@@ -272,7 +274,7 @@ class Scoring:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{type(scorer).__name__}.score returned {value!r:.60} for {name}; return a number") from error
         if not math.isfinite(number):
-            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}: a score must be finite")
+            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}; a score must be finite")
         return number
 
     def _forget(self, names: Iterable[str]) -> None:

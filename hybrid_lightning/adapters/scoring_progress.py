@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.errors import CheckpointError, one_line
 from hybrid_lightning.stopping import StopSignals
 
 SCORING = "scoring"  # name of the folder, inside the run folder
@@ -53,7 +53,7 @@ class ScoringProgress:
     def __init__(self, folder: Path | None = None, earlier: Path | None = None, signals: StopSignals | None = None) -> None:
         self.folder, self.signals = folder, signals or StopSignals()
         self._source = earlier  # folder to read from
-        self._settings: dict[str, Any] = self._read_json(SETTINGS) or {"format": FORMAT}
+        self._settings: dict[str, Any] = self._read(SETTINGS) or {"format": FORMAT}
         if self._settings.get("format") != FORMAT:
             raise CheckpointError(
                 f"{earlier} has format {self._settings.get('format')}, and this version reads {FORMAT}; go on with the version "
@@ -64,7 +64,7 @@ class ScoringProgress:
             for file in sorted(earlier.iterdir()) if earlier is not None else ():
                 _link(file, folder / file.name)
             self._source = folder
-        self.scores: dict[str, float] = self._read_json(_SCORES)
+        self.scores: dict[str, float] = self._read(_SCORES) or {}
         self._next_save = time.monotonic() + _EVERY_S
 
     def require(self, settings: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class ScoringProgress:
                     "give the same, or start a new run without ckpt_path"
                 )
         self._settings |= plain
-        self._write(SETTINGS, lambda path: path.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"))
+        self._write_json(SETTINGS, self._settings)
 
     def recall(
         self, names: Sequence[str], make: Callable[[Sequence[str]], Sequence[dict[str, Any]]]
@@ -132,29 +132,25 @@ class ScoringProgress:
             last: Whether all modules now have a score, so that the sums of gradients are no longer needed.
         """
         self.scores = {**self.scores, **scores}
-        self._write(_SCORES, lambda path: path.write_text(json.dumps(self.scores, indent=2) + "\n", encoding="utf-8"))
+        self._write_json(_SCORES, self.scores)
         if last and self.folder is not None:
             (self.folder / _GRADIENTS).unlink(missing_ok=True)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = None if self._source is None else self._source / name
-        if path is None or not path.is_file():
-            return {}
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); start a new run without ckpt_path") from error
-        return found
-
     def _read(self, name: str) -> dict[str, Any] | None:
+        """What was saved under a name; None if nothing was."""
         path = None if self._source is None else self._source / name
         if path is None or not path.is_file():
             return None
         try:
-            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            is_json = path.suffix == ".json"
+            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if is_json else torch.load(path, "cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} cannot be read, as if it were damaged; remove it, so that it is made again") from error
+            remedy = "start a new run without ckpt_path" if is_json else "remove it, so that it is made again"
+            raise CheckpointError(f"{path} cannot be read, as if it were damaged ({one_line(error)}); {remedy}") from error
         return found
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file completely or not at all; if that fails, warn and go on, since scoring itself needs none of the files."""
@@ -168,7 +164,7 @@ class ScoringProgress:
             except (OSError, RuntimeError) as error:  # the latter is torch's
                 part.unlink(missing_ok=True)
                 warnings.warn(
-                    f"{self.folder / name} could not be written ({error}): scoring goes on, but were it stopped it would have to "
+                    f"{self.folder / name} could not be written ({error}); scoring goes on, but were it stopped it would have to "
                     "be made again",
                     stacklevel=2,
                 )

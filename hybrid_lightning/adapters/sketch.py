@@ -41,13 +41,13 @@ class SketchedGradients(GradientMode):
 
     def __init__(self, size: int | None = None, seed: int = 0) -> None:
         if size is not None and size < 1:
-            raise ConfigError(f"size={size}: a sketch needs at least one direction; give None to choose it by the rank")
+            raise ConfigError(f"size={size}; give at least one direction, or None to choose it by the rank")
         self.size, self.seed = size, seed
 
     def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:  # noqa: D102
         size = 2 * rank + 10 if self.size is None else self.size
         if size <= rank:
-            raise ConfigError(f"size={size}: a sketch must be larger than the LoRA rank {rank}; {2 * rank + 10} is good")
+            raise ConfigError(f"size={size} is not above the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
             return ExactForm((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # whose sums are float64

@@ -98,11 +98,10 @@ def updates_in_turns(
             check_weight(name, module)
         modules = process.modules(turn)
         stand_ins = {name: _stand_in(modules[name]) for name in process.own(names)}
-        # An optimizer of nothing is none.
-        optimizer = steps.make_optimizer(list(stand_ins.values())) if stand_ins else None
+        optimizer = steps.make_optimizer(list(stand_ins.values())) if stand_ins else None  # of nothing is none
         before = seen
         with only_candidates_trainable(model, modules), torch.enable_grad():
-            for number in process.backward_all(turn, _adder(stand_ins), losses, 0, some=True):
+            for number in process.backward_all(turn, partial(_add, stand_ins), losses, 0, some=True):
                 if optimizer is not None and (ends is None or number in ends):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=False)
@@ -128,23 +127,17 @@ def _stand_in(module: nn.Module) -> nn.Parameter:
 
 
 def _updates(stand_ins: Mapping[str, nn.Parameter]) -> dict[str, Gradient]:
-    return {name: _update(name, stand_in) for name, stand_in in stand_ins.items()}
+    for name, stand_in in stand_ins.items():
+        stand_in.grad = None
+        if not torch.isfinite(stand_in).all():
+            raise CalibrationError(
+                f"the update of {name} is not finite; use bfloat16 or float32 for scoring, a smaller model.lr_full, or look for "
+                "inf or nan in the calibration data"
+            )
+    return {name: ExactGradient(stand_in.detach()) for name, stand_in in stand_ins.items()}
 
 
-def _update(name: str, stand_in: nn.Parameter) -> Gradient:
-    stand_in.grad = None
-    if not torch.isfinite(stand_in).all():
-        raise CalibrationError(
-            f"the update of {name} is not finite; use bfloat16 or float32 for scoring, a smaller model.lr_full, or look for inf "
-            "or nan in the calibration data"
-        )
-    return ExactGradient(stand_in.detach())
-
-
-def _adder(stand_ins: Mapping[str, nn.Parameter]) -> Callable[[str, Tensor, int], None]:
-    def add(name: str, gradient: Tensor, index: int) -> None:
-        total = stand_ins[name].grad
-        assert total is not None
-        total.add_(gradient)
-
-    return add
+def _add(stand_ins: Mapping[str, nn.Parameter], name: str, gradient: Tensor, index: int) -> None:
+    total = stand_ins[name].grad
+    assert total is not None
+    total.add_(gradient)

@@ -7,8 +7,8 @@ import hashlib
 import random
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import product
+from typing import ClassVar
 
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
@@ -24,22 +24,14 @@ class OperandSource(PromptSource):
     """Base of the arithmetic tasks: problems `a OP b=`, whose split is fixed by a hash of the operands, whatever the seed.
 
     A model that was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
-
-    Args:
-        low: Smallest first operand.
-        high: Largest first operand.
-        train_size: Number of training problems; None takes all there are.
-        validation_size: Number of validation problems.
-        test_size: Number of test problems.
-        seed: Seed for drawing problems and their order.
-
-    Raises:
-        ConfigError: If a size or the range is impossible.
+    Arguments and errors are those of its subclasses.
     """
+
+    sign: ClassVar[str]  # OP
 
     def __init__(self, low: int, high: int, train_size: int | None, validation_size: int, test_size: int, seed: int) -> None:
         if not 0 <= low <= high:
-            raise ConfigError(f"data.source: low={low} and high={high} must satisfy 0 <= low <= high")
+            raise ConfigError(f"data.source: low={low} and high={high} are no range; give 0 <= low <= high")
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         for split, size in sizes.items():
             smallest = 1 if split == "train" else 0
@@ -53,12 +45,18 @@ class OperandSource(PromptSource):
         """All pairs of operands."""
 
     @abstractmethod
-    def split_of(self, a: int, b: int) -> str:
-        """Split that the problem of two operands belongs to."""
-
-    @abstractmethod
     def row(self, a: int, b: int) -> Row:
         """Row of the problem of two operands."""
+
+    def split_of(self, a: int, b: int) -> str:
+        """Split that the problem of two operands belongs to."""
+        return hashed_split(f"{a}{self.sign}{b}")
+
+    def _row(self, a: int, b: int, answer: int, index: int, **columns: str) -> Row:
+        """Row with the columns `a`, `b`, `question`, `answer` and more."""
+        question = f"{a}{self.sign}{b}="
+        shown = {"a": a, "b": b, "question": question, "answer": str(answer), **columns}
+        return Row(question, str(answer), index, type(self).__name__, shown)
 
     def read(self) -> Splits:
         """Draw the problems of each split."""
@@ -103,6 +101,8 @@ class ArithmeticSource(OperandSource):
         ('84+95=', '179')
     """
 
+    sign = "+"
+
     def __init__(
         self,
         low: int = 10,
@@ -115,7 +115,7 @@ class ArithmeticSource(OperandSource):
         super().__init__(low, high, train_size, validation_size, test_size, seed)
         if high - low >= _MAX_NUMBERS:
             raise ConfigError(
-                f"data.source: low={low} to high={high} is too wide: all pairs are enumerated; take fewer than "
+                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; take fewer than "
                 f"{_MAX_NUMBERS} numbers"
             )
 
@@ -126,11 +126,11 @@ class ArithmeticSource(OperandSource):
 
     def split_of(self, a: int, b: int) -> str:
         """Split of a sum, the same for both orders of the operands."""
-        return hashed_split(f"{min(a, b)}+{max(a, b)}")
+        return super().split_of(min(a, b), max(a, b))
 
     def row(self, a: int, b: int) -> Row:
         """Row of the sum of two numbers."""
-        return arithmetic_row(a, "+", b, a + b, index=a * (self.high + 1) + b, source=type(self).__name__)
+        return self._row(a, b, a + b, index=a * (self.high + 1) + b)
 
 
 class ProductSource(OperandSource):
@@ -160,6 +160,8 @@ class ProductSource(OperandSource):
         ('833*4=', '3332')
     """
 
+    sign = "*"
+
     def __init__(
         self,
         low: int = 10,
@@ -174,7 +176,8 @@ class ProductSource(OperandSource):
         super().__init__(low, high, train_size, validation_size, test_size, seed)
         if not 0 <= low_factor <= high_factor:
             raise ConfigError(
-                f"data.source: low_factor={low_factor} and high_factor={high_factor} must satisfy 0 <= low_factor <= high_factor"
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} are no range; give 0 <= low_factor <= "
+                "high_factor"
             )
         self.factors = range(low_factor, high_factor + 1)
         if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:
@@ -187,24 +190,14 @@ class ProductSource(OperandSource):
         """Every number with every factor."""
         return product(range(self.low, self.high + 1), self.factors)
 
-    def split_of(self, a: int, b: int) -> str:
-        """Split of a product."""
-        return hashed_split(f"{a}*{b}")
-
     def row(self, a: int, b: int) -> Row:
         """Row of the product of two numbers, with the column `worked` too."""
         index = a * 10 ** len(str(self.factors[-1])) + b
-        row = arithmetic_row(a, "*", b, a * b, index=index, source=type(self).__name__)
-        return replace(row, columns={**row.columns, "worked": worked_answer(a, b)})
+        return self._row(a, b, a * b, index, worked=worked_answer(a, b))
 
 
 def hashed_split(problem: str) -> str:
-    """Split that a problem belongs to by its hash: `train`, `validation` or `test`.
-
-    Example:
-        >>> hashed_split("347*6") == hashed_split("347*6")
-        True
-    """
+    """Split that a problem belongs to by its hash: `train`, `validation` or `test`."""
     digest = hashlib.sha256(problem.encode()).digest()
     bucket = int.from_bytes(digest[:8], "big") % _HASH_BUCKETS
     return {0: "validation", 1: "test"}.get(bucket, "train")
@@ -224,9 +217,3 @@ def worked_answer(a: int, b: int) -> str:
         partial_products.append(f"{partial:02d}")
         carry = partial // 10
     return f"[{' '.join(partial_products)}]{a * b}"
-
-
-def arithmetic_row(a: int, operator: str, b: int, answer: int, index: int, source: str) -> Row:
-    """Row of the problem `a OP b=`, with the columns `a`, `b`, `question` and `answer`."""
-    question = f"{a}{operator}{b}="
-    return Row(question, str(answer), index, source, {"a": a, "b": b, "question": question, "answer": str(answer)})

@@ -90,12 +90,12 @@ def letter_of(answer: Any, texts: Sequence[str], labels: Sequence[str] | None) -
         found |= {number for number, option in enumerate(texts) if option == text}
     if not found:
         raise ValueError(
-            f"is {shorten(answer)}, which is no option: give a letter up to {option_letter(len(texts) - 1)}, a number from 0 to "
+            f"is {shorten(answer)}, which is no option; give a letter up to {option_letter(len(texts) - 1)}, a number from 0 to "
             f"{len(texts) - 1}, or the text of an option"
         )
     if len(found) > 1:
         meant = " or ".join(option_letter(number) for number in sorted(found))
-        raise ValueError(f"is {shorten(answer)}, which may be option {meant}: give the letter")
+        raise ValueError(f"is {shorten(answer)}, which may be option {meant}; give the letter")
     return option_letter(found.pop())
 
 

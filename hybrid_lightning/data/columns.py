@@ -19,6 +19,7 @@ from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_
 from hybrid_lightning.data.tables import Table, to_text
 from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError, shorten
+from hybrid_lightning.user_code import compile_pattern
 
 GSM8K_ANSWER = r"####\s*(.+)"
 
@@ -60,18 +61,18 @@ class TableSource(PromptSource):
         split_seed: int = 0,
     ) -> None:
         if max_rows is not None and max_rows < 1:
-            raise ConfigError(f"max_rows={max_rows}: give at least 1, or null for all rows")
+            raise ConfigError(f"max_rows={max_rows}; give at least 1, or null for all rows")
         self._used = [] if template is None else template_fields("template", template)
         if template is not None and not self._used:
-            raise ConfigError(f"template={template!r} uses no column: name at least one in braces, such as {{question}}")
+            raise ConfigError(f"template={template!r} uses no column; name at least one in braces, such as {{question}}")
         check_fractions(validation_fraction, test_fraction)
         self.question_column = question_column
         self.answer_column = answer_column
         self.template = template
         self.options_column = options_column
-        self.answer_pattern = None if answer_pattern is None else _compile_pattern(answer_pattern)
+        self.answer_pattern = None if answer_pattern is None else compile_pattern(answer_pattern, 1, "answer_pattern", re.NOFLAG)
         if answer_pattern is not None and answer_column is None:
-            raise ConfigError(f"answer_pattern={answer_pattern!r} needs an answer_column to search in")
+            raise ConfigError(f"answer_pattern={answer_pattern!r} has nothing to search in; set answer_column")
         self.max_rows = max_rows
         self.skip_bad_rows = skip_bad_rows
         self.validation_fraction = validation_fraction
@@ -87,9 +88,9 @@ class TableSource(PromptSource):
         rows = {split: self._to_rows(source, table) for split, (source, table) in self.read_tables().items()}
         for split, fraction in (("validation", self.validation_fraction), ("test", self.test_fraction)):
             if fraction and split in rows:
-                raise ConfigError(f"{split}_fraction={fraction}, but a {split} split is given too: keep one of the two")
+                raise ConfigError(f"{split}_fraction={fraction}, but a {split} split is given too; keep one of the two")
             if fraction and "train" not in rows:
-                raise ConfigError(f"{split}_fraction={fraction} needs training rows to split from: give a train split")
+                raise ConfigError(f"{split}_fraction={fraction} needs training rows to split from; give a train split")
         if self.validation_fraction or self.test_fraction:
             parts = vars(split_rows(rows["train"], self.validation_fraction, self.test_fraction, self.split_seed))
             rows = {split: rows.get(split) or parts[split] for split in parts} | {"train": parts["train"]}
@@ -122,7 +123,7 @@ class TableSource(PromptSource):
         wanted += [("template", column) for column in self._used] or [("question_column", self.question_column)]
         for name, column in wanted:
             if column not in existing:
-                raise DataError(f"{source} has no column {column!r}: correct {name}; the columns are {', '.join(existing)}")
+                raise DataError(f"{source} has no column {column!r}; correct {name}; the columns are {', '.join(existing)}")
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         where = f"{source}, row {index} (the first is 0)"
@@ -182,16 +183,6 @@ def _cell_text(cell: Any) -> str:
     return text
 
 
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"answer_pattern={pattern!r} is no regular expression: {error}") from error
-    if compiled.groups != 1:
-        raise ConfigError(f"answer_pattern={pattern!r} has {compiled.groups} groups: put just the answer in ( ), others in (?: )")
-    return compiled
-
-
 def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Keep the splits that are not None; at least one is needed.
 
@@ -204,5 +195,5 @@ def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     given = [(split, value) for split, value in splits if value is not None]
     if not given:
         names = [split for split, _ in splits]
-        raise ConfigError(f"no data: set at least one of {', '.join(names)}, as in --data.source.{names[0]}=...")
+        raise ConfigError(f"no data; set at least one of {', '.join(names)}, as in --data.source.{names[0]}=VALUE")
     return given

@@ -44,7 +44,7 @@ class ConversationFormat(PromptFormat):
         """
         where = row.place
         if self.column not in row.columns:
-            raise DataError(f"{where} has no column {self.column!r}: correct format.column; it has {', '.join(row.columns)}")
+            raise DataError(f"{where} has no column {self.column!r}; correct format.column; it has {', '.join(row.columns)}")
         turns = row.columns[self.column]
         if not is_conversation(turns):
             raise DataError(
@@ -97,7 +97,7 @@ def answered_text(turns: Any, where: str) -> str:
         DataError: If the last turn is not the assistant's, or an answer alone has several turns.
     """
     if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where} ends with a turn of {turns[-1]['role']!r}, not of 'assistant': correct or remove the row")
+        raise DataError(f"{where} ends with a turn of {turns[-1]['role']!r}, not of 'assistant'; correct or remove the row")
     if len(turns) > 1 and turns[0]["role"] == "assistant":
         raise DataError(f"{where} is an answer of {len(turns)} turns; give one assistant turn, or a whole conversation")
     return str(turns[-1]["content"])

@@ -69,7 +69,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         }
         for name, value in limits.items():
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: give at least 1" + ("" if name == "eval_batch_size" else ", or null"))
+                raise ConfigError(f"{name}={value}; give at least 1" + ("" if name == "eval_batch_size" else ", or null"))
         self.source = source
         self.format = format
         self.max_prompt_tokens = max_prompt_tokens
@@ -97,7 +97,7 @@ class PromptDataModule(Configurable, LightningDataModule):
             self._formatted(split)
         if stage is not None and not self._formatted(splits[0]):
             raise DataError(
-                f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs: give data.source a "
+                f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs; give data.source a "
                 f"{splits[0]} split"
             )
 
@@ -132,7 +132,9 @@ class PromptDataModule(Configurable, LightningDataModule):
         """
         rollout_loader = getattr(self.trainer and self.trainer.lightning_module, "rollout_loader", None)
         if rollout_loader is None:
-            raise ConfigError("PromptDataModule trains a module that has rollout_loader(prompts), such as PolicyModule")
+            raise ConfigError(
+                "the module that is trained has no rollout_loader(prompts); take PolicyModule, or a module with that method"
+            )
         return rollout_loader(self.train_prompts)
 
     def val_dataloader(self) -> "DataLoader[Prompt] | list[Prompt]":
@@ -180,7 +182,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= self.max_prompt_tokens]
         if not kept:
             raise DataError(
-                f"all {len(prompts)} {split} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}: raise it, the "
+                f"all {len(prompts)} {split} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}; raise it, the "
                 f"shortest has {min(lengths)} tokens and the longest {max(lengths)}"
             )
         if len(kept) < len(prompts):
@@ -192,7 +194,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         encode = getattr(self.trainer and self.trainer.lightning_module, "encode", None)
         if encode is None:
             raise ConfigError(
-                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer: call setup(encode=policy.encode), or let a "
+                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
                 "trainer run a policy that has encode(prompt)"
             )
         return encode  # type: ignore[no-any-return]

@@ -40,7 +40,7 @@ class ExampleFormat(PromptFormat):
         self.completions = completions
         for name, template in completions.items():
             if not template_fields(name, template):
-                raise ConfigError(f"{name}={template!r} uses no column, so all examples would end alike: name one in braces")
+                raise ConfigError(f"{name}={template!r} uses no column, so all examples would end alike; name one in braces")
 
     def format(self, row: Row) -> Prompt:
         """Format the prompt and fill in the completions.

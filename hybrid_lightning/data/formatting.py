@@ -43,9 +43,9 @@ class PromptFormat(Configurable, ABC):
     ) -> None:
         fields = template_fields("template", template)
         if not fields:
-            raise ConfigError(f"template={template!r} uses no column, so all prompts would be the same: add {{question}}")
+            raise ConfigError(f"template={template!r} uses no column, so all prompts would be the same; add {{question}}")
         if "answer" in fields:
-            raise ConfigError(f"template={template!r} would show the reference answer to the policy: remove {{answer}}")
+            raise ConfigError(f"template={template!r} would show the reference answer to the policy; remove {{answer}}")
         template_fields("answer_template", answer_template)
         self.template = template
         self.system_prompt = system_prompt
@@ -140,7 +140,7 @@ class FormatBySet(PromptFormat):
     def __init__(self, formats: dict[str, PromptFormat]) -> None:
         super().__init__()
         if not formats:
-            raise ConfigError("FormatBySet: formats={}: give each set a format, as in formats: {gsm8k: ChatFormat}")
+            raise ConfigError("FormatBySet: formats={}; give each set a format, as in formats: {gsm8k: ChatFormat}")
         self.formats = formats
 
     def format(self, row: Row) -> Prompt:
@@ -152,7 +152,7 @@ class FormatBySet(PromptFormat):
         if row.set_name not in self.formats:
             raise DataError(
                 f"FormatBySet: {row.place} is of set {row.set_name!r}, which has no format; there is one for "
-                f"{', '.join(self.formats)}: name the sets as the data source does"
+                f"{', '.join(self.formats)}; name the sets as the data source does"
             )
         return self.formats[row.set_name].format(row)
 

@@ -5,8 +5,7 @@ from typing import Any
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError, one_line
-
-_INSTALL = "install the optional extra: pip install 'hybrid-lightning[reasoning-gym]'"
+from hybrid_lightning.reasoning_gym_tasks import library
 
 
 class ReasoningGymSource(PromptSource):
@@ -36,11 +35,11 @@ class ReasoningGymSource(PromptSource):
         sizes = {"size": size, "validation_size": validation_size, "test_size": test_size}
         for name, value in sizes.items():
             if value < 0:
-                raise ConfigError(f"{name}={value}: give 0 or more problems")
+                raise ConfigError(f"{name}={value}; give 0 or more problems")
         if not sum(sizes.values()):
-            raise ConfigError("size, validation_size and test_size are all 0: ask for at least one problem")
+            raise ConfigError("size, validation_size and test_size are all 0; ask for at least one problem")
         for name in {"size", "seed"} & set(config or {}):
-            raise ConfigError(f"config has {name!r}: set the argument {name} of ReasoningGymSource instead")
+            raise ConfigError(f"config has {name!r}; set the argument {name} of ReasoningGymSource instead")
         self.task = task
         self.sizes = (size, validation_size, test_size)
         self.seed = seed
@@ -57,7 +56,9 @@ class ReasoningGymSource(PromptSource):
             try:
                 entry = dataset[item]
             except Exception as error:
-                raise DataError(f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}") from error
+                raise DataError(
+                    f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}; change the seed or config"
+                ) from error
             columns = {"question": entry["question"], "task": self.task, "config": config, "item": item}
             answer = entry["answer"]
             rows.append(
@@ -67,13 +68,12 @@ class ReasoningGymSource(PromptSource):
         return Splits(train=rows[:held_out], validation=rows[held_out:test], test=rows[test:])
 
     def _create(self, config: dict[str, Any]) -> Any:
+        factory = library(type(self).__name__)
+        if self.task not in factory.DATASETS:
+            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(factory.DATASETS))}")
         try:
-            from reasoning_gym.factory import DATASETS, create_dataset
-        except ImportError as error:
-            raise ConfigError(f"ReasoningGymSource needs the library reasoning-gym: {_INSTALL}") from error
-        if self.task not in DATASETS:
-            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(DATASETS))}")
-        try:
-            return create_dataset(self.task, **config)
+            return factory.create_dataset(self.task, **config)
         except Exception as error:
-            raise ConfigError(f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}") from error
+            raise ConfigError(
+                f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"
+            ) from error

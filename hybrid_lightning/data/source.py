@@ -86,15 +86,15 @@ class Mixture(PromptSource):
 
     def __init__(self, sources: dict[str, PromptSource], weights: dict[str, float] | None = None) -> None:
         if not sources or "" in sources:
-            raise ConfigError("Mixture: sources must name each set, as in sources: {gsm8k: {class_path: GSM8K}}")
+            raise ConfigError("Mixture: a set has no name; name each, as in sources: {gsm8k: {class_path: GSM8K}}")
         for name, source in sources.items():
             if isinstance(source, Mixture):
-                raise ConfigError(f"Mixture: set {name!r} is a mixture itself: list its sets here")
+                raise ConfigError(f"Mixture: set {name!r} is a mixture itself; list its sets here")
         for name, weight in (weights or {}).items():
             if name not in sources:
                 raise ConfigError(f"Mixture: weights has {name!r}, which is no set; the sets are {', '.join(sources)}")
             if not (math.isfinite(weight) and weight > 0):
-                raise ConfigError(f"Mixture: the weight of {name!r} is {weight}: give a positive number, or leave the set out")
+                raise ConfigError(f"Mixture: the weight of {name!r} is {weight}; give a positive number, or leave the set out")
         self.sources = sources
         self.weights = weights
 
@@ -125,20 +125,20 @@ class Mixture(PromptSource):
 def _check_types(name: str, splits: Any) -> None:
     """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
     if not isinstance(splits, Splits):
-        raise DataError(f"{name}.read returned a {type(splits).__name__}: return Splits(train=[Row(...), ...], ...)")
+        raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():
         for position, row in enumerate(rows):
             if not isinstance(row, Row):
-                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}: make it a Row(question, answer)")
+                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}; make it a Row(question, answer)")
             for field, allowed in (("question", str), ("answer", (str, type(None)))):
                 value = getattr(row, field)
                 if not isinstance(value, allowed):
-                    raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}: give text, as in str(...)")
+                    raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}; give text, as in str(...)")
 
 
 def _check_indices(name: str, rows: list[Row]) -> None:
     seen: set[tuple[str, int]] = set()
     for row in rows:
         if (row.set_name, row.index) in seen:
-            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}: number them apart")
+            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}; number them apart")
         seen.add((row.set_name, row.index))

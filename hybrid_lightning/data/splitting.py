@@ -86,12 +86,12 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
         while groups and len(taken[name]) < round(fraction * len(rows)):
             taken[name] += groups.pop()
         if fraction and not taken[name]:
-            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is no row at all: raise {name}_fraction")
+            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is no row at all; raise {name}_fraction")
     taken["train"] = [position for group in groups for position in group]
     if rows and not taken["train"]:
         raise ConfigError(
             f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave no row to train on, of "
-            f"{len(rows)} with {len(copies)} different questions: lower them"
+            f"{len(rows)} with {len(copies)} different questions; lower them"
         )
     return Splits(**{name: [rows[position] for position in sorted(positions)] for name, positions in taken.items()})
 
@@ -104,11 +104,11 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
     """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
-            raise ConfigError(f"{name}={value}: give a share of the rows between 0 and 1, such as 0.1")
+            raise ConfigError(f"{name}={value}; give a share of the rows between 0 and 1, such as 0.1")
     if validation_fraction + test_fraction >= 1:
         raise ConfigError(
             f"validation_fraction={validation_fraction} and test_fraction={test_fraction} add up to "
-            f"{validation_fraction + test_fraction}: they must leave rows to train on, so their sum must be below 1"
+            f"{validation_fraction + test_fraction} and leave no rows to train on; their sum must be below 1"
         )
 
 
@@ -132,7 +132,7 @@ def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
         if before and not after:
             raise DataError(
                 f"every question of the {name} split ({len(before)} rows, the first from {before[0].source!r}) is also "
-                f"in a split held out from it: give a {name} split with other questions"
+                f"in a split held out from it; give a {name} split with other questions"
             )
     dropped = {"train": len(splits.train) - len(train), "validation": len(splits.validation) - len(validation)}
     return Splits(train=train, validation=validation, test=splits.test), dropped

@@ -109,7 +109,7 @@ def read_hub_split(
 
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.exists():
-        raise DataError(f"path={path!r} does not exist (looked for {local.absolute()}): correct it, or give a hub id OWNER/NAME")
+        raise DataError(f"path={path!r} does not exist (looked for {local.absolute()}); correct it, or give a hub id OWNER/NAME")
     hub = (
         None if local.exists() else HubRepository("data set", path, revision, "revision", str(datasets.config.HF_DATASETS_CACHE))
     )
@@ -120,7 +120,7 @@ def read_hub_split(
     except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
         raise DataError(_explain(error, parameter, split, path, name, hub)) from error
     if not table:
-        raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows: name a split with at least one")
+        raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows; name a split with at least one")
     if hub is not None and revision is not None and not hub_reachable():
         _check_revision(hub, data)
     return table
@@ -139,29 +139,29 @@ def _check_revision(hub: HubRepository, data: Any) -> None:
 _DATASETS_MESSAGES = (
     (
         r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]",
-        "data set {path!r} has no configuration name={name!r}: give one of {choices}",
+        "data set {path!r} has no configuration name={name!r}; give one of {choices}",
     ),
     (
         r"Config name is missing\..*?configs: \[(.*?)\]",
-        "data set {path!r} has several configurations: set name to one of {choices}",
+        "data set {path!r} has several configurations; set name to one of {choices}",
     ),
     (
         r"Couldn't find cache for .*? for config .*?Available configs in the cache: \[(.*?)\]",
-        "the cache has no configuration name={name!r} of data set {path!r}, and the hub is not reached: correct it to one of "
+        "the cache has no configuration name={name!r} of data set {path!r}, and the hub is not reached; correct it to one of "
         "{choices}, or download it",
     ),
     (
         r'Unknown split ".*?"\. Should be one of \[(.*?)\]',
-        "{parameter}={split!r}: data set {path!r} has no such split, but {choices}: correct {parameter}, or set it to null",
+        "{parameter}={split!r}: data set {path!r} has no such split, but {choices}; correct {parameter}, or set it to null",
     ),
     (
         r"Dataset scripts are no longer supported",
-        "data set {path!r} is a program, which `datasets` does not run any more: give revision=refs/convert/parquet, where the "
+        "data set {path!r} is a program, which `datasets` does not run any more; give revision=refs/convert/parquet, where the "
         "hub has most of them as files, or another data set",
     ),
     (
         r"doesn't contain any data files|No \(supported\) data files found|Couldn't infer the same data file format",
-        "data set {path!r} has no data files that can be read, such as Parquet or JSON Lines: give another one",
+        "data set {path!r} has no data files that can be read, such as Parquet or JSON Lines; give another one",
     ),
 )
 

@@ -38,18 +38,18 @@ def read_table(name: str, path: str) -> Table:
     file = Path(path).expanduser()
     if not file.is_file():
         kind = "is a folder, not a file" if file.is_dir() else "does not exist"
-        raise DataError(f"{name}={path!r} {kind} (looked for {file.absolute()}): correct the path")
+        raise DataError(f"{name}={path!r} {kind} (looked for {file.absolute()}); correct the path")
     suffix, packed = _file_type(file)
     reader = _READERS.get(suffix)
     if reader is None or (packed and suffix == ".parquet"):
         known = ", ".join(sorted(_READERS))
-        raise DataError(f"{name}={path!r} has an unknown file type: its name must end in one of {known}, text also in .gz")
+        raise DataError(f"{name}={path!r} has an unknown file type; its name must end in one of {known}, text also in .gz")
     try:
         rows = reader(file, packed)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}={path!r} cannot be read: {one_line(error)}; is it complete, and UTF-8?") from error
+        raise DataError(f"{name}={path!r} cannot be read: {one_line(error)}; see whether it is complete, and UTF-8") from error
     if not rows:
-        raise DataError(f"{name}={path!r} has no rows: give a file with at least one")
+        raise DataError(f"{name}={path!r} has no rows; give a file with at least one")
     return rows
 
 
@@ -83,7 +83,7 @@ def _read_jsonl(file: Path, packed: bool) -> Table:
                     f"{file}, line {number} is no valid JSON: {error.msg} at column {error.colno}; correct it"
                 ) from error
             if not isinstance(row, dict):
-                raise DataError(f'{file}, line {number} must be a JSON object such as {{"question": ...}}, not {shorten(row)}')
+                raise DataError(f'{file}, line {number} is {shorten(row)}; it must be a JSON object such as {{"question": ...}}')
             rows.append(row)
     return rows
 
@@ -133,7 +133,7 @@ def _read_parquet(file: Path, packed: bool) -> Table:
     try:
         return list(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
     except Exception as error:  # pyarrow and datasets raise a dozen types
-        raise DataError(f"{file} is no readable Parquet file: {one_line(error)}") from error
+        raise DataError(f"{file} is no readable Parquet file: {one_line(error)}; write it anew") from error
 
 
 _READERS: dict[str, Callable[[Path, bool], Table]] = {
@@ -171,7 +171,7 @@ def to_text(value: Any) -> str:
         if not math.isfinite(value):
             raise ValueError(f"is {value}, which is no number")
         if abs(value) >= EXACT_FLOAT:
-            raise ValueError(f"is {value!r}, which a float does not hold exactly: write it as text")
+            raise ValueError(f"is {value!r}, which a float does not hold exactly; write it as text")
         return _without_exponent(Decimal(repr(value)))
     if isinstance(value, Decimal) and value.is_finite():
         return _without_exponent(value)

@@ -3,6 +3,7 @@
 environment.py        the contract: `start`, `step`, `close`
 running.py            the environments of a rollout, side by side, with their bounds and faults
 local_episodes.py     where they run: in this process
+process_state.py      what they may change for all of it, and how it is put back
 workers.py            or in others
 answers.py            checks what they answer
 tool_environment.py   an environment of tools that the policy may call

@@ -15,6 +15,7 @@ from typing import Any
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError, shorten
+from hybrid_lightning.user_code import compile_pattern
 
 MAX_CALLS = 100  # in a message; a JSON error takes time that grows with the length of the text before it
 Schema = Mapping[str, Any]  # of a tool: {"type": "function", "function": {"name", "description", "parameters"}}
@@ -141,10 +142,7 @@ class PlainCalls(CallFormat):
     """
 
     def __init__(self, pattern: str | None = None) -> None:
-        try:
-            self._pattern = None if pattern is None else re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"PlainCalls: pattern={pattern!r} is no regular expression: {error}; correct it") from error
+        self._pattern = None if pattern is None else compile_pattern(pattern, flags=re.NOFLAG)
         groups = {} if self._pattern is None else self._pattern.groupindex
         self._argument: str | int = "argument" if "argument" in groups else 1
         self._named = self._pattern is None or "name" in groups

@@ -8,13 +8,14 @@ import re
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_code import compile_pattern
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")
 
@@ -58,9 +59,9 @@ class GuessNumber(Environment):
         invalid: str = "Say a whole number from {low} to {high}.",
     ) -> None:
         if low >= high:
-            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess: give a high above low")
+            raise ConfigError(f"GuessNumber: low={low} and high={high} leave nothing to guess; give a high above low")
         if higher == lower:
-            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer: tell them apart")
+            raise ConfigError(f"GuessNumber: higher={higher!r} and lower={lower!r} are the same answer; tell them apart")
         self.low, self.high = low, high
         self.higher, self.lower, self.right = higher, lower, right
         self.rules, self.invalid = (text.replace("{low}", str(low)).replace("{high}", str(high)) for text in (rules, invalid))
@@ -108,25 +109,14 @@ class ReasoningGymEnvironment(Environment):
     ) -> None:
         if attempts < 1:
             raise ConfigError(f"ReasoningGymEnvironment: attempts={attempts}; give at least 1")
-        try:
-            self.pattern = re.compile(pattern or r"(.*)", re.DOTALL)
-        except re.error as error:
-            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} is no regular expression: {error}") from error
-        if self.pattern.groups != 1:
-            raise ConfigError(f"ReasoningGymEnvironment: pattern={pattern!r} needs one group, which is the answer")
+        self.pattern = compile_pattern(pattern or "(.*)", 1)
         self.attempts, self.wrong = attempts, wrong
         self.left = attempts
         self._problem: tuple[Any, dict[str, Any]]
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Make the problem again that the prompt asks."""
-        try:
-            task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))
-        except KeyError as error:
-            raise ConfigError(
-                f"ReasoningGymEnvironment: {prompt.place} has no column {error}; take ReasoningGymSource as data.source"
-            ) from error
-        self._problem = _problem(task, json.dumps(config, sort_keys=True), item)
+        self._problem = made_again(type(self).__name__, prompt)
         self.left = self.attempts
         return []
 
@@ -162,9 +152,9 @@ def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = 
         import textworld
         from textworld.challenges import CHALLENGES
     except ImportError as error:
-        raise ConfigError("textworld_game needs the library textworld: pip install textworld") from error
+        raise ConfigError("textworld_game needs the library textworld; pip install textworld") from error
     if challenge not in CHALLENGES:
-        raise ConfigError(f"challenge={challenge!r}: TextWorld has {', '.join(CHALLENGES)}")
+        raise ConfigError(f"challenge={challenge!r} is none of TextWorld; give one of {', '.join(CHALLENGES)}")
     recipe = json.dumps([textworld.__version__, challenge, seed, settings], sort_keys=True)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning" / "textworld"
     # Its interpreter knows games of TextWorld by "tw-", and then leaves out the line of status.
@@ -178,21 +168,3 @@ def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = 
             for suffix in (".json", ".z8"):  # the game last: other processes may make the same one
                 os.replace(f"{made}/game{suffix}", path.with_suffix(suffix))
     return textworld.start(str(path))
-
-
-@lru_cache(maxsize=16)
-def _dataset(task: str, config: str) -> Any:
-    try:
-        from reasoning_gym.factory import create_dataset
-    except ImportError as error:
-        raise ConfigError(
-            "ReasoningGymEnvironment needs the library reasoning-gym; install the optional extra: "
-            "pip install 'hybrid-lightning[reasoning-gym]'"
-        ) from error
-    return create_dataset(task, **json.loads(config))
-
-
-@lru_cache(maxsize=1024)
-def _problem(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
-    dataset = _dataset(task, config)
-    return dataset, dataset[item]

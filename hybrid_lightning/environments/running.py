@@ -18,13 +18,11 @@ from hybrid_lightning.environments.local_episodes import (
     Failure,
     LocalEpisodes,
     PassedOnError,
-    ProcessSettings,
-    RandomStates,
     Started,
     TimedOut,
-    exits_said,
     late_message,
 )
+from hybrid_lightning.environments.process_state import ProcessSettings, RandomStates, exits_said
 from hybrid_lightning.environments.workers import Workers
 from hybrid_lightning.errors import ConfigError, EpisodeError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option

@@ -199,7 +199,7 @@ class DocumentSearch(Tool):
 
     def __init__(self, path: str, passages: int = 3, passage_words: int = 100) -> None:
         if passages < 1 or passage_words < 1:
-            raise ConfigError(f"DocumentSearch: passages={passages} and passage_words={passage_words} must be at least 1")
+            raise ConfigError(f"DocumentSearch: passages={passages}, passage_words={passage_words}; give at least 1 of each")
         if find_spec("bm25s") is None:
             raise ConfigError("DocumentSearch needs the package bm25s; pip install 'hybrid-lightning[search]'")
         self.path, self.passages, self.passage_words = Path(path).expanduser(), passages, passage_words

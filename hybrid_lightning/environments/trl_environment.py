@@ -9,7 +9,7 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.calls import CallFormat
 from hybrid_lightning.environments.environment import Step
 from hybrid_lightning.environments.foreign import said, takes
-from hybrid_lightning.environments.local_episodes import RandomStates
+from hybrid_lightning.environments.process_state import RandomStates
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Message, Prompt

@@ -193,10 +193,8 @@ class _Process:
         self.connection: Connection | None = None
         self.is_ready = False
         self.current: Request | None = None  # what it is at
-        self.method, self.in_turn = (
-            "",
-            False,
-        )  # what is called for that, and whether it is the answer to the policy's last message
+        self.method = ""  # what is called for that
+        self.in_turn = False  # whether it is the answer to the policy's last message
         self.deadline = 0.0
 
     def proceed(self) -> bool:
@@ -263,7 +261,11 @@ def main() -> None:
         kind, arguments, chat_template, step_timeout_s = pickle.loads(connection.recv_bytes())
         environment = kind(**arguments)
         environment.prepare(chat_template)
-        process = LocalEpisodes(environment, step_timeout_s, alone=True, called=_caller(connection))
+
+        def called(method: str, episode: Episode, new_turn: bool) -> None:
+            connection.send(("called", (method, new_turn, episode.begun)))
+
+        process = LocalEpisodes(environment, step_timeout_s, alone=True, called=called)
     except Exception as error:
         text = (
             f"the environment cannot be made in another process: {describe_error(error)}; leave out episodes.workers, or mend it"
@@ -287,10 +289,6 @@ def main() -> None:
         except BaseException as error:  # an environment has stopped the event loop, or cancelled what runs on it
             os.write(2, f"a process of {process.name} ends: {describe_error(error)}\n".encode())
             os._exit(1)  # at once: Python takes seconds, in which the call would be late instead
-
-
-def _caller(connection: Connection) -> Callable[[str, Episode, bool], None]:
-    return lambda method, episode, new_turn: connection.send(("called", (method, new_turn, episode.begun)))
 
 
 def _read(connection: Connection, requests: "queue.SimpleQueue[Request]") -> None:

@@ -59,7 +59,7 @@ class ExampleLoss(Configurable, ABC):
             rows = len(inputs.sampled_mask)
             raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {rows}; give whole examples")
         if self.needs_reference and inputs.ref_logprobs is None:
-            raise ConfigError(f"{name} compares with the start policy: give LossInputs.ref_logprobs")
+            raise ConfigError(f"{name} compares with the start policy; give LossInputs.ref_logprobs")
         total = self.step_weight(inputs)
         shares = {term: values.sum() / total for term, values in self.terms(inputs).items()}
         loss = shares.pop("loss")

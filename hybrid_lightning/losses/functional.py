@@ -3,9 +3,8 @@
 Axes: B sequences, T completion tokens (right-padded). Values are per token, [B, T], or per sequence, [B].
 
 Every function that reads log-probabilities takes the mask of sampled tokens and ignores everything outside of it: padding, and
-what an environment added within a completion, may hold inf, nan or garbage, and contributes neither values nor gradients. Because
-`0 * inf` is nan, it is replaced with `torch.where`
-before the arithmetic, instead of being multiplied by 0 afterwards.
+what an environment added within a completion, may hold inf, nan or garbage, and contributes neither values nor gradients. It is
+replaced by `torch.where` before the arithmetic, not multiplied by 0 afterwards, since `0 * inf` is nan.
 """
 
 import torch

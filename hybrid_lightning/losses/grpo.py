@@ -76,7 +76,30 @@ SMALLEST_CLIP = 0.01
 
 
 class TokenClippedLoss(ClippedLoss):
-    """Clipped surrogate with one importance ratio per token. A subclass may define another aggregation.
+    """Base class of losses with the clipped surrogate and one importance ratio per token.
+
+    Arguments are those of `ClippedLoss`; a subclass may define another aggregation.
+
+    Raises:
+        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
+    """
+
+    def check_range(self) -> None:
+        """Raise ConfigError if the clip range is too small for ratios of tokens."""
+        if min(self.clip_low, self.clip_high) < SMALLEST_CLIP:
+            raise ConfigError(
+                f"{type(self).__name__}: clip_low={self.clip_low:g}, clip_high={self.clip_high:g} is too small for ratios of "
+                f"single tokens (below {SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 "
+                "(DAPO: 0.28)"
+            )
+
+    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
+        """The ratio of each token, [B, T]."""
+        return token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
+
+
+class GRPOLoss(TokenClippedLoss):
+    """Clipped surrogate with one importance ratio per token; mean over sequences of the mean over tokens.
 
     Args:
         clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
@@ -100,22 +123,6 @@ class TokenClippedLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        if min(clip_low, clip_high) < SMALLEST_CLIP:
-            raise ConfigError(
-                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single tokens "
-                f"(below {SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 (DAPO: 0.28)"
-            )
-
-    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """The ratio of each token, [B, T]."""
-        return token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
-
-
-class GRPOLoss(TokenClippedLoss):
-    """Clipped surrogate with one importance ratio per token; mean over sequences of the mean over tokens.
-
-    Arguments and errors are those of `TokenClippedLoss`.
-    """
 
 
 class DAPOLoss(TokenClippedLoss):
@@ -158,10 +165,10 @@ class DAPOLoss(TokenClippedLoss):
         return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
 
-class DrGRPOLoss(TokenClippedLoss):
+class DrGRPOLoss(GRPOLoss):
     """Clipped surrogate with one importance ratio per token; sum over tokens / (sequences x longest possible completion).
 
-    Arguments and errors are those of `TokenClippedLoss`. A `PolicyModule` warns if its advantages are divided by the standard
+    Arguments and errors are those of `GRPOLoss`. A `PolicyModule` warns if its advantages are divided by the standard
     deviation of the group.
     """
 
@@ -181,10 +188,10 @@ class DrGRPOLoss(TokenClippedLoss):
         return mean_over_positions(per_token_loss, inputs.sampled_mask, inputs.max_completion_tokens, inputs.num_sequences)
 
 
-class BNPOLoss(TokenClippedLoss):
+class BNPOLoss(GRPOLoss):
     """Clipped surrogate with one importance ratio per token; mean over micro-batches of the mean over their tokens.
 
-    Arguments and errors are those of `TokenClippedLoss`.
+    Arguments and errors are those of `GRPOLoss`.
     """
 
     policy_term_ignores_zero_advantage = False  # its tokens count in the denominator of its micro-batch

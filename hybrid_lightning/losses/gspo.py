@@ -62,10 +62,14 @@ class SequenceClippedLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        if max(clip_low, clip_high) >= CLIP_LIMIT:
+
+    def check_range(self) -> None:
+        """Raise ConfigError if the clip range is too large for ratios of sequences."""
+        if max(self.clip_low, self.clip_high) >= CLIP_LIMIT:
             raise ConfigError(
-                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole "
-                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config; set clip_low=3e-4 and clip_high=4e-4"
+                f"{type(self).__name__}: clip_low={self.clip_low:g}, clip_high={self.clip_high:g} is too large for ratios of "
+                f"whole sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config; set clip_low=3e-4 and "
+                "clip_high=4e-4"
             )
 
 

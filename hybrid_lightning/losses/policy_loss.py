@@ -231,6 +231,10 @@ class ClippedLoss(PolicyLoss):
                 f"clip_high; set e.g. {max(3.0, 2 * (1 + clip_high)):g}, or null for none"
             )
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.check_range()
+
+    def check_range(self) -> None:
+        """Raise ConfigError if the clip range is none for the ratio of this loss; by default any is."""
 
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:

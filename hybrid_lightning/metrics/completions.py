@@ -85,7 +85,7 @@ def completion_draws(samples: int) -> dict[str, int | None]:
         ConfigError: If n is above 1000.
     """
     if samples > _MAX_SAMPLES:
-        raise ConfigError(f"model.eval_samples must be at most {_MAX_SAMPLES}, got {samples}")
+        raise ConfigError(f"model.eval_samples={samples}; give at most {_MAX_SAMPLES}")
     ks = numbers_of_voters(samples)
     shares = [f"avg@{samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)]
     return {**dict.fromkeys(shares, samples), "reward": None, "completion_length": None, "truncation_rate": samples}
@@ -120,7 +120,7 @@ def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
         tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"k must be between 1 and the number of samples {samples}, got {k}")
+        raise ValueError(f"k={k}; give a k from 1 to the number of samples, {samples}")
     wrong = samples - correct.to(torch.float64)
     all_wrong = torch.ones_like(wrong)
     for drawn in range(k):
@@ -149,7 +149,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     """
     samples = len(answers)
     if not all(1 <= k <= samples for k in ks):
-        raise ValueError(f"each k must be between 1 and the number of samples {samples}, got {list(ks)}")
+        raise ValueError(f"ks={list(ks)}; give each k from 1 to the number of samples, {samples}")
     votes: dict[str, list[bool]] = {}
     for answer, right in zip(answers, correct, strict=True):
         if answer is not None:

@@ -203,7 +203,7 @@ def check_set_name(name: str) -> None:
         DataError: If it is longer than 64 bytes.
     """
     if len(name.encode()) > _NAME_BYTES:
-        raise DataError(f"the set name {name!r} is too long: give one of at most {_NAME_BYTES} bytes")
+        raise DataError(f"the set name {name!r} is too long; give one of at most {_NAME_BYTES} bytes")
 
 
 def _encode_name(name: str) -> list[int]:

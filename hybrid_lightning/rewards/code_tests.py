@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import compile_pattern, extract_match
+from hybrid_lightning.rewards.text import extract_match
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.launch import Limits
 from hybrid_lightning.sandbox.programs import (
@@ -21,6 +21,7 @@ from hybrid_lightning.sandbox.programs import (
     run_programs,
 )
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_code import compile_pattern
 
 logger = logging.getLogger(__name__)
 # Possessive quantifiers: otherwise the time for a long line would grow with the square of its length.

@@ -35,7 +35,7 @@ class WeightedSum(RewardFunction):
         if len(weights) != len(rewards):
             raise ConfigError(f"weights={weights} for {len(rewards)} rewards; give one weight for each reward")
         if not all(math.isfinite(weight) for weight in weights):
-            raise ConfigError(f"weights={weights}: every weight must be a finite number")
+            raise ConfigError(f"weights={weights} are not all finite; give finite numbers")
         self._terms = [
             (term, weight * inner) for reward, weight in zip(rewards, weights, strict=True) for term, inner in reward.terms()
         ]
@@ -79,7 +79,7 @@ class RewardBySet(RewardFunction):
                 )
         if len({reward.measures_correctness for reward in rewards.values()}) > 1:
             kinds = ", ".join(f"{key}: {value.measures_correctness}" for key, value in rewards.items())
-            raise ConfigError(f"RewardBySet: all rewards must measure correctness, or none ({kinds})")
+            raise ConfigError(f"RewardBySet: some rewards measure correctness and others do not ({kinds}); give sets of one kind")
         self.rewards = rewards
         self.measures_correctness = next(iter(rewards.values())).measures_correctness
         self._name = name

@@ -68,7 +68,7 @@ class FunctionReward(RewardFunction):
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"FunctionReward: timeout_s={timeout_s}; give a positive number of seconds, or null for no limit")
         if on_timeout is not None and timeout_s is None:
-            raise ConfigError(f"FunctionReward: on_timeout={on_timeout} needs a timeout_s")
+            raise ConfigError(f"FunctionReward: on_timeout={on_timeout} has no effect without a limit; set timeout_s")
         if concurrency < 1:
             raise ConfigError(f"FunctionReward: concurrency={concurrency}; give at least 1")
         self._given = None if isinstance(function, str) else function
@@ -78,9 +78,7 @@ class FunctionReward(RewardFunction):
         loaded = self._loaded()
         self._name = name or getattr(loaded, "__name__", None)
         if isinstance(loaded, type):
-            raise ConfigError(
-                f"function={self.function!r} is a class: a reward of your own class is given by class_path, without this"
-            )
+            raise ConfigError(f"function={self.function!r} is a class; give a reward of your own class by class_path instead")
         parameters = inspect.signature(loaded).parameters
         self.batched = "completions" in parameters
         if self.batched == ("completion" in parameters):
@@ -93,7 +91,7 @@ class FunctionReward(RewardFunction):
         self._own = _BATCH if self.batched else _SINGLE
         own = parameters[self._own[0]]
         if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
-            raise ConfigError(f"function={self.function!r} takes {own} by position alone: write the parameter as {own.name}")
+            raise ConfigError(f"function={self.function!r} takes {own} by position alone; write the parameter as {own.name}")
         named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
         self.arguments = dict(arguments or {})
         free = {entry.name: entry for entry in named if entry.name not in self._own}
@@ -121,7 +119,7 @@ class FunctionReward(RewardFunction):
                 )
             kind = _kind(free[name]) if name in free else None
             if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
-                raise ConfigError(f"arguments.{name}={shorten(value)}: {self.function} takes {kind} there")
+                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, which {self.function} takes there")
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has every column that the function needs, and no column that `arguments` give a value to as well."""
@@ -212,7 +210,7 @@ class FunctionReward(RewardFunction):
         late = f"reward function {self.function} took more than timeout_s={self.timeout_s:g} s {where}"
         if self.on_timeout is None:
             raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
-        logger.warning("%s: it earns on_timeout=%g", late, self.on_timeout)
+        logger.warning("%s; it earns on_timeout=%g", late, self.on_timeout)
         return self.on_timeout
 
 

@@ -164,9 +164,7 @@ class _Patterns:
         self.boxed = re.compile(rf"{wrap}[(\[]?{wrap}([{both}])(?:[\s}})\].:]|\\(?=[ ,;:!q]))")
 
 
-@lru_cache(maxsize=64)
-def _patterns(letters: str) -> _Patterns:
-    return _Patterns(letters)
+_patterns = lru_cache(maxsize=64)(_Patterns)
 
 
 def _boxed_letter(content: str, patterns: _Patterns) -> str | None:

@@ -3,10 +3,10 @@
 import json
 import logging
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any
 
-from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.errors import RewardError
+from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.rewards.evaluate import name_completion
 from hybrid_lightning.rewards.text import AnswerReward, extract_match
 from hybrid_lightning.types import Prompt
@@ -42,13 +42,13 @@ class ReasoningGymReward(AnswerReward):
         """Check, at the first prompt of each task, that its problem can be made again, and that not every text is right.
 
         Raises:
-            RewardError: If the problem cannot be made again, or the verifier accepts any text.
+            ConfigError: If the problem cannot be made again.
+            RewardError: If the verifier accepts any text.
         """
         recipe = str(prompt.columns.get("task")), json.dumps(prompt.columns.get("config"), sort_keys=True)
         if recipe in self._checked:  # a problem can take a second to make
             return
-        self._problem(prompt)
-        if _takes_everything(*recipe):
+        if _takes_everything(made_again(type(self).__name__, prompt)[0]):
             raise RewardError(
                 f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} takes any text for right; choose another "
                 "task, or a newer reasoning-gym"
@@ -58,59 +58,23 @@ class ReasoningGymReward(AnswerReward):
     def score(self, completion: str, prompt: Prompt) -> float:
         """Ask the verifier."""
         answer = self.extract_answer(completion, prompt)
-        dataset, entry = self._problem(prompt)
+        dataset, entry = made_again(type(self).__name__, prompt)
         if answer is None:
             return 0.0
         try:
             value = float(dataset.score_answer(answer, deepcopy(entry)))
         except Exception as error:  # verifiers do not expect answers of another form
             logger.warning(
-                "reasoning-gym's verifier raised %s %s: it earns nothing",
+                "reasoning-gym's verifier raised %s %s; it earns nothing",
                 describe_error(error),
                 name_completion(completion, prompt),
             )
             return 0.0
         return min(value, 1.0)
 
-    def _problem(self, prompt: Prompt) -> tuple[Any, dict[str, Any]]:
-        try:
-            task, config, item = (prompt.columns[column] for column in ("task", "config", "item"))
-            question = prompt.columns["question"]
-        except KeyError as error:
-            raise RewardError(
-                f"ReasoningGymReward: {prompt.place} has no column {error}: it only scores prompts of ReasoningGymSource"
-            ) from error
-        dataset, entry = _entry(task, json.dumps(config, sort_keys=True), item)
-        if entry["question"] != question:
-            raise RewardError(
-                f"ReasoningGymReward: reasoning-gym task {task!r} made another problem {item} than for {prompt.source} row "
-                f"{prompt.index}: it is not reproducible, choose another task"
-            )
-        return dataset, entry
 
-
-@lru_cache(maxsize=16)
-def _dataset(task: str, config: str) -> Any:
-    try:
-        from reasoning_gym.factory import create_dataset
-    except ImportError as error:
-        raise ConfigError(
-            "ReasoningGymReward needs the library reasoning-gym; install the optional extra: "
-            "pip install 'hybrid-lightning[reasoning-gym]'"
-        ) from error
-    return create_dataset(task, **json.loads(config))
-
-
-@lru_cache(maxsize=1024)
-def _entry(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
-    dataset = _dataset(task, config)
-    return dataset, dataset[item]
-
-
-@lru_cache(maxsize=64)
-def _takes_everything(task: str, config: str) -> bool:
+def _takes_everything(dataset: Any) -> bool:
     """Whether two texts that cannot be an answer earn 1.0 on the first problems of a task."""
-    dataset = _dataset(task, config)
     try:
         scores = [dataset.score_answer(text, dataset[item]) for item in range(min(2, len(dataset))) for text in ("\u2603", "?!")]
     except Exception:

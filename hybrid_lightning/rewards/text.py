@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_code import compile_pattern
 
 
 class AnswerReward(RewardFunction):
@@ -146,28 +147,6 @@ class RepetitionPenalty(RewardFunction):
     def _penalty(self, words: list[str]) -> float:
         ngrams = [tuple(words[start : start + self.ngram_words]) for start in range(len(words) - self.ngram_words + 1)]
         return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
-
-
-def compile_pattern(pattern: str, groups: int | None = None) -> re.Pattern[str]:
-    """Compile a regular expression in which `.` also matches line breaks.
-
-    Args:
-        pattern: The regular expression.
-        groups: How many groups it must have; None for any number.
-
-    Raises:
-        ConfigError: If it is not a regular expression, or has another number of groups.
-    """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}; correct it") from error
-    if groups is not None and compiled.groups != groups:
-        raise ConfigError(
-            f"pattern={pattern!r} has {compiled.groups} groups instead of {groups}; put the answer, and only that, in ( ), and "
-            "write other groups as (?: )"
-        )
-    return compiled
 
 
 def extract_match(pattern: re.Pattern[str] | None, completion: str) -> str | None:

@@ -50,7 +50,8 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
         if inner == 0:
             privileges.be_killed_first()
             _confine(spec, user, threads=user is not None or ("namespaces" in spec["mechanisms"] and not root))
-            job = _read_job()
+            with open(JOB, "rb") as stream:
+                job: dict[str, Any] = json.load(stream)
     except BaseException as error:
         os.write(REPORT, f"{type(error).__name__}: {error}\n".encode())
         os._exit(_SETUP_FAILED)
@@ -115,16 +116,12 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
         seccomp.install(threads)
 
 
-def _read_job() -> dict[str, Any]:
-    with open(JOB, "rb") as stream:
-        return dict(json.load(stream))
-
-
 def _run(role: str, job: dict[str, Any]) -> None:
     """Run the program or the tests of the box."""
     if role == "tests":
         os.close(REPORT)
-        harness.write_verdict(harness.run_tests(job, OUT, REPLIES_OR_REQUESTS_IN), VERDICT)
+        os.write(VERDICT, json.dumps(harness.run_tests(job, OUT, REPLIES_OR_REQUESTS_IN)).encode())
+        os._exit(0)
     os.close(REPORT)
     sys.stdin = _stream(0, "r", "surrogateescape")
     sys.stdout = _stream(1, "w", "surrogateescape")

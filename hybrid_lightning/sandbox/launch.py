@@ -51,7 +51,7 @@ class Limits:
         }
         for name, value in asdict(self).items():
             if isinstance(value, bool) or not least[name] <= value < float("inf"):
-                raise ConfigError(f"{name}={value}: give a number of at least {least[name]}")
+                raise ConfigError(f"{name}={value}; give a number of at least {least[name]}")
             if name != "wall_seconds" and value != int(value):
                 raise ConfigError(f"{name}={value}; give a whole number")
 
@@ -164,7 +164,9 @@ def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
                 cwd="/",
             )
         except OSError as error:
-            raise SandboxError(f"the sandbox's launcher cannot be started: {error}") from error
+            raise SandboxError(
+                f"the sandbox's launcher cannot be started: {error}; see whether the system runs short of memory or processes"
+            ) from error
         try:
             handle = os.pidfd_open(process.pid)
             stack.callback(os.close, handle)

@@ -154,7 +154,7 @@ def find_packages(names: Sequence[str]) -> tuple[str, ...]:
         found = folders or ([spec.origin] if spec and spec.origin and Path(spec.origin).is_file() else [])
         if not found:
             raise ConfigError(
-                f"packages: {name!r} is not installed: pip install it where training runs, or leave it out; give the name that "
+                f"packages: {name!r} is not installed; pip install it where training runs, or leave it out; give the name that "
                 "an import uses"
             )
         libraries = Path(found[0]).with_name(f"{name}.libs")  # wheels put shared libraries there
@@ -179,6 +179,6 @@ def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Seque
         if not ran.in_time or ran.endings.get("script"):
             reason = ran.last_error or ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
             raise ConfigError(
-                f"packages: {name!r} cannot be imported in the sandbox ({reason}): "
+                f"packages: {name!r} cannot be imported in the sandbox ({reason}); "
                 "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
             )

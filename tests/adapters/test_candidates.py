@@ -94,7 +94,7 @@ def test_the_longest_name_decides():
 @pytest.mark.parametrize(
     ("pattern", "error", "message"),
     [
-        *(({"mlp": rank}, ConfigError, r"mlp=.* must be a whole number") for rank in (-1, 1.5, True, "8")),
+        *(({"mlp": rank}, ConfigError, r"mlp=.* is no rank; give a whole number") for rank in (-1, 1.5, True, "8")),
         *(({"mlp": 2, key: 3}, ModelError, rf"'{key}' matches no candidate .*\(it has mlp\)") for key in ("_proj", "attention")),
     ],
 )

@@ -80,15 +80,15 @@ def changed(place, **changes):
         (lambda data: data.pop("model"), 'p.json lacks the field "model"'),
         (changed(None, extra=1), 'unknown field "extra"'),
         (changed(None, format=3), "has format 3, and this version reads 1"),
-        (changed(None, seed="0"), '"seed" is "0", but must be int or null'),
+        (changed(None, seed="0"), '"seed" is "0"; it must be int or null'),
         (changed(None, seed=True), '"seed" is true'),
         (lambda data: data["lora"].update(rank=0), "lora: rank=0"),
         (changed(None, candidates=[]), "has no modules"),
-        (changed(None, candidates=["layers.0"]), r"candidates\[0\] must be a JSON object"),
+        (changed(None, candidates=["layers.0"]), r"candidates\[0\] is a str; it must be a JSON object"),
         (changed(1, mode="half"), r'candidates\[1\]: mode is "half"; it must be one of full, lora, frozen'),
         (changed(1, shape=[1, 0.5]), r"candidates\[1\].* two positive numbers"),
         (changed(1, score=float("nan")), r'candidates\[1\].*"score" is NaN'),
-        (changed(1, parameters=2.0), r'candidates\[1\].*"parameters" is 2.0, but must be int'),
+        (changed(1, parameters=2.0), r'candidates\[1\].*"parameters" is 2.0; it must be int'),
         (changed(1, rank=0), r'candidates\[1\].*rank is 0; it must be at least 1; for no LoRA make the mode "frozen"'),
         (changed(1, name="model.layers.0.self_attn.v_proj"), r"self_attn\.v_proj twice"),
     ],
@@ -103,7 +103,12 @@ def test_what_is_wrong_is_named(plan, edit, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, r"cannot be read \(No such"), (b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "must be a JSON")],
+    [
+        (None, r"cannot be read \(No such"),
+        (b"{,}", "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b"[]", "is a list; it must be a JSON"),
+    ],
 )
 def test_files_that_are_no_plans(tmp_path, content, message):
     path = tmp_path / "plan.json"

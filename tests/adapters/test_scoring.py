@@ -84,7 +84,7 @@ def test_a_module_is_scored_at_its_own_rank(make_model, losses):
     for name, rank in ranks.items():
         assert mixed[name] == found[rank][name] if rank else mixed[name] > found[1][name]
     for none in (0, dict.fromkeys(ranks, 0)):
-        with pytest.raises(ConfigError, match="rank=0: scoring needs a LoRA rank of at least 1"):
+        with pytest.raises(ConfigError, match="rank=0 leaves nothing to score; give a LoRA rank of at least 1"):
             scored(model, losses(model), rank=none)
 
 

@@ -150,7 +150,7 @@ def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path
     whole = scored(model, batches)
     kept = ScoringProgress(tmp_path / "a")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\): scoring goes on"):
+    with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\); scoring goes on"):
         kept.recall(["completions-0"], lambda missing: [{}])
     with pytest.warns(UserWarning, match=r"gradients\.pt could not be written"), pytest.raises(RunStopped):
         scored(model, batches, kept, stop_at(2, kept))

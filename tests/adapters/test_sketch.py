@@ -77,7 +77,7 @@ def test_size_and_seed_and_what_is_kept_exactly():
 def test_errors():
     with pytest.raises(ConfigError, match="size=0"):
         SketchedGradients(size=0)
-    with pytest.raises(ConfigError, match="larger than the LoRA rank 8"):
+    with pytest.raises(ConfigError, match="not above the LoRA rank 8"):
         SketchedGradients(size=8).form("a", torch.empty(ROWS, COLUMNS), 8)
     with pytest.raises(ConfigError, match="needs whole gradients"):
         sketch(decaying_matrix(1.0), 6).matrix()

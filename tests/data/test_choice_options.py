@@ -94,12 +94,12 @@ def test_answers_as_data_sets_give_them(answer, options, letter):
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"answer": "Bern"}, {}, r"row 0 .*: answer_column 'answer' is 'Bern', which is no option: give a letter up to D, a num"),
-        ({"answer": "3"}, {}, r"is '3', which may be option C or D: give the letter"),
+        ({"answer": "Bern"}, {}, r"row 0 .*: answer_column 'answer' is 'Bern', which is no option; give a letter up to D, a num"),
+        ({"answer": "3"}, {}, r"is '3', which may be option C or D; give the letter"),
         ({"choices": "Paris, Rome"}, {}, r"options_column 'choices' must be a list of 2 to 26 options, not 'Paris, Rome'"),
         ({"choices": ["Paris", None]}, {}, r"must hold texts or numbers, not None"),
         ({"choices": {"text": CITIES, "label": ["A"]}}, {}, r"has 4 options and 1 labels"),
-        ({}, {"options_column": "options"}, r"no column 'options': correct options_column; the columns are question, choices"),
+        ({}, {"options_column": "options"}, r"no column 'options'; correct options_column; the columns are question, choices"),
         ({}, {"template": "{question} {choices[4]}"}, r"column 'choices', which template uses, has no entry \[4\], but \[0\] to"),
         ({}, {"template": "{question[0]}"}, r"column 'question', which template uses, is no list of which \[0\] could be taken"),
         ({"choices": {"text": CITIES}}, {"template": "{choices[label]}"}, r"has no entry \[label\], but \[text\]"),

@@ -43,9 +43,9 @@ def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([Row("1+1=", "2")], r"Mine\.read returned a list: return Splits\("),
-        (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple: make it a Row\(question, answer\)"),
-        (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None: give text"),
+        ([Row("1+1=", "2")], r"Mine\.read returned a list; return Splits\("),
+        (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple; make it a Row\(question, answer\)"),
+        (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None; give text"),
     ],
 )
 def test_what_a_source_of_ones_own_gets_wrong_is_said(returned, message):
@@ -70,7 +70,7 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
 
 def test_prompts_that_are_all_too_long_or_cannot_be_counted_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
-    message = "all 3 train prompts are longer than max_prompt_tokens=4: raise it, the shortest has 5 tokens and the longest 7"
+    message = "all 3 train prompts are longer than max_prompt_tokens=4; raise it, the shortest has 5 tokens and the longest 7"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
@@ -99,5 +99,5 @@ def test_limits_draw_by_seed_and_keep_the_index():
 
 @pytest.mark.parametrize("name", ["max_prompt_tokens", "eval_batch_size"])
 def test_limits_are_positive(name):
-    with pytest.raises(ConfigError, match=f"{name}=0: give at least 1"):
+    with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
         PromptDataModule(Words(), PlainFormat(), **{name: 0})

@@ -114,7 +114,7 @@ def test_problems_of_dapo_are_kept_once_in_three_subsets_and_presets_are_no_hub_
     # A config that changes from one to the other inherits arguments of the same name: `path` must be none of them
     assert not isinstance(GSM8K(), HubSource) and not hasattr(GSM8K(), "path")
     assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name is None
-    with pytest.raises(ConfigError, match="subset='fr': give one of all, en, cn"):
+    with pytest.raises(ConfigError, match="subset='fr'; give one of all, en, cn"):
         DAPOMath17k(subset="fr")
 
 
@@ -158,7 +158,7 @@ def test_an_answer_of_math_in_words_is_one_that_can_be_compared_with(answer, tmp
     ("arguments", "error", "message"),
     [
         ({"local_path": "nowhere"}, DataError, "local_path='nowhere' does not exist"),
-        ({"local_path": "."}, DataError, "no file for train_split='train': name one train.jsonl, .* the files are test.jsonl"),
+        ({"local_path": "."}, DataError, "no file for train_split='train'; name one train.jsonl, .* the files are test.jsonl"),
         ({"local_path": ".", "train_split": "train[:5]"}, ConfigError, r"train_split='train\[:5\]': slices are for the hub"),
     ],
 )

@@ -41,7 +41,7 @@ def test_prompts_keep_the_name_weight_row_and_source_of_their_set():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (({},), ConfigError, "must name each set"),
+        (({},), ConfigError, "has no name; name each"),
         (({"a": Mixture(SETS)},), ConfigError, "set 'a' is a mixture itself"),
         ((SETS, {"sum": 1}), ConfigError, "'sum', which is no set; the sets are sums, quiz, aime"),
         ((SETS, {"sums": float("nan")}), ConfigError, "weight of 'sums' is nan"),

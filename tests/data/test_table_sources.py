@@ -47,7 +47,7 @@ def test_template_pattern_and_max_rows(tmp_path):
 @pytest.mark.parametrize(
     ("table", "arguments", "message"),
     [
-        ([{"question": "a", "answer": "1"}], {"template": "{x} {question}"}, "no column 'x': correct template"),
+        ([{"question": "a", "answer": "1"}], {"template": "{x} {question}"}, "no column 'x'; correct template"),
         ([*numbered(2), {"question": "a"}], {}, r"row 2 \(the first is 0\): answer_column 'answer' is missing"),
         ([*numbered(2), {"question": "a", "answer": None}], {}, "row 2 .* is missing"),
         ([{"question": "", "answer": "1"}], {}, "question_column 'question' is empty"),
@@ -79,7 +79,7 @@ def test_bad_rows_are_skipped_on_request_with_a_count(tmp_path, caplog):
         ({"train": "x", "max_rows": 0}, "max_rows=0"),
         ({"train": "x", "template": r"\boxed{}"}, "name of a column in braces"),
         ({"train": "x", "answer_pattern": "(a"}, "is no regular expression"),
-        ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "needs an answer_column"),
+        ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "nothing to search in; set answer_column"),
         ({"train": "x", "test_fraction": 0.7, "validation_fraction": 0.4}, "below 1"),
     ],
 )
@@ -133,8 +133,8 @@ def test_splits_and_slices_of_a_data_set(data_set):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test: correct test_split"),
-        ({"name": "main"}, "has no configuration name='main': give one of default"),
+        ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test; correct test_split"),
+        ({"name": "main"}, "has no configuration name='main'; give one of default"),
         ({"question_column": "q"}, "has no column 'q'"),
     ],
 )
@@ -146,7 +146,7 @@ def test_errors_of_the_hub_are_one_line(data_set, arguments, message):
 
 def test_no_hub_id_and_no_split_at_all_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"path='\./nobody' does not exist \(looked for {tmp_path}/nobody\): correct it"):
+    with pytest.raises(DataError, match=rf"path='\./nobody' does not exist \(looked for {tmp_path}/nobody\); correct it"):
         HubSource("./nobody").load()
     with pytest.raises(ConfigError, match="at least one of train_split"):
         HubSource("x/y", train_split=None)

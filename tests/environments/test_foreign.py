@@ -377,7 +377,7 @@ def test_textworld_itself(tmp_path, monkeypatch):
     began = time.perf_counter()
     assert play(environment, ["look", "take coin"])[0] == said and time.perf_counter() - began < compiled / 2
     assert play(environment, [], seed=4)[0] != said[:1]
-    with pytest.raises(ConfigError, match="challenge='chess': TextWorld has tw-"):
+    with pytest.raises(ConfigError, match="challenge='chess' is none of TextWorld; give one of tw-"):
         play(TextWorldEnvironment(arguments={"challenge": "chess"}), [])
 
 

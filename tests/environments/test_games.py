@@ -56,7 +56,7 @@ def test_the_number_follows_from_the_seed_and_no_generator_is_touched():
         (lambda: GuessNumber(higher="?", lower="?"), "tell them apart"),
         (lambda: ReasoningGymEnvironment(attempts=0), "attempts=0"),
         (lambda: ReasoningGymEnvironment(pattern="("), "no regular expression"),
-        (lambda: ReasoningGymEnvironment(pattern="a"), "needs one group"),
+        (lambda: ReasoningGymEnvironment(pattern="a"), "put the answer, and only that, in"),
         (lambda: ReasoningGymEnvironment().start(Prompt(text="1+1="), 0), "has no column 'task'; take ReasoningGymSource"),
     ],
 )

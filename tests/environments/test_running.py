@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
-from hybrid_lightning.environments.local_episodes import ProcessSettings
+from hybrid_lightning.environments.process_state import ProcessSettings
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt

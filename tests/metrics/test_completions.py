@@ -17,7 +17,7 @@ def test_numbers_of_voters_and_draws_and_more_samples_than_can_be_counted_are_re
         "reward": None, "completion_length": None, "truncation_rate": 2,
     }  # fmt: skip
     assert "maj@1000" in completion_draws(1000)
-    with pytest.raises(ConfigError, match="eval_samples must be at most 1000, got 1001"):
+    with pytest.raises(ConfigError, match="eval_samples=1001; give at most 1000"):
         completion_draws(1001)
 
 
@@ -110,7 +110,7 @@ def test_estimates_do_not_depend_on_how_many_were_drawn():
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_more_than_was_sampled_is_refused(k):
-    with pytest.raises(ValueError, match="between 1 and the number of samples 2, got"):
+    with pytest.raises(ValueError, match="from 1 to the number of samples, 2"):
         pass_at_k(2, torch.tensor([1]), k)
-    with pytest.raises(ValueError, match="between 1 and the number of samples 2, got"):
+    with pytest.raises(ValueError, match="from 1 to the number of samples, 2"):
         maj_at_k(["a", "b"], [True, False], [k])

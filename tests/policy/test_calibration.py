@@ -77,7 +77,7 @@ def test_what_was_added_and_what_is_left_out_is_as_if_it_were_not_there(model, s
             logprobs = plain_distribution(base, rollouts.sequences, row, TEMPERATURE)
             sampled = [place for place in range(len(logprobs)) if place % 3 != 1]
             of_row = advantage * plain_logprobs(base, rollouts.sequences, row, TEMPERATURE)[sampled]
-            by_sequence, tokens = isinstance(loss, GRPOLoss), tokens + len(sampled)
+            by_sequence, tokens = type(loss) is GRPOLoss, tokens + len(sampled)
             entropies = -(logprobs.exp() * logprobs).sum(-1)[sampled]
             terms.append((of_row.mean() if by_sequence else of_row.sum()) + loss.entropy_coef * entropies.sum())
     count = {GRPOLoss: len(terms), DrGRPOLoss: 6 * len(terms)}.get(type(loss), tokens)

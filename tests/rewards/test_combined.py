@@ -66,7 +66,7 @@ def test_sums_in_sums_are_resolved_and_configs_describe_them():
         (lambda: ExactMatch("(a)(b)"), "2 groups instead of 1"),
         (lambda: RewardBySet({}), "give each set a reward"),
         (lambda: RewardBySet({"a": WeightedSum([ExactMatch()])}), "the reward of set 'a' is a sum"),
-        (lambda: RewardBySet({"a": ExactMatch(), "b": FormatReward("x")}), "all rewards must measure correctness, or none"),
+        (lambda: RewardBySet({"a": ExactMatch(), "b": FormatReward("x")}), "some rewards measure correctness and others do not"),
     ],
 )
 def test_bad_arguments(build, message):

@@ -166,7 +166,7 @@ def test_one_that_is_out_of_time_earns_what_was_said_or_stops_with_the_row(here,
     start = time.monotonic()
     assert scores(function, ["a", "slow", "b"], timeout_s=0.3, on_timeout=-1.0) == [1.0, -1.0, 1.0]
     assert time.monotonic() - start < 15
-    assert "took more than timeout_s=0.3 s for rows.jsonl row 1 with completion 'slow': it earns on_timeout=-1" in caplog.text
+    assert "took more than timeout_s=0.3 s for rows.jsonl row 1 with completion 'slow'; it earns on_timeout=-1" in caplog.text
     with pytest.raises(RewardError, match=r"more than timeout_s=0\.2 s for rows\.jsonl row 1 .*'slow'; raise timeout_s, or set"):
         scores(function, ["a", "slow"], timeout_s=0.2)
 
@@ -211,7 +211,7 @@ def test_what_a_function_does_to_its_lists_stays_with_it(here):
         ("my_rewards.py:by_place", "takes completions by position alone"),
         ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
-        ("my_rewards.py:Limits", "is a class: .* given by class_path"),
+        ("my_rewards.py:Limits", "is a class; give .* by class_path"),
         ("no_such_module.f", "there is no module 'no_such_module'"),
         ("broken.py:f", "importing broken.py raised SyntaxError"),
         ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),
@@ -262,9 +262,9 @@ def test_parameters_that_are_no_columns_are_arguments(here):
         ("brief", {"words": 1}, "it has none"),
         ("near", {"completion": "1"}, "what my_rewards.py:near gets as completion is the run's"),
         ("near", {"answer": "1"}, "gets as answer is the run's"),
-        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide': my_rewards\.py:near takes a number there"),
-        ("near", {"tolerance": True}, "takes a number there"),
-        ("near_batch", {"tolerance": "0.1"}, "takes a number there"),
+        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, which my_rewards\.py:near takes there"),
+        ("near", {"tolerance": True}, "give a number, which .* takes there"),
+        ("near_batch", {"tolerance": "0.1"}, "give a number, which .* takes there"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(here, function, arguments, message):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from hybrid_lightning.data import PlainFormat, ReasoningGymSource
-from hybrid_lightning.errors import RewardError
+from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards import ReasoningGymReward
 
 pytest.importorskip("reasoning_gym")
@@ -37,8 +37,8 @@ def test_where_the_verifier_raises_nothing_is_earned_and_nowhere_more_than_all(c
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible, choose another task")],
+    [("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible; choose another task")],
 )
 def test_tasks_that_cannot_be_trained_on_are_refused_at_start(task, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises((ConfigError, RewardError), match=message):
         ReasoningGymReward().check_prompt(prompts(task, 1)[0])

@@ -75,7 +75,20 @@ class MATH500(PresetSource):
         return cell_text(columns, "problem", "question"), _words_as_text(cell_text(columns, "answer"))
 
 
-class AIME24(PresetSource):
+class AIMESource(PresetSource):
+    """Base of the years of AIME, whose answers are whole numbers from 0 to 999."""
+
+    def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
+        """Problem and its answer."""
+        spelled = any(name in columns for name in ("answer", "Answer"))
+        answer = cell_text(columns, "answer", "Answer") if spelled else boxed_answer(columns, "solution", "Solution")
+        number = _AIME_AROUND.sub("", answer)
+        if not re.fullmatch(r"\d{1,3}", number):
+            raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
+        return cell_text(columns, "problem", "Problem", "question"), number
+
+
+class AIME24(AIMESource):
     r"""AIME 2024, with columns `problem` and `answer`; an answer such as 073 counts as 73 in `MathMatch`.
 
     Other copies can be read too: with `Problem` and `Answer` (Maxwell-Jia/AIME_2024), or with the answer in the `\boxed{}` of
@@ -85,20 +98,12 @@ class AIME24(PresetSource):
     hub_path: ClassVar[str] = "HuggingFaceH4/aime_2024"
     splits: ClassVar[dict[str, str]] = {"test": "train"}
 
-    def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Problem and its answer."""
-        return _aime_problem(columns)
 
-
-class AIME25(PresetSource):
+class AIME25(AIMESource):
     """AIME 2025, with columns `problem` and `answer`; copies with `question` (opencompass/AIME2025) can be read too."""
 
     hub_path: ClassVar[str] = "math-ai/aime25"
     splits: ClassVar[dict[str, str]] = {"test": "test"}
-
-    def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Problem and its answer."""
-        return _aime_problem(columns)
 
 
 class AMC23(PresetSource):
@@ -133,7 +138,7 @@ class DAPOMath17k(PresetSource):
 
     def __init__(self, subset: str = "all", **options: Any) -> None:
         if subset not in _DAPO_SUBSETS:
-            raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_DAPO_SUBSETS)}")
+            raise ConfigError(f"DAPOMath17k: subset={subset!r}; give one of {', '.join(_DAPO_SUBSETS)}")
         super().__init__(**options)
         self.hub_name = None if subset == "all" else subset  # the hub's default configuration has all problems
 
@@ -202,15 +207,6 @@ def _words_as_text(answer: str) -> str:
     return rf"\text{{{answer}}}" if words else answer
 
 
-def _aime_problem(columns: dict[str, Any]) -> tuple[str, str]:
-    spelled = any(name in columns for name in ("answer", "Answer"))
-    answer = cell_text(columns, "answer", "Answer") if spelled else boxed_answer(columns, "solution", "Solution")
-    number = _AIME_AROUND.sub("", answer)
-    if not re.fullmatch(r"\d{1,3}", number):
-        raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
-    return cell_text(columns, "problem", "Problem", "question"), number
-
-
 def _without_instructions(text: str) -> str:
     paragraphs = text.strip().split("\n\n")
     if len(paragraphs) > 1 and paragraphs[0].startswith(_DAPO_BEFORE):
@@ -239,5 +235,7 @@ def _distinct_problems(rows: list[Row]) -> list[Row]:
     for row in rows:
         first.setdefault(problem_key(row.question), row)
     if len(first) < len(rows):
-        rank_zero_info(f"DAPOMath17k: {rows[0].source} has {len(first)} different problems in {len(rows)} rows: kept once")
+        rank_zero_info(
+            f"DAPOMath17k: {rows[0].source} has {len(first)} different problems in {len(rows)} rows; each is kept once"
+        )
     return list(first.values())

@@ -125,7 +125,7 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     elif place.is_file():
         files = [place]
     else:
-        raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}): correct the path")
+        raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}); correct the path")
     named = [file for file in files if (match := _SPLIT_IN_NAME.search(file.name.lower())) and match[1] == split]
     for folder in (place, place / "data"):  # preferred to folders of subsets, which repeat rows of the whole
         named = [file for file in named if file.parent == folder] or named
@@ -134,7 +134,7 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     if not named:
         there = ", ".join(file.name for file in files[:8]) or "none that can be read"
         raise DataError(
-            f"local_path={path!r} has no file for {parameter}={split!r}: name one {split}.jsonl, .json, .csv or .parquet, or set "
+            f"local_path={path!r} has no file for {parameter}={split!r}; name one {split}.jsonl, .json, .csv or .parquet, or set "
             f"{parameter}=null; the files are {there}"
         )
     rows = [row for file in named for row in read_table("local_path", str(file))]

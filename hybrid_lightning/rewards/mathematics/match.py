@@ -103,7 +103,9 @@ class MathMatch(AnswerReward):
             return float(extract_choice(text, CHOICES) == reference_choice(gold))
         equal = _verifier(self.cpu_seconds).ask("equal", gold, text)
         if equal is None:
-            logger.warning("MathMatch gave up after %g s of CPU time on a completion ending %r", self.cpu_seconds, text[-80:])
+            logger.warning(
+                "MathMatch gave up after %g s of CPU time on a completion ending %r; it earns 0", self.cpu_seconds, text[-80:]
+            )
         return float(bool(equal))
 
 
@@ -174,7 +176,7 @@ class MathVerifier:
             if self._process.stdout.readline() != "ready\n":
                 self._close()
                 raise RewardError(
-                    "the process that compares mathematical answers does not start: see what "
+                    "the process that compares mathematical answers does not start; see what "
                     f"`{sys.executable} -P {script} 5` says"
                 )
         return self._process

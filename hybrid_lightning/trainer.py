@@ -39,7 +39,7 @@ from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
-from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
+from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
@@ -242,7 +242,8 @@ class Trainer(LightningTrainer):
         flags = TrainerFlags.of_trainer(self)
         if flags.on_cpu or flags.device_bytes is None:
             return
-        problem = why_not_fitting(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)
+        settings = run_settings(arguments_of(model), adapter, datamodule, flags)
+        problem = why_not_fitting(settings, plan_method(settings, flags.sharding))
         if problem is not None:
             raise ConfigError(problem)
 
@@ -258,8 +259,7 @@ class Trainer(LightningTrainer):
             CheckpointError: If `ckpt_path` is something else.
             ConfigError: If there is no callback HybridAdapterSetup.
         """
-        if find_callback(self, HybridAdapterSetup) is None:
-            raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
+        _adapter_of(self, "score")
         # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs just that setup, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
@@ -326,9 +326,7 @@ class Trainer(LightningTrainer):
             ConfigError: If there is no callback HybridAdapterSetup, or the module does not sample what it is trained on.
             DiagnosisError: If nothing can be learned.
         """
-        adapter = find_callback(self, HybridAdapterSetup)
-        if adapter is None:
-            raise ConfigError("doctor needs the callback HybridAdapterSetup among trainer.callbacks")
+        adapter = _adapter_of(self, "doctor")
         policy, data = _examined(model, datamodule)
         schedule, planning = policy.rollout_schedule, adapter.planning
         scored = adapter.given_plan is None and planning.budget.needs_scores
@@ -396,17 +394,14 @@ class Trainer(LightningTrainer):
             ConfigError: If there is no callback HybridAdapterSetup, a value is impossible, or no changes are enough.
             ModelError: If there is no such model, or it cannot be traced.
         """
-        adapter = find_callback(self, HybridAdapterSetup)
-        if adapter is None:
-            raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
-        settings = run_settings(model, adapter, datamodule, flags, prompt_tokens)
+        settings = run_settings(model, _adapter_of(self, "plan"), datamodule, flags, prompt_tokens)
         sharding, show = flags.sharding, partial(console().print, soft_wrap=True)
         methods = plan_memory(settings, sharding)
-        own = plan_method(settings, sharding, methods)
+        own = next(method for method in methods if method.method == own_method(settings))
         show(memory_title(methods, settings, sharding))
         console().print(memory_table(methods))
         show(memory_notes(methods, settings))
-        problem, free = why_not_fitting(settings, sharding, methods), room(settings, sharding)
+        problem, free = why_not_fitting(settings, own), room(settings, sharding)
         show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings, sharding))
         if not fit:
             if free is not None and taken(own) > free:
@@ -430,6 +425,13 @@ class Trainer(LightningTrainer):
 
 def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _adapter_of(trainer: LightningTrainer, command: str) -> HybridAdapterSetup:
+    """The callback that a command needs; ConfigError if there is none."""
+    if (adapter := find_callback(trainer, HybridAdapterSetup)) is None:
+        raise ConfigError(f"{command} needs an adapter; give the callback HybridAdapterSetup among trainer.callbacks")
+    return adapter
 
 
 def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:

@@ -81,7 +81,7 @@ def process_growth(
 
     Args:
         settings: Settings of the run.
-        sizes: Sizes of the model.
+        sizes: Of the model.
         tensors: Bytes of tensors, a rollout engine's included.
         batches: For each kind of batch that is sampled in the run, its prompts and the completions of each.
         split: Whether weights have been split over processes by then; otherwise they stay in the file that they are read from.

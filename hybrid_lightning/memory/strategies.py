@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from hybrid_lightning.memory.sizes import ModelSizes
 
 # Moments of a run: completions are sampled, with the gradients of the previous step; a rollout engine with weights of its own
-# samples; and of a training pass its beginning, before it has computed anything, the end of its forward pass, with all gradients of
-# earlier passes, and its backward pass.
+# samples; and of a training pass its beginning, before it has computed anything, the end of its forward pass, with all gradients
+# of earlier passes, and its backward pass.
 Moment = Literal["generating", "resting", "begin", "forward", "backward"]
 PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
@@ -49,7 +49,7 @@ class Sharding:
         return Held(sizes.weight_bytes, self._gradients(sizes), sizes.trainable * optimizer, copies)
 
     def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Held:
-        """The same while completions are sampled by which modules are scored, and in the passes that score them, but for gradients.
+        """The same while completions are sampled that score modules, and in the passes that score them, but for gradients.
 
         `base` are the bytes of the model as it was loaded.
         """

@@ -1,9 +1,10 @@
 """`compare`: what several runs differ in and what came out of each, as text and as a page."""
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import say, show_table
@@ -105,17 +106,10 @@ def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[fl
     (first, end), (low, high) = ((min(side), max(side)) for side in zip(*points, strict=True))
     found = []
     for number, curve in curves.items():
-        line = ""
-        for column in range(_COLUMNS):
-            step = first + (end - first) * column / (_COLUMNS - 1)
-            # The value at this step, on a straight line between two points; nothing where the run has no values.
-            near = next(((a, b) for a, b in pairwise([curve[0], *curve]) if a[0] <= step <= b[0]), None)
-            if near is None:
-                line += " "
-                continue
-            (x0, y0), (x1, y1) = near
-            value = y1 if x1 == x0 else y0 + (y1 - y0) * (step - x0) / (x1 - x0)
-            line += _BLOCKS[min(7, int(8 * (value - low) / ((high - low) or 1)))]
+        # Nothing where the run has no values.
+        values = np.interp(np.linspace(first, end, _COLUMNS), *zip(*curve, strict=True), left=math.nan, right=math.nan)
+        heights = (8 * (values - low) / ((high - low) or 1)).tolist()
+        line = "".join(" " if math.isnan(height) else _BLOCKS[min(7, int(height))] for height in heights)
         found.append((number, curve, line))
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
@@ -111,7 +112,7 @@ class RunSummary(Callback):
             self._print(summary, curves, page)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        plan = getattr(pl_module, "plan", None)
+        plan = applied_plan(pl_module)
         trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         base = getattr(pl_module, "base_parameters", None) or sum(parameter.numel() for parameter in pl_module.parameters())
         checkpoint = trainer.checkpoint_callback
@@ -191,7 +192,7 @@ class RunSummary(Callback):
 
 def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
     """What people compare runs by, the first columns of TensorBoard's page of hyperparameters."""
-    plan = getattr(pl_module, "plan", None)
+    plan = applied_plan(pl_module)
     lora = plan.lora if plan is not None and plan.lora_modules else None
     rates = getattr(pl_module, "rates", {})
     sampler = getattr(pl_module, "sampler", None)

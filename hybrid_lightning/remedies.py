@@ -41,11 +41,7 @@ _WHOLE = {"model", "data", "trainer"}  # a config with these sections is complet
 
 
 def with_remedy(message: str) -> str:
-    """Add to an error message what to do, if it does not say so itself.
-
-    Args:
-        message: The message as its library words it.
-    """
+    """Add to an error message, as its library words it, what to do, if it does not say so itself."""
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, message) and remedy not in message:
             return f"{message.strip().rstrip('.!')}; {remedy}"
@@ -66,9 +62,6 @@ def is_machine_error(error: BaseException) -> bool:
 
 def check_whole_configs(arguments: Sequence[str]) -> None:
     """Refuse configs for different kinds of training in one command: the last one would silently replace the others.
-
-    Args:
-        arguments: Arguments of the command line.
 
     Raises:
         ConfigError: If there are two such configs.

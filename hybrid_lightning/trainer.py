@@ -70,9 +70,7 @@ _STAGES = {
 def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
     """The callbacks without options that the command line gives to each run; those that measure time come first.
 
-    Args:
-        signals: See `GracefulStop`.
-        logged: Whether the Trainer has a logger.
+    `signals` are those of `GracefulStop`; `logged` says whether the Trainer has a logger.
 
     Example:
         >>> [type(callback).__name__ for callback in run_callbacks(logged=False)]

@@ -200,13 +200,7 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run fits its device.
-
-    Args:
-        needed: Bytes that it takes at its peak.
-        there: Bytes of the device.
-        phase: When it takes most.
-    """
+    """Whether a run that needs so many bytes at its peak, which is in a phase, fits its device."""
     if needed <= there:
         return []
     text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
@@ -264,11 +258,7 @@ class Watch:
         return []
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
-        """Add an optimizer step.
-
-        Args:
-            metrics: Those that it logs.
-        """
+        """Add an optimizer step by the metrics that it logs."""
         self.steps += 1
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
         self.idle = 0 if any(norms) or not norms else self.idle + 1

@@ -35,7 +35,7 @@ def check_adaptable(pl_module: LightningModule) -> None:
     name = type(pl_module).__name__
     if not isinstance(pl_module, Adaptable):
         raise ConfigError(
-            f"HybridAdapterSetup cannot adapt {name}: it needs an attribute adapter_attribute (the name of the model's "
+            f"HybridAdapterSetup cannot adapt {name}; give it an attribute adapter_attribute (the name of the model's "
             "attribute) and a method calibration_losses(num_prompts)"
         )
     if not _has_model(pl_module):

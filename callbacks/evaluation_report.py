@@ -70,12 +70,12 @@ class EvaluationReport(Callback):
             step = f" (step {trainer.global_step})" if fitting else ""
             table = score_table(scores, f"{split.capitalize()}{step}")
             show_table(table)
-            out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
+            out.print("Shares in percent, with 95% confidence intervals over problems", soft_wrap=True)
             if not fitting:
                 if split == "validation":
                     say_completions(pl_module)
                 shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())
-                say(f"Measured by {shown}: numbers compare with others of the same alone.")
+                say(f"Measured by {shown}: numbers compare with others of the same alone")
         if folder is None or trainer.sanity_checking:
             return
         report = {

@@ -218,7 +218,7 @@ class GracefulStop(Callback):
     def _save(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         folder = run_folder(trainer)
         if folder is None:
-            say("Stopped: fast_dev_run leaves nothing to go on from.")
+            say("Stopped: fast_dev_run leaves nothing to go on from")
             return
         if trainer.validating:
             # For a validation after the last step, which is not due by an interval.

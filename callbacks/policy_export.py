@@ -57,7 +57,7 @@ class PolicyExport(Callback):
         """
         plan = applied_plan(pl_module)
         if plan is None:
-            raise ConfigError("PolicyExport has nothing to export: it needs HybridAdapterSetup among trainer.callbacks")
+            raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")
         self.form.check(plan)
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ConfigError(

@@ -172,7 +172,7 @@ class AdvantageEstimator(Configurable, ABC):
         bad = (wrong if counted is None else wrong & counted).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
-                f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite): "
+                f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite); "
                 "make the reward function return a finite number for every completion"
             )
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))

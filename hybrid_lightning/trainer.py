@@ -116,7 +116,7 @@ class Trainer(LightningTrainer):
             require_checkpoint(ckpt_path)
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
-                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
+                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
             adapter = find_callback(self, HybridAdapterSetup)
             if adapter is not None:
                 adapter.earlier_scoring = Path(ckpt_path)
@@ -145,11 +145,11 @@ class Trainer(LightningTrainer):
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
             raise CheckpointError(
-                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet: give its path, such "
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet; give its path, such "
                 "as runs/NAME/version_0/checkpoints/last.ckpt"
             )
         if ckpt_path == "hpc" and self._checkpoint_connector._hpc_resume_path is None:
-            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path")
+            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none; give a path")
         if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
             require_checkpoint(ckpt_path)
 
@@ -403,7 +403,7 @@ class Trainer(LightningTrainer):
         show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings, sharding))
         if not fit:
             if free is not None and taken(own) > free:
-                show("--fit looks for the fewest changes with which it fits.")
+                show("--fit looks for the fewest changes with which it fits")
             return
         if free is None:
             raise ConfigError("--fit needs the memory of a device; give --device_gib")

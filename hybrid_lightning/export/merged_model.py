@@ -107,7 +107,7 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
         if planned.mode == "full":
             for part in dict(module.named_parameters(recurse=False)):
                 if prefix + part not in policy.weights:
-                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing: the checkpoint is not whole")
+                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing; give a checkpoint that is whole")
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
             yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora_of(planned), policy.weights, prefix)

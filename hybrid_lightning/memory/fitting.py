@@ -31,7 +31,6 @@ class Change:
     overrides: tuple[str, ...]  # as they are given on the command line
     cost: str  # what it costs, or that it costs nothing
     settings: dict[str, Any]  # fields of `RunSettings`
-    settings: dict[str, Any]  # fields of `RunSettings`
 
 
 def room(settings: RunSettings, sharding: Sharding) -> float | None:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.environments import EpisodeLimits
-from hybrid_lightning.errors import ConfigError, DataError, ModelError
+from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, read_config, resolve_model
@@ -124,8 +124,8 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     sampler = policy.sampler or Sampler()
     if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
         raise ConfigError(
-            f"give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
-            f"{sampler.gpu_memory_utilization} is a share: there is no GPU here"
+            "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
+            f"{sampler.gpu_memory_utilization} is a share"
         )
     planning = adapter.planning
     exact = isinstance(planning.gradients, ExactGradients)
@@ -174,7 +174,7 @@ def _prompt_tokens(policy: Any, data: Any) -> int:
         encoder = PromptEncoder(tokenizer, policy.chat_template, policy.chat_template_kwargs)
         return max(len(encoder.encode(prompt)) for prompt in prompts)
     except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
-        raise ConfigError(f"give --prompt_tokens, since the length of the prompts cannot be found out: {error}") from error
+        raise ConfigError(f"the length of the prompts cannot be found out ({one_line(error)}); give --prompt_tokens") from error
 
 
 def _eval_prompts(data: Any) -> int:

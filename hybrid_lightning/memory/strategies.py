@@ -10,7 +10,6 @@ from hybrid_lightning.memory.sizes import ModelSizes
 # of earlier passes, and its backward pass.
 Moment = Literal["generating", "resting", "begin", "forward", "backward"]
 PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
-PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,7 @@ class RunReport(Callback):
     def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:
         """Write the page, on the first process. This does not communicate with other ranks.
 
-        Args:
-            trainer: The Trainer of the run.
-            state: How the run stands: "finished", "not finished", or "stopped: " and why.
-            commands: What to type next.
+        `state` is "finished", "not finished", or "stopped: " and why; `commands` are what to type next.
 
         Returns:
             The page; None if the run has not begun, leaves no files, or the page cannot be written, which is said.

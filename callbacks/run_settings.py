@@ -51,14 +51,9 @@ def settings_of_adapter(adapter: Configurable) -> dict[str, Any]:
 
 
 def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
-    """What depends on a setting: as its own class declares it, or else the class above.
+    """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
 
-    Args:
-        name: Name on the command line, such as `model.loss.clip_low`.
-        settings: Flattened settings, which have the classes of modules and parts.
-
-    Returns:
-        None for an option that no class declares.
+    The flattened settings have the classes of modules and parts. None for an option that no class declares.
     """
     found = None
     place, *parts = name.split(".")
@@ -106,9 +101,7 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from their defaults: name on the command line -> (value, default), of an object its class.
 
-    Args:
-        settings: Nested settings.
-        defaults: Those of the command line; the arguments of a class that it does not name have those of the constructor.
+    `defaults` are those of the command line; the arguments of a class that they do not name have those of the constructor.
     """
     expected, found = flatten_settings(defaults), dict[str, tuple[Any, Any]]()
     others: tuple[str, ...] = ()  # what the names of arguments of another class than the default one begin with

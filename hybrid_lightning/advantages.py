@@ -35,7 +35,7 @@ that is biased:
 - A mean that contains the member's own G_k makes A (n - 1) / n times as large, n being the members that have a turn k. At turn 1
   that is the same for all; later it makes turns that few get to weigh less. `LeaveOneOutAdvantage` has no such factor.
 - The only member that gets to turn k has A = 0. So with every estimator the gradient of turn k is weighed by the probability that
-  another member gets there, and the last turns of an episode that outlasts its group teach nothing. More samples per prompt make
+  another member gets there, and the last turns of an episode that outlasts its group train nothing. More samples per prompt make
   that rarer. (Without a baseline, A = G_k would be unbiased, but many times as large as any other A where rewards have one sign.)
 - The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; of two members A is +-0.7,
   whatever the difference.
@@ -119,22 +119,11 @@ class AdvantageEstimator(Configurable, ABC):
         return self._over_rollout(self._in_groups(rewards, samples_per_prompt, counted), rewards, counted)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-        """Compute the advantage of each completion from its rewards: by default from their weighted sum.
-
-        Args:
-            rewards: B totals, and the parts of which they are the sum.
-            samples_per_prompt: G.
-
-        Returns:
-            [B], as `__call__`.
-        """
+        """Compute the advantage of each completion, [B] as `__call__`, from its rewards: by default from their weighted sum."""
         return self(rewards.total, samples_per_prompt, rewards.counted)
 
     def check_samples(self, samples_per_prompt: int) -> None:
         """Check that there are completions to compare. Called before anything is generated.
-
-        Args:
-            samples_per_prompt: G.
 
         Raises:
             ConfigError: If G is below 2.

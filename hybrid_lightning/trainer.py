@@ -133,10 +133,7 @@ class Trainer(LightningTrainer):
         return super()._run(model, ckpt_path, weights_only)
 
     def check_checkpoint(self, ckpt_path: str | None) -> None:
-        """Check that a checkpoint exists. The command line does so before anything is loaded.
-
-        Args:
-            ckpt_path: The path as given, or None.
+        """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
             CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an

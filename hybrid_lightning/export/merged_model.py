@@ -73,14 +73,10 @@ class MergedModel(ExportForm):
 
 
 def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
-    """Merge the trained weights into a base model.
+    """Merge the trained weights of a policy into its base model.
 
-    Each merged weight is computed in float32 and rounded to the wanted dtype once. One module at a time is in float32.
-
-    Args:
-        model: The base model, loaded in the dtype of training; changed in place.
-        policy: Plan and trained weights.
-        dtype: Dtype of all parameters afterwards.
+    The model, loaded in the dtype of training, is changed in place, and all its parameters have the wanted dtype afterwards. Each
+    merged weight is computed in float32 and rounded once. One module at a time is in float32.
 
     Raises:
         PlanError: If the model does not have the weights that were adapted.

@@ -49,13 +49,8 @@ def written_message(policy: TrainedPolicy, form: ExportForm, folder: str | Path)
 def new_folder(target: Path) -> Iterator[Path]:
     """Within this context a folder beside the target is filled; it gets the target's name once it is complete and on the disk.
 
-    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target.
-
-    Args:
-        target: Path of a new or empty folder; missing folders above it are made.
-
-    Yields:
-        The folder to fill.
+    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target. Missing
+    folders above it are made.
 
     Raises:
         ConfigError: If the target is not empty, before writing or when all is written.

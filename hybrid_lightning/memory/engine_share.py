@@ -55,10 +55,7 @@ def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
 def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tuple[float, bool]]) -> str | None:
     """Why training and an engine do not fit on a GPU together, with the remedy; None if they do, or there is no engine.
 
-    Args:
-        settings: Settings of the run.
-        share: What the engine takes.
-        training: Phase of the run -> bytes that training takes in it, and whether the engine samples in it.
+    `training` has for each phase of the run the bytes that training takes in it, and whether the engine samples in it.
     """
     sampler, device = settings.sampler, settings.device_bytes
     if settings.on_cpu or device is None or not isinstance(sampler, VLLMSampler):

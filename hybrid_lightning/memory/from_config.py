@@ -48,9 +48,8 @@ class TrainerFlags:
     def of(cls, flags: Mapping[str, Any], device_gib: float | None = None) -> "TrainerFlags":
         """Read the Trainer's part of a config.
 
-        Args:
-            flags: The Trainer's flags.
-            device_gib: Memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None for what is here.
+        `device_gib` is the memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None for what is
+        here.
 
         Raises:
             ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
@@ -127,10 +126,8 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
             "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
             f"{sampler.gpu_memory_utilization} is a share"
         )
-    planning = adapter.planning
-    exact = isinstance(planning.gradients, ExactGradients)
-    scorer = planning.scorer
-    episodes = policy.episodes or EpisodeLimits()
+    planning, episodes = adapter.planning, policy.episodes or EpisodeLimits()
+    scorer, exact = planning.scorer, isinstance(planning.gradients, ExactGradients)
     return RunSettings(
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,

@@ -54,10 +54,8 @@ class Traces:
     def update(self, rows: Sequences, share_full: float | None) -> Traced:
         """Trace a forward and backward pass.
 
-        Args:
-            rows: Rows of the pass.
-            share_full: Share of the candidates' parameters that is trained fully, while the others have LoRA; None for the base
-                model as it is scored.
+        `share_full` is the share of the candidates' parameters that is trained fully, while the others have LoRA; None for the
+        base model as it is scored.
         """
         sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
         return self._by_share(("update", *sizes), share_full, lambda fake: _trace_update(fake, rows))

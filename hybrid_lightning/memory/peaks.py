@@ -106,10 +106,7 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
 def plan_method(settings: RunSettings, sharding: Sharding, traces: "Traces | None" = None) -> MethodMemory:
     """Plan the run's own method alone; errors as of `plan_memory`.
 
-    Args:
-        settings: Settings of the run.
-        sharding: How the model lies on devices.
-        traces: Those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None for new ones.
+    `traces` may be those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None makes them.
     """
     _check(settings, sharding)
     name = own_method(settings)

@@ -77,15 +77,10 @@ def process_growth(
     split: bool,
     share: EngineShare,
 ) -> Growth:
-    """Growth of a process on a CPU, from the bytes of its tensors at one time.
+    """Growth of a process on a CPU, from the bytes of its tensors at one time, of which a rollout engine takes its `share`.
 
-    Args:
-        settings: Settings of the run.
-        sizes: Of the model.
-        tensors: Bytes of tensors, a rollout engine's included.
-        batches: For each kind of batch that is sampled in the run, its prompts and the completions of each.
-        split: Whether weights have been split over processes by then; otherwise they stay in the file that they are read from.
-        share: What a rollout engine takes of the tensors.
+    `batches` has for each kind of batch that is sampled in the run its prompts and the completions of each. `split` says whether
+    weights have been split over processes by then; otherwise they stay in the file that they are read from.
     """
     narrow = settings.mixed_precision or settings.dtype != torch.float32
     engine = _BY_KERNELS if has_operators() else _BY_TORCH

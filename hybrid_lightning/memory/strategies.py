@@ -24,11 +24,7 @@ class Held:
 
 
 class Sharding:
-    """How a model and its training state are spread over devices.
-
-    Args:
-        devices: Number N of devices, over all nodes.
-    """
+    """How a model and its training state are spread over N devices, over all nodes."""
 
     name: ClassVar[str]
     whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights
@@ -79,11 +75,8 @@ class DDP(Sharding):
 class FSDP2(Sharding):
     """A share of everything on each device, and whole copies of the weights in use.
 
-    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks.
-
-    Args:
-        devices: Number N of devices, over all nodes.
-        cpu_offload: Whether the share is kept in the memory of the host, not on the device.
+    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks. With
+    `cpu_offload` the share is kept in the memory of the host, not on the device.
     """
 
     name = "FSDP2"

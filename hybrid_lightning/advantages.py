@@ -167,20 +167,28 @@ class AdvantageEstimator(Configurable, ABC):
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-class GroupAdvantage(AdvantageEstimator):
-    """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased.
+class _DividedAdvantage(AdvantageEstimator):
+    """Base class of estimators that divide by a standard deviation.
 
     Args:
-        eps: Added to the standard deviation.
+        eps: Added to each standard deviation.
 
     Raises:
-        ConfigError: If `eps` is not positive.
+        ConfigError: If `eps` is not finite and positive.
     """
 
-    divides_by_group_std = True
-
     def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
+        if not (math.isfinite(eps) and eps > 0):
+            raise ConfigError(
+                f"{type(self).__name__}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4"
+            )
+        self.eps = eps
+
+
+class GroupAdvantage(_DividedAdvantage):
+    """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased."""
+
+    divides_by_group_std = True
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -195,18 +203,8 @@ class GroupMeanAdvantage(AdvantageEstimator):
         return centred(groups)
 
 
-class BatchStdAdvantage(AdvantageEstimator):
-    """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight.
-
-    Args:
-        eps: Added to the standard deviation.
-
-    Raises:
-        ConfigError: If `eps` is not positive.
-    """
-
-    def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
+class BatchStdAdvantage(_DividedAdvantage):
+    """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -226,21 +224,10 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         return centred(groups) * (samples / (samples - 1))
 
 
-class PerRewardAdvantage(AdvantageEstimator):
-    """GDPO's advantage: each reward of a sum normalised in its group, the weighted sum of these scaled by its std over the
-    rollout.
-
-    Args:
-        eps: Added to each standard deviation.
-
-    Raises:
-        ConfigError: If `eps` is not positive.
-    """
+class PerRewardAdvantage(_DividedAdvantage):
+    """GDPO's advantage: each reward of a sum normalised in its group; their weighted sum scaled by its std over the rollout."""
 
     divides_by_group_std = True
-
-    def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -264,14 +251,3 @@ def centred(groups: Tensor) -> Tensor:
     """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards are all equal."""
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))
-
-
-def checked_eps(eps: float, name: str) -> float:
-    """Check the `eps` of the estimator `name`, and return it.
-
-    Raises:
-        ConfigError: If it is not finite and positive.
-    """
-    if not (math.isfinite(eps) and eps > 0):
-        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4")
-    return eps

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import HybridLightningError
-from hybrid_lightning.remedies import is_machine_error, with_remedy
+from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
 
 # Messages of jsonargparse that name no remedy -> what is said instead; above them, what would stand in front of the reason.
 _REWRITES = (
@@ -214,16 +214,12 @@ class Parser(LightningArgumentParser):
 
     def _where(self, name: str) -> str:
         """Where an unknown name was given: the option on the command line, or the file and key; empty if it is not found."""
-        places: dict[str, str] = {}
-        for place, argument in enumerate(self.args):
-            option, _, value = argument.partition("=")
-            if option.startswith("--") and option.endswith(f".{name}"):
-                places.setdefault(option.removeprefix("--"), option)
-            if option in ("-c", "--config"):
-                file = value or "".join(self.args[place + 1 : place + 2])
-                with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
-                    keys = _keys(yaml.safe_load(text))
-                    places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
+        options = (argument.partition("=")[0] for argument in self.args)
+        places = {option.removeprefix("--"): option for option in options if re.fullmatch(rf"--.*\.{re.escape(name)}", option)}
+        for file in config_paths(self.args):
+            with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
+                keys = _keys(yaml.safe_load(text))
+                places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
         known = set(self._names())
         return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
 

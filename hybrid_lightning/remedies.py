@@ -5,7 +5,7 @@
 
 import errno
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
         ConfigError: If there are two such configs.
     """
     first: tuple[str, str] | None = None
-    for path in _configs(arguments):
+    for path in config_paths(arguments):
         kind = _kind(path)
         if kind is None:
             continue
@@ -79,7 +79,7 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
         first = first or (path, kind)
 
 
-def _configs(arguments: Sequence[str]) -> Iterable[str]:
+def config_paths(arguments: Sequence[str]) -> Iterator[str]:
     """Paths of the configs among arguments of the command line."""
     for number, word in enumerate(arguments):
         if word.startswith("--config="):

@@ -118,7 +118,7 @@ class RunReport(Callback):
         without = {name for name in found if _PART.fullmatch(name)}
         without = without if len(without) == 1 else set()  # a single part is the reward
         if trainer.global_step == 0:
-            without |= {f"val/{name}" for name in getattr(getattr(trainer.lightning_module, "loss", None), "shares_ahead", ())}
+            without |= shares_ahead(trainer.lightning_module)
         for name, value in found.items():
             if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
                 steps, values = self._curves.setdefault(name, [[], []])
@@ -178,6 +178,11 @@ class RunReport(Callback):
         page = folder / "report.html"
         _replace(page, report_page(Run.read(folder)))
         return page
+
+
+def shares_ahead(pl_module: LightningModule) -> set[str]:
+    """Metrics that compare with the start policy, and so mean nothing before training."""
+    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
-from hybrid_lightning.callbacks.run_report import RunReport
+from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -70,7 +70,7 @@ class RunSummary(Callback):
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
             log_numbers(trainer, self._before, step=0)
-            for name in _shares_ahead(pl_module) & self._before.keys():
+            for name in shares_ahead(pl_module) & self._before.keys():
                 del self._before[name]
             self._print_validation(trainer, "start", self._before)
 
@@ -142,7 +142,7 @@ class RunSummary(Callback):
             "trainable_share": round(trainable / base, 6),
             "loss": type(getattr(pl_module, "loss", None)).__name__,
             "model": str(pl_module.hparams.get("model", "")),
-            "validation": {"before": {**self._before, **dict.fromkeys(_shares_ahead(pl_module) & after.keys())}, "after": after},
+            "validation": {"before": {**self._before, **dict.fromkeys(shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "verdict": verdict,
             "try": tries,
@@ -227,11 +227,6 @@ def _measures(pl_module: LightningModule) -> dict[str, str]:
     if _samples(pl_module):
         return measures
     return {"loss": "val/loss"} | (measures if getattr(pl_module, "reward", None) is not None else {})
-
-
-def _shares_ahead(pl_module: LightningModule) -> set[str]:
-    """Metrics that compare with the start policy, and so mean nothing before training."""
-    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
 
 
 def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:

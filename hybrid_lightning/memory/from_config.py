@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,34 +59,30 @@ class TrainerFlags:
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
         devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
+        of_apple = kind == "mps" or torch.backends.mps.is_available()
+        device = torch.device("cpu") if on_cpu else torch.device("mps" if of_apple else "cuda", 0)
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
-            device_bytes=(
-                _memory_of(torch.device("cpu") if on_cpu else torch.device(_accelerator(kind), 0))
-                if device_gib is None
-                else int(device_gib * 2**30)
-            ),
+            device_bytes=_memory_of(device) if device_gib is None else int(device_gib * 2**30),
         )
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
         """The same of a Trainer that is built."""
         device = trainer.strategy.root_device
-        flags = cls.of(
-            {
-                "accelerator": "cpu" if device.type == "cpu" else "gpu",
-                "devices": trainer.world_size,
-                "strategy": trainer.strategy,
-                "precision": trainer.precision,
-                "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "limit_val_batches": trainer.limit_val_batches,
-            }
+        on_cpu = device.type == "cpu"
+        return cls(
+            _sharding(trainer.strategy, trainer.world_size, on_cpu),
+            on_cpu,
+            str(trainer.precision),
+            trainer.accumulate_grad_batches,
+            validates=trainer.limit_val_batches != 0,
+            device_bytes=_memory_of(device),
         )
-        return replace(flags, device_bytes=_memory_of(device))
 
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
@@ -178,11 +174,6 @@ def _eval_prompts(data: Any) -> int:
     batch = getattr(data, "eval_batch_size", None)
     limit = getattr(data, "_limits", {}).get("validation")
     return 0 if batch is None else min(batch, limit or batch)
-
-
-def _accelerator(kind: str) -> str:
-    """The kind of device that an accelerator of the Trainer, "cpu" excepted, would be on this machine."""
-    return "mps" if kind == "mps" or torch.backends.mps.is_available() else "cuda"
 
 
 def _memory_of(device: torch.device) -> int | None:

@@ -28,6 +28,7 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
@@ -198,14 +199,15 @@ def _place(name: str) -> int:
 
 def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     """Results of each problem of the last validation, and the greedy completions of some."""
-    evaluation: Any = getattr(pl_module, "evaluation", None)
-    names = (f"avg@{getattr(pl_module, 'eval_samples', 1)}", "greedy_accuracy")
+    if not isinstance(pl_module, LanguageModule):
+        return {"problems": [], "samples": []}
+    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.eval_samples}", "greedy_accuracy")
     rows = [
         [*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)]
-        for problem, values in getattr(evaluation, "by_problem", {}).items()
+        for problem, values in evaluation.by_problem.items()
     ]
     samples = []
-    if getattr(evaluation, "greedy", None) is not None:
+    if evaluation.greedy is not None:
         rollouts, rewards = evaluation.greedy
         count = len(rollouts.prompts)
         for row in sorted({number * count // _SAMPLES for number in range(_SAMPLES)}):

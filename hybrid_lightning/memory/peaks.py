@@ -17,7 +17,7 @@ from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misf
 from hybrid_lightning.memory.process_growth import Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
-from hybrid_lightning.memory.strategies import FSDP1, PASS, Held, Sharding
+from hybrid_lightning.memory.strategies import FSDP1, PASS, Components, Sharding
 from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
@@ -26,26 +26,6 @@ if TYPE_CHECKING:
     from hybrid_lightning.memory.pass_memory import Traced, Traces
 
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
-
-
-@dataclass(frozen=True)
-class Components:
-    """Bytes on one device at one time, by what they are for."""
-
-    weights: float = 0.0
-    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
-    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    activations: float = 0.0
-    cache: float = 0.0  # keys and values while generating
-    logits: float = 0.0
-    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
-
-    @property
-    def total(self) -> float:
-        """Sum of all components."""
-        return sum(getattr(self, entry.name) for entry in fields(self))
 
 
 @dataclass(frozen=True)
@@ -181,7 +161,7 @@ class _Run:
         peaks = {
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
-        host = self.sharding.held("forward", sizes, self.optimizer.state).host
+        host = self.sharding.host(sizes, self.optimizer.state)
         turns = len(turns_of(self.candidates, sizes.trainable)) if settings.scoring_steps and "scoring" in peaks else 0
         memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share, turns=turns)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
@@ -220,9 +200,9 @@ class _Run:
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
-            return _resting(self.sharding.held("resting", sizes, self.optimizer.state))
+            return self.sharding.held("resting", sizes, self.optimizer.state)
         held = self.sharding.held("generating", sizes, self.optimizer.state)
-        return _components(held, self.traces.decoding(prompts, samples, sizes.share_full))
+        return _computing(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of calibrating and scoring, where devices have the base model as loaded, or a share of it, and nothing else."""
@@ -233,10 +213,10 @@ class _Run:
         # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
         loaded = base if settings.on_cpu and devices > 1 else 0.0
         if settings.sampler.has_own_weights:
-            calibrating = _resting(passes)
+            calibrating = passes
         else:
             generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
-            calibrating = _components(self.sharding.held_to_score("calibrating", sizes, base), generated)
+            calibrating = _computing(self.sharding.held_to_score("calibrating", sizes, base), generated)
         calibrating = replace(calibrating, weights=calibrating.weights + loaded)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
@@ -281,30 +261,24 @@ class _Run:
             peaks.append(_largest((begin, forward, backward), longest))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / devices
-        if step and not self.settings.on_cpu and not forward.host:
+        if step and not self.settings.on_cpu and not sharding.cpu_offload:
             optimizer = forward.optimizer + step
             updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
         return updating
 
 
-def _resting(held: Held) -> Components:
-    """What a device holds while nothing is computed."""
-    return Components(held.weights, held.copies, gradients=held.gradients, optimizer=held.optimizer)
-
-
-def _largest(stages: tuple[Held, Held, Held], traced: "Traced") -> Components:
+def _largest(stages: tuple[Components, Components, Components], traced: "Traced") -> Components:
     """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
     begin, forward, backward = stages
     nothing = replace(traced, activations=0.0, logits=0.0)
     peaks = [
-        _components(begin, nothing),
-        _components(forward, traced),
-        _components(backward, replace(nothing, activations=traced.backward)),
+        _computing(begin, nothing),
+        _computing(forward, traced),
+        _computing(backward, replace(nothing, activations=traced.backward)),
     ]
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _components(held: Held, traced: "Traced") -> Components:
+def _computing(held: Components, traced: "Traced") -> Components:
     """What a device holds together with what a pass computes."""
-    computed = {name: getattr(traced, name) for name in ("packed", "activations", "cache", "logits")}
-    return replace(_resting(held), **computed)
+    return replace(held, packed=traced.packed, activations=traced.activations, cache=traced.cache, logits=traced.logits)

@@ -1,6 +1,6 @@
 """What each of N devices holds of weights, gradients and optimizer state, by Trainer strategy."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 from hybrid_lightning.memory.sizes import ModelSizes
@@ -13,14 +13,23 @@ PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that one device holds."""
+class Components:
+    """Bytes on one device at one time, by what they are for."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float = 0.0  # temporary copies of weights or gradients
-    host: float = 0.0  # in the memory of the host, where it would otherwise be on the device
+    weights: float = 0.0
+    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
+    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0  # keys and values while generating
+    logits: float = 0.0
+    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
+
+    @property
+    def total(self) -> float:
+        """Sum of all components."""
+        return sum(getattr(self, entry.name) for entry in fields(self))
 
 
 class Sharding:
@@ -28,6 +37,7 @@ class Sharding:
 
     name: ClassVar[str]
     whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights
+    cpu_offload = False  # whether what a device has a share of lies in the memory of the host
     scores_together: ClassVar[bool] = False  # True: all devices score modules, each with a share of the base model
 
     def __init__(self, devices: int = 1) -> None:
@@ -38,17 +48,21 @@ class Sharding:
         """Devices that score modules together; where it is one, it has all of the base model."""
         return self.devices if self.scores_together else 1
 
-    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Held:
+    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
         """What one device holds; `optimizer` are the bytes of optimizer state per trained parameter."""
-        copies = self._copies(moment, sizes)
-        return Held(sizes.weight_bytes, self._gradients(sizes), sizes.trainable * optimizer, copies)
+        copies, state = self._copies(moment, sizes), sizes.trainable * optimizer
+        return Components(sizes.weight_bytes, copies, gradients=self._gradients(sizes), optimizer=state)
 
-    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Held:
+    def host(self, sizes: ModelSizes, optimizer: float) -> float:
+        """Bytes of it that lie in the memory of the host instead."""
+        return 0.0
+
+    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
         """The same while completions are sampled that score modules, and in the passes that score them, but for gradients.
 
         `base` are the bytes of the model as it was loaded.
         """
-        return Held(base, 0, 0)
+        return Components(base)
 
     def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
         return 0.0
@@ -87,11 +101,11 @@ class FSDP2(Sharding):
         super().__init__(devices)
         self.cpu_offload = cpu_offload
 
-    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Held:
+    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
         """See `Sharding`."""
         return self._split(super().held(moment, sizes, optimizer))
 
-    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Held:
+    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
         """See `Sharding`."""
         held = super().held_to_score(moment, sizes, base)
         if self.scoring_devices == 1:
@@ -113,12 +127,18 @@ class FSDP2(Sharding):
         }
         return copies[moment]
 
-    def _split(self, held: Held) -> Held:
+    def host(self, sizes: ModelSizes, optimizer: float) -> float:
+        """See `Sharding`."""
+        share = self._share(super().held("forward", sizes, optimizer))
+        return share.weights + share.gradients + share.optimizer if self.cpu_offload else 0.0
+
+    def _split(self, held: Components) -> Components:
         """What one device holds of what all hold together; copies are its own."""
+        return Components(copies=held.copies) if self.cpu_offload else self._share(held)
+
+    def _share(self, held: Components) -> Components:
         weights, gradients, optimizer = (part / self.devices for part in (held.weights, held.gradients, held.optimizer))
-        if self.cpu_offload:
-            return Held(0, 0, 0, held.copies, weights + gradients + optimizer)
-        return Held(weights, gradients, optimizer, held.copies)
+        return Components(weights, held.copies, gradients=gradients, optimizer=optimizer)
 
 
 class FSDP1(FSDP2):

@@ -131,8 +131,4 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(), transient=True) as progress:
         task = progress.add_task(description, total=total)
-
-        def advance(done: int, new_total: int | None) -> None:
-            progress.update(task, completed=done, total=total if new_total is None else new_total)
-
-        yield advance
+        yield lambda done, new_total: progress.update(task, completed=done, total=new_total)

@@ -313,10 +313,6 @@ class Trainer(LightningTrainer):
         Modules are not scored for it: those that would be trained fully are chosen at random. Module and Trainer are spent
         afterwards.
 
-        Args:
-            model: The policy.
-            datamodule: Its data.
-
         Raises:
             ConfigError: If there is no callback HybridAdapterSetup, or the module does not sample what it is trained on.
             DiagnosisError: If nothing can be learned.

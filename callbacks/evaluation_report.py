@@ -95,7 +95,7 @@ class EvaluationReport(Callback):
 
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """What besides the policy determines its scores: the reward, the format of the problems, and how is computed."""
+    """What besides the policy determines its scores: the reward, the format of the problems, the dtypes of the passes."""
     parts = {"reward": getattr(pl_module, "reward", None), "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
     names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
     dtype = pl_module.hparams.get("dtype")

@@ -58,8 +58,8 @@ async def await_all(
 def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
     """Call an ordinary function with a time limit.
 
-    A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored. None is no
-    limit.
+    A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored.
+    `timeout_s` None is no limit.
 
     Raises:
         TimeoutError: If the function takes longer than `timeout_s`.
@@ -194,9 +194,10 @@ class CallThreads:
 
 
 async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: str | None = None) -> Outcome:
-    """Await something, whatever it raises. What takes too long is cancelled, and not waited for if it ignores that.
+    """Await something in a task of this name, whatever it raises.
 
-    Its outcome is `TookTooLongError` then; None is no limit. `name` is that of its task.
+    What takes longer than `timeout_s` (None: no limit) is cancelled, and not waited for if it ignores that; its outcome is
+    `TookTooLongError`.
     """
 
     async def caught() -> Outcome:

@@ -102,7 +102,7 @@ def is_cut(completion: Completion) -> bool:
 
 
 def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:
-    """Whether completions are cut before they are right: the share of those that are cut, and that are cut and not right."""
+    """Whether completions are cut before they are right, by the `share` that is cut, and the one that is cut and `wrong`."""
     if wrong < _CUT:
         return []
     cut = f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}"
@@ -151,7 +151,7 @@ class Change:
 
 
 def of_change(change: Change, steps: float) -> list[Finding]:
-    """Whether the learning rates fit, by the change of one step at the full rates; of infinite steps in a run without a limit."""
+    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`."""
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
         text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
         return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
@@ -178,7 +178,7 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run that needs so many bytes at its peak, which is in a phase, fits its device."""
+    """Whether a run, which needs so many bytes at its peak in a phase, fits its device."""
     if needed <= there:
         return []
     text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
@@ -186,7 +186,7 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
 
 
 class Watch:
-    """Looks at the rollouts and steps of a run, of so many groups over all devices each, for what went wrong since its start."""
+    """Looks at rollouts, each of `groups` over all devices, and steps of a run for what went wrong since its start."""
 
     _GROUPS = 24  # that a window has at least, of at least 3 rollouts
 

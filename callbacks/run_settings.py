@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
+from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, to_plain
 from hybrid_lightning.options import Option, options_of
 from hybrid_lightning.policy.language import LanguageModule
@@ -32,7 +33,7 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configura
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
         if prompts is not None:
             settings[name] = f"{len(prompts)} ({prompts_digest(prompts)[:12]})"
-    config = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+    config = find_callback(trainer, SaveConfigCallback)
     if config is not None:
         given = yaml.safe_load(config.parser.dump(config.config, skip_none=False))  # as in config.yaml
         settings |= {name: value for name, value in given.items() if name not in settings}

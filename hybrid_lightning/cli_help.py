@@ -21,7 +21,7 @@ import yaml
 from docstring_parser import parse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from hybrid_lightning.cli_parser import Parser, known_classes, suggestion, type_of
+from hybrid_lightning.cli_parser import Parser, is_ours, known_classes, suggestion, type_of
 from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
@@ -300,7 +300,7 @@ def _is_of_a_library(part: type) -> bool:
 
 
 def _path(part: type) -> str:
-    return part.__name__ if part.__module__.startswith("hybrid_lightning.") else f"{part.__module__}.{part.__qualname__}"
+    return part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"
 
 
 def _imported(path: str) -> Any:

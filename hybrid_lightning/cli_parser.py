@@ -258,14 +258,14 @@ def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
     """Options of our classes under each key, and options of the classes that they take as arguments."""
     for key, base in parts.items():
         for part in known_classes(base).values():
-            if not _is_ours(part):
+            if not is_ours(part):
                 continue
             parser = jsonargparse.ArgumentParser()
             parser.add_class_arguments(part, key, as_group=False, fail_untyped=False)
             for action in [action for action in parser._actions if type_of(action) is not None]:
                 yield action.dest
                 for inner in known_classes(type_of(action)).values():
-                    if _is_ours(inner):
+                    if is_ours(inner):
                         yield from (f"{action.dest}.{name}" for name in _arguments_of(inner))
 
 
@@ -306,17 +306,18 @@ def known_classes(kind: Any) -> dict[str, type]:
             public = not current.__name__.startswith("_") and "<locals>" not in current.__qualname__
             if public and not inspect.isabstract(current) and not _is_internal(current):
                 found.setdefault(current.__name__, current)
-    return dict(sorted(found.items(), key=lambda item: (not _is_ours(item[1]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (not is_ours(item[1]), item[0])))
 
 
 def _is_internal(part: type) -> bool:
     """Whether a class of ours is only a base class: not in `__all__` of its module or package or, without one, derived from."""
     places = [sys.modules.get(name) for name in (part.__module__, part.__module__.rpartition(".")[0])]
     named = next((place.__all__ for place in places if hasattr(place, "__all__")), None)  # type: ignore[union-attr]
-    return _is_ours(part) and (any(map(_is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
+    return is_ours(part) and (any(map(is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
 
 
-def _is_ours(part: type) -> bool:
+def is_ours(part: type) -> bool:
+    """Whether a class is one of this package."""
     return part.__module__.startswith("hybrid_lightning.")
 
 

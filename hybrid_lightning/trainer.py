@@ -174,8 +174,8 @@ class Trainer(LightningTrainer):
         results = super()._run_stage()
         # A run that was stopped in its last validation has no steps left, so that Lightning does not start the training loop, in
         # whose hooks the validation is made.
-        stops = [callback for callback in self.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
-        if self.state.fn == "fit" and any(stop.validation_due for stop in stops):
+        stop = find_callback(self, GracefulStop)
+        if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()
             self.fit_loop.on_run_end()
         return results

@@ -1,8 +1,6 @@
-"""Plan the memory of a run at its peaks, for full fine-tuning, LoRA and hybrid.
+"""Plan the memory of a run at the peaks of its phases, for full fine-tuning, LoRA and hybrid.
 
-A run goes through phases: generating, validating, calibrating and scoring (before a hybrid), updating, and the optimizer step.
-Each has a peak, whose memory is divided into components: what a device holds of weights, gradients and optimizer state is
-arithmetic (strategies.py), and what it computes in between comes from traced passes (pass_memory.py).
+What a device holds is in `strategies.py`, and what it computes in between in `pass_memory.py`.
 """
 
 from dataclasses import dataclass, field, fields, replace

@@ -1,13 +1,4 @@
-"""`Adaptable`: the protocol that a LightningModule must follow so that `HybridAdapterSetup` can adapt it.
-
-It has two names, so that modules for supervised and preference training can follow it as well as a policy:
-
-- `adapter_attribute: str` is the name of the attribute that holds the model.
-- `calibration_losses(num_prompts: int | None)` returns an iterable of scalar losses, which computes them anew each time it is
-  iterated; the modules are scored by the mean of their gradients. None leaves the number of prompts (or examples) to the module,
-  which should take about as many as one training step has. If the iterable has an attribute `info` (a dict of plain values), it
-  is kept in the plan.
-"""
+"""`Adaptable`: the protocol that a LightningModule must follow so that `HybridAdapterSetup` can adapt it."""
 
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
@@ -22,12 +13,16 @@ from hybrid_lightning.policy.adaptation import AdaptedModule
 
 @runtime_checkable
 class Adaptable(Protocol):
-    """What a LightningModule must have to be adapted (see the head of this file)."""
+    """What a LightningModule must have to be adapted, be it a policy or a module for supervised or preference training."""
 
-    adapter_attribute: str
+    adapter_attribute: str  # name of the attribute that holds the model
 
     def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
-        """Scalar losses of the start policy, on `num_prompts` prompts; None lets the module choose the number."""
+        """Scalar losses of the start policy, computed anew each time: modules are scored by the mean of their gradients.
+
+        None leaves the number of prompts (or examples) to the module, which should take about as many as one training step has.
+        If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
+        """
         ...
 
 
@@ -40,7 +35,7 @@ def check_adaptable(pl_module: LightningModule) -> None:
     name = type(pl_module).__name__
     if not isinstance(pl_module, Adaptable):
         raise ConfigError(
-            f"HybridAdapterSetup cannot adapt {name}: it needs an attribute adapter_attribute (the name of the model's "
+            f"HybridAdapterSetup cannot adapt {name}; give it an attribute adapter_attribute (the name of the model's "
             "attribute) and a method calibration_losses(num_prompts)"
         )
     if not _has_model(pl_module):

@@ -1,9 +1,10 @@
 """`compare`: what several runs differ in and what came out of each, as text and as a page."""
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import say, show_table
@@ -38,7 +39,9 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
         ConfigError: If there are fewer than two, one is no folder of a run that has begun, or `html` exists or cannot be written.
     """
     if len(folders) < 2:
-        raise ConfigError("compare needs at least two run folders, as in compare runs/gspo/version_0 runs/gspo/version_1")
+        raise ConfigError(
+            "compare needs at least two run folders; give them, as in compare runs/gspo/version_0 runs/gspo/version_1"
+        )
     if html is not None and (Path(html).exists() or not Path(html).absolute().parent.is_dir()):
         raise ConfigError(
             f"--html={html}: {'it exists' if Path(html).exists() else 'its folder does not exist'}; give a new file"
@@ -80,11 +83,11 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
     """What to know when reading the numbers."""
     notes = []
     if not all(_same(runs[0], run) for run in runs):
-        notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems.")
+        notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems")
     if any(name.startswith("model.reward") for name, *_ in differing_options(runs)):
-        notes.append("Rewards differ, and with them what counts as right.")
+        notes.append("Rewards differ, and with them what counts as right")
     if any(run.report["state"] != "finished" for run in runs):
-        notes.append("Not all runs are finished: of the others there is what they had when they last wrote it.")
+        notes.append("Not all runs are finished: of the others there is what they had when they last wrote it")
     return notes
 
 
@@ -105,17 +108,10 @@ def text_curves(name: str, runs: Sequence[Run]) -> list[tuple[int, list[tuple[fl
     (first, end), (low, high) = ((min(side), max(side)) for side in zip(*points, strict=True))
     found = []
     for number, curve in curves.items():
-        line = ""
-        for column in range(_COLUMNS):
-            step = first + (end - first) * column / (_COLUMNS - 1)
-            # The value at this step, on a straight line between two points; nothing where the run has no values.
-            near = next(((a, b) for a, b in pairwise([curve[0], *curve]) if a[0] <= step <= b[0]), None)
-            if near is None:
-                line += " "
-                continue
-            (x0, y0), (x1, y1) = near
-            value = y1 if x1 == x0 else y0 + (y1 - y0) * (step - x0) / (x1 - x0)
-            line += _BLOCKS[min(7, int(8 * (value - low) / ((high - low) or 1)))]
+        steps, known = zip(*curve, strict=True)
+        values = np.interp(np.linspace(first, end, _COLUMNS), steps, known, math.nan, math.nan)  # nothing outside of the run
+        heights = (8 * (values - low) / ((high - low) or 1)).tolist()
+        line = "".join(" " if math.isnan(height) else _BLOCKS[min(7, int(height))] for height in heights)
         found.append((number, curve, line))
     return found
 

@@ -120,12 +120,9 @@ class Diagnosis(OncePerRollout):
     # ---- at the end
 
     def verdict(self, before: Mapping[str, float], after: Mapping[str, float], samples: int) -> tuple[str, list[str]]:
-        """Whether the policy has learned, and what to try.
+        """Whether the policy has learned by the metrics of the validations before training and at its end, and what to try.
 
-        Args:
-            before: Metrics of the validation before training.
-            after: Those of the one at the end.
-            samples: The n of `val/avg@n`.
+        `samples` is the n of `val/avg@n`.
         """
         tries, watch = [finding.advice for finding in self.found.values()], self._watch
         if watch is not None and watch.steps and watch.idle == watch.steps:

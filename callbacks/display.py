@@ -47,11 +47,7 @@ def python_command() -> str:
 
 
 def command_line(*arguments: str | Path) -> str:
-    """A command of this package, quoted for a shell.
-
-    Args:
-        arguments: The command and its arguments.
-    """
+    """A command of this package with its arguments, quoted for a shell."""
     return f"{python_command()} -m hybrid_lightning {shlex.join(map(str, arguments))}"
 
 
@@ -78,12 +74,7 @@ def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
 def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
     """The command that evaluates a checkpoint: on the test problems, or if there are none on the validation problems.
 
-    Args:
-        trainer: The Trainer, at the end of a run.
-        checkpoint: The checkpoint to evaluate.
-
-    Returns:
-        A command that can be run as it is; "" if there is none, because the run was started from Python or the data has neither.
+    It can be run as it is; "" if there is none, because the run was started from Python or the data has neither.
     """
     config = saved_config(trainer)
     if config is None or not Path(checkpoint).exists():
@@ -97,13 +88,7 @@ def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
 def export_command(run: Path, folder: str | Path, validated: bool) -> str:
     """The command that evaluates an exported policy like its run, with the reward, format and data of the run's config.
 
-    Args:
-        run: Folder of the run.
-        folder: Folder of the export.
-        validated: Whether the run was validated, so that `validate` can be run.
-
-    Returns:
-        A command that can be run as it is; "" if there is no config, or it has nothing to evaluate with.
+    It can be run as it is; "" if there is no config, or nothing to evaluate with. `validated` says whether the run was.
     """
     config, summary = run / "config.yaml", run / "summary.json"
     if not config.is_file():
@@ -137,13 +122,8 @@ def _has(datamodule: Any, command: str, split: str) -> bool:
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
     """Show a progress bar that disappears at the end; nothing on other ranks, in a file, or with `enable_progress_bar=False`.
 
-    Args:
-        trainer: The Trainer, which decides whether there are bars.
-        description: Text before the bar.
-        total: Number of steps; None if it is only known later.
-
     Yields:
-        A function to call with (steps done, total), where None keeps the total.
+        A function to call with (steps done, total), where None keeps the total, which may be known only then.
     """
     if trainer.progress_bar_callback is None or not trainer.is_global_zero or not console().is_terminal:
         yield lambda done, total: None
@@ -151,8 +131,4 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(), transient=True) as progress:
         task = progress.add_task(description, total=total)
-
-        def advance(done: int, new_total: int | None) -> None:
-            progress.update(task, completed=done, total=total if new_total is None else new_total)
-
-        yield advance
+        yield lambda done, new_total: progress.update(task, completed=done, total=new_total)

@@ -16,16 +16,8 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.rollouts import shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.reports.findings import (
-    Change,
-    Finding,
-    is_cut,
-    of_agreement,
-    of_answers,
-    of_change,
-    of_gradient,
-    of_rollouts,
-)
+from hybrid_lightning.reports import findings
+from hybrid_lightning.reports.findings import Change, Finding
 from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences
 
@@ -87,12 +79,8 @@ class Doctor(Callback):
     def report(self, policy: PolicyModule, data: PromptDataModule, steps: float, validations: int, scored_prompts: int) -> None:
         """Say everything that was seen, and collect the findings.
 
-        Args:
-            policy: The policy.
-            data: Its data.
-            steps: Optimizer steps of the run that is meant; infinite if it has no limit.
-            validations: Its validations, the one before training included.
-            scored_prompts: Prompts whose completions score its modules; 0 if it does not score.
+        The run that is meant has so many optimizer `steps`, infinitely many without a limit, and `validations`, the one before
+        training included. `scored_prompts` are those whose completions score its modules, 0 if it does not score.
         """
         assert policy.last_rollout is not None and self._change is not None
         rollouts, rewards, _ = policy.last_rollout
@@ -122,13 +110,12 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*references.findings, *_tokens(policy, rollouts)]
-        self.found += of_rollouts(
-            rollouts, rewards, "the rollout", policy.sampler.max_new_tokens, policy.credited(rollouts, rewards)
-        )
-        self.found += of_answers(answers) if policy.episodes is None else []
-        self.found += of_gradient(norms, equal=not self._differs)
-        self.found += of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
-        self.found += of_change(change, steps) if any(norms.values()) else []
+        credited = policy.credited(rollouts, rewards)
+        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens, credited)
+        self.found += findings.of_answers(answers) if policy.episodes is None else []
+        self.found += findings.of_gradient(norms, equal=not self._differs)
+        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
+        self.found += findings.of_change(change, steps) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
         """Seconds of a step, and of the run by what one of the rollout's completions took."""
@@ -164,7 +151,7 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
             else:
                 yield "  -> " + shown_text(completion).replace("\n", "\n     ")
                 found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
-            yield f"     {completion.num_tokens} tokens{', CUT' if is_cut(completion) else ''}; {found}; paid {paid}"
+            yield f"     {completion.num_tokens} tokens{', CUT' if findings.is_cut(completion) else ''}; {found}; paid {paid}"
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:

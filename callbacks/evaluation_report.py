@@ -15,7 +15,7 @@ from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
 
-Scores = Mapping[str, Mapping[str, float]]
+Scores = Mapping[str, Mapping[str, float]]  # set -> metric -> value
 _OF_VALIDATION = re.compile(r"(?:val(?:id(?:ation)?)?|eval|test)(?![a-z])")
 _NOT_SHOWN = (f"/{LOWER}", f"/{UPPER}", "/problems")
 _OVERALL_TITLE = "mean of sets"
@@ -70,12 +70,12 @@ class EvaluationReport(Callback):
             step = f" (step {trainer.global_step})" if fitting else ""
             table = score_table(scores, f"{split.capitalize()}{step}")
             show_table(table)
-            out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
+            out.print("Shares in percent, with 95% confidence intervals over problems", soft_wrap=True)
             if not fitting:
                 if split == "validation":
                     say_completions(pl_module)
                 shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())
-                say(f"Measured by {shown}: numbers compare with others of the same alone.")
+                say(f"Measured by {shown}: numbers compare with others of the same alone")
         if folder is None or trainer.sanity_checking:
             return
         report = {
@@ -95,12 +95,7 @@ class EvaluationReport(Callback):
 
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """What besides the policy determines its scores: the reward, the format of the problems, and the dtypes of the computation.
-
-    Args:
-        trainer: The Trainer, with the data and the precision.
-        pl_module: The module, with the reward and the dtype if it is one of ours.
-    """
+    """What besides the policy determines its scores: the reward, the format of the problems, the dtypes of the passes."""
     parts = {"reward": getattr(pl_module, "reward", None), "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
     names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
     dtype = pl_module.hparams.get("dtype")
@@ -111,7 +106,7 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
     """Refuse callbacks that monitor a metric which neither validation nor training logs.
 
     Args:
-        trainer: The Trainer with the callbacks.
+        trainer: Has the callbacks.
         measured: Names that validation logs; there may be others among them.
         trained: First parts of the names that training logs; None if they are not known, so that only names that sound like
             results of validation are refused.
@@ -132,12 +127,7 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
 
 
 def score_table(scores: Scores, title: str) -> Table:
-    """A table with metrics as rows and sets as columns; shares are in percent, with their intervals.
-
-    Args:
-        scores: Set -> metric -> value.
-        title: Title of the table.
-    """
+    """A table with metrics as rows and sets as columns; shares are in percent, with their intervals."""
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
     table = Table(title=title, title_justify="left", show_header=bool(names))

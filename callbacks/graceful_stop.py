@@ -1,7 +1,4 @@
-"""`GracefulStop`: ends a run after a signal, or after a reward has failed, so that it can be resumed bit for bit.
-
-Also the error message for when another process of the run has gone (`lost_contact`).
-"""
+"""`GracefulStop`: ends a run after a signal, or after a reward has failed, so that it can be resumed bit for bit."""
 
 import copy
 import os
@@ -218,7 +215,7 @@ class GracefulStop(Callback):
     def _save(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         folder = run_folder(trainer)
         if folder is None:
-            say("Stopped: fast_dev_run leaves nothing to go on from.")
+            say("Stopped: fast_dev_run leaves nothing to go on from")
             return
         if trainer.validating:
             # For a validation after the last step, which is not due by an interval.
@@ -241,14 +238,9 @@ class GracefulStop(Callback):
 
 
 def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
-    """Error message for when another process of the run has gone, with the checkpoint to resume from.
+    """Error message for when another process of the run has gone, with the checkpoint to resume from, on one line.
 
-    Args:
-        trainer: The Trainer of this process; it does not communicate with others here.
-        exception: The exception that ended the run in this process.
-
-    Returns:
-        One line; None if the exception has another cause.
+    None if the exception that ended the run in this process has another cause. This does not communicate with other ranks.
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None

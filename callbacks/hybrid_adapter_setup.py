@@ -169,7 +169,7 @@ class HybridAdapterSetup(Configurable, Callback):
             ModelError: If `target_modules` or `rank_pattern` match none of its modules.
             PlanError: If `plan` has modules that it does not have.
         """
-        self._check_start_weights(pl_module)
+        pl_module.check_start_weights(self.keep_start_weights)
         if self.planning.target_modules is not None or self.planning.rank_pattern:
             self.planning.ranks(self.planning.candidates(pl_module.pretrained.skeleton()))
         if self.given_plan is not None:
@@ -195,10 +195,6 @@ class HybridAdapterSetup(Configurable, Callback):
                 f"(plan {self.given_plan.digest[:12]}); load the model anew, or remove adapter.plan"
             )
 
-    def _check_start_weights(self, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, LanguageModule):
-            pl_module.check_start_weights(self.keep_start_weights)
-
     # ---- applying and showing it
 
     def _adapt(
@@ -208,10 +204,11 @@ class HybridAdapterSetup(Configurable, Callback):
         plan = saved or self.given_plan
         if plan is None and trainer.state.fn != "fit":
             return None
-        self._check_start_weights(pl_module)
-        if plan is None:
-            if isinstance(pl_module, LanguageModule):
+        if isinstance(pl_module, LanguageModule):
+            pl_module.check_start_weights(self.keep_start_weights)
+            if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores
+        if plan is None:
             settings = self.resume.settings_of_scores(pl_module, self.planning.scorer)
             planner = Planner(self.planning, trainer, pl_module, folder, self.earlier_scoring, settings)
             with time_charged_to(trainer, "scoring"):

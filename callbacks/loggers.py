@@ -47,12 +47,7 @@ def keeps_files_in_a_version(logger: Logger) -> bool:
 
 
 def logger_place(logger: Logger, fallback: Path) -> Place:
-    """Where a logger keeps its files, or would keep them on this machine.
-
-    Args:
-        logger: Any logger.
-        fallback: Root folder for a logger that has none on this machine.
-    """
+    """Where a logger keeps its files; below `fallback` if it has no folder on this machine."""
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
         parent = Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
         return Place(parent, logger._version, True)  # reading the property `version` would choose one
@@ -92,13 +87,7 @@ def log_table(
 ) -> None:
     """Add a page of rows to the table of each logger, on the first process only.
 
-    Args:
-        trainer: The Trainer with the loggers.
-        name: Name of the table.
-        columns: Names of the columns; a column `step` is added in front if a logger has no steps for tables.
-        rows: Texts and numbers.
-        step: Optimizer step of the page.
-        markdown: The page as TensorBoard shows it.
+    TensorBoard shows the page as `markdown`. A logger that has no steps for tables gets a column `step` in front.
     """
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
@@ -163,7 +152,7 @@ def show_hyperparameters(
     """Write TensorBoard's page of hyperparameters.
 
     Args:
-        trainer: The Trainer with the loggers.
+        trainer: Has the loggers.
         compared: Plain values for the first columns, which take the places of `others` with their names.
         others: Further hyperparameters, which may be nested.
         metrics: Scalars that are the results, which the page must know in advance.

@@ -191,7 +191,7 @@ class Planner:
             if info.get("signal") == "answers" and process.is_first:
                 console().print(
                     "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "
-                    "supervised gradient of the reference answers instead."
+                    "supervised gradient of the reference answers instead"
                 )
         total = len(losses) if isinstance(losses, Sized) else None
         steps = None

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
+from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
@@ -54,9 +55,9 @@ class PolicyExport(Callback):
             ConfigError: If the form cannot hold the plan, the folder already has exports of later steps, or the strategy is
                 FSDP1.
         """
-        plan = getattr(pl_module, "plan", None)
+        plan = applied_plan(pl_module)
         if plan is None:
-            raise ConfigError("PolicyExport has nothing to export: it needs HybridAdapterSetup among trainer.callbacks")
+            raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")
         self.form.check(plan)
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ConfigError(

@@ -84,9 +84,6 @@ def check_run_folder(trainer: Trainer) -> None:
 
     This does not communicate with other ranks.
 
-    Args:
-        trainer: A Trainer after its construction.
-
     Raises:
         ConfigError: If a folder cannot be made or written to.
     """
@@ -143,12 +140,7 @@ def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
 
 
 def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Version]:
-    """Make folders of one version: the run folder, and one for each logger that keeps its files elsewhere.
-
-    Args:
-        trainer: The Trainer with the loggers.
-        made: List to which parent folders that had to be made are added.
-    """
+    """Make folders of one version: the run folder, and one for each logger elsewhere. `made` gets parents that had to be made."""
     parents, asked = _parents(trainer)
     for parent in parents:
         _make(parent, made)

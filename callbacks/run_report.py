@@ -28,6 +28,7 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
@@ -118,7 +119,7 @@ class RunReport(Callback):
         without = {name for name in found if _PART.fullmatch(name)}
         without = without if len(without) == 1 else set()  # a single part is the reward
         if trainer.global_step == 0:
-            without |= {f"val/{name}" for name in getattr(getattr(trainer.lightning_module, "loss", None), "shares_ahead", ())}
+            without |= shares_ahead(trainer.lightning_module)
         for name, value in found.items():
             if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
                 steps, values = self._curves.setdefault(name, [[], []])
@@ -142,10 +143,7 @@ class RunReport(Callback):
     def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:
         """Write the page, on the first process. This does not communicate with other ranks.
 
-        Args:
-            trainer: The Trainer of the run.
-            state: How the run stands: "finished", "not finished", or "stopped: " and why.
-            commands: What to type next.
+        `state` is "finished", "not finished", or "stopped: " and why; `commands` are what to type next.
 
         Returns:
             The page; None if the run has not begun, leaves no files, or the page cannot be written, which is said.
@@ -183,6 +181,11 @@ class RunReport(Callback):
         return page
 
 
+def shares_ahead(pl_module: LightningModule) -> set[str]:
+    """Metrics that compare with the start policy, and so mean nothing before training."""
+    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file that is complete at every moment, for those who look at it meanwhile."""
     part = unfinished_path(path)
@@ -196,14 +199,15 @@ def _place(name: str) -> int:
 
 def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     """Results of each problem of the last validation, and the greedy completions of some."""
-    evaluation: Any = getattr(pl_module, "evaluation", None)
-    names = (f"avg@{getattr(pl_module, 'eval_samples', 1)}", "greedy_accuracy")
+    if not isinstance(pl_module, LanguageModule):
+        return {"problems": [], "samples": []}
+    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.eval_samples}", "greedy_accuracy")
     rows = [
         [*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)]
-        for problem, values in getattr(evaluation, "by_problem", {}).items()
+        for problem, values in evaluation.by_problem.items()
     ]
     samples = []
-    if getattr(evaluation, "greedy", None) is not None:
+    if evaluation.greedy is not None:
         rollouts, rewards = evaluation.greedy
         count = len(rollouts.prompts)
         for row in sorted({number * count // _SAMPLES for number in range(_SAMPLES)}):

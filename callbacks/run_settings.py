@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path
+from hybrid_lightning.callbacks.run_folder import find_callback
+from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, to_plain
 from hybrid_lightning.options import Option, options_of
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
@@ -32,7 +33,7 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configura
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
         if prompts is not None:
             settings[name] = f"{len(prompts)} ({prompts_digest(prompts)[:12]})"
-    config = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+    config = find_callback(trainer, SaveConfigCallback)
     if config is not None:
         given = yaml.safe_load(config.parser.dump(config.config, skip_none=False))  # as in config.yaml
         settings |= {name: value for name, value in given.items() if name not in settings}
@@ -51,14 +52,9 @@ def settings_of_adapter(adapter: Configurable) -> dict[str, Any]:
 
 
 def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
-    """What depends on a setting: as its own class declares it, or else the class above.
+    """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
 
-    Args:
-        name: Name on the command line, such as `model.loss.clip_low`.
-        settings: Flattened settings, which have the classes of modules and parts.
-
-    Returns:
-        None for an option that no class declares.
+    The flattened settings have the classes of modules and parts. None for an option that no class declares.
     """
     found = None
     place, *parts = name.split(".")
@@ -93,74 +89,51 @@ def _flags(trainer: Trainer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A value as numbers, text, lists and dicts; any other object as its class."""
-    if isinstance(value, Configurable):
-        return {"class_path": public_path(type(value)), "init_args": _plain(value._init_args)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return {"class_path": public_path(value if isinstance(value, type) else type(value)), "init_args": {}}
+    return to_plain(
+        value, lambda other: {"class_path": public_path(other if isinstance(other, type) else type(other)), "init_args": {}}
+    )
 
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten nested settings: name on the command line -> value; the value of an object is its class."""
-    found: dict[str, Any] = {}
-
-    def put(name: str, value: Any) -> None:
-        if name in _UNDIVIDED:
-            found[name] = value or None
-        elif isinstance(value, Mapping):
-            items = value
-            if "class_path" in value:
-                kind = imported_class(str(value["class_path"]))
-                found[name] = value["class_path"] if kind is None else public_path(kind)
-                items = {**({} if kind is None else _plain(constructor_defaults(kind))), **(value.get("init_args") or {})}
-            for key, item in items.items():
-                put(f"{name}.{key}", item)
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value):
-                put(f"{name}.{number}", item)
-        else:
-            found[name] = value
-
-    for name, value in settings.items():
-        put(name, value)
-    return found
+    return {name: value for section in settings.items() for name, value, _ in _flattened(*section)}
 
 
 def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from their defaults: name on the command line -> (value, default), of an object its class.
 
-    Args:
-        settings: Nested settings.
-        defaults: Those of the command line; the arguments of a class that it does not name have those of the constructor.
+    `defaults` are those of the command line; the arguments of a class that they do not name have those of the constructor.
     """
-    found: dict[str, tuple[Any, Any]] = {}
-
-    def put(name: str, value: Any, default: Any) -> None:
-        if isinstance(value, Mapping) and "class_path" in value:
-            path, kind = str(value["class_path"]), imported_class(str(value["class_path"]))
-            path = path if kind is None else public_path(kind)
-            given = default if isinstance(default, Mapping) else {}
-            same = given.get("class_path") == path
-            if not same:
-                found[name] = (path, given.get("class_path") if given else default)
-            usual = {**({} if kind is None else _plain(constructor_defaults(kind))), **((same and given.get("init_args")) or {})}
-            for key, item in (value.get("init_args") or {}).items():
-                put(f"{name}.{key}", item, usual.get(key))
-        elif isinstance(value, Mapping) and name not in _UNDIVIDED and (isinstance(default, Mapping) or not default):
-            for key, item in value.items():
-                put(f"{name}.{key}" if name else key, item, (default or {}).get(key))
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value):
-                put(f"{name}.{number}", item, None)
-        elif value != default:
-            found[name] = (value, default)
-
-    put("", settings, defaults)
+    expected, found = flatten_settings(defaults), dict[str, tuple[Any, Any]]()
+    others: tuple[str, ...] = ()  # what the names of arguments of another class than the default one begin with
+    for section in settings.items():
+        for name, value, usual in _flattened(*section):
+            default = usual if name.startswith(others) else expected.get(name, usual)
+            if value != default:
+                found[name] = (value, default)
+                others += (f"{name}.",)
     return found
+
+
+def _flattened(name: str, value: Any, usual: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value, and default by the constructor of the class that has it (None without one) of everything in a setting."""
+    if name in _UNDIVIDED:
+        yield name, value or None, usual
+    elif isinstance(value, Mapping):
+        defaults: dict[str, Any] = {}
+        if "class_path" in value:
+            kind = imported_class(str(value["class_path"]))
+            usual = usual.get("class_path") if isinstance(usual, Mapping) else usual
+            yield name, value["class_path"] if kind is None else public_path(kind), usual
+            defaults = {} if kind is None else _plain(constructor_defaults(kind))
+            value = {**defaults, **(value.get("init_args") or {})}
+        for key, item in value.items():
+            yield from _flattened(f"{name}.{key}", item, defaults.get(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _flattened(f"{name}.{number}", item)
+    else:
+        yield name, value, usual
 
 
 def imported_class(path: str) -> type | None:

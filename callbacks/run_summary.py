@@ -9,16 +9,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
-from hybrid_lightning.callbacks.run_report import RunReport
+from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
+from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.module import PolicyModule
 
 
 class RunSummary(Callback):
@@ -69,7 +73,7 @@ class RunSummary(Callback):
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
             log_numbers(trainer, self._before, step=0)
-            for name in _shares_ahead(pl_module) & self._before.keys():
+            for name in shares_ahead(pl_module) & self._before.keys():
                 del self._before[name]
             self._print_validation(trainer, "start", self._before)
 
@@ -77,7 +81,7 @@ class RunSummary(Callback):
         """Record when scoring and sanity check are over, and log the hyperparameters with the results to expect."""
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
-        results += ["reward"] if _samples(pl_module) else []
+        results += ["reward"] if isinstance(pl_module, PolicyModule) else []
         arguments = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
         show_hyperparameters(trainer, _compared(pl_module, arguments), arguments, results)
         log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
@@ -111,16 +115,17 @@ class RunSummary(Callback):
             self._print(summary, curves, page)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        plan = getattr(pl_module, "plan", None)
+        plan = applied_plan(pl_module)
         trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        base = getattr(pl_module, "base_parameters", None) or sum(parameter.numel() for parameter in pl_module.parameters())
+        base = sum(parameter.numel() for parameter in pl_module.parameters())
+        base = pl_module.base_parameters if isinstance(pl_module, LanguageModule) else base
         checkpoint = trainer.checkpoint_callback
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         folder = run_folder(trainer)
         now = time.perf_counter()
         # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
         after = self._after if self._validated_step == trainer.global_step else {}
-        samples = getattr(pl_module, "eval_samples", 1)
+        samples = _eval_samples(pl_module)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
         diagnosis = find_callback(trainer, Diagnosis)
         verdict, tries = ("", []) if diagnosis is None else diagnosis.verdict(self._before, after, samples)
@@ -141,7 +146,7 @@ class RunSummary(Callback):
             "trainable_share": round(trainable / base, 6),
             "loss": type(getattr(pl_module, "loss", None)).__name__,
             "model": str(pl_module.hparams.get("model", "")),
-            "validation": {"before": {**self._before, **dict.fromkeys(_shares_ahead(pl_module) & after.keys())}, "after": after},
+            "validation": {"before": {**self._before, **dict.fromkeys(shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "verdict": verdict,
             "try": tries,
@@ -151,11 +156,12 @@ class RunSummary(Callback):
         }
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
+        module = trainer.lightning_module
         if trainer.is_global_zero and metrics:
-            sets = getattr(trainer.lightning_module, "last_evaluation", {})
+            sets = module.last_evaluation if isinstance(module, LanguageModule) else ()
             values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
-            say_completions(trainer.lightning_module)
+            say_completions(module)
 
     def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
@@ -191,10 +197,9 @@ class RunSummary(Callback):
 
 def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
     """What people compare runs by, the first columns of TensorBoard's page of hyperparameters."""
-    plan = getattr(pl_module, "plan", None)
+    plan = applied_plan(pl_module)
     lora = plan.lora if plan is not None and plan.lora_modules else None
-    rates = getattr(pl_module, "rates", {})
-    sampler = getattr(pl_module, "sampler", None)
+    rates = pl_module.rates if isinstance(pl_module, AdaptedModule) else {}
     sizes = ("prompts_per_rollout", "samples_per_prompt", "minibatches_per_rollout", "examples_per_step")
     found = {
         "model": arguments.get("model"),
@@ -205,7 +210,7 @@ def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str
         "alpha": None if lora is None else lora.alpha,
         **{f"lr_{group}": rates[group] for group in ("lora", "full") if group in rates},
         **{name: arguments.get(name) for name in sizes},
-        "max_new_tokens": getattr(sampler, "max_new_tokens", None),
+        "max_new_tokens": pl_module.sampler.max_new_tokens if isinstance(pl_module, LanguageModule) else None,
         "seed": arguments.get("seed"),
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -215,22 +220,16 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
-def _samples(pl_module: LightningModule) -> bool:
-    """Whether a module samples completions, as in RL."""
-    return hasattr(pl_module, "last_rollout")
+def _eval_samples(pl_module: LightningModule) -> int:
+    return pl_module.eval_samples if isinstance(pl_module, LanguageModule) else 1
 
 
 def _measures(pl_module: LightningModule) -> dict[str, str]:
     """Name of a result in the summary -> the validation metric that has its value."""
-    measures = {"accuracy": f"val/avg@{getattr(pl_module, 'eval_samples', 1)}"}
-    if _samples(pl_module):
+    measures = {"accuracy": f"val/avg@{_eval_samples(pl_module)}"}
+    if isinstance(pl_module, PolicyModule):
         return measures
-    return {"loss": "val/loss"} | (measures if getattr(pl_module, "reward", None) is not None else {})
-
-
-def _shares_ahead(pl_module: LightningModule) -> set[str]:
-    """Metrics that compare with the start policy, and so mean nothing before training."""
-    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
+    return {"loss": "val/loss"} | (measures if isinstance(pl_module, LanguageModule) and pl_module.reward is not None else {})
 
 
 def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:

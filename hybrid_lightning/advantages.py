@@ -35,7 +35,7 @@ that is biased:
 - A mean that contains the member's own G_k makes A (n - 1) / n times as large, n being the members that have a turn k. At turn 1
   that is the same for all; later it makes turns that few get to weigh less. `LeaveOneOutAdvantage` has no such factor.
 - The only member that gets to turn k has A = 0. So with every estimator the gradient of turn k is weighed by the probability that
-  another member gets there, and the last turns of an episode that outlasts its group teach nothing. More samples per prompt make
+  another member gets there, and the last turns of an episode that outlasts its group train nothing. More samples per prompt make
   that rarer. (Without a baseline, A = G_k would be unbiased, but many times as large as any other A where rewards have one sign.)
 - The standard deviation contains the member's own G_k, and favours turns at which G_k hardly differs; of two members A is +-0.7,
   whatever the difference.
@@ -119,22 +119,11 @@ class AdvantageEstimator(Configurable, ABC):
         return self._over_rollout(self._in_groups(rewards, samples_per_prompt, counted), rewards, counted)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-        """Compute the advantage of each completion from its rewards: by default from their weighted sum.
-
-        Args:
-            rewards: B totals, and the parts of which they are the sum.
-            samples_per_prompt: G.
-
-        Returns:
-            [B], as `__call__`.
-        """
+        """Compute the advantage of each completion, [B] as `__call__`, from its rewards: by default from their weighted sum."""
         return self(rewards.total, samples_per_prompt, rewards.counted)
 
     def check_samples(self, samples_per_prompt: int) -> None:
         """Check that there are completions to compare. Called before anything is generated.
-
-        Args:
-            samples_per_prompt: G.
 
         Raises:
             ConfigError: If G is below 2.
@@ -172,26 +161,34 @@ class AdvantageEstimator(Configurable, ABC):
         bad = (wrong if counted is None else wrong & counted).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
-                f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite): "
+                f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite); "
                 "make the reward function return a finite number for every completion"
             )
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-class GroupAdvantage(AdvantageEstimator):
-    """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased.
+class _DividedAdvantage(AdvantageEstimator):
+    """Base class of estimators that divide by a standard deviation.
 
     Args:
-        eps: Added to the standard deviation.
+        eps: Added to each standard deviation.
 
     Raises:
-        ConfigError: If `eps` is not positive.
+        ConfigError: If `eps` is not finite and positive.
     """
 
-    divides_by_group_std = True
-
     def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
+        if not (math.isfinite(eps) and eps > 0):
+            raise ConfigError(
+                f"{type(self).__name__}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4"
+            )
+        self.eps = eps
+
+
+class GroupAdvantage(_DividedAdvantage):
+    """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased."""
+
+    divides_by_group_std = True
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -206,18 +203,8 @@ class GroupMeanAdvantage(AdvantageEstimator):
         return centred(groups)
 
 
-class BatchStdAdvantage(AdvantageEstimator):
-    """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight.
-
-    Args:
-        eps: Added to the standard deviation.
-
-    Raises:
-        ConfigError: If `eps` is not positive.
-    """
-
-    def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
+class BatchStdAdvantage(_DividedAdvantage):
+    """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -237,21 +224,10 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         return centred(groups) * (samples / (samples - 1))
 
 
-class PerRewardAdvantage(AdvantageEstimator):
-    """GDPO's advantage: each reward of a sum normalised in its group, the weighted sum of these scaled by its std over the
-    rollout.
-
-    Args:
-        eps: Added to each standard deviation.
-
-    Raises:
-        ConfigError: If `eps` is not positive.
-    """
+class PerRewardAdvantage(_DividedAdvantage):
+    """GDPO's advantage: each reward of a sum normalised in its group; their weighted sum scaled by its std over the rollout."""
 
     divides_by_group_std = True
-
-    def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = checked_eps(eps, type(self).__name__)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -275,14 +251,3 @@ def centred(groups: Tensor) -> Tensor:
     """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards are all equal."""
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))
-
-
-def checked_eps(eps: float, name: str) -> float:
-    """Check the `eps` of the estimator `name`, and return it.
-
-    Raises:
-        ConfigError: If it is not finite and positive.
-    """
-    if not (math.isfinite(eps) and eps > 0):
-        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4")
-    return eps

@@ -41,7 +41,7 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
-from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
+from hybrid_lightning.cli_parser import Parser, cause_of, is_ours, print_error, unwrapped
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
@@ -296,8 +296,7 @@ def _unloaded(
 
 def _made(kind: type[Configurable], *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
     """An object of a class that may be the user's."""
-    own = kind.__module__.startswith("hybrid_lightning.")
-    with nullcontext() if own else in_user_code(kind, "__init__"):
+    with nullcontext() if is_ours(kind) else in_user_code(kind, "__init__"):
         return kind(*given, **named)
 
 

@@ -19,9 +19,9 @@ from typing import Any, Self, get_args, get_origin
 
 import yaml
 from docstring_parser import parse
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from hybrid_lightning.cli_parser import Parser, known_classes, suggestion, type_of
+from hybrid_lightning.cli_parser import Parser, is_ours, known_classes, suggestion, type_of
 from hybrid_lightning.errors import ConfigError
 
 _HOW = """\
@@ -64,7 +64,8 @@ class ShowHelp(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Print the help and exit. `namespace` has the values of the arguments before this one and of their configs."""
         try:
-            text = _help_on(parser, namespace, values) if values else _overview(parser, namespace)
+            config = namespace.as_dict()
+            text = _help_on(parser, config, values) if values else _overview(parser, config)
         except ConfigError as error:
             parser.error(str(error))
         with suppress(BrokenPipeError):  # the reader may stop reading, as head does
@@ -84,7 +85,7 @@ class Section:
     @classmethod
     def of(cls, key: str, part: type, values: Any, kind: Any = None) -> Self:
         """A section for an option. Its type may be such as `Callable[[Iterable], Optimizer]`, which is called with parameters."""
-        return cls(key, part, _mapping(values or {}), len(get_args(kind)[0]) if get_origin(kind) is Callable else 0)
+        return cls(key, part, values or {}, len(get_args(kind)[0]) if get_origin(kind) is Callable else 0)
 
     def options(self) -> list[argparse.Action]:
         """One option for each argument of the class, by its whole name."""
@@ -103,7 +104,7 @@ class Section:
         return actions
 
 
-def sections(parser: Parser, config: Namespace) -> list[Section]:
+def sections(parser: Parser, config: Mapping[str, Any]) -> list[Section]:
     """A section for each class that a command's config names. A class within another follows it; the Trainer comes last."""
     found: list[Section] = []
     for key in sorted(parser.parts, key=lambda key: key == "trainer"):
@@ -129,13 +130,12 @@ def _and_inner(section: Section) -> Iterator[Section]:
 def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if _is_spec(value):
         yield key, value
-    elif isinstance(value, (list, tuple)):
-        yield from ((f"{key}[{place}]", item) for place, item in enumerate(value) if _is_spec(item))
-    elif isinstance(value, (dict, Namespace)):
-        yield from ((f"{key}[{name}]", item) for name, item in _mapping(value).items() if _is_spec(item))
+    elif isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"{key}[{name}]", item) for name, item in items if _is_spec(item))
 
 
-def _overview(parser: Parser, config: Namespace) -> str:
+def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
     found = sections(parser, config)
     shown = _new_parser(parser, config, f"{parser.description}\n\n{_HOW}")
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
@@ -154,7 +154,7 @@ def _overview(parser: Parser, config: Namespace) -> str:
     return shown.format_help()
 
 
-def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
+def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
     key, _, name = asked.replace(".init_args.", ".").partition("=")
     found = {section.key: section for section in sections(parser, config)}
     options = {action.dest: action for section in found.values() for action in section.options()}
@@ -167,7 +167,7 @@ def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
     if name:
         named = _named(key, name, known, type_of(options.get(key)))
         section = section if section is not None and section.part is named.part else named
-    shown = _new_parser(parser, config if section is found.get(key) else Namespace())
+    shown = _new_parser(parser, config if section is found.get(key) else {})
     if section is not None:
         title = f"--{key}={section.part.__name__}" if known else f"--{key}.OPTION"
         required = [action.dest.rpartition(".")[2] for action in section.add_to(shown, "options") if action.required]
@@ -196,24 +196,24 @@ def _in_a_config(section: Section, required: list[str]) -> list[str]:
     return ["In a config:", textwrap.indent(yaml.safe_dump(spec, sort_keys=False), "    ")]
 
 
-def _new_parser(parser: Parser, config: Namespace, description: str = "") -> ArgumentParser:
+def _new_parser(parser: Parser, config: Mapping[str, Any], description: str = "") -> ArgumentParser:
     class WithValues(_Text):
-        given, expected = (dict(_values(parser.parts, space)) for space in (config, parser.get_defaults()))
+        given, expected = (dict(_values(parser.parts, values)) for values in (config, parser.get_defaults().as_dict()))
 
     usage = f"{parser.command} [--config FILE ...] [--OPTION=VALUE ...]"
     return ArgumentParser(usage=usage, description=description, formatter_class=WithValues, add_help=False)
 
 
-def _values(keys: Iterable[str], values: Namespace | Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _values(keys: Iterable[str], values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Option -> value for everything that a config gives, as pairs."""
     for key in keys:
-        value = _mapping(values).get(key)
+        value = values.get(key)
         yield above + key, value
         if not above and not _is_spec(value):  # options of a fixed class
-            yield from _values(_mapping(value or {}), value or {}, f"{key}.")
+            yield from _values(value or {}, value or {}, f"{key}.")
             continue
         for name, spec in _specs(above + key, value):
-            yield from _values(inner := _mapping(spec.get("init_args") or {}), inner, f"{name}.")
+            yield from _values(inner := spec.get("init_args") or {}, inner, f"{name}.")
 
 
 class _Text(DefaultHelpFormatter):
@@ -270,7 +270,7 @@ def _paragraphs(part: type) -> list[str]:
             kept = not block.startswith(("Args:", "Raises:"))
         if kept:
             paragraphs.append(block)
-    first = " ".join(line for line in paragraphs[0].splitlines()) if paragraphs else ""
+    first = " ".join(paragraphs[0].splitlines()) if paragraphs else ""
     return [re.sub(r"``?(.*?)``?", r"`\1`", re.sub(r":\w+:`~?(.*?)`", r"`\1`", first)), *paragraphs[1:]]
 
 
@@ -300,7 +300,7 @@ def _is_of_a_library(part: type) -> bool:
 
 
 def _path(part: type) -> str:
-    return part.__name__ if part.__module__.startswith("hybrid_lightning.") else f"{part.__module__}.{part.__qualname__}"
+    return part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"
 
 
 def _imported(path: str) -> Any:
@@ -312,11 +312,7 @@ def _imported(path: str) -> Any:
 
 
 def _is_spec(value: Any) -> bool:
-    return isinstance(value, (dict, Namespace)) and isinstance(value.get("class_path"), str)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return vars(value) if isinstance(value, Namespace) else value
+    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
 
 
 def _shown(value: Any) -> str:
@@ -325,8 +321,4 @@ def _shown(value: Any) -> str:
         return str(value["class_path"].rpartition(".")[2])
     if isinstance(value, (list, tuple)) and any(_is_spec(item) for item in value):
         return f"[{', '.join(map(_shown, value))}]"
-    return (
-        value
-        if isinstance(value, str) and value.strip()
-        else json.dumps(value.as_dict() if isinstance(value, Namespace) else value, default=str)
-    )
+    return value if isinstance(value, str) and value.strip() else json.dumps(value, default=str)

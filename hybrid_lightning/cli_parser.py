@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import HybridLightningError
-from hybrid_lightning.remedies import is_machine_error, with_remedy
+from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
 
 # Messages of jsonargparse that name no remedy -> what is said instead; above them, what would stand in front of the reason.
 _REWRITES = (
@@ -214,16 +214,12 @@ class Parser(LightningArgumentParser):
 
     def _where(self, name: str) -> str:
         """Where an unknown name was given: the option on the command line, or the file and key; empty if it is not found."""
-        places: dict[str, str] = {}
-        for place, argument in enumerate(self.args):
-            option, _, value = argument.partition("=")
-            if option.startswith("--") and option.endswith(f".{name}"):
-                places.setdefault(option.removeprefix("--"), option)
-            if option in ("-c", "--config"):
-                file = value or "".join(self.args[place + 1 : place + 2])
-                with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
-                    keys = _keys(yaml.safe_load(text))
-                    places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
+        options = (argument.partition("=")[0] for argument in self.args)
+        places = {option.removeprefix("--"): option for option in options if re.fullmatch(rf"--.*\.{re.escape(name)}", option)}
+        for file in config_paths(self.args):
+            with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
+                keys = _keys(yaml.safe_load(text))
+                places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
         known = set(self._names())
         return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
 
@@ -262,14 +258,14 @@ def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
     """Options of our classes under each key, and options of the classes that they take as arguments."""
     for key, base in parts.items():
         for part in known_classes(base).values():
-            if not _is_ours(part):
+            if not is_ours(part):
                 continue
             parser = jsonargparse.ArgumentParser()
             parser.add_class_arguments(part, key, as_group=False, fail_untyped=False)
             for action in [action for action in parser._actions if type_of(action) is not None]:
                 yield action.dest
                 for inner in known_classes(type_of(action)).values():
-                    if _is_ours(inner):
+                    if is_ours(inner):
                         yield from (f"{action.dest}.{name}" for name in _arguments_of(inner))
 
 
@@ -310,17 +306,18 @@ def known_classes(kind: Any) -> dict[str, type]:
             public = not current.__name__.startswith("_") and "<locals>" not in current.__qualname__
             if public and not inspect.isabstract(current) and not _is_internal(current):
                 found.setdefault(current.__name__, current)
-    return dict(sorted(found.items(), key=lambda item: (not _is_ours(item[1]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (not is_ours(item[1]), item[0])))
 
 
 def _is_internal(part: type) -> bool:
     """Whether a class of ours is only a base class: not in `__all__` of its module or package or, without one, derived from."""
     places = [sys.modules.get(name) for name in (part.__module__, part.__module__.rpartition(".")[0])]
     named = next((place.__all__ for place in places if hasattr(place, "__all__")), None)  # type: ignore[union-attr]
-    return _is_ours(part) and (any(map(_is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
+    return is_ours(part) and (any(map(is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
 
 
-def _is_ours(part: type) -> bool:
+def is_ours(part: type) -> bool:
+    """Whether a class is one of this package."""
     return part.__module__.startswith("hybrid_lightning.")
 
 

@@ -48,17 +48,20 @@ class Configurable:
         return {"class_path": public_path(type(self)), "init_args": to_plain(self._init_args)}
 
 
-def to_plain(value: Any) -> Any:
-    """Replace every `Configurable` in nested lists, tuples and dicts by its config, and every function by its path."""
+def to_plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Replace every `Configurable` in nested lists, tuples and dicts by its config, and every function by its path.
+
+    `other` says what becomes of other objects than numbers and text.
+    """
     if isinstance(value, Configurable):
-        return value.to_config()
+        return to_plain(value.to_config(), other)
     if inspect.isfunction(value):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item, other) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value
+        return [to_plain(item, other) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else other(value)
 
 
 def constructor_defaults(kind: type) -> dict[str, Any]:

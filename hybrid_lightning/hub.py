@@ -106,7 +106,7 @@ class HubRepository:
         """Message: it does not exist, or this user may not see it."""
         owner = "" if "/" in self.id else " (most are OWNER/NAME)"
         return (
-            f"{self.id!r} is no folder here and no {self.kind} on the hub, or a private one: correct it{owner}, or log in by "
+            f"{self.id!r} is no folder here and no {self.kind} on the hub, or a private one; correct it{owner}, or log in by "
             "'hf auth login' or HF_TOKEN"
         )
 
@@ -118,17 +118,17 @@ class HubRepository:
         """
         if nobody_logged_in:
             return (
-                f"the {self.kind} {self.id!r} is gated: accept its terms at {self.page} and log in by 'hf auth login' or HF_TOKEN"
+                f"the {self.kind} {self.id!r} is gated; accept its terms at {self.page} and log in by 'hf auth login' or HF_TOKEN"
             )
         return (
-            f"the {self.kind} {self.id!r} is gated, and this login has no access to it: accept its terms at {self.page}, let a "
+            f"the {self.kind} {self.id!r} is gated, and this login has no access to it; accept its terms at {self.page}, let a "
             "fine-grained token read gated repositories, or log in otherwise by 'hf auth login' or HF_TOKEN"
         )
 
     def no_revision(self) -> str:
         """Message: it has no such revision."""
         return (
-            f"the {self.kind} {self.id!r} has no revision {self.revision!r}: give {self.revision_option} a branch, tag or commit "
+            f"the {self.kind} {self.id!r} has no revision {self.revision!r}; give {self.revision_option} a branch, tag or commit "
             f"of {self.page}/commits/main, or leave it out for the newest"
         )
 
@@ -137,9 +137,9 @@ class HubRepository:
         revision = "" if self.revision is None else f" at revision {self.revision!r}"
         lacks = f"the {self.kind} {self.id!r}{revision} is not, or not as a whole, in the cache {self.cache}"
         if constants.HF_HUB_OFFLINE:
-            return f"{lacks}, and HF_HUB_OFFLINE is set: unset it to download, or bring the cache of a machine that has it"
+            return f"{lacks}, and HF_HUB_OFFLINE is set; unset it to download, or bring the cache of a machine that has it"
         return (
-            f"{lacks}, and the hub {constants.ENDPOINT} cannot be reached: check the network, HTTPS_PROXY for a proxy and "
+            f"{lacks}, and the hub {constants.ENDPOINT} cannot be reached; check the network, HTTPS_PROXY for a proxy and "
             "HF_ENDPOINT for a mirror, or give a folder that has it"
         )
 
@@ -150,7 +150,7 @@ class HubRepository:
         else:
             token, renew, without = "the token of 'hf auth login'", "log in by", "'hf auth logout'"
         return (
-            f"the hub refuses {token}, which is revoked, expired or mistyped: {renew} a new one of "
+            f"the hub refuses {token}, which is revoked, expired or mistyped; {renew} a new one of "
             f"https://huggingface.co/settings/tokens, or {without}, since what is public needs none"
         )
 

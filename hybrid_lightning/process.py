@@ -41,9 +41,7 @@ def prepare_process() -> None:
 
     import warnings  # not before: what is allocated earlier lies between the blocks that are kept
 
-    warnings.filterwarnings(
-        "ignore", message="IProgress not found"
-    )  # advice of tqdm to each notebook that libraries import it in
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's advice to each notebook in which it is imported
 
 
 def keep_freed_memory() -> bool:

@@ -25,6 +25,18 @@ _SAYS_NOTHING = re.compile(
 )
 
 
+# Warnings that do not apply to a run.
+_NOT_MEANT = (
+    "overridden `transfer_batch_to_device`",  # LightningModule and data module share this hook by design
+    "LeafSpec.*is deprecated",
+    "dirpath has changed from",  # every run has a folder of its own: a resumed run reads a checkpoint from another one
+    "callbacks used to create the checkpoint need to be provided",  # after their options were changed, which the resume reports
+    "does not have many workers",  # the loaders hold prompts or make rollouts: worker processes would not help
+    "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler gives to two ranks are counted once
+    "module.s. in eval mode at the start of training",  # the policy is loaded so; the adapter decides what is trained
+)
+
+
 def quiet_libraries() -> None:
     """Hide advice of libraries that does not apply to a run: tips, deprecations between libraries, bars of loading weights.
 
@@ -34,25 +46,14 @@ def quiet_libraries() -> None:
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
         huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
-    # LightningModule and data module share this hook by design.
-    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
     # Deprecations between libraries, which their next versions will resolve.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Every run has a folder of its own, so that a resumed run reads a checkpoint from another folder.
-    warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
-    # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
-    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    for message in _NOT_MEANT:
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
     # Advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in _LIGHTNING_LOGS:
         logging.getLogger(name).addFilter(_informs)
-    # The loaders hold prompts or make rollouts: worker processes would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Prompts that the sampler gives to two ranks are counted once.
-    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
-    # The policy is loaded frozen and in eval mode; the adapter decides what is trained.
-    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
 
 
 def _informs(record: logging.LogRecord) -> bool:

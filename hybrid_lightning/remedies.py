@@ -5,7 +5,7 @@
 
 import errno
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,7 @@ _WHOLE = {"model", "data", "trainer"}  # a config with these sections is complet
 
 
 def with_remedy(message: str) -> str:
-    """Add to an error message what to do, if it does not say so itself.
-
-    Args:
-        message: The message as its library words it.
-    """
+    """Add to an error message, as its library words it, what to do, if it does not say so itself."""
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, message) and remedy not in message:
             return f"{message.strip().rstrip('.!')}; {remedy}"
@@ -67,14 +63,11 @@ def is_machine_error(error: BaseException) -> bool:
 def check_whole_configs(arguments: Sequence[str]) -> None:
     """Refuse configs for different kinds of training in one command: the last one would silently replace the others.
 
-    Args:
-        arguments: Arguments of the command line.
-
     Raises:
         ConfigError: If there are two such configs.
     """
     first: tuple[str, str] | None = None
-    for path in _configs(arguments):
+    for path in config_paths(arguments):
         kind = _kind(path)
         if kind is None:
             continue
@@ -86,7 +79,7 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
         first = first or (path, kind)
 
 
-def _configs(arguments: Sequence[str]) -> Iterable[str]:
+def config_paths(arguments: Sequence[str]) -> Iterator[str]:
     """Paths of the configs among arguments of the command line."""
     for number, word in enumerate(arguments):
         if word.startswith("--config="):

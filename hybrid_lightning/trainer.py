@@ -39,7 +39,7 @@ from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
-from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
+from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import ConstantSchedule
@@ -70,9 +70,7 @@ _STAGES = {
 def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
     """The callbacks without options that the command line gives to each run; those that measure time come first.
 
-    Args:
-        signals: See `GracefulStop`.
-        logged: Whether the Trainer has a logger.
+    `signals` are those of `GracefulStop`; `logged` says whether the Trainer has a logger.
 
     Example:
         >>> [type(callback).__name__ for callback in run_callbacks(logged=False)]
@@ -118,7 +116,7 @@ class Trainer(LightningTrainer):
             require_checkpoint(ckpt_path)
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
-                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
+                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
             adapter = find_callback(self, HybridAdapterSetup)
             if adapter is not None:
                 adapter.earlier_scoring = Path(ckpt_path)
@@ -135,10 +133,7 @@ class Trainer(LightningTrainer):
         return super()._run(model, ckpt_path, weights_only)
 
     def check_checkpoint(self, ckpt_path: str | None) -> None:
-        """Check that a checkpoint exists. The command line does so before anything is loaded.
-
-        Args:
-            ckpt_path: The path as given, or None.
+        """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
             CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an
@@ -147,11 +142,11 @@ class Trainer(LightningTrainer):
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
             raise CheckpointError(
-                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet: give its path, such "
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet; give its path, such "
                 "as runs/NAME/version_0/checkpoints/last.ckpt"
             )
         if ckpt_path == "hpc" and self._checkpoint_connector._hpc_resume_path is None:
-            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path")
+            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none; give a path")
         if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
             require_checkpoint(ckpt_path)
 
@@ -179,8 +174,8 @@ class Trainer(LightningTrainer):
         results = super()._run_stage()
         # A run that was stopped in its last validation has no steps left, so that Lightning does not start the training loop, in
         # whose hooks the validation is made.
-        stops = [callback for callback in self.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
-        if self.state.fn == "fit" and any(stop.validation_due for stop in stops):
+        stop = find_callback(self, GracefulStop)
+        if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()
             self.fit_loop.on_run_end()
         return results
@@ -242,7 +237,8 @@ class Trainer(LightningTrainer):
         flags = TrainerFlags.of_trainer(self)
         if flags.on_cpu or flags.device_bytes is None:
             return
-        problem = why_not_fitting(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)
+        settings = run_settings(arguments_of(model), adapter, datamodule, flags)
+        problem = why_not_fitting(settings, plan_method(settings, flags.sharding))
         if problem is not None:
             raise ConfigError(problem)
 
@@ -258,8 +254,7 @@ class Trainer(LightningTrainer):
             CheckpointError: If `ckpt_path` is something else.
             ConfigError: If there is no callback HybridAdapterSetup.
         """
-        if find_callback(self, HybridAdapterSetup) is None:
-            raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
+        _adapter_of(self, "score")
         # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs just that setup, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
@@ -318,17 +313,11 @@ class Trainer(LightningTrainer):
         Modules are not scored for it: those that would be trained fully are chosen at random. Module and Trainer are spent
         afterwards.
 
-        Args:
-            model: The policy.
-            datamodule: Its data.
-
         Raises:
             ConfigError: If there is no callback HybridAdapterSetup, or the module does not sample what it is trained on.
             DiagnosisError: If nothing can be learned.
         """
-        adapter = find_callback(self, HybridAdapterSetup)
-        if adapter is None:
-            raise ConfigError("doctor needs the callback HybridAdapterSetup among trainer.callbacks")
+        adapter = _adapter_of(self, "doctor")
         policy, data = _examined(model, datamodule)
         schedule, planning = policy.rollout_schedule, adapter.planning
         scored = adapter.given_plan is None and planning.budget.needs_scores
@@ -396,21 +385,18 @@ class Trainer(LightningTrainer):
             ConfigError: If there is no callback HybridAdapterSetup, a value is impossible, or no changes are enough.
             ModelError: If there is no such model, or it cannot be traced.
         """
-        adapter = find_callback(self, HybridAdapterSetup)
-        if adapter is None:
-            raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
-        settings = run_settings(model, adapter, datamodule, flags, prompt_tokens)
+        settings = run_settings(model, _adapter_of(self, "plan"), datamodule, flags, prompt_tokens)
         sharding, show = flags.sharding, partial(console().print, soft_wrap=True)
         methods = plan_memory(settings, sharding)
-        own = plan_method(settings, sharding, methods)
+        own = next(method for method in methods if method.method == own_method(settings))
         show(memory_title(methods, settings, sharding))
         console().print(memory_table(methods))
         show(memory_notes(methods, settings))
-        problem, free = why_not_fitting(settings, sharding, methods), room(settings, sharding)
+        problem, free = why_not_fitting(settings, own), room(settings, sharding)
         show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings, sharding))
         if not fit:
             if free is not None and taken(own) > free:
-                show("--fit looks for the fewest changes with which it fits.")
+                show("--fit looks for the fewest changes with which it fits")
             return
         if free is None:
             raise ConfigError("--fit needs the memory of a device; give --device_gib")
@@ -430,6 +416,13 @@ class Trainer(LightningTrainer):
 
 def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _adapter_of(trainer: LightningTrainer, command: str) -> HybridAdapterSetup:
+    """The callback that a command needs; ConfigError if there is none."""
+    if (adapter := find_callback(trainer, HybridAdapterSetup)) is None:
+        raise ConfigError(f"{command} needs an adapter; give the callback HybridAdapterSetup among trainer.callbacks")
+    return adapter
 
 
 def _examined(model: Any, datamodule: Any) -> tuple[PolicyModule, PromptDataModule]:

@@ -59,10 +59,7 @@ def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
     """Call an ordinary function with a time limit.
 
     A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored.
-
-    Args:
-        function: A function without arguments.
-        timeout_s: Time limit in seconds; None for no limit.
+    `timeout_s` None is no limit.
 
     Raises:
         TimeoutError: If the function takes longer than `timeout_s`.
@@ -127,13 +124,7 @@ class CallThreads:
         self._watched = self._told = False  # whether the event loop will look at the calls, and at those that have ended
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
-        """Await an ordinary function.
-
-        Args:
-            function: A function without arguments.
-            timeout_s: Time limit in seconds, from when it is called, after which the outcome is `TookTooLongError`; None for no
-                limit.
-        """
+        """Await an ordinary function. `timeout_s` after it is called the outcome is `TookTooLongError`; None is no limit."""
         loop = asyncio.get_running_loop()
         call = _Call(function, loop.create_future(), float("inf") if timeout_s is None else timeout_s)
         with self._lock:
@@ -184,12 +175,7 @@ class CallThreads:
                 call.outcome.set_result(outcome)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, begun: int) -> None:
-        """Give up calls that take too long, and add threads for those that wait.
-
-        Args:
-            loop: The event loop.
-            begun: How many calls had begun the last time.
-        """
+        """Give up calls that take too long, and add threads for those that wait; so many calls had `begun` the last time."""
         now = time.monotonic()
         with self._lock:
             for call in [call for call in self._running if now - call.began > call.timeout_s]:
@@ -208,12 +194,10 @@ class CallThreads:
 
 
 async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: str | None = None) -> Outcome:
-    """Await something, whatever it raises. What takes too long is cancelled, and not waited for if it ignores that.
+    """Await something in a task of this name, whatever it raises.
 
-    Args:
-        work: What is awaited.
-        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`; None for no limit.
-        name: Of its task.
+    What takes longer than `timeout_s` (None: no limit) is cancelled, and not waited for if it ignores that; its outcome is
+    `TookTooLongError`.
     """
 
     async def caught() -> Outcome:
@@ -225,13 +209,9 @@ async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: s
     task = asyncio.create_task(caught(), name=name)
     try:
         await asyncio.wait({task}, timeout=timeout_s)
-        return (
-            (None, TookTooLongError())
-            if not task.done()
-            else (None, asyncio.CancelledError())
-            if task.cancelled()
-            else task.result()
-        )
+        if not task.done():
+            return None, TookTooLongError()
+        return (None, asyncio.CancelledError()) if task.cancelled() else task.result()
     finally:
         task.cancel()
 
@@ -288,16 +268,9 @@ def outcome_within(function: Callable[[], Any], timeout_s: float, then: Callable
 
 
 def _result(settled: Future[Outcome], loop: asyncio.AbstractEventLoop, name: str, until: float) -> Outcome | None:
-    """Wait for a call on an event loop.
+    """The outcome of a call in the task `name` of an event loop; None if code of another call holds up the loop.
 
-    Args:
-        settled: Gets the outcome of the call.
-        loop: The loop; if code holds it up, others get a new one from now on.
-        name: Name of the call's task.
-        until: By `time.monotonic`, when the outcome is `TookTooLongError`.
-
-    Returns:
-        The outcome; None if code of another call holds up the loop.
+    If code holds it up, others get a new loop from now on. At `until`, by `time.monotonic`, the outcome is `TookTooLongError`.
     """
     quarter_s = max(0.0, until - time.monotonic()) / 4
     for _ in range(4):

@@ -2,18 +2,18 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 WARNING = {"warn", "rank_zero_warn"}
 
 
-def warning_calls(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expression of each message that is warned with."""
+def warning_calls(tree: ast.AST, names: Collection[str] = WARNING) -> Iterator[ast.expr]:
+    """The expression of each message that is warned with, or given to other functions of these names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in WARNING:
+            if name in names:
                 yield node.args[0]
 
 

@@ -1,10 +1,12 @@
-"""Messages of errors and warnings are "cause; remedy" on one line, which ends without a full stop."""
+"""Messages are "cause; remedy" on one line, which ends without a full stop: errors, warnings, and what is said on the screen."""
 
 import ast
 
 import pytest
-from messages import raised, warning_calls, warnings_of
+from messages import WARNING, raised, warning_calls, warnings_of
 from test_imports import FILES, ROOT
+
+SAID = {*WARNING, "say"}
 
 
 def ends(node, values):
@@ -34,7 +36,7 @@ def with_full_stop(code):
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             values.setdefault(node.targets[0].id, []).append(node.value)
-    found = [end for message in (*raised(tree), *warning_calls(tree)) for end in ends(message, values)]
+    found = [end for message in (*raised(tree), *warning_calls(tree, SAID)) for end in ends(message, values)]
     return sorted({line for line, text in found if text.rstrip().endswith(".") and not text.rstrip().endswith("...")})
 
 
@@ -55,6 +57,7 @@ def test_no_message_ends_with_a_full_stop():
         ("message = f'{a}.'\nif b:\n    raise ConfigError(message)", [1]),
         ("warnings.warn('a.', stacklevel=2)", [1]),
         ("rank_zero_warn(f'a {b} c.')", [1]),
+        ("say('a.')", [1]),
         ("raise ConfigError(f'a: {error}')", []),
         ("print('a.')", []),
     ],

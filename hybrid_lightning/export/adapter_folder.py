@@ -85,7 +85,7 @@ def _location(base: BaseModel) -> str:
     """Hub id or absolute path of the base model: absolute, since an adapter may be loaded from any working directory."""
     if base.source.adapter is not None:
         raise ConfigError(
-            f"form=AdapterFolder: the run started from the adapter {base.model!r}, and PEFT puts no adapter on another: export "
+            f"form=AdapterFolder: the run started from the adapter {base.model!r}, and PEFT puts no adapter on another; export "
             "form=MergedModel"
         )
     location = base.source.location

@@ -73,14 +73,10 @@ class MergedModel(ExportForm):
 
 
 def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
-    """Merge the trained weights into a base model.
+    """Merge the trained weights of a policy into its base model.
 
-    Each merged weight is computed in float32 and rounded to the wanted dtype once. One module at a time is in float32.
-
-    Args:
-        model: The base model, loaded in the dtype of training; changed in place.
-        policy: Plan and trained weights.
-        dtype: Dtype of all parameters afterwards.
+    The model, loaded in the dtype of training, is changed in place, and all its parameters have the wanted dtype afterwards. Each
+    merged weight is computed in float32 and rounded once. One module at a time is in float32.
 
     Raises:
         PlanError: If the model does not have the weights that were adapted.
@@ -107,7 +103,7 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
         if planned.mode == "full":
             for part in dict(module.named_parameters(recurse=False)):
                 if prefix + part not in policy.weights:
-                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing: the checkpoint is not whole")
+                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing; give a checkpoint that is whole")
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
             yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora_of(planned), policy.weights, prefix)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.repocard import metadata_load
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
@@ -99,16 +100,10 @@ def copy_licence_files(base: BaseModel, folder: Path) -> None:
 
 def _licence_in_card(card: Path) -> str | None:
     """Licence in the header of a model card."""
-    if not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
     try:
-        header: Any = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        licence = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or no header that can be read
         return None
-    licence = header.get("license") if isinstance(header, dict) else None
     return licence if isinstance(licence, str) else None
 
 

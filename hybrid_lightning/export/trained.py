@@ -129,12 +129,7 @@ class ExportForm(Configurable, ABC):
 
     @abstractmethod
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
-        """Write weights, configs and tokenizer; the model card and the plan are written by the caller.
-
-        Args:
-            policy: The policy to write.
-            folder: An empty folder.
-        """
+        """Write weights, configs and tokenizer into an empty folder; the model card and the plan are written by the caller."""
 
     @abstractmethod
     def how_to_load(self, policy: TrainedPolicy) -> str:
@@ -159,14 +154,7 @@ def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
 def training_of(
     steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
 ) -> Training:
-    """Collect what the model card says about a training.
-
-    Args:
-        steps: Optimizer steps taken.
-        arguments: Constructor arguments of the module.
-        summary: State of a `RunSummary`, which has the validation metrics.
-        datamodule: Data module, of which the card shows the `source`, if it has one.
-    """
+    """Collect what the model card says about a training: `summary` is the state of a `RunSummary`, and has validation metrics."""
     summary = summary or {}
     source: Any = getattr(datamodule, "source", None)
     return Training(
@@ -185,12 +173,9 @@ def is_adapter_weight(name: str) -> bool:
 
 
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:
-    """Select the adapter's weights from a state dict, and name them as PEFT does in a file.
+    """Select the adapter's weights from the state dict of the adapted model, or of a module that contains it.
 
-    Args:
-        state: State dict of the adapted model or of a module that contains it; its other entries are ignored.
-        plan: Plan by which the weights were trained.
-        source: Where the state dict comes from, for the error message.
+    They get the names that PEFT gives them in a file. `source` says where the state dict comes from, for the error message.
 
     Raises:
         CheckpointError: If the adapter's weights or their shapes are not those of the plan.

@@ -16,7 +16,7 @@ from hybrid_lightning.sharding.atomic import flush
 
 
 def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
-    """Export a policy together with a model card, its plan and the licence files of the base model.
+    """Export a policy together with a model card, its plan and the licence files of the base model, and return the folder.
 
     Random state is left as it is, so that an export does not change a run that goes on.
 
@@ -24,9 +24,6 @@ def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) ->
         policy: The policy to export.
         form: What to export it as.
         target: Path of a new or empty folder, which appears complete or not at all.
-
-    Returns:
-        Path of the folder.
 
     Raises:
         ConfigError: If the target is not empty, or the form cannot hold what the plan trains.
@@ -52,13 +49,8 @@ def written_message(policy: TrainedPolicy, form: ExportForm, folder: str | Path)
 def new_folder(target: Path) -> Iterator[Path]:
     """Within this context a folder beside the target is filled; it gets the target's name once it is complete and on the disk.
 
-    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target.
-
-    Args:
-        target: Path of a new or empty folder; missing folders above it are made.
-
-    Yields:
-        The folder to fill.
+    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target. Missing
+    folders above it are made.
 
     Raises:
         ConfigError: If the target is not empty, before writing or when all is written.

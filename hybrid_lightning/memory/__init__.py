@@ -7,8 +7,8 @@ weights, gradients and optimizer state is arithmetic. What it computes in betwee
 tensors that have a shape but no memory.
 """
 
-from hybrid_lightning.memory.peaks import Components, MethodMemory, plan_memory
+from hybrid_lightning.memory.peaks import MethodMemory, plan_memory
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
+from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Components, Sharding, SingleDevice
 
 __all__ = ["DDP", "FSDP1", "FSDP2", "Components", "MethodMemory", "RunSettings", "Sharding", "SingleDevice", "plan_memory"]

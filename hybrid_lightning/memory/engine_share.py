@@ -15,7 +15,6 @@ from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 
 CONTEXT_BYTES = 2**29  # of a GPU's memory, for its context and torch's code
-_GIB = 2**30
 # What takes less beside an engine, or takes the engine elsewhere.
 _OTHERWISE = (
     "quantize the base (model.quantization), split it over devices (trainer.strategy), or let servers on other devices sample "
@@ -36,9 +35,7 @@ class EngineShare:
 def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
     """What the engine of a run takes of each device; nothing if the policy samples by itself, or servers do.
 
-    Args:
-        settings: Settings of the run. On an accelerator `device_bytes` must be known.
-        parameters: Number of the model's parameters, all of which the engine has, with LoRA merged.
+    On an accelerator `settings.device_bytes` must be known. The engine has all `parameters` of the model, with LoRA merged.
     """
     sampler = settings.sampler
     if not isinstance(sampler, VLLMSampler):
@@ -58,10 +55,7 @@ def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
 def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tuple[float, bool]]) -> str | None:
     """Why training and an engine do not fit on a GPU together, with the remedy; None if they do, or there is no engine.
 
-    Args:
-        settings: Settings of the run.
-        share: What the engine takes.
-        training: Phase of the run -> bytes that training takes in it, and whether the engine samples in it.
+    `training` has for each phase of the run the bytes that training takes in it, and whether the engine samples in it.
     """
     sampler, device = settings.sampler, settings.device_bytes
     if settings.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
@@ -96,4 +90,4 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
 
 
 def _gib(count: float) -> str:
-    return f"{count / _GIB:.1f} GiB"
+    return f"{count / 2**30:.1f} GiB"

@@ -30,6 +30,7 @@ class Change:
 
     overrides: tuple[str, ...]  # as they are given on the command line
     cost: str  # what it costs, or that it costs nothing
+    settings: dict[str, Any]  # fields of `RunSettings`
 
 
 def room(settings: RunSettings, sharding: Sharding) -> float | None:
@@ -47,18 +48,13 @@ def taken(method: MethodMemory) -> float:
 
 
 def verdict(method: MethodMemory, settings: RunSettings, sharding: Sharding) -> str:
-    """Whether a run fits, and what takes most at the worst moment, in one line.
-
-    Args:
-        method: The run's own method, as planned.
-        settings: Settings of the run.
-        sharding: How the model lies on devices.
-    """
+    """Whether a run fits by its own method, and what takes most at the worst moment, in one line."""
     free = room(settings, sharding)
     peak = method.peaks[method.peak_phase]
-    largest = max(COMPONENT_NAMES, key=lambda name: sum(getattr(peak, part) for part in COMPONENT_NAMES[name]))
-    part = format_bytes(sum(getattr(peak, part) for part in COMPONENT_NAMES[largest]))
-    most = f"{method.method} takes up to {format_bytes(taken(method))}, most of it while {method.peak_phase} ({largest} {part})"
+    sums = {name: sum(getattr(peak, part) for part in parts) for name, parts in COMPONENT_NAMES.items()}
+    part = max(sums, key=sums.__getitem__)
+    largest = f"{part} {format_bytes(sums[part])}"
+    most = f"{method.method} takes up to {format_bytes(taken(method))}, most of it while {method.peak_phase} ({largest})"
     if free is None:
         return f"{most}; give --device_gib, the memory of a device in GiB, for whether that fits"
     assert settings.device_bytes is not None
@@ -68,9 +64,7 @@ def verdict(method: MethodMemory, settings: RunSettings, sharding: Sharding) -> 
         where = f"{format_bytes(free)} (of {whole}{each}, without {format_bytes(START_BYTES)} for Python and libraries)"
     else:
         where = f"{format_bytes(free)} ({whole} without what its context and its allocator take)"
-    if taken(method) <= free:
-        return f"Fits: {most}, of {where}"
-    return f"Does not fit: {most}, of {where}"
+    return f"{'Fits' if taken(method) <= free else 'Does not fit'}: {most}, of {where}"
 
 
 class Fitting:
@@ -92,7 +86,7 @@ class Fitting:
         self._free: float = free
         self._traces: dict[tuple[Any, ...], Traces] = {}  # of each model, whatever the numbers of prompts and tokens
         # In the order of what they cost: phases that a change is for (None: all), and stronger and stronger forms of it.
-        self._kinds: list[tuple[Sequence[str] | None, Callable[[], Iterator[_Form]]]] = [
+        self._kinds: list[tuple[Sequence[str] | None, Callable[[], Iterator[Change]]]] = [
             (None, lambda: self._start_weights(needs_reference)),
             (("validating",), self._evaluated_together),
             (("generating", "calibrating"), self._prompts),
@@ -110,7 +104,7 @@ class Fitting:
         Raises:
             ConfigError, ModelError: As `plan_memory`, for the run as it is.
         """
-        forms: list[list[_Form]] = [list(make()) for _, make in self._kinds]
+        forms: list[list[Change]] = [list(make()) for _, make in self._kinds]
         strengths = [0] * len(forms)  # how many forms of each kind are used up: 0 for no change
         found = self._planned(forms, strengths)
         assert found is not None
@@ -132,7 +126,7 @@ class Fitting:
                 strengths, found = weaker, same
         return self._changes(forms, strengths), found
 
-    def _stronger(self, forms: "list[list[_Form]]", strengths: list[int], phase: str) -> Iterator[tuple[int, int]]:
+    def _stronger(self, forms: list[list[Change]], strengths: list[int], phase: str) -> Iterator[tuple[int, int]]:
         """The next form of each kind that may help at a moment, and then the strongest: without any budget nothing is scored."""
         useful = [
             (kind, strengths[kind] + 1, len(forms[kind]))
@@ -142,10 +136,10 @@ class Fitting:
         yield from ((kind, following) for kind, following, _ in useful)
         yield from ((kind, last) for kind, following, last in useful if last > following)
 
-    def _changes(self, forms: "list[list[_Form]]", strengths: list[int]) -> list[Change]:
-        return [forms[kind][strength - 1].change for kind, strength in enumerate(strengths) if strength]
+    def _changes(self, forms: list[list[Change]], strengths: list[int]) -> list[Change]:
+        return [forms[kind][strength - 1] for kind, strength in enumerate(strengths) if strength]
 
-    def _planned(self, forms: "list[list[_Form]]", strengths: list[int]) -> MethodMemory | None:
+    def _planned(self, forms: list[list[Change]], strengths: list[int]) -> MethodMemory | None:
         settings = self.settings
         for kind, strength in enumerate(strengths):
             if strength:
@@ -162,42 +156,42 @@ class Fitting:
 
     # ---- changes
 
-    def _start_weights(self, needs_reference: bool) -> "Iterator[_Form]":
+    def _start_weights(self, needs_reference: bool) -> Iterator[Change]:
         if self.settings.keep_start_weights and not needs_reference:
-            change = Change(("--adapter.keep_start_weights=false",), "nothing: no KL term needs them")
-            yield _Form(change, {"keep_start_weights": False})
+            option = "--adapter.keep_start_weights=false"
+            yield Change((option,), "nothing: no KL term needs them", {"keep_start_weights": False})
 
-    def _evaluated_together(self) -> "Iterator[_Form]":
+    def _evaluated_together(self) -> Iterator[Change]:
         for count in _halves(self.settings.eval_prompts, 1):
-            yield _Form(Change((f"--data.eval_batch_size={count}",), "time, in validations"), {"eval_prompts": count})
+            yield Change((f"--data.eval_batch_size={count}",), "time, in validations", {"eval_prompts": count})
 
-    def _prompts(self) -> "Iterator[_Form]":
+    def _prompts(self) -> Iterator[Change]:
         for count in _halves(self.settings.prompts_per_rollout, max(_FEWEST_PROMPTS, self.sharding.devices)):
-            change = Change((f"--model.prompts_per_rollout={count}",), "fewer problems in each step, so more steps for as many")
-            yield _Form(change, {"prompts_per_rollout": count})
+            cost = "fewer problems in each step, so more steps for as many"
+            yield Change((f"--model.prompts_per_rollout={count}",), cost, {"prompts_per_rollout": count})
 
-    def _micro_batch(self) -> "Iterator[_Form]":
+    def _micro_batch(self) -> Iterator[Change]:
         longest = self.settings.prompt_tokens + self.settings.completion_tokens
         for tokens in _halves(self.settings.tokens_of_pass(), longest):
-            change = Change((f"--model.max_tokens_per_micro_batch={tokens}",), "a little time, in updates")
-            yield _Form(change, {"max_tokens_per_micro_batch": tokens})
+            option = f"--model.max_tokens_per_micro_batch={tokens}"
+            yield Change((option,), "a little time, in updates", {"max_tokens_per_micro_batch": tokens})
 
-    def _checkpointing(self) -> "Iterator[_Form]":
+    def _checkpointing(self) -> Iterator[Change]:
         if not self.settings.gradient_checkpointing:
-            change = Change(("--model.gradient_checkpointing=true",), "a third more time, in updates")
-            yield _Form(change, {"gradient_checkpointing": True})
+            option = "--model.gradient_checkpointing=true"
+            yield Change((option,), "a third more time, in updates", {"gradient_checkpointing": True})
 
-    def _optimizer(self) -> "Iterator[_Form]":
+    def _optimizer(self) -> Iterator[Change]:
         if isinstance(self.sharding, FSDP2):  # which cannot split its state
             return
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
             return
-        change = Change(("--model.optimizer=bitsandbytes.optim.AdamW8bit",), "a little exactness, in the optimizer's state")
-        yield _Form(change, {"optimizer": AdamW8bit})
+        option = "--model.optimizer=bitsandbytes.optim.AdamW8bit"
+        yield Change((option,), "a little exactness, in the optimizer's state", {"optimizer": AdamW8bit})
 
-    def _quantization(self) -> "Iterator[_Form]":
+    def _quantization(self) -> Iterator[Change]:
         settings = self.settings
         if settings.quantization is not None or not self.sharding.whole_on_every_device or not settings.mixed_precision:
             return
@@ -207,27 +201,21 @@ class Fitting:
             fields = {"quantization": NF4()}
         except ConfigError:
             return
-        yield _Form(Change(("--model.quantization=NF4",), "exactness of the frozen weights, and time"), fields)
+        yield Change(("--model.quantization=NF4",), "exactness of the frozen weights, and time", fields)
 
-    def _budget(self) -> "Iterator[_Form]":
+    def _budget(self) -> Iterator[Change]:
         if self.settings.plan is None and isinstance(self.settings.budget, ModuleBudget):
             for share in (0.5, 0.1, 0.05, 0.0):
                 if share < self.settings.budget.share:
-                    change = Change((f"--adapter.budget.share={share}",), "what full training of these modules gains over LoRA")
-                    yield _Form(change, {"budget": ModuleBudget(share)})
+                    cost = "what full training of these modules gains over LoRA"
+                    yield Change((f"--adapter.budget.share={share}",), cost, {"budget": ModuleBudget(share)})
 
-    def _rank(self) -> "Iterator[_Form]":
+    def _rank(self) -> Iterator[Change]:
         if self.settings.plan is None and not self.settings.rank_pattern:
             for rank in _halves(self.settings.lora.rank, _FEWEST_RANKS):
                 lora = self.settings.lora.with_rank(rank)
-                change = Change((f"--adapter.rank={rank}", f"--adapter.alpha={lora.alpha:g}"), "capacity of LoRA")
-                yield _Form(change, {"lora": lora})
-
-
-@dataclass(frozen=True)
-class _Form:
-    change: Change
-    settings: dict[str, Any]  # fields of `RunSettings`
+                options = (f"--adapter.rank={rank}", f"--adapter.alpha={lora.alpha:g}")
+                yield Change(options, "capacity of LoRA", {"lora": lora})
 
 
 def _total(method: MethodMemory, phase: str) -> float:

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.environments import EpisodeLimits
-from hybrid_lightning.errors import ConfigError, DataError, ModelError
+from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, read_config, resolve_model
@@ -48,9 +48,8 @@ class TrainerFlags:
     def of(cls, flags: Mapping[str, Any], device_gib: float | None = None) -> "TrainerFlags":
         """Read the Trainer's part of a config.
 
-        Args:
-            flags: The Trainer's flags.
-            device_gib: Memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None for what is here.
+        `device_gib` is the memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None for what is
+        here.
 
         Raises:
             ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
@@ -60,34 +59,30 @@ class TrainerFlags:
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
         devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
+        of_apple = kind == "mps" or torch.backends.mps.is_available()
+        device = torch.device("cpu") if on_cpu else torch.device("mps" if of_apple else "cuda", 0)
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
-            device_bytes=(
-                _memory_of(torch.device("cpu") if on_cpu else torch.device(_accelerator(kind), 0))
-                if device_gib is None
-                else int(device_gib * 2**30)
-            ),
+            device_bytes=_memory_of(device) if device_gib is None else int(device_gib * 2**30),
         )
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
         """The same of a Trainer that is built."""
         device = trainer.strategy.root_device
-        flags = cls.of(
-            {
-                "accelerator": "cpu" if device.type == "cpu" else "gpu",
-                "devices": trainer.world_size,
-                "strategy": trainer.strategy,
-                "precision": trainer.precision,
-                "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "limit_val_batches": trainer.limit_val_batches,
-            }
+        on_cpu = device.type == "cpu"
+        return cls(
+            _sharding(trainer.strategy, trainer.world_size, on_cpu),
+            on_cpu,
+            str(trainer.precision),
+            trainer.accumulate_grad_batches,
+            validates=trainer.limit_val_batches != 0,
+            device_bytes=_memory_of(device),
         )
-        return replace(flags, device_bytes=_memory_of(device))
 
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
@@ -124,13 +119,11 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     sampler = policy.sampler or Sampler()
     if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
         raise ConfigError(
-            f"give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
-            f"{sampler.gpu_memory_utilization} is a share: there is no GPU here"
+            "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
+            f"{sampler.gpu_memory_utilization} is a share"
         )
-    planning = adapter.planning
-    exact = isinstance(planning.gradients, ExactGradients)
-    scorer = planning.scorer
-    episodes = policy.episodes or EpisodeLimits()
+    planning, episodes = adapter.planning, policy.episodes or EpisodeLimits()
+    scorer, exact = planning.scorer, isinstance(planning.gradients, ExactGradients)
     return RunSettings(
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
@@ -174,18 +167,13 @@ def _prompt_tokens(policy: Any, data: Any) -> int:
         encoder = PromptEncoder(tokenizer, policy.chat_template, policy.chat_template_kwargs)
         return max(len(encoder.encode(prompt)) for prompt in prompts)
     except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
-        raise ConfigError(f"give --prompt_tokens, since the length of the prompts cannot be found out: {error}") from error
+        raise ConfigError(f"the length of the prompts cannot be found out ({one_line(error)}); give --prompt_tokens") from error
 
 
 def _eval_prompts(data: Any) -> int:
     batch = getattr(data, "eval_batch_size", None)
     limit = getattr(data, "_limits", {}).get("validation")
     return 0 if batch is None else min(batch, limit or batch)
-
-
-def _accelerator(kind: str) -> str:
-    """The kind of device that an accelerator of the Trainer, "cpu" excepted, would be on this machine."""
-    return "mps" if kind == "mps" or torch.backends.mps.is_available() else "cuda"
 
 
 def _memory_of(device: torch.device) -> int | None:

@@ -9,13 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine import (
-    Backend,
-    SharedPromptDecoding,
-    begins_group,
-    logprobs_of_hidden,
-    packed_decoding,
-)
+from hybrid_lightning.engine import Backend, SharedPromptDecoding, begins_group, logprobs_of_hidden, packed_decoding
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -39,33 +33,18 @@ class Traced:
 
 
 def passes_of_step(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """Rows of each forward and backward pass of one micro-batch, if all rows take part and have full length.
-
-    Args:
-        settings: Settings of the run.
-        prompts: Prompts of one device in a rollout.
-    """
-    rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
+    """Rows of each pass of one micro-batch, of `prompts` on each device, if all rows take part and have full length."""
+    rows = _rollout(settings, prompts)
     return _split_into_passes(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
 
 
 def passes_of_scoring(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """Rows of each forward and backward pass of scoring, which splits a rollout by the token budget alone.
-
-    Args:
-        settings: Settings of the run.
-        prompts: Number of calibration prompts.
-    """
-    rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
-    return _split_into_passes(rows, settings)
+    """Rows of each pass of scoring, which splits a rollout of `prompts` by the token budget alone."""
+    return _split_into_passes(_rollout(settings, prompts), settings)
 
 
 class Traces:
-    """Traces the passes of a run, each kind of pass once.
-
-    Args:
-        settings: Settings of the run.
-    """
+    """Traces the passes of a run, each kind of pass once."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
@@ -75,22 +54,14 @@ class Traces:
     def update(self, rows: Sequences, share_full: float | None) -> Traced:
         """Trace a forward and backward pass.
 
-        Args:
-            rows: Rows of the pass.
-            share_full: Share of the candidates' parameters that is trained fully, while the others have LoRA; None for the base
-                model as it is scored.
+        `share_full` is the share of the candidates' parameters that is trained fully, while the others have LoRA; None for the
+        base model as it is scored.
         """
         sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
         return self._by_share(("update", *sizes), share_full, lambda fake: _trace_update(fake, rows))
 
     def decoding(self, prompts: int, samples: int, share_full: float | None) -> Traced:
-        """Trace the sampling of completions of full length.
-
-        Args:
-            prompts: Number of prompts that a device completes together.
-            samples: Completions of each prompt.
-            share_full: See `update`.
-        """
+        """Trace the sampling of `samples` completions of full length for each of the prompts that a device completes together."""
         return self._by_share(("decoding", prompts, samples), share_full, lambda fake: _trace_decoding(fake, prompts, samples))
 
     def _by_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
@@ -187,9 +158,7 @@ def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
     made = {layer: [(*part.shape[:3], part.shape[4], part.dtype) for part in pair] for layer, pair in decoding.own.items()}
     decoding.own.clear()
     for layer, pair in made.items():
-        keys, values = (
-            decoding.lengths.new_empty(*sizes[:3], decoding.max_new_tokens, sizes[3], dtype=sizes[4]) for sizes in pair
-        )
+        keys, values = (decoding.lengths.new_empty(*size[:3], decoding.max_new_tokens, size[3], dtype=size[4]) for size in pair)
         decoding.own[layer] = (keys, values)
     decoding.decoded = decoding.max_new_tokens - 2
 
@@ -198,11 +167,14 @@ def _split_into_passes(rows: Sequences, settings: RunSettings) -> list[Sequences
     return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass())]
 
 
+def _rollout(settings: RunSettings, prompts: int) -> Sequences:
+    return _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
+
+
 def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:
     """Rows of these sizes, in which each prompt has different tokens."""
     number = torch.arange(prompts).repeat_interleave(samples)[:, None]
     prompt_ids = number.expand(-1, prompt_tokens)
     completion_ids = torch.zeros(len(number), completion_tokens, dtype=torch.long)
-    masks = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
-    prompt_mask, completion_mask = masks
+    prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
     return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)

@@ -1,11 +1,8 @@
-"""Plan the memory of a run at its peaks, for full fine-tuning, LoRA and hybrid.
+"""Plan the memory of a run at the peaks of its phases, for full fine-tuning, LoRA and hybrid.
 
-A run goes through phases: generating, validating, calibrating and scoring (before a hybrid), updating, and the optimizer step.
-Each has a peak, whose memory is divided into components: what a device holds of weights, gradients and optimizer state is
-arithmetic (strategies.py), and what it computes in between comes from traced passes (pass_memory.py).
+What a device holds is in `strategies.py`, and what it computes in between in `pass_memory.py`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -17,14 +14,8 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.process_growth import Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import (
-    FLOAT32_BYTES,
-    ModelSizes,
-    OptimizerBytes,
-    measure_sizes,
-    optimizer_bytes,
-)
-from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
+from hybrid_lightning.memory.strategies import FSDP1, PASS, Components, Sharding
 from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
@@ -33,26 +24,6 @@ if TYPE_CHECKING:
     from hybrid_lightning.memory.pass_memory import Traced, Traces
 
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
-
-
-@dataclass(frozen=True)
-class Components:
-    """Bytes on one device at one time, by what they are for."""
-
-    weights: float = 0.0
-    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
-    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    activations: float = 0.0
-    cache: float = 0.0  # keys and values while generating
-    logits: float = 0.0
-    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
-
-    @property
-    def total(self) -> float:
-        """Sum of all components."""
-        return sum(getattr(self, entry.name) for entry in fields(self))
 
 
 @dataclass(frozen=True)
@@ -98,10 +69,6 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
     have an advantage, and the budget to choose the largest modules. So the result is an upper bound for any run, and what a run
     with such completions takes.
 
-    Args:
-        settings: Settings of the run.
-        sharding: How the model lies on devices.
-
     Returns:
         The methods: full fine-tuning, LoRA, and the run's own plan or budget if it is neither of them.
 
@@ -114,44 +81,26 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
     return [run.method(name, budget) for name, budget in _budgets(settings).items()]
 
 
-def plan_method(
-    settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = (), traces: "Traces | None" = None
-) -> MethodMemory:
-    """Plan the run's own method alone.
+def plan_method(settings: RunSettings, sharding: Sharding, traces: "Traces | None" = None) -> MethodMemory:
+    """Plan the run's own method alone; errors as of `plan_memory`.
 
-    Args:
-        settings: Settings of the run.
-        sharding: How the model lies on devices.
-        methods: What `plan_memory` has planned, if it has: then the method is among them.
-        traces: Those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None for new ones.
-
-    Raises:
-        ConfigError, ModelError: As in `plan_memory`.
+    `traces` may be those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None makes them.
     """
     _check(settings, sharding)
-    budgets, planned = _budgets(settings), {method.method: method for method in methods}
-    *_, last = budgets
-    name = last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
-    return planned.get(name) or _Run(settings, sharding, traces).method(name, budgets[name])
+    name = own_method(settings)
+    return _Run(settings, sharding, traces).method(name, _budgets(settings)[name])
 
 
-def why_not_fitting(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> str | None:
-    """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do.
+def own_method(settings: RunSettings) -> str:
+    """The name of the run's own method."""
+    *_, last = _budgets(settings)
+    return last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
 
-    Args:
-        settings: Settings of the run.
-        sharding: How the model lies on devices.
-        methods: What `plan_memory` has planned, if it has; else the method of the run is planned here, for seconds.
 
-    Raises:
-        ConfigError: As in `plan_memory`.
-        ModelError: As in `plan_memory`.
-    """
-    if settings.device_bytes is None or settings.on_cpu or not settings.sampler.has_own_weights:
-        return None
-    found = plan_method(settings, sharding, methods)
-    peaks = {phase: (peak.total - peak.engine, phase in _SAMPLING) for phase, peak in found.peaks.items()}
-    return misfit(settings, found.share, peaks)
+def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
+    """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do."""
+    peaks = {phase: (peak.total - peak.engine, phase in _SAMPLING) for phase, peak in method.peaks.items()}
+    return misfit(settings, method.share, peaks)
 
 
 def _budgets(settings: RunSettings) -> dict[str, Budget]:
@@ -210,7 +159,7 @@ class _Run:
         peaks = {
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
-        host = self.sharding.forward(sizes, self.optimizer.state).host
+        host = self.sharding.host(sizes, self.optimizer.state)
         turns = len(turns_of(self.candidates, sizes.trainable)) if settings.scoring_steps and "scoring" in peaks else 0
         memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share, turns=turns)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
@@ -249,23 +198,23 @@ class _Run:
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
-            return _resting(self.sharding.resting(sizes, self.optimizer.state))
-        held = self.sharding.generating(sizes, self.optimizer.state)
-        return _components(held, self.traces.decoding(prompts, samples, sizes.share_full))
+            return self.sharding.held("resting", sizes, self.optimizer.state)
+        held = self.sharding.held("generating", sizes, self.optimizer.state)
+        return _computing(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of calibrating and scoring, where devices have the base model as loaded, or a share of it, and nothing else."""
         settings, devices = self.settings, self.sharding.scoring_devices
         base = sizes.parameters * settings.dtype.itemsize
         prompts = settings.scored_prompts
-        passes = self.sharding.scoring(sizes, base)
+        passes = self.sharding.held_to_score("scoring", sizes, base)
         # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
         loaded = base if settings.on_cpu and devices > 1 else 0.0
         if settings.sampler.has_own_weights:
-            calibrating = _resting(passes)
+            calibrating = passes
         else:
             generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
-            calibrating = _components(self.sharding.calibrating(sizes, base), generated)
+            calibrating = _computing(self.sharding.held_to_score("calibrating", sizes, base), generated)
         calibrating = replace(calibrating, weights=calibrating.weights + loaded)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
@@ -281,11 +230,9 @@ class _Run:
         if loaded:  # and there are the gradients of a pass, and as many that other ranks have sent
             sent = 2 * settings.dtype.itemsize * sizes.candidates
             held = replace(held, weights=held.weights + loaded, gradients=held.gradients + sent)
-        longest = max(passes_of_scoring(self._budgeted(passes.weights, 0.0), prompts), key=_row_count)
-        return {
-            "calibrating": calibrating,
-            "scoring": _largest((held, held, held), self.traces.update(longest, None)),
-        }
+        # Rows all have the same length, so that the pass with most rows has most tokens.
+        longest = max(passes_of_scoring(self._budgeted(passes.weights, 0.0), prompts), key=len)
+        return {"calibrating": calibrating, "scoring": _largest((held, held, held), self.traces.update(longest, None))}
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.
@@ -297,7 +244,7 @@ class _Run:
         from hybrid_lightning.memory.pass_memory import passes_of_step  # as above
 
         sharding, state = self.sharding, self.optimizer.state
-        begin, forward, backward = (held(sizes, state) for held in (sharding.begin, sharding.forward, sharding.backward))
+        begin, forward, backward = (sharding.held(moment, sizes, state) for moment in PASS)
         devices = 1 if sharding.whole_on_every_device else sharding.devices
         budgeted = self._budgeted(sizes.weight_bytes / devices, sizes.trainable / devices)
         first, *others = passes_of_step(budgeted, self.prompts)
@@ -308,39 +255,28 @@ class _Run:
             stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
         peaks = [_largest(stages, self.traces.update(first, sizes.share_full))]
         if others:
-            longest = self.traces.update(max(others, key=_row_count), sizes.share_full)
+            longest = self.traces.update(max(others, key=len), sizes.share_full)
             peaks.append(_largest((begin, forward, backward), longest))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / devices
-        if step and not self.settings.on_cpu and not forward.host:
+        if step and not self.settings.on_cpu and not sharding.cpu_offload:
             optimizer = forward.optimizer + step
             updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
         return updating
 
 
-def _resting(held: Held) -> Components:
-    """What a device holds while nothing is computed."""
-    return Components(held.weights, held.copies, gradients=held.gradients, optimizer=held.optimizer)
-
-
-def _largest(stages: tuple[Held, Held, Held], traced: "Traced") -> Components:
+def _largest(stages: tuple[Components, Components, Components], traced: "Traced") -> Components:
     """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
     begin, forward, backward = stages
     nothing = replace(traced, activations=0.0, logits=0.0)
     peaks = [
-        _components(begin, nothing),
-        _components(forward, traced),
-        _components(backward, replace(nothing, activations=traced.backward)),
+        _computing(begin, nothing),
+        _computing(forward, traced),
+        _computing(backward, replace(nothing, activations=traced.backward)),
     ]
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _components(held: Held, traced: "Traced") -> Components:
+def _computing(held: Components, traced: "Traced") -> Components:
     """What a device holds together with what a pass computes."""
-    computed = {name: getattr(traced, name) for name in ("packed", "activations", "cache", "logits")}
-    return replace(_resting(held), **computed)
-
-
-def _row_count(rows: object) -> int:
-    """Rows of a pass; all rows have the same length, so the pass with most rows has most tokens."""
-    return len(rows)  # type: ignore[arg-type]
+    return replace(held, packed=traced.packed, activations=traced.activations, cache=traced.cache, logits=traced.logits)

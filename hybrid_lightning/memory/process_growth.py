@@ -40,17 +40,9 @@ _PACKING_COPIES = 1.0  # gaps by vLLM's packing of its weights, as a multiple of
 _GATHERED_COPIES = 2  # gaps by gathering, as a multiple of the weights outside of blocks, which are gathered at once
 
 
-@dataclass(frozen=True)
-class _Engine:
-    """What depends on whether our own kernels compute."""
-
-    float32: tuple[int, int]  # number of sizes of products in float32, without LoRA and with it
-    narrow: tuple[int, int]  # the same in 16 bits
-    gaps: float  # as a share of the tensors that the allocator has placed
-
-
-_BY_TORCH = _Engine((19, 68), (53, 98), 0.13)
-_BY_KERNELS = _Engine((19, 68), (33, 58), 0.10)
+# Number of sizes of products in float32, and in 16 bits by torch and by our own kernels: without LoRA and with it.
+_FLOAT32, _BY_TORCH, _BY_KERNELS = (19, 68), (53, 98), (33, 58)
+_GAPS_BY_TORCH, _GAPS_BY_KERNELS = 0.13, 0.10  # as a share of the tensors that the allocator has placed
 
 
 @dataclass(frozen=True)
@@ -77,19 +69,14 @@ def process_growth(
     split: bool,
     share: EngineShare,
 ) -> Growth:
-    """Growth of a process on a CPU, from the bytes of its tensors at one time.
+    """Growth of a process on a CPU, from the bytes of its tensors at one time, of which a rollout engine takes its `share`.
 
-    Args:
-        settings: Settings of the run.
-        sizes: Sizes of the model.
-        tensors: Bytes of tensors, a rollout engine's included.
-        batches: For each kind of batch that is sampled in the run, its prompts and the completions of each.
-        split: Whether weights have been split over processes by then; otherwise they stay in the file that they are read from.
-        share: What a rollout engine takes of the tensors.
+    `batches` has for each kind of batch that is sampled in the run its prompts and the completions of each. `split` says whether
+    weights have been split over processes by then; otherwise they stay in the file that they are read from.
     """
     narrow = settings.mixed_precision or settings.dtype != torch.float32
-    engine = _BY_KERNELS if has_operators() else _BY_TORCH
-    products = (engine.narrow if narrow else engine.float32)[sizes.share_full < 1]
+    products_of_16_bits, gaps = (_BY_KERNELS, _GAPS_BY_KERNELS) if has_operators() else (_BY_TORCH, _GAPS_BY_TORCH)
+    products = (products_of_16_bits if narrow else _FLOAT32)[sizes.share_full < 1]
     if narrow and not has_operators():
         products += int(_SIZES_PER_TOKEN * settings.completion_tokens * len(set(batches)))
     base = sizes.parameters * settings.dtype.itemsize
@@ -99,7 +86,7 @@ def process_growth(
         tensors=tensors,
         libraries=_LIBRARIES_BYTES + _LAYER_BYTES * settings.layers + (_VLLM_BYTES if share.sampling else 0),
         products=_CODE_BYTES * products + _PRODUCT_BYTES * min(products, KEPT_PRODUCTS),
-        gaps=engine.gaps * (tensors - in_file - share.sampling)
+        gaps=gaps * (tensors - in_file - share.sampling)
         + _PACKING_COPIES * share.weights
         + (_GATHERED_COPIES * sizes.outside_bytes if split else 0),
         mapped=freed,

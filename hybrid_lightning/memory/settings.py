@@ -88,12 +88,7 @@ class RunSettings:
         return max([self.lora.rank, *self.rank_pattern.values()])
 
     def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
-        """Number of tokens that one forward and backward pass may take.
-
-        Args:
-            weights: Bytes of all weights on a device.
-            trained: Number of those that are trained.
-        """
+        """Tokens that a pass may take on a device with so many bytes of weights, of which so many weights are trained."""
         if self.max_tokens_per_micro_batch:
             return self.max_tokens_per_micro_batch
         known = self.device_bytes is not None and not self.on_cpu

@@ -49,12 +49,7 @@ class ModelSizes:
 
 
 def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
-    """Measure a run's model when it is adapted as planned.
-
-    Args:
-        settings: Settings of the run.
-        plan: Plan for this model.
-    """
+    """Measure a run's model when it is adapted as planned."""
     model = meta_model(settings.config, settings.dtype)
     width, trained_width = settings.dtype.itemsize, settings.trained_dtype.itemsize
     blocks = decoder_blocks(model)
@@ -117,11 +112,7 @@ class OptimizerBytes:
 
 
 def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.float32) -> OptimizerBytes:
-    """Measure an optimizer's memory by letting it make one step.
-
-    Args:
-        optimizer: Builds the optimizer from parameter groups, as in the policy.
-        dtype: Dtype of the trained weights.
+    """Measure an optimizer's memory by letting it make one step on weights of the dtype that is trained.
 
     Raises:
         ConfigError: If the optimizer cannot make a step on a CPU.
@@ -138,9 +129,7 @@ def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.flo
     ]
     # By default torch's own optimizers compute the denominators of all tensors at once (for bfloat16 weights only some at a
     # time).
-    one_by_one = (
-        built.defaults.get("fused") or built.defaults.get("foreach") is False or not type(built).__module__.startswith("torch.")
-    )
-    return OptimizerBytes(
-        state=sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel(), step=0.0 if one_by_one else 4.0
-    )
+    given, of_torch = built.defaults, type(built).__module__.startswith("torch.")
+    one_by_one = given.get("fused") or given.get("foreach") is False or not of_torch
+    state = sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel()
+    return OptimizerBytes(state, step=0.0 if one_by_one else 4.0)

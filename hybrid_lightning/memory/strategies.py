@@ -1,80 +1,74 @@
 """What each of N devices holds of weights, gradients and optimizer state, by Trainer strategy."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
 
 from hybrid_lightning.memory.sizes import ModelSizes
 
+# Moments of a run: completions are sampled, with the gradients of the previous step; a rollout engine with weights of its own
+# samples; and of a training pass its beginning, before it has computed anything, the end of its forward pass, with all gradients
+# of earlier passes, and its backward pass.
+Moment = Literal["generating", "resting", "begin", "forward", "backward"]
+PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
+
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that one device holds."""
+class Components:
+    """Bytes on one device at one time, by what they are for."""
 
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float = 0.0  # temporary copies of weights or gradients
-    host: float = 0.0  # in the memory of the host, where it would otherwise be on the device
+    weights: float = 0.0
+    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
+    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0  # keys and values while generating
+    logits: float = 0.0
+    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
+
+    @property
+    def total(self) -> float:
+        """Sum of all components."""
+        return sum(getattr(self, entry.name) for entry in fields(self))
 
 
 class Sharding:
-    """How a model and its training state are spread over devices.
-
-    The methods give what one device holds at a stage of the run. Each takes the sizes of the model, and the bytes of optimizer
-    state per trained parameter.
-
-    Args:
-        devices: Number N of devices, over all nodes.
-    """
+    """How a model and its training state are spread over N devices, over all nodes."""
 
     name: ClassVar[str]
     whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights
+    cpu_offload = False  # whether what a device has a share of lies in the memory of the host
+    scores_together: ClassVar[bool] = False  # True: all devices score modules, each with a share of the base model
 
     def __init__(self, devices: int = 1) -> None:
         self.devices = devices
 
-    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """While completions are sampled, with the gradients of the previous step; if nothing is split or copied, everything.
-
-        Args:
-            sizes: Sizes of the model.
-            optimizer: Bytes of optimizer state per trained parameter.
-        """
-        return Held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer)
-
     @property
     def scoring_devices(self) -> int:
-        """Devices that score modules together, each with a share of the base model; where it is one, it has all of it."""
-        return 1
+        """Devices that score modules together; where it is one, it has all of the base model."""
+        return self.devices if self.scores_together else 1
 
-    def calibrating(self, sizes: ModelSizes, base: float) -> Held:
-        """While completions are sampled by which modules are scored.
+    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
+        """What one device holds; `optimizer` are the bytes of optimizer state per trained parameter."""
+        copies, state = self._copies(moment, sizes), sizes.trainable * optimizer
+        return Components(sizes.weight_bytes, copies, gradients=self._gradients(sizes), optimizer=state)
 
-        Args:
-            sizes: Sizes of the model.
-            base: Bytes of the model as it was loaded.
+    def host(self, sizes: ModelSizes, optimizer: float) -> float:
+        """Bytes of it that lie in the memory of the host instead."""
+        return 0.0
+
+    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
+        """The same while completions are sampled that score modules, and in the passes that score them, but for gradients.
+
+        `base` are the bytes of the model as it was loaded.
         """
-        return Held(base, 0, 0)
+        return Components(base)
 
-    def scoring(self, sizes: ModelSizes, base: float) -> Held:
-        """In the passes by which modules are scored, but for gradients; arguments as of `calibrating`."""
-        return Held(base, 0, 0)
+    def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
+        return 0.0
 
-    def resting(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """While a rollout engine with weights of its own samples."""
-        return self.generating(sizes, optimizer)
-
-    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """At the beginning of a training forward pass, before it has computed anything."""
-        return self.forward(sizes, optimizer)
-
-    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """At the end of a training forward pass, with all gradients of earlier passes."""
-        return self.generating(sizes, optimizer)
-
-    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """During a backward pass."""
-        return self.forward(sizes, optimizer)
+    def _gradients(self, sizes: ModelSizes) -> float:
+        return sizes.trained_bytes
 
 
 class SingleDevice(Sharding):
@@ -88,101 +82,81 @@ class DDP(Sharding):
 
     name = "DDP"
 
-    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return replace(super().generating(sizes, optimizer), copies=sizes.trained_bytes)
+    def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
+        return sizes.trained_bytes
 
 
 class FSDP2(Sharding):
     """A share of everything on each device, and whole copies of the weights in use.
 
-    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks.
-
-    Args:
-        devices: Number N of devices, over all nodes.
-        cpu_offload: Whether the share is kept in the memory of the host, not on the device.
+    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks. With
+    `cpu_offload` the share is kept in the memory of the host, not on the device.
     """
 
     name = "FSDP2"
     whole_on_every_device = False
+    scores_together = True
 
     def __init__(self, devices: int = 1, cpu_offload: bool = False) -> None:
         super().__init__(devices)
         self.cpu_offload = cpu_offload
 
-    @property
-    def scoring_devices(self) -> int:
+    def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
         """See `Sharding`."""
-        return self.devices
+        return self._split(super().held(moment, sizes, optimizer))
 
-    def calibrating(self, sizes: ModelSizes, base: float) -> Held:
-        """See `Sharding`. As while generating."""
-        whole = base + sizes.outside_bytes
-        return super().calibrating(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, whole)
+    def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
+        """See `Sharding`."""
+        held = super().held_to_score(moment, sizes, base)
+        if self.scoring_devices == 1:
+            return held
+        # As while generating; or as in a training pass, but that a gradient leaves the device when it has been made.
+        copies = sizes.outside_bytes + (base if moment == "calibrating" else 2 * sizes.block_bytes)
+        return self._split(replace(held, copies=copies))
 
-    def scoring(self, sizes: ModelSizes, base: float) -> Held:
-        """See `Sharding`. As in a training pass, but that a gradient leaves the device when it has been made."""
-        whole = sizes.outside_bytes + 2 * sizes.block_bytes
-        return super().scoring(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, whole)
+    def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
+        outside, block = sizes.outside_bytes, sizes.block_bytes
+        copies: dict[Moment, float] = {
+            # Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights.
+            "generating": sizes.weight_bytes + outside,
+            "resting": max(block, outside),  # gathered for the engine one after another
+            "begin": 2 * (outside + block),  # the first block is gathered while those outside of blocks are there twice
+            "forward": outside + block,  # the last block as it was received
+            # While one block computes, the next one is gathered, and gradients are whole until they are summed and split.
+            "backward": outside + 2 * block + 2 * sizes.block_gradients,
+        }
+        return copies[moment]
 
-    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights."""
-        return self._shares(sizes, optimizer, sizes.weight_bytes + sizes.outside_bytes)
+    def host(self, sizes: ModelSizes, optimizer: float) -> float:
+        """See `Sharding`."""
+        share = self._share(super().held("forward", sizes, optimizer))
+        return share.weights + share.gradients + share.optimizer if self.cpu_offload else 0.0
 
-    def resting(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. Weights are gathered for the engine, of a block at most, or outside of blocks."""
-        return self._shares(sizes, optimizer, max(sizes.block_bytes, sizes.outside_bytes))
+    def _split(self, held: Components) -> Components:
+        """What one device holds of what all hold together; copies are its own."""
+        return Components(copies=held.copies) if self.cpu_offload else self._share(held)
 
-    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. The first block is gathered while the weights outside of blocks are there twice."""
-        return self._shares(sizes, optimizer, 2 * (sizes.outside_bytes + sizes.block_bytes))
-
-    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. The weights outside of blocks are there, and the last block as it was received."""
-        return self._shares(sizes, optimizer, sizes.outside_bytes + sizes.block_bytes)
-
-    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`.
-
-        While one block computes, the next one is gathered. A block's gradients are whole until they have been summed over devices
-        and split.
-        """
-        return self._shares(sizes, optimizer, sizes.outside_bytes + 2 * sizes.block_bytes + 2 * sizes.block_gradients)
-
-    def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
-        return self._held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer, whole)
-
-    def _held(self, weights: float, gradients: float, optimizer: float, whole: float) -> Held:
-        """What one device holds: its share of these bytes, which all devices hold together, and `whole` bytes of copies."""
-        held = Held(weights / self.devices, gradients / self.devices, optimizer / self.devices, whole)
-        return Held(0, 0, 0, whole, held.weights + held.gradients + held.optimizer) if self.cpu_offload else held
+    def _share(self, held: Components) -> Components:
+        weights, gradients, optimizer = (part / self.devices for part in (held.weights, held.gradients, held.optimizer))
+        return Components(weights, held.copies, gradients=gradients, optimizer=optimizer)
 
 
 class FSDP1(FSDP2):
     """Like FSDP2, but all weights have the same dtype, and frozen weights in blocks have gradients too, which are zero."""
 
     name = "FSDP1"
+    scores_together = False
 
-    @property
-    def scoring_devices(self) -> int:
-        """See `Sharding`."""
-        return 1
+    def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
+        outside, block = sizes.outside_bytes, sizes.block_bytes
+        copies: dict[Moment, float] = {
+            "generating": sizes.weight_bytes,
+            "begin": outside + block,
+            "backward": outside + 2 * block + 2 * sizes.trained_width * sizes.block_parameters,
+        }
+        return copies[moment] if moment in copies else super()._copies(moment, sizes)
 
-    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return self._shares(sizes, optimizer, sizes.weight_bytes)
-
-    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return self.forward(sizes, optimizer)
-
-    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        whole = sizes.outside_bytes + 2 * sizes.block_bytes + 2 * sizes.trained_width * sizes.block_parameters
-        return self._shares(sizes, optimizer, whole)
-
-    def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
+    def _gradients(self, sizes: ModelSizes) -> float:
         # Nothing outside of blocks is trained. With offload, the host also has the summed gradients of trained weights beside
         # those of a pass.
-        gradients = sizes.weight_bytes - sizes.outside_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
-        return self._held(sizes.weight_bytes, gradients, sizes.trainable * optimizer, whole)
+        return sizes.weight_bytes - sizes.outside_bytes + (sizes.trained_bytes if self.cpu_offload else 0)

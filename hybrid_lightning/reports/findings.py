@@ -102,20 +102,12 @@ def is_cut(completion: Completion) -> bool:
 
 
 def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:
-    """Whether completions are cut before they are right.
-
-    Args:
-        share: Share of completions that are cut.
-        wrong: Share of completions that are cut and not right.
-        where: As in `of_rollouts`.
-        max_new_tokens: That of the sampler.
-    """
+    """Whether completions are cut before they are right, by the `share` that is cut, and the one that is cut and `wrong`."""
     if wrong < _CUT:
         return []
-    text = (
-        f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}, {wrong:.0%} before they are right"
-    )
-    return [Finding("cut", text, "raise model.sampler.max_new_tokens, or end them by sampler.stop")]
+    cut = f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}"
+    remedy = "raise model.sampler.max_new_tokens, or end them by sampler.stop"
+    return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
 
 
 def of_answers(answers: Sequence[str | None]) -> list[Finding]:
@@ -128,12 +120,7 @@ def of_answers(answers: Sequence[str | None]) -> list[Finding]:
 
 
 def of_agreement(difference: float, dtype: str) -> list[Finding]:
-    """Whether sampling and training compute the same.
-
-    Args:
-        difference: Mean of |l_train - l_sample| over tokens, in nats.
-        dtype: Dtype of the model's weights.
-    """
+    """Whether sampling and training compute the same, by the mean of |l_train - l_sample| over tokens, in nats."""
     most = _AGREEMENT[dtype]
     if not difference > most:
         return []
@@ -152,13 +139,9 @@ class Change:
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor, mask: Tensor, metrics: Mapping[str, Tensor]) -> "Change":
-        """Compare log-probabilities.
+        """Compare log-probabilities before and after the step, [B, T], where `mask` [B, T] is True: on sampled tokens.
 
-        Args:
-            before: [B, T].
-            after: [B, T], after the step.
-            mask: [B, T] bool, True on sampled tokens.
-            metrics: What the loss measures with these two.
+        `metrics` are what the loss measures with these two.
         """
         tokens = mask.sum().clamp(min=1)
         moved = F.log_ratio(after, before, mask).abs().sum() / tokens
@@ -168,12 +151,7 @@ class Change:
 
 
 def of_change(change: Change, steps: float) -> list[Finding]:
-    """Whether the learning rates fit.
-
-    Args:
-        change: That of one step at the full rates.
-        steps: Optimizer steps of the run, infinite if it has no limit.
-    """
+    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`."""
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
         text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
         return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
@@ -200,13 +178,7 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
-    """Whether a run fits its device.
-
-    Args:
-        needed: Bytes that it takes at its peak.
-        there: Bytes of the device.
-        phase: When it takes most.
-    """
+    """Whether a run, which needs so many bytes at its peak in a phase, fits its device."""
     if needed <= there:
         return []
     text = f"the run takes {needed / 2**30:.1f} GiB while {phase}, and the device has {there / 2**30:.1f}"
@@ -214,11 +186,7 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
 
 
 class Watch:
-    """Looks at the rollouts and steps of a run for what went wrong since its start.
-
-    Args:
-        groups: Groups of a rollout, over all devices.
-    """
+    """Looks at rollouts, each of `groups` over all devices, and steps of a run for what went wrong since its start."""
 
     _GROUPS = 24  # that a window has at least, of at least 3 rollouts
 
@@ -229,13 +197,7 @@ class Watch:
         self.idle = self.steps = 0  # steps in a row whose gradient was 0, and all
 
     def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
-        """Add a rollout.
-
-        Args:
-            metrics: Those that it logs.
-            worst: Its lowest reward.
-            spread: Standard deviation of the mean rewards of its groups.
-        """
+        """Add a rollout: metrics that it logs, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
         row = {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"], "worst": worst, "spread": spread}
@@ -264,11 +226,7 @@ class Watch:
         return []
 
     def add_step(self, metrics: Mapping[str, float]) -> list[Finding]:
-        """Add an optimizer step.
-
-        Args:
-            metrics: Those that it logs.
-        """
+        """Add an optimizer step by the metrics that it logs."""
         self.steps += 1
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm/")]
         self.idle = 0 if any(norms) or not norms else self.idle + 1
@@ -280,8 +238,7 @@ class Watch:
             return []
         start, now = (sum(row["reward"] for row in some) / len(some) for some in (self.rollouts[:3], self.rollouts[-3:]))
         if entropy < 0.02 * self.entropy and now <= start:
-            text = f"the entropy fell from {self.entropy:.2g} to {entropy:.2g} while the reward did not rise"
-            return [worse(text)]
+            return [worse(f"the entropy fell from {self.entropy:.2g} to {entropy:.2g} while the reward did not rise")]
         return []
 
 

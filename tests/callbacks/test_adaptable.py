@@ -115,7 +115,7 @@ def test_a_checkpoint_is_evaluated_with_its_plan_which_other_weights_refuse(tmp_
 
 
 def test_a_module_without_the_two_names_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot adapt NothingToAdapt: it needs an attribute adapter_attribute"):
+    with pytest.raises(ConfigError, match="cannot adapt NothingToAdapt; give it an attribute adapter_attribute"):
         build_trainer(tmp_path, build_adapter()).fit(NothingToAdapt())
     module = Supervised()
     module.adapter_attribute = "model"

@@ -80,5 +80,5 @@ def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_pat
         PolicyExport().on_train_start(trainer, fit(model, sums, tmp_path, max_steps=0))
     module = build_policy(model)
     module.model.requires_grad_(True)
-    with pytest.raises(ConfigError, match="needs HybridAdapterSetup among"):
+    with pytest.raises(ConfigError, match="give HybridAdapterSetup among"):
         PolicyExport().on_train_start(build_trainer(tmp_path), module)

@@ -209,10 +209,10 @@ def check_refused(message, online, hub, *options, token=""):
 
 # What other lines there may be: of the cache that is taken, and progress of data.
 NOTES = "only what is in the cache can be used|Using the latest cached|Found the latest cached|examples/s"
-NOT_THERE = r"is no folder here and no {} on the hub, or a private one: correct it{}, or log in by 'hf auth login' or HF_TOKEN"
-GATED = r"'me/gated' is gated: accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
-NOT_ADMITTED = r"'me/gated' is gated, and this login has no access to it: accept its terms at https://huggingface\.co/{}me/gated"
-REFUSED = r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped: set HF_TOKEN to a new one of .*, or unset it"
+NOT_THERE = r"is no folder here and no {} on the hub, or a private one; correct it{}, or log in by 'hf auth login' or HF_TOKEN"
+GATED = r"'me/gated' is gated; accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
+NOT_ADMITTED = r"'me/gated' is gated, and this login has no access to it; accept its terms at https://huggingface\.co/{}me/gated"
+REFUSED = r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped; set HF_TOKEN to a new one of .*, or unset it"
 MODELS = [
     ("Qwen/Qwen3-0.6", "", r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
     ("Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
@@ -228,10 +228,10 @@ MODELS = [
     ("me/strict", "", r"refuses the prompt of openai/gsm8k .*: System role not supported; .*: system_prompt=null"),
 ]
 OTHERS = [
-    ("model.revision=v9", "", r"'Qwen/Qwen3-0\.6B' has no revision 'v9': give model\.revision a branch, tag or commit of "),
+    ("model.revision=v9", "", r"'Qwen/Qwen3-0\.6B' has no revision 'v9'; give model\.revision a branch, tag or commit of "),
     ("data.source.path=openai/gsm8", "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
     ("data.source.path=me/gated", STRANGER, "the data set " + NOT_ADMITTED.format("datasets/")),
-    ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9': give revision a branch, tag or commit of https://"),
+    ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9'; give revision a branch, tag or commit of https://"),
     ("data.source.name=mian", "", "data set 'openai/gsm8k' has no configuration name='mian'; give one of main, socratic"),
     ("data.source.test_split=tset", "", "test_split='tset': data set 'openai/gsm8k' has no such split, but train, test; correct"),
     ("data.source.path=me/program data.source.name=null", "", "'me/program' is a program, .* revision=refs/convert/parquet"),
@@ -261,7 +261,7 @@ def no_network(hub, cached):
 def test_without_a_network_nothing_waits_and_what_is_in_the_cache_is_used(online, hub, no_network):
     """Connections are refused; other libraries would try each file six times within half a minute."""
     begun = time.monotonic()
-    lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached: check the network"
+    lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached; check the network"
     check_refused(f"the model {lacks}", online, hub, "--model.model=me/other")
     check_refused(f"the data set {lacks}", online, hub, "--data.source.path=me/other")
     result = online("fit", *SMALL)
@@ -281,7 +281,7 @@ def test_a_download_is_seen(online, hub):
 def test_offline_the_cache_has_to_have_it(hub, commands, cached):
     _, offline = commands
     for options, message in (
-        (["--model.model=me/other"], r"'me/other' is not, .*, and HF_HUB_OFFLINE is set: unset it"),
+        (["--model.model=me/other"], r"'me/other' is not, .*, and HF_HUB_OFFLINE is set; unset it"),
         (["--model.revision=v9"], r"'Qwen/Qwen3-0\.6B' at revision 'v9' is not, .*, and HF_HUB_OFFLINE is set"),
         (["--data.source.revision=v9"], r"'openai/gsm8k' at revision 'v9' is not, .*, and HF_HUB_OFFLINE is set"),
         (["--data.source.name=socratic"], r"the cache has no configuration name='socratic' of .* correct it to one of main"),

@@ -20,7 +20,7 @@ from hybrid_lightning.memory import DDP, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory import from_config as from_config_module
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, EngineShare, engine_share, misfit
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
-from hybrid_lightning.memory.peaks import _Run, why_not_fitting
+from hybrid_lightning.memory.peaks import _Run, own_method, plan_method, why_not_fitting
 from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
@@ -110,7 +110,7 @@ def test_servers_add_nothing(ours):
     for phase, peak in lora(elsewhere, SingleDevice()).peaks.items():
         assert peak.engine == 0 and (phase in SAMPLING or peak == ours[1].peaks[phase])
         assert phase not in SAMPLING or peak.activations == peak.cache == peak.logits == peak.packed == 0
-    assert why_not_fitting(replace(elsewhere, device_bytes=1), SingleDevice()) is None
+        assert why_not_fitting(replace(elsewhere, device_bytes=1), lora(elsewhere, SingleDevice())) is None
 
 
 @pytest.mark.parametrize("sharding", [DDP(2), FSDP2(2)], ids=lambda sharding: sharding.name)
@@ -199,9 +199,10 @@ def test_a_run_is_judged_by_its_own_method(share, beside):
     device = math.ceil(10 * (resting + CONTEXT_BYTES)) + 10
     for size, fits in ((device, True), (device - 20, False)):
         sized = replace(settings, device_bytes=size)
-        planned = [replace(method, share=engine_share(sized, method.parameters)) for method in beside]
-        assert (why_not_fitting(sized, SingleDevice(), planned) is None) is fits
-    assert (why_not_fitting(sized, SingleDevice()) is None) is fits, "it plans that method itself"
+        assert own_method(sized) == method.method
+        planned = replace(method, share=engine_share(sized, method.parameters))
+        assert (why_not_fitting(sized, planned) is None) is fits
+    assert (why_not_fitting(sized, plan_method(sized, SingleDevice())) is None) is fits
 
 
 # ---- from a run

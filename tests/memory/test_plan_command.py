@@ -64,7 +64,7 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
     [
         (["--prompt_tokens=0"], "prompt_tokens must be at least 1, got 0"),
         (["--device_gib=0"], "device_gib must be a positive number, got 0"),
-        (["--data.source.train=missing.jsonl"], "give --prompt_tokens, since the length of the prompts cannot be found out"),
+        (["--data.source.train=missing.jsonl"], "give --prompt_tokens"),
         (
             ["--config", str(STRATEGIES / "fsdp2.yaml"), "--trainer.devices=2", "--model.optimizer=bitsandbytes.optim.AdamW8bit"],
             "model.optimizer=AdamW8bit cannot hold the state of weights that FSDP2 splits",

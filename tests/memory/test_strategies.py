@@ -13,6 +13,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.peaks import _Run, plan_method
 from hybrid_lightning.memory.sizes import measure_sizes, optimizer_bytes
+from hybrid_lightning.memory.strategies import PASS
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.policy.pretrained import meta_model
 
@@ -65,7 +66,7 @@ def test_where_memory_is_largest_within_a_pass_of_fsdp2():
     config.vocab_size = 100_000
     few = replace(SETTINGS, config=config, completion_tokens=2, samples_per_prompt=1, prompts_per_rollout=2)
     sizes = measure_sizes(few, plan_of_budget(find_candidates(meta_model(config, few.dtype)), few.budget, few.lora))
-    begin, forward, backward = (way(sizes, 8.0) for way in (FSDP2(2).begin, FSDP2(2).forward, FSDP2(2).backward))
+    begin, forward, backward = (FSDP2(2).held(moment, sizes, 8.0) for moment in PASS)
     assert begin.copies == 2 * (sizes.outside_bytes + sizes.block_bytes) and forward.copies == begin.copies / 2
     assert backward.copies - forward.copies == sizes.block_bytes + 2 * sizes.block_gradients
     assert lora(FSDP2(2), few).peaks["updating"].copies == pytest.approx(begin.copies, rel=0.05)

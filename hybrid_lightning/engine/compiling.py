@@ -163,8 +163,9 @@ def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, 
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     shape = [sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(tensor.shape)]
     kinds = [DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
     with FakeTensorMode():
-        like = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        like = torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 

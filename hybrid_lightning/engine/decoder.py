@@ -168,7 +168,7 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
-                hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
+                hidden = layer.output(hidden, attended.flatten(1))
             result: Tensor = decoder.norm.forward(hidden)
         return result
 

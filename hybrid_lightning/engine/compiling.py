@@ -113,9 +113,10 @@ def compiled(
 
 
 def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
-    import torch._inductor
     from torch._dispatch.python import enable_python_dispatcher
-    from torch._inductor import config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import compile_fx, config
+    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -140,18 +141,19 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
         symbols = [known[name] for name in sizes]  # inputs as well: torch's cache keeps what it takes for granted about these
         with enable_python_dispatcher(), mode:
-            graph = make_fx(lambda *given: flat(*given[len(sizes) :]), _allow_non_fake_inputs=True)(*symbols, *inputs)
-        run = torch._inductor.compile(
-            graph, [*symbols, *inputs], options={name: True for name in wanted if hasattr(config, name)}
-        )
-    run = getattr(run, "_torchdynamo_orig_callable", run)
+            pure = torch.func.functionalize(lambda *given: flat(*given[len(sizes) :]))
+            graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
+        with tracing(TracingContext(mode)), config.patch({name: True for name in wanted if hasattr(config, name)}):
+            run = compile_fx.compile_fx_inner(graph, [*symbols, *inputs], is_inference=True)
 
     @cache
     def fits(*given: int) -> bool:
         values = {symbol.node.expr: size for symbol, size in zip(symbols, given, strict=True)}  # type: ignore[attr-defined]
         return min(given) > 1 and all(bool(guard.expr.subs(values)) for guard in shapes.guards)
 
-    return Code(run if several[0] else lambda *given: run(*given)[0], fits)
+    if several[0]:
+        return Code(lambda *given: tuple(run(list(given))), fits)
+    return Code(lambda *given: run(list(given))[0], fits)
 
 
 def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:

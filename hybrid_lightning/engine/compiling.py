@@ -32,6 +32,9 @@ _FLOOR = 1e-4
 
 _ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton kernels for
 _WITH_BFLOAT16 = (8, 0)  # compute capability
+# Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
+# a resumed run goes on with the same numbers.
+_OPTIONS = ("emulate_precision_casts", "deterministic")
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 
 
@@ -133,9 +136,6 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
     sizes = dict(zip(dict.fromkeys(name for some in axes for name in some.values()), _SIZES, strict=False))
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
-    # that a resumed run goes on with the same numbers.
-    wanted = ("emulate_precision_casts", "deterministic")
     with torch.inference_mode(False), torch.no_grad():
         inputs = [_example(mode, leaves[place], some, sizes) for place, some in zip(places, axes, strict=True)]
         known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
@@ -143,7 +143,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         with enable_python_dispatcher(), mode:
             pure = torch.func.functionalize(lambda *given: flat(*given[len(sizes) :]))
             graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
-        with tracing(TracingContext(mode)), config.patch({name: True for name in wanted if hasattr(config, name)}):
+        with tracing(TracingContext(mode)), config.patch({name: True for name in _OPTIONS if hasattr(config, name)}):
             run = compile_fx.compile_fx_inner(graph, [*symbols, *inputs], is_inference=True)
 
     @cache

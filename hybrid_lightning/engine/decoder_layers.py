@@ -210,7 +210,7 @@ def _project(x: Tensor, layers: Projections) -> list[Tensor]:
         return results
     low = (x.to(layers.lora_a.dtype) @ layers.lora_a.flatten(1)).unflatten(1, layers.lora_a.shape[1:]).unbind(1)
     parts = zip(results, low, layers.lora_b, strict=True)
-    return [result + part.to(result.dtype) @ lora_b.to(result.dtype) for result, part, lora_b in parts]
+    return [torch.addmm(result, part.to(result.dtype), lora_b.to(result.dtype)) for result, part, lora_b in parts]
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -13,9 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by p
 
 from fake_gpu import why_not
 
+from hybrid_lightning.engine.backend import fakes_multiply_to_floats
+
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+counts_logits = pytest.mark.skipif(
+    not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,7 @@ def test_mistakes_that_are_planted_are_found(counts):
     assert planted["stray"] not in ("", *waits) and planted["nothing"] == ""
 
 
+@counts_logits
 def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(counts):
     found = counts["decoding"]
     assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
@@ -46,12 +52,14 @@ def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(count
     assert found["kernels"] - LAYERS * found["kernels of a layer"] <= 80, "the output layer and the draw, and what the loop keeps"
 
 
+@counts_logits
 def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts):
     """At most 1.35 times as many bytes, with what the bodies of layers move until they are compiled."""
     for kind, ideal in counts["ideal"].items():
         assert 1 < counts[kind]["bytes"] / ideal < 1.35, kind
 
 
+@counts_logits
 @pytest.mark.parametrize(
     ("passes", "syncs", "kernels", "size"),
     [

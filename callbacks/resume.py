@@ -282,6 +282,8 @@ def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:
     count = 0
     for state in (state for state in loaders if isinstance(state, dict) and "ranks" in state):
         count += len(state["ranks"][0]["pending"])
+        if state["ahead"]:  # their prompts are drawn again
+            (state["epoch"], state["next_prompt"]), state["ahead"] = state["ahead"][0], []
         for rank in state["ranks"]:
-            rank["pending"] = []
+            rank["pending"], rank["ahead"] = [], []
     return count

@@ -110,7 +110,8 @@ class Sequences(_TensorContainer):
     prompt_mask: Tensor  # [B, S] bool, True on real tokens
     completion_ids: Tensor  # [B, T] int64, right-padded
     completion_mask: Tensor  # [B, T] bool, True on real tokens: up to and including the last one, without holes
-    weights_step: Tensor | None = None  # [B] int64, optimizer steps of the weights that sampled; None if nothing was sampled
+    # [B, T] int64, optimizer steps of the weights that sampled each token; None if nothing was sampled.
+    weights_step: Tensor | None = None
     # [B, T] bool, True on the tokens of `completion_mask` that the policy sampled (of a demonstration: that it is to learn), with
     # holes where an environment added tokens. If it is not given, all were sampled.
     sampled_mask: Tensor = None  # type: ignore[assignment]  # set below
@@ -133,7 +134,7 @@ class Sequences(_TensorContainer):
             prompt_mask[:, start:],
             self.completion_ids[index][:, :end],
             completion_mask[:, :end],
-            None if self.weights_step is None else self.weights_step[index],
+            None if self.weights_step is None else self.weights_step[index][:, :end],
             self.sampled_mask[index][:, :end],
         )
 

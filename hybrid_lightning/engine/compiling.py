@@ -83,7 +83,7 @@ def compiled(
 
     Args:
         function: Of tensors and numbers, which may be in tuples.
-        arguments: Tensors with sizes that change are contiguous.
+        arguments: Tensors with sizes that change have no gaps in memory, in whatever order of axes.
         axes: Gives the axes of a tensor, of this number among all, whose sizes change.
         kind: What tells kinds of arguments apart; None for all that can.
 
@@ -100,7 +100,8 @@ def compiled(
     if kind is None:
         found = [str(tree), device, autocast_dtype(device), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]]
         for part, some in zip(tensors, changing, strict=True):
-            found.append((part.dtype, [some.get(axis, size) for axis, size in enumerate(part.shape)], some or part.stride()))
+            sizes = [some.get(axis, size) for axis, size in enumerate(part.shape)]
+            found.append((part.dtype, sizes, _order(part) if some else part.stride()))
         key = (function, str(found))
     if key not in CODES:
         begin = time.perf_counter()
@@ -141,6 +142,8 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
         symbols = [known[name] for name in sizes]  # inputs as well: torch's cache keeps what it takes for granted about these
         with enable_python_dispatcher(), mode:
+            # As the compiler wants it: nothing in place. What `torch._inductor.compile` puts around it, for gradients and results
+            # that alias arguments, would take the host 3 microseconds a call.
             pure = torch.func.functionalize(lambda *given: flat(*given[len(sizes) :]))
             graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
         with tracing(TracingContext(mode)), config.patch({name: True for name in _OPTIONS if hasattr(config, name)}):
@@ -165,10 +168,14 @@ def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, 
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     shape = [sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(tensor.shape)]
     kinds = [DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
     with FakeTensorMode():
-        like = torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device)
+        like = torch.empty_permuted(shape, _order(tensor), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Axes, that with the largest stride first."""
+    return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
 
 
 def give_up_compiling(what: str, error: Exception | str) -> str:

@@ -28,7 +28,7 @@ from hybrid_lightning.engine.trials import why_layers_differ
 
 logger = logging.getLogger(__name__)
 
-Pass = Callable[[Tensor, Tensor, Packing], Tensor]
+Pass = Callable[[Tensor, Tensor, Packing, Tensor | None], Tensor]  # the arguments of `Engine.hidden`
 Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
 
 
@@ -105,14 +105,14 @@ class FastDecoder:
             return None if self._make is None else self._make(decoder, layers, backend)
         compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
 
-        def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
             if self._make is _compiled_pass:
                 try:
-                    return compiled(ids, positions, packing)
+                    return compiled(ids, positions, packing, wanted)
                 except CompilingError as error:  # for a kind of numbers that the trial had not
                     self._make = _plain_pass
                     self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
-            return plain(ids, positions, packing)  # the packing gets again what it got before the error
+            return plain(ids, positions, packing, wanted)  # the packing gets again what it got before the error
 
         return hidden_states
 
@@ -152,22 +152,26 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
         return plain
     compiled = _pass(decoder, layers, whole, backend)
 
-    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
         if any(adapter.disable_adapters for adapter in adapters):
-            return plain(ids, positions, packing)
-        return compiled(ids, positions, packing)
+            return plain(ids, positions, packing, wanted)
+        return compiled(ids, positions, packing, wanted)
 
     return hidden_states
 
 
 def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLayer | CompiledLayer], backend: Backend) -> Pass:
-    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+    last = len(layers) - 1
+
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
+                if wanted is not None and number == last:  # of all others only the keys and values are needed
+                    hidden, attended = hidden[wanted], attended[wanted]
                 hidden = layer.output(hidden, attended.flatten(1))
             result: Tensor = decoder.norm.forward(hidden)
         return result

@@ -143,8 +143,8 @@ class Norm(NamedTuple):
 class Projections(NamedTuple):
     """Linear layers with the same input: y = x W' + b + (x A') s B' of each.
 
-    LoRA of all has the same rank r, so that one product makes x A' of all. Matrices are transposed already, and seen from code
-    that is compiled lie as they do: each view that it would make takes the host half a microsecond.
+    LoRA of all has the same rank r, so that one product makes x A' of all. Matrices are transposed beforehand: in compiled code
+    each transposed view takes the host half a microsecond, at every token.
     """
 
     weights: tuple[Tensor, ...]  # W' of each, [n, m]

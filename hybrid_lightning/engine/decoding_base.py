@@ -81,8 +81,8 @@ class PackedDecoding(ABC):
         filling = -len(added.owner) % MULTIPLE
         ids = torch.tensor([token for part in tokens for token in part] + [0] * filling, device=device)
         positions = self.lengths[added.rows // self.samples][added.owner] + added.counts - 1
-        hidden = self.engine.hidden(ids, F.pad(positions, (0, filling)), _Reading(self, added))
-        return self.project(hidden[added.begins[1:] - 1])
+        last = added.begins[1:] - 1
+        return self.project(self.engine.hidden(ids, F.pad(positions, (0, filling)), _Reading(self, added), last))
 
     @abstractmethod
     def resume(self, added: Added) -> None:

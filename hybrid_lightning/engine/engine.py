@@ -186,18 +186,20 @@ class Engine:
         """`passes` in one line, such as `engine: packed training and shared prompts; torch's own decoding, since ...`."""
         return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
 
-    def hidden(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """Hidden states [N, H] of N packed tokens, before the output layer.
+    def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those that are wanted.
 
         Args:
             ids: [N].
             positions: [N], each counted within its sequence.
             packing: Who attends to whom.
+            wanted: Numbers [W] of the tokens whose hidden states are needed; None for all.
         """
         if self._pass is not None and not torch.is_grad_enabled():
-            return self._pass(ids, positions, packing)
+            return self._pass(ids, positions, packing, wanted)
         with self.backend.in_pass():
-            return own_hidden(self.model, ids, positions, packing)
+            hidden = own_hidden(self.model, ids, positions, packing)
+        return hidden if wanted is None else hidden[wanted]
 
     @contextmanager
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:

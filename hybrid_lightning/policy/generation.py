@@ -2,6 +2,7 @@
 
     update    gives an engine with weights of its own those that training has changed
     complete  completes prompts, and says for each completion which weights made it
+    begin     does so for an engine that completes elsewhere, while this process goes on
 
 In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
@@ -9,7 +10,7 @@ before each rollout and each evaluation; only calibration, which the first makes
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from hybrid_lightning.policy.episodes import task_seeds
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import PolicyWeights, ServedModel, Stops
+from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeights, ServedModel, Stops
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.types import Prompt, Rollouts
 
@@ -47,7 +48,9 @@ class Generation:
     def __init__(self, policy: "LanguageModule") -> None:
         self._policy = policy
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
+        self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
         self.update_seconds = 0.0  # that the last update took
+        self.waited_seconds = 0.0  # for the completions that were finished last
 
     @cached_property
     def _stops(self) -> Stops:
@@ -68,15 +71,37 @@ class Generation:
         Raises:
             RolloutError: If the engine fails, or has other weights than the policy.
         """
+        return self.begin(prompts, samples_per_prompt, generator, greedy).finish()
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        generator: torch.Generator | PromptDraws | None,
+        greedy: bool = False,
+        ahead: bool = False,
+    ) -> Begun[Rollouts]:
+        """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
+
+        Args:
+            prompts: See `LanguageModule.generate`; so are the arguments that are not named here.
+            samples_per_prompt: G.
+            generator: See there.
+            greedy: See there.
+            ahead: See `update`.
+
+        Raises:
+            RolloutError: If the engine cannot be given these weights; from `finish`, for the reasons of `complete`.
+        """
         policy, sampler = self._policy, self._policy.sampler
         if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
-            self._give(together=False)
+            self._give(together=False, ahead=ahead)
         if sampler.has_own_weights and self._is_behind:
             raise RolloutError(
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
             )
-        episodes, samples = policy.episodes, samples_per_prompt
+        episodes, samples, step, waited = policy.episodes, samples_per_prompt, self._step, list[float]()
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
@@ -85,28 +110,48 @@ class Generation:
         options: dict[str, Any] = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
         if episodes is None:
             ids = [policy.encode(prompt) for prompt in prompts]
-            make = partial(sampler.sample, policy.engine, policy.tokenizer, prompts, ids, samples, **options)
+            begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
-            make = partial(episodes.play, policy.engine, prompts, samples, seeds, **options)
+            begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
+        if sampler.completes_elsewhere:
+            self._under_way.append(begun)
 
         def sample() -> Rollouts:
             own = sampler.has_own_weights
             # A signal may end this at once: no other rank waits for this one meanwhile.
             with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
-                return make()
+                return begun.finish()
 
-        with policy.inference():
-            rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
-        made_by = torch.full_like(rollouts.finished, self._step, dtype=torch.long)  # an engine has these, too
-        rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
-        # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-        if sampler.has_own_weights and not self._agrees and (not policy.weights.sharded or policy.trainer.training):
-            self._compare(rollouts, greedy)
-        return rollouts
+        def finish() -> Rollouts:
+            wait()
+            self.waited_seconds = sum(waited)
+            self._under_way = [other for other in self._under_way if other is not begun]
+            with policy.inference():
+                rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
+            if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
+                made_by = torch.full_like(rollouts.sequences.completion_ids, step)
+                rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
+            # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+            compares = sampler.has_own_weights and (not policy.weights.sharded or policy.trainer.training)
+            if compares and not self._agrees and step == self._step:
+                self._compare(rollouts, greedy)
+            return rollouts
 
-    def update(self) -> None:
+        def wait() -> None:
+            started = time.perf_counter()
+            with policy.signals.at_once():
+                begun.wait()
+            waited.append(time.perf_counter() - started)
+
+        return Begun(finish, wait, begun.cancel)
+
+    def update(self, ahead: bool = False) -> None:
         """Give the engines of several processes the policy's weights now. All ranks have to call it.
+
+        Args:
+            ahead: Whether completions that are under way for a later rollout may go on with the new weights, where the engine
+                can; else they are waited for first.
 
         Raises:
             RolloutError: If that fails on one of them.
@@ -114,15 +159,24 @@ class Generation:
         policy = self._policy
         # Without a reward nothing is completed, and in one process `complete` does it.
         if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
-            self._give(together=True)
+            self._give(together=True, ahead=ahead)
 
     def compare_again(self) -> None:
         """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
         self._agrees = False
 
     def metrics(self) -> dict[str, float]:
-        """`sampling/weights_update_s`, seconds that the last update of the engine took; nothing where there is none."""
-        return {"sampling/weights_update_s": self.update_seconds} if self._policy.sampler.has_own_weights else {}
+        """How long things took in the last rollout, in seconds; nothing where completions are made by the policy itself.
+
+        Returns:
+            `sampling/weights_update_s`, the last update of the engine; where it completes elsewhere also `sampling/waited_s`, for
+            which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
+            the last requests.
+        """
+        sampler, found = self._policy.sampler, {"sampling/weights_update_s": self.update_seconds}
+        if sampler.completes_elsewhere:
+            found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
+        return found if sampler.has_own_weights else {}
 
     def check(self) -> None:
         """Make sure that the engine can sample for this policy, before time is spent on the run.
@@ -133,11 +187,12 @@ class Generation:
         if self._policy.sampler.has_own_weights:
             self._policy.sampler.check_model(self._served_model)
 
-    def _give(self, together: bool) -> None:
+    def _give(self, together: bool, ahead: bool) -> None:
         """Update the engine of this rank.
 
         Args:
             together: Whether all ranks are here, so that a failure on one is raised on all.
+            ahead: See `update`.
         """
         policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
         before = sampler.version
@@ -149,6 +204,13 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
+        if sampler.completes_elsewhere and not (ahead and sampler.requests_go_on):
+            for begun in self._under_way:
+                with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
+                    begun.wait()
+            self._under_way = []
+            if together:
+                gather_objects(None)  # those of the other ranks, too
         try:
             sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:

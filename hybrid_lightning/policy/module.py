@@ -9,7 +9,7 @@ done to one rollout is in `sampled_groups.py`, and to one micro-batch in `token_
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -49,7 +49,7 @@ from hybrid_lightning.policy.sampled_groups import (
     rollout_metrics,
     sample_groups,
 )
-from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
@@ -57,7 +57,7 @@ from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_gr
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -100,6 +100,10 @@ class PolicyModule(LanguageModule):
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
+        rollouts_ahead: How many rollouts before its training a rollout is begun (k), with the weights of that moment. With
+            `VLLMServerSampler` completions are made while the policy is trained; with `Sampler` the same schedule is computed in
+            turns. The policy that samples is then k rollouts behind (`sampling/weights_version_lag`), from which learning
+            suffers the more the larger k is: docs/how-to/vllm.md says by how much.
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
@@ -141,6 +145,7 @@ class PolicyModule(LanguageModule):
         "samples_per_prompt": Option(MADE_BY, scores=True),
         "minibatches_per_rollout": Option(SIZES, updates=True),
         "epochs_per_rollout": Option(SIZES),
+        "rollouts_ahead": Option(),
     }
 
     def __init__(
@@ -161,6 +166,7 @@ class PolicyModule(LanguageModule):
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        rollouts_ahead: int = 0,
         model: str = "embedded",
         revision: str | None = None,
         dtype: str = "float32",
@@ -199,7 +205,7 @@ class PolicyModule(LanguageModule):
         super().__init__(
             loss,
             reward or EpisodeReturn(),
-            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout),
+            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead),
             Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
             Evaluation(eval_samples),
             gradient_checkpointing=gradient_checkpointing,
@@ -214,6 +220,9 @@ class PolicyModule(LanguageModule):
         )
         if environment is not None:
             self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
+        self.sampler.requests_go_on = self.sampler.completes_elsewhere and rollouts_ahead > 1
+        if rollouts_ahead and self.sampler.completes_elsewhere:
+            self.shown_metrics = (*self.shown_metrics, "sampling/waited_s", "sampling/engine_idle_s")
         self.advantage, self.credit = advantage or GroupAdvantage(), credit
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
@@ -229,7 +238,45 @@ class PolicyModule(LanguageModule):
         """Complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
-        rollouts, rewards = self._complete(prompts, generator)
+        return self._to_train(*self._complete(prompts, generator))
+
+    def begin(
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
+    ) -> Begun[TrainedRollout]:
+        """See `RolloutSource`: an engine that completes elsewhere goes on with it while the policy is trained."""
+        if not self.sampler.completes_elsewhere or self.rollout_schedule.rollouts_ahead == 0:
+            return super().begin(prompts, generator, draw_more)
+        with self.stopping_together(), self.clock.phase("generate"):
+            begun = self._begin(prompts, generator)
+
+        def wait() -> None:
+            with self.stopping_together(), self.clock.phase("generate"):
+                begun.wait()
+
+        return Begun(lambda: self._to_train(*self._score(begun.finish)), wait, begun.cancel)
+
+    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Begun[Rollouts]:
+        """Begin to complete this rank's prompts of a rollout."""
+        # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        places = range(self.global_rank, len(prompts) * world_size(), world_size())
+        samples = self.rollout_schedule.samples_per_prompt
+        self.generation.update(ahead=True)
+        return self.generation.begin(prompts, samples, PromptDraws(prompts, samples, seed, places), ahead=True)
+
+    def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
+        """Complete and score this rank's prompts of a rollout."""
+        return self._score(lambda: self._begin(prompts, generator).finish())
+
+    def _score(self, complete: Callable[[], Rollouts]) -> tuple[Rollouts, Rewards]:
+        with self.stopping_together(), self.clock.phase("generate"):
+            rollouts = complete()
+        with self.stopping_together(), self.clock.phase("reward"):
+            rewards = self.score(rollouts)
+        return rollouts, rewards
+
+    def _to_train(self, rollouts: Rollouts, rewards: Rewards) -> TrainedRollout:
+        """This rank's part of a rollout with its advantages, which are estimated over all ranks."""
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             credited = self.credited(rollouts, rewards)
@@ -246,19 +293,6 @@ class PolicyModule(LanguageModule):
             )
         metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics(), **self._episode_metrics(rollouts)}
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
-
-    def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
-        """Complete and score this rank's prompts of a rollout."""
-        with self.stopping_together(), self.clock.phase("generate"):
-            # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
-            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-            places = range(self.global_rank, len(prompts) * world_size(), world_size())
-            samples = self.rollout_schedule.samples_per_prompt
-            self.generation.update()
-            rollouts = self.generate(prompts, samples, PromptDraws(prompts, samples, seed, places))
-        with self.stopping_together(), self.clock.phase("reward"):
-            rewards = self.score(rollouts)
-        return rollouts, rewards
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
@@ -332,16 +366,22 @@ class PolicyModule(LanguageModule):
         """Fill in old and reference log-probabilities and the token mask, where they are needed (see `RolloutSource`).
 
         Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
-        exactly 1, which GSPO's narrow clip range needs.
+        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead, whose sampler had earlier weights, they are those of
+        the policy before the rollout's first step, and the correction weighs how far that is from the sampler (decoupled PPO,
+        arXiv 2110.00641); without a correction they are the sampler's.
         """
-        mask = self.token_mask
-        if on_policy and not self.loss.needs_reference and mask is None:
+        mask, of_sampler = self.token_mask, self.rollout_schedule.rollouts_ahead > 0 and self.correction is None
+        on_policy = on_policy and not of_sampler
+        if of_sampler:
+            batches = [replace(batch, old_logprobs=batch.sampling_logprobs) for batch in batches]
+        if (on_policy or of_sampler) and not self.loss.needs_reference and mask is None:
             return list(batches)
         with self.stopping_together(), self.clock.phase("logprobs"):
             sequences = [batch.sequences for batch in batches]
-            measured = self.update.measure(sequences, current=mask is not None or not on_policy, as_trained=True)
+            current = mask is not None or not (on_policy or of_sampler)
+            measured = self.update.measure(sequences, current=current, as_trained=True)
         filled = [
-            batch.with_logprobs(None if on_policy else old, reference)
+            batch.with_logprobs(batch.old_logprobs if of_sampler else None if on_policy else old, reference)
             for batch, (old, _, reference) in zip(batches, measured, strict=True)
         ]
         return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)
@@ -360,6 +400,8 @@ class PolicyModule(LanguageModule):
         made_by = chunk.sequences.weights_step
         assert made_by is not None, "all rows were sampled"
         metrics["sampling/weights_version_lag"] = share((self.trainer.global_step - made_by).float(), inputs)
+        if self.sampler.requests_go_on:
+            metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
         inputs = replace(
             inputs,
             entropy=entropy,
@@ -398,6 +440,7 @@ class PolicyModule(LanguageModule):
         if self.trainer.state.fn != "fit":
             return
         self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+        self._check_ahead()
         if self.is_loaded and self.advantage.divides_by_group_std and not self.loss.takes_group_std:
             rank_zero_warn(
                 f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
@@ -408,6 +451,31 @@ class PolicyModule(LanguageModule):
                 "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
             )
+
+    def _check_ahead(self) -> None:
+        """Refuse what cannot be done with rollouts ahead."""
+        ahead, sampler = self.rollout_schedule.rollouts_ahead, self.sampler
+        if not ahead:
+            return
+        name, trainer = f"model.rollouts_ahead={ahead}", self.trainer
+        if sampler.shares_device:
+            raise ConfigError(
+                f"{name}: {type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; "
+                "take VLLMServerSampler, or rollouts_ahead=0"
+            )
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ConfigError(f"{name}: trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0")
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
+                "set rollouts_ahead=0"
+            )
+        for option, is_set in (("dynamic_sampling", self.dynamic_sampling), ("environment", self.episodes)):
+            if sampler.completes_elsewhere and is_set is not None:
+                raise ConfigError(
+                    f"{name} and model.{option} do not go together with {type(sampler).__name__}, which would have to be asked "
+                    f"again while the policy is trained; set rollouts_ahead=0, or leave {option} out"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""

@@ -76,3 +76,14 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
         replace(batch, policy_mask=tokens & (entropy >= threshold))
         for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)
     ]
+
+
+def versions_of_rows(weights_step: Tensor, mask: Tensor) -> Tensor:
+    """How many versions of the weights have sampled each sequence, [B] float32.
+
+    Args:
+        weights_step: [B, T], as in `Sequences`.
+        mask: [B, T] bool, True on the tokens that were sampled.
+    """
+    latest = torch.where(mask, weights_step, -1).cummax(dim=1).values  # versions only grow
+    return ((latest[:, 1:] > latest[:, :-1]) & (latest[:, :-1] >= 0)).sum(dim=1).float() + 1

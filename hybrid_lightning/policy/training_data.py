@@ -50,6 +50,7 @@ def make_rollout_loader(policy: "LanguageModule", prompts: Sequence[Prompt]) -> 
         epoch=epoch,
         shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         on_other_prompts=lambda: restart_epoch(trainer),
+        steps_left=lambda: trainer.estimated_stepping_batches - trainer.global_step,
     )
 
 

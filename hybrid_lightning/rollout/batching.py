@@ -97,7 +97,7 @@ def join_sequences(parts: Sequence[Sequences]) -> Sequences:
         left([part.prompt_mask for part in parts]),
         join_rows([part.completion_ids for part in parts]),
         join_rows([part.completion_mask for part in parts]),
-        None if any(step is None for step in steps) else torch.cat([step for step in steps if step is not None]),
+        None if any(step is None for step in steps) else join_rows([step for step in steps if step is not None]),
         join_rows([part.sampled_mask for part in parts]),
     )
 

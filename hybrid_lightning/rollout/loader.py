@@ -9,23 +9,34 @@ every Trainer flag keeps its meaning. One *rollout* is P prompts with G completi
 
 One minibatch is one optimizer step. The denominators of the loss are those of the whole optimizer step, over its micro-batches
 and over all ranks: how a step is split never changes the gradient.
+
+With `rollouts_ahead` k, rollout r + k is begun before rollout r is trained on, with the weights of that moment:
+
+    k = 0      begin 0   train 0   begin 1   train 1   begin 2   train 2   ...
+    k = 1      begin 0, begin 1    train 0   begin 2   train 1   begin 3   train 2   ...
+
+An engine whose completions are made elsewhere makes them meanwhile; of another the same schedule is computed in turns. Rollouts
+are trained on in the order in which they were begun, none is dropped, and none is begun that the run will not train on.
 """
 
+import math
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
+from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]
@@ -59,6 +70,13 @@ class RolloutSource(Protocol):
         """
         ...
 
+    def begin(
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
+    ) -> Begun[TrainedRollout]:
+        """`roll_out` for a rollout that is trained on later: with the weights of now, at once or while other things are done."""
+        rollout = self.roll_out(prompts, generator, draw_more)
+        return Begun(lambda: rollout)
+
     @abstractmethod
     def takes_part(self, advantages: Tensor) -> Tensor:
         """[B] bool, True for the rows that take part in the update, from the advantages of a `TrainedRollout`."""
@@ -83,18 +101,25 @@ class RolloutSchedule:
         samples_per_prompt: G.
         minibatches_per_rollout: Number of optimizer steps in one pass over a rollout.
         epochs_per_rollout: Number of passes over a rollout.
+        rollouts_ahead: How many rollouts before its training a rollout is begun (k).
     """
 
     prompts_per_rollout: int
     samples_per_prompt: int
     minibatches_per_rollout: int = 1
     epochs_per_rollout: int = 1
+    rollouts_ahead: int = 0
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value < 1:
-                raise ConfigError(f"model.{entry.name} must be at least 1, got {value}")
+            value, least = getattr(self, entry.name), 0 if entry.name == "rollouts_ahead" else 1
+            if value < least:
+                raise ConfigError(f"model.{entry.name} must be at least {least}, got {value}")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that are made from a rollout."""
+        return self.epochs_per_rollout * self.minibatches_per_rollout
 
     def check_prompts(self, available: int) -> None:
         """Raise ConfigError if there are not enough training prompts for one rollout."""
@@ -122,6 +147,22 @@ class RolloutSchedule:
             )
 
 
+class _Position(NamedTuple):
+    """Where the drawing of prompts and of random numbers stands."""
+
+    prompts: tuple[int, int]  # see `PromptCursor`
+    generator: Tensor  # its state
+
+
+@dataclass
+class _Ahead:
+    """A rollout that was begun and is not trained on yet."""
+
+    before: _Position  # before it was begun
+    begun: Begun[TrainedRollout] | None = None  # None for one of a checkpoint
+    minibatches: list[PolicyBatch] | None = None  # once it has been made, without what `add_logprobs` computes
+
+
 class RolloutLoader:
     """Iterable of `PolicyBatch` micro-batches, with a length and a state from which it can be resumed.
 
@@ -147,6 +188,7 @@ class RolloutLoader:
         shuffle: False keeps the order of the data (for `overfit_batches`), starts again at every epoch, and never draws more
             prompts for a rollout, since these would not be the ones to overfit.
         on_other_prompts: Called if a loaded state was saved with other training prompts, or with another kind of order.
+        steps_left: Returns the optimizer steps that the run will still make, or infinity.
     """
 
     def __init__(
@@ -166,6 +208,7 @@ class RolloutLoader:
         epoch: int = 0,
         shuffle: bool = True,
         on_other_prompts: Callable[[], None] = lambda: None,
+        steps_left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         schedule.check_prompts(len(prompts))
         schedule.check_split(accumulate_grad_batches(), world_size)
@@ -176,9 +219,10 @@ class RolloutLoader:
         self.generator, self.device = generator or torch.Generator(), device
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
-        self.shuffle, self.on_other_prompts = shuffle, on_other_prompts
+        self.shuffle, self.on_other_prompts, self.steps_left = shuffle, on_other_prompts, steps_left
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
+        self._ahead: deque[_Ahead] = deque()
         self._taken: list[PolicyBatch] = []  # micro-batches of the current optimizer step, or of the last one
         self._random_before: dict[str, Any] = {}  # the random state before the first of these
         self._resumed_random_state: dict[str, Any] | None = None
@@ -192,8 +236,7 @@ class RolloutLoader:
     @property
     def micro_batches_per_rollout(self) -> int:
         """Number of micro-batches that one rollout yields."""
-        schedule = self.schedule
-        return schedule.epochs_per_rollout * schedule.minibatches_per_rollout * self.accumulate_grad_batches()
+        return self.schedule.steps_per_rollout * self.accumulate_grad_batches()
 
     def __iter__(self) -> Iterator[PolicyBatch]:
         """Yield the micro-batches of an epoch, beginning where the last iteration stopped.
@@ -235,15 +278,25 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position in the prompt order, and for each rank its remaining micro-batches and all random states.
 
-        It is plain data and tensors. All ranks must call this together.
+        It is plain data and tensors. Rollouts ahead whose completions are under way are waited for; where the run has been asked
+        to stop, or its engine has failed, the run that goes on begins them again. All ranks must call this together.
         """
+        ahead, now = [], self._position
+        for entry in self._ahead:
+            try:
+                ahead.append((entry.before, self._made(entry)))
+            except (RunStopped, RolloutError):
+                now = entry.before
+                break
         mine = {
             "pending": [batch_to_state(batch) for batch in self._pending],
-            "generator": self.generator.get_state(),
+            "ahead": [[batch_to_state(batch) for batch in minibatches] for _, minibatches in ahead],
+            "generator": now.generator,
             "random": self._resumed_random_state or capture_random_state(),
         }
-        epoch, next_prompt = self._cursor.position
+        epoch, next_prompt = now.prompts
         return {
+            "ahead": [list(before.prompts) for before, _ in ahead],
             "prompts": len(self.prompts),
             "digest": self._prompts_digest,
             "shuffle": self.shuffle,
@@ -261,8 +314,16 @@ class RolloutLoader:
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
         saved: list[dict[str, Any]] = state["ranks"]
-        pending = [[batch_from_state(entry).to(self.device) for entry in one["pending"]] for one in saved]
-        self._pending = deque(batches_of_rank(pending, self.rank, self.world_size) if same else [])
+
+        def own(parts: list[list[dict[str, Any]]]) -> list[PolicyBatch]:
+            batches = [[batch_from_state(entry).to(self.device) for entry in of_rank] for of_rank in parts]
+            return batches_of_rank(batches, self.rank, self.world_size)
+
+        self._pending = deque(own([one["pending"] for one in saved]) if same else [])
+        self._ahead = deque()
+        for number, position in enumerate(state["ahead"] if same else ()):
+            before = _Position((position[0], position[1]), saved[0]["generator"].cpu())
+            self._ahead.append(_Ahead(before, minibatches=own([one["ahead"][number] for one in saved])))
         if not same:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
@@ -278,30 +339,61 @@ class RolloutLoader:
     def _prompts_digest(self) -> str:
         return prompts_digest(self.prompts)
 
+    @property
+    def _position(self) -> _Position:
+        return _Position(self._cursor.position, self.generator.get_state())
+
+    def _go_to(self, position: _Position) -> None:
+        self._cursor.position = position.prompts
+        self.generator.set_state(position.generator)
+
     def _roll_out(self) -> deque[PolicyBatch]:
-        before = (self._cursor.position, self.generator.get_state(), capture_random_state())
+        """The micro-batches of the next rollout; those ahead of it are begun before."""
+        before, ahead, random = self._position, list(self._ahead), capture_random_state()
         try:
-            prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
-            more = self._cursor.draw if self.shuffle else None
-            return deque(self._split(self.source.roll_out(prompts, self.generator, more)))
+            if not self._ahead:
+                self._begin()
+            first = self._ahead[0]
+            if first.begun is not None:
+                first.begun.wait()
+            steps, left = self.schedule.steps_per_rollout, self.steps_left()
+            while len(self._ahead) <= self.schedule.rollouts_ahead and len(self._ahead) * steps < left:
+                self._begin()
+            batches = self._micro_batches(self._made(first))
         except BaseException:
             # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
-            # checkpoint saved now begins this rollout anew.
-            self._cursor.position = before[0]
-            self.generator.set_state(before[1])
-            restore_random_state(before[2])
+            # checkpoint saved now begins these rollouts anew.
+            for entry in list(self._ahead)[len(ahead) :]:
+                if entry.begun is not None:
+                    entry.begun.cancel()
+            self._ahead = deque(ahead)
+            self._go_to(before)
+            restore_random_state(random)
             raise
+        self._ahead.popleft()
+        return batches
 
-    def _split(self, rollout: TrainedRollout) -> list[PolicyBatch]:
+    def _begin(self) -> None:
+        before = self._position
+        prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
+        more = self._cursor.draw if self.shuffle else None
+        self._ahead.append(_Ahead(before, self.source.begin(prompts, self.generator, more)))
+
+    def _made(self, entry: _Ahead) -> list[PolicyBatch]:
+        """A rollout's minibatches, once it has been made. All ranks have to call it together."""
+        if entry.minibatches is None:
+            assert entry.begun is not None, "one of a checkpoint has been made"
+            entry.minibatches = self._minibatches(entry.begun.finish())
+        return entry.minibatches
+
+    def _minibatches(self, rollout: TrainedRollout) -> list[PolicyBatch]:
+        """The optimizer steps of one pass over a rollout, with the rows that take part in each."""
         sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
-        accumulate = self.accumulate_grad_batches()
-        self.schedule.check_split(accumulate, self.world_size)
-        minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
-        rows = len(sequences) // minibatches
+        rows = len(sequences) // self.schedule.minibatches_per_rollout
         # A completion without tokens adds nothing to any loss. A masked one counts as a sequence, one that is left out does not.
         takes_part = self.source.takes_part(advantages) & sequences.sampled_mask.any(dim=1)
-        one_pass: list[PolicyBatch] = []
-        for step in range(minibatches):
+        minibatches: list[PolicyBatch] = []
+        for step in range(self.schedule.minibatches_per_rollout):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
             updated_sequences = self._sum(takes_part[of_step])
             if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs what every step does
@@ -321,12 +413,21 @@ class RolloutLoader:
                 updated_tokens=self._sum(sequences.sampled_mask[updated]),
                 metrics=rollout.metrics,
             )
+            minibatches.append(whole.rows(updated))
+        return minibatches
+
+    def _micro_batches(self, minibatches: Sequence[PolicyBatch]) -> deque[PolicyBatch]:
+        """The micro-batches of all passes over a rollout, with what the update has to know, under the weights of now."""
+        accumulate, epochs = self.accumulate_grad_batches(), self.schedule.epochs_per_rollout
+        self.schedule.check_split(accumulate, self.world_size)
+        one_pass: list[PolicyBatch] = []
+        for step, minibatch in enumerate(minibatches):
+            rows = torch.arange(len(minibatch.sequences), device=minibatch.advantages.device)
             # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over
             # the rollout, the old ones are needed for the first step, too.
             on_policy = step == 0 and epochs == 1
-            parts = [whole.rows(index) for index in updated.tensor_split(accumulate)]
-            one_pass.extend(self.source.add_logprobs(parts, on_policy))
-        return one_pass * epochs
+            one_pass.extend(self.source.add_logprobs([minibatch.rows(part) for part in rows.tensor_split(accumulate)], on_policy))
+        return deque(one_pass * epochs)
 
     def _sum(self, values: Tensor) -> float:
         return float(self.sum_over_ranks(values.sum()))

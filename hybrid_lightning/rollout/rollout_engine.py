@@ -11,7 +11,8 @@ names.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from hybrid_lightning.types import Completion, Prompt, Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Begun(Generic[_T]):
+    """Something that was begun, and may be made elsewhere while this process goes on."""
+
+    finish: Callable[[], _T]  # waits for it
+    wait: Callable[[], None] = lambda: None  # for the part that is made elsewhere; `finish` has little to do after it
+    cancel: Callable[[], None] = lambda: None  # ends it, where nobody needs it any more
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,9 @@ class RolloutEngine(Configurable, ABC):
     )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
     has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
+    completes_elsewhere = False  # whether completions are made in other processes, while this one goes on (see `begin`)
+    requests_go_on = False  # whether those under way go on with new weights that `update` gives; else there must be none
+    idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
@@ -277,6 +293,10 @@ class RolloutEngine(Configurable, ABC):
             ConfigError: If a prompt with its longest completion exceeds the model's positions.
             RolloutError: If the engine fails, or completes with other weights than those of the last `update`.
         """
+
+    def begin(self, *arguments: Any, **options: Any) -> Begun[Rollouts]:
+        """Begin what `sample` with these arguments does. If completions are made elsewhere, they are from now on; else later."""
+        return Begun(partial(self.sample, *arguments, **options))
 
     def conversation(
         self,

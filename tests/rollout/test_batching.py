@@ -25,7 +25,7 @@ def batch(rows, first, with_old=True):
     prompts, completions = [[i] * (i % 3 + 1) for i in numbers], [[i] * (i % 4 + 1) for i in numbers]
     sequences = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
     sampled = sequences.completion_mask & (torch.arange(sequences.completion_ids.shape[1]) % 2 == 0)
-    sequences = replace(sequences, sampled_mask=sampled, weights_step=torch.tensor([*numbers]))
+    sequences = replace(sequences, sampled_mask=sampled, weights_step=sequences.completion_ids * 3)
     values = sequences.completion_ids.float()
     advantages = torch.tensor([float(i) for i in numbers])
     old = values * 2 if with_old else None
@@ -42,7 +42,7 @@ def rows_of(batches):
             assert one.sequences.completion_ids.tolist() == [[number] * (number % 4 + 1)]
             assert bool(one.sequences.prompt_mask.all()) and bool(one.sequences.completion_mask.all())
             assert one.sequences.sampled_mask.tolist() == [[True, False, True, False][: number % 4 + 1]]
-            assert one.sequences.weights_step.tolist() == [number]
+            assert torch.equal(one.sequences.weights_step, one.sequences.completion_ids * 3)
             assert one.sampling_logprobs.tolist() == [[float(number)] * (number % 4 + 1)]
             assert one.old_logprobs is not None and torch.equal(one.old_logprobs, one.sampling_logprobs * 2)
             found.append(number)

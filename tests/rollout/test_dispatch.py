@@ -1,5 +1,6 @@
 """Where completions are asked for, and what becomes of servers that are slow, die, hang, or have other weights by then."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -49,6 +50,54 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
     began = time.monotonic()
     complete(build(slow, fast, weights=Weights(1)), prompts=24)
     assert time.monotonic() - began < 1.5 and shares(slow)[0] <= 8
+
+
+def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(start, build):
+    server = start(delay=0.3)
+    sampler = build(server, weights=Weights(1))
+    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None)
+    complete(sampler)
+    began, begun = time.monotonic(), sampler.complete(*asked)
+    assert time.monotonic() - began < 0.25 and sampler.idle_seconds < 0.25
+    begun.wait()
+    assert time.monotonic() - began > 0.3
+    answers = begun.finish()
+    assert [len(group) for group in answers] == [2, 2] and begun.finish() == answers
+    time.sleep(0.2)
+    server.delay, before = 30, len(server.asked("/inference/v1/generate"))
+    begun = sampler.complete(*asked)
+    assert sampler.idle_seconds > 0.2
+    until = time.monotonic() + 10
+    while len(server.asked("/inference/v1/generate")) < before + 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    sampler.shut_down()
+    assert len(server.ended) == 2
+    with pytest.raises(RolloutError, match="were ended"):
+        begun.finish()
+
+
+@pytest.mark.parametrize("nccl", [False, True], indirect=True)
+@pytest.mark.parametrize("dies", [False, True])
+def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, served, tokenizer, nccl, dies):
+    servers = [start(delay=0.5), start(delay=0.5)]
+    sampler = build(*servers, weights=Weights(1))
+    sampler.requests_go_on = True
+    prompts, ids = [Prompt(text=str(number), index=number) for number in range(4)], [[3, 4 + number] for number in range(4)]
+    engine = type("OfModel", (), {"model": MODEL})()
+    begun = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=PromptDraws(prompts, 2, 0))
+    until = time.monotonic() + 10
+    while sum(shares(*servers)) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    servers[0].fails_updates = int(dies)
+    with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
+        sampler.update(Weights(2), served)
+    rollouts = begun.finish()
+    assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
+    steps = sorted(rollouts.sequences.weights_step.tolist())
+    assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"
+    assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
+    later = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=PromptDraws(prompts, 2, 1)).finish()
+    assert later.sequences.weights_step.unique().tolist() == [2]
 
 
 def after(seconds, action):

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource, TrainedRollout
+from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt, Sequences
 
 
-class Source:
+class Source(RolloutSource):
     """Completions are random numbers; each sequence's prompt id is the index of its prompt."""
 
     def __init__(self, samples, fail_at=None):
@@ -143,26 +145,28 @@ def test_rows_that_take_no_part_are_left_out_and_counted():
         assert abs(len(step[0].sequences) - len(step[1].sequences)) <= 1, "what is left is dealt evenly"
 
 
-def assert_resumes_anywhere(kind, folder, consumed):
+def assert_resumes_anywhere(kind, folder, consumed, ahead=0):
     """Returns the sources of the whole run and of the resumed one."""
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=ahead)
     seed(1)
-    whole = build(source=kind(2))
+    whole = build(source=kind(2), schedule=schedule)
     expected = take(whole, 16)
     seed(1)
-    stopped = build(source=kind(2))
+    stopped = build(source=kind(2), schedule=schedule)
     take(stopped, consumed)
     torch.save(stopped.state_dict(), folder / "state.pt")
     seed(99)
-    resumed = build(source=kind(2))
+    resumed = build(source=kind(2), schedule=schedule)
     resumed.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
     assert take(resumed, 16 - consumed) == expected[consumed:]
     return whole.source, resumed.source
 
 
-@pytest.mark.parametrize("consumed", [0, 1, 6])
-def test_resuming_anywhere_gives_the_same_micro_batches(tmp_path, consumed):
-    assert_resumes_anywhere(Source, tmp_path, consumed)
-    assert_a_stop_leaves_the_position_as_if_not_begun(Source)
+@pytest.mark.parametrize(("consumed", "ahead"), [(0, 0), (1, 0), (6, 0), (0, 1), (3, 1), (6, 2), (9, 4)])
+def test_resuming_anywhere_gives_the_same_micro_batches(tmp_path, consumed, ahead):
+    assert_resumes_anywhere(Source, tmp_path, consumed, ahead)
+    if not consumed:
+        assert_a_stop_leaves_the_position_as_if_not_begun(Source, ahead)
 
 
 @pytest.mark.parametrize(("consumed", "unfinished"), [(1, 1), (2, 2), (13, 1)])
@@ -181,18 +185,19 @@ def test_micro_batches_of_an_unfinished_step_are_given_back_with_their_random_nu
         stopped.give_back(3)
 
 
-def assert_a_stop_leaves_the_position_as_if_not_begun(kind):
+def assert_a_stop_leaves_the_position_as_if_not_begun(kind, ahead=0):
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=ahead)
     seed(3)
-    expected = take(build(source=kind(2)), 6)
+    expected = take(build(source=kind(2), schedule=schedule), 6)
     seed(3)
-    loader = build(source=kind(2, fail_at=2))
+    loader = build(source=kind(2, fail_at=2 + ahead), schedule=schedule)
     seen = []
     with pytest.raises(KeyboardInterrupt):
         for batch in loader:
             seen.append((flat(batch), random.random(), float(torch.rand(()))))
     state = loader.state_dict()
     seed(77)
-    resumed = build(source=kind(2))
+    resumed = build(source=kind(2), schedule=schedule)
     resumed.load_state_dict(state)
     assert len(seen) == 2 and seen + take(resumed, 4) == expected
 
@@ -266,3 +271,86 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_p
     assert same._cursor.position == loader._cursor.position
     batch = next(iter(same))
     assert batch.sequences.prompt_ids.is_meta and batch.advantages.is_meta and same.generator.device.type == "cpu"
+
+
+class Elsewhere(Source):
+    """Rollouts that are made elsewhere while training goes on; notes what is done with each."""
+
+    def __init__(self, samples, failure=None):
+        super().__init__(samples)
+        self.events, self.failure = [], failure
+
+    def begin(self, prompts, generator, draw_more=None):
+        rollout, number = self.roll_out(prompts, generator), self.calls - 1
+        rollout.metrics["number"] = number
+
+        def finish():
+            if self.failure is not None:
+                raise self.failure
+            self.events.append(f"finish {number}")
+            return rollout
+
+        self.events.append(f"begin {number}")
+        return Begun(finish, lambda: self.events.append(f"wait {number}"), lambda: self.events.append(f"cancel {number}"))
+
+    def add_logprobs(self, batches, on_policy):
+        self.events.append(f"train {batches[0].metrics['number']:.0f}")
+        return super().add_logprobs(batches, on_policy)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_not(ahead):
+    schedule, made, batches = RolloutSchedule(4, 2, rollouts_ahead=ahead), 0, []
+    source = Elsewhere(2)
+    loader = build(source=source, schedule=schedule, steps_left=lambda: 8 - made)
+    for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), 8):
+        batches.append(flat(batch)[:3])
+        made += 1
+    number_at = {event: place for place, event in enumerate(source.events)}
+    for number in range(8):
+        assert number_at[f"begin {number}"] < number_at[f"finish {number}"] < number_at[f"train {number}"]
+        if number >= ahead:  # after the step before, and before its own place is trained on
+            assert number_at.get(f"train {number - ahead - 1}", -1) < number_at[f"begin {number}"]
+        assert number_at[f"begin {number}"] < number_at[f"train {max(0, number - ahead)}"]
+        if number:  # the engine has nothing under way of the rollout that is trained on when it is given other weights
+            assert number_at[f"wait {number}"] < number_at.get(f"begin {number + ahead}", len(number_at)) or not ahead
+    assert "begin 8" not in number_at, "the run is over"
+    plain = build(schedule=RolloutSchedule(4, 2))
+    every = itertools.islice(itertools.chain.from_iterable(itertools.repeat(plain)), 8)
+    assert batches == [flat(batch)[:3] for batch in every], "in the same order, none left out"
+
+
+@pytest.mark.parametrize("failure", [RunStopped(15), RolloutError("no server answers")])
+def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_on(failure):
+    schedule = RolloutSchedule(4, 2, rollouts_ahead=2)
+    seed(5)
+    expected = take(build(source=Elsewhere(2), schedule=schedule), 6)
+    seed(5)
+    loader = build(source=Elsewhere(2), schedule=schedule)
+    first = take(loader, 1)
+    loader.source.failure = failure
+    cut = loader.state_dict()
+    loader.source.failure = None
+    whole = loader.state_dict()
+    assert [len(state["ahead"]) for state in (cut, whole)] == [0, 2]
+    assert take(loader, 5) == expected[1:], "saving changes nothing"
+    for state, again in ((whole, 0), (cut, 2)):
+        seed(7)
+        resumed = build(source=Elsewhere(2), schedule=schedule)
+        resumed.load_state_dict(state)
+        found = take(resumed, 5)
+        assert [batch[0][1] for batch in first + found] == [batch[0][1] for batch in expected], "the same random numbers"
+        assert resumed.source.calls == 5 + again
+
+
+def test_another_number_of_ranks_takes_over_the_rollouts_ahead():
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
+    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
+    for loader in loaders:
+        next(iter(loader))
+    states = [loader.state_dict() for loader in loaders]
+    one = build(schedule=schedule)
+    one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
+    batches = take(one, 3)
+    ahead = [[row for loader in loaders for row in loader._ahead[0].minibatches[step].advantages.tolist()] for step in range(2)]
+    assert [batch[0][3] for batch in batches[1:]] == ahead

@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from tiny_models import build_model
@@ -34,9 +34,8 @@ PLAIN = {
     "weight_info": lambda fake, body: {"weight_version": fake.label},
     "update_weight_version": lambda fake, body: setattr(fake, "label", body["new_version"]),
     "tokenize": lambda fake, body: {"tokens": fake.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]},
-    "pause": lambda fake, body: setattr(fake, "paused", True),
     "resume": lambda fake, body: setattr(fake, "paused", False),
-    "reset_prefix_cache": lambda fake, body: None,
+    "reset_prefix_cache": lambda fake, body: {"success": not fake.running or body["reset_running_requests"] == "true"},
 }
 
 
@@ -72,7 +71,8 @@ class FakeServer:
         self.weights: dict[str, torch.Tensor] = {}
         self.updates: list[list[str]] = []  # names of the weights of each update
         self.group = self.store = None
-        self.ended = set[str]()  # names of requests that were aborted
+        self.running = set[str]()  # names of requests
+        self.ended = set[str]()  # of those that were aborted
         self.stopped = threading.Event()
         self.connections = set[socket.socket]()
         bound = type("Bound", (_Handler,), {"fake": self})
@@ -120,6 +120,11 @@ class FakeServer:
         model = {"max_model_len": self.context, "dtype": self.dtype, "logprobs_mode": self.logprobs_mode}
         config = {"model_config": model, "scheduler_config": {"max_num_seqs": self.sequences}}
         return {"vllm_config": {**config, "weight_transfer_config": self.backend and {"backend": self.backend}}}
+
+    def on_pause(self, body):
+        self.paused = True
+        if body["mode"] == "abort":
+            self.ended |= self.running
 
     def on_init_weight_transfer_engine(self, body):
         asked = body["init_info"]
@@ -188,21 +193,25 @@ class FakeServer:
             return 400, {"error": {"message": f"sampling_params.n must be at most the server's max_num_seqs ({self.sequences})"}}
         until = time.monotonic() + self.delay
         name = f"generate-tokens-{body['request_id']}"
+        self.running.add(name)
         while self.hangs or self.paused or time.monotonic() < until:
             if self.stopped.wait(0.005) or name in self.ended:
                 break
-        reason = "abort" if name in self.ended else "stop"
-        return 200, {"choices": [_choice(body["token_ids"], number, reason, label) for number in reversed(range(asked["n"]))]}
+        self.running.discard(name)
+        reason, labels = "abort" if name in self.ended else "stop", (label, self.label)
+        return 200, {"choices": [_choice(body["token_ids"], number, reason, *labels) for number in reversed(range(asked["n"]))]}
 
 
-def _choice(prompt, number, reason, label):
-    """Completion `number` of a prompt, which says whose it is."""
+def _choice(prompt, number, reason, label, last):
+    """Completion `number` of a prompt, which says whose it is; the first token is by the weights at its begin."""
     tokens = [2 + sum(prompt) % 11, 2 + number, 1]
     return {
         "index": number,
         "finish_reason": reason,
         "token_ids": tokens,
-        "weight_versions": [{"version": label, "start": 0, "end": len(tokens)}],
+        "weight_versions": [{"version": label, "start": 0, "end": 1}, {"version": last, "start": 1, "end": 3}][
+            : 1 + (label != last)
+        ],
         "logprobs": {"content": [{"token_id": token, "logprob": -0.5 * token} for token in tokens]},
     }
 
@@ -235,6 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body):
         path = urlsplit(self.path).path
+        body |= dict(parse_qsl(urlsplit(self.path).query))
         self.fake.requests.append((path, body))
         if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
             status, content = 401, {"error": "Unauthorized"}
@@ -352,7 +362,7 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
     asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(ids, asked, on_token)
+    answers = sampler.complete(ids, asked, on_token).finish()
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]

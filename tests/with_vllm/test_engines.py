@@ -1,5 +1,7 @@
 """What every rollout engine promises, with ours, with vLLM in process, and with a vLLM server."""
 
+import copy
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.policy.episodes import Episodes
+from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -167,9 +170,39 @@ def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
         torch.testing.assert_close(sampled, full, atol=1e-4, rtol=0)
 
 
+@needs_vllm
+def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the_weights_that_made_it(model, server, monkeypatch):
+    sampler, steps = VLLMServerSampler(max_new_tokens=40, urls=[server.url]), [0]
+    policy = policy_of(sampler, model, "hybrid")
+    policy.generation.check()
+    sampler.requests_go_on = True
+    monkeypatch.setattr(Generation, "_step", property(lambda self: steps[-1]))
+    asked = prompts([f"{number}*7=" for number in range(80)])
+    begun = policy.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
+    until = time.monotonic() + 60
+    while len(sampler._dispatches[0]._answers) < 10 and time.monotonic() < until:
+        time.sleep(0.005)
+    weights = copy.deepcopy(policy.model.state_dict())
+    move(policy, seed=5)
+    steps.append(1)
+    later = policy.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).finish()
+    assert later.sequences.weights_step.unique().tolist() == [1]
+    rollouts = begun.finish()
+    mask, step = rollouts.sequences.completion_mask, rollouts.sequences.weights_step
+    both = [row for row in range(len(mask)) if step[row][mask[row]].unique().tolist() == [0, 1]]
+    assert both, "some were under way"
+    new = own_logprobs(policy, rollouts)
+    policy.model.load_state_dict(weights)
+    old = own_logprobs(policy, rollouts)
+    assert (new - old)[mask].abs().max() > 1e-2, "the move has to be seen"
+    expected = torch.where(step == 1, new, old)
+    torch.testing.assert_close(rollouts.sampling_logprobs[mask], expected[mask], atol=1e-4, rtol=0)
+    sampler.shut_down()
+
+
 def test_completions_say_which_weights_made_them_and_follow_these(policy):
     before = complete(policy)
-    assert before.sequences.weights_step.tolist() == [0] * 20
+    assert before.sequences.weights_step.unique().tolist() == [0]
     move(policy, seed=5)
     after = complete(policy)
     assert largest_difference(policy, after) < 1e-4

@@ -21,6 +21,7 @@ model:
   sampler:
     class_path: VLLMServerSampler
     init_args: {{max_new_tokens: 16, urls: [{url}], give_up_after: 3, timeout: 20}}
+  rollouts_ahead: 2
   prompts_per_rollout: 4
   samples_per_prompt: 4
   eval_samples: 2

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
+from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine, Stops, WeightsVersion
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Answer:
     tokens: Sequence[int]  # with the token that ended it
     logprobs: Sequence[float]  # of each token
     finished: bool  # ended by a stop token or string
-    versions: Sequence[str]  # labels of the weights that sampled its tokens
+    versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and from which token on
 
 
 class VLLMEngine(RolloutEngine):
@@ -48,8 +48,11 @@ class VLLMEngine(RolloutEngine):
         """See `RolloutEngine`; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
-    @torch.no_grad()
-    def sample(
+    def sample(self, *arguments: Any, **options: Any) -> Rollouts:
+        """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
+        return self.begin(*arguments, **options).finish()
+
+    def begin(
         self,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
@@ -62,8 +65,8 @@ class VLLMEngine(RolloutEngine):
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
-    ) -> Rollouts:
-        """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
+    ) -> Begun[Rollouts]:
+        """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
         assert self.version is not None, "the engine has to be given weights first"
         device = next(engine.model.parameters()).device
@@ -76,28 +79,34 @@ class VLLMEngine(RolloutEngine):
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        answers = [answer for group in self.complete(prompt_ids, asked, on_token) for answer in group]
-        assert len(answers) == len(prompts) * samples_per_prompt
-        for answer in answers:
-            self._check(answer)
-        pad = pad_token(tokenizer)
-        finished = [answer.finished for answer in answers]
-        prompt, mask = pad_left(prompt_ids, pad, device)
-        tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
-        logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
-        for row, answer in enumerate(answers):
-            logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
-        sequences = Sequences(
-            prompt.repeat_interleave(samples_per_prompt, dim=0), mask.repeat_interleave(samples_per_prompt, dim=0), tokens, kept
-        )
-        return Rollouts(
-            tuple(prompts),
-            sequences,
-            self.completions(tokenizer, prompt_ids, [answer.tokens for answer in answers], finished),
-            logprobs.to(device),
-            torch.tensor(finished, device=device),
-            samples_per_prompt,
-        )
+        begun, pad = self.complete(prompt_ids, asked, on_token), pad_token(tokenizer)
+
+        def finish() -> Rollouts:
+            answers = [answer for group in begun.finish() for answer in group]
+            assert len(answers) == len(prompts) * samples_per_prompt
+            for answer in answers:
+                _check(answer)
+            finished = [answer.finished for answer in answers]
+            prompt, mask = pad_left(prompt_ids, pad, device)
+            tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
+            logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
+            for row, answer in enumerate(answers):
+                logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
+                for label, first in answer.versions:
+                    made_by = WeightsVersion.parse(label)
+                    assert made_by is not None, "others are refused by `complete`"
+                    steps[row, first:] = made_by.step
+            prompt, mask = (part.repeat_interleave(samples_per_prompt, dim=0) for part in (prompt, mask))
+            return Rollouts(
+                tuple(prompts),
+                Sequences(prompt, mask, tokens, kept, steps),
+                self.completions(tokenizer, prompt_ids, [answer.tokens for answer in answers], finished),
+                logprobs.to(device),
+                torch.tensor(finished, device=device),
+                samples_per_prompt,
+            )
+
+        return Begun(finish, begun.wait, begun.cancel)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning makes of hyper-parameters, have the same arguments, and neither engine nor connections."""
@@ -109,8 +118,8 @@ class VLLMEngine(RolloutEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-    ) -> list[list[Answer]]:
-        """Complete P prompts.
+    ) -> Begun[list[list[Answer]]]:
+        """Begin to complete P prompts.
 
         Args:
             prompt_ids: Token ids of each.
@@ -118,7 +127,7 @@ class VLLMEngine(RolloutEngine):
             on_token: See `RolloutEngine.sample`.
 
         Returns:
-            The G answers to each prompt, in order.
+            The G answers to each prompt, in order, once they are there, by weights that the engine was given alone.
         """
 
     def _parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool) -> dict[str, Any]:
@@ -137,24 +146,6 @@ class VLLMEngine(RolloutEngine):
             "detokenize": bool(self.stop),
         }
 
-    def _check(self, answer: Answer) -> None:
-        """Refuse a completion by other weights than those that the engine was given.
-
-        Raises:
-            RolloutError: If there is one.
-        """
-        others = sorted(set(answer.versions) - {str(self.version)})
-        if others:
-            raise RolloutError(
-                f"vLLM completed with weights of version {others[0]}, and the policy has {self.version}: another run, or another "
-                "program, has set its weights meanwhile; give each run servers of its own"
-            )
-        if len(answer.logprobs) != len(answer.tokens):
-            raise RolloutError(
-                f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
-                "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
-            )
-
     def check_length(self, prompt_tokens: int, new_tokens: int | None, context: int, remedy: str) -> None:
         """Raise ConfigError if a prompt with its longest completion does not fit into an engine's context."""
         longest = new_tokens or self.max_new_tokens
@@ -163,6 +154,14 @@ class VLLMEngine(RolloutEngine):
                 f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={longest} exceed vLLM's context of "
                 f"{context} tokens; {remedy}"
             )
+
+
+def _check(answer: Answer) -> None:
+    if len(answer.logprobs) != len(answer.tokens):
+        raise RolloutError(
+            f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
+            "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
+        )
 
 
 def seeds_of(generator: torch.Generator | PromptDraws | None, count: int) -> list[int]:

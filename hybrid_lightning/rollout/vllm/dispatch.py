@@ -63,6 +63,7 @@ class Dispatch:
     Args:
         servers: The servers.
         label: Of the weights that they should have.
+        updating: Label of a server whose weights are on their way.
         prompt_ids: Token ids of P prompts.
         parameters: Arguments of vLLM's `SamplingParams` for each prompt.
         timeout: Longest time for a request in seconds.
@@ -72,16 +73,22 @@ class Dispatch:
         ConfigError: If a server cannot complete a prompt so many times at once.
     """
 
+    _loop: asyncio.AbstractEventLoop
+    _main: asyncio.Task[None]
+    _ended_at: float
+
     def __init__(
         self,
         servers: Sequence[Server],
         label: str,
+        updating: str,
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         timeout: float,
         give_up_after: float,
     ) -> None:
-        self._label, self._timeout, self._give_up_after = label, timeout, give_up_after
+        self._labels, self._updating = [label], updating  # those that tokens may have, the last one of now
+        self._timeout, self._give_up_after = timeout, give_up_after
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
         self._places = [_Place(server, _room(server, self._samples)) for server in servers]
@@ -92,46 +99,80 @@ class Dispatch:
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
 
-    def run(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
-        """Complete all prompts. An exception in this thread, such as one that a signal raises, ends the requests on the servers.
-
-        Args:
-            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
-
-        Returns:
-            The answers to each prompt, in order.
-
-        Raises:
-            RolloutError: If no server completes them.
-        """
-        ended, failures = threading.Event(), list[BaseException]()
-        loop = asyncio.new_event_loop()
-        main = loop.create_task(self._complete())
+    def start(self) -> None:
+        """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks."""
+        self._loop = loop = asyncio.new_event_loop()
+        self._main = main = loop.create_task(self._complete())
 
         def work() -> None:
             try:
                 loop.run_until_complete(main)
             except BaseException as error:
-                failures.append(error)
+                self._failure = error
             finally:
                 loop.close()
-                ended.set()
+                self._ended_at = time.monotonic()
+                self._ended.set()
 
-        # In a thread, since this one may have a loop already, as in notebooks.
         threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+
+    def go_on_with(self, label: str) -> None:
+        """Servers are given other weights, with which the requests under way go on."""
+        self._labels.append(label)
+
+    def leave(self, server: Server) -> None:
+        """Give what a server has not answered to others: it did not take the weights, and is paused."""
+        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            self._loop.call_soon_threadsafe(self._leave, server)
+
+    def _leave(self, server: Server) -> None:
+        for task, (place, _) in self._tasks.items():
+            if place.server is server:
+                task.cancel()
+
+    @property
+    def seconds_since_end(self) -> float:
+        """Seconds since the last answer; 0 while requests are under way."""
+        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
+
+    def wait(self, on_token: Callable[[int, int], None] | None) -> None:
+        """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.
+
+        Args:
+            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
+        """
         try:
-            while not ended.wait(_SLICE_S):
+            while not self._ended.wait(_SLICE_S):
                 self._tell(on_token)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                loop.call_soon_threadsafe(main.cancel)
-            ended.wait(2 * _FAREWELL_S)
+            self.cancel()
             raise
-        if failures:
-            raise failures[0]
         self._tell(on_token)
+
+    def answers(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
+        """The answers to each prompt, in order, when they are there.
+
+        Args:
+            on_token: As in `wait`.
+
+        Raises:
+            RolloutError: If no server completes them.
+        """
+        self.wait(on_token)
+        if isinstance(self._failure, asyncio.CancelledError):
+            raise RolloutError("the requests to vLLM servers were ended")
+        if self._failure is not None:
+            raise self._failure
         return [self._answers[number] for number in range(self._total)]
+
+    def cancel(self) -> None:
+        """End the requests, on the servers as well."""
+        with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+            self._loop.call_soon_threadsafe(self._main.cancel)
+        self._ended.wait(2 * _FAREWELL_S)
 
     def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
         if on_token is not None:
@@ -191,13 +232,19 @@ class Dispatch:
         place.looked_at = False
         try:
             label = task.result()
+        except asyncio.CancelledError:  # by `_leave`
+            self._set_aside(place)
+            return
         except ServerError as error:
             self._refuse_final(error)
             self._set_aside(place)
             place.why = error.cause
             return
-        place.usable = label == self._label
-        if not place.usable:
+        place.usable = label == self._labels[-1]
+        if label == self._updating:
+            self._set_aside(place)
+            place.why = "its weights are on their way"
+        elif not place.usable:
             self._leave_out(place, label)
 
     def _answered(self, client: httpx.AsyncClient, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
@@ -211,7 +258,12 @@ class Dispatch:
             place.why = error.cause
             self._try_again(client, place, request)
             return
-        others = {version for answer in answers for version in answer.versions} - {self._label}
+        except asyncio.CancelledError:  # by `_leave`
+            self._set_aside(place)
+            place.why = "it did not take the policy's weights"
+            self._try_again(client, place, request)
+            return
+        others = {label for answer in answers for label, _ in answer.versions}.difference(self._labels)
         if others:
             self._leave_out(place, min(others))
             self._waiting.appendleft(request)
@@ -227,7 +279,7 @@ class Dispatch:
 
     def _leave_out(self, place: _Place, label: str) -> None:
         place.usable, place.stale = False, True
-        place.why = f"it has weights {label} instead of {self._label}: it was restarted, or another run uses it"
+        place.why = f"it has weights {label} instead of {self._labels[-1]}: it was restarted, or another run uses it"
 
     def _try_again(self, client: httpx.AsyncClient, place: _Place, request: _Request) -> None:
         # Of what did not come in time no answer is needed any more.

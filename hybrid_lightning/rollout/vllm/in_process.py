@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
+from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
 from hybrid_lightning.rollout.vllm.guest import Guest
@@ -232,8 +232,17 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+    ) -> Begun[list[list[Answer]]]:
+        """See `VLLMEngine`; they are made when they are waited for."""
+        return Begun(lambda: self._completed(prompt_ids, parameters, on_token))
+
+    @torch.no_grad()
+    def _completed(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
     ) -> list[list[Answer]]:
-        """See `VLLMEngine`."""
         answers: dict[str, list[Answer]] = {}
         with self._guest.visiting():
             from vllm import SamplingParams
@@ -259,7 +268,14 @@ class VLLMSampler(VLLMEngine):
             except BaseException:  # a signal, too
                 engine.abort_request([name for name in names if name not in answers])
                 raise
-        return [answers[name] for name in names]
+        found = [answers[name] for name in names]
+        others = {label for group in found for answer in group for label, _ in answer.versions} - {str(self.version)}
+        if others:
+            raise RolloutError(
+                f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; let nothing else set "
+                "the weights of this engine"
+            )
+        return found
 
     def release_memory(self) -> None:
         """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""
@@ -303,7 +319,7 @@ def _answer(output: Any) -> Answer:
     if output.finish_reason not in ("stop", "length"):
         raise RolloutError(f"vLLM ended a completion by {output.finish_reason!r}: {output.stop_reason}")
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
-    versions = [span.version for span in output.weight_versions or ()]
+    versions = [(span.version, span.start) for span in output.weight_versions or ()]
     return Answer(list(output.token_ids), logprobs, output.finish_reason == "stop", versions)
 
 

@@ -130,17 +130,19 @@ class Server:
         """Tell it which weights it has."""
         self.ask("POST", "/update_weight_version", {"new_version": label})
 
-    def pause(self) -> None:
-        """End all requests, and begin no others."""
-        self.ask("POST", "/pause", params={"mode": "abort"}, limit=self.timeout)
+    def pause(self, keeps: bool) -> None:
+        """Begin no requests, and keep those that are under way for `resume`, or end them."""
+        self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=self.timeout)
 
     def resume(self) -> None:
         """Begin requests again."""
         self.ask("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
-        """Forget what other weights have computed."""
-        self.ask("POST", "/reset_prefix_cache")
+        """Forget what other weights have computed; requests that are kept read their tokens again."""
+        answer = self.ask("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"}, limit=self.timeout)
+        if answer is not None and not answer.get("success", True):
+            raise ServerError(self.url, "it did not forget what the weights before have computed")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let its workers connect to the sender."""
@@ -290,8 +292,10 @@ class Server:
 def _answer(choice: dict[str, Any]) -> Answer:
     tokens = choice["token_ids"]
     logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
-    spans = choice.get("weight_versions") or ([{"version": "unknown"}] if tokens else [])
-    return Answer(tokens, logprobs, choice["finish_reason"] == "stop", [str(span["version"]) for span in spans])
+    spans = choice.get("weight_versions") or ([{"version": "unknown", "start": 0}] if tokens else [])
+    return Answer(
+        tokens, logprobs, choice["finish_reason"] == "stop", [(str(span["version"]), int(span["start"])) for span in spans]
+    )
 
 
 def _cause(response: httpx.Response) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.delivery import Delivery
@@ -58,7 +58,7 @@ class VLLMServerSampler(VLLMEngine):
         ConfigError: If a value is impossible.
     """
 
-    shared_by_ranks = True
+    completes_elsewhere = shared_by_ranks = True
     # Where and how fast completions are made, and not which.
     OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
@@ -95,6 +95,7 @@ class VLLMServerSampler(VLLMEngine):
         self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
         self._base = ""  # what the weights that training leaves alone were when they were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
+        self._dispatches: list[Dispatch] = []  # that may have requests under way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
 
     def check_model(self, model: ServedModel) -> None:
@@ -155,6 +156,8 @@ class VLLMServerSampler(VLLMEngine):
         chosen = self.needs_everything(weights, model) if everything is None else everything
         if not chosen and self.version == weights.version:
             return
+        for dispatch in self._running:
+            dispatch.go_on_with(str(weights.version))
         if not weights.is_sender:
             _drain(weights.stream(chosen))
             self.version, self._base = weights.version, weights.base
@@ -173,6 +176,11 @@ class VLLMServerSampler(VLLMEngine):
                 raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
             chosen = True
         self.version, self._base = weights.version, weights.base
+
+    @property
+    def _running(self) -> list[Dispatch]:
+        """Those with requests under way."""
+        return [dispatch for dispatch in self._dispatches if not dispatch.seconds_since_end]
 
     def _update(
         self,
@@ -239,7 +247,7 @@ class VLLMServerSampler(VLLMEngine):
 
     def _delivery(self, server: Server, update: Update, label: str, model: ServedModel) -> Delivery:
         def work(delivery: Delivery) -> None:
-            server.pause()
+            server.pause(keeps=self.requests_go_on)
             server.set_label(_UPDATING)
             if server not in self._transfers or update.everything:
                 self._transfers[server] = self._connected(server, model)
@@ -291,6 +299,8 @@ class VLLMServerSampler(VLLMEngine):
             if isinstance(delivery.failure, ServerError) and delivery.failure.is_final:
                 self._hopeless.add(server)
             self._leave_out(server, str(delivery.failure))
+            for dispatch in self._running:
+                dispatch.leave(server)
         elif self._left_out.pop(server, None) is not None:
             rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
 
@@ -352,16 +362,22 @@ class VLLMServerSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-    ) -> list[list[Answer]]:
-        """See `VLLMEngine`."""
+    ) -> Begun[list[list[Answer]]]:
+        """See `VLLMEngine`. The requests are made in a thread of their own."""
         if not prompt_ids:
-            return []
+            return Begun(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
         label = str(self.version)
-        return Dispatch(self._servers, label, prompt_ids, parameters, self.timeout, self.give_up_after).run(on_token)
+        dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
+        self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
+        self._dispatches = [*self._running, dispatch]
+        dispatch.start()
+        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
 
     def shut_down(self) -> None:
-        """Close the connections; the servers go on, and may be used by another run."""
+        """End requests and close the connections; the servers go on, and may be used by another run."""
+        for dispatch in self._dispatches:
+            dispatch.cancel()
         connected = list(self._transfers)
         for server in connected:
             self._disconnect(server)

@@ -1,0 +1,121 @@
+"""Completions that are made elsewhere while the policy is trained: the same numbers as in turns, and nothing left behind."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny_runs import DigitShare, Log, Talk, build_data, fit, trained
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenTruncation
+from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout.rollout_engine import Begun
+
+
+class Elsewhere(Sampler):
+    """Samples in a thread, by a copy of the policy as it is when it is given weights."""
+
+    has_own_weights = completes_elsewhere = True
+
+    def __init__(self, max_new_tokens=6, fails_at=0):
+        super().__init__(max_new_tokens)
+        self.fails_at, self.requests, self.running, self.at_update = fails_at, 0, 0, []
+        self.threads, self.lock = ThreadPoolExecutor(2), threading.Lock()
+
+    def __reduce__(self):  # as of `VLLMEngine`
+        return Elsewhere, (self.max_new_tokens, self.fails_at)
+
+    def update(self, weights, model, everything=None):
+        if self.version != weights.version:
+            self.at_update.append(self.running)
+            self.version, self.own = weights.version, None
+
+    def begin(self, engine, *arguments, **options):
+        if self.own is None:
+            self.own = engine.of(copy.deepcopy(engine.model), is_copy=True)
+        own, self.requests = self.own, self.requests + 1
+        number = self.requests
+
+        def sample():
+            with torch.no_grad(), self.lock, own.sampling():
+                own.model.eval()
+                if number == self.fails_at:
+                    raise RolloutError("the engine has died")
+                found = self.sample(own, *arguments, **options)
+            self.running -= 1
+            return found
+
+        self.running += 1
+        made = self.threads.submit(sample)
+        return Begun(made.result, lambda: made.exception() and None, made.cancel)
+
+
+def metrics_of(log):
+    left_out = (
+        "time/",
+        "throughput/",
+        "sampling/weights_update_s",
+        "sampling/waited_s",
+        "sampling/engine_idle_s",
+        "sampling/weights_versions",
+    )
+    return [{name: value for name, value in step.items() if not name.startswith(left_out)} for step in log.metrics]
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+@pytest.mark.parametrize(("ahead", "correction"), [(0, None), (1, None), (1, SequenceMask()), (2, TokenTruncation())])
+def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
+    model, sums, tmp_path, ahead, correction
+):
+    def run(sampler):
+        policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "minibatches_per_rollout": 2}
+        log = Log()
+        policy |= {"loss": GRPOLoss(kl_coef=0.1), "reward": DigitShare(), "optimizer": torch.optim.SGD}
+        weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=8))
+        return metrics_of(log), weights
+
+    elsewhere = Elsewhere()
+    (there, weights), (here, expected) = run(elsewhere), run(Sampler(6))
+    assert len(there) == len(here) == 8
+    for one, other in zip(there, here, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5), "rounding in float32"
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
+    assert ahead > 1 or not any(elsewhere.at_update), "with one ahead no completion has tokens by two versions of the weights"
+    lags = [step["sampling/weights_version_lag"] for step in there]
+    assert lags == ([0, 1] * 4 if not ahead else [0, 1] + [2, 3] * 3 if ahead == 1 else [0, 1, 2, 3] + [4, 5] * 2)
+    assert elsewhere.requests == 4, "none for a rollout that is not trained on"
+
+
+def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
+    elsewhere = Elsewhere()
+    policy = {"sampler": elsewhere, "rollouts_ahead": 1, "correction": TokenTruncation()}
+    data = build_data(sums, validation_fraction=0.25)
+    fit(model, sums, tmp_path, policy=policy, data=data, max_steps=3, val_check_interval=1)
+    assert not any(elsewhere.at_update) and len(elsewhere.at_update) == 4, (
+        "once for the rollouts of the start, and after each step"
+    )
+
+
+def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(model, sums, tmp_path):
+    log, policy = Log(), {"sampler": Elsewhere(fails_at=2), "rollouts_ahead": 1, "correction": TokenTruncation()}
+    with pytest.raises(RolloutError, match="has died"):
+        fit(model, sums, tmp_path, log, policy=policy, max_steps=3)
+    assert len(log.metrics) == 1, "the rollout before it was trained on"
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "message"),
+    [
+        ({"rollouts_ahead": -1}, {}, "rollouts_ahead must be at least 0, got -1"),
+        ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "begins each epoch anew"),
+        ({"rollouts_ahead": 1}, {"reload_dataloaders_every_n_epochs": 1}, "would drop the rollouts that were begun"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "leave environment out"),
+    ],
+)
+def test_what_cannot_be_begun_ahead_is_refused(model, sums, tmp_path, policy, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(model, sums, tmp_path, policy=policy, **flags)

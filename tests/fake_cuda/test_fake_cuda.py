@@ -86,3 +86,4 @@ def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
     """Once for all of its layers, to learn the shapes of what follows."""
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
     assert Counter(counts["syncs of a layout"]) == wanted
+    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "which hides keys of prompts"

@@ -169,7 +169,7 @@ class PlannedBackend(Backend):
         return "a CPU has no kernels of it" if self._on_cpu else _why_no_kernels(dtype)
 
     def _has_out_dtype(self, device: torch.device) -> bool:
-        return not self._on_cpu and hasattr(torch.ops.aten.mm, "dtype")
+        return not self._on_cpu and fakes_multiply_to_floats()
 
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """See `Backend`. A plain copy stands for the prepacked one, since oneDNN cannot pack fake tensors."""
@@ -220,6 +220,16 @@ def why_no_varlen() -> str:
         if missing := sorted(arguments - known):
             return f"torch {torch.__version__} knows no {missing[0]} for {name}"
     return ""
+
+
+@cache
+def fakes_multiply_to_floats() -> bool:
+    """Whether a product of 16 bits with a result of 32 can be planned: torch 2.8 computes it, but not of fake tensors."""
+    none = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    try:
+        return torch.mm(none, none, out_dtype=torch.float32).dtype == torch.float32
+    except TypeError:
+        return False
 
 
 @cache

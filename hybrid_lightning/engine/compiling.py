@@ -32,6 +32,9 @@ _FLOOR = 1e-4
 
 _ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton kernels for
 _WITH_BFLOAT16 = (8, 0)  # compute capability
+# Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
+# a resumed run goes on with the same numbers.
+_OPTIONS = ("emulate_precision_casts", "deterministic")
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 
 
@@ -80,7 +83,7 @@ def compiled(
 
     Args:
         function: Of tensors and numbers, which may be in tuples.
-        arguments: Tensors with sizes that change are contiguous.
+        arguments: Tensors with sizes that change have no gaps in memory, in whatever order of axes.
         axes: Gives the axes of a tensor, of this number among all, whose sizes change.
         kind: What tells kinds of arguments apart; None for all that can.
 
@@ -97,7 +100,8 @@ def compiled(
     if kind is None:
         found = [str(tree), device, autocast_dtype(device), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]]
         for part, some in zip(tensors, changing, strict=True):
-            found.append((part.dtype, [some.get(axis, size) for axis, size in enumerate(part.shape)], some or part.stride()))
+            sizes = [some.get(axis, size) for axis, size in enumerate(part.shape)]
+            found.append((part.dtype, sizes, _order(part) if some else part.stride()))
         key = (function, str(found))
     if key not in CODES:
         begin = time.perf_counter()
@@ -113,9 +117,10 @@ def compiled(
 
 
 def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
-    import torch._inductor
     from torch._dispatch.python import enable_python_dispatcher
-    from torch._inductor import config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import compile_fx, config
+    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -132,26 +137,26 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
     sizes = dict(zip(dict.fromkeys(name for some in axes for name in some.values()), _SIZES, strict=False))
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
-    # that a resumed run goes on with the same numbers.
-    wanted = ("emulate_precision_casts", "deterministic")
     with torch.inference_mode(False), torch.no_grad():
         inputs = [_example(mode, leaves[place], some, sizes) for place, some in zip(places, axes, strict=True)]
         known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
         symbols = [known[name] for name in sizes]  # inputs as well: torch's cache keeps what it takes for granted about these
         with enable_python_dispatcher(), mode:
-            graph = make_fx(lambda *given: flat(*given[len(sizes) :]), _allow_non_fake_inputs=True)(*symbols, *inputs)
-        run = torch._inductor.compile(
-            graph, [*symbols, *inputs], options={name: True for name in wanted if hasattr(config, name)}
-        )
-    run = getattr(run, "_torchdynamo_orig_callable", run)
+            # As the compiler wants it: nothing in place. What `torch._inductor.compile` puts around it, for gradients and results
+            # that alias arguments, would take the host 3 microseconds a call.
+            pure = torch.func.functionalize(lambda *given: flat(*given[len(sizes) :]))
+            graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
+        with tracing(TracingContext(mode)), config.patch({name: True for name in _OPTIONS if hasattr(config, name)}):
+            run = compile_fx.compile_fx_inner(graph, [*symbols, *inputs], is_inference=True)
 
     @cache
     def fits(*given: int) -> bool:
         values = {symbol.node.expr: size for symbol, size in zip(symbols, given, strict=True)}  # type: ignore[attr-defined]
         return min(given) > 1 and all(bool(guard.expr.subs(values)) for guard in shapes.guards)
 
-    return Code(run if several[0] else lambda *given: run(*given)[0], fits)
+    if several[0]:
+        return Code(lambda *given: tuple(run(list(given))), fits)
+    return Code(lambda *given: run(list(given))[0], fits)
 
 
 def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
@@ -164,8 +169,13 @@ def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, 
     shape = [sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(tensor.shape)]
     kinds = [DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
     with FakeTensorMode():
-        like = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        like = torch.empty_permuted(shape, _order(tensor), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Axes, that with the largest stride first."""
+    return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
 
 
 def give_up_compiling(what: str, error: Exception | str) -> str:

@@ -172,7 +172,7 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
                 if wanted is not None and number == last:  # of all others only the keys and values are needed
                     hidden, attended = hidden[wanted], attended[wanted]
-                hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
+                hidden = layer.output(hidden, attended.flatten(1))
             result: Tensor = decoder.norm.forward(hidden)
         return result
 

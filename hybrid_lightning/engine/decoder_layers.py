@@ -13,6 +13,7 @@ compiled for the first: those with LoRA of whatever rank and those that are full
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -29,13 +30,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import Axes, Code, compiled
-from hybrid_lightning.engine.fused_attention import plain_rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
 from hybrid_lightning.engine.fused_lora import FusedLora
-from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
+from hybrid_lightning.engine.prepacked import ProductFactors, product_factors
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-_RANK = {"lora_a": 0, "lora_b": 1}  # axes of these that are as long as the rank
 _FEWEST = 2  # rank of LoRA that is compiled
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # known layers -> their attention
     LlamaDecoderLayer: LlamaAttention,
@@ -141,11 +140,24 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Projections(NamedTuple):
+    """Linear layers with the same input: y = x W' + b + (x A') s B' of each.
+
+    LoRA of all has the same rank r, so that one product makes x A' of all. Matrices are transposed beforehand: in compiled code
+    each transposed view takes the host half a microsecond, at every token.
+    """
+
+    weights: tuple[Tensor, ...]  # W' of each, [n, m]
+    biases: tuple[Tensor | None, ...]  # b of each, [m]
+    lora_a: Tensor | None  # A' of all, [n, layers, r]
+    lora_b: tuple[Tensor, ...]  # s B' of each, [r, m]; none without LoRA
+
+
 class BeforeAttention(NamedTuple):
     """What makes a layer's queries, keys and values."""
 
     norm: Norm
-    projections: tuple[ProductFactors, ProductFactors, ProductFactors]
+    projections: Projections
     head_norms: tuple[Norm, Norm] | None  # of queries and keys
     head_size: int
 
@@ -153,11 +165,10 @@ class BeforeAttention(NamedTuple):
 class AfterAttention(NamedTuple):
     """What makes a layer's output of the result of attention."""
 
-    output: ProductFactors
+    output: Projections
     norm: Norm
-    gate: ProductFactors
-    up: ProductFactors
-    down: ProductFactors
+    gate_and_up: Projections
+    down: Projections
 
 
 def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: BeforeAttention) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,12 +180,11 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
         sines: Sines, [N, D].
         layer: Weights of the layer.
     """
-    x = _normed(hidden, layer.norm)
-    query, key, value = (multiply(x, factors).view(x.shape[0], -1, layer.head_size) for factors in layer.projections)
+    outputs = _project(_normed(hidden, layer.norm), layer.projections)
+    query, key, value = (part.view(part.shape[0], -1, layer.head_size) for part in outputs)
     if layer.head_norms is not None:
         query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
-    query, key = plain_rotary(query, key, cosines, sines)
-    return query, key, value
+    return _rotated(query, cosines, sines), _rotated(key, cosines, sines), value
 
 
 def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> Tensor:
@@ -185,9 +195,30 @@ def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> 
         attended: Result of attention, [N, H D].
         layer: Weights of the layer.
     """
-    hidden = hidden + multiply(attended, layer.output)
-    x = _normed(hidden, layer.norm)
-    return hidden + multiply(F.silu(multiply(x, layer.gate)) * multiply(x, layer.up), layer.down)
+    hidden = hidden + _project(attended, layer.output)[0]
+    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up)
+    return hidden + _project(F.silu(gate) * up, layer.down)[0]
+
+
+def _project(x: Tensor, layers: Projections) -> list[Tensor]:
+    """[N, n] -> [N, m] of each layer, in the dtype of its weight or autocast's."""
+    results = []
+    for weight, bias in zip(layers.weights, layers.biases, strict=True):
+        rows = x.to(weight.dtype)
+        results.append(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
+    if layers.lora_a is None:
+        return results
+    low = (x.to(layers.lora_a.dtype) @ layers.lora_a.flatten(1)).unflatten(1, layers.lora_a.shape[1:]).unbind(1)
+    parts = zip(results, low, layers.lora_b, strict=True)
+    return [torch.addmm(result, part.to(result.dtype), lora_b.to(result.dtype)) for result, part, lora_b in parts]
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Queries or keys [N, heads, D] with rotary embeddings, as transformers computes them but for negating half of x."""
+    (first, second), cosines, sines = x.chunk(2, dim=-1), cosines[:, None], sines[:, None]
+    half = first.shape[-1]
+    turned = first * cosines[..., :half] - second * sines[..., :half], second * cosines[..., half:] + first * sines[..., half:]
+    return torch.cat(turned, dim=-1)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
@@ -219,27 +250,31 @@ class _Body:
         self.weights = [part for part in tree_leaves(layer) if isinstance(part, Tensor)]
         self.axes: list[Axes] = []  # of each of these
         self.ranks: list[int] = []
-        for part in tree_leaves(layer, is_leaf=_is_product):
-            rank = f"rank {len(self.ranks)}"
-            own = part._asdict() if _is_product(part) else {"": part}
-            self.axes += [{_RANK[name]: rank} if name in _RANK else {} for name, leaf in own.items() if isinstance(leaf, Tensor)]
-            if "lora_a" in own and part.lora_a is not None:
-                self.ranks.append(len(part.lora_a))
+        for part in tree_leaves(layer, is_leaf=lambda part: isinstance(part, Projections)):
+            own = part._asdict() if isinstance(part, Projections) else {"": part}
+            axis = {"lora_a": {2: f"rank {len(self.ranks)}"}, "lora_b": {0: f"rank {len(self.ranks)}"}}
+            for name, leaves in own.items():
+                self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
+            if isinstance(part, Projections) and part.lora_a is not None:
+                self.ranks.append(part.lora_a.shape[2])
         self.code: Code | None = None
+        self._count, self._fits = 0, False  # whether the code fits this number of rows, that of the last call
 
     def __call__(self, *rows: Tensor) -> Any:
-        if len(rows[0]) < 2 or isinstance(rows[0], FakeTensor):
+        if isinstance(rows[0], FakeTensor):
             return self.function(*rows, self.layer)
+        count = rows[0].shape[0]
+        if count != self._count:
+            self._fits, self._count = count > 1 and self._code(rows).fits(count, *self.ranks), count
+        if self.code is None or not self._fits:
+            return self.function(*rows, self.layer)
+        return self.code.run(count, *self.ranks, *rows, *self.weights)
+
+    def _code(self, rows: tuple[Tensor, ...]) -> Code:
         if self.code is None:
             axes = [*({0: "rows"} for _ in rows), *self.axes]
             self.code = compiled(self.function, (*rows, self.layer), lambda number, _: axes[number])
-        if not self.code.fits(len(rows[0]), *self.ranks):
-            return self.function(*rows, self.layer)
-        return self.code.run(len(rows[0]), *self.ranks, *rows, *self.weights)
-
-
-def _is_product(part: Any) -> bool:
-    return isinstance(part, ProductFactors)
+        return self.code
 
 
 def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> list[CompiledLayer] | None:
@@ -249,40 +284,51 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
         layers: Some or all layers of a model.
         all_layers: All of them: where one has LoRA, the others have LoRA of zeros, with which they give the same numbers.
     """
-    adapted = [
-        any(isinstance(module, FusedLora) for module in places) for places in zip(*map(projections, all_layers), strict=True)
-    ]
+    sets = [[0, 1, 2], [3], [4, 5], [6]]  # of projections with the same input
+    adapted = [any(isinstance(projections(layer)[place], FusedLora) for layer in all_layers for place in some) for some in sets]
     zeros: dict[Any, Tensor] = {}
     parts = []
     for layer in layers:
         factors = [product_factors(module) for module in projections(layer)]
-        found = [part if not some else _of_any_rank(part, zeros) for part, some in zip(factors, adapted, strict=True) if part]
+        found = [factor for factor in factors if factor is not None]
         if len(found) < len(factors):
             return None
-        query, key, value, output, gate, up, down = found
+        heads, output, gate_and_up, down = (
+            _projections([found[place] for place in some], lora, zeros) for some, lora in zip(sets, adapted, strict=True)
+        )
         head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
-        before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
-        parts.append(CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down)))
+        before = BeforeAttention(_norm(layer.norms[0]), heads, head_norms, layer.head_size)
+        parts.append(CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)))
     return parts
 
 
-def _of_any_rank(factors: ProductFactors, zeros: dict[Any, Tensor]) -> ProductFactors:
-    """The same with LoRA of rank 2 at least, since torch compiles sizes 0 and 1 apart from others.
+def _projections(layers: list[ProductFactors], lora: bool, zeros: dict[Any, Tensor]) -> Projections:
+    """Layers with the same input.
 
     Args:
-        factors: Those of a product.
+        layers: Their factors.
+        lora: Whether they shall have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart.
         zeros: Are kept here, for layers of the same sizes.
     """
-    rows, columns = factors.weight.shape
-    if factors.lora_a is None or factors.lora_b is None:
-        like = factors.weight
-        for shape in ((_FEWEST, columns), (rows, _FEWEST)):
+    weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
+    if not lora:
+        return Projections(weights, biases, None, ())
+    rank = max(_FEWEST, *(0 if factors.lora_a is None else len(factors.lora_a) for factors in layers))
+    pairs = [_of_rank(rank, factors, zeros) for factors in layers]
+    return Projections(weights, biases, torch.stack([down.T for down, _ in pairs], dim=1), tuple(up.T for _, up in pairs))
+
+
+def _of_rank(rank: int, factors: ProductFactors, zeros: dict[Any, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r] of at least their own rank."""
+    down, up = factors.lora_a, factors.lora_b
+    if down is None or up is None:
+        (rows, columns), like = factors.weight.shape, factors.weight
+        for shape in ((rank, columns), (rows, rank)):
             if (shape, like.dtype) not in zeros:
                 zeros[shape, like.dtype] = like.new_zeros(shape)
-        return factors._replace(lora_a=zeros[(_FEWEST, columns), like.dtype], lora_b=zeros[(rows, _FEWEST), like.dtype])
-    missing = max(0, _FEWEST - len(factors.lora_a))
-    padded = F.pad(factors.lora_a, (0, 0, 0, missing)), F.pad(factors.lora_b, (0, missing))
-    return factors._replace(lora_a=padded[0], lora_b=padded[1]) if missing else factors
+        return zeros[(rank, columns), like.dtype], zeros[(rows, rank), like.dtype]
+    missing = rank - len(down)
+    return (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))) if missing else (down, up)
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:

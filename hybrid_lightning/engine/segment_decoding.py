@@ -14,6 +14,7 @@ Axes are those of `attention.py`: B rows of which some still run, T tokens of th
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,7 +27,14 @@ from hybrid_lightning.engine.segments import Attended, Segments, attend, attendi
 logger = logging.getLogger(__name__)
 
 _TRIED_STEPS = 3  # that are replayed from a graph beside steps as they are
-_Part = Callable[[Tensor, Tensor, Tensor], Attended]
+
+
+class _Calls(NamedTuple):
+    """What computes a layer's attention for the rows that run."""
+
+    shared: Callable[[Tensor, Tensor, Tensor], Attended]  # attention to the prompts' keys
+    own: Callable[[Tensor, Tensor, Tensor], Attended]  # and to the rows' own
+    joined: Callable[..., tuple[Tensor, Tensor]]  # puts the two together
 
 
 class SegmentDecoding(PackedDecoding):
@@ -39,8 +47,7 @@ class SegmentDecoding(PackedDecoding):
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
-    _parts: dict[int, tuple[_Part, _Part]]  # by layers: attention to the prompts' keys and to the rows' own
-    _joined: dict[torch.Size, Callable[..., tuple[Tensor, Tensor]]]  # by sizes of queries: puts the two together
+    _calls: dict[int, "_Calls"]  # by layers
     _tokens: Tensor | None  # [R], that a graph of these rows reads
     _graph: "StepGraph | None"
 
@@ -113,26 +120,24 @@ class SegmentDecoding(PackedDecoding):
         firsts = torch.arange(len(self.lengths) + 1, device=slots.device) * self.samples
         self.first_rows = torch.searchsorted(slots, firsts).int()
         self.own_begins = torch.cat([slots, slots[-1:] + 1]).mul_(self.max_new_tokens).int()
-        self._parts, self._joined = {}, {}
+        self._calls = {}
         self._tokens = self._graph = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `PackedDecoding`."""
-        query = _as_kept(query)
+        kept = self.prompt[layer][0].dtype
+        if query.dtype != kept or key.dtype != kept or value.dtype != kept:
+            query, key, value = query.to(kept), key.to(kept), value.to(kept)
         rows, heads, size = query.shape
         repeats = heads // key.shape[1]
         grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
-        if layer not in self._parts:
+        if layer not in self._calls:
             self._make_room(layer)
-            self._parts[layer] = self._attending(grouped, repeats, settings)
-        keys, values = self.own[layer]
-        keys.index_copy_(0, self.places, key.to(keys.dtype))
-        values.index_copy_(0, self.places, value.to(values.dtype))
-        shared, own = self._parts[layer]
-        both = (shared(grouped, *self.prompt[layer]), own(grouped, keys, values))
-        if grouped.shape not in self._joined:
-            self._joined[grouped.shape] = joining(*both)
-        result, _ = self._joined[grouped.shape](*both[0], *both[1])
+            self._calls[layer] = self._attending(grouped, repeats, settings)
+        calls, (keys, values) = self._calls[layer], self.own[layer]
+        keys.index_copy_(0, self.places, key)
+        values.index_copy_(0, self.places, value)
+        result, _ = calls.joined(*calls.shared(grouped, *self.prompt[layer]), *calls.own(grouped, keys, values))
         return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
 
     def attend_added(
@@ -150,14 +155,15 @@ class SegmentDecoding(PackedDecoding):
         both = (attend(query, *self.prompt[layer], shared, settings), attend(query, *self.own[layer], own, settings, self.used))
         return joined(*both).result
 
-    def _attending(self, grouped: Tensor, repeats: int, settings: AttentionSettings) -> tuple[_Part, _Part]:
-        """The two parts of a layer's attention, of queries like these, R for each row, until rows are given up."""
+    def _attending(self, grouped: Tensor, repeats: int, settings: AttentionSettings) -> _Calls:
+        """For queries like these, R for each row, until rows are given up."""
         begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
         prompts = self.layout.layout.prompts
         most = self.samples * repeats
         shared = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
         own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
-        return attending(grouped, shared, settings), attending(grouped, own, settings, self.used)
+        like = Attended(grouped, grouped.new_empty(grouped.shape[1::-1], dtype=torch.float32))
+        return _Calls(attending(grouped, shared, settings), attending(grouped, own, settings, self.used), joining(like, like))
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """See `PackedDecoding`."""

@@ -146,7 +146,9 @@ class FakeModel:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """Fake tensor of the same shape and dtype."""
+        """Fake tensor of the same shape and dtype; one that is fake already as it is."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
         result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
         return result
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.engine import backend as of_backend
-from hybrid_lightning.engine.backend import Backend, PlannedBackend, product
+from hybrid_lightning.engine.backend import Backend, PlannedBackend, fakes_multiply_to_floats, product
 from hybrid_lightning.engine.cpu.build import library
 
 needs_operators = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no operators")
@@ -107,4 +107,6 @@ def test_an_accelerator_multiplies_16_bits_to_float32():
         rows, weight = torch.empty(3, 8, dtype=torch.bfloat16), torch.empty(5, 8, dtype=torch.bfloat16)
         names.clear()
         assert PlannedBackend(False).projection(weight)(rows).dtype == torch.float32
-    assert "aten.mm.dtype" in names and "aten.mm.default" not in names
+    at_once = fakes_multiply_to_floats()
+    assert at_once or torch.__version__ < "2.10"
+    assert ("aten.mm.dtype" in names, "aten.mm.default" in names) == (at_once, not at_once)

@@ -180,11 +180,12 @@ def scoring(fake, mode):
     return counts
 
 
-def layout_syncs():
-    """What the layout of an update asks the device for, counted on real tensors."""
+def layout_syncs(window):
+    """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
-        _ = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True).layout
+        packed = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True)
+        _ = packed.gathered if window else packed.layout
     return counter.counts.syncs + lists
 
 
@@ -239,7 +240,8 @@ def main():
     warnings.simplefilter("ignore")
     found = {
         "planted": planted(),
-        "syncs of a layout": layout_syncs(),
+        "syncs of a layout": layout_syncs(window=False),
+        "syncs of a layout with a window": layout_syncs(window=True),
         "syncs of stop strings": stop_string_syncs(),
         "traces": traces(),
         "decoding": of_all_layers(decoding),

@@ -31,9 +31,10 @@ def load(folder: Path) -> None:
     where = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
     built = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", f"-I{torch_folder}/include", str(HERE / "guard.cpp")]
     subprocess.run([*built, "-o", str(library), *where], check=True)
-    ctypes.CDLL(str(library))
+    guard = ctypes.CDLL(str(library))
     import torch
 
+    guard.stand_guard()
     # What torch asks before it lets autocast be: this GPU can do all.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True

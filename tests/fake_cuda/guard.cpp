@@ -1,4 +1,4 @@
-// Makes a torch without CUDA believe that there is one CUDA device, so that tensors without data can be "on" it.
+// Makes torch believe that there is one CUDA device, so that tensors without data can be "on" it.
 // Everything that would reach a device does nothing. To be loaded before torch.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -34,8 +34,13 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-c10::impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new NoDevice());
-using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks)
+// Before those of a torch that is built with CUDA, which it registers when it is loaded.
+using Registerer = at::RegistererCUDAHooksRegistry;
+Registerer hooks("CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(), Registerer::DefaultCreator<CUDAHooks>);
 
 }  // namespace
+
+// To be called when torch is loaded, whose own guard would take the place of this one.
+extern "C" void stand_guard() {
+  static c10::impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new NoDevice());
+}

@@ -13,9 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by p
 
 from fake_gpu import why_not
 
+from hybrid_lightning.engine.backend import fakes_multiply_to_floats
+
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+counts_logits = pytest.mark.skipif(
+    not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,7 @@ def test_mistakes_that_are_planted_are_found(counts):
     assert planted["stray"] not in ("", *waits) and planted["nothing"] == ""
 
 
+@counts_logits
 def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(counts):
     found = counts["decoding"]
     assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
@@ -46,12 +52,14 @@ def test_tokens_of_the_samplers_loop_wait_for_nothing_and_add_in_one_order(count
     assert found["kernels"] - LAYERS * found["kernels of a layer"] <= 80, "the output layer and the draw, and what the loop keeps"
 
 
+@counts_logits
 def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts):
     """At most 1.35 times as many bytes, with what the bodies of layers move until they are compiled."""
     for kind, ideal in counts["ideal"].items():
         assert 1 < counts[kind]["bytes"] / ideal < 1.35, kind
 
 
+@counts_logits
 @pytest.mark.parametrize(
     ("passes", "syncs", "kernels", "size"),
     [
@@ -78,3 +86,4 @@ def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
     """Once for all of its layers, to learn the shapes of what follows."""
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
     assert Counter(counts["syncs of a layout"]) == wanted
+    assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "which hides keys of prompts"

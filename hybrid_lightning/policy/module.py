@@ -261,8 +261,11 @@ class PolicyModule(LanguageModule):
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.global_rank, len(prompts) * world_size(), world_size())
         samples = self.rollout_schedule.samples_per_prompt
+        draws = PromptDraws(prompts, samples, seed, places)
         self.generation.update(ahead=True)
-        return self.generation.begin(prompts, samples, PromptDraws(prompts, samples, seed, places), ahead=True)
+        if not self.sampler.completes_elsewhere:
+            return Begun(lambda: self.generate(prompts, samples, draws))
+        return self.generation.begin(prompts, samples, draws, ahead=True)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""

@@ -84,7 +84,7 @@ MISTAKES = [
         "fit t model.reward=FunctionReward model.reward.function=my_parts.of_a_hint",
         "needs 'hint', but .* row 0 has no such column",
     ),
-    ("predict sft data.source.init_args.test_fraction=0.2", r"predict scores completions: give model\.reward"),
+    ("predict sft data.source.init_args.test_fraction=0.2", r"predict scores completions; give model\.reward"),
     # monitors
     ("fit t checkpoint.monitor=val/avg@8", "ModelCheckpoint has monitor=val/avg@8, .* one of val/greedy_accuracy, .*val/avg@2"),
     (f"fit t {STOPPING}", "EarlyStopping has monitor=val/loss, which validation does not measure"),

@@ -178,9 +178,9 @@ class ExampleModule(LanguageModule):
         """Token ids of a prompt, and of each of its completions."""
         if len(prompt.completions) != self.loss.rows_per_example:
             needed = (
-                "one: give data.format=DemonstrationFormat"
+                "one; give data.format=DemonstrationFormat"
                 if self.loss.rows_per_example == 1
-                else "two, the chosen and the rejected one: give data.format=PreferenceFormat"
+                else "two, the chosen and the rejected one; give data.format=PreferenceFormat"
             )
             count = len(prompt.completions)
             raise DataError(f"{prompt.place} has {count} completions, but {type(self).__name__} needs {needed}")
@@ -211,7 +211,7 @@ class ExampleModule(LanguageModule):
         """
         super().check_run_settings()
         if self.trainer.state.fn == "predict" and self.reward is None:
-            raise ConfigError("predict scores completions: give model.reward, such as ExactMatch")
+            raise ConfigError("predict scores completions; give model.reward, such as ExactMatch")
         if self.trainer.state.fn == "fit":
             devices, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
             if self.examples_per_step % (devices * accumulate):

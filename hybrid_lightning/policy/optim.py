@@ -195,5 +195,5 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     inputs = Counter(int(module.in_features) for module in model.modules() if isinstance(module, nn.Linear))
     hidden = getattr(text, "hidden_size", None) or next((size for size, _ in inputs.most_common(1)), None)
     if hidden is None:
-        raise ConfigError("the model has no hidden size from which the rate of full modules follows: give model.lr_full")
+        raise ConfigError("the model has no hidden size from which the rate of full modules follows; give model.lr_full")
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / hidden)

@@ -206,7 +206,7 @@ def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, mode
 @pytest.mark.parametrize(
     ("kind", "format", "number", "error", "message"),
     [
-        ("supervised", "preference", 8, DataError, r"row \d+ has 2 completions, .* needs one: give data.format="),
+        ("supervised", "preference", 8, DataError, r"row \d+ has 2 completions, .* needs one; give data.format="),
         ("preference", "supervised", 8, DataError, r"has 1 completions, but PreferenceModule needs two"),
         ("supervised", "supervised", 26, ConfigError, "examples_per_step=26 is more than the 24"),
         ("supervised", "supervised", 0, ConfigError, "examples_per_step must be at least 1, got 0"),

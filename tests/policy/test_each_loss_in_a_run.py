@@ -131,20 +131,42 @@ def completion(model, sequences, row):
 
 
 class ByEquation(Callback):
-    def __init__(self, loss, term, weights, advantage, masks):
-        self.loss, self.term, self.weights, self.masks = loss, term, weights, masks
+    def __init__(self, loss, term, weights, advantage, masks, corrected=None):
+        self.loss, self.term, self.weights, self.masks, self.corrected = loss, term, weights, masks, corrected
         self.advantages = ADVANTAGES[type(advantage)]
         self.base = build_model("llama", std=0.1)
-        self.rollout, self.minibatch, self.steps, self.ratios, self.batches = None, 0, 0, [], []
+        self.rollout, self.minibatch, self.steps, self.ratios, self.batches, self.made = None, 0, 0, [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        keep = pl_module._keep_last
+
+        def kept(*arguments):
+            keep(*arguments)
+            self.made.append(pl_module.last_rollout)
+
+        pl_module._keep_last = kept
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append(batch)
-        if pl_module.last_rollout is not self.rollout:
-            self.rollout, self.minibatch = pl_module.last_rollout, 0
+        rollout = self.made[trainer.global_step // (2 * MINIBATCHES)]
+        if rollout is not self.rollout:
+            self.rollout, self.minibatch = rollout, 0
             with torch.no_grad():
                 sequences = self.rollout[0].sequences
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
+                self.importance = [torch.ones_like(old) for old, _ in self.old]
+                if pl_module.rollout_schedule.rollouts_ahead:
+                    self.of_sampler(
+                        [row[mask] for row, mask in zip(rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)]
+                    )
+
+    def of_sampler(self, sampled):
+        """The policy before the rollout's first step is not the one that sampled: weighed, or the ratio is to the latter."""
+        if self.corrected is None:
+            self.old = [(own, entropy) for own, (_, entropy) in zip(sampled, self.old, strict=True)]
+        else:
+            self.importance = [self.corrected(old - own) for own, (old, _) in zip(sampled, self.old, strict=True)]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         (rollouts, rewards, shown), first = self.rollout, self.minibatch % MINIBATCHES * 8
@@ -166,7 +188,7 @@ class ByEquation(Callback):
                 old, old_entropy = self.old[row]
                 self.ratios += (new - old).exp().tolist()
                 chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)
-                total = total + weight * (self.term(new, old, found[row]) * chosen).sum()
+                total = total + weight * (self.term(new, old, found[row]) * chosen * self.importance[row]).sum()
                 ahead = self.start[row] - new
                 total = total + self.loss.kl_coef * weight * (ahead.exp() - ahead - 1).sum()
                 total = total - self.loss.entropy_coef * entropy.sum() / lengths.sum()
@@ -193,13 +215,34 @@ class ByEquation(Callback):
 
 @pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
 def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, masks):
-    by_equation = ByEquation(loss, term, weights, advantage, masks)
+    train(model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks), loss, advantage, masks)
+
+
+@pytest.mark.parametrize(
+    ("case", "correction", "corrected"),
+    [
+        (0, None, None),
+        (1, None, None),
+        (3, losses.TokenTruncation(1.02), lambda log: log.exp().clamp(max=1.02)),
+        (1, losses.TokenMask(1.05, 0.95), lambda log: log.exp() * ((log.exp() < 1.05) & (log.exp() > 0.95))),
+        (6, losses.SequenceTruncation(1.02), lambda log: log.sum().exp().clamp(max=1.02).expand_as(log)),
+        (0, losses.SequenceMask(1.1), lambda log: (log.sum().exp() * (log.sum().exp() < 1.1)).expand_as(log)),
+    ],
+    ids=["GRPO", "GSPO", "DAPO-TokenTruncation", "GSPO-TokenMask", "CISPO-SequenceTruncation", "GRPO-SequenceMask"],
+)
+def test_gradients_of_rollouts_ahead_are_those_of_the_equation(model, sums, tmp_path, case, correction, corrected):
+    loss, term, weights, advantage, masks = CASES[case]
+    options = masks | {"rollouts_ahead": 1, "correction": correction}
+    train(model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks, corrected), loss, advantage, options)
+
+
+def train(model, sums, tmp_path, by_equation, loss, advantage, masks):
     policy = {"loss": loss, "advantage": advantage, "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]), **masks}
     policy["kind"] = Failing
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}
     policy["sampler"] = Interrupted(LONGEST, temperature=TEMPERATURE)
-    fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
-    assert by_equation.steps >= 3, "of four; in one all may be clipped"
+    fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=6, accumulate_grad_batches=MICRO_BATCHES)
+    assert by_equation.steps >= 4, "of six, the last two of a second rollout; in some all may be clipped"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"
 
 

@@ -373,7 +373,7 @@ class PolicyModule(LanguageModule):
         the policy before the rollout's first step, and the correction weighs how far that is from the sampler (decoupled PPO,
         arXiv 2110.00641); without a correction they are the sampler's.
         """
-        mask, of_sampler = self.token_mask, self.rollout_schedule.rollouts_ahead > 0 and self.correction is None
+        mask, of_sampler = self.token_mask, self._old_of_sampler
         on_policy = on_policy and not of_sampler
         if of_sampler:
             batches = [replace(batch, old_logprobs=batch.sampling_logprobs) for batch in batches]
@@ -389,6 +389,11 @@ class PolicyModule(LanguageModule):
         ]
         return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)
 
+    @property
+    def _old_of_sampler(self) -> bool:
+        """Whether the loss compares with the policy that sampled by the sampler's own log-probabilities."""
+        return self.rollout_schedule.rollouts_ahead > 0 and self.correction is None
+
     # ---- loss
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -399,7 +404,7 @@ class PolicyModule(LanguageModule):
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `LanguageModule`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
-        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
+        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
         made_by = chunk.sequences.weights_step
         assert made_by is not None, "all rows were sampled"
         metrics["sampling/weights_version_lag"] = share((self.trainer.global_step - made_by).float(), inputs)

@@ -17,17 +17,18 @@ from hybrid_lightning.types import LossInputs, PolicyBatch
 
 
 def compare_with_sampler(
-    batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None
+    batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None, old_of_sampler: bool = False
 ) -> tuple[LossInputs, dict[str, Tensor]]:
     """Make the inputs of the loss, and measure how far sampling and training log-probabilities are apart.
 
-    Both are under the weights that sampled: training's are the old log-probabilities, or in an exactly on-policy step the current
-    ones, which LoRA's dropout changes where it is used. So no forward pass is needed.
+    Training's are the old log-probabilities, or in an exactly on-policy step the current ones, which LoRA's dropout changes
+    where it is used. So no forward pass is needed. Both are under the weights that sampled, unless rollouts are begun ahead.
 
     Args:
         batch: A micro-batch or a chunk of one.
         logprobs: Log-probabilities [B, T] of the policy being trained.
         correction: Weighs the policy term; None leaves it as it is.
+        old_of_sampler: Whether the old log-probabilities are the sampler's, so that the current ones are compared.
 
     Returns:
         The inputs, and metrics as shares in those of the optimizer step (see `losses.shares`): `sampling/logp_difference/mean`
@@ -35,7 +36,7 @@ def compare_with_sampler(
         `/max`, over sequences if it has one weight per sequence, else over tokens.
     """
     mask = batch.sequences.sampled_mask
-    trained = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    trained = logprobs.detach() if batch.old_logprobs is None or old_of_sampler else batch.old_logprobs
     inputs = batch.loss_inputs(logprobs)
     difference = F.log_ratio(trained, batch.sampling_logprobs, mask).abs()
     metrics = {

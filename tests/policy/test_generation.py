@@ -114,6 +114,9 @@ def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule
     assert ahead > 1 or not any(elsewhere.at_update), "with one ahead no completion has tokens by two versions of the weights"
     lags = [step["sampling/weights_version_lag"] for step in there]
     assert lags == ([0, 1] * 4 if not ahead else [0, 1] + [2, 3] * 3 if ahead == 1 else [0, 1, 2, 3] + [4, 5] * 2)
+    assert max(step["sampling/logp_difference/max"] for step in here[:1]) < 1e-5
+    if ahead:  # the alarm for weights that did not arrive, with the lag in it
+        assert here[-1]["sampling/logp_difference/max"] > 1e-3
     assert 4 <= elsewhere.requests <= 4 * turns, "none for a rollout that is not trained on"
 
 

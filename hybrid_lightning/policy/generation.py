@@ -224,13 +224,14 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
+        sampler.go_on_with(weights.version)
         if sampler.completes_elsewhere and not (ahead and sampler.requests_go_on):
             for begun in self._under_way:
                 with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
                     begun.wait()
             self._under_way = []
-            if together:
-                gather_objects(None)  # those of the other ranks, too
+        if together and sampler.completes_elsewhere:
+            gather_objects(None)  # the other ranks are as far
         try:
             sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:

@@ -249,6 +249,9 @@ class RolloutEngine(Configurable, ABC):
             RolloutError: If they cannot be given to it.
         """
 
+    def go_on_with(self, version: WeightsVersion) -> None:
+        """Take tokens by these weights from requests that are under way. All ranks call it before one of them updates."""
+
     def release_memory(self) -> None:
         """Free what is not needed until the next call, if the engine shares a device with training."""
 

@@ -87,7 +87,7 @@ class Dispatch:
         timeout: float,
         give_up_after: float,
     ) -> None:
-        self._labels, self._updating = [label], updating  # those that tokens may have, the last one of now
+        self._labels, self._updating = [label], updating  # those that tokens may have
         self._timeout, self._give_up_after = timeout, give_up_after
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
@@ -120,8 +120,9 @@ class Dispatch:
         threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
 
     def go_on_with(self, label: str) -> None:
-        """Servers are given other weights, with which the requests under way go on."""
-        self._labels.append(label)
+        """Servers are given other weights, by which requests under way may be answered from now on."""
+        if label not in self._labels:
+            self._labels.append(label)
 
     def leave(self, server: Server) -> None:
         """Give what a server has not answered to others: it did not take the weights, and is paused."""
@@ -240,7 +241,7 @@ class Dispatch:
             self._set_aside(place)
             place.why = error.cause
             return
-        place.usable = label == self._labels[-1]
+        place.usable = label in self._labels
         if label == self._updating:
             self._set_aside(place)
             place.why = "its weights are on their way"

@@ -156,8 +156,7 @@ class VLLMServerSampler(VLLMEngine):
         chosen = self.needs_everything(weights, model) if everything is None else everything
         if not chosen and self.version == weights.version:
             return
-        for dispatch in self._running:
-            dispatch.go_on_with(str(weights.version))
+        self.go_on_with(weights.version)
         if not weights.is_sender:
             _drain(weights.stream(chosen))
             self.version, self._base = weights.version, weights.base
@@ -176,6 +175,11 @@ class VLLMServerSampler(VLLMEngine):
                 raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
             chosen = True
         self.version, self._base = weights.version, weights.base
+
+    def go_on_with(self, version: WeightsVersion) -> None:
+        """See `RolloutEngine`."""
+        for dispatch in self._running:
+            dispatch.go_on_with(str(version))
 
     @property
     def _running(self) -> list[Dispatch]:

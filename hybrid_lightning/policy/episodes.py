@@ -8,7 +8,6 @@ mask says which is which. All episodes that still run are in the same turn, so t
 Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -131,10 +130,7 @@ class Episodes:
 
     def apart(self) -> "Episodes":
         """The same for another thread: with a tokenizer of its own, and processes for the environments."""
-        pretrained = copy.copy(self.pretrained)
-        pretrained.__dict__ |= {"tokenizer": copy.deepcopy(self.pretrained.tokenizer)}
-        pretrained.__dict__.pop("encoder", None)
-        return Episodes(self.environment, self.limits, self.sampler, pretrained, self._turn_template)
+        return Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template)
 
     def shut_down(self) -> None:
         """End what environments run in; it begins again when it is needed."""

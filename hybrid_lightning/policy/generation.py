@@ -53,6 +53,7 @@ class Generation:
         self._policy = policy
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
         self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
+        self._apart: Episodes | None = None  # plays those of rollouts ahead
         self.update_seconds = 0.0  # that the last update took
         self.waited_seconds = 0.0  # for the completions that were finished last
 
@@ -118,6 +119,7 @@ class Generation:
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
             if ahead and sampler.completes_elsewhere and policy.rollout_schedule.rollouts_ahead:
+                self._apart = self._apart or episodes.apart()
                 begun = _in_thread(partial(self._apart.play, policy.engine, prompts, samples, seeds, **options))
             else:
                 begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
@@ -131,8 +133,9 @@ class Generation:
                 return begun.finish()
 
         def finish() -> Rollouts:
-            wait()
-            self.waited_seconds = sum(waited)
+            if sampler.completes_elsewhere:  # what is made here may need all ranks, which a signal must not leave alone
+                wait()
+                self.waited_seconds = sum(waited)
             self._under_way = [other for other in self._under_way if other is not begun]
             with policy.inference():
                 rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
@@ -168,17 +171,11 @@ class Generation:
         if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
             self._give(together=True, ahead=ahead)
 
-    @cached_property
-    def _apart(self) -> Episodes:
-        """Plays the episodes of rollouts ahead."""
-        assert self._policy.episodes is not None, "asked for where there are some"
-        return self._policy.episodes.apart()
-
     def shut_down(self) -> None:
         """End completions that are under way, and what plays their episodes."""
         for begun in self._under_way:
             begun.cancel()
-        if "_apart" in self.__dict__:
+        if self._apart is not None:
             self._apart.shut_down()
 
     def compare_again(self) -> None:

@@ -4,9 +4,9 @@ So the command line can refuse a wrong column or setting before the weights are 
 """
 
 from contextlib import suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +76,14 @@ class Pretrained:
     def stop_ids(self) -> list[int]:
         """Token ids that end a completion."""
         return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
+
+    def apart(self) -> Self:
+        """The same for another thread: with a tokenizer that is read anew."""
+        other = copy(self)
+        for name in ("tokenizer", "encoder"):
+            with suppress(AttributeError):  # it has not been read yet
+                delattr(other, name)
+        return other
 
     def check(self) -> None:
         """Make sure that the model and all its files are there, except for a GGUF file, where that would take seconds.

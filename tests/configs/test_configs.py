@@ -149,7 +149,7 @@ def test_the_config_to_copy_passes_the_doctor_with_a_real_model_and_word_problem
 def test_a_config_whose_data_nobody_has_says_how_to_give_it(here, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(["fit", "--config", str(ROOT / "configs" / "smollm2_mawps.yaml"), "--model.model=embedded"], monkeypatch)
-    assert re.search(r"error: no data: set at least one of train, .*, as in --data\.source\.train=", capsys.readouterr().err)
+    assert re.search(r"error: no data; set at least one of train, .*, as in --data\.source\.train=", capsys.readouterr().err)
 
 
 def test_no_config_names_a_file_outside_of_the_repository():

@@ -42,6 +42,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy.run_checks import check_ahead
 from hybrid_lightning.policy.sampled_groups import (
     ROLLOUT_METRICS,
     advantages_over_ranks,
@@ -448,7 +449,7 @@ class PolicyModule(LanguageModule):
         if self.trainer.state.fn != "fit":
             return
         self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-        self._check_ahead()
+        check_ahead(self)
         if self.is_loaded and self.advantage.divides_by_group_std and not self.loss.takes_group_std:
             rank_zero_warn(
                 f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
@@ -458,39 +459,6 @@ class PolicyModule(LanguageModule):
             rank_zero_warn(
                 "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
-            )
-
-    def _check_ahead(self) -> None:
-        """Refuse what cannot be done with rollouts ahead."""
-        ahead, sampler = self.rollout_schedule.rollouts_ahead, self.sampler
-        if not ahead:
-            return
-        name, trainer = f"model.rollouts_ahead={ahead}", self.trainer
-        if sampler.shares_device:
-            raise ConfigError(
-                f"{name}: {type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; "
-                "take VLLMServerSampler, or rollouts_ahead=0"
-            )
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ConfigError(f"{name}: trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0")
-        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
-                "set rollouts_ahead=0"
-            )
-        if not sampler.completes_elsewhere:
-            return
-        if self.dynamic_sampling is not None:
-            raise ConfigError(
-                f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
-                "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
-            )
-        if self.episodes is not None and ahead > 1:
-            raise ConfigError(f"{name}: a turn would be by other weights than the one before; set rollouts_ahead=1 for episodes")
-        if self.episodes is not None and not self.episodes.limits.workers:
-            raise ConfigError(
-                f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "
-                "generators; give them processes of their own, by model.episodes.workers=1 or more"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

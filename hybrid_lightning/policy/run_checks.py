@@ -24,6 +24,7 @@ from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
+    from hybrid_lightning.policy.module import PolicyModule
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
@@ -49,6 +50,44 @@ def check_run(policy: "LanguageModule") -> None:
     if policy.is_loaded:  # else the attention is not known
         attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
         warn_of_differences(trainer, attention, policy.reward_terms())
+
+
+def check_ahead(policy: "PolicyModule") -> None:
+    """Refuse what cannot be done with rollouts ahead.
+
+    Raises:
+        ConfigError: If engine, sampling, environment or flags of the Trainer do not go with them.
+    """
+    ahead, sampler = policy.rollout_schedule.rollouts_ahead, policy.sampler
+    if not ahead:
+        return
+    name, trainer = f"model.rollouts_ahead={ahead}", policy.trainer
+    if sampler.shares_device:
+        raise ConfigError(
+            f"{name}: {type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; "
+            "take VLLMServerSampler, or rollouts_ahead=0"
+        )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise ConfigError(f"{name}: trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0")
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
+            "set rollouts_ahead=0"
+        )
+    if not sampler.completes_elsewhere:
+        return
+    if policy.dynamic_sampling is not None:
+        raise ConfigError(
+            f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
+            "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
+        )
+    if policy.episodes is not None and ahead > 1:
+        raise ConfigError(f"{name}: a turn would be by other weights than the one before; set rollouts_ahead=1 for episodes")
+    if policy.episodes is not None and not policy.episodes.limits.workers:
+        raise ConfigError(
+            f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "
+            "generators; give them processes of their own, by model.episodes.workers=1 or more"
+        )
 
 
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:

@@ -356,8 +356,8 @@ class RolloutLoader:
             first = self._ahead[0]
             if first.begun is not None:
                 first.begun.wait()
-            steps, left = self.schedule.steps_per_rollout, self.steps_left()
-            while len(self._ahead) <= self.schedule.rollouts_ahead and len(self._ahead) * steps < left:
+            ahead_of, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
+            while len(self._ahead) <= ahead_of and len(self._ahead) * steps < self.steps_left():
                 self._begin()
             batches = self._micro_batches(self._made(first))
         except BaseException:

@@ -215,7 +215,7 @@ class ByEquation(Callback):
 
 @pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
 def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, masks):
-    train(model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks), loss, advantage, masks)
+    assert_equation_holds(model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks), loss, advantage, masks)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,12 @@ def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, 
 def test_gradients_of_rollouts_ahead_are_those_of_the_equation(model, sums, tmp_path, case, correction, corrected):
     loss, term, weights, advantage, masks = CASES[case]
     options = masks | {"rollouts_ahead": 1, "correction": correction}
-    train(model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks, corrected), loss, advantage, options)
+    assert_equation_holds(
+        model, sums, tmp_path, ByEquation(loss, term, weights, advantage, masks, corrected), loss, advantage, options
+    )
 
 
-def train(model, sums, tmp_path, by_equation, loss, advantage, masks):
+def assert_equation_holds(model, sums, tmp_path, by_equation, loss, advantage, masks):
     policy = {"loss": loss, "advantage": advantage, "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]), **masks}
     policy["kind"] = Failing
     policy |= {"minibatches_per_rollout": MINIBATCHES, "epochs_per_rollout": 2, "max_tokens_per_micro_batch": 24}

@@ -125,4 +125,4 @@ class _Reading:
         """See `Packing`."""
         total = len(self.added.owner)
         found = self.decoding.attend_added(layer, query[:total], key[:total], value[:total], settings, self.added)
-        return F.pad(found, (0, 0, 0, 0, 0, len(query) - total))
+        return found if total == len(query) else F.pad(found, (0, 0, 0, 0, 0, len(query) - total))

@@ -98,7 +98,7 @@ class Interrupted(OftenDone):
 class Failing(PolicyModule):
     """Of every four completions of a prompt one is left out, whose rewards are no numbers."""
 
-    def score(self, rollouts):
+    def score(self, rollouts, arriving=None):
         rewards, samples = super().score(rollouts), rollouts.samples_per_prompt
         counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
         lost = torch.where(counted, 0.0, torch.nan)

@@ -147,6 +147,7 @@ class Episodes:
         greedy: bool,
         stops: Stops,
         on_token: Callable[[int, int], None] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
         """Play G episodes of each prompt.
 
@@ -159,6 +160,7 @@ class Episodes:
             greedy: See `RolloutEngine.sample`.
             stops: What ends a message of the policy.
             on_token: See `RolloutEngine.sample`.
+            on_completion: See `RolloutEngine.sample`; not called for episodes that have failed.
 
         Raises:
             RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
@@ -187,9 +189,13 @@ class Episodes:
                 going = [number for number in numbers if not rows[number].end]
                 answers = running.step({number: rows[number].messages[-1] for number in going})
                 added = {number: self._hear(rows[number], answers[number]) for number in going}
+                ended = [number for number in numbers if rows[number].end not in ("", "failed")]
                 numbers = [number for number in going if not rows[number].end]
                 if not numbers:
                     break
+                if on_completion is not None:
+                    for number in ended:
+                        on_completion(number, rows[number].completion())
                 said = conversation.next(numbers, [added[number] for number in numbers], generator)
         finally:
             running.finish()

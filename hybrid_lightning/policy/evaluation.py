@@ -152,10 +152,9 @@ class Evaluation(nn.Module):
             stage: `val` or `test`, under which `end` logs.
             batch: The prompts.
         """
-        greedy, sampled = _complete(policy, batch)
-        rewards = policy.score(greedy)
-        self._first = self._first or (greedy, rewards)
-        add_prompts(self._means(stage), rewards, (sampled, policy.score(sampled)), policy.answers(sampled))
+        greedy, sampled = _scored(policy, batch)
+        self._first = self._first or greedy
+        add_prompts(self._means(stage), greedy[1], sampled, policy.answers(sampled[0]))
 
     def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
         """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
@@ -229,20 +228,25 @@ def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
 
 def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
-    greedy, sampled = _complete(policy, prompts)
+    greedy, sampled = _scored(policy, prompts)
     if policy.episodes is not None:
-        return [*episode_records(greedy, policy.score(greedy), greedy=True), *episode_records(sampled, policy.score(sampled))]
-    of_greedy, of_sampled = ((rollouts, policy.score(rollouts), policy.answers(rollouts)) for rollouts in (greedy, sampled))
+        return [*episode_records(*greedy, greedy=True), *episode_records(*sampled)]
+    of_greedy, of_sampled = ((rollouts, rewards, policy.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
     return prediction_records(of_greedy, of_sampled, [policy.pretrained.encoder.render(prompt) for prompt in prompts])
 
 
-def _complete(policy: "LanguageModule", prompts: Sequence[Prompt]) -> tuple[Rollouts, Rollouts]:
-    """One greedy completion of each prompt, and the sampled ones."""
-    return policy.generate(prompts, 1, greedy=True), _sample(policy, prompts)
-
-
-def _sample(policy: "LanguageModule", prompts: Sequence[Prompt]) -> Rollouts:
-    return policy.generate(prompts, policy.eval_samples, evaluation_draws(prompts, policy.eval_samples, policy.seed))
+def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
+    """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
+    samples, draws = policy.eval_samples, evaluation_draws(prompts, policy.eval_samples, policy.seed)
+    of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, samples)
+    try:
+        greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
+        sampled = policy.generate(prompts, samples, draws, on_completion=of_sampled.on_completion)
+        return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
+    except BaseException:
+        of_greedy.cancel()
+        of_sampled.cancel()
+        raise
 
 
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
@@ -289,6 +293,6 @@ def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
     }
 
 
-def repeat_prompts(prompts: tuple[Prompt, ...], samples: int) -> list[Prompt]:
+def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
     """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
     return [prompt for prompt in prompts for _ in range(samples)]

@@ -30,10 +30,12 @@ from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeights, ServedModel, Stops
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
-from hybrid_lightning.types import Prompt, Rollouts
+from hybrid_lightning.types import Completion, Prompt, Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
+
+OnCompletion = Callable[[int, Completion], None]
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
@@ -70,13 +72,14 @@ class Generation:
         samples_per_prompt: int,
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
+        on_completion: OnCompletion | None = None,
     ) -> Rollouts:
         """See `LanguageModule.generate`.
 
         Raises:
             RolloutError: If the engine fails, or has other weights than the policy.
         """
-        return self.begin(prompts, samples_per_prompt, generator, greedy).finish()
+        return self.begin(prompts, samples_per_prompt, generator, greedy, on_completion=on_completion).finish()
 
     def begin(
         self,
@@ -85,6 +88,7 @@ class Generation:
         generator: torch.Generator | PromptDraws | None,
         greedy: bool = False,
         ahead: bool = False,
+        on_completion: OnCompletion | None = None,
     ) -> Begun[Rollouts]:
         """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
 
@@ -94,6 +98,7 @@ class Generation:
             generator: See there.
             greedy: See there.
             ahead: See `update`.
+            on_completion: See `RolloutEngine.sample`.
 
         Raises:
             RolloutError: If the engine cannot be given these weights; from `finish`, for the reasons of `complete`.
@@ -113,6 +118,7 @@ class Generation:
                 listener(running, decoded, sampler.max_new_tokens)
 
         options: dict[str, Any] = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
+        options |= {} if on_completion is None else {"on_completion": on_completion}
         if episodes is None:
             ids = [policy.encode(prompt) for prompt in prompts]
             begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)

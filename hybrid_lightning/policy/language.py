@@ -22,7 +22,6 @@ Validation and test are in `evaluation.py`, what makes completions is in `genera
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -46,14 +45,14 @@ from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
 from hybrid_lightning.policy.update import Update
 from hybrid_lightning.quiet import quiet_libraries
-from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
-from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 if TYPE_CHECKING:
@@ -322,6 +321,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         samples_per_prompt: int = 1,
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
         """Complete prompts with the current policy: P * G sequences.
 
@@ -330,20 +330,35 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             samples_per_prompt: G; 1 if `greedy`.
             generator: Random generator on the model's device, or `PromptDraws` of these prompts.
             greedy: Take the most probable tokens instead of sampling.
+            on_completion: See `RolloutEngine.sample`; `arriving` makes one.
 
         Raises:
             RolloutError: If a rollout engine fails, or has other weights than the policy.
         """
-        return self.generation.complete(prompts, samples_per_prompt, generator, greedy)
+        return self.generation.complete(prompts, samples_per_prompt, generator, greedy, on_completion)
 
-    def score(self, rollouts: Rollouts) -> Rewards:
-        """Rewards of rollouts, on their device."""
+    def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
+        """Scores completions of prompts while others are still being generated, for `generate` and `score`.
+
+        Args:
+            prompts: P prompts.
+            samples_per_prompt: G.
+        """
+        assert self.reward is not None
+        return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
+
+    def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
+        """Rewards of rollouts, on their device.
+
+        Args:
+            rollouts: P * G completions.
+            arriving: Has begun to score them; None if nothing has.
+        """
         assert self.reward is not None
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
         with self.signals.at_once():
-            rewards = evaluate_reward(self.reward, rollouts.completions, prompts)
-        if self.episodes is not None:
-            rewards = replace(rewards, counted=torch.tensor([not has_failed(completion) for completion in rollouts.completions]))
+            rewards = evaluate_reward(self.reward, rollouts.completions, prompts, counted, arriving)
         return rewards.to(rollouts.sequences.completion_ids.device)
 
     def answers(self, rollouts: Rollouts) -> list[str | None]:

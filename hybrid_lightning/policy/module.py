@@ -53,7 +53,7 @@ from hybrid_lightning.policy.sampled_groups import (
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
-from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
+from hybrid_lightning.rewards import ArrivingRewards, EpisodeReturn, RewardFunction, rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
@@ -248,35 +248,55 @@ class PolicyModule(LanguageModule):
         if not self.sampler.completes_elsewhere or self.rollout_schedule.rollouts_ahead == 0:
             return super().begin(prompts, generator, draw_more)
         with self.stopping_together(), self.clock.phase("generate"):
-            begun = self._begin(prompts, generator)
+            begun, arriving = self._begin(prompts, generator)
 
         def wait() -> None:
             with self.stopping_together(), self.clock.phase("generate"):
                 begun.wait()
 
-        return Begun(lambda: self._to_train(*self._score(begun.finish)), wait, begun.cancel)
+        return Begun(lambda: self._to_train(*self._score(lambda: (begun.finish(), arriving))), wait, begun.cancel)
 
-    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Begun[Rollouts]:
-        """Begin to complete this rank's prompts of a rollout."""
+    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Begun[Rollouts], ArrivingRewards]:
+        """Begin to complete this rank's prompts of a rollout, and to score what arrives."""
         # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.global_rank, len(prompts) * world_size(), world_size())
         samples = self.rollout_schedule.samples_per_prompt
         draws = PromptDraws(prompts, samples, seed, places)
         self.generation.update(ahead=True)
-        if not self.sampler.completes_elsewhere:
-            return Begun(lambda: self.generate(prompts, samples, draws))
-        return self.generation.begin(prompts, samples, draws, ahead=True)
+        arriving = self.arriving(prompts, samples)
+        if self.sampler.completes_elsewhere:
+            begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
+        else:
+            begun = Begun(lambda: self.generate(prompts, samples, draws, on_completion=arriving.on_completion))
+
+        def finish() -> Rollouts:
+            try:
+                return begun.finish()
+            except BaseException:
+                arriving.cancel()
+                raise
+
+        def cancel() -> None:
+            arriving.cancel()
+            begun.cancel()
+
+        return Begun(finish, begun.wait, cancel), arriving
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""
-        return self._score(lambda: self._begin(prompts, generator).finish())
 
-    def _score(self, complete: Callable[[], Rollouts]) -> tuple[Rollouts, Rewards]:
+        def complete() -> tuple[Rollouts, ArrivingRewards]:
+            begun, arriving = self._begin(prompts, generator)
+            return begun.finish(), arriving
+
+        return self._score(complete)
+
+    def _score(self, complete: Callable[[], tuple[Rollouts, ArrivingRewards]]) -> tuple[Rollouts, Rewards]:
         with self.stopping_together(), self.clock.phase("generate"):
-            rollouts = complete()
+            rollouts, arriving = complete()
         with self.stopping_together(), self.clock.phase("reward"):
-            rewards = self.score(rollouts)
+            rewards = self.score(rollouts, arriving)
         return rollouts, rewards
 
     def _to_train(self, rollouts: Rollouts, rewards: Rewards) -> TrainedRollout:

@@ -1,5 +1,6 @@
 """Verifiable rewards: how many points a completion earns, computed by rules, tests and comparisons with a reference answer."""
 
+from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.code_tests import CodeTests
 from hybrid_lightning.rewards.combined import RewardBySet, WeightedSum
 from hybrid_lightning.rewards.episode import EpisodeReturn, FinalAnswer, rewards_to_go
@@ -13,6 +14,7 @@ from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import ExactMatch, FormatReward, RepetitionPenalty
 
 __all__ = [
+    "ArrivingRewards",
     "CodeTests",
     "CosineLength",
     "EpisodeReturn",

@@ -112,8 +112,12 @@ class CodeTests(RewardFunction):
             count_all=partial_credit,
         )
         check_packages(packages or [], self.settings.packages, self.settings.mechanisms, self.settings.limits)
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = self.concurrency = workers or len(os.sched_getaffinity(0))
         self._name = name
+
+    def overlaps(self, prompt: Prompt) -> bool:
+        """Programs run as completions arrive."""
+        return True
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has tests which can be run."""

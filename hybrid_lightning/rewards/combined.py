@@ -98,6 +98,15 @@ class RewardBySet(RewardFunction):
             values[rows] = torch.as_tensor(own, dtype=torch.float64)
         return values
 
+    @property
+    def concurrency(self) -> int:  # type: ignore[override]
+        """That of the set with most."""
+        return max(reward.concurrency for reward in self.rewards.values())
+
+    def overlaps(self, prompt: Prompt) -> bool:
+        """Whether the reward for the prompt's set does."""
+        return self._reward(prompt).overlaps(prompt)
+
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
         """Those of the reward for the prompt's set."""
         return self._reward(prompt).turn_rewards(completion, prompt)

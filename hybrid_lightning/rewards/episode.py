@@ -50,7 +50,11 @@ class FinalAnswer(RewardFunction):
 
     def __init__(self, reward: RewardFunction) -> None:
         self.reward = reward
-        self.measures_correctness = reward.measures_correctness
+        self.measures_correctness, self.concurrency = reward.measures_correctness, reward.concurrency
+
+    def overlaps(self, prompt: Prompt) -> bool:
+        """See the reward."""
+        return self.reward.overlaps(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
         """Score the last messages.

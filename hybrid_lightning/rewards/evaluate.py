@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,16 @@ from hybrid_lightning.types import Prompt, Rewards
 from hybrid_lightning.user_calls import run_async
 from hybrid_lightning.user_code import describe_error
 
+if TYPE_CHECKING:
+    from hybrid_lightning.rewards.arriving import ArrivingRewards
+
 
 def evaluate_reward(
-    reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], counted: Sequence[bool] | None = None
+    reward: RewardFunction,
+    completions: Sequence[str],
+    prompts: Sequence[Prompt],
+    counted: Sequence[bool] | None = None,
+    arriving: "ArrivingRewards | None" = None,
 ) -> Rewards:
     """Score completions.
 
@@ -30,6 +37,7 @@ def evaluate_reward(
         completions: B texts.
         prompts: The B prompts, one for each completion.
         counted: False for completions that are left out (see `Rewards`): no reward sees them, and theirs are 0. None: all count.
+        arriving: Has begun to score these completions one by one; None if nothing has.
 
     Returns:
         The rewards. `correct` is True where every part that measures correctness is at least 1.0 or, if no part does, where the
@@ -40,16 +48,23 @@ def evaluate_reward(
             where it can be found, the row and the completion.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
-    # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
     rows = [row for row in range(len(completions)) if counted is None or counted[row]]
-    seen, of_seen = tuple(completions[row] for row in rows), tuple(prompts[row] for row in rows)
+    # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
+    seen = (tuple(completions[row] for row in rows), tuple(prompts[row] for row in rows))
     total = torch.zeros(len(completions))
     correct = None
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     for term, weight in reward.terms():
         values = torch.zeros(len(completions))
-        values[rows] = _term_values(term, seen, of_seen)
+        known = {} if arriving is None else arriving.values(term, rows, completions)
+        for row, value in known.items():
+            values[row] = value
+        if not known:
+            values[rows] = term_values(term, *seen)
+        elif len(known) < len(rows):
+            others = [row for row in rows if row not in known]
+            values[others] = term_values(term, [completions[row] for row in others], [prompts[row] for row in others])
         parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
@@ -93,8 +108,8 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
     return answers
 
 
-def _term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-    """Values of one term of a reward, checked, [B] float32."""
+def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+    """Values of one term of a reward, checked, [B] float32; see `evaluate_reward` for errors."""
     try:
         values = _awaited(reward(completions, prompts))
     except HybridLightningError:

@@ -37,17 +37,22 @@ class FunctionReward(RewardFunction):
     lists of length B, as in TRL, and `**columns` takes all columns. A parameter with a default may be missing from the data, and
     `arguments` may give a value to any parameter that is no column. Completions are texts, also where prompts are messages.
 
-    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time.
+    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time, from when
+    the first completion has ended on, while the policy still generates others (see `overlap`).
 
     Args:
         function: `package.module.function` or `path/to/file.py:function`; in Python the function itself, too.
         timeout_s: Wall time in seconds for each call, which is one for the batch or one for each completion; None for no limit.
             An asynchronous function is cancelled; an ordinary one goes on in its thread, and can still take processor time.
         on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
-        concurrency: How many asynchronous calls are awaited at the same time.
+        concurrency: How many asynchronous calls, or with `overlap` calls of any kind, are under way at the same time.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
         name: Name under which it is logged; None for the function's name.
         arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
+        overlap: Whether completions are scored as they arrive, while the policy still generates others: with one call for each,
+            in threads, at the same time and in any order. null: those of asynchronous functions of one `completion` are. true is
+            for slow functions, such as calls over HTTP, which then have to be safe to call in several threads; a function of
+            `completions` gets one at a time. false scores all together in the end.
 
     Raises:
         ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
@@ -64,6 +69,7 @@ class FunctionReward(RewardFunction):
         measures_correctness: bool = True,
         name: str | None = None,
         arguments: dict[str, Any] | None = None,
+        overlap: bool | None = None,
     ) -> None:
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"FunctionReward: timeout_s={timeout_s}; give a positive number of seconds, or null for no limit")
@@ -102,6 +108,11 @@ class FunctionReward(RewardFunction):
         self._check_arguments(free)
         call = loaded if inspect.isroutine(loaded) else type(loaded).__call__
         self.asynchronous = inspect.iscoroutinefunction(call)
+        self.overlap = self.asynchronous and not self.batched if overlap is None else overlap
+
+    def overlaps(self, prompt: Prompt) -> bool:
+        """See `overlap`."""
+        return self.overlap
 
     def _loaded(self) -> Callable[..., Any]:
         return load_function(self.function) if self._given is None else self._given

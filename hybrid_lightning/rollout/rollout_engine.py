@@ -272,6 +272,7 @@ class RolloutEngine(Configurable, ABC):
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
         """Complete every prompt `samples_per_prompt` times.
 
@@ -288,6 +289,8 @@ class RolloutEngine(Configurable, ABC):
             on_token: Called after every token with (sequences still running, tokens decoded), for progress bars. An exception
                 from it ends the sampling.
             limits: Most new tokens of the completions of each prompt, [P]; None for `max_new_tokens`.
+            on_completion: Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in
+                another thread; not for all of them, as where they end together.
 
         Returns:
             Rollouts of B = P * G sequences, on the model's device.

@@ -25,7 +25,7 @@ from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.conversation import Conversation, Draws, Turn
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
-from hybrid_lightning.types import Prompt, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -84,6 +84,7 @@ class Sampler(RolloutEngine):
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
         """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
@@ -92,6 +93,8 @@ class Sampler(RolloutEngine):
         for prompt, limit in zip(prompt_ids, limits, strict=True):
             self.check_prompt(getattr(engine.model, "config", None), len(prompt), limit)
         decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), greedy, on_token)
+        if on_completion is not None:
+            decoder.on_ended = self._completed(tokenizer, prompt_ids, samples_per_prompt, on_completion)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
         logits = decoder.prefill(ids, mask, samples_per_prompt, max(limits))
         every = [limit for limit in limits for _ in range(samples_per_prompt)]
@@ -106,6 +109,18 @@ class Sampler(RolloutEngine):
         rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
+
+    def _completed(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[Sequence[int]],
+        samples: int,
+        on_completion: Callable[[int, Completion], None],
+    ) -> Callable[[int, list[int], bool], None]:
+        def ended(row: int, tokens: list[int], finished: bool) -> None:
+            on_completion(row, self.completions(tokenizer, [prompt_ids[row // samples]], [tokens], [finished])[0])
+
+        return ended
 
     @property
     def _conversation(self) -> type[Conversation]:
@@ -142,6 +157,8 @@ class _Decoder:
 
     decoding: Decoding
     generator: Draws
+    # Gets the number, the tokens and whether a stop ended it, of each sequence that ends before all have to.
+    on_ended: Callable[[int, list[int], bool], None] | None = None
 
     def __init__(
         self,
@@ -202,7 +219,7 @@ class _Decoder:
         tokens = torch.full((batch, most), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, most, device=self.device)
         leaving = max(1, round(decoding.leave_together * batch))
-        counter = _Running(batch, self.device)
+        counter, known, told = _Running(batch, self.device), batch, torch.zeros_like(running)
         for step in range(most):
             token, logprob = self._choose(logits, rows, step)
             tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
@@ -212,6 +229,11 @@ class _Decoder:
                 full = running & (limit[rows] <= step + 1)
                 cut[rows], running = cut[rows] | full, running & ~full
             alive = counter.after(step, running)
+            if self.on_ended is not None and alive < known:
+                known, ended = alive, torch.ones_like(told).index_fill_(0, rows[running], False)
+                for row in (ended & ~told).nonzero().flatten().tolist():
+                    self.on_ended(row, tokens[row, : lengths[row]].tolist(), not cut[row])
+                told = ended
             if self.on_token is not None:
                 self.on_token(alive, step + 1)
             if alive == 0 or step + 1 == most:

@@ -16,6 +16,7 @@ from hybrid_lightning.policy.generation import _in_thread
 from hybrid_lightning.rollout import DynamicSampling, Sampler
 from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.types import Prompt
 
 
 class Elsewhere(Sampler):
@@ -118,6 +119,61 @@ def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule
     if ahead:  # the alarm for weights that did not arrive, with the lag in it
         assert here[-1]["sampling/logp_difference/max"] > 1e-3
     assert 4 <= elsewhere.requests <= 4 * turns, "none for a rollout that is not trained on"
+
+
+class Seen(DigitShare):
+    """Scores as completions arrive, and tells when it has been called in another thread."""
+
+    apart = threading.Event()
+
+    def __init__(self, overlap=True):
+        self.overlap = overlap
+
+    def overlaps(self, prompt):
+        return self.overlap
+
+    def __call__(self, completions, prompts):
+        if threading.current_thread() is not threading.main_thread():
+            self.apart.set()
+        return super().__call__(completions, prompts)
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:Talk gives rewards:UserWarning")
+@pytest.mark.parametrize(("engine", "ahead", "turns"), [(Sampler, 0, 1), (Elsewhere, 1, 1), (Sampler, 0, 2)])
+def test_rewards_of_what_arrives_are_those_of_the_whole_rollout(model, sums, tmp_path, engine, ahead, turns):
+    def run(reward):
+        log, policy = Log(), {"sampler": engine(6), "rollouts_ahead": ahead, "reward": reward}
+        if turns > 1:
+            episodes = EpisodeLimits(max_turns=turns, max_tokens=16)
+            policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}"}
+        weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=2))
+        return metrics_of(log), weights
+
+    Seen.apart.clear()
+    (found, weights), (expected, same) = run(Seen()), run(Seen(overlap=False))
+    assert Seen.apart.is_set()
+    rounding = 0 if engine is Sampler else 1e-3  # of float32, in threads
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=rounding, abs=rounding / 100)
+    for name, weight in same.items():
+        torch.testing.assert_close(weights[name], weight, rtol=rounding, atol=rounding / 100)
+
+
+def test_completions_are_scored_while_others_are_still_generated(model, sums, tmp_path):
+    seen = []
+    policy = fit(model, sums, tmp_path, policy={"reward": Seen(), "sampler": Sampler(12)}, max_steps=1)
+    prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
+
+    def listener(running, decoded, longest):
+        if running < 32 and not seen:
+            seen.append(Seen.apart.wait(20))
+
+    Seen.apart.clear()
+    policy.generation_listeners.append(listener)
+    arriving = policy.arriving(prompts, 4)
+    rollouts = policy.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
+    assert seen == [True]
+    assert torch.equal(policy.score(rollouts, arriving).total, policy.score(rollouts).total)
 
 
 def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):

@@ -76,6 +76,17 @@ def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(star
         begun.finish()
 
 
+def test_completions_are_told_of_as_they_arrive(start, build, tokenizer):
+    sampler, told = build(start(delay=0.02), weights=Weights(1)), {}
+    prompts, ids = [Prompt(text=str(number), index=number) for number in range(4)], [[3, 4 + number] for number in range(4)]
+    engine = type("OfModel", (), {"model": MODEL})()
+    draws = PromptDraws(prompts, 2, 0)
+    begun = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=draws, on_completion=told.__setitem__)
+    begun.wait()
+    assert sorted(told) == list(range(8)), "before anybody asks for them"
+    assert tuple(told[row] for row in range(8)) == begun.finish().completions
+
+
 @pytest.mark.parametrize("nccl", [False, True], indirect=True)
 @pytest.mark.parametrize("dies", [False, True])
 def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, served, tokenizer, nccl, dies):

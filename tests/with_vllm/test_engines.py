@@ -83,7 +83,10 @@ def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
 
 
 def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token(policy):
-    rollouts = complete(policy, samples=4)
+    told = {}
+    rollouts = complete(policy, samples=4, on_completion=told.__setitem__)
+    assert all(completion == rollouts.completions[row] for row, completion in told.items())
+    assert set(rollouts.finished.nonzero().flatten().tolist()) <= set(told)
     assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.samples_per_prompt == 4
     stop = set(policy.pretrained.stop_ids)
     rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)

@@ -5,6 +5,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine, Stops, WeightsVersion
-from hybrid_lightning.types import Prompt, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -32,6 +33,9 @@ class Answer:
     logprobs: Sequence[float]  # of each token
     finished: bool  # ended by a stop token or string
     versions: Sequence[tuple[str, int]]  # labels of the weights that sampled its tokens, and from which token on
+
+
+OnAnswers = Callable[[int, list[Answer]], None]
 
 
 class VLLMEngine(RolloutEngine):
@@ -65,6 +69,7 @@ class VLLMEngine(RolloutEngine):
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
         limits: Sequence[int] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Begun[Rollouts]:
         """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
@@ -79,7 +84,16 @@ class VLLMEngine(RolloutEngine):
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        begun, pad = self.complete(prompt_ids, asked, on_token), pad_token(tokenizer)
+        answered: OnAnswers | None = None
+        if on_completion is not None:
+            apart = deepcopy(tokenizer)  # for another thread
+
+            def answered(number: int, answers: list[Answer]) -> None:
+                tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
+                for sample, completion in enumerate(self.completions(apart, [prompt_ids[number]], tokens, finished)):
+                    on_completion(number * samples_per_prompt + sample, completion)
+
+        begun, pad = self.complete(prompt_ids, asked, on_token, answered), pad_token(tokenizer)
 
         def finish() -> Rollouts:
             answers = [answer for group in begun.finish() for answer in group]
@@ -118,6 +132,7 @@ class VLLMEngine(RolloutEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None,
     ) -> Begun[list[list[Answer]]]:
         """Begin to complete P prompts.
 
@@ -125,6 +140,7 @@ class VLLMEngine(RolloutEngine):
             prompt_ids: Token ids of each.
             parameters: Arguments of vLLM's `SamplingParams` for each.
             on_token: See `RolloutEngine.sample`.
+            on_answers: Called with the number of a prompt and the answers to it when they are there, perhaps in another thread.
 
         Returns:
             The G answers to each prompt, in order, once they are there, by weights that the engine was given alone.

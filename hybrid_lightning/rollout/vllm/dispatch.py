@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import httpx
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.vllm.completing import Answer
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
@@ -75,6 +75,7 @@ class Dispatch:
 
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
+    _on_answers: OnAnswers | None
     _ended_at: float
 
     def __init__(
@@ -102,8 +103,13 @@ class Dispatch:
         self._ended = threading.Event()
         self._failure: BaseException | None = None
 
-    def start(self) -> None:
-        """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks."""
+    def start(self, on_answers: OnAnswers | None = None) -> None:
+        """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks.
+
+        Args:
+            on_answers: See `VLLMEngine.complete`; called in that thread.
+        """
+        self._on_answers = on_answers
         self._loop = loop = asyncio.new_event_loop()
         self._main = main = loop.create_task(self._complete())
 
@@ -271,6 +277,8 @@ class Dispatch:
             return
         place.failures = 0
         self._answers[request.number] = answers
+        if self._on_answers is not None:
+            self._on_answers(request.number, answers)
 
     def _set_aside(self, place: _Place) -> None:
         """Do not use a server for a while. What it already has may still be answered."""

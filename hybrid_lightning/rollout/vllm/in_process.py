@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
-from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
 from hybrid_lightning.rollout.vllm.guest import Guest
 from hybrid_lightning.rollout.vllm.installed import check_installed
@@ -232,9 +232,10 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None = None,
     ) -> Begun[list[list[Answer]]]:
         """See `VLLMEngine`; they are made when they are waited for."""
-        return Begun(lambda: self._completed(prompt_ids, parameters, on_token))
+        return Begun(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
 
     @torch.no_grad()
     def _completed(
@@ -242,6 +243,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._guest.visiting():
@@ -250,32 +252,35 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             engine = self._llm.llm_engine
-            names = []
+            names: dict[str, int] = {}  # of requests -> number of the prompt
             try:
                 for ids, asked in zip(prompt_ids, parameters, strict=True):
-                    names.append(f"completion-{self._requests}")
+                    name = f"completion-{self._requests}"
+                    names[name] = len(names)
                     self._requests += 1
                     wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
-                    engine.add_request(names[-1], {"prompt_token_ids": list(ids)}, wanted)
+                    engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
                 steps = 0
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
-                            answers[output.request_id] = [_answer(one) for one in output.outputs]
+                            answers[output.request_id] = found = [_answer(one) for one in output.outputs]
+                            if on_answers is not None:
+                                on_answers(names[output.request_id], found)
                     steps += 1
                     if on_token is not None:
                         on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
             except BaseException:  # a signal, too
                 engine.abort_request([name for name in names if name not in answers])
                 raise
-        found = [answers[name] for name in names]
-        others = {label for group in found for answer in group for label, _ in answer.versions} - {str(self.version)}
+        in_order = [answers[name] for name in names]
+        others = {label for group in in_order for answer in group for label, _ in answer.versions} - {str(self.version)}
         if others:
             raise RolloutError(
                 f"vLLM completed with weights of version {min(others)}, and the policy has {self.version}; let nothing else set "
                 "the weights of this engine"
             )
-        return found
+        return in_order
 
     def release_memory(self) -> None:
         """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""

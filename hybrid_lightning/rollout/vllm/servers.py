@@ -16,7 +16,7 @@ from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutEr
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
 from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
@@ -366,6 +366,7 @@ class VLLMServerSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None = None,
     ) -> Begun[list[list[Answer]]]:
         """See `VLLMEngine`. The requests are made in a thread of their own."""
         if not prompt_ids:
@@ -375,7 +376,7 @@ class VLLMServerSampler(VLLMEngine):
         dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
         self._dispatches = [*self._running, dispatch]
-        dispatch.start()
+        dispatch.start(on_answers)
         return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
 
     def shut_down(self) -> None:

@@ -34,7 +34,8 @@ class ArrivingRewards:
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
         self._prompts = prompts
-        self._of_terms = [(term, _Threads(term.concurrency)) for term, _ in reward.terms() if any(map(_overlaps(term), prompts))]
+        meanwhile = [(term, max(map(_overlaps(term), prompts), default=0)) for term, _ in reward.terms()]
+        self._of_terms = [(term, _Threads(most)) for term, most in meanwhile if most]
         self._values: dict[tuple[str, int], Future[Tensor]] = {}  # by name of the term and row
 
     @property
@@ -56,6 +57,8 @@ class ArrivingRewards:
             RewardError: If the term raises, or returns no finite number, for the first such row.
         """
         try:
+            for other, threads in self._of_terms:
+                threads.allow(other.concurrency)
             for row in rows:
                 self.add(row, completions[row])
             return {row: self._values[term.name, row].result() for row in rows if (term.name, row) in self._values}
@@ -69,8 +72,8 @@ class ArrivingRewards:
             threads.cancel()
 
 
-def _overlaps(term: RewardFunction) -> Callable[[Prompt], bool]:
-    def asked(prompt: Prompt) -> bool:
+def _overlaps(term: RewardFunction) -> Callable[[Prompt], int]:
+    def asked(prompt: Prompt) -> int:
         with in_user_code(term, "overlaps"):
             return term.overlaps(prompt)
 
@@ -90,12 +93,17 @@ class _Threads:
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
+        self._waiting.put((function, future))
+        self.allow(self._most)
+        return future
+
+    def allow(self, most: int) -> None:
+        """Let so many calls run at the same time from now on."""
         with self._lock:
-            self._waiting.put((function, future))
-            if self._running < self._most:
+            self._most = most
+            for _ in range(min(most - self._running, self._waiting.qsize())):
                 self._running += 1
                 threading.Thread(target=self._run, daemon=True, name="rewards").start()
-        return future
 
     def _run(self) -> None:
         while True:

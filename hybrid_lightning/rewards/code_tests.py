@@ -115,9 +115,9 @@ class CodeTests(RewardFunction):
         self.workers = self.concurrency = workers or len(os.sched_getaffinity(0))
         self._name = name
 
-    def overlaps(self, prompt: Prompt) -> bool:
-        """Programs run as completions arrive."""
-        return True
+    def overlaps(self, prompt: Prompt) -> int:
+        """Half of `workers`: generation may need the processors, too, and a program's wall time is limited."""
+        return max(1, self.workers // 2)
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has tests which can be run."""

@@ -103,8 +103,8 @@ class RewardBySet(RewardFunction):
         """That of the set with most."""
         return max(reward.concurrency for reward in self.rewards.values())
 
-    def overlaps(self, prompt: Prompt) -> bool:
-        """Whether the reward for the prompt's set does."""
+    def overlaps(self, prompt: Prompt) -> int:
+        """As many as the reward for the prompt's set says."""
         return self._reward(prompt).overlaps(prompt)
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:

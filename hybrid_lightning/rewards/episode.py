@@ -52,7 +52,7 @@ class FinalAnswer(RewardFunction):
         self.reward = reward
         self.measures_correctness, self.concurrency = reward.measures_correctness, reward.concurrency
 
-    def overlaps(self, prompt: Prompt) -> bool:
+    def overlaps(self, prompt: Prompt) -> int:
         """See the reward."""
         return self.reward.overlaps(prompt)
 

@@ -110,9 +110,9 @@ class FunctionReward(RewardFunction):
         self.asynchronous = inspect.iscoroutinefunction(call)
         self.overlap = self.asynchronous and not self.batched if overlap is None else overlap
 
-    def overlaps(self, prompt: Prompt) -> bool:
+    def overlaps(self, prompt: Prompt) -> int:
         """See `overlap`."""
-        return self.overlap
+        return self.concurrency if self.overlap else 0
 
     def _loaded(self) -> Callable[..., Any]:
         return load_function(self.function) if self._given is None else self._given

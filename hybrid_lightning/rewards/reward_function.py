@@ -27,7 +27,7 @@ class RewardFunction(Configurable, ABC):
     """
 
     measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
-    concurrency: int = 1  # completions that are scored at the same time, each in a thread, where they may be (see `overlaps`)
+    concurrency: int = 1  # completions that may be scored at the same time, where they are one by one (see `overlaps`)
 
     _name: str | None = None
 
@@ -44,14 +44,14 @@ class RewardFunction(Configurable, ABC):
             B finite numbers, in the same order. A reward that measures correctness gives 1.0 for a right answer.
         """
 
-    def overlaps(self, prompt: Prompt) -> bool:
-        """Whether completions of a prompt are scored one by one as they arrive, while others are still being generated.
+    def overlaps(self, prompt: Prompt) -> int:
+        """How many completions may be scored at the same time as they arrive, while others are still being generated.
 
         For slow rewards, such as programs or calls over HTTP. `__call__` then gets one completion at a time, in other threads
         than training's and in any order, and has to give the same numbers as for all together.
 
         Returns:
-            False unless overridden: all are scored together, when the last one has ended.
+            0 unless overridden: those of this prompt are scored with all others, when the last one has ended.
         """
         return False
 

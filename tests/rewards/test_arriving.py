@@ -26,12 +26,12 @@ TEXTS = [str(number % 3) for number in range(6)]
 class Slow(RewardFunction):
     """Counts calls, and the most that were under way at the same time."""
 
-    def __init__(self, concurrency=2):
+    def __init__(self, concurrency=4):
         self.concurrency, self.calls, self.running, self.most = concurrency, [], 0, 0
         self.lock, self.goes_on = threading.Lock(), threading.Event()
 
     def overlaps(self, prompt):
-        return True
+        return max(1, self.concurrency // 2)
 
     def __call__(self, completions, prompts):
         with self.lock:
@@ -77,11 +77,13 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
     until = time.monotonic() + 20
     while reward.running < 2 and time.monotonic() < until:
         time.sleep(0.005)
-    assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows, each alone"
-    reward.goes_on.set()
+    assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows meanwhile, each alone"
+    threading.Thread(
+        target=lambda: [time.sleep(0.01) for _ in range(2000) if reward.running < 4] + [reward.goes_on.set()]
+    ).start()
     found = evaluate_reward(reward, TEXTS, PROMPTS, arriving=arriving)
     assert same(found, evaluate_reward(reward, TEXTS, PROMPTS)) and found.total.tolist() == [1, 1, 1, 0, 0, 0]
-    assert reward.most == 2 and reward.calls == [("rewards", 1)] * 6 + [("MainThread", 6)]
+    assert reward.most == 4 and reward.calls == [("rewards", 1)] * 6 + [("MainThread", 6)]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,9 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
     ],
 )
 def test_which_rewards_are_scored_so_and_that_their_numbers_are_the_same(reward, overlap):
-    assert [reward.overlaps(prompt) for prompt in PROMPTS[:2]] == list(overlap if isinstance(overlap, tuple) else (overlap,) * 2)
+    assert [reward.overlaps(prompt) > 0 for prompt in PROMPTS[:2]] == list(
+        overlap if isinstance(overlap, tuple) else (overlap,) * 2
+    )
     whole = WeightedSum([reward, FunctionReward(judged, name="plain")], [2.0, -0.5])
     arriving = ArrivingRewards(whole, PROMPTS)
     assert (arriving.on_completion is None) == (overlap is False)
@@ -119,7 +123,7 @@ def test_programs_and_last_messages():
         for text in programs
     ]
     reward = FinalAnswer(CodeTests(workers=2))
-    assert reward.concurrency == 2
+    assert reward.concurrency == 2 and reward.overlaps(row) == 1
     arriving = ArrivingRewards(reward, [row] * 3)
     arriving.add(2, episodes[2])
     assert evaluate_reward(reward, episodes, [row] * 3, arriving=arriving).total.tolist() == [1, 0, 1]

@@ -100,6 +100,33 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     assert later.sequences.weights_step.unique().tolist() == [2]
 
 
+def test_a_turn_that_is_asked_for_while_weights_are_on_their_way_waits_and_is_by_the_new_ones(start, build, served, tokenizer):
+    server = start()
+    sampler = build(server, weights=Weights(1))
+    sampler.requests_go_on = True
+    prompts, engine = [Prompt(text="3", index=0)], type("OfModel", (), {"model": MODEL})()
+    draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
+    conversation = sampler.conversation(engine, tokenizer, prompts, [[3, 5]], 2, capacity=20)
+    server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
+
+    def go_on():  # in the midst of the update, and again after it
+        turns.append(conversation.next([0, 1], [[7], [8]], draws))
+        turns.append(conversation.next([1], [[9]], draws))
+
+    turns.append(conversation.first(draws))
+    other = threading.Thread(target=go_on)
+    with sampler.updating():
+        other.start()
+        after(0.3, may_end.set)
+        sampler.update(Weights(2), served)
+        assert len(turns) == 1
+    other.join(10)
+    assert [turn.weights_step.tolist() for turn in turns] == [[[1] * 3] * 2, [[2] * 3] * 2, [[2] * 3]]
+    sampler.version = None  # as after an update that failed
+    with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
+        conversation.next([1], [[9]], draws)
+
+
 def after(seconds, action):
     threading.Timer(seconds, action).start()
 

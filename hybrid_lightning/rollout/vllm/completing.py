@@ -79,13 +79,13 @@ class VLLMEngine(RolloutEngine):
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        begun, pad = self.complete(prompt_ids, asked, on_token), pad_token(tokenizer)
+        begun, pad, vocabulary = self.complete(prompt_ids, asked, on_token), pad_token(tokenizer), _vocabulary(engine.model)
 
         def finish() -> Rollouts:
             answers = [answer for group in begun.finish() for answer in group]
             assert len(answers) == len(prompts) * samples_per_prompt
             for answer in answers:
-                _check(answer)
+                _check(answer, vocabulary)
             finished = [answer.finished for answer in answers]
             prompt, mask = pad_left(prompt_ids, pad, device)
             tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
@@ -156,7 +156,16 @@ class VLLMEngine(RolloutEngine):
             )
 
 
-def _check(answer: Answer) -> None:
+def _vocabulary(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _check(answer: Answer, vocabulary: int | None) -> None:
+    if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):
+        raise RolloutError(
+            f"vLLM gave token {max(answer.tokens, key=abs)}, and the policy has {vocabulary}; start it with the policy's model"
+        )
     if len(answer.logprobs) != len(answer.tokens):
         raise RolloutError(
             f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "

@@ -388,16 +388,18 @@ class VLLMServerSampler(VLLMEngine):
         """See `VLLMEngine`. The requests are made in a thread of their own."""
         if not prompt_ids:
             return Begun(list)
-        self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
+        self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
         label = str(self.version)
         dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
         self._dispatches = [*self._running, dispatch]
         dispatch.start()
-        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
+        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.end)
 
     def shut_down(self) -> None:
         """End requests and close the connections; the servers go on, and may be used by another run."""
+        for dispatch in self._dispatches:
+            dispatch.end()
         for dispatch in self._dispatches:
             dispatch.cancel()
         connected = list(self._transfers)

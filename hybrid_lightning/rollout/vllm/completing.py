@@ -74,7 +74,7 @@ class VLLMEngine(RolloutEngine):
         for ids, limit in zip(prompt_ids, limits, strict=True):
             self.check_prompt(getattr(engine.model, "config", None), len(ids), limit)
         stop_ids = (stops or self.stops(tokenizer)).ids
-        seeds = seeds_of(generator, len(prompts))
+        seeds = [0] * len(prompts) if greedy else seeds_of(generator, len(prompts))
         asked = [
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)

@@ -1,11 +1,11 @@
 """Runs with rollouts ahead that are stopped at moments drawn over their whole life, and go on to the same bits."""
 
-import contextlib
 import os
 import random
 import signal
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, trained
 
 from hybrid_lightning.adapters import Random
-from hybrid_lightning.callbacks import GracefulStop
+from hybrid_lightning.callbacks import GracefulStop, StepTimer
 from hybrid_lightning.callbacks.graceful_stop import last_checkpoint
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
@@ -21,102 +21,104 @@ from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.rollout import Sampler, VLLMServerSampler
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PHASES = ("before training", "generate", "reward", "logprobs", "update", "other", "checkpoint", "validation")
+DIES = "the server dies"
+LAG = ("sampling/weights_version_lag", "sampling/importance_weight/mean")
 
 
 class Noted(Log):
     """What each optimizer step was made of, and each validation."""
 
-    def __init__(self):
+    def __init__(self, *metrics):
         super().__init__()
-        self.found = {}
+        self.metrics_of_steps, self.steps, self.has_begun = metrics, {}, False
+
+    def on_train_start(self, trainer, pl_module):
+        self.has_begun = True
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         tokens = batch.sequences.completion_ids[batch.sequences.completion_mask].tolist()
-        rest = {name: float(value) for name, value in trainer.callback_metrics.items() if name in self.compared}
-        self.found[trainer.global_step] = (float(outputs["loss"]), tokens, rest)
+        found = [float(trainer.callback_metrics[name]) for name in self.metrics_of_steps]
+        self.steps[trainer.global_step] = (float(outputs["loss"]), tokens, found)
 
     def on_validation_end(self, trainer, pl_module):
-        self.found["val", trainer.global_step] = {n: float(v) for n, v in trainer.callback_metrics.items() if "val/" in n}
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.steps["validation", trainer.global_step] = found
 
 
 class Moment:
-    """Sends a signal at the n-th call of a function of this package in the main thread, while `GracefulStop` handles it."""
+    """Does something at the n-th call of a function of this package in a phase of the run, while `GracefulStop` handles signals.
 
-    def __init__(self, stop, number=0, call=10**9):
-        self.signals, self.number, self.call, self.calls, self.where = stop.signals, number, call, 0, ""
+    It counts those in the main thread.
+    """
 
-    def __enter__(self):
-        sys.setprofile(self.count)
-        return self
+    def __init__(self, phase, call, action):
+        self.phase, self.call, self.action, self.calls, self.came = phase, call, action, Counter(), 0.0
 
-    def __exit__(self, *_):
-        sys.setprofile(None)
+    def during(self, policy, signals, noted):
+        """Count from now on."""
 
-    def count(self, frame, event, _):
-        if event == "call" and "/hybrid_lightning/" in frame.f_code.co_filename and self.signals.taken_over:
-            self.calls += 1
-            if self.calls == self.call:
-                self.where = f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}"
-                os.kill(os.getpid(), self.number)
+        def count(frame, *_):
+            if "/hybrid_lightning/" in frame.f_code.co_filename and signals.taken_over:
+                phase = policy.clock._running[-1] if noted.has_begun else "before training"
+                self.calls[phase] += 1
+                if phase == self.phase and self.calls[phase] == self.call:
+                    self.came = time.monotonic()
+                    self.action()
+
+        sys.settrace(count)
 
 
-def run(model, sums, root, sampler, compared, number=0, call=10**9, ckpt=None):
-    """One run: how it ended, what it noted, how many calls there were, its weights, and the checkpoint to go on from."""
+def run(model, sums, root, sampler, metrics, checkpoint, moment):
+    """What ended the run if not its last step, what it noted, its weights, and the checkpoint from which to go on."""
     torch.manual_seed(11)
-    noted, stop, error = Noted(), GracefulStop(), None
-    noted.compared = compared
+    noted, stop, error = Noted(*metrics), GracefulStop(), None
     policy = build_policy(
         model, sampler=sampler(), rollouts_ahead=2, correction=TokenTruncation(), minibatches_per_rollout=2, seed=3
     )
-    saver = ModelCheckpoint(every_n_train_steps=3, save_last=True)
-    flags = {"max_steps": 12, "val_check_interval": 4, "check_val_every_n_epoch": None, "enable_checkpointing": True}
-    trainer = build_trainer(root, stop, build_adapter(scorer=Random()), noted, saver, **flags)
-    with Moment(stop, number, call) as moment:
-        try:
-            trainer.fit(policy, datamodule=build_data(sums, validation_fraction=0.2), ckpt_path=ckpt)
-        except (SystemExit, RolloutError) as ended:
-            error = ended
+    saver = ModelCheckpoint(every_n_train_steps=2, save_last=True)
+    flags = {"max_steps": 8, "val_check_interval": 4, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    callbacks = (StepTimer(), stop, build_adapter(scorer=Random()), noted, saver)
+    trainer, data = build_trainer(root, *callbacks, **flags), build_data(sums, validation_fraction=0.2)
+    moment.during(policy, stop.signals, noted)
+    try:
+        trainer.fit(policy, datamodule=data, ckpt_path=checkpoint)
+    except (SystemExit, RolloutError) as ended:
+        error = ended
+    finally:
+        sys.settrace(None)
     stopped = sorted(root.glob("version_*/checkpoints/stopped.ckpt"), key=os.path.getmtime)[-1:]
-    left = stopped[0] if stopped and (ckpt is None or stopped[0] != ckpt) else last_checkpoint(trainer)
-    return error, noted.found, moment, trained(policy), left
+    after = stopped[0] if error is not None and stopped and stopped[0] != checkpoint else last_checkpoint(trainer)
+    return error, noted.steps, trained(policy), after
 
 
-def chain(model, sums, root, sampler, compared, whole, seed, stops, server=None):
-    """A run that is stopped so many times, at calls drawn over what is left of it, and goes on to the end."""
-    draws, checkpoint, left, found, places = random.Random(seed), None, whole[2].calls, {}, []
-    for number in [*(SIGNALS[draws.randrange(3)] for _ in range(stops)), 0]:
-        call = draws.randrange(1, left) if number else 10**9
-        began = time.monotonic()
-        error, noted, moment, weights, after = run(model, sums, root, sampler, compared, number, call, checkpoint)
-        places.append((moment.where, number, list(noted)[-1:], time.monotonic() - began, repr(error)))
-        if number and moment.where:
-            assert isinstance(error, SystemExit) and error.code == 128 + number, (places, error)
-        for step, values in noted.items():
-            assert found.setdefault(step, values) == values, (step, places)
-        checkpoint, left = after, max(2, left - moment.calls) if noted else left
-        if error is None:
-            break
-    return found, weights, places
-
-
-def test_x(model, sums, tmp_path, start, monkeypatch):
-    monkeypatch.setattr(Generation, "_compare", lambda *_: None)
-    server = start(delay=0.02, seeded=True)
-    import os as _os
-    for name, sampler, compared in (
-        ("sampler", lambda: Sampler(6), ("sampling/weights_version_lag", "sampling/importance_weight/mean")),
-        ("server", lambda: VLLMServerSampler(urls=[server.url], max_new_tokens=6, timeout=10, give_up_after=0.5), ()),
-    ):
-        (tmp_path/name).mkdir()
-        whole = run(model, sums, tmp_path/name, sampler, compared)
-        for seed in eval(_os.environ["SEEDS"]):
-            root = tmp_path / name / str(seed)
-            root.mkdir()
-            began = time.monotonic()
-            found, weights, places = chain(model, sums, root, sampler, compared, whole, seed, 8)
-            sys.stderr.write(f"{name} {seed} {time.monotonic() - began:.1f} {len(places)}\n" + "".join(f"   {p}\n" for p in places))
-            ok = found == whole[1] and all((weights[n] == w).all() for n, w in whole[3].items())
-            if not ok:
-                for k in whole[1]:
-                    if found.get(k) != whole[1][k]: sys.stderr.write(f"DIFF {k} { {n: (v, whole[1][k].get(n)) for n, v in found[k].items() if whole[1][k].get(n) != v} if isinstance(k, tuple) else 0}\n")
-                sys.stderr.write("BAD\n")
+@pytest.mark.filterwarnings("ignore:.*is left out:UserWarning")
+@pytest.mark.parametrize(("kind", "seed"), [("in turns", 0), ("servers", 0)])
+def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model, sums, tmp_path, start, monkeypatch, kind, seed):
+    metrics, phases, sampler, server = LAG, [*PHASES], lambda: Sampler(6), None
+    if kind == "servers":  # which make the same completions whatever their weights, and when they are asked again
+        monkeypatch.setattr(Generation, "_compare", lambda *_: None)
+        metrics, phases, server = (), [*PHASES, DIES], start(delay=0.03, seeded=True)
+        sampler = lambda: VLLMServerSampler(urls=[server.url], max_new_tokens=6, timeout=10, give_up_after=0.4)  # noqa: E731
+    (tmp_path / "whole").mkdir()
+    whole = Moment("", 0, None)
+    error, expected, weights, _ = run(model, sums, tmp_path / "whole", sampler, metrics, None, whole)
+    assert error is None and set(expected) == {*range(1, 9), ("validation", 4), ("validation", 8)}
+    draws, checkpoint = random.Random(seed), None
+    draws.shuffle(phases)
+    for phase in [*phases, ""]:
+        number, within, error = draws.choice(SIGNALS), "update" if phase == DIES else phase, None
+        action = server.stop if phase == DIES else lambda number=number: os.kill(os.getpid(), number)
+        while error is None:
+            moment = Moment(within, 1 + draws.randrange(whole.calls[within] // 8 or 1), action)
+            error, steps, reached, checkpoint = run(model, sums, tmp_path, sampler, metrics, checkpoint, moment)
+            assert all(expected[step] == made for step, made in steps.items()), phase
+            if error is None:
+                assert all(torch.equal(weight, weights[name]) for name, weight in reached.items())
+                if not phase:
+                    return
+                checkpoint = None  # the moment has not come in what was left, but will in another life
+        assert time.monotonic() - moment.came < 5, phase
+        assert isinstance(error, RolloutError) if phase == DIES else error.code == 128 + number, phase
+        if phase == DIES:
+            server.start()

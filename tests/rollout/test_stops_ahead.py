@@ -4,11 +4,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, trained
 
@@ -122,3 +124,53 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
         assert isinstance(error, RolloutError) if phase == DIES else error.code == 128 + number, phase
         if phase == DIES:
             server.start()
+
+
+class Interrupt(Callback):
+    """What Ctrl-C does where no callback handles signals, as in a notebook."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+@pytest.mark.parametrize("meanwhile", ["completions", "weights", "completions of a rollout ahead"])
+def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked_for(
+    model, sums, tmp_path, start, monkeypatch, meanwhile
+):
+    monkeypatch.setattr(Generation, "_compare", lambda *_: None)
+    server, handler, stop = start(seeded=True), signal.getsignal(signal.SIGINT), GracefulStop()
+    sampler, came = VLLMServerSampler(urls=[server.url], max_new_tokens=6), []
+    answer, begin = server.on_inference_v1_generate, server.on_start_weight_update
+    if meanwhile == "weights":
+        server.on_start_weight_update = lambda body: (came.append(body), server.stopped.wait(60), begin(body))[2]
+    else:
+        first = 4 if "ahead" in meanwhile else 0  # requests of a rollout
+
+        def late(body):
+            came.append(body)
+            server.delay = 60 if len(came) > first else 0
+            return answer(body)
+
+        server.on_inference_v1_generate = lambda body: late(body) if body else answer(body)
+    callbacks = [Interrupt()] if "ahead" in meanwhile else [stop]
+
+    def signalled():
+        while not came:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    policy = build_policy(model, sampler=sampler, rollouts_ahead=2)
+    trainer = build_trainer(tmp_path, *callbacks, build_adapter(scorer=Random()), enable_checkpointing=False)
+    if "ahead" not in meanwhile:
+        threading.Thread(target=signalled, daemon=True).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(policy, datamodule=build_data(sums))
+        assert time.monotonic() - began < 8
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which Lightning ignores after Ctrl-C
+    assert meanwhile == "weights" or server.ended
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "requests to vLLM servers"]

@@ -196,7 +196,9 @@ class VLLMServerSampler(VLLMEngine):
         """
         with self._asking:
             if self.version is None:
-                raise RolloutError(f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}")
+                raise RolloutError(
+                    f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}; start them again"
+                )
             return super().begin(*arguments, **options)
 
     @property

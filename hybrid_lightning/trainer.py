@@ -1,5 +1,6 @@
 """`Trainer`: Lightning's Trainer with `score`, `export`, `plan` and `doctor`, and with checks before a model is loaded."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -151,6 +152,10 @@ class Trainer(LightningTrainer):
             require_checkpoint(ckpt_path)
 
     def _teardown(self) -> None:
+        if self.interrupted and isinstance(self.lightning_module, LanguageModule):
+            # Lightning calls no teardown hook then, and the process may live on, as that of a notebook.
+            with suppress(Exception):  # what ended the run is what is to be seen
+                self.lightning_module.end_generation()
         super()._teardown()
         folder = find_callback(self, RunFolder)
         if self.interrupted and folder is not None and self.is_global_zero:

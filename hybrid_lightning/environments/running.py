@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, ClassVar, Literal
@@ -43,7 +43,7 @@ class EpisodeLimits(Configurable):
         max_failed_share: Share of the episodes of a rollout that may be left out since their environment failed; with more the
             run stops.
         workers: Number of processes in which environments run, each one at a time: for those that change global state, take much
-            processor time or hang. 0: in this process.
+            processor time or hang. 0: in this process. Each rollout that is under way (`rollouts_ahead`) has as many of its own.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -86,6 +86,7 @@ class RunningEpisodes:
     Args:
         environment: The object of the config, prepared for the model.
         limits: Bounds of the episodes.
+        on_wait: Called from time to time while processes are waited for; an exception from it ends these.
 
     Example:
         >>> class Echo(Environment):
@@ -100,14 +101,14 @@ class RunningEpisodes:
         >>> episodes.close()
     """
 
-    def __init__(self, environment: Environment, limits: EpisodeLimits) -> None:
+    def __init__(self, environment: Environment, limits: EpisodeLimits, on_wait: Callable[[], None] = lambda: None) -> None:
         self.environment, self.limits = environment, limits
         self._episodes: dict[int, Episode] = {}  # those that have not ended
         self._count = 0  # episodes of the rollout
         self._failures: list[Failure] = []
         self._warned: set[str] = set()
         self._here: LocalEpisodes | None = None
-        self._workers = Workers(environment, limits.workers, limits.step_timeout_s) if limits.workers else None
+        self._workers = Workers(environment, limits.workers, limits.step_timeout_s, on_wait) if limits.workers else None
 
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
         """Begin the episodes of a rollout, which are numbered from 0; those of the rollout before are over.

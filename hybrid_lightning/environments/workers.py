@@ -36,6 +36,7 @@ from hybrid_lightning.types import Message
 from hybrid_lightning.user_code import describe_error
 
 _READY_S = 300.0  # seconds for a process to import what it needs
+_SLICE_S = 0.1  # in which replies are waited for
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from hybrid_lightning.environments.workers import main; main()"
 )
@@ -50,19 +51,22 @@ class Workers:
         environment: The object of the config.
         count: Number of processes. Episode n runs in process n % count.
         step_timeout_s: Seconds for each call of an environment.
+        on_wait: See `RunningEpisodes`.
 
     Raises:
         ConfigError: If the environment cannot be made in another process.
     """
 
-    def __init__(self, environment: Environment, count: int, step_timeout_s: float) -> None:
+    def __init__(
+        self, environment: Environment, count: int, step_timeout_s: float, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         if not hasattr(os, "killpg"):
             raise ConfigError(
                 f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no groups of processes that can be ended "
                 "together; leave it out, or train under WSL"
             )
         kind = type(environment)
-        self.name, self.step_timeout_s, self.close_fault = kind.__name__, step_timeout_s, ""
+        self.name, self.step_timeout_s, self.close_fault, self.on_wait = kind.__name__, step_timeout_s, "", on_wait
         try:
             if kind.__module__ == "__main__":
                 raise TypeError("it is defined in the script itself")
@@ -101,8 +105,9 @@ class Workers:
         """Send what is requested, and receive the replies."""
         try:
             while busy := [process for process in self._processes if process.proceed()]:
-                until = min(process.deadline for process in busy)
-                ready = wait([process.connection for process in busy if process.connection], max(0.0, until - time.monotonic()))
+                self.on_wait()
+                left = max(0.0, min(process.deadline for process in busy) - time.monotonic())
+                ready = wait([process.connection for process in busy if process.connection], min(left, _SLICE_S))
                 for process in busy:
                     if process.connection in ready:
                         self._receive(process, note)

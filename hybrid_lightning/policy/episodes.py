@@ -44,6 +44,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)  # of the completion
     sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
     logprobs: list[float] = field(default_factory=list)  # 0 where not
+    steps: list[int] = field(default_factory=list)  # of the weights that sampled each, or that sampled last; none if all had one
     last: Sequence[int] = ()  # tokens of the policy's last message
     texts: list[str] = field(default_factory=list)  # of its messages
     lengths: list[int] = field(default_factory=list)  # and their tokens
@@ -52,7 +53,7 @@ class _Row:
     thinking: bool = False
     end: str = ""  # empty while it runs
 
-    def say(self, ids: Sequence[int], logprobs: Sequence[float], completion: Completion) -> None:
+    def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
         """Add a message of the policy."""
         if not self.texts:
             self.thinking = completion.thinking
@@ -60,6 +61,7 @@ class _Row:
         self.lengths.append(len(ids))
         self.ids += ids
         self.logprobs += logprobs
+        self.steps += steps
         self.sampled += [True] * len(ids)
         self.end = "" if completion.finished else "tokens"
         self.texts.append(str(completion))
@@ -69,11 +71,12 @@ class _Row:
         """Add tokens that the policy reads."""
         self.ids += ids
         self.logprobs += [0.0] * len(ids)
+        self.steps += self.steps[-1:] * len(ids)
         self.sampled += [False] * len(ids)
 
     def fail(self) -> None:
         """Leave the episode out: nothing of it is trained on."""
-        self.end, self.ids, self.sampled, self.logprobs, self.lengths = "failed", [], [], [], []
+        self.end, self.ids, self.sampled, self.logprobs, self.steps, self.lengths = "failed", [], [], [], [], []
 
     def completion(self) -> Completion:
         """What the policy said, for rewards and logs."""
@@ -92,6 +95,7 @@ class Episodes:
         sampler: Makes the policy's messages.
         pretrained: Has the tokenizer and the chat template.
         turn_template: See `PolicyModule`.
+        on_wait: See `RunningEpisodes`.
     """
 
     def __init__(
@@ -101,10 +105,11 @@ class Episodes:
         sampler: RolloutEngine,
         pretrained: Pretrained,
         turn_template: str | None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.environment, self.limits, self.sampler, self.pretrained = environment, limits, sampler, pretrained
         self._turn_template = turn_template
-        self._running = RunningEpisodes(environment, limits)
+        self._running = RunningEpisodes(environment, limits, on_wait)
 
     @cached_property
     def turns(self) -> TurnEncoder:
@@ -128,9 +133,15 @@ class Episodes:
         """
         self.turns.check(prompts)
 
-    def apart(self) -> "Episodes":
-        """The same for another thread: with a tokenizer of its own, and processes for the environments."""
-        return Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template)
+    def apart(self, on_wait: Callable[[], None]) -> "Episodes":
+        """The same for another thread: with a tokenizer of its own, and processes for the environments.
+
+        Args:
+            on_wait: See `RunningEpisodes`.
+        """
+        other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template, on_wait)
+        _ = other.turns  # reads the tokenizer, here and not in that thread
+        return other
 
     def shut_down(self) -> None:
         """End what environments run in; it begins again when it is needed."""
@@ -236,9 +247,10 @@ class Episodes:
         tokens = [row[:length] for row, length in zip(said.tokens.tolist(), lengths, strict=True)]
         contexts = [[*ids[number // samples], *rows[number].ids] for number in numbers]
         texts = self.sampler.completions(self.pretrained.tokenizer, contexts, tokens, finished)
-        for number, own, logprobs, text in zip(numbers, tokens, said.logprobs.tolist(), texts, strict=True):
+        made_by = [[] for _ in numbers] if said.weights_step is None else said.weights_step.tolist()
+        for number, own, logprobs, steps, text in zip(numbers, tokens, said.logprobs.tolist(), made_by, texts, strict=True):
             if not rows[number].end:
-                rows[number].say(own, logprobs[: len(own)], text)
+                rows[number].say(own, logprobs[: len(own)], steps[: len(own)], text)
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
         """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
@@ -288,12 +300,17 @@ class Episodes:
         width = completion_ids.shape[1]
         sampled = torch.tensor([row.sampled + [False] * (width - len(row.ids)) for row in rows], dtype=torch.bool, device=device)
         logprobs = [row.logprobs + [0.0] * (width - len(row.ids)) for row in rows]
+        weights_step: Tensor | None = None
+        if any(row.steps for row in rows):
+            steps = [row.steps + [0] * (width - len(row.steps)) for row in rows]
+            weights_step = torch.tensor(steps, device=device).view(len(rows), width)
         sequences = Sequences(
             prompt_ids.repeat_interleave(samples, dim=0),
             prompt_mask.repeat_interleave(samples, dim=0),
             completion_ids,
             completion_mask,
-            sampled_mask=sampled.view(len(rows), width),
+            weights_step,
+            sampled.view(len(rows), width),
         )
         completions = tuple(row.completion() for row in rows)
         return Rollouts(

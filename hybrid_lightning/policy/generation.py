@@ -8,12 +8,9 @@ In one process an engine is updated before it completes, if weights have changed
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
 """
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent import futures
-from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,8 +20,9 @@ import torch
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
-from hybrid_lightning.errors import HybridLightningError, RolloutError
-from hybrid_lightning.policy.episodes import Episodes, task_seeds
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.policy.episodes import task_seeds
+from hybrid_lightning.policy.episodes_ahead import EpisodesAhead
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -41,7 +39,6 @@ OnCompletion = Callable[[int, Completion], None]
 # weights more than 2.
 _LARGEST_DIFFERENCE = 0.5
 _COMPARED = 4  # completions
-_SLICE_S = 0.1
 
 
 class Generation:
@@ -55,7 +52,7 @@ class Generation:
         self._policy = policy
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
         self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
-        self._apart: Episodes | None = None  # plays those of rollouts ahead
+        self._ahead: EpisodesAhead | None = None  # plays the episodes of rollouts ahead
         self.update_seconds = 0.0  # that the last update took
         self.waited_seconds = 0.0  # for the completions that were finished last
 
@@ -125,8 +122,8 @@ class Generation:
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
             if ahead and sampler.completes_elsewhere and policy.rollout_schedule.rollouts_ahead:
-                self._apart = self._apart or episodes.apart()
-                begun = _in_thread(partial(self._apart.play, policy.engine, prompts, samples, seeds, **options))
+                self._ahead = self._ahead or EpisodesAhead(episodes)
+                begun = self._ahead.begin(policy.engine, prompts, samples, seeds, **options)
             else:
                 begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
         if sampler.completes_elsewhere:
@@ -181,8 +178,9 @@ class Generation:
         """End completions that are under way, and what plays their episodes."""
         for begun in self._under_way:
             begun.cancel()
-        if self._apart is not None:
-            self._apart.shut_down()
+        self._under_way = []
+        if self._ahead is not None:
+            self._ahead.shut_down()
 
     def compare_again(self) -> None:
         """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
@@ -227,38 +225,43 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
-        sampler.go_on_with(weights.version)
-        if sampler.completes_elsewhere and not (ahead and sampler.requests_go_on):
-            for begun in self._under_way:
-                with suppress(RolloutError), policy.signals.at_once():  # whoever needs them is told by `finish`
-                    begun.wait()
+        waits = sampler.completes_elsewhere and not (ahead and sampler.requests_go_on)
+        if waits:
+            with self._stopping(together), policy.signals.at_once():
+                for begun in self._under_way:
+                    with suppress(RolloutError):  # whoever needs them is told by `finish`
+                        begun.wait()
             self._under_way = []
-        if together and sampler.completes_elsewhere:
-            gather_objects(None)  # the other ranks are as far
-        try:
-            sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
-        except Exception as error:
-            failure = error
-        if sampler.version != before:
-            self.update_seconds = time.perf_counter() - began
-        if together:
-            self.fail_together(failure)
-        elif failure is not None:
-            raise failure
+        with sampler.updating():
+            if sampler.completes_elsewhere and not waits:
+                sampler.go_on_with(weights.version)
+                if together:
+                    gather_objects(None)  # the other ranks are as far
+            everything = self._all_need(weights, model) if policy.weights.sharded else None
+            # Servers that do not answer are tried for minutes, in which a signal may come. It must not tear apart what all ranks
+            # gather together.
+            may_stop = sampler.completes_elsewhere and not policy.weights.sharded
+            with self._stopping(together), policy.signals.at_once() if may_stop else nullcontext():
+                try:
+                    sampler.update(weights, model, everything)
+                except Exception as error:
+                    failure = error
+            if sampler.version != before:
+                self.update_seconds = time.perf_counter() - began
+            if together:
+                self.fail_together(failure)
+            elif failure is not None:
+                raise failure
+
+    def _stopping(self, together: bool) -> AbstractContextManager[None]:
+        return self._policy.stopping_together() if together else nullcontext()
 
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
-        sampler = self._policy.sampler
-        needed, failure = False, None
-        try:
+        sampler, needed = self._policy.sampler, False
+        with self._policy.stopping_together(), self._policy.signals.at_once():
             needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
-        except HybridLightningError as error:
-            failure = error
-        answers = gather_objects((needed, None if failure is None else str(failure)))
-        first = next((failed for _, failed in answers if failed is not None), None)
-        if first is not None:
-            raise failure or RolloutError(first)
-        return any(of_rank for of_rank, _ in answers)
+        return any(gather_objects(needed))
 
     def fail_together(self, failure: Exception | None) -> None:
         """Raise a failure of one rank's engine on all ranks. All ranks have to call it.
@@ -340,29 +343,6 @@ class Generation:
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
         assert config is not None, "the policy has been loaded, so that its files are here"
         return str(Path(config).parent)
-
-
-def _in_thread(play: Callable[..., Rollouts]) -> Begun[Rollouts]:
-    """Begin to play episodes in a thread of its own, which is only told of a wish to end by what it calls after every token."""
-    made: Future[Rollouts] = Future()
-    ended = threading.Event()
-
-    def on_token(running: int, decoded: int) -> None:
-        if ended.is_set():
-            raise RolloutError("the episodes were ended")
-
-    def work() -> None:
-        try:
-            made.set_result(play(on_token=on_token))
-        except BaseException as error:
-            made.set_exception(error)
-
-    def wait() -> None:
-        while not made.done():
-            futures.wait([made], timeout=_SLICE_S)  # between which signals are looked at
-
-    threading.Thread(target=work, daemon=True, name="episodes ahead").start()
-    return Begun(made.result, wait, ended.set)
 
 
 def _is_first() -> bool:

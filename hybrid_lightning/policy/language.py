@@ -270,12 +270,16 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
     def teardown(self, stage: str) -> None:
-        """End a rollout engine and processes of environments that this process has started."""
+        """See `end_generation`."""
+        self.end_generation()
+        super().teardown(stage)
+
+    def end_generation(self) -> None:
+        """End completions that are under way, a rollout engine, and processes of environments that this process has started."""
         self.generation.shut_down()
         self.sampler.shut_down()
         if self.episodes is not None:
             self.episodes.shut_down()
-        super().teardown(stage)
 
     # ---- signals
 

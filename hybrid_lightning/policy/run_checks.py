@@ -81,8 +81,6 @@ def check_ahead(policy: "PolicyModule") -> None:
             f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
             "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if policy.episodes is not None and ahead > 1:
-        raise ConfigError(f"{name}: a turn would be by other weights than the one before; set rollouts_ahead=1 for episodes")
     if policy.episodes is not None and not policy.episodes.limits.workers:
         raise ConfigError(
             f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "

@@ -36,6 +36,7 @@ class Turn:
     logprobs: Tensor  # [R, T] float32, as in `Rollouts`
     lengths: Tensor  # [R] int64, tokens of each
     finished: Tensor  # [R] bool: True if a stop token or string ended it, False if it was cut at its limit
+    weights_step: Tensor | None = None  # [R, T] as in `Sequences`; None: the weights were the same in the whole conversation
 
 
 class Conversation:
@@ -148,4 +149,4 @@ class Conversation:
             limits=limits,
         )
         lengths = made.sequences.completion_mask.sum(dim=1)
-        return Turn(made.sequences.completion_ids, made.sampling_logprobs, lengths, made.finished)
+        return Turn(made.sequences.completion_ids, made.sampling_logprobs, lengths, made.finished, made.sequences.weights_step)

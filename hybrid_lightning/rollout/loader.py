@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
 from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
@@ -285,7 +285,7 @@ class RolloutLoader:
         for entry in self._ahead:
             try:
                 ahead.append((entry.before, self._made(entry)))
-            except (RunStopped, HybridLightningError):  # an error is raised again when the rollout is needed
+            except self._put_off:  # raised again when the rollout is needed
                 now = entry.before
                 break
         mine = {
@@ -346,6 +346,11 @@ class RolloutLoader:
     def _go_to(self, position: _Position) -> None:
         self._cursor.position = position.prompts
         self.generator.set_state(position.generator)
+
+    @property
+    def _put_off(self) -> tuple[type[BaseException], ...]:
+        """What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise."""
+        return RunStopped, RolloutError if self.world_size > 1 else HybridLightningError
 
     def _roll_out(self) -> deque[PolicyBatch]:
         """The micro-batches of the next rollout; those ahead of it are begun before."""

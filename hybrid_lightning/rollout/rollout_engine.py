@@ -10,6 +10,7 @@ names.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -252,6 +253,10 @@ class RolloutEngine(Configurable, ABC):
     def go_on_with(self, version: WeightsVersion) -> None:
         """Take tokens by these weights from requests that are under way. All ranks call it before one of them updates."""
 
+    def updating(self) -> AbstractContextManager[Any]:
+        """Within this context, in which it is given weights, completions that other threads ask for are not begun."""
+        return nullcontext()
+
     def release_memory(self) -> None:
         """Free what is not needed until the next call, if the engine shares a device with training."""
 
@@ -317,7 +322,10 @@ class RolloutEngine(Configurable, ABC):
         stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Conversation:
-        """Begin episodes of several turns, `samples_per_prompt` for every prompt. Weights must not change while they last.
+        """Begin episodes of several turns, `samples_per_prompt` for every prompt.
+
+        Weights must not change while they last, unless the engine goes on with others (`requests_go_on`): a turn that is begun
+        after an update is by the new ones, and each token says by which.
 
         Args:
             engine: As in `sample`; so are the other arguments that are not named here.

@@ -39,6 +39,7 @@ CHAINS = {
         ("a reward for scoring", 1),
         ("the first update", 1),
         ("the second rollout", 1),
+        ("the middle of a later step", 3),
         ("a validation", 1),
     ],
     "from the first completions": [
@@ -54,13 +55,6 @@ CHAINS = {
         ("the step before a validation", 3),
         ("the first rollout of an epoch", 2),
     ],
-    "with rollouts ahead": [
-        ("the first rollout", 2),
-        ("old log-probabilities", 2),
-        ("the second rollout", 2),
-        ("the middle of a later step", 3),
-        ("a checkpoint is saved", 2),
-    ],
     "from the first scores": [
         ("a score", 3),
         ("the first rollout", 1),
@@ -70,7 +64,6 @@ CHAINS = {
         ("the summary", 1),
     ],
 }
-OPTIONS = {"with rollouts ahead": ("--model.rollouts_ahead=2", "--model.correction=TokenTruncation")}
 assert {moment for chain in CHAINS.values() for moment, _ in chain} == set(MOMENTS)
 # Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -82,18 +75,13 @@ def folder(tmp_path_factory):
     yield from write_folder(tmp_path_factory.mktemp("it's a stop"))
 
 
-def uninterrupted(folder: Path, *options: str) -> tuple[dict[tuple[str, int], float], str]:
-    """Curves and plan of a whole run."""
-    result = done(folder, *FIT, *options)
-    return points(run_of(result, folder)), AdapterPlan.load(str(run_of(result, folder) / "plan.json")).digest
-
-
 @pytest.fixture(scope="module")
 def whole(folder):
+    """Curves and plan of a whole run."""
     before = [signal.getsignal(number) for number in SIGNALS]
-    found = uninterrupted(folder)
+    result = done(folder, *FIT)
     assert [signal.getsignal(number) for number in SIGNALS] == before, "handlers are as before when a run is over"
-    return found
+    return points(run_of(result, folder)), AdapterPlan.load(str(run_of(result, folder) / "plan.json")).digest
 
 
 def go_on(folder: Path, result: Result) -> Result:
@@ -103,22 +91,21 @@ def go_on(folder: Path, result: Result) -> Result:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_had_not_been_stopped(folder, whole, name):
-    result, runs, options = None, [], OPTIONS.get(name, ())
-    expected = uninterrupted(folder, *options) if options else whole
+    result, runs = None, []
     for moment, call in CHAINS[name]:
         number = SIGNALS[list(MOMENTS).index(moment) % len(SIGNALS)]
         with pytest.MonkeyPatch.context() as patch:
             place, function, _ = MOMENTS[moment]
             sent = Sent(patch, (place, function, call), number)
-            result = go_on(folder, result) if runs else run(folder, *FIT, *options)
+            result = go_on(folder, result) if runs else run(folder, *FIT)
         assert sent.calls >= sent.call, f"{moment}: the moment never came"
         assert result.code == 128 + number, (moment, result.err[-2000:])
         runs.append(run_of(result, folder))
     result = go_on(folder, result)
     assert result.code == 0, result.err[-2000:]
     runs.append(run_of(result, folder))
-    assert points(*runs) == expected[0]
-    assert AdapterPlan.load(str(runs[-1] / "plan.json")).digest == expected[1]
+    assert points(*runs) == whole[0]
+    assert AdapterPlan.load(str(runs[-1] / "plan.json")).digest == whole[1]
 
 
 def test_stopped_scoring_goes_on_by_the_same_command_with_the_same_settings(folder, whole, monkeypatch):

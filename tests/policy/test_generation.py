@@ -4,23 +4,27 @@ import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import DigitShare, Log, Talk, build_data, fit, trained
+from lightning.pytorch import Callback
+from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
 
-from hybrid_lightning.environments import EpisodeLimits
+from hybrid_lightning.engine import Engine, token_logprobs
+from hybrid_lightning.environments import EpisodeLimits, running
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
-from hybrid_lightning.policy.generation import _in_thread
+from hybrid_lightning.policy.episodes_ahead import EpisodesAhead
 from hybrid_lightning.rollout import DynamicSampling, Sampler
 from hybrid_lightning.rollout.conversation import Conversation
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun
 from hybrid_lightning.types import Prompt
 
 
 class Elsewhere(Sampler):
-    """Samples in a thread, by a copy of the policy as it is when it is given weights."""
+    """Samples in a thread, by a copy of the policy as it is when it is given weights. For episodes it needs a `Loan`."""
 
     has_own_weights = completes_elsewhere = True
 
@@ -28,10 +32,14 @@ class Elsewhere(Sampler):
         super().__init__(max_new_tokens)
         self.engine = self.own = None
         self.fails_at, self.requests, self.running, self.at_update = fails_at, 0, 0, []
-        self.threads, self.lock = ThreadPoolExecutor(2), threading.Lock()
+        self.threads, self.lock, self.asking = ThreadPoolExecutor(2), threading.Lock(), threading.RLock()
+        self.seeds = []  # of the rollouts that were begun
 
     def __reduce__(self):  # as of `VLLMEngine`
         return Elsewhere, (self.max_new_tokens, self.fails_at)
+
+    def updating(self):
+        return self.asking
 
     def update(self, weights, model, everything=None):
         if self.version != weights.version:
@@ -40,8 +48,6 @@ class Elsewhere(Sampler):
             self.copy_of(self.engine)
 
     def sample(self, engine, *arguments, **options):
-        if engine is self.own:
-            return super().sample(engine, *arguments, **options)
         return self.begin(engine, *arguments, **options).finish()
 
     @property
@@ -52,23 +58,62 @@ class Elsewhere(Sampler):
         self.engine, self.own = engine, engine and engine.of(copy.deepcopy(engine.model), is_copy=True)
 
     def begin(self, engine, *arguments, **options):
-        if engine is not self.engine:  # nothing has been trained yet
-            self.copy_of(engine)
-        own, self.requests = self.own, self.requests + 1
-        number = self.requests
+        with self.asking:
+            if engine is not self.engine and isinstance(engine, Engine):  # nothing has been trained yet
+                self.copy_of(engine)
+            own, step, self.requests = self.own, self.version.step, self.requests + 1
+            number = self.requests
+            self.running += 1
 
         def sample():
             with torch.no_grad(), self.lock, own.sampling():
                 own.model.eval()
                 if number == self.fails_at:
                     raise RolloutError("the engine has died")
-                found = self.sample(own, *arguments, **options)
+                found = super(Elsewhere, self).sample(own, *arguments, **options)
             self.running -= 1
-            return found
+            made_by = torch.full_like(found.sequences.completion_ids, step)
+            return replace(found, sequences=replace(found.sequences, weights_step=made_by))
 
-        self.running += 1
         made = self.threads.submit(sample)
         return Begun(made.result, lambda: made.exception() and None, made.cancel)
+
+
+class Patient(Elsewhere):
+    """Begins later turns of a rollout that is under way over an update only after it."""
+
+    def begin(self, engine, *arguments, **options):
+        rollout = self.seeds.index(options["generator"]._seed)
+        if rollout in range(2, len(LAGS) - 1) and "turn" in options["generator"]._names[0]:
+            until = time.monotonic() + 30
+            while self.version.step < rollout - 1 and time.monotonic() < until:
+                time.sleep(0.005)
+        return super().begin(engine, *arguments, **options)
+
+
+class Loan(Callback):
+    """Gives `Elsewhere` the policy's engine, which threads lack, tells it of each rollout, and keeps each step's weights."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights, generation, sampler = [], pl_module.generation, pl_module.sampler
+        sampler.copy_of(pl_module.engine)
+        begin = generation.begin
+
+        def noted(prompts, samples, draws, *arguments, **options):
+            sampler.seeds.append(draws._seed)
+            return begin(prompts, samples, draws, *arguments, **options)
+
+        generation.begin = noted
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights.append(trained(pl_module))
+
+
+class Slow(Talk):
+    """Takes long to begin."""
+
+    def start(self, prompt, seed):
+        time.sleep(60)
 
 
 class OnDevice(Sampler):
@@ -100,9 +145,10 @@ def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule
         log = Log()
         policy |= {"loss": GRPOLoss(kl_coef=0.1), "reward": DigitShare(), "optimizer": torch.optim.SGD}
         if turns > 1:
-            episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=1)
+            episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=int(sampler is elsewhere))
             policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
-        weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=8))
+        loan = [Loan()] if turns > 1 and sampler is elsewhere else []
+        weights = trained(fit(model, sums, tmp_path, log, *loan, policy=policy, max_steps=8))
         return metrics_of(log), weights
 
     elsewhere = Elsewhere()
@@ -193,17 +239,81 @@ def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(mode
     assert len(log.metrics) == 1, "the rollout before it was trained on"
 
 
-def test_episodes_that_nobody_needs_any_more_end_at_their_next_token():
-    def play(on_token):
-        while True:
-            time.sleep(0.001)
-            on_token(1, 1)
+class Here:
+    """In place of processes, which take seconds to start."""
 
-    begun = _in_thread(play)
-    begun.cancel()
-    begun.wait()
-    with pytest.raises(RolloutError, match="were ended"):
-        begun.finish()
+    close_fault = ""
+
+    def __init__(self, environment, *_):
+        self.environment, self.begun = environment, {}
+
+    def advance(self, jobs, note):
+        for episode, message in jobs:
+            if message is None:
+                self.begun[episode.number] = copy.copy(self.environment)
+                note(episode.number, tuple(self.begun[episode.number].start(episode.prompt, episode.seed)))
+            else:
+                note(episode.number, self.begun[episode.number].step(message))
+
+    def end(self, numbers):
+        pass
+
+    def close(self):
+        self.begun = {}
+
+
+# Of each rollout, in optimizer steps: of its first turn, and of later ones. Three are begun before the first is trained on.
+LAGS = [(0, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_made_it(model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "Workers", Here)
+    log, loan, episodes = Log(), Loan(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
+    policy = {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
+    policy |= {"sampler": Patient(), "rollouts_ahead": 2, "optimizer": torch.optim.SGD, "lr_lora": 1.0, "lr_full": 1.0}
+    module = fit(model, sums, tmp_path, log, loan, policy=policy, max_steps=len(LAGS))
+    found, moved = [], 0.0
+    logprobs = []  # of each batch by the weights of each step
+    for weights in loan.weights:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+            logprobs.append([token_logprobs(module.engine, batch.sequences, 1.0)[0] for batch in log.batches])
+    for number, batch in enumerate(log.batches):
+        sampled, step = batch.sequences.sampled_mask, batch.sequences.weights_step
+        expected = torch.zeros_like(batch.sampling_logprobs)
+        for of_step in range(number + 1):
+            expected = torch.where(step == of_step, logprobs[of_step][number], expected)
+        torch.testing.assert_close(batch.sampling_logprobs[sampled], expected[sampled], atol=1e-4, rtol=0)
+        moved = max(moved, float((logprobs[0][number] - expected)[sampled].abs().max()))
+        two_turns = (batch.sequences.completion_mask & ~sampled).any(dim=1)
+        assert two_turns.any()
+        pairs = {(int(row[mask][0]), int(row[mask][-1])) for row, mask in zip(step[two_turns], sampled[two_turns], strict=True)}
+        found += [tuple(number - of_turn for of_turn in pair) for pair in pairs]
+    assert found == LAGS and moved > 0.01
+    assert [step["sampling/weights_versions"] > 1 for step in log.metrics] == [first > later for first, later in LAGS]
+
+
+def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an_environment_is_slow(model):
+    policy = build_policy(model, environment=Slow(), episodes=EpisodeLimits(workers=1), turn_template="{content}", reward=None)
+    ahead, prompts = EpisodesAhead(policy.episodes), [Prompt(text="3+4=")]
+    stops = policy.generation._stops
+
+    def begun():
+        draws = PromptDraws(prompts, 2, 0)
+        return ahead.begin(policy.engine, prompts, 2, [0], generator=draws, greedy=False, stops=stops)
+
+    slow, began = begun(), time.monotonic()
+    time.sleep(1)
+    other = begun()
+    ahead.shut_down()
+    assert time.monotonic() - began < 4 and not [t for t in threading.enumerate() if t.name == "episodes ahead"]
+    for ended in (slow, other):
+        ended.wait()
+        with pytest.raises(RolloutError, match="were ended"):
+            ended.finish()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +325,6 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token():
         ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
         ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "nothing would be done meanwhile"),
         ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers=1"),
-        ({"rollouts_ahead": 2, "sampler": Elsewhere(), "environment": Talk()}, {}, "set rollouts_ahead=1 for episodes"),
     ],
 )
 def test_what_cannot_be_begun_ahead_is_refused(model, sums, tmp_path, policy, flags, message):

@@ -11,6 +11,7 @@ from vllm_fake_server import MODEL, Weights, complete, shares
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm import dispatch
 from hybrid_lightning.types import Prompt
 
 
@@ -111,6 +112,33 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     assert later.sequences.weights_step.unique().tolist() == [2]
 
 
+def test_a_turn_that_is_asked_for_while_weights_are_on_their_way_waits_and_is_by_the_new_ones(start, build, served, tokenizer):
+    server = start()
+    sampler = build(server, weights=Weights(1))
+    sampler.requests_go_on = True
+    prompts, engine = [Prompt(text="3", index=0)], type("OfModel", (), {"model": MODEL})()
+    draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
+    conversation = sampler.conversation(engine, tokenizer, prompts, [[3, 5]], 2, capacity=20)
+    server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
+
+    def go_on():  # in the midst of the update, and again after it
+        turns.append(conversation.next([0, 1], [[7], [8]], draws))
+        turns.append(conversation.next([1], [[9]], draws))
+
+    turns.append(conversation.first(draws))
+    other = threading.Thread(target=go_on)
+    with sampler.updating():
+        other.start()
+        after(0.3, may_end.set)
+        sampler.update(Weights(2), served)
+        assert len(turns) == 1
+    other.join(10)
+    assert [turn.weights_step.tolist() for turn in turns] == [[[1] * 3] * 2, [[2] * 3] * 2, [[2] * 3]]
+    sampler.version = None  # as after an update that failed
+    with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
+        conversation.next([1], [[9]], draws)
+
+
 def after(seconds, action):
     threading.Timer(seconds, action).start()
 
@@ -121,6 +149,52 @@ def test_what_a_server_that_dies_has_not_answered_goes_to_the_others(start, buil
     after(0.3, dying.stop)
     complete(sampler, prompts=16)
     assert shares(other)[0] > 8
+
+
+GARBAGE = {
+    "no choices": lambda answer: {"choice": []},
+    "no JSON of an answer": lambda answer: ["choices"],
+    "nothing": lambda answer: {"choices": [{}]},
+    "fewer": lambda answer: {"choices": answer["choices"][1:]},
+    "no numbers": lambda answer: broken(answer, token_ids=["a", "b", None]),
+    "no tokens": lambda answer: broken(answer, token_ids=[], logprobs=None),
+    "more tokens than asked for": lambda answer: broken(answer, token_ids=[3] * 9),
+    "not finite": lambda answer: broken(answer, logprobs={"content": [{"logprob": float("nan")}] * 3}),
+    "no log-probabilities": lambda answer: broken(answer, logprobs={"content": [{"logprob": None}] * 3}),
+    "versions without a begin": lambda answer: broken(answer, weight_versions=[{"version": "1-1abc", "start": 1}]),
+    "another version": lambda answer: broken(answer, weight_versions=[{"version": "x", "start": 0}]),
+}
+
+
+def broken(answer, **parts):
+    return {"choices": [{**answer["choices"][0], **parts}, *answer["choices"][1:]]}
+
+
+def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout_where_there_are_no_others(
+    start, build, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "_FIRST_PAUSE_S", 0.01)
+    odd, other = start(delay=0.01), start(delay=0.03)
+    answer, sampler = odd.on_inference_v1_generate, build(odd, other, weights=Weights(1), give_up_after=0.6)
+    for name, garbage in GARBAGE.items():
+        odd.on_inference_v1_generate = lambda body, garbage=garbage: (lambda status, made: (status, garbage(made)))(*answer(body))
+        before = shares(odd)[0]
+        complete(sampler, prompts=4)
+        assert shares(odd)[0] > before, name
+    other.stop()
+    odd.on_inference_v1_generate = lambda body: (200, {"choices": 3})
+    with pytest.raises(RolloutError, match=r"cannot be read \(TypeError.*stopped.ckpt"):
+        complete(sampler)
+    odd.on_weight_info = lambda body: {"weights": 3}
+    with pytest.raises(RolloutError, match=r"says no version: .'weights': 3."):
+        complete(sampler)
+    odd.on_weight_info, odd.on_inference_v1_generate = lambda body: {"weight_version": odd.label}, answer
+    prompts, engine = [Prompt(text="1", index=0)], type("OfModel", (), {"model": MODEL})()
+    asked = (engine, tokenizer, prompts, [[3, 5]], 2)
+    sampler.sample(*asked)
+    odd.on_inference_v1_generate = lambda body: (200, broken(answer(body)[1], token_ids=[2, 10**6, 1]))
+    with pytest.raises(RolloutError, match="gave token 1000000, and the policy has"):
+        sampler.sample(*asked)
 
 
 def test_a_server_that_answers_500_is_tried_again(start, build):

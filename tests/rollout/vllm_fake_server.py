@@ -5,6 +5,7 @@ What real vLLM 0.32 answers was looked up there: statuses, error texts, and the 
 
 import contextlib
 import json
+import random
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import torch
-from tiny_models import build_model
+from tiny_models import VOCABULARY, build_model
 from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
@@ -53,6 +54,7 @@ class FakeServer:
         self.missing: set[str] = set()  # paths that it does not have
         self.key = ""  # API key
         self.delay = 0.0  # seconds for a completion
+        self.seeded = False  # completions follow from their seed alone, whatever the weights
         self.hangs = False  # it takes requests, and does not answer
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
@@ -199,17 +201,22 @@ class FakeServer:
                 break
         self.running.discard(name)
         reason, labels = "abort" if name in self.ended else "stop", (label, self.label)
-        return 200, {"choices": [_choice(body["token_ids"], number, reason, *labels) for number in reversed(range(asked["n"]))]}
+        seeded = asked if self.seeded else None
+        choices = [_choice(body["token_ids"], number, reason, *labels, seeded) for number in reversed(range(asked["n"]))]
+        return 200, {"choices": choices}
 
 
-def _choice(prompt, number, reason, label, last):
+def _choice(prompt, number, reason, label, last, seeded=None):
     """Completion `number` of a prompt, which says whose it is; the first token is by the weights at its begin."""
     tokens = [2 + sum(prompt) % 11, 2 + number, 1]
+    if seeded is not None:
+        draws = random.Random(seeded["seed"] + number)
+        tokens = [draws.randrange(3, VOCABULARY) for _ in range(draws.randint(2, seeded["max_tokens"]))]
     return {
         "index": number,
         "finish_reason": reason,
         "token_ids": tokens,
-        "weight_versions": [{"version": label, "start": 0, "end": 1}, {"version": last, "start": 1, "end": 3}][
+        "weight_versions": [{"version": label, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}][
             : 1 + (label != last)
         ],
         "logprobs": {"content": [{"token_id": token, "logprob": -0.5 * token} for token in tokens]},

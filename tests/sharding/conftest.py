@@ -1,10 +1,14 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from ranks_of_tests import run
 from runs_of_tests import KILLED, train, train_each
 from tiny_runs import write_model, write_sums
+
+sys.path.append(str(Path(__file__).parents[1] / "rollout"))  # for the fake vLLM server
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,14 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import start, wait
-from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train_each
+from runs_of_tests import ADAM, KILLED, STRATEGIES, assert_goes_on, train, train_each
 from test_checkpoints_cross import SHARDED
+from tiny_models import build_tokenizer
+from vllm_fake_server import MODEL, FakeServer
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
+from hybrid_lightning.rollout import VLLMServerSampler
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
 
@@ -81,9 +84,9 @@ class Heard(GracefulStop):
         self.path.write_text(lost_contact(trainer, exception) or "nothing")
 
 
-def killed_run(folder, tmp_path, strategy, rank, *callbacks):
+def killed_run(folder, tmp_path, strategy, rank, *callbacks, **options):
     """Let a rank be killed, and the other one hear of it and end; what it says."""
-    jobs = {"killed": {**KILLED, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
+    jobs = {"killed": {**KILLED, **options, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
     wait(processes, timeout_s=50)
@@ -93,7 +96,7 @@ def killed_run(folder, tmp_path, strategy, rank, *callbacks):
     return heard
 
 
-@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 10})], ids=str)
+@pytest.mark.parametrize(("strategy", "rank", "when"), [("fsdp2", 0, {"token": 10})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
     saver = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"
@@ -106,6 +109,26 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 1 <= steps < 6
     assert_goes_on(folder, tmp_path, checkpoint, steps, unstopped)
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begins_again(folder, tmp_path):
+    server = FakeServer(build_tokenizer(), MODEL.config)
+    server.delay, server.seeded = 0.2, True  # completions follow from their seeds, whatever the weights
+    sampler = VLLMServerSampler(urls=[server.url], max_new_tokens=6, top_p=0.999, timeout=10, give_up_after=5)  # compares nothing
+    policy = {**ADAM, "prompts_per_rollout": 4, "minibatches_per_rollout": 1, "rollouts_ahead": 2, "sampler": sampler}
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    try:
+        whole = train(folder, tmp_path / "whole", **{**KILLED, "policy": policy, "enable_checkpointing": False})
+        heard = killed_run(folder, tmp_path, "ddp", 0, saver, Die(0, batch=4), policy=policy)
+        (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
+        assert heard.endswith(f"--ckpt_path {checkpoint}")
+        job = {**KILLED, "policy": policy, "enable_checkpointing": False, "ckpt_path": checkpoint}
+        rest = train(folder, tmp_path / "rest", **job)
+    finally:
+        server.stop()
+    assert rest["global_step"] == 6 and len(rest["steps"]) == 4
+    torch.testing.assert_close(rest["weights"], whole["weights"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

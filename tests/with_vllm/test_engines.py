@@ -173,25 +173,30 @@ def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
         torch.testing.assert_close(sampled, full, atol=1e-4, rtol=0)
 
 
+EPISODES = {"environment": Talk(), "episodes": EpisodeLimits(max_tokens=40, workers=1), "turn_template": "{content}"}
+
+
 @needs_vllm
-def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the_weights_that_made_it(model, server, monkeypatch):
-    sampler, steps = VLLMServerSampler(max_new_tokens=40, urls=[server.url]), [0]
-    policy = policy_of(sampler, model, "hybrid")
+@pytest.mark.parametrize("episodes", [{}, EPISODES], ids=["completions", "episodes"])
+def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the_weights_that_made_it(
+    model, server, monkeypatch, episodes
+):
+    sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
+    policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
     policy.generation.check()
-    sampler.requests_go_on = True
     monkeypatch.setattr(Generation, "_step", property(lambda self: steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(80)])
     begun = policy.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60
-    while len(sampler._dispatches[0]._answers) < 10 and time.monotonic() < until:
+    while sum(len(dispatch._answers) for dispatch in sampler._dispatches) < 10 and time.monotonic() < until:
         time.sleep(0.005)
     weights = copy.deepcopy(policy.model.state_dict())
     move(policy, seed=5)
     steps.append(1)
     later = policy.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).finish()
-    assert later.sequences.weights_step.unique().tolist() == [1]
+    assert later.sequences.weights_step[later.sequences.sampled_mask].unique().tolist() == [1]
     rollouts = begun.finish()
-    mask, step = rollouts.sequences.completion_mask, rollouts.sequences.weights_step
+    mask, step = rollouts.sequences.sampled_mask, rollouts.sequences.weights_step
     both = [row for row in range(len(mask)) if step[row][mask[row]].unique().tolist() == [0, 1]]
     assert both, "some were under way"
     new = own_logprobs(policy, rollouts)
@@ -200,7 +205,7 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     assert (new - old)[mask].abs().max() > 1e-2, "the move has to be seen"
     expected = torch.where(step == 1, new, old)
     torch.testing.assert_close(rollouts.sampling_logprobs[mask], expected[mask], atol=1e-4, rtol=0)
-    sampler.shut_down()
+    policy.teardown("fit")
 
 
 def test_completions_say_which_weights_made_them_and_follow_these(policy):

@@ -79,27 +79,29 @@ class VLLMEngine(RolloutEngine):
         for ids, limit in zip(prompt_ids, limits, strict=True):
             self.check_prompt(getattr(engine.model, "config", None), len(ids), limit)
         stop_ids = (stops or self.stops(tokenizer)).ids
-        seeds = seeds_of(generator, len(prompts))
+        seeds = [0] * len(prompts) if greedy else seeds_of(generator, len(prompts))
         asked = [
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        answered: OnAnswers | None = None
+        pad, vocabulary, answered = pad_token(tokenizer), _vocabulary(engine.model), None
         if on_completion is not None:
             apart = deepcopy(tokenizer)  # for another thread
 
             def answered(number: int, answers: list[Answer]) -> None:
+                for answer in answers:
+                    _check(answer, vocabulary)
                 tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
                 for sample, completion in enumerate(self.completions(apart, [prompt_ids[number]], tokens, finished)):
                     on_completion(number * samples_per_prompt + sample, completion)
 
-        begun, pad = self.complete(prompt_ids, asked, on_token, answered), pad_token(tokenizer)
+        begun = self.complete(prompt_ids, asked, on_token, answered)
 
         def finish() -> Rollouts:
             answers = [answer for group in begun.finish() for answer in group]
             assert len(answers) == len(prompts) * samples_per_prompt
             for answer in answers:
-                _check(answer)
+                _check(answer, vocabulary)
             finished = [answer.finished for answer in answers]
             prompt, mask = pad_left(prompt_ids, pad, device)
             tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
@@ -172,7 +174,16 @@ class VLLMEngine(RolloutEngine):
             )
 
 
-def _check(answer: Answer) -> None:
+def _vocabulary(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _check(answer: Answer, vocabulary: int | None) -> None:
+    if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):
+        raise RolloutError(
+            f"vLLM gave token {max(answer.tokens, key=abs)}, and the policy has {vocabulary}; start it with the policy's model"
+        )
     if len(answer.logprobs) != len(answer.tokens):
         raise RolloutError(
             f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "

@@ -175,10 +175,14 @@ class Dispatch:
             raise self._failure
         return [self._answers[number] for number in range(self._total)]
 
-    def cancel(self) -> None:
-        """End the requests, on the servers as well."""
+    def end(self) -> None:
+        """Begin to end the requests."""
         with contextlib.suppress(RuntimeError):  # it has ended meanwhile
             self._loop.call_soon_threadsafe(self._main.cancel)
+
+    def cancel(self) -> None:
+        """End the requests, on the servers as well."""
+        self.end()
         self._ended.wait(2 * _FAREWELL_S)
 
     def _tell(self, on_token: Callable[[int, int], None] | None) -> None:

@@ -4,6 +4,7 @@ Used of its interface: `/inference/v1/generate`, token ids in and out, which is 
 need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
 """
 
+import math
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 import httpx
 
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import RolloutError, shorten
 from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.transfer import LACKS
 
@@ -124,7 +125,7 @@ class Server:
 
     def label(self, limit: float = _SHORT_S) -> str:
         """Which weights it has, as it was told."""
-        return str(self.ask("GET", "/weight_info", limit=limit)["weight_version"])
+        return self._label(self.ask("GET", "/weight_info", limit=limit))
 
     def set_label(self, label: str) -> None:
         """Tell it which weights it has."""
@@ -197,11 +198,15 @@ class Server:
             response = await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers)
         except httpx.HTTPError as error:
             raise self._failure(error) from error
-        choices = sorted(self._content(response)["choices"], key=lambda choice: int(choice["index"]))
-        reasons = {choice["finish_reason"] for choice in choices}
-        if not reasons <= {"stop", "length"} or len(choices) != parameters["n"]:
-            raise ServerError(self.url, f"it ended completions by {sorted(map(str, reasons))}: it has been told to pause")
-        return [_answer(choice) for choice in choices]
+        content = self._content(response)
+        try:
+            choices = sorted(content["choices"], key=lambda choice: int(choice["index"]))
+            reasons = {choice["finish_reason"] for choice in choices}
+            if not reasons <= {"stop", "length"} or len(choices) != parameters["n"]:
+                raise ServerError(self.url, f"it ended completions by {sorted(map(str, reasons))}: it has been told to pause")
+            return [_answer(choice, parameters["max_tokens"]) for choice in choices]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(self.url, f"its completions cannot be read ({type(error).__name__}: {error})") from error
 
     async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
         """End requests, if it still answers."""
@@ -214,9 +219,15 @@ class Server:
     async def label_now(self, client: httpx.AsyncClient) -> str:
         """See `label`."""
         try:
-            return str(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers))["weight_version"])
+            return self._label(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers)))
         except httpx.HTTPError as error:
             raise self._failure(error) from error
+
+    def _label(self, answer: Any) -> str:
+        try:
+            return str(answer["weight_version"])
+        except (LookupError, TypeError) as error:
+            raise ServerError(self.url, f"its answer to /weight_info says no version: {shorten(answer)}") from error
 
     def connections(self) -> httpx.AsyncClient:
         """Connections for completions, of this server and others like it."""
@@ -289,13 +300,23 @@ class Server:
         return ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})")
 
 
-def _answer(choice: dict[str, Any]) -> Answer:
-    tokens = choice["token_ids"]
-    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
-    spans = choice.get("weight_versions") or ([{"version": "unknown", "start": 0}] if tokens else [])
-    return Answer(
-        tokens, logprobs, choice["finish_reason"] == "stop", [(str(span["version"]), int(span["start"])) for span in spans]
-    )
+def _answer(choice: dict[str, Any], longest: int) -> Answer:
+    """A completion of at most so many tokens.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: If it is none.
+    """
+    tokens = [int(token) for token in choice["token_ids"]]
+    logprobs = [float(entry["logprob"]) for entry in (choice["logprobs"] or {}).get("content") or ()]
+    if not 0 < len(tokens) <= longest:
+        raise ValueError(f"{len(tokens)} tokens, where 1 to {longest} were asked for")
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError("a log-probability is not finite")
+    versions = [(str(span["version"]), int(span["start"])) for span in choice.get("weight_versions") or ()] or [("unknown", 0)]
+    starts = [start for _, start in versions]
+    if starts[0] != 0 or starts != sorted(starts):
+        raise ValueError(f"its versions begin at {starts}")
+    return Answer(tokens, logprobs, choice["finish_reason"] == "stop", versions)
 
 
 def _cause(response: httpx.Response) -> str:

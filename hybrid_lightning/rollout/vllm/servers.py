@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
+from hybrid_lightning.types import Rollouts
 
 _UPDATING = "updating"  # label of a server whose weights are on their way
 # Seconds in which a server has to say which weights it has, and those for one that could not be updated.
@@ -96,6 +98,7 @@ class VLLMServerSampler(VLLMEngine):
         self._base = ""  # what the weights that training leaves alone were when they were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
         self._dispatches: list[Dispatch] = []  # that may have requests under way
+        self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
 
     def check_model(self, model: ServedModel) -> None:
@@ -180,6 +183,23 @@ class VLLMServerSampler(VLLMEngine):
         """See `RolloutEngine`."""
         for dispatch in self._running:
             dispatch.go_on_with(str(version))
+
+    def updating(self) -> AbstractContextManager[Any]:
+        """See `RolloutEngine`."""
+        return self._asking
+
+    def begin(self, *arguments: Any, **options: Any) -> Begun[Rollouts]:
+        """See `RolloutEngine`. Another thread may call it, too.
+
+        Raises:
+            RolloutError: If an update before has failed, so that no server has known weights.
+        """
+        with self._asking:
+            if self.version is None:
+                raise RolloutError(
+                    f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}; start them again"
+                )
+            return super().begin(*arguments, **options)
 
     @property
     def _running(self) -> list[Dispatch]:
@@ -371,16 +391,18 @@ class VLLMServerSampler(VLLMEngine):
         """See `VLLMEngine`. The requests are made in a thread of their own."""
         if not prompt_ids:
             return Begun(list)
-        self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
+        self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
         label = str(self.version)
         dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
         self._dispatches = [*self._running, dispatch]
         dispatch.start(on_answers)
-        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.cancel)
+        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.end)
 
     def shut_down(self) -> None:
         """End requests and close the connections; the servers go on, and may be used by another run."""
+        for dispatch in self._dispatches:
+            dispatch.end()
         for dispatch in self._dispatches:
             dispatch.cancel()
         connected = list(self._transfers)

@@ -127,9 +127,15 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
 
 
 class Interrupt(Callback):
-    """What Ctrl-C does where no callback handles signals, as in a notebook."""
+    """What Ctrl-C does where no callback handles signals, as in a notebook, once a server has requests."""
+
+    def __init__(self, server):
+        self.server = server
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        until = time.monotonic() + 5
+        while not self.server.running and time.monotonic() < until:
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
 
@@ -153,7 +159,7 @@ def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked
             return answer(body)
 
         server.on_inference_v1_generate = lambda body: late(body) if body else answer(body)
-    callbacks = [Interrupt()] if "ahead" in meanwhile else [stop]
+    callbacks = [Interrupt(server)] if "ahead" in meanwhile else [stop]
 
     def signalled():
         while not came:

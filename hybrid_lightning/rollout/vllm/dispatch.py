@@ -100,7 +100,7 @@ class Dispatch:
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
-        self._ended = threading.Event()
+        self._ended, self._is_ending = threading.Event(), False
         self._failure: BaseException | None = None
 
     def start(self, on_answers: OnAnswers | None = None) -> None:
@@ -177,6 +177,9 @@ class Dispatch:
 
     def end(self) -> None:
         """Begin to end the requests."""
+        if self._is_ending:
+            return  # or what tells the servers would be ended, too
+        self._is_ending = True
         with contextlib.suppress(RuntimeError):  # it has ended meanwhile
             self._loop.call_soon_threadsafe(self._main.cancel)
 

@@ -19,6 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.policy.episodes import episode_records, evaluation_draws
+from hybrid_lightning.rewards import ArrivingRewards
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
 if TYPE_CHECKING:
@@ -237,16 +238,22 @@ def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dic
 
 def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
     """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
-    samples, draws = policy.eval_samples, evaluation_draws(prompts, policy.eval_samples, policy.seed)
-    of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, samples)
+    of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, policy.eval_samples)
     try:
         greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
-        sampled = policy.generate(prompts, samples, draws, on_completion=of_sampled.on_completion)
+        sampled = _sample(policy, prompts, of_sampled)
         return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
     except BaseException:
         of_greedy.cancel()
         of_sampled.cancel()
         raise
+
+
+def _sample(policy: "LanguageModule", prompts: Sequence[Prompt], arriving: ArrivingRewards) -> Rollouts:
+    samples = policy.eval_samples
+    return policy.generate(
+        prompts, samples, evaluation_draws(prompts, samples, policy.seed), on_completion=arriving.on_completion
+    )
 
 
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:

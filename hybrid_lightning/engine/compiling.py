@@ -61,7 +61,9 @@ class CompilingError(Exception):
     """Why torch made no code of a function."""
 
 
-Axes = dict[int, str]  # axes of a tensor whose sizes change from call to call -> names; equal names have equal sizes
+# Axes of a tensor whose sizes change from call to call -> their names, of which equal ones have equal sizes; also a name and how
+# many times its size an axis has, if another axis has the name alone.
+Axes = dict[int, str | tuple[str, int]]
 # Sizes by which torch knows the names while it makes code.
 _SIZES = (509, 1021, *(prime for prime in range(11, 100) if all(prime % other for other in range(2, prime))))
 CODES: dict[Hashable, "Code"] = {}  # all that was compiled in this process
@@ -134,13 +136,14 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         return results if several[-1] else (results,)  # type: ignore[no-any-return]
 
     # Each name gets a size of its own, by which torch knows it, whatever the sizes of the first call are.
-    sizes = dict(zip(dict.fromkeys(name for some in axes for name in some.values()), _SIZES, strict=False))
+    names = dict.fromkeys(name for some in axes for name in some.values() if isinstance(name, str))
+    sizes = dict(zip(names, _SIZES, strict=False))
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
     with torch.inference_mode(False), torch.no_grad():
-        inputs = [_example(mode, leaves[place], some, sizes) for place, some in zip(places, axes, strict=True)]
-        known = {name: part.shape[axis] for part, some in zip(inputs, axes, strict=True) for axis, name in some.items()}
-        symbols = [known[name] for name in sizes]  # inputs as well: torch's cache keeps what it takes for granted about these
+        known = dict(zip(sizes, _symbols(mode, [*sizes.values()]), strict=True))
+        inputs = [_example(mode, leaves[place], some, known) for place, some in zip(places, axes, strict=True)]
+        symbols = [*known.values()]  # inputs as well: torch's cache keeps what it takes for granted about these
         with enable_python_dispatcher(), mode:
             # As the compiler wants it: nothing in place. What `torch._inductor.compile` puts around it, for gradients and results
             # that alias arguments, would take the host 3 microseconds a call.
@@ -159,18 +162,25 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
     return Code(lambda *given: run(list(given))[0], fits)
 
 
-def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
-    """A tensor of the same kind without data; where sizes change it has symbols."""
+def _symbols(mode: FakeTensorMode, sizes: list[int]) -> Sequence[Any]:
+    """A symbol of each size."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    if not axes:
-        with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    shape = [sizes[axes[axis]] if axis in axes else size for axis, size in enumerate(tensor.shape)]
-    kinds = [DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
     with FakeTensorMode():
-        like = torch.empty_permuted(shape, _order(tensor), dtype=tensor.dtype, device=tensor.device)
-    return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+        like = torch.empty(sizes)
+    return mode.from_tensor(like, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * len(sizes))).shape
+
+
+def _example(mode: FakeTensorMode, tensor: Tensor, axes: Axes, known: dict[str, Any]) -> Tensor:
+    """A tensor of the same kind without data; where sizes change it has symbols."""
+    with mode:
+        if not axes:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        named = {axis: (name, 1) if isinstance(name, str) else name for axis, name in axes.items()}
+        shape = [*tensor.shape]
+        for axis, (name, times) in named.items():
+            shape[axis] = times * known[name]
+        return torch.empty_permuted(shape, _order(tensor), dtype=tensor.dtype, device=tensor.device)
 
 
 def _order(tensor: Tensor) -> list[int]:

@@ -24,6 +24,7 @@ from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, ad
 from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.engine.prepacked import added_product, products_together
+from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.engine.trials import why_layers_differ
 
 logger = logging.getLogger(__name__)
@@ -167,8 +168,14 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
+        steps = packing if isinstance(packing, SegmentDecoding) else None
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
+                if steps is not None and isinstance(layer, CompiledLayer):
+                    query = layer.before(hidden, *angles, steps.places, *steps.cache(number))
+                    shared, own = steps.attend_to_kept(number, query, kind.settings)
+                    hidden = layer.after(hidden, *shared, *own)
+                    continue
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
                 if wanted is not None and number == last:  # of all others only the keys and values are needed
                     hidden, attended = hidden[wanted], attended[wanted]

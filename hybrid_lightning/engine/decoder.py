@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import CompilingError, compiling_pays, give_up_compiling
-from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers
+from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers, signed
 from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.engine.prepacked import added_product, products_together
@@ -168,11 +168,12 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
-        steps = packing if isinstance(packing, SegmentDecoding) else None
+        steps = packing if isinstance(packing, SegmentDecoding) and isinstance(layers[0], CompiledLayer) else None
+        turned = (angles[0], signed(angles[1])) if steps is not None else angles
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 if steps is not None and isinstance(layer, CompiledLayer):
-                    query = layer.before(hidden, *angles, steps.places, *steps.cache(number))
+                    query = layer.before(hidden, *turned, steps.places, *steps.cache(number))
                     shared, own = steps.attend_to_kept(number, query, kind.settings)
                     hidden = layer.after(hidden, *shared, *own)
                     continue

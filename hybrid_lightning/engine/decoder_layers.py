@@ -181,7 +181,7 @@ def before_attention(
     Args:
         hidden: Hidden states before the layer, [N, n].
         cosines: Cosines of the rotary embeddings, [N, D].
-        sines: Sines, [N, D].
+        sines: Sines, [N, D], that are `signed`.
         places: Where the keys and values of each token go, [N].
         keys: Of more tokens, [M, K, D].
         values: Likewise.
@@ -219,8 +219,8 @@ def after_attention(
 def _project(x: Tensor, layers: Projections, size: int) -> Tensor:
     """[N, n] -> [N, m / size, size], in the dtype of the weights or autocast's.
 
-    Sums are taken of the outputs as they are viewed, so that the compiler adds where they are read: a product that adds to another
-    one would first copy it.
+    Sums are taken of outputs as they are viewed, so that the compiler adds where they are read: it would make one product of a
+    product and a sum, which copies before it adds.
     """
     products = [x.to(weight.dtype) @ weight for weight in layers.weights]
     result = (torch.cat(products, dim=1) if len(products) > 1 else products[0]).unflatten(1, (-1, size))
@@ -231,13 +231,14 @@ def _project(x: Tensor, layers: Projections, size: int) -> Tensor:
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Queries or keys [N, heads, D] with rotary embeddings, as transformers computes them.
+    """Queries or keys [N, heads, D] with rotary embeddings, for sines that are `signed`."""
+    return x * cosines[:, None] + x.roll(x.shape[-1] // 2, dims=-1) * sines[:, None]
 
-    The halves of x are an axis that is turned around, which the compiler reads as it is: it would write halves apart.
-    """
-    halves, cosines, sines = (part.unflatten(-1, (2, -1)) for part in (x, cosines[:, None], sines[:, None]))
-    first, second = sines.unbind(-2)
-    return (halves * cosines + halves.flip(-2) * torch.stack([-first, second], dim=-2)).flatten(-2)
+
+def signed(sines: Tensor) -> Tensor:
+    """Sines [N, D] of which the first half is negative, so that the two halves of x are rotated by the same products."""
+    first, second = sines.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
@@ -263,7 +264,8 @@ class CompiledLayer:
         """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind; see `before_attention`."""
         count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
         keys, values = hidden.new_empty((2, count, self._heads, self._size), dtype=dtype)
-        query = self.before(hidden, *angles, torch.arange(count, device=hidden.device), keys, values)
+        places = torch.arange(count, device=hidden.device)
+        query = self.before(hidden, angles[0], signed(angles[1]), places, keys, values)
         return ungrouped(query, self._repeats), keys, values
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -142,17 +142,16 @@ class Norm(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Linear layers with the same input, whose outputs lie one behind the other: y = x W' + b + (x A') s B'.
+    """Linear layers with the same input: y = x W' + b + (x A') s B' of each, one behind the other.
 
-    Beside the products with their weights there are two for LoRA of all, since s B' of all is one matrix with blocks in its
-    diagonal. Matrices are transposed beforehand: in compiled code each transposed view takes the host half a microsecond, at
-    every token.
+    Two products compute LoRA of all: A' of all lie side by side, and s B' of all are blocks in the diagonal of one matrix. All
+    are transposed beforehand: in compiled code each transposed view takes the host half a microsecond, at every token.
     """
 
-    weights: tuple[Tensor, ...]  # W' of each, [n, m of it]
-    bias: Tensor | None  # b of all, [m]
-    lora_a: Tensor | None  # A' of all, [n, r]
-    lora_b: Tensor | None  # s B' of all, [r, m]
+    weights: tuple[Tensor, ...]  # W' of each, [n, m]
+    biases: tuple[Tensor | None, ...]  # b of each, [m]
+    lora_a: Tensor | None  # A' of all, [n, r of all]
+    lora_b: Tensor | None  # s B' of all, [r of all, m of all]
 
 
 class BeforeAttention(NamedTuple):
@@ -187,7 +186,8 @@ def before_attention(
         values: Likewise.
         layer: Weights of the layer.
     """
-    heads, groups = _project(_normed(hidden, layer.norm), layer.projections, layer.head_size), keys.shape[1]
+    groups = keys.shape[1]
+    heads = _project(_normed(hidden, layer.norm), layer.projections).unflatten(1, (-1, layer.head_size))
     query, key, value = heads.split([heads.shape[1] - 2 * groups, groups, groups], dim=1)
     if layer.head_norms is not None:
         query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
@@ -211,23 +211,22 @@ def after_attention(
     """
     repeats = layer.output.weights[0].shape[0] // one[0].numel()
     attended = ungrouped(plain_joined(one, one_sum, other, other_sum)[0], repeats).flatten(1)
-    hidden = hidden + _project(attended, layer.output, hidden.shape[1])[:, 0]
-    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up, layer.down.weights[0].shape[0]).unbind(1)
-    return hidden + _project(F.silu(gate) * up, layer.down, hidden.shape[1])[:, 0]
+    hidden = hidden + _project(attended, layer.output)
+    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up).chunk(2, dim=1)
+    return hidden + _project(F.silu(gate) * up, layer.down)
 
 
-def _project(x: Tensor, layers: Projections, size: int) -> Tensor:
-    """[N, n] -> [N, m / size, size], in the dtype of the weights or autocast's.
-
-    Sums are taken of outputs as they are viewed, so that the compiler adds where they are read: it would make one product of a
-    product and a sum, which copies before it adds.
-    """
-    products = [x.to(weight.dtype) @ weight for weight in layers.weights]
-    result = (torch.cat(products, dim=1) if len(products) > 1 else products[0]).unflatten(1, (-1, size))
-    if layers.lora_a is not None and layers.lora_b is not None:
-        low = (x.to(layers.lora_a.dtype) @ layers.lora_a).to(layers.lora_b.dtype) @ layers.lora_b
-        result = result + low.to(result.dtype).unflatten(1, (-1, size))
-    return result if layers.bias is None else result + layers.bias.to(result.dtype).view(-1, size)
+def _project(x: Tensor, layers: Projections) -> Tensor:
+    """[N, n] -> [N, m of all layers], in the dtype of the weights or autocast's."""
+    results = []
+    for weight, bias in zip(layers.weights, layers.biases, strict=True):
+        rows = x.to(weight.dtype)
+        results.append(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
+    result = torch.cat(results, dim=1) if len(results) > 1 else results[0]  # which is where compiled products write to
+    if layers.lora_a is None or layers.lora_b is None:
+        return result
+    low = x.to(layers.lora_a.dtype) @ layers.lora_a
+    return torch.addmm(result, low.to(result.dtype), layers.lora_b.to(result.dtype))
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -263,7 +262,8 @@ class CompiledLayer:
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind; see `before_attention`."""
         count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
-        keys, values = hidden.new_empty((2, count, self._heads, self._size), dtype=dtype)
+        rotated = torch.promote_types(dtype, angles[0].dtype)
+        keys, values = (hidden.new_empty(count, self._heads, self._size, dtype=kind) for kind in (rotated, dtype))
         places = torch.arange(count, device=hidden.device)
         query = self.before(hidden, angles[0], signed(angles[1]), places, keys, values)
         return ungrouped(query, self._repeats), keys, values
@@ -349,18 +349,21 @@ def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
         layers: Their factors.
         lora: Whether they shall have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart.
     """
-    weights, bias = tuple(factors.weight.T for factors in layers), None
-    if any(factors.bias is not None for factors in layers):
-        parts = [factors.weight.new_zeros(len(factors.weight)) if factors.bias is None else factors.bias for factors in layers]
-        bias = torch.cat(parts)
+    weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
     if not lora:
-        return Projections(weights, bias, None, None)
-    none = [factors.weight.new_empty(0, size) for factors in layers for size in factors.weight.shape]
-    downs = [none[2 * number + 1] if part.lora_a is None else part.lora_a for number, part in enumerate(layers)]
-    ups = [none[2 * number] if part.lora_b is None else part.lora_b.T for number, part in enumerate(layers)]
-    lora_a, lora_b = torch.cat(downs), torch.block_diag(*ups)
-    missing = max(0, _FEWEST - len(lora_a))
-    return Projections(weights, bias, F.pad(lora_a, (0, 0, 0, missing)).T.contiguous(), F.pad(lora_b, (0, 0, 0, missing)))
+        return Projections(weights, biases, None, None)
+    pairs = [_lora_of(factors) for factors in layers]
+    lora_a, lora_b = torch.cat([down for down, _ in pairs]), torch.block_diag(*(up.T for _, up in pairs))
+    missing = (0, 0, 0, max(0, _FEWEST - len(lora_a)))
+    return Projections(weights, biases, F.pad(lora_a, missing).T.contiguous(), F.pad(lora_b, missing))
+
+
+def _lora_of(factors: ProductFactors) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r], of rank 0 where there is no LoRA."""
+    if factors.lora_a is not None and factors.lora_b is not None:
+        return factors.lora_a, factors.lora_b
+    rows, columns = factors.weight.shape
+    return factors.weight.new_empty(0, columns), factors.weight.new_empty(rows, 0)
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:

@@ -10,7 +10,7 @@ kind of arguments has its code, made once, for all numbers of rows.
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class CompilingError(Exception):
 
 # Axes of a tensor whose sizes change from call to call -> their names, of which equal ones have equal sizes; also a name and how
 # many times its size an axis has, if another axis has the name alone.
-Axes = dict[int, str | tuple[str, int]]
+Axes = Mapping[int, str | tuple[str, int]]
 # Sizes by which torch knows the names while it makes code.
 _SIZES = (509, 1021, *(prime for prime in range(11, 100) if all(prime % other for other in range(2, prime))))
 CODES: dict[Hashable, "Code"] = {}  # all that was compiled in this process
@@ -294,6 +294,9 @@ class OneKernel:
             give_up_compiling(f"{self._name} is computed", error)
             return self.otherwise
         sizes = [tensors[number].shape[axis] for number, axis in self._places]
+        named = zip(tensors, self._named, strict=True)
+        found = {(name, part.shape[axis]) for part, some in named for axis, name in some.items()}
+        assert len(found) == len(sizes), "axes of the same name have other sizes"
         if not code.fits(*sizes):
             return self.otherwise
         places = [place for place, part in enumerate(given) if isinstance(part, Tensor)]

@@ -151,11 +151,13 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
     plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers, layers), adapters_of(layers)
     if whole is None:
         return plain
-    compiled = _pass(decoder, layers, whole, backend)
+    compiled, step = _pass(decoder, layers, whole, backend), _step_pass(decoder, layers, whole, backend)
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
         if any(adapter.disable_adapters for adapter in adapters):
             return plain(ids, positions, packing, wanted)
+        if isinstance(packing, SegmentDecoding):
+            return step(ids, positions, packing)
         return compiled(ids, positions, packing, wanted)
 
     return hidden_states
@@ -165,18 +167,9 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
     last = len(layers) - 1
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        hidden = decoder.embed_tokens(ids)
-        cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
-        angles = (cosines[0].contiguous(), sines[0].contiguous())
-        steps = packing if isinstance(packing, SegmentDecoding) and isinstance(layers[0], CompiledLayer) else None
-        turned = (angles[0], signed(angles[1])) if steps is not None else angles
+        hidden, angles = _embedded(decoder, ids, positions)
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
-                if steps is not None and isinstance(layer, CompiledLayer):
-                    query = layer.before(hidden, *turned, steps.places, *steps.cache(number))
-                    shared, own = steps.attend_to_kept(number, query, kind.settings)
-                    hidden = layer.after(hidden, *shared, *own)
-                    continue
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
                 if wanted is not None and number == last:  # of all others only the keys and values are needed
                     hidden, attended = hidden[wanted], attended[wanted]
@@ -185,3 +178,29 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         return result
 
     return hidden_states
+
+
+def _step_pass(
+    decoder: Any, known: Sequence[KnownLayer], layers: Sequence[CompiledLayer], backend: Backend
+) -> Callable[[Tensor, Tensor, SegmentDecoding], Tensor]:
+    """The pass of one token of each row: nothing is computed but two functions of each layer and attention between them."""
+
+    def hidden_states(ids: Tensor, positions: Tensor, decoding: SegmentDecoding) -> Tensor:
+        hidden, (cosines, sines) = _embedded(decoder, ids, positions)
+        sines = signed(sines)
+        with backend.in_pass():
+            for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
+                query = layer.before(hidden, cosines, sines, decoding.places, *decoding.cache(number))
+                shared, own = decoding.attend_to_kept(number, query, kind.settings)
+                hidden = layer.after(hidden, *shared, *own)
+            result: Tensor = decoder.norm.forward(hidden)
+        return result
+
+    return hidden_states
+
+
+def _embedded(decoder: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Hidden states [N, n] before the first layer, and cosines and sines [N, D] of the rotary embeddings."""
+    hidden = decoder.embed_tokens(ids)
+    cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
+    return hidden, (cosines[0].contiguous(), sines[0].contiguous())

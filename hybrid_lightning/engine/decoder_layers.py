@@ -249,21 +249,29 @@ _ROOM: Axes = {0: "room"}
 
 
 class CompiledLayer:
-    """A layer by `before_attention` and `after_attention`, while weights do not change."""
+    """A layer by `before_attention` and `after_attention`, while weights do not change.
 
-    def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
+    Decoding calls these two as they are; `heads` and `output` put them into the form of other passes.
+
+    Args:
+        before: Weights of the first.
+        after: And of the second.
+        backend: The backend of the model's fused layers.
+    """
+
+    def __init__(self, before: BeforeAttention, after: AfterAttention, backend: Backend) -> None:
         queries, keys = (weight.shape[1] // before.head_size for weight in before.projections.weights[:2])
-        self._heads, self._repeats, self._size = keys, queries // keys, before.head_size
+        self._backend, self._heads, self._repeats, self._size = backend, keys, queries // keys, before.head_size
         self._dtype = before.projections.weights[2].dtype  # of values, without autocast
-        found = ({0: ("rows", self._repeats)}, {1: ("rows", self._repeats)})
+        found: tuple[Axes, Axes] = ({0: ("rows", self._repeats)}, {1: ("rows", self._repeats)})
         self.before = _Body(before_attention, before, (_ROWS, _ROWS, _ROWS, _ROWS, _ROOM, _ROOM))
         self.after = _Body(after_attention, after, (_ROWS, *found, *found))
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind; see `before_attention`."""
         count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
-        rotated = torch.promote_types(dtype, angles[0].dtype)
-        keys, values = (hidden.new_empty(count, self._heads, self._size, dtype=kind) for kind in (rotated, dtype))
+        values = hidden.new_empty(count, self._heads, self._size, dtype=dtype)
+        keys = torch.empty_like(values, dtype=self._backend.key_dtype(values))
         places = torch.arange(count, device=hidden.device)
         query = self.before(hidden, angles[0], signed(angles[1]), places, keys, values)
         return ungrouped(query, self._repeats), keys, values
@@ -272,7 +280,8 @@ class CompiledLayer:
         """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]; see `after_attention`."""
         found = grouped(attended.unflatten(1, (-1, self._size)), self._heads)
         sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
-        result: Tensor = self.after(hidden, found, sums, -found, sums - torch.inf)  # nothing found among other keys
+        # Of other keys there are none: whatever was found among them has no weight.
+        result: Tensor = self.after(hidden, found, sums, -found, sums - torch.inf)
         return result
 
 
@@ -282,7 +291,7 @@ class _Body:
     Args:
         function: Takes tensors, and the weights as one tuple.
         layer: The weights.
-        axes: The axes of the function's tensors whose sizes change; the first is that of the rows.
+        axes: The axes of the function's tensors whose sizes change.
     """
 
     def __init__(self, function: Callable[..., Any], layer: NamedTuple, axes: Sequence[Axes]) -> None:
@@ -296,16 +305,15 @@ class _Body:
                 self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
             if isinstance(part, Projections) and part.lora_a is not None:
                 self.ranks.append(part.lora_a.shape[1])
-        self.room = next((number for number, axis in enumerate(axes) if axis is _ROOM), None)
+        self._places = [axes.index(axis) for axis in (_ROWS, _ROOM) if axis in axes]  # of tensors that have these sizes
         self.code: Code | None = None
-        self._sizes: list[int] = []  # of the last call: rows, room and ranks
+        self._sizes: list[int] = []  # of the last call: number of rows, room for keys, ranks
         self._fits = False  # whether the code fits these
 
     def __call__(self, *rows: Tensor) -> Any:
         if isinstance(rows[0], FakeTensor):
             return self.function(*rows, self.layer)
-        room = [] if self.room is None else [rows[self.room].shape[0]]
-        sizes = [rows[0].shape[0], *room, *self.ranks]
+        sizes = [*(rows[place].shape[0] for place in self._places), *self.ranks]
         if sizes != self._sizes:
             self._fits, self._sizes = sizes[0] > 1 and self._code(rows).fits(*sizes), sizes
         if self.code is None or not self._fits:
@@ -338,7 +346,8 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
         )
         head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
         before = BeforeAttention(_norm(layer.norms[0]), heads, head_norms, layer.head_size)
-        parts.append(CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)))
+        after = AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)
+        parts.append(CompiledLayer(before, after, layer.backend))
     return parts
 
 

@@ -154,8 +154,9 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
     compiled, step = _pass(decoder, layers, whole, backend), _step_pass(decoder, layers, whole, backend)
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        if any(adapter.disable_adapters for adapter in adapters):
-            return plain(ids, positions, packing, wanted)
+        for adapter in adapters:
+            if adapter.disable_adapters:
+                return plain(ids, positions, packing, wanted)
         if isinstance(packing, SegmentDecoding):
             return step(ids, positions, packing)
         return compiled(ids, positions, packing, wanted)

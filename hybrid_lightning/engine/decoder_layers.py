@@ -305,7 +305,7 @@ class _Body:
                 self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
             if isinstance(part, Projections) and part.lora_a is not None:
                 self.ranks.append(part.lora_a.shape[1])
-        self._places = [axes.index(axis) for axis in (_ROWS, _ROOM) if axis in axes]  # of tensors that have these sizes
+        self._room = axes.index(_ROOM) if _ROOM in axes else None  # the first tensor that has this axis
         self.code: Code | None = None
         self._sizes: list[int] = []  # of the last call: number of rows, room for keys, ranks
         self._fits = False  # whether the code fits these
@@ -313,7 +313,9 @@ class _Body:
     def __call__(self, *rows: Tensor) -> Any:
         if isinstance(rows[0], FakeTensor):
             return self.function(*rows, self.layer)
-        sizes = [*(rows[place].shape[0] for place in self._places), *self.ranks]
+        sizes = [rows[0].shape[0], *self.ranks]
+        if self._room is not None:
+            sizes.insert(1, rows[self._room].shape[0])
         if sizes != self._sizes:
             self._fits, self._sizes = sizes[0] > 1 and self._code(rows).fits(*sizes), sizes
         if self.code is None or not self._fits:

@@ -11,7 +11,7 @@ kind of arguments has its code, made once, for all numbers of rows.
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -275,15 +275,10 @@ class OneKernel:
     def __call__(self, first: Tensor, *rest: Any) -> Any:
         """The function's results."""
         given = [part.contiguous() if isinstance(part, Tensor) else part for part in (first, *rest)]
-        return self.like(*given)(*given)
-
-    def like(self, first: Tensor, *rest: Any) -> Callable[..., Any]:
-        """The function for contiguous tensors of the same sizes and dtypes, under the same autocast, and the same numbers."""
         if isinstance(first, FakeTensor):
-            return self._operator  # type: ignore[no-any-return]
+            return self._operator(*given)
         if self._failed or not compiling_pays(first.device):
-            return self.otherwise
-        given = (first, *rest)
+            return self.otherwise(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]
         kind = (first.device, autocast_dtype(first.device), *map(_kind, given), *static)
@@ -292,17 +287,12 @@ class OneKernel:
         except CompilingError as error:
             self._failed = True
             give_up_compiling(f"{self._name} is computed", error)
-            return self.otherwise
+            return self.otherwise(*given)
         sizes = [tensors[number].shape[axis] for number, axis in self._places]
         named = zip(tensors, self._named, strict=True)
         found = {(name, part.shape[axis]) for part, some in named for axis, name in some.items()}
         assert len(found) == len(sizes), "axes of the same name have other sizes"
-        if not code.fits(*sizes):
-            return self.otherwise
-        places = [place for place, part in enumerate(given) if isinstance(part, Tensor)]
-        if len(places) == len(given):
-            return partial(code.run, *sizes)
-        return lambda *again: code.run(*sizes, *(again[place] for place in places))
+        return code.run(*sizes, *tensors) if code.fits(*sizes) else self.otherwise(*given)
 
 
 def _kind(argument: Any) -> Any:

@@ -5,9 +5,11 @@ hooks does not count as known, since its modules have to be called as modules. W
 gathers weights, which are whole already wherever layers are computed in this way (`Engine.sampling`).
 
 For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
-of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
-tensors alone, and each projection is a product with LoRA, if only one of zeros, so that all layers of a model share what was
-compiled for the first: those with LoRA of whatever rank and those that are fully trained.
+of a layer takes some seventy small operations there, each of which takes longer to launch than to compute. The first function
+also writes keys and values to where they are kept, and the second puts together what was found among two runs of keys, so that
+decoding calls attention's kernels between them and nothing else. The functions take tensors alone, and each set of projections
+with the same input has LoRA, if only one of zeros, so that all layers of a model share what was compiled for the first: those
+with LoRA of whatever rank and those that are fully trained.
 """
 
 from collections.abc import Callable, Sequence
@@ -278,7 +280,7 @@ class CompiledLayer:
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]; see `after_attention`."""
-        found = grouped(attended.unflatten(1, (-1, self._size)), self._heads)
+        found = grouped(attended.unflatten(1, (-1, self._size)), self._heads).contiguous()
         sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
         # Of other keys there are none: whatever was found among them has no weight.
         result: Tensor = self.after(hidden, found, sums, -found, sums - torch.inf)

@@ -151,7 +151,8 @@ def test_compiled_layers_that_write_keys_and_join_what_was_found_sample_alike(to
     expected = sample(fused(build_adapted(family).model, OfAccelerator()), tokenizer, stop=["7", "3"])
     compiled = request.getfixturevalue("as_compiled")
     engine = fused(build_adapted(family).model, OfAccelerator())
-    found = sample(engine, tokenizer, stop=["7", "3"])
+    with engine.sampling():
+        found = sample(engine, tokenizer, stop=["7", "3"])
     assert compiled.count("before_attention") == compiled.count("after_attention") == 1 and not engine._fast.why_not_compiled
     assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
     assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)

@@ -1,7 +1,8 @@
 """What the host does for a token as on a GPU, measured on a CPU, and what is compiled: `python -m benchmarks.speed.host_time`.
 
 A narrow model with as many layers as Qwen3-0.6B runs by the passes of accelerators. Kernels of attention are left out; bodies of
-layers are compiled for the CPU, whose code calls kernels about as code for a GPU does, and computes them, too.
+layers are compiled for the CPU, whose code calls kernels about as code for a GPU does, and computes them, too. How much of the
+time it computes products is measured beside: a GPU's host would only launch them.
 """
 
 from hybrid_lightning.process import prepare_process
@@ -26,11 +27,12 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.engine import AttentionCalls, Engine, PlannedBackend, compiling, decoding_of, token_logprobs
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.decoder_layers import compiled_layers
 from hybrid_lightning.types import Sequences
 
 LAYERS, PROMPTS, SAMPLES, LENGTH = 28, 2, 4, 16
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
-HEADER = ("adapter", "µs a layer and token, least", "median", "functions compiled", "in s", "and later")
+HEADER = ("adapter", "µs a layer and token, least", "median", "of which products", "functions compiled", "in s", "and later")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +78,7 @@ def measure(share: float, steps: int) -> list[str]:
     with torch.inference_mode():
         sample(engine, 1, 4)
     update(engine, 2 * LENGTH - 3)
-    each = (f"{1e6 * passed / LAYERS:.0f}" for passed in (min(times), median(times)))
+    each = (f"{1e6 * passed / LAYERS:.0f}" for passed in (min(times), median(times), product_time(engine, steps)))
     return [*each, f"{first}", f"{seconds:.0f}", f"{len(compiling.CODES) - first}"]
 
 
@@ -91,6 +93,26 @@ def sample(engine: Engine, prompts: int, steps: int) -> list[float]:
             decoding.step(tokens)
             times.append(time.process_time() - begin)
     return times[min(5, steps - 1) :]
+
+
+def product_time(engine: Engine, steps: int) -> float:
+    """Processor seconds that the products of a step's layers take, less those of as many of 2 x 2 numbers: the calls alone."""
+    with torch.no_grad(), engine.sampling(torch.float32):
+        layers, _ = engine._known_layers()
+        bodies = [body for layer in compiled_layers(layers, layers) or [] for body in (layer.before, layer.after)]
+        matrices = [weight for body in bodies for weight in body.weights if weight.dim() == 2]
+        found = []
+        for factors in (matrices, [torch.ones(2, 2)] * len(matrices)):
+            calls = [(torch.ones(PROMPTS * SAMPLES, len(part)), part) for part in factors]
+            results = [rows @ part for rows, part in calls]
+            times = []
+            for _ in range(steps):
+                begin = time.process_time()
+                for (rows, part), result in zip(calls, results, strict=True):
+                    torch.mm(rows, part, out=result)
+                times.append(time.process_time() - begin)
+            found.append(median(times))
+    return found[0] - found[1]
 
 
 def update(engine: Engine, length: int) -> None:

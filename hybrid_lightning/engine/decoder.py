@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import CompilingError, compiling_pays, give_up_compiling
-from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers
+from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers, signed
 from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.engine.prepacked import added_product, products_together
+from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.engine.trials import why_layers_differ
 
 logger = logging.getLogger(__name__)
@@ -150,11 +151,14 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
     plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers, layers), adapters_of(layers)
     if whole is None:
         return plain
-    compiled = _pass(decoder, layers, whole, backend)
+    compiled, step = _pass(decoder, layers, whole, backend), _step_pass(decoder, layers, whole, backend)
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        if any(adapter.disable_adapters for adapter in adapters):
-            return plain(ids, positions, packing, wanted)
+        for adapter in adapters:
+            if adapter.disable_adapters:
+                return plain(ids, positions, packing, wanted)
+        if isinstance(packing, SegmentDecoding):
+            return step(ids, positions, packing)
         return compiled(ids, positions, packing, wanted)
 
     return hidden_states
@@ -164,9 +168,7 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
     last = len(layers) - 1
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        hidden = decoder.embed_tokens(ids)
-        cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
-        angles = (cosines[0].contiguous(), sines[0].contiguous())
+        hidden, angles = _embedded(decoder, ids, positions)
         with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.settings)
@@ -177,3 +179,29 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         return result
 
     return hidden_states
+
+
+def _step_pass(
+    decoder: Any, known: Sequence[KnownLayer], layers: Sequence[CompiledLayer], backend: Backend
+) -> Callable[[Tensor, Tensor, SegmentDecoding], Tensor]:
+    """The pass of one token of each row: nothing is computed but two functions of each layer and attention between them."""
+
+    def hidden_states(ids: Tensor, positions: Tensor, decoding: SegmentDecoding) -> Tensor:
+        hidden, (cosines, sines) = _embedded(decoder, ids, positions)
+        sines = signed(sines)
+        with backend.in_pass():
+            for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
+                query = layer.before(hidden, cosines, sines, decoding.places, *decoding.cache(number))
+                shared, own = decoding.attend_to_kept(number, query, kind.settings)
+                hidden = layer.after(hidden, *shared, *own)
+            result: Tensor = decoder.norm.forward(hidden)
+        return result
+
+    return hidden_states
+
+
+def _embedded(decoder: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Hidden states [N, n] before the first layer, and cosines and sines [N, D] of the rotary embeddings."""
+    hidden = decoder.embed_tokens(ids)
+    cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
+    return hidden, (cosines[0].contiguous(), sines[0].contiguous())

@@ -5,12 +5,14 @@ hooks does not count as known, since its modules have to be called as modules. W
 gathers weights, which are whole already wherever layers are computed in this way (`Engine.sampling`).
 
 For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
-of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
-tensors alone, and each projection is a product with LoRA, if only one of zeros, so that all layers of a model share what was
-compiled for the first: those with LoRA of whatever rank and those that are fully trained.
+of a layer takes some seventy small operations there, each of which takes longer to launch than to compute. The first function
+also writes keys and values to where they are kept, and the second puts together what was found among two runs of keys, so that
+decoding calls attention's kernels between them and nothing else. The functions take tensors alone, and each set of projections
+with the same input has LoRA, if only one of zeros, so that all layers of a model share what was compiled for the first: those
+with LoRA of whatever rank and those that are fully trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +30,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import Axes, Code, compiled
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
 from hybrid_lightning.engine.fused_lora import FusedLora
 from hybrid_lightning.engine.prepacked import ProductFactors, product_factors
+from hybrid_lightning.engine.segments import grouped, plain_joined, ungrouped
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 _FEWEST = 2  # rank of LoRA that is compiled
@@ -141,16 +144,16 @@ class Norm(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Linear layers with the same input: y = x W' + b + (x A') s B' of each.
+    """Linear layers with the same input: y = x W' + b + (x A') s B' of each, one behind the other.
 
-    LoRA of all has the same rank r, so that one product makes x A' of all. Matrices are transposed beforehand: in compiled code
-    each transposed view takes the host half a microsecond, at every token.
+    Two products compute LoRA of all: A' of all lie side by side, and s B' of all are blocks in the diagonal of one matrix. All
+    are transposed beforehand: in compiled code each transposed view takes the host half a microsecond, at every token.
     """
 
     weights: tuple[Tensor, ...]  # W' of each, [n, m]
     biases: tuple[Tensor | None, ...]  # b of each, [m]
-    lora_a: Tensor | None  # A' of all, [n, layers, r]
-    lora_b: tuple[Tensor, ...]  # s B' of each, [r, m]; none without LoRA
+    lora_a: Tensor | None  # A' of all, [n, r of all]
+    lora_b: Tensor | None  # s B' of all, [r of all, m of all]
 
 
 class BeforeAttention(NamedTuple):
@@ -171,109 +174,159 @@ class AfterAttention(NamedTuple):
     down: Projections
 
 
-def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: BeforeAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [N, H, D], keys [N, K, D] and values [N, K, D].
+def before_attention(
+    hidden: Tensor, cosines: Tensor, sines: Tensor, places: Tensor, keys: Tensor, values: Tensor, layer: BeforeAttention
+) -> Tensor:
+    """Queries [N R, K, D], see `grouped`; keys and values are written to where they are kept.
 
     Args:
         hidden: Hidden states before the layer, [N, n].
         cosines: Cosines of the rotary embeddings, [N, D].
-        sines: Sines, [N, D].
+        sines: Sines, [N, D], that are `signed`.
+        places: Where the keys and values of each token go, [N].
+        keys: Of more tokens, [M, K, D].
+        values: Likewise.
         layer: Weights of the layer.
     """
-    outputs = _project(_normed(hidden, layer.norm), layer.projections)
-    query, key, value = (part.view(part.shape[0], -1, layer.head_size) for part in outputs)
+    groups = keys.shape[1]
+    heads = _project(_normed(hidden, layer.norm), layer.projections).unflatten(1, (-1, layer.head_size))
+    query, key, value = heads.split([heads.shape[1] - 2 * groups, groups, groups], dim=1)
     if layer.head_norms is not None:
         query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
-    return _rotated(query, cosines, sines), _rotated(key, cosines, sines), value
+    keys.index_copy_(0, places, _rotated(key, cosines, sines).to(keys.dtype))
+    values.index_copy_(0, places, value.to(values.dtype))
+    return grouped(_rotated(query, cosines, sines).to(keys.dtype), groups)
 
 
-def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> Tensor:
+def after_attention(
+    hidden: Tensor, one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor, layer: AfterAttention
+) -> Tensor:
     """Hidden states after the layer, [N, n].
 
     Args:
         hidden: Hidden states before the layer, [N, n].
-        attended: Result of attention, [N, H D].
+        one: What grouped queries found among some of their keys, [N R, K, D].
+        one_sum: Its log-sum-exps, [K, N R], see `Attended`.
+        other: What they found among the others.
+        other_sum: Its log-sum-exps.
         layer: Weights of the layer.
     """
-    hidden = hidden + _project(attended, layer.output)[0]
-    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up)
-    return hidden + _project(F.silu(gate) * up, layer.down)[0]
+    repeats = layer.output.weights[0].shape[0] // one[0].numel()
+    attended = ungrouped(plain_joined(one, one_sum, other, other_sum)[0], repeats).flatten(1)
+    hidden = hidden + _project(attended, layer.output)
+    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up).chunk(2, dim=1)
+    return hidden + _project(F.silu(gate) * up, layer.down)
 
 
-def _project(x: Tensor, layers: Projections) -> list[Tensor]:
-    """[N, n] -> [N, m] of each layer, in the dtype of its weight or autocast's."""
+def _project(x: Tensor, layers: Projections) -> Tensor:
+    """[N, n] -> [N, m of all layers], in the dtype of the weights or autocast's."""
     results = []
     for weight, bias in zip(layers.weights, layers.biases, strict=True):
         rows = x.to(weight.dtype)
         results.append(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
-    if layers.lora_a is None:
-        return results
-    low = (x.to(layers.lora_a.dtype) @ layers.lora_a.flatten(1)).unflatten(1, layers.lora_a.shape[1:]).unbind(1)
-    parts = zip(results, low, layers.lora_b, strict=True)
-    return [torch.addmm(result, part.to(result.dtype), lora_b.to(result.dtype)) for result, part, lora_b in parts]
+    result = torch.cat(results, dim=1) if len(results) > 1 else results[0]  # which is where compiled products write to
+    if layers.lora_a is None or layers.lora_b is None:
+        return result
+    low = x.to(layers.lora_a.dtype) @ layers.lora_a
+    return torch.addmm(result, low.to(result.dtype), layers.lora_b.to(result.dtype))
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Queries or keys [N, heads, D] with rotary embeddings, as transformers computes them but for negating half of x."""
-    (first, second), cosines, sines = x.chunk(2, dim=-1), cosines[:, None], sines[:, None]
-    half = first.shape[-1]
-    turned = first * cosines[..., :half] - second * sines[..., :half], second * cosines[..., half:] + first * sines[..., half:]
-    return torch.cat(turned, dim=-1)
+    """Queries or keys [N, heads, D] with rotary embeddings, for sines that are `signed`."""
+    return x * cosines[:, None] + x.roll(x.shape[-1] // 2, dims=-1) * sines[:, None]
+
+
+def signed(sines: Tensor) -> Tensor:
+    """Sines [N, D] of which the first half is negative, so that the two halves of x are rotated by the same products."""
+    first, second = sines.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
     return plain_norm(x, norm.weight, norm.eps)[0]
 
 
-class CompiledLayer:
-    """A layer by `before_attention` and `after_attention`, while weights do not change."""
+_ROWS: Axes = {0: "rows"}
+_ROOM: Axes = {0: "room"}
 
-    def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
-        self._heads, self._output = _Body(before_attention, before), _Body(after_attention, after)
+
+class CompiledLayer:
+    """A layer by `before_attention` and `after_attention`, while weights do not change.
+
+    Decoding calls these two as they are; `heads` and `output` put them into the form of other passes.
+
+    Args:
+        before: Weights of the first.
+        after: And of the second.
+        backend: The backend of the model's fused layers.
+    """
+
+    def __init__(self, before: BeforeAttention, after: AfterAttention, backend: Backend) -> None:
+        queries, keys = (weight.shape[1] // before.head_size for weight in before.projections.weights[:2])
+        self._backend, self._heads, self._repeats, self._size = backend, keys, queries // keys, before.head_size
+        self._dtype = before.projections.weights[2].dtype  # of values, without autocast
+        found: tuple[Axes, Axes] = ({0: ("rows", self._repeats)}, {1: ("rows", self._repeats)})
+        self.before = _Body(before_attention, before, (_ROWS, _ROWS, _ROWS, _ROWS, _ROOM, _ROOM))
+        self.after = _Body(after_attention, after, (_ROWS, *found, *found))
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """See `before_attention`."""
-        found: tuple[Tensor, Tensor, Tensor] = self._heads(hidden, *angles)
-        return found
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind; see `before_attention`."""
+        count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
+        values = hidden.new_empty(count, self._heads, self._size, dtype=dtype)
+        keys = torch.empty_like(values, dtype=self._backend.key_dtype(values))
+        places = torch.arange(count, device=hidden.device)
+        query = self.before(hidden, angles[0], signed(angles[1]), places, keys, values)
+        return ungrouped(query, self._repeats), keys, values
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """See `after_attention`."""
-        result: Tensor = self._output(hidden, attended)
+        """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]; see `after_attention`."""
+        found = grouped(attended.unflatten(1, (-1, self._size)), self._heads).contiguous()
+        sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
+        # Of other keys there are none: whatever was found among them has no weight.
+        result: Tensor = self.after(hidden, found, sums, -found, sums - torch.inf)
         return result
 
 
 class _Body:
-    """A function of rows and of a layer's weights, by code that is looked up once."""
+    """A function of rows and of a layer's weights, by code that is looked up once.
 
-    def __init__(self, function: Callable[..., Any], layer: NamedTuple) -> None:
-        self.function, self.layer = function, layer
+    Args:
+        function: Takes tensors, and the weights as one tuple.
+        layer: The weights.
+        axes: The axes of the function's tensors whose sizes change.
+    """
+
+    def __init__(self, function: Callable[..., Any], layer: NamedTuple, axes: Sequence[Axes]) -> None:
+        self.function, self.layer, self.axes = function, layer, [*axes]
         self.weights = [part for part in tree_leaves(layer) if isinstance(part, Tensor)]
-        self.axes: list[Axes] = []  # of each of these
         self.ranks: list[int] = []
         for part in tree_leaves(layer, is_leaf=lambda part: isinstance(part, Projections)):
             own = part._asdict() if isinstance(part, Projections) else {"": part}
-            axis = {"lora_a": {2: f"rank {len(self.ranks)}"}, "lora_b": {0: f"rank {len(self.ranks)}"}}
+            axis = {"lora_a": {1: f"rank {len(self.ranks)}"}, "lora_b": {0: f"rank {len(self.ranks)}"}}
             for name, leaves in own.items():
                 self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
             if isinstance(part, Projections) and part.lora_a is not None:
-                self.ranks.append(part.lora_a.shape[2])
+                self.ranks.append(part.lora_a.shape[1])
+        self._room = axes.index(_ROOM) if _ROOM in axes else None  # the first tensor that has this axis
         self.code: Code | None = None
-        self._count, self._fits = 0, False  # whether the code fits this number of rows, that of the last call
+        self._sizes: list[int] = []  # of the last call: number of rows, room for keys, ranks
+        self._fits = False  # whether the code fits these
 
     def __call__(self, *rows: Tensor) -> Any:
         if isinstance(rows[0], FakeTensor):
             return self.function(*rows, self.layer)
-        count = rows[0].shape[0]
-        if count != self._count:
-            self._fits, self._count = count > 1 and self._code(rows).fits(count, *self.ranks), count
+        sizes = [rows[0].shape[0], *self.ranks]
+        if self._room is not None:
+            sizes.insert(1, rows[self._room].shape[0])
+        if sizes != self._sizes:
+            self._fits, self._sizes = sizes[0] > 1 and self._code(rows).fits(*sizes), sizes
         if self.code is None or not self._fits:
             return self.function(*rows, self.layer)
-        return self.code.run(count, *self.ranks, *rows, *self.weights)
+        return self.code.run(*sizes, *rows, *self.weights)
 
     def _code(self, rows: tuple[Tensor, ...]) -> Code:
         if self.code is None:
-            axes = [*({0: "rows"} for _ in rows), *self.axes]
-            self.code = compiled(self.function, (*rows, self.layer), lambda number, _: axes[number])
+            self.code = compiled(self.function, (*rows, self.layer), lambda number, _: self.axes[number])
         return self.code
 
 
@@ -286,7 +339,6 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
     """
     sets = [[0, 1, 2], [3], [4, 5], [6]]  # of projections with the same input
     adapted = [any(isinstance(projections(layer)[place], FusedLora) for layer in all_layers for place in some) for some in sets]
-    zeros: dict[Any, Tensor] = {}
     parts = []
     for layer in layers:
         factors = [product_factors(module) for module in projections(layer)]
@@ -294,41 +346,37 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
         if len(found) < len(factors):
             return None
         heads, output, gate_and_up, down = (
-            _projections([found[place] for place in some], lora, zeros) for some, lora in zip(sets, adapted, strict=True)
+            _projections([found[place] for place in some], lora) for some, lora in zip(sets, adapted, strict=True)
         )
         head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
         before = BeforeAttention(_norm(layer.norms[0]), heads, head_norms, layer.head_size)
-        parts.append(CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)))
+        after = AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)
+        parts.append(CompiledLayer(before, after, layer.backend))
     return parts
 
 
-def _projections(layers: list[ProductFactors], lora: bool, zeros: dict[Any, Tensor]) -> Projections:
+def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
     """Layers with the same input.
 
     Args:
         layers: Their factors.
         lora: Whether they shall have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart.
-        zeros: Are kept here, for layers of the same sizes.
     """
     weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
     if not lora:
-        return Projections(weights, biases, None, ())
-    rank = max(_FEWEST, *(0 if factors.lora_a is None else len(factors.lora_a) for factors in layers))
-    pairs = [_of_rank(rank, factors, zeros) for factors in layers]
-    return Projections(weights, biases, torch.stack([down.T for down, _ in pairs], dim=1), tuple(up.T for _, up in pairs))
+        return Projections(weights, biases, None, None)
+    pairs = [_lora_of(factors) for factors in layers]
+    lora_a, lora_b = torch.cat([down for down, _ in pairs]), torch.block_diag(*(up.T for _, up in pairs))
+    missing = (0, 0, 0, max(0, _FEWEST - len(lora_a)))
+    return Projections(weights, biases, F.pad(lora_a, missing).T.contiguous(), F.pad(lora_b, missing))
 
 
-def _of_rank(rank: int, factors: ProductFactors, zeros: dict[Any, Tensor]) -> tuple[Tensor, Tensor]:
-    """A [r, n] and B [m, r] of at least their own rank."""
-    down, up = factors.lora_a, factors.lora_b
-    if down is None or up is None:
-        (rows, columns), like = factors.weight.shape, factors.weight
-        for shape in ((rank, columns), (rows, rank)):
-            if (shape, like.dtype) not in zeros:
-                zeros[shape, like.dtype] = like.new_zeros(shape)
-        return zeros[(rank, columns), like.dtype], zeros[(rows, rank), like.dtype]
-    missing = rank - len(down)
-    return (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))) if missing else (down, up)
+def _lora_of(factors: ProductFactors) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r], of rank 0 where there is no LoRA."""
+    if factors.lora_a is not None and factors.lora_b is not None:
+        return factors.lora_a, factors.lora_b
+    rows, columns = factors.weight.shape
+    return factors.weight.new_empty(0, columns), factors.weight.new_empty(rows, 0)
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
-from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, joined, joining
+from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, grouped, joined, ungrouped
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ class _Calls(NamedTuple):
 
     shared: Callable[[Tensor, Tensor, Tensor], Attended]  # attention to the prompts' keys
     own: Callable[[Tensor, Tensor, Tensor], Attended]  # and to the rows' own
-    joined: Callable[..., tuple[Tensor, Tensor]]  # puts the two together
 
 
 class SegmentDecoding(PackedDecoding):
@@ -125,29 +124,40 @@ class SegmentDecoding(PackedDecoding):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `PackedDecoding`."""
-        kept = self.prompt[layer][0].dtype
-        if query.dtype != kept or key.dtype != kept or value.dtype != kept:
-            query, key, value = query.to(kept), key.to(kept), value.to(kept)
-        rows, heads, size = query.shape
-        repeats = heads // key.shape[1]
-        grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
+        kept, heads = self.cache(layer), key.shape[1]
+        for cache, new in zip(kept, (key, value), strict=True):
+            cache.index_copy_(0, self.places, new.to(cache.dtype))
+        shared, own = self.attend_to_kept(layer, grouped(query.to(kept[0].dtype), heads), settings)
+        return ungrouped(joined(shared, own).result, query.shape[1] // heads)
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of completions, [B T, K, D], with room for all tokens; those of the rows that run go to `places`."""
+        if layer not in self.own:
+            places = len(self.lengths) * self.samples * self.max_new_tokens
+            keys, values = (part.new_empty(places, *part.shape[1:]) for part in self.prompt[layer])
+            self.own[layer] = (keys, values)
+        return self.own[layer]
+
+    def attend_to_kept(self, layer: int, query: Tensor, settings: AttentionSettings) -> tuple[Attended, Attended]:
+        """Attention of one token of every row to the prompts' keys and, where its own key is in the cache, to its row's.
+
+        Args:
+            layer: Number of the decoder layer.
+            query: [R of a key-value head times rows, K, D], see `grouped`.
+            settings: What the layer asks for.
+        """
         if layer not in self._calls:
-            self._make_room(layer)
-            self._calls[layer] = self._attending(grouped, repeats, settings)
-        calls, (keys, values) = self._calls[layer], self.own[layer]
-        keys.index_copy_(0, self.places, key)
-        values.index_copy_(0, self.places, value)
-        result, _ = calls.joined(*calls.shared(grouped, *self.prompt[layer]), *calls.own(grouped, keys, values))
-        return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
+            self._calls[layer] = self._attending(query, settings)
+        calls = self._calls[layer]
+        return calls.shared(query, *self.prompt[layer]), calls.own(query, *self.own[layer])
 
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
         """See `PackedDecoding`."""
         query = _as_kept(query)
-        self._make_room(layer)
         places = self.slots[added.owner] * self.max_new_tokens + added.counts - 1
-        for cache, new in zip(self.own[layer], (key, value), strict=True):
+        for cache, new in zip(self.cache(layer), (key, value), strict=True):
             cache.index_copy_(0, places, new.to(cache.dtype))
         prompts, begins = self.layout.layout.prompts, added.begins.int()
         shared = Segments(begins[self.first_rows], prompts.keys, self.samples * added.most, prompts.most_keys, causal=False)
@@ -155,27 +165,20 @@ class SegmentDecoding(PackedDecoding):
         both = (attend(query, *self.prompt[layer], shared, settings), attend(query, *self.own[layer], own, settings, self.used))
         return joined(*both).result
 
-    def _attending(self, grouped: Tensor, repeats: int, settings: AttentionSettings) -> _Calls:
-        """For queries like these, R for each row, until rows are given up."""
+    def _attending(self, query: Tensor, settings: AttentionSettings) -> _Calls:
+        """For grouped queries like these, until rows are given up."""
+        repeats = len(query) // len(self.slots)
         begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
         prompts = self.layout.layout.prompts
         most = self.samples * repeats
         shared = Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False)
         own = Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False)
-        like = Attended(grouped, grouped.new_empty(grouped.shape[1::-1], dtype=torch.float32))
-        return _Calls(attending(grouped, shared, settings), attending(grouped, own, settings, self.used), joining(like, like))
+        return _Calls(attending(query, shared, settings), attending(query, own, settings, self.used))
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
         """See `PackedDecoding`."""
         tokens, kept = self.layout.prompt_tokens, _as_kept(value)  # and not those that only fill up
         self.prompt[layer] = (key[:tokens].to(kept.dtype).contiguous(), kept[:tokens].contiguous())
-
-    def _make_room(self, layer: int) -> None:
-        """Keys and values of completions, with room for all tokens."""
-        if layer not in self.own:
-            places = len(self.lengths) * self.samples * self.max_new_tokens
-            keys, values = (part.new_empty(places, *part.shape[1:]) for part in self.prompt[layer])
-            self.own[layer] = (keys, values)
 
 
 def _as_kept(part: Tensor) -> Tensor:

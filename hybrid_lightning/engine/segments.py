@@ -48,18 +48,24 @@ def joined(first: Attended, second: Attended) -> Attended:
     return Attended(*_joined(*first, *second))
 
 
-def joining(first: Attended, second: Attended) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same as a function of both results and sums, for many calls with tensors like these."""
-    return _joined.like(*first, *second)
-
-
-def _plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+def plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of two results [N, H, D] and their log-sum-exps [H, N], for what is compiled."""
     sums = torch.logaddexp(one_sum, other_sum)
     weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
     return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
 
 
-_joined = OneKernel("rows h _, h rows, rows h _, h rows", _plain_joined)
+_joined = OneKernel("rows h _, h rows, rows h _, h rows", plain_joined)
+
+
+def grouped(query: Tensor, heads: int) -> Tensor:
+    """[N, H, D] -> [N R, K, D] for K key-value heads: the R query heads of a key-value head as R queries, which read it once."""
+    return query.unflatten(1, (heads, -1)).transpose(1, 2).reshape(-1, heads, query.shape[-1])
+
+
+def ungrouped(result: Tensor, repeats: int) -> Tensor:
+    """[N R, K, D] -> [N, H, D], what `grouped` undoes, for R repeats."""
+    return result.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(1, 2)
 
 
 def attend(

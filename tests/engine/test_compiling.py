@@ -42,7 +42,7 @@ def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
 )
 def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family, targets, checkpointing, half, tolerance):
     numbers = step(family, targets, checkpointing, half)
-    assert set(made) >= {"plain_norm", "_plain_norm_gradient", "_plain_product_of_silu", "_plain_silu_gradients", "_plain_joined"}
+    assert set(made) >= {"plain_norm", "_plain_norm_gradient", "_plain_product_of_silu", "_plain_silu_gradients", "plain_joined"}
     assert len(made) == len(set(made)) or half, "under autocast also for the float32 of the trial"
     compiled = len(made)
     step(family, targets, checkpointing, half)
@@ -76,9 +76,9 @@ def _branch(x):
 def test_one_code_joins_what_rows_of_any_number_found(made):
     for rows, heads in ((5, 4), (12, 2), (6, 1)):
         one, other = (segments.Attended(torch.randn(rows, heads, 8), torch.randn(heads, rows)) for _ in range(2))
-        found, expected = segments.joined(one, other), segments._plain_joined(*one, *other)
+        found, expected = segments.joined(one, other), segments.plain_joined(*one, *other)
         assert torch.allclose(found.result, expected[0], atol=1e-6) and torch.allclose(found.sums, expected[1], atol=1e-6)
-    assert made == ["_plain_joined"]
+    assert made == ["plain_joined"]
 
 
 def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(monkeypatch, caplog):

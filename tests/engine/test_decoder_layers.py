@@ -1,6 +1,7 @@
 """What accelerators get compiled, compiled here for a CPU: the same rollouts, one compilation for all sizes, and ways back."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -74,6 +75,10 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
     tokens, logprobs, graphs = rollouts(engine, tokenizer, dtype)
     assert maker_of(engine) is decoders._compiled_pass
     assert graphs == compiled, "before and after attention, for any number of rows"
+    if family == "mistral":
+        code = "".join(code.made.source_code for code in compiling.CODES.values())
+        assert code.count("extern_kernels.") == 13, "products, of which LoRA of the output projection, which has none, is not one"
+        assert len(re.findall(r"^ +cpp_fused", code, re.MULTILINE)) == 6, "kernels between them, as they are counted"
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
     plain = build(family, targets, **settings)
     expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)

@@ -28,6 +28,7 @@ from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.engine.backend import PlannedBackend
 from hybrid_lightning.engine.decoder import _compiled_pass
+from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
@@ -109,8 +110,10 @@ def sampling(fake, seen):
                 if token == TOKENS:
                     raise EnoughError
 
+            call = _Body.__call__
+            body = mock.patch.object(_Body, "__call__", lambda *given: counter.compiled(lambda: call(*given)))
             loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), False, look)
-            with suppress(EnoughError):
+            with suppress(EnoughError), body:
                 loop.decode(loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
 
 

@@ -136,11 +136,30 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
     assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03
 
 
-def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
-    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
+@pytest.fixture
+def as_compiled(monkeypatch, traced):
+    """Layers are compiled, by what torch traces."""
     monkeypatch.setattr(decoder, "compiling_pays", lambda device: True)
     monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
     monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
+    return traced
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_compiled_layers_that_write_keys_and_join_what_was_found_sample_alike(tokenizer, family, request):
+    """By the same code for all numbers of rows."""
+    expected = sample(fused(build_adapted(family).model, OfAccelerator()), tokenizer, stop=["7", "3"])
+    compiled = request.getfixturevalue("as_compiled")
+    engine = fused(build_adapted(family).model, OfAccelerator())
+    with engine.sampling():
+        found = sample(engine, tokenizer, stop=["7", "3"])
+    assert compiled.count("before_attention") == compiled.count("after_attention") == 1 and not engine._fast.why_not_compiled
+    assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
+    assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, as_compiled):
+    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
     engine = fused(build_adapted("qwen3").model, OfAccelerator())
     ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
 
@@ -157,9 +176,9 @@ def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
             sample(engine, tokenizer, 12)
         finally:
             sys.setprofile(None)
-    assert traced.count("before_attention") == traced.count("after_attention") == 1
+    assert as_compiled.count("before_attention") == as_compiled.count("after_attention") == 1
     tokens = [after - before for before, after in pairwise(seen)]
-    assert min(token["call"] for token in tokens) <= 80 and min(token["c_call"] for token in tokens) <= 110, "two layers"
+    assert min(token["call"] for token in tokens) <= 65 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 
 
 class FakeGraph:

@@ -13,7 +13,9 @@ import argparse
 import logging
 import sys
 import time
+from functools import partial
 from statistics import median
+from timeit import repeat
 from typing import Any
 from unittest import mock
 
@@ -103,15 +105,11 @@ def product_time(engine: Engine, steps: int) -> float:
         matrices = [weight for body in bodies for weight in body.weights if weight.dim() == 2]
         found = []
         for factors in (matrices, [torch.ones(2, 2)] * len(matrices)):
-            calls = [(torch.ones(PROMPTS * SAMPLES, len(part)), part) for part in factors]
-            results = [rows @ part for rows, part in calls]
-            times = []
-            for _ in range(steps):
-                begin = time.process_time()
-                for (rows, part), result in zip(calls, results, strict=True):
-                    torch.mm(rows, part, out=result)
-                times.append(time.process_time() - begin)
-            found.append(median(times))
+            pairs = [(torch.ones(PROMPTS * SAMPLES, len(part)), part) for part in factors]
+            calls = [partial(torch.mm, *pair, out=pair[0] @ pair[1]) for pair in pairs]
+            found.append(
+                median(repeat(lambda calls=calls: [call() for call in calls], time.process_time, number=1, repeat=steps))
+            )  # type: ignore[misc]
     return found[0] - found[1]
 
 

@@ -139,3 +139,4 @@ def test_a_data_module_that_prepares_its_files_does_so_first(folder):
     options = ["--data=my_parts.Prepared", "--data.source.init_args.train=prepared.jsonl", "--data.format=PlainFormat"]
     options += ["--trainer.logger=false", "--trainer.default_root_dir=prepared"]
     done(folder, "score", "--config", "t.yaml", *options)
+    assert (folder / "prepared.jsonl").is_file() and list((folder / "prepared").rglob("plan.json"))

@@ -203,4 +203,6 @@ def test_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
 def test_the_command_line_takes_the_plugin(folder):
     plugins = "--trainer.plugins=lightning.pytorch.plugins.MixedPrecision"
     options = [plugins, "--trainer.plugins.precision=16-mixed", "--trainer.plugins.device=cpu", "--trainer.max_steps=1"]
-    done(folder, "fit", "--config", "t.yaml", *options)
+    done(folder, "fit", "--config", "t.yaml", *options, "--trainer.default_root_dir=with_plugin", "--trainer.logger=false")
+    (last,) = (folder / "with_plugin").rglob("last.ckpt")
+    assert "scale" in torch.load(last, weights_only=False)["MixedPrecision"], "its scale of the loss is kept"

@@ -47,6 +47,8 @@ class VLLMEngine(RolloutEngine):
 
     has_own_weights = True
     renormalizes = True
+    # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
+    _apart: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """See `RolloutEngine`; vLLM finds stop strings by itself."""
@@ -86,7 +88,9 @@ class VLLMEngine(RolloutEngine):
         ]
         pad, vocabulary, answered = pad_token(tokenizer), _vocabulary(engine.model), None
         if on_completion is not None:
-            apart = deepcopy(tokenizer)  # for another thread
+            if self._apart is None or self._apart[0] is not tokenizer:
+                self._apart = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
+            apart = self._apart[1]
 
             def answered(number: int, answers: list[Answer]) -> None:
                 for answer in answers:

@@ -1,6 +1,5 @@
 """How many programs a minute the sandbox runs, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
 
-import argparse
 import os
 import resource
 import time
@@ -13,14 +12,10 @@ PROGRAM = "class Solution:\n    def double(self, x):\n        {}\n"
 RIGHT, WRONG = (PROGRAM.format(body) for body in ("return 2 * x", "return x"))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = command("speed.sandbox", __doc__)
     parser.add_argument("--programs", type=int, default=400)
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
+    arguments = parser.parse_args()
     setup = "from typing import *\nfrom collections import *\nfrom math import *\n"
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x = {x}) == {2 * x}\n" for x in range(100))
     prompt = Prompt(text="?", columns={"prompt": setup, "test": tests, "entry_point": "Solution().double"})

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
-from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.pairs import Plan, compare, prepared
 from benchmarks.tables import shown, spread, table
 from benchmarks.vllm.server import Server
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -75,9 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.out / "rollout_engines.json"
     records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     workloads = chosen_workloads(arguments)
-    with tempfile.TemporaryDirectory(prefix="rollout_engines_") as place:
-        tell("preparing models and prompts")
-        for workload, folder in zip(workloads, prepare(workloads, Path(place), plan), strict=True):
+    with prepared(workloads, plan) as folders:
+        for workload, folder in zip(workloads, folders, strict=True):
             found = {**about(arguments), **measure(workload, folder, plan)}
             records[workload.name] = {**found, "summary": {engine: summarize(steps) for engine, steps in found["steps"].items()}}
             path.write_text(json.dumps(records, indent=1))

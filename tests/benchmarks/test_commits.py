@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, 
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
     times = {"before": [9.0, 1.0, 2.0, 4.0], "now": [9.0, 1.1, 2.0, 5.0]}  # the first is not counted
     steps = {side: [{"seconds": value, "processor_seconds": 2 * value} for value in values] for side, values in times.items()}
-    monkeypatch.setattr(commits, "prepare", lambda workloads, folder, plan: workloads)
+    monkeypatch.setattr(commits, "prepared", lambda workloads, plan: nullcontext(workloads))
     monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan: {"steps": steps})
     assert commits.main([str(ROOT), "--workload", "tiny"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_known_numbers():
 
 def test_measurements_are_added_to_those_of_earlier_calls(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(rollout_engines, "find_spec", lambda name: name)
-    monkeypatch.setattr(rollout_engines, "prepare", lambda loads, folder, plan: [folder / load.name for load in loads])
+    monkeypatch.setattr(rollout_engines, "prepared", lambda loads, plan: nullcontext([None] * len(loads)))
     monkeypatch.setattr(rollout_engines, "measure", lambda *_: MEASURED)
     for name, value in rollout_engines._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from operator import attrgetter
 
 import pytest
@@ -61,7 +62,7 @@ def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
 
 def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
-    monkeypatch.setattr(scaling, "prepare", lambda loads, folder, plan: [load.prompt_tokens for load in loads])
+    monkeypatch.setattr(scaling, "prepared", lambda loads, plan: nullcontext([load.prompt_tokens for load in loads]))
     turns, sizes_of = [], attrgetter("prompt_tokens", "samples", "max_new_tokens")
 
     def take_turns(jobs, plan):

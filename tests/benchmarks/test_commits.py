@@ -36,7 +36,6 @@ def test_shipped_configs_have_the_sizes_that_are_checked(workload):
 
 @pytest.mark.usefixtures("forked")
 def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
-    """By that which needs no model."""
     code = commits._SHIPPED_WORKER.format(root=str(ROOT), checkout=str(ROOT))
     plan = pairs.Plan(1, "cpu", 1, 0, ("now",), tmp_path, workers={"now": ("-c", code)})
     worker = pairs.Worker("now", Workload("gspo", 32, 8, max_new_tokens=20), tmp_path, plan)

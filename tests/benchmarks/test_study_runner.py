@@ -71,14 +71,11 @@ def test_the_peak_of_full_fine_tuning_has_its_weights_gradients_and_moments(task
     assert 0.9 < (peaks["fft"] - peaks["lora_r1"]) / (12 * weights) < 1.5
 
 
-def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
+def test_a_run_that_diverges_is_a_result_and_one_that_cannot_be_made_names_its_log(run, task, tmp_path):
     job = Job(task, "hybrid", -1.0, 0, "run")
     with pytest.raises(RuntimeError, match=r"small, hybrid: ConfigError: model.lr_full must be .*\.log"):
         make_run(job, tmp_path / "results")
     assert not (tmp_path / "results" / job.file).exists()
-
-
-def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(run):
     record = run("fft", 1e30, purpose="sweep")
     assert record.diverged and record.validation == record.accuracy == 0.0
     assert [point["step"] for point in record.curve] == [0, 4] and record.curve[0]["avg"] > 0

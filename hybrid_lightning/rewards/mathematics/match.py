@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -31,14 +32,14 @@ class MathMatch(AnswerReward):
 
     The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
     set). Without a box it is the whole text, or what follows "the answer is", if that is a formula; else the last number, plain
-    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234"
-    are 1234; "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below
-    0.001 to one part in a hundred as well. An interval may also be written as an inequality. The text in `<think> </think>` is
-    ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
+    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" is 1234;
+    "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to
+    one part in a hundred as well. An interval may also be written as an inequality. The text in `<think> </think>` is ignored,
+    and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
 
     - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
       15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
-      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 if the reference answer has no unit.
+      "1 hour and 30 minutes" is 90 minutes, and 90 if the reference answer has no unit.
     - A bound is not a number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. But after
       other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
     - "x = 2 and y = 3" is (2, 3), in whatever order.
@@ -73,8 +74,6 @@ class MathMatch(AnswerReward):
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
         text = self.without_thinking(completion)
-        if not text.strip():
-            return None
         if _is_choice(reference_answer(type(self).__name__, prompt)):
             return extract_choice(text, CHOICES)
         answer: str | None = _verifier(self.cpu_seconds).ask("canonical_answer", text)
@@ -136,9 +135,12 @@ class MathVerifier:
         """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
         with self._lock:
             for _ in range(2):  # a second time if the system or another user ended the process, and not the request
-                process = self._running()
+                process, reply = self._running(), ""
+                assert process.stdin is not None and process.stdout is not None
                 try:
-                    reply = self._exchange(process, json.dumps([function, *texts]))
+                    with suppress(BrokenPipeError):
+                        print(json.dumps([function, *texts]), file=process.stdin, flush=True)
+                        reply = process.stdout.readline()
                 except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
                     self._close()
                     raise
@@ -147,37 +149,21 @@ class MathVerifier:
                 out_of_time = process.wait() == -signal.SIGPROF
                 self._close()
                 if out_of_time:
-                    return None
+                    break
             return None
-
-    @staticmethod
-    def _exchange(process: "subprocess.Popen[str]", request: str) -> str:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            return process.stdout.readline()
-        except BrokenPipeError:
-            return ""
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None or self._owner != os.getpid():
-            script = Path(__file__).with_name("math_worker.py")
             # -P keeps the script's folder off the import path: our modules there must not hide those of the standard library.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(script), str(self.cpu_seconds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-            )
+            command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self.cpu_seconds)]
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, encoding="utf-8", **pipes)
             self._owner = os.getpid()
             assert self._process.stdout is not None
             if self._process.stdout.readline() != "ready\n":
                 self._close()
                 raise RewardError(
-                    "the process that compares mathematical answers does not start; see what "
-                    f"`{sys.executable} -P {script} 5` says"
+                    f"the process that compares mathematical answers does not start; see what `{' '.join(command)}` says"
                 )
         return self._process
 

@@ -2,10 +2,8 @@
 
 `match.py` starts it as a script. It writes `ready`, then reads one request in JSON a line, `["equal", gold, text]` for one, and
 writes one reply a line: what that function of `REQUESTS` returns. A request that uses more CPU time than the argument of the
-script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch.
-
-The script is no part of the package when it runs, so that it starts in a third of a second: of this project it imports only
-`math_text.py` and `math_units.py`, which import nothing else of the project.
+script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch. To start in a third of a
+second it is no part of the package when it runs: of this project it imports `math_text.py` and `math_units.py` alone.
 """
 
 import json
@@ -25,7 +23,7 @@ from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here hide no other modules
 import math_text as forms  # type: ignore[import-not-found]
-from math_units import conversion_factors, find_unit, in_one_unit, is_unit, without_unit  # type: ignore[import-not-found]
+import math_units as units  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # address space: expressions such as 9^9^9 must not take all the machine's memory
 # Such as a date, or 3 (R 2).
@@ -34,6 +32,7 @@ TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )
 WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
+MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]")
 LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
 # What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
 MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
@@ -78,28 +77,20 @@ def equal(gold: str, text: str) -> bool:
         wanted, given = mark.findall(gold), mark.findall(text)
         if wanted and given and wanted[-1].lower() != given[-1].lower():
             return False
-    # If the reference answer has no unit, a quantity such as 1 hour and 30 minutes may be meant as 90 or as 1.5.
-    return any(matches_gold(gold, part, parsed) for part in dict.fromkeys(in_one_unit(answer_part(text))))
+    return matches_gold(gold, answer_part(text), parsed)
 
 
 def same_words(gold: str, text: str) -> bool:
-    r"""Whether the reference answer is words, as in \text{June 20}, and a text answers the same words.
-
-    Its answer is in its boxes, which must all agree, or without boxes at its end.
-    """
+    r"""Whether the reference answer is words, as in \text{June 20}, and all boxes of a text, or its end, are the same words."""
     words = WORDS.fullmatch(gold.strip())
-    said = forms.BOX.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
-    return words is not None and {_plain_words(part) for part in said} == {_plain_words(words[1])}
-
-
-def _plain_words(text: str) -> str:
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]", " ", text)
-    return " ".join(text.casefold().split()).rstrip(". ")
+    said = forms.BOX.findall(text) or re.split(r"(?i)answer(?:\s+is\b|\s*:)", text)[-1:]
+    plain = (MARKUP.sub(" ", part).casefold().split() for part in (*said, words[1] if words else ""))
+    return words is not None and len({" ".join(part).rstrip(". ") for part in plain}) == 1
 
 
 def canonical_answer(text: str) -> str | None:
     """The answer in a text, the same for equal answers: numbers have the six places that are compared. None if there is none."""
-    parsed = parse_answer(in_one_unit(answer_part(text))[0])
+    parsed = parse_answer(answer_part(text))
     if not parsed:
         return None
     number = as_number(parsed)
@@ -112,9 +103,9 @@ def matches_gold(reference: str, text: str, gold: Any) -> bool:
     """Whether the answer in a text that `answer_part` returned equals a reference answer, given as written and parsed."""
     number = as_number(gold)
     if number is not None and not forms.is_bound(text):  # in a formula such as 5m + 3s the letters are not units
-        wanted, given = forms.plain_units(gold_text(reference)), forms.plain_units(text)
-        factors = conversion_factors(wanted, given)
-        text = (without_unit(given) if find_unit(wanted) is not None else None) or text
+        wanted, given = units.plain_units(gold_text(reference)), units.plain_units(text)
+        factors = units.conversion_factors(wanted, given)
+        text = (units.without_unit(given) if units.find_unit(wanted) is not None else None) or text
         if 1.0 not in factors:  # 90 minutes are 1.5 hours
             found = as_number(parse_answer(text))
             return found is not None and any(isclose(found * factor, number, rel_tol=1e-6) for factor in factors)
@@ -145,7 +136,7 @@ def equal_parsed(gold: Any, found: Any) -> bool:
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
     gold = gold_text(gold)
-    text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
+    text = forms.normalize(units.without_unit(units.plain_units(gold)) or gold)
     if NO_NUMBER.search(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text.strip()):
@@ -159,12 +150,12 @@ def parse_gold(gold: str) -> Any:
 
 def gold_text(gold: str) -> str:
     """A reference answer in ASCII and LaTeX, in one unit and without brackets around it: "9 (apples)" becomes 9 apples."""
-    return str(in_one_unit(forms.out_of_brackets(forms.to_ascii(gold.strip()), is_unit))[0])
+    return str(units.in_one_unit(units.out_of_brackets(forms.to_ascii(gold.strip()))))
 
 
 def answer_part(completion: str) -> str:
-    """The part of a completion that holds its answer, without a remark behind the answer."""
-    return str(forms.without_remark(forms.out_of_brackets(forms.answer_window(forms.to_ascii(completion)), is_unit)))
+    """The part of a completion that holds its answer, likewise, and without a remark behind the answer."""
+    return units.REMARK.sub(r"\g<stated>", gold_text(forms.answer_window(forms.to_ascii(completion))))
 
 
 def parse_answer(text: str) -> Any:

@@ -7,22 +7,15 @@ import re
 import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 WINDOW = 6_000  # characters before the last box or the end that are searched: a policy may write without end
 POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
-LATEX_SIGNS = {"\u03c0": "pi", "\u221e": "infty", "\u00b1": "pm", "\u2264": "le", "\u2265": "ge", "\u2260": "ne", "\u222a": "cup"}
-SIGNS = {"\u03c0": "pi", "\u221e": "infty", "\u00b1": "pm", "\u2264": "le", "\u2265": "ge", "\u2260": "ne"}
-LATEX_SIGNS |= {"\u222a": "cup", "\u2229": "cap", "\u2205": "emptyset"}
-SIGNS = str.maketrans(
-    {
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f"),  # invisible
-        **dict.fromkeys("\u2212\u2012\u2013", "-"),
-        **dict.fromkeys("\u00f7\u2044", "/"),  # the second is the fraction slash, which NFKC puts into one half and the like
-        **{sign: rf"\{name} " for sign, name in LATEX_SIGNS.items()},
-        "\u3002": ". ",
-    }
-)
+# Invisible signs, minus signs, and the fraction slash, which NFKC puts into one half and the like.
+SIGNS: Any = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f", "") | dict.fromkeys("\u2212\u2012\u2013", "-")
+SIGNS |= {"\u2044": "/", "\u00f7": "/", "\u3002": ". ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b1": r"\pm "}
+SIGNS |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup "}
 
 
 def to_ascii(text: str) -> str:
@@ -34,7 +27,7 @@ def to_ascii(text: str) -> str:
     text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
     # The powers of units stay: math-verify would take the 2 of 15 m^2 for the answer.
-    return re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(SIGNS)
+    return re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(str.maketrans(SIGNS))
 
 
 def answer_window(text: str) -> str:
@@ -45,23 +38,21 @@ def answer_window(text: str) -> str:
     return part[part.find("\n") + 1 :] if start else part
 
 
-# ---- bounds instead of numbers
-
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 HEDGE = re.compile(  # at the end of a normalized text: "between 3 and 5", "not 5", "x < 5"
-    r"(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
-    re.IGNORECASE,
+    r"(?i)(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?(?:[<>]=?|\\[gl]e))\s*[$]?-?[\d.,]+[\s.!]*\Z"
 )
 # Bounds are searched for in the box, and in the sentence with the last box or number, in which each number is written as #.
 #
 # "At least 18" and "18 or more" are bounds, and not 18, if they are the answer: after is, are, be, a colon or an equals sign, or
 # as the whole answer or box. After another verb "at least 18" says how many are needed, and is 18 ("She needs at least 18
 # eggs"). "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5
-# less than 18"), and in the largest number that is possible ("He cannot buy more than 18").
+# less than 18"), and in the largest number that is possible ("He cannot buy more than 18"). "1 hour and 30 minutes" is not 30.
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\\(?:[dt]?frac|sqrt)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?|\.?\d+(?:/\d+)?)")
 EXPONENT = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?-?\d\}?")  # of a unit, as in cm^2
 MACRO = re.compile(r"\\(?:text\w*|math\w+|mbox|boxed)\s*(?=\{)|\\[ ,;:!()\[\]]|\\(?=[$%])|[{}*_$~]")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z*$\\])|\n")
+LARGE = "years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|min|feet|ft|pounds?|lbs?|dollars?|kg|km|m"
 MORE = r"(?:more|less|fewer|greater|higher|lower|larger|bigger|smaller)"
 SAID = (
     rf"(?:(?:(?:just|slightly|any\w*)\s+)?(?:at\s+(?:least|most)|(?:(?:no|not)\s+)?{MORE}\s+than"
@@ -71,6 +62,7 @@ SAID = (
 BOUND = re.compile(
     rf"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*{SAID}[^#]*\Z"
     rf"|\A[^\w#]*{SAID}(?:\s+[a-z]+){{0,2}}[^\w#]*\Z|#\s?\+(?:\s+[a-z]{{2,}}[^#]*|[^\w#]*)\Z"
+    rf"|#\s?(?:{LARGE})\b\W*(?:and\s+)?#\s?[a-z]+\b[^#]*\Z"
     rf"|\A(?:(?!n't\b|\b(?:cannot|not|no|never|nor)\b)[^#])*\b{MORE}\s+than\s+#[^#]*\Z",
     re.IGNORECASE,
 )
@@ -85,8 +77,6 @@ def is_bound(text: str) -> bool:
     return any(BOUND.search(" ".join(part.split())) for part in plain)
 
 
-# ---- forms that math-verify reads
-
 ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # argument without { }
 
@@ -97,8 +87,7 @@ def _large_in_digits(match: re.Match[str]) -> str:
 
 def _repeating_as_fraction(match: re.Match[str]) -> str:
     whole, once, period = match.groups()
-    numerator = int(whole + once + period) - int(whole + once or "0")
-    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(once)}}}"
+    return rf"\frac{{{int(whole + once + period) - int(whole + once or 0)}}}{{{'9' * len(period)}{'0' * len(once)}}}"
 
 
 REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -111,7 +100,6 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^(\1)"),  # 1e5
     (r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))", ""),  # 1_000, 1'000, 1{,}000, 1\,000
     (r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", "")),  # $x = 1,234$
-    (r"(?<=[^\W\d_]):(?=[-$\d\\])", ": "),  # Answer:5
     # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
     (r"\\\$\s*(?=[\d.])", ""),  # \$5
@@ -132,11 +120,8 @@ def normalize(text: str) -> str:
     return text
 
 
-# ---- formulas without delimiters
-
-RESULT = re.compile(  # what `normalize` has made of the word "answer"
-    r"\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*", re.IGNORECASE
-)
+# "result" is what `normalize` has made of the word "answer".
+RESULT = re.compile(r"(?i)\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*")
 MEASURE = re.compile(  # a number, with or without a unit, which math-verify reads as it is
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
     r"\s*%?(?:\u00b0|\s(?!(?:and|or)\b)(?:[A-Za-z/. ]|\^[23])*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"

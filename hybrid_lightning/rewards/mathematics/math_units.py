@@ -1,8 +1,8 @@
 """Units of answers: find the unit, such as cm^2 in 15 cm^2, and convert between units of the same dimension.
 
-The units are in a table here, because sympy.physics.units and pint make the start of the worker half as long again or more, and
-read neither LaTeX nor "square centimeters". A word that is not in the table, such as apples, is not a unit. Texts are those that
-`plain_units` has rewritten. Like `math_text.py`, this file must not import anything else of this project.
+A word that is not in the table here, such as apples, is not a unit. sympy.physics.units and pint make the start of the worker
+half as long again or more, and read neither LaTeX nor "square centimeters". Texts are those that `plain_units` has rewritten.
+Like `math_text.py`, this file must not import anything else of this project.
 """
 
 import re
@@ -38,12 +38,12 @@ kelvin: K kelvin 1
 ampere: amp ampere 1
 mole: mol mole 1
 time -1: +Hz +hertz 1
+length 1 time -1: mph 0.44704, kph kmph kmh 0.2777777777777778
 length 1 mass 1 time -2: +N +newton 1
 length -1 mass 1 time -2: +Pa +pascal 1
 length 2 mass 1 time -2: +J +joule 1, kwh 3.6e6
 length 2 mass 1 time -3: +W +watt 1
 ampere -1 length 2 mass 1 time -3: +V +volt 1"""
-MONEY = {"dollar", "euro", "sterling", "yen"}
 
 
 def _names_of_units() -> tuple[dict[str, Readings], dict[str, Readings]]:
@@ -67,17 +67,15 @@ def _names_of_units() -> tuple[dict[str, Readings], dict[str, Readings]]:
 
 
 SYMBOLS, WORDS = _names_of_units()
-
-# ---- units without LaTeX and brackets
+MONEY = SYMBOLS["$"] | SYMBOLS["\u20ac"] | SYMBOLS["\u00a3"] | SYMBOLS["\u00a5"] | SYMBOLS["\u00a2"]
 
 WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-PLAIN = [
+PLAIN: list[tuple[str | re.Pattern[str], str]] = [
+    *[(WRAPPED, r" \1")] * 2,
     (r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~", " "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\(?:degree|circ)(?![A-Za-z])", "\u00b0"),
     (r"\\%", "%"),
     (r"(?i)\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", " "),
-    (r"(?i)\bmph\b", "miles/hour"),
-    (r"(?i)\bkm?ph\b|\bkmh\b", "km/h"),
     (r"(?i)\b(?:square|sq)\b\.?\s*([a-z]+)|\b([a-z]+)\s+squared\b", r"\1\2^2"),
     (r"(?i)\b(?:cubic|cu)\b\.?\s*([a-z]+)|\b([a-z]+)\s+cubed\b", r"\1\2^3"),
     ("\u00b2", "^2"),
@@ -91,31 +89,20 @@ REMARK = re.compile(  # "18 dollars (9 eggs at $2)", as the whole text or after 
     rf"\s+\((?!{OTHERWISE})(?=[^()]*[A-Za-z%]|[^()]*\d[^\d()]+\d)[^()]*\)[\s.!*_]*\Z",
     re.IGNORECASE,
 )
+SHORT = "|".join(sorted(name for name in SYMBOLS.keys() | WORDS.keys() if name.isalpha() and len(name) < 3))
 IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); but 3 (mod 5) is another number, and 2 (x) a product
-    rf"(?<=[\d%}}])(?P<gap>\s*)\(\s*(?!(?i:{OTHERWISE}|b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b))"
+    rf"(?<=[\d%}}])(?:\s*\(\s*(?!(?i:{OTHERWISE}|b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b))"
+    rf"(?=[^()]*[A-Za-z]{{3}}|[$%\u00b0])|\s+\(\s*(?=(?:{SHORT})[/^\s)]))"
     r"(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
 )
 
 
 def plain_units(text: str) -> str:
     r"""Write units without LaTeX: `5\ \text{m/s}` becomes 5 m/s. Only for finding units, since it damages formulas."""
-    text = WRAPPED.sub(r" \1", WRAPPED.sub(r" \1", text))
     for pattern, replacement in PLAIN:
         text = re.sub(pattern, replacement, text)
     return text
 
-
-def out_of_brackets(text: str) -> str:
-    """Remove the brackets around words behind a number; words of at most two letters are factors if they are no unit."""
-
-    def bare(match: re.Match[str]) -> str:
-        is_word = re.search("[A-Za-z]{3}", match["words"]) or not re.search("[A-Za-z]", match["words"])
-        return f" {match['words']}" if is_word or (match["gap"] and is_unit(match["words"])) else match[0]
-
-    return IN_BRACKETS.sub(bare, text)
-
-
-# ---- quantities
 
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 QUANTITY = re.compile(  # a number, or the end of a formula, with a currency sign before it if there is one
@@ -127,9 +114,7 @@ FACTOR = re.compile(
 )
 PER = re.compile(r" */ *| +(?:per|an?|each|every) +")
 STRICT = re.compile(r" */ *(?![a-z]{3})")  # m/s must not be shortened to m, but dollars/hour may be to dollars
-PRODUCT = re.compile(
-    rf"\s+[{''.join(filter(str.isalpha, (name for name in SYMBOLS if len(name) == 1)))}](?![\w'])|\s*\u00b7"
-)  # 5 N m
+PRODUCT = re.compile(r"\s+[CFJKLNVWghlms](?![\w'])|\s*\u00b7")  # another symbol behind the first: 5 N m
 
 
 class Unit(NamedTuple):
@@ -140,51 +125,40 @@ class Unit(NamedTuple):
     loose: bool  # whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour"
 
 
-def conversion_factors(gold: str, text: str) -> set[float]:
-    """Factors by which the number in a text may have to be multiplied to have the unit of the reference answer.
+def conversion_factors(wanted: Unit | None, found: Unit | None) -> set[float]:
+    """Factors by which a number may have to be multiplied to have the unit of the reference answer.
 
     {1.0} if one of the two has no unit, empty if the units cannot be converted.
     """
-    wanted, found = find_unit(gold), find_unit(text)
     if wanted is None or found is None:
         return {1.0}
     one, other = found.whole, wanted.whole
     if (one is found.above) != (other is wanted.above) and (wanted.loose or found.loose):
         one, other = found.above, wanted.above
-    ratios = _ratios(one, other)
+    ratios = {a / b for (kind, a), (same, b) in product(one, other) if kind == same}  # in each dimension that both may have
     return {1.0} if any(isclose(ratio, 1.0) for ratio in ratios) else ratios
 
 
-def find_unit(text: str) -> Unit | None:
-    """The unit of a text's answer, in or after its last box, or after its last number; None if there is no known unit."""
+def find_unit(text: str) -> tuple[Unit | None, str | None]:
+    """The unit of a text's answer, and the text without it if that is only a quantity or its only box is one.
+
+    The unit is in or after the last box, or after the last number. None if there is no known unit.
+    """
     boxes = list(BOXED.finditer(text))
-    if not boxes:
-        return _last_unit(text)[0]
-    if inside := _last_unit(boxes[-1][1])[0]:
-        return inside
-    money = re.search(r"(?:\\\$|[\u20ac\u00a3\u00a5])?\s*\Z", text[: boxes[-1].start()])
-    return _unit_at(re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[boxes[-1].end() :]), 0, money[0].strip()[-1:] if money else "")[0]
-
-
-def is_unit(words: str) -> bool:
-    """Whether words are exactly a unit of the table, or a rate of two."""
-    text = f"1 {plain_units(words)}"
-    found, _, end = _last_unit(text)
-    return found is not None and not text[end:].strip(" .")
-
-
-def without_unit(text: str) -> str | None:
-    """Remove the unit from a text that is only a quantity, or whose only box is one; None if that does not apply."""
-    boxes = BOXED.findall(text)
-    whole = boxes[-1] if boxes else text
+    whole = boxes[-1][1] if boxes else text
     found, start, end = _last_unit(whole)
-    if len(boxes) > 1 or found is None or start == end or whole[end:].strip(" .$") or found.above == SYMBOLS["%"]:
-        return None
+    if found is None and boxes:
+        money = re.search(r"(?:\\\$|[\u20ac\u00a3\u00a5])?\s*\Z", text[: boxes[-1].start()])
+        behind = re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[boxes[-1].end() :])
+        return _unit_at(behind, 0, money[0].strip()[-1:] if money else "")[0], None
+    if found is None or len(boxes) > 1 or start == end or whole[end:].strip(" .$") or found.above == SYMBOLS["%"]:
+        return found, None
     number = whole[:start].strip(" $")
     if boxes:
-        return rf"\boxed{{{number}}}"
+        return found, rf"\boxed{{{number}}}"
     formula = re.match(r"[A-Za-z](?![A-Za-z])", whole[start:])  # 12s^2 may well be one
-    return number if not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z])+", number) else None
+    is_number = not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z])+", number)
+    return found, number if is_number else None
 
 
 def _last_unit(text: str) -> tuple[Unit | None, int, int]:
@@ -206,7 +180,7 @@ def _unit_at(text: str, at: int, money: str) -> tuple[Unit | None, int]:
     above, at = (SYMBOLS[money], at) if money else _factor(text, at)
     if not above or PRODUCT.match(text, at):
         return None, at
-    whole, loose = above, any(name in MONEY for kind, _ in above for name, _ in kind)
+    whole, loose = above, bool(above & MONEY)
     while (per := PER.match(text, at)) and (below := _factor(text, per.end()))[0]:
         loose = loose or not STRICT.match(text, at)
         whole, at = _times(whole, below[0], -1), below[1]
@@ -234,38 +208,3 @@ def _times(one: Readings, other: Readings, power: int) -> Readings:
             powers[name] = powers.get(name, 0) + exponent * power
         result.add((tuple(sorted((name, n) for name, n in powers.items() if n)), factor * scale**power))
     return result
-
-
-def _ratios(one: Readings, other: Readings) -> set[float]:
-    """How many of the second unit are one of the first, for each dimension that both may have."""
-    return {a / b for (kind, a), (same, b) in product(one, other) if kind == same}
-
-
-# ---- quantities in several units, such as 1 hour and 30 minutes
-
-GAP = r"(?:[\s~]|\\[ ,;])*+"  # possessive, since a policy may write gaps without end
-OF_UNIT = rf"{GAP}-?(?:\\(?:text|mathrm|mbox)\s*\{{)?{GAP}"
-JOINED = re.compile(
-    rf"(?<![\w.,/^-])(?<!\^\{{)(?P<number>\d[\d,]*(?:\.\d+)?){OF_UNIT}(?P<first>[A-Za-z]+)"
-    rf"\.?{GAP}\}}?,?{GAP}(?:\\text\s*\{{\s*)?(?:and\b|&)?{GAP}\}}?{GAP}"
-    rf"(?P<count>\d+(?:\.\d+)?)(?P<unit>{OF_UNIT}(?P<second>[A-Za-z]+))"
-)
-
-
-def in_one_unit(text: str) -> str:
-    """Write each quantity in several units in the smallest of them: 1 hour, 30 minutes and 36 seconds become 5436 seconds.
-
-    A part that is as large as the unit before it, as in "1 hour, 60 minutes", is an answer of its own and stays unchanged.
-    """
-
-    def merged(match: re.Match[str]) -> str:
-        first, second = (SYMBOLS.get(match[name]) or WORDS.get(match[name].casefold(), set()) for name in ("first", "second"))
-        ratios, count = {round(ratio, 9) for ratio in _ratios(first, second)}, float(match["count"])
-        ratio = ratios.pop() if len(ratios) == 1 else 0.0
-        if not ratio.is_integer() or not 1 < ratio > count:
-            return match[0]
-        return f"{float(match['number'].replace(',', '')) * ratio + count:.9f}".rstrip("0").rstrip(".") + match["unit"]
-
-    while (rest := JOINED.sub(merged, text)) != text:
-        text = rest
-    return text

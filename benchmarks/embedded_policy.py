@@ -79,11 +79,10 @@ def build_model(
 
 def corpus_line(rng: random.Random) -> tuple[str, str]:
     """A question of the training split and its answer; numbers of two and of three digits are equally frequent."""
-    while True:
+    a = b = 0
+    while not a or hashed_split(f"{a}*{b}") != "train":
         digits = rng.choice((2, 3))
         a, b = rng.randrange(10 ** (digits - 1), 10**digits), rng.choice(FACTORS)
-        if hashed_split(f"{a}*{b}") == "train":
-            break
     if rng.random() < WORKED_CUE_SHARE:
         return f"{a}*{b}:", worked_answer(a, b)
     return f"{a}*{b}=", worked_answer(a, b) if rng.random() < WORKED_SHARE else str(a * b)

@@ -68,15 +68,12 @@ def test_what_is_not_installed(capsys, monkeypatch, module, missing, arguments, 
     assert code == 2 and remedy in said
 
 
-def test_another_version_of_trl_is_refused(capsys, monkeypatch):
+def test_another_version_of_trl_is_refused_and_results_that_cannot_be_written(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
     for found in ("1.15.2", "2.0.0"):
         monkeypatch.setattr(vs_trl, "version", lambda _, found=found: found)
         code, said = refused(vs_trl, ["--workload", "tiny"], capsys)
         assert code == 2 and found in said
-
-
-def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
     (tmp_path / "out").touch()
     code, said = refused(methods, [*SMALL, "--out", str(tmp_path / "out")], capsys)
     assert code == 1 and said.startswith("python -m benchmarks.speed.methods: ") and str(tmp_path / "out") in said
@@ -84,7 +81,6 @@ def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(MODULES - WORKERS))
 def test_every_command_has_a_parser_of_its_name(name, capsys):
-    """As its usage says, which is what was typed."""
     if name.startswith("benchmarks.study."):
         pytest.importorskip("scipy")
     module = __import__(name, fromlist=["main"])

@@ -18,11 +18,8 @@ def series_of(*arguments):
 
 def test_one_size_varies_and_completions_have_the_full_length():
     series = series_of(*SMALL, "--fixed", "8", "2", "4", "--prompts", "3")
-    points = {
-        name: [(x, load.prompt_tokens, load.samples, load.max_new_tokens) for x, load in one.points]
-        for name, one in series.items()
-    }
-    assert points == {
+    sizes = attrgetter("prompt_tokens", "samples", "max_new_tokens")
+    assert {name: [(x, *sizes(load)) for x, load in one.points] for name, one in series.items()} == {
         "completion": [(4, 8, 2, 4), (8, 8, 2, 8), (16, 8, 2, 16)],
         "samples": [(2, 8, 2, 4), (4, 8, 4, 4), (6, 8, 6, 4)],
         "prompt": [(16, 8, 2, 4), (32, 16, 2, 4), (64, 32, 2, 4)],  # prompt tokens x G
@@ -32,32 +29,22 @@ def test_one_size_varies_and_completions_have_the_full_length():
     assert len(set(names)) == len(names)  # or workers would share a log
 
 
-def steps(seconds):
-    """A discarded step and three measured ones around the wanted median."""
-    return [{"seconds": value} for value in (1000.0, seconds, 0.9 * seconds, 1.2 * seconds)]
-
-
-def summarize(one, curve):
-    return scaling.summarize(one, [steps(curve(float(x))) for x, _ in one.points])
-
-
-@pytest.mark.parametrize(
-    ("name", "curve", "reached"),
-    [
+def test_what_counts_as_linear_and_as_sublinear():
+    for name, curve, reached in (
         ("samples", lambda x: 5 + 2 * x, True),
         ("completion", lambda x: x**1.5, False),
         ("completion", lambda x: 1000 - 2 * x, False),
         ("prompt", lambda x: x**0.85, True),
         ("prompt", lambda x: x**0.88, False),
-    ],
-)
-def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
-    result = summarize(series_of()[name], curve)
-    assert result["reached"] == reached
-    if name == "prompt":
-        # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
-        assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
-        assert result["exponent"] == pytest.approx(math.log2(curve(2.0)))
+    ):
+        one = series_of()[name]
+        # A discarded step and three measured ones around the wanted median.
+        times = [(1000.0, y, 0.9 * y, 1.2 * y) for y in (curve(float(x)) for x, _ in one.points)]
+        result = scaling.summarize(one, [[{"seconds": value} for value in each] for each in times])
+        assert result["reached"] == reached
+    # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
+    assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
+    assert result["exponent"] == pytest.approx(0.88)
 
 
 def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):

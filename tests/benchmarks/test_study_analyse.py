@@ -67,15 +67,16 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("stage", "options", "words"),
     [
-        (run, ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),
+        (run, ["--task", str(ROOT / "configs/gspo.yaml")], "configs/gspo.yaml --method"),
         (analyse, [], "there are no runs in"),
         (run, ["--task", "nothing"], "there is no task benchmarks/study/tasks/nothing.yaml"),
         (run, ["--method", "nothing"], "there is no method nothing; there are start, "),
         (frontier, ["--seeds", "1000"], "by which learning rates are tuned"),
+        (run, ["--task", str(ROOT / "benchmarks/study/tasks/facts.yaml")], "is missing: run python -m benchmarks.study.pretrain"),
     ],
 )
 def test_a_stage_without_what_it_needs_says_so(stage, options, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [stage.__name__, "--records", str(tmp_path), "--results", str(tmp_path), *options])
     with pytest.raises(SystemExit) as stopped:
         stage.main()

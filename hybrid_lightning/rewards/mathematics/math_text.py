@@ -62,7 +62,7 @@ SAID = (
 BOUND = re.compile(
     rf"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*{SAID}[^#]*\Z"
     rf"|\A[^\w#]*{SAID}(?:\s+[a-z]+){{0,2}}[^\w#]*\Z|#\s?\+(?:\s+[a-z]{{2,}}[^#]*|[^\w#]*)\Z"
-    rf"|#\s?(?:{LARGE})\b\W*(?:and\s+)?#\s?[a-z]+\b[^#]*\Z"
+    rf"|#\s?(?:{LARGE})\b[\s,.]*(?:and\s+)?#\s?[a-z]+\b[^#]*\Z"
     rf"|\A(?:(?!n't\b|\b(?:cannot|not|no|never|nor)\b)[^#])*\b{MORE}\s+than\s+#[^#]*\Z",
     re.IGNORECASE,
 )

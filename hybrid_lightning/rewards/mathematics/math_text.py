@@ -7,13 +7,12 @@ import re
 import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
 
 WINDOW = 6_000  # characters before the last box or the end that are searched: a policy may write without end
 POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 # Invisible signs, minus signs, and the fraction slash, which NFKC puts into one half and the like.
-SIGNS: Any = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f", "") | dict.fromkeys("\u2212\u2012\u2013", "-")
+SIGNS = {**dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f", ""), **dict.fromkeys("\u2212\u2012\u2013", "-")}
 SIGNS |= {"\u2044": "/", "\u00f7": "/", "\u3002": ". ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b1": r"\pm "}
 SIGNS |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup "}
 
@@ -26,8 +25,8 @@ def to_ascii(text: str) -> str:
     text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1 1/2, whose second part is one sign
     text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
-    # The powers of units stay: math-verify would take the 2 of 15 m^2 for the answer.
-    return re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(str.maketrans(SIGNS))
+    text = re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text)  # or 15 m^2 would say 2
+    return re.sub("|".join(SIGNS), lambda match: SIGNS[match[0]], text)
 
 
 def answer_window(text: str) -> str:
@@ -100,6 +99,7 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^(\1)"),  # 1e5
     (r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))", ""),  # 1_000, 1'000, 1{,}000, 1\,000
     (r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", "")),  # $x = 1,234$
+    (r"(?<=[^\W\d_]):(?=[-$\d\\])", ": "),  # Answer:5
     # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
     (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}

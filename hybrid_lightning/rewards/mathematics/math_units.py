@@ -111,7 +111,7 @@ QUANTITY = re.compile(  # a number, or the end of a formula, with a currency sig
     r"(?:\s*(?:thousand|million|billion|trillion)\b)?(?![\d{])"
 )
 FACTOR = re.compile(
-    r"(?:[\s\u00b7$]|\\\))*-?(?P<name>[A-Za-z\u03bc]+|[\u00b0%\u20ac\u00a3\u00a5\u00a2]|\\\$)(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
+    r"(?:[\s\u00b7$]|\\\))*+-?\s*(?P<name>[A-Za-z\u03bc]+|[\u00b0%\u20ac\u00a3\u00a5\u00a2]|\\\$)(?:\s*\^\s*\{?\s*(?P<power>-?\d)\s*\}?)?"
 )
 PER = re.compile(r" */ *| +(?:per|an?|each|every) +")
 STRICT = re.compile(r" */ *(?![a-z]{3})")  # m/s must not be shortened to m, but dollars/hour may be to dollars
@@ -155,10 +155,10 @@ def find_unit(text: str) -> tuple[Unit | None, str | None]:
     if found is None or len(boxes) > 1 or start == end or whole[end:].strip(" .$") or found.above == SYMBOLS["%"]:
         return found, None
     number = whole[:start].strip(" $")
-    if boxes:
+    if boxes and "\u00b0" not in number:
         return found, rf"\boxed{{{number}}}"
     formula = re.match(r"[A-Za-z](?![A-Za-z])", whole[start:])  # 12s^2 may well be one
-    is_number = not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z])+", number)
+    is_number = not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z\u00b0])+", number)
     return found, number if is_number else None
 
 

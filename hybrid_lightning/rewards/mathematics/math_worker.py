@@ -71,7 +71,7 @@ def equal(reference: str, text: str) -> bool:
         if stated and said and stated[-1].lower() != said[-1].lower():
             return False
     text, number = answer_part(text), as_number(gold)
-    if number is not None:  # in a formula such as 5m + 3s the letters are not units
+    if number is not None and not forms.is_bound(text):  # in a formula such as 5m + 3s the letters are not units
         (wanted, _), (given, bare) = (units.find_unit(units.plain_units(each)) for each in (gold_text(reference), text))
         factors = units.conversion_factors(wanted, given)
         text = bare if wanted and bare else text

@@ -53,7 +53,7 @@ FORMS: dict[str, dict[str, tuple[str, str]]] = {
         "{n}": ("{n} eggs | {n} km | \\boxed{{{n}\\text{{ cm}}^2}} | {n} miles per hour | \\boxed{{{n}}} hours", "{m} eggs"),
         "{n} km": ("{n} km | {n}000 m | {n} kilometers away", "{n} m | {n} miles | {n}000 | \\boxed{{{n}\\text{{ m}}}}"),
         "{n} cm^2": ("{n} square centimeters | \\boxed{{{n}\\text{{ cm}}^2}}", "{n} cm | {n} m^2 | {n} cm^3"),
-        "{n}.5 hours": ("{n}.5 hours | {n} hours and 30 minutes | {n}.5", "{n}.5 minutes | 30 minutes"),
+        "{n}.5 hours": ("{n}.5 hours | {n}.5", "{n}.5 minutes | 30 minutes"),
     },
     "bounds": {
         "{n}": (

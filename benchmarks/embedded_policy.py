@@ -79,11 +79,10 @@ def build_model(
 
 def corpus_line(rng: random.Random) -> tuple[str, str]:
     """A question of the training split and its answer; numbers of two and of three digits are equally frequent."""
-    while True:
+    a = b = 0
+    while not a or hashed_split(f"{a}*{b}") != "train":
         digits = rng.choice((2, 3))
         a, b = rng.randrange(10 ** (digits - 1), 10**digits), rng.choice(FACTORS)
-        if hashed_split(f"{a}*{b}") == "train":
-            break
     if rng.random() < WORKED_CUE_SHARE:
         return f"{a}*{b}:", worked_answer(a, b)
     return f"{a}*{b}=", worked_answer(a, b) if rng.random() < WORKED_SHARE else str(a * b)
@@ -97,28 +96,25 @@ class CorpusSource(PromptSource):
 
     def read(self) -> Splits:
         """All of them to train on."""
-        rng = random.Random(self.seed)
-        lines = enumerate(corpus_line(rng) for _ in range(self.lines))
-        return Splits([Row(asked, index=n, source="corpus", columns={"completion": told}) for n, (asked, told) in lines])
+        rng, drawn = random.Random(self.seed), list[tuple[str, str]]()
+        while len(drawn) < self.lines:
+            drawn += self.draw(rng)
+        rows = enumerate(drawn[: self.lines])
+        return Splits([Row(asked, index=n, source="corpus", columns={"completion": told}) for n, (asked, told) in rows])
+
+    def draw(self, rng: random.Random) -> list[tuple[str, str]]:
+        return [corpus_line(rng)]
 
 
-class EpisodeCorpus(PromptSource):
+class EpisodeCorpus(CorpusSource):
     """Turns of episodes as rows: all tokens before a turn, and the turn in the column `completion`.
 
     Half of the episodes are products, half are games of guessing. These are played without skill: a guess is any number that may
     still be right, or, if careless, any number at all.
     """
 
-    def __init__(self, lines: int, seed: int) -> None:
-        self.lines, self.seed = lines, seed
-
-    def read(self) -> Splits:
-        """All of them to train on."""
-        rng, turns = random.Random(self.seed), []
-        while len(turns) < self.lines:
-            turns += product_turns(rng) if rng.random() < 0.5 else guessing_turns(rng)
-        rows = enumerate(turns[: self.lines])
-        return Splits([Row(before, index=n, source="episodes", columns={"completion": turn}) for n, (before, turn) in rows])
+    def draw(self, rng: random.Random) -> list[tuple[str, str]]:
+        return product_turns(rng) if rng.random() < 0.5 else guessing_turns(rng)
 
 
 def product_turns(rng: random.Random) -> list[tuple[str, str]]:

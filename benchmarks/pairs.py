@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.commands import BenchmarkError, environment, last_line, run_logged, tell
@@ -88,13 +90,17 @@ class Worker:
         raise BenchmarkError(f"the {self.side} side ended too early: {said} (its output is in {self.log})")
 
 
-def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
-    """Write models and prompts of the workloads, in a process of its own; returns their folders."""
-    folders = [folder / workload.name for workload in workloads]
-    given = {"workloads": list(map(asdict, workloads)), "folders": list(map(str, folders))}
-    request = {**given, "rollouts": plan.pairs + 1, "seed": plan.seed, "threads": plan.threads}
-    run_logged(["-m", "benchmarks.prepare", json.dumps(request)], plan.logs / "prepare.log", environment(plan.threads))
-    return folders
+@contextmanager
+def prepared(workloads: list[Workload], plan: Plan) -> Iterator[list[Path]]:
+    """Folders with models and prompts of the workloads, which a process of its own writes; they live as long as this context."""
+    with TemporaryDirectory(prefix="benchmark_") as root:
+        folders = [Path(root, workload.name) for workload in workloads]
+        given = {"workloads": list(map(asdict, workloads)), "folders": list(map(str, folders))}
+        request = {**given, "rollouts": plan.pairs + 1, "seed": plan.seed, "threads": plan.threads}
+        if workloads:
+            tell("preparing models and prompts")
+            run_logged(["-m", "benchmarks.prepare", json.dumps(request)], plan.logs / "prepare.log", environment(plan.threads))
+        yield folders
 
 
 def compare(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:

@@ -24,20 +24,11 @@ SIZES = {
 SAME = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 # The rollouts of configs/gsm8k_qwen3.yaml, without a KL term.
 RUN: dict[str, Any] = {
-    "prompt_tokens": 384,
-    "completion_tokens": 512,
-    "prompts_per_rollout": 32,
-    "samples_per_prompt": 8,
-    "micro_batches": 4 * 8,
-    "accumulate_grad_batches": 8,
-    "eval_prompts": 25,
-    "eval_samples": 4,
-    "calibration_prompts": 32,
-    "dtype": torch.bfloat16,
-    "mixed_precision": True,
-    "on_cpu": False,
-    "keep_start_weights": False,
-    "lora": LoraSettings(16, 32),
+    **{"prompts_per_rollout": 32, "samples_per_prompt": 8, "prompt_tokens": 384, "completion_tokens": 512},
+    **{"micro_batches": 4 * 8, "accumulate_grad_batches": 8},
+    **{"eval_prompts": 25, "eval_samples": 4, "calibration_prompts": 32},
+    **{"dtype": torch.bfloat16, "mixed_precision": True, "on_cpu": False},
+    **{"keep_start_weights": False, "lora": LoraSettings(16, 32)},
 }
 SHARDINGS: dict[str, Sharding] = {"1 GPU": SingleDevice(), "8 GPUs, FSDP2": FSDP2(8)}
 GIB = 2**30

@@ -7,7 +7,6 @@ Markdown. benchmarks/README.md says what the numbers mean.
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from benchmarks.commands import about, check_at_least, check_can_run, command, entry, environment, run_logged, tell
 from benchmarks.memory.cases import CASES, MODELS, ROLLOUTS, MemoryCase
-from benchmarks.pairs import Plan, prepare
+from benchmarks.pairs import Plan, prepared
 from benchmarks.tables import table
 
 PARTS = ("weights", "gradients", "optimizer", "cache")
@@ -36,29 +35,27 @@ def run(arguments: argparse.Namespace) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if case.model in arguments.models]
     result: dict[str, Any] = {**about(arguments), "cases": []}
-    with tempfile.TemporaryDirectory(prefix="memory_") as root:
-        for number, case in enumerate(cases, start=1):
-            tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
-            found = compare(case, Path(root), logs / f"{number}", arguments)
-            result["cases"].append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
-            (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
+    for number, case in enumerate(cases, start=1):
+        tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
+        found = compare(case, logs / f"{number}", arguments)
+        result["cases"].append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
+        (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
     text = tables(result["cases"])
     (arguments.out / "memory_plan.md").write_text(text + "\n")
     print(text)
     print(f"\nWritten: {arguments.out / 'memory.json'}, {arguments.out / 'memory_plan.md'}")
 
 
-def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(case: MemoryCase, log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan a case, count its tensors, and look at its process: of each, what every rank has found."""
-    plan = Plan(ROLLOUTS, "cpu", arguments.threads, arguments.seed, (), root)
-    (folder,) = prepare([case.prepared], root, plan)
-    request = {"case": asdict(case), "folder": str(folder), "threads": arguments.threads}
-    found = {}
-    for what in ("plan", "tensors", "process"):
-        with tempfile.TemporaryDirectory(prefix="memory_") as out:
-            asked = ["-m", "benchmarks.memory.run_memory", json.dumps({**request, "what": what, "out": out})]
+    found, plan = {}, Plan(ROLLOUTS, "cpu", arguments.threads, arguments.seed, (), log.parent)
+    with prepared([case.prepared], plan) as (folder,):
+        for what in ("plan", "tensors", "process"):
+            (out := folder / what).mkdir()
+            request = {"case": asdict(case), "folder": str(folder), "threads": arguments.threads, "what": what, "out": str(out)}
+            asked = ["-m", "benchmarks.memory.run_memory", json.dumps(request)]
             run_logged(asked, log.with_suffix(f".{what}.log"), {**environment(arguments.threads), "HF_HUB_OFFLINE": "1"})
-            found[what] = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
+            found[what] = [json.loads(file.read_text()) for file in sorted(out.iterdir())]
     return found
 
 

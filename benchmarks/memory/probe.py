@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
@@ -33,20 +34,26 @@ class MemoryProbe(Callback):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Count the tensors that are made within this context."""
-        original = SharedPromptDecoding.step
+        make, resize_storage = SharedPromptDecoding.step, torch.UntypedStorage.resize_
 
         def step(decoding: SharedPromptDecoding, tokens: Tensor) -> Tensor:
-            result = original(decoding, tokens)
+            result = make(decoding, tokens)
             stored = [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
             self._cache = max(self._cache, sum(part.untyped_storage().nbytes() for part in stored))
             return result
 
-        SharedPromptDecoding.step = step  # type: ignore[method-assign]
-        try:
-            with self.live, _storages_that_resize(self.live):
-                yield
-        finally:
-            SharedPromptDecoding.step = original  # type: ignore[method-assign]
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            """FSDP gives memory back, and takes it again, behind tensors that stay."""
+            result = resize_storage(storage, size)
+            self.live.count_storage(storage)
+            return result
+
+        with (
+            self.live,
+            mock.patch.object(SharedPromptDecoding, "step", step),
+            mock.patch.object(torch.UntypedStorage, "resize_", resize),
+        ):
+            yield
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Listen to the policy, before its modules are scored."""
@@ -122,20 +129,3 @@ class MemoryProbe(Callback):
         known = self.moments.setdefault(self._now, found)
         self.moments[self._now] = {name: max(known[name], value) for name, value in found.items()}
         self._now = None
-
-
-@contextmanager
-def _storages_that_resize(live: LiveTensors) -> Iterator[None]:
-    """FSDP gives memory back, and takes it again, behind tensors that stay."""
-    original = torch.UntypedStorage.resize_
-
-    def resize(storage: torch.UntypedStorage, size: int) -> Any:
-        result = original(storage, size)
-        live.count_storage(storage)
-        return result
-
-    torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]

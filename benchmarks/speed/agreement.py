@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.commands import check_at_least, command, entry
-from benchmarks.pairs import Plan, prepare
+from benchmarks.pairs import Plan, prepared
 from benchmarks.tables import table
 from benchmarks.training import Differences, build_adapter, build_policy, train
 from benchmarks.workloads import WORKLOADS, Settings, Workload
@@ -34,12 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(workload: Workload, steps: int, seed: int) -> torch.Tensor:
     """Differences of all compared tokens, in nats."""
     workload = replace(workload, learning_rate=LEARNING_RATE)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(steps, "cpu", torch.get_num_threads(), seed, ("ours",), Path(folder))
-        (made,) = prepare([workload], Path(folder), plan)
-        settings = Settings(workload, made, plan.device, plan.threads, steps, seed)
-        differences = Differences()
-        train(settings, build_policy(settings), [build_adapter(workload), differences])
+    differences = Differences()
+    with tempfile.TemporaryDirectory() as logs:
+        plan = Plan(steps, "cpu", torch.get_num_threads(), seed, ("ours",), Path(logs))
+        with prepared([workload], plan) as (folder,):
+            settings = Settings(workload, folder, plan.device, plan.threads, steps, seed)
+            train(settings, build_policy(settings), [build_adapter(workload), differences])
     return torch.cat(differences.found)
 
 

@@ -12,11 +12,12 @@ import argparse
 import statistics
 import sys
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, entry
-from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.pairs import Plan, compare, prepared
 from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -58,16 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
     checkouts = {"before": before.resolve(), "now": ROOT}
     names = dict.fromkeys(arguments.workload)
     lines = []
-    with tempfile.TemporaryDirectory(prefix="commits_") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="commits_") as logs:
         for made, code in ((WORKLOADS, _WORKER), (SHIPPED, _SHIPPED_WORKER)):
             workloads = [made[name] for name in names if name in made]
             workers = {side: ("-c", code.format(root=str(ROOT), checkout=str(place))) for side, place in checkouts.items()}
-            plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), folder, workers=workers)
-            # A config names its own model and data.
-            folders = prepare(workloads, folder, plan) if made is WORKLOADS and workloads else [folder] * len(workloads)
-            for workload, prepared in zip(workloads, folders, strict=True):
-                lines += _compared(workload, compare(workload, prepared, plan)["steps"])
+            plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), Path(logs), workers=workers)
+            with prepared(workloads if made is WORKLOADS else [], plan) as folders:  # a config names its own model and data
+                for workload, folder in zip_longest(workloads, folders, fillvalue=plan.logs):
+                    lines += _compared(workload, compare(workload, folder, plan)["steps"])
     print(table(["workload", "unit", "before", "now", "now / before (quarters)"], lines, left=2))
 
 

@@ -107,9 +107,8 @@ def product_time(engine: Engine, steps: int) -> float:
         for factors in (matrices, [torch.ones(2, 2)] * len(matrices)):
             pairs = [(torch.ones(PROMPTS * SAMPLES, len(part)), part) for part in factors]
             calls = [partial(torch.mm, *pair, out=pair[0] @ pair[1]) for pair in pairs]
-            found.append(
-                median(repeat(lambda calls=calls: [call() for call in calls], time.process_time, number=1, repeat=steps))
-            )  # type: ignore[misc]
+            times = repeat(lambda calls=calls: [call() for call in calls], time.process_time, number=1, repeat=steps)  # type: ignore
+            found.append(median(times))
     return found[0] - found[1]
 
 

@@ -6,13 +6,12 @@ Prints tables, and writes all measurements as JSON. benchmarks/README.md says wh
 import argparse
 import json
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CORES, about, check_at_least, check_can_run, command, entry, tell
-from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.pairs import Plan, compare, prepared
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
@@ -53,11 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_can_run([arguments.model], "give another --model, as embedded", arguments.device)
     plan = Plan.of(arguments, tuple(METHODS), "benchmarks.speed.run_methods", same=SAME)
     workload = chosen_workload(arguments)
-    with tempfile.TemporaryDirectory(prefix="methods_") as folder:
-        tell("preparing model and prompts")
-        (prepared,) = prepare([workload], Path(folder), plan)
+    with prepared([workload], plan) as (folder,):
         tell("loading the model three times, and scoring for hybrid")
-        result = summarize(workload, compare(workload, prepared, plan), plan.device)
+        result = summarize(workload, compare(workload, folder, plan), plan.device)
     (path := arguments.out / "methods.json").write_text(json.dumps({**about(arguments), **result}, indent=1))
     print(tables(result))
     print(f"\nWritten: {path}")

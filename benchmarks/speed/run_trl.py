@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -54,10 +47,10 @@ class Gated(TrainerCallback):
     def __init__(self, gate: Gate, reward: HashedReward, optimizer_steps: int) -> None:
         self.gate, self.reward, self.optimizer_steps = gate, reward, optimizer_steps
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop = not self.gate.wait()
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the last optimizer step of a rollout: report, and wait for the next. The wait is all that is not timed."""
         if state.global_step % self.optimizer_steps == 0:
             self.gate.done(self.reward.lengths, state.global_step)

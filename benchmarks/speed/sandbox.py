@@ -1,8 +1,6 @@
 """How many programs a minute the sandbox runs, right and wrong ones: `python -m benchmarks.speed.sandbox`."""
 
-import argparse
 import os
-import resource
 import time
 
 from benchmarks.commands import command
@@ -13,33 +11,23 @@ PROGRAM = "class Solution:\n    def double(self, x):\n        {}\n"
 RIGHT, WRONG = (PROGRAM.format(body) for body in ("return 2 * x", "return x"))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = command("speed.sandbox", __doc__)
     parser.add_argument("--programs", type=int, default=400)
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
+    arguments = parser.parse_args()
     setup = "from typing import *\nfrom collections import *\nfrom math import *\n"
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x = {x}) == {2 * x}\n" for x in range(100))
     prompt = Prompt(text="?", columns={"prompt": setup, "test": tests, "entry_point": "Solution().double"})
     reward, half = CodeTests(cpu_seconds=1), arguments.programs // 2
     programs = [RIGHT, WRONG] * half
     reward(programs[:4], [prompt] * 4)
-    started, used = time.perf_counter(), processor_seconds()
+    started, used = time.perf_counter(), sum(os.times()[:4])  # of processors, with those of processes that have ended
     values = reward(programs, [prompt] * len(programs))
-    seconds, used = time.perf_counter() - started, processor_seconds() - used
+    seconds, used = time.perf_counter() - started, sum(os.times()[:4]) - used
     assert sum(values) == half, values
     rate, each = 60 * len(programs) / seconds, 1000 * used / len(programs)
     told = f"{len(programs)} programs of 100 asserts, {reward.workers} workers, {os.cpu_count()} cores"
     print(f"{told}: {seconds:.1f} s, {rate:.0f} a minute, {each:.0f} ms of processor time each")
-
-
-def processor_seconds() -> float:
-    """Of this process and of those that it started."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
 
 from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
-from benchmarks.pairs import Job, Plan, prepare, take_turns
+from benchmarks.pairs import Job, Plan, prepared, take_turns
 from benchmarks.tables import shown, spread, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
@@ -86,10 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     plan, series, path = Plan.of(arguments, ("ours",), same=SAME), all_series(arguments), arguments.out / "scaling.json"
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
-        tell("preparing models and prompts")
-        lengths = {workload.prompt_tokens: workload for one in series for _, workload in one.points}  # all else is the same
-        folders = dict(zip(lengths, prepare(list(lengths.values()), Path(folder), plan), strict=True))
+    lengths = {workload.prompt_tokens: workload for one in series for _, workload in one.points}  # all else is the same
+    with prepared(list(lengths.values()), plan) as made:
+        folders = dict(zip(lengths, made, strict=True))
         for one in series:
             tell(f"loading the model {len(one.points)} times")
             jobs: list[Job] = [("ours", workload, folders[workload.prompt_tokens]) for _, workload in one.points]

@@ -7,15 +7,14 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
-from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry
+from benchmarks.pairs import Plan, compare, prepared
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
@@ -76,11 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     out, plan = arguments.out, Plan.of(arguments, sides, overrides=overrides(arguments.trl))
     workloads = chosen_workloads(arguments)
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="vs_trl_") as folder:
-        tell("preparing models and prompts")
-        folders = prepare(workloads, Path(folder), plan)
-        for workload, prepared in zip(workloads, folders, strict=True):
-            results[workload.name] = summarize(workload, compare(workload, prepared, plan), plan.device)
+    with prepared(workloads, plan) as folders:
+        for workload, folder in zip(workloads, folders, strict=True):
+            results[workload.name] = summarize(workload, compare(workload, folder, plan), plan.device)
             content = {**about(arguments), "trl_overrides": plan.overrides, "workloads": results}
             (out / "vs_trl.json").write_text(json.dumps(content, indent=1))
     print(table(HEADER, [row(name, result) for name, result in results.items()]))

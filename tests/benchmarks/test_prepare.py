@@ -16,11 +16,9 @@ def workload(**sizes):
 
 def test_prompts_have_exactly_the_wanted_length_and_depend_on_the_seed_alone(monkeypatch):
     tokenizer = build_tokenizer()
-    first = prepare.make_prompts(workload(), tokenizer, 6, random.Random(1))
-    assert len(set(first)) == 6
+    first, again, other = (prepare.make_prompts(workload(), tokenizer, 6, random.Random(seed)) for seed in (1, 1, 2))
+    assert len(set(first)) == 6 and first == again != other
     assert [len(tokenizer(text)["input_ids"]) for text in first] == [9] * 6
-    assert first == prepare.make_prompts(workload(), tokenizer, 6, random.Random(1))
-    assert first != prepare.make_prompts(workload(), tokenizer, 6, random.Random(2))
     monkeypatch.setattr(prepare, "single_tokens", lambda tokenizer, extra: [])
     with pytest.raises(ModelError, match="exactly 9 tokens"):
         prepare.make_prompts(workload(), tokenizer, 1, random.Random(0))
@@ -40,7 +38,6 @@ def test_the_end_that_is_never_sampled_and_those_that_give_the_wanted_length(mon
     assert never == tokenizer.eos_token_id
     model.generation_config.eos_token_id = [never]
     probabilities = prepare.token_probabilities(model, tokenizer, prompts, load.max_new_tokens, 0)
-    assert probabilities.shape == (3, 12, VOCABULARY)
     assert torch.allclose(probabilities.sum(dim=-1), torch.ones(3, 12), atol=1e-4)
     assert prepare.expected_length(probabilities, ends) == pytest.approx(6, abs=1)
 
@@ -57,7 +54,5 @@ def test_the_expected_length_of_a_constant_chance_and_the_tokens_that_give_a_len
 
 
 def test_equal_completions_of_a_group_have_different_rewards():
-    rewards = workloads.hashed_reward(["same"] * 8)
-    assert len(set(rewards)) == 8
-    assert all(0 <= value < 1 for value in rewards)
-    assert rewards == workloads.hashed_reward(["same"] * 8)
+    first, rewards = (workloads.hashed_reward(["same"] * 8) for _ in range(2))
+    assert len(set(rewards)) == 8 and all(0 <= value < 1 for value in rewards) and rewards == first

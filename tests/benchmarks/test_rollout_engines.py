@@ -3,7 +3,9 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,37 +16,25 @@ from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 MIB = 2**20
 
 
-# ---- what a worker measures
-
-
 def test_an_update_is_timed_and_repeated_under_another_version():
-    class Weights:
-        version = WeightsVersion(3, "a")
+    def update(weights, model, everything):
+        time.sleep(0.01)
+        calls.append((str(weights.version), model, everything))
 
-    class Engine:
-        calls: list = []  # noqa: RUF012
-
-        def update(self, weights, model, everything):
-            time.sleep(0.01)
-            self.calls.append((str(weights.version), model, everything))
-
-    engine = Engine()
+    calls, engine = [], SimpleNamespace(update=update)
     watch = run_engines.Watch(engine)
-    engine.update(Weights(), "model", False)
+    engine.update(SimpleNamespace(version=WeightsVersion(3, "a")), "model", False)
     assert watch.seconds() >= 0.01 and watch.seconds() == 0
     assert watch.repeat(everything=True) >= 0.01
-    assert engine.calls == [("3-a", "model", False), (f"{3 + 2**20}-a", "model", True)]
+    assert calls == [("3-a", "model", False), (f"{3 + 2**20}-a", "model", True)]
     assert watch.seconds() == 0, "only updates of the run count"
-
-
-# ---- a server's process
 
 
 def test_a_server_that_does_not_start_is_said_with_its_last_line(monkeypatch, tmp_path):
     monkeypatch.setattr(server, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no room')"])
     with (
         pytest.raises(BenchmarkError, match="the vLLM server ended while it started: no room"),
-        server.Server(tmp_path, "float32", "cpu", 1, None, tmp_path / "log"),
+        server.serving(tmp_path, "float32", "cpu", 1, None, tmp_path / "log"),
     ):
         pytest.fail("it is not ready")
 
@@ -58,41 +48,26 @@ def test_the_command_of_a_server():
     assert on_gpu[on_gpu.index("--max-model-len") + 1] == "192" and "--no-enable-chunked-prefill" not in on_gpu
 
 
-# ---- from measurements to tables
-
-
 def steps(rate, step_s, difference, updates=None):
     """A warm-up and two rounds of 10 tokens each; the second takes twice as long."""
     found = []
-    for number in range(3):
-        slow = max(1, number)
+    for number, slow in enumerate((1, 1, 2)):
+        apart = {"mean": difference, "max": 10 * difference * slow, "tokens": 10}
         found.append(
-            {
-                "tokens": 10,
-                "generate_s": slow * 10 / rate,
-                "step_s": slow * step_s,
-                "difference": {"mean": difference, "max": 10 * difference * slow, "tokens": 10},
-                "peak": (number + 1) * 100 * MIB,
-                "update_s": 7.5,
-            }
+            {"tokens": 10, "generate_s": slow * 10 / rate, "step_s": slow * step_s, "difference": apart, "update_s": 7.5}
         )
+        found[-1]["peak"] = (number + 1) * 100 * MIB
         if updates:
-            found[-1] |= {"update_s": 7.5 if number == 0 else updates / 4, "update_all_s": updates}
+            found[-1] |= {"update_s": updates / 4 if number else 7.5, "update_all_s": updates}
     return found
 
 
-MEASURED = {
-    "steps": {
-        "sampler": steps(100, 1.0, 1e-7),
-        "vllm": steps(200, 2.0, 1e-6, updates=0.4),
-        "server": steps(50, 3.0, 1e-6, updates=0.8),
-    },
-    "server_peak": 500 * MIB,
-}
+STEPS = {"sampler": steps(100, 1.0, 1e-7), "vllm": steps(200, 2.0, 1e-6, 0.4), "server": steps(50, 3.0, 1e-6, 0.8)}
+MEASURED = {"steps": STEPS, "server_peak": 500 * MIB}
 
 
 def test_known_numbers():
-    summary = {engine: rollout_engines.summarize(done) for engine, done in MEASURED["steps"].items()}
+    summary = {engine: rollout_engines.summarize(done) for engine, done in STEPS.items()}
     vllm = summary["vllm"]
     assert vllm["tokens_per_s"] == {"median": 150, "min": 100, "max": 200} and vllm["step_s"]["median"] == 3
     assert (vllm["peak"], vllm["start_s"]) == (300 * MIB, 7.5)
@@ -107,7 +82,7 @@ def test_known_numbers():
 
 def test_measurements_are_added_to_those_of_earlier_calls(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(rollout_engines, "find_spec", lambda name: name)
-    monkeypatch.setattr(rollout_engines, "prepare", lambda loads, folder, plan: [folder / load.name for load in loads])
+    monkeypatch.setattr(rollout_engines, "prepared", lambda loads, plan: nullcontext([None] * len(loads)))
     monkeypatch.setattr(rollout_engines, "measure", lambda *_: MEASURED)
     for name, value in rollout_engines._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from operator import attrgetter
 
 import pytest
@@ -11,68 +12,42 @@ from benchmarks.speed import scaling
 SMALL = ["--completion-tokens", "4", "8", "16", "--samples", "2", "4", "6", "--prompt-tokens", "8", "16", "32"]
 
 
-def series_of(*arguments):
-    return {one.name: one for one in scaling.all_series(scaling.build_parser().parse_args(arguments))}
-
-
-def test_one_size_varies_and_completions_have_the_full_length():
-    series = series_of(*SMALL, "--fixed", "8", "2", "4", "--prompts", "3")
-    points = {
-        name: [(x, load.prompt_tokens, load.samples, load.max_new_tokens) for x, load in one.points]
-        for name, one in series.items()
-    }
-    assert points == {
-        "completion": [(4, 8, 2, 4), (8, 8, 2, 8), (16, 8, 2, 16)],
-        "samples": [(2, 8, 2, 4), (4, 8, 4, 4), (6, 8, 6, 4)],
-        "prompt": [(16, 8, 2, 4), (32, 16, 2, 4), (64, 32, 2, 4)],  # prompt tokens x G
-    }
-    assert all(load.full_length and load.prompts == 3 for one in series.values() for _, load in one.points)
-    names = [load.name for one in series.values() for _, load in one.points]
-    assert len(set(names)) == len(names)  # or workers would share a log
-
-
-def steps(seconds):
-    """A discarded step and three measured ones around the wanted median."""
-    return [{"seconds": value} for value in (1000.0, seconds, 0.9 * seconds, 1.2 * seconds)]
-
-
-def summarize(one, curve):
-    return scaling.summarize(one, [steps(curve(float(x))) for x, _ in one.points])
-
-
-@pytest.mark.parametrize(
-    ("name", "curve", "reached"),
-    [
+def test_what_counts_as_linear_and_as_sublinear():
+    series = {one.name: one for one in scaling.all_series(scaling.build_parser().parse_args([]))}
+    for name, curve, reached in (
         ("samples", lambda x: 5 + 2 * x, True),
         ("completion", lambda x: x**1.5, False),
         ("completion", lambda x: 1000 - 2 * x, False),
         ("prompt", lambda x: x**0.85, True),
         ("prompt", lambda x: x**0.88, False),
-    ],
-)
-def test_what_counts_as_linear_and_as_sublinear(name, curve, reached):
-    result = summarize(series_of()[name], curve)
-    assert result["reached"] == reached
-    if name == "prompt":
-        # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
-        assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
-        assert result["exponent"] == pytest.approx(math.log2(curve(2.0)))
+    ):
+        one = series[name]
+        # A discarded step and three measured ones around the wanted median.
+        times = [(1000.0, y, 0.9 * y, 1.2 * y) for y in (curve(float(x)) for x, _ in one.points)]
+        result = scaling.summarize(one, [[{"seconds": value} for value in each] for each in times])
+        assert result["reached"] == reached
+    # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).
+    assert result["naive_exponent"] == pytest.approx((2 * math.log2(528 / 48) + math.log2(272 / 80)) / 10)
+    assert result["exponent"] == pytest.approx(0.88)
 
 
-def test_all_sizes_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):
+def test_one_size_varies_and_all_of_a_series_take_turns_with_the_files_of_their_prompts(capsys, monkeypatch, tmp_path):
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
-    monkeypatch.setattr(scaling, "prepare", lambda loads, folder, plan: [load.prompt_tokens for load in loads])
+    monkeypatch.setattr(scaling, "prepared", lambda loads, plan: nullcontext([load.prompt_tokens for load in loads]))
     turns, sizes_of = [], attrgetter("prompt_tokens", "samples", "max_new_tokens")
 
     def take_turns(jobs, plan):
-        turns.append([workload.name for _, workload, _ in jobs])
+        turns.append([sizes_of(workload) for _, workload, _ in jobs])
+        assert all(workload.full_length and workload.prompts == 3 for _, workload, _ in jobs)
+        assert len({workload.name for _, workload, _ in jobs}) == 3, "or workers would share a log"
         assert all(folder == workload.prompt_tokens for _, workload, folder in jobs) and plan.pairs == 1
         return [], [[{"seconds": 9.0}, {"seconds": 0.5 + sum(sizes_of(workload))}] for _, workload, _ in jobs]
 
     monkeypatch.setattr(scaling, "take_turns", take_turns)
-    arguments = [*SMALL, "--fixed", "8", "2", "4", "--model", "embedded", "--rounds", "1", "--threads", "1"]
-    assert scaling.main([*arguments, "--out", str(tmp_path)]) == 0
-    assert turns[2] == ["prompt_8", "prompt_16", "prompt_32"] and len(turns) == 3
+    arguments = ["--fixed", "8", "2", "4", "--prompts", "3", "--model", "embedded", "--rounds", "1", "--threads", "1"]
+    assert scaling.main([*SMALL, *arguments, "--out", str(tmp_path)]) == 0
+    assert turns[0] == [(8, 2, 4), (8, 2, 8), (8, 2, 16)] and turns[1] == [(8, 2, 4), (8, 4, 4), (8, 6, 4)]
+    assert turns[2] == [(8, 2, 4), (16, 2, 4), (32, 2, 4)]
     result = json.loads((tmp_path / "scaling.json").read_text())["series"]["prompt"]
-    assert result["x"] == [16, 32, 64]
+    assert result["x"] == [16, 32, 64], "prompt tokens x G"
     assert [seconds["median"] for seconds in result["seconds"]] == [14.5, 22.5, 38.5] and "| 22.50 (" in capsys.readouterr().out

@@ -34,11 +34,9 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
         keep(Path("mine"), (job, replace(made, job=vars(job))))
     page = Path("docs/method.md")
     page.parent.mkdir()
-    page.write_text(
-        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
-        "<!-- study: one_size -->\n<!-- end -->\nafter\n"
-    )
-    before = page.read_text()
+    before = "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
+    before += "<!-- study: one_size -->\n<!-- end -->\nafter\n"
+    page.write_text(before)
 
     def analysed(*options):
         monkeypatch.setattr(sys, "argv", ["analyse", *options])
@@ -59,13 +57,9 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
     Path("mine").rename(FOLDER)
     assert analysed() == analysed() == (text, made), "the project's own records fill its pages, and again change nothing"
     assert (RESULTS / "accuracy.png").exists()
-
-
-def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypatch, capsys):
-    keep(tmp_path, *(record(name, seed=s) for name in ("lora", "fft", "hybrid", "random") for s in range(3)))
-    monkeypatch.setattr(sys, "argv", ["analyse", "--records", str(tmp_path), "--results", str(tmp_path)])
-    analyse.main()
-    made = capsys.readouterr().out
+    # Where there is no gap, no tables are about one.
+    keep(tmp_path / "equal", *(record(name, seed=s) for name in ("lora", "fft", "hybrid", "random") for s in range(3)))
+    made = analysed("--records", "equal", "--results", "equal")[1]
     assert "on no task" in made and "| hybrid | 3 | 0.01 |" in made
     assert "## Differences" not in made and "## Targets" in made
 
@@ -73,15 +67,16 @@ def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("stage", "options", "words"),
     [
-        (run, ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),
+        (run, ["--task", str(ROOT / "configs/gspo.yaml")], "configs/gspo.yaml --method"),
         (analyse, [], "there are no runs in"),
         (run, ["--task", "nothing"], "there is no task benchmarks/study/tasks/nothing.yaml"),
         (run, ["--method", "nothing"], "there is no method nothing; there are start, "),
         (frontier, ["--seeds", "1000"], "by which learning rates are tuned"),
+        (run, ["--task", str(ROOT / "benchmarks/study/tasks/facts.yaml")], "is missing: run python -m benchmarks.study.pretrain"),
     ],
 )
 def test_a_stage_without_what_it_needs_says_so(stage, options, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [stage.__name__, "--records", str(tmp_path), "--results", str(tmp_path), *options])
     with pytest.raises(SystemExit) as stopped:
         stage.main()

@@ -32,13 +32,11 @@ def test_methods_that_began_at_different_policies_are_not_compared(tmp_path):
 
 
 def test_what_a_start_policy_adds_to_all_methods_is_not_in_the_intervals_of_the_figure(tmp_path):
-    points = _points(tmp_path, lora_r4=(400, (0.2, 0.5, 0.8)), own_r4=(400, (0.3, 0.61, 0.89)))
+    points = _points(tmp_path / "all", lora_r4=(400, (0.2, 0.5, 0.8)), own_r4=(400, (0.3, 0.61, 0.89)))
     found = beside_others(points)
     assert found["lora_r4"].value == pytest.approx(0.5) and found["own_r4"].value == pytest.approx(0.6)
     assert all(0 < estimate.high - estimate.low < 0.05 for estimate in found.values())
-
-
-def test_a_method_with_easy_seeds_alone_stands_where_it_would_with_all(tmp_path):
+    # A method with easy seeds alone stands where it would with all.
     points = _points(tmp_path, lora_r4=(400, (0.8, 0.5, 0.2)), mlp_r4=(400, (0.8, 0.5, 0.2)), own_r4=(400, (0.9, 0.62)))
     assert beside_others(points)["own_r4"].value == pytest.approx(0.61)
     points = _points(tmp_path / "none", lora_r4=(400, (0.8, 0.5)), own_r4=(400, (0.9, 0.62, 0.3)))

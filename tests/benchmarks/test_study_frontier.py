@@ -32,14 +32,9 @@ def test_a_run_needs_its_start_policy_and_beside_others_that_which_they_had(tmp_
             assert [job.seed for job in frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])] == [7]
 
 
-def test_methods_of_the_frontier_are_there_and_what_does_not_score_trains_longer():
-    assert set(frontier.FRONTIER) <= set(METHODS)
+def test_what_does_not_score_trains_longer_and_a_rate_that_is_given_makes_trials(tmp_path):
     longer = {name for name in frontier.FRONTIER if frontier.extra_steps(METHODS[name])}
     assert longer == {name for name in frontier.FRONTIER if name.startswith(("lora", "mlp", "fft", "random"))}
-
-
-def test_a_rate_that_is_given_makes_trials(tmp_path):
-    """Of a task that is none of the study's, all seeds of which begin at its own model."""
-    store = Store(tmp_path)
-    (job,) = frontier.jobs_of(store, "tasks/sums.yaml", ["hybrid_10_r8"], [5], 0.002)
+    # Of a task that is none of the study's, all seeds of which begin at its own model.
+    (job,) = frontier.jobs_of(Store(tmp_path), "tasks/sums.yaml", ["hybrid_10_r8"], [5], 0.002)
     assert job.file == "trial/sums/hybrid_10_r8/lr=0.002-seed=5.json" and job.policy is None and job.rank == 8

@@ -1,6 +1,7 @@
 import json
 import lzma
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,6 @@ def command(tmp_path, monkeypatch):
     return run
 
 
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def error(run, *options):
     with pytest.raises(SystemExit) as stopped:
         run(*options)
@@ -42,30 +39,25 @@ def error(run, *options):
     return stopped.value.code
 
 
-def test_what_is_packed_comes_back_to_the_digit(command, tmp_path):
-    loose = tmp_path / "loose"
-    keep(loose, *(record(name, seed=seed) for name in ("lora", "fft") for seed in (0, 10, 9)))
-    write({**json.loads((loose / RUN).read_text()), "options": ODD}, loose / RUN)
-    write({"bytes": 1, **ODD}, loose / MEMORY)
-    command()
-    packed = read_pack(tmp_path / "kept" / PACK)
-    assert list(packed) == sorted(files(loose)) and len(packed) == 7
-    assert all(same(content, read(loose / name)) for name, content in packed.items())
-
-
-def test_the_same_records_are_the_same_bytes_in_whatever_order_they_came(command, tmp_path, capsys):
+def test_what_is_packed_comes_back_to_the_digit_as_the_same_bytes_in_whatever_order_it_came(command, tmp_path, capsys):
     """What is packed stays when its file is gone, and is not made again."""
-    table, jobs = tmp_path / "kept" / PACK, [record(seed=seed)[0] for seed in range(3)]
-    for seeds in ((2,), (0, 1)):
-        keep(tmp_path / "loose", *(record(seed=seed) for seed in seeds))
+    loose, table, jobs = tmp_path / "loose", tmp_path / "kept" / PACK, [record(seed=seed)[0] for seed in (0, 10, 9)]
+    written = {}
+    for seeds in ((9,), (0, 10)):
+        keep(loose, *(record(seed=seed) for seed in seeds))
+        if 0 in seeds:
+            write({**json.loads((loose / RUN).read_text()), "options": ODD}, loose / RUN)
+            write({"bytes": 1, **ODD}, loose / MEMORY)
         command()
-        for path in (tmp_path / "loose").rglob("*.json"):
+        for path in loose.rglob("*.json"):
+            written[path.relative_to(loose).as_posix()] = read(path)
             path.unlink()
-    assert "3 records in kept/records.jsonl.xz: 2 added, 0 replaced, 0 taken out" in capsys.readouterr().out
+    assert "4 records in kept/records.jsonl.xz: 3 added, 0 replaced, 0 taken out" in capsys.readouterr().out
     at_once, packed = table.read_bytes(), read_pack(table)
+    assert list(packed) == sorted(written) and all(same(content, written[name]) for name, content in packed.items())
     write_pack(dict(reversed(packed.items())), tmp_path / "other")
     assert (tmp_path / "other").read_bytes() == at_once
-    pool.make_runs(jobs, Store(tmp_path / "loose", table), workers=1)
+    pool.make_runs(jobs, Store(loose, table), workers=1)
     assert "3 wanted, 3 of them made already" in capsys.readouterr().out
     # Compressed by another library, it stays as it is.
     table.write_bytes(lzma.compress(lzma.decompress(at_once), preset=0))
@@ -77,49 +69,39 @@ def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(comman
     keep(tmp_path / "loose", record(seed=0, accuracy=0.5), record(seed=1))
     command()
     before = (tmp_path / "kept" / PACK).read_bytes()
-    path = tmp_path / "loose" / RUN
+    path, store = tmp_path / "loose" / RUN, (tmp_path / "loose", tmp_path / "kept" / PACK)
     write({**read(path), "diverged": 0}, path)
     assert "differs from the packed record" in error(command), "in a type alone"
     keep(tmp_path / "loose", record(seed=0, accuracy=0.6), record(seed=2))
     said = error(command)
     assert f"error: loose/{RUN} differs from the packed record" in said and f"--drop {RUN}" in said
-    assert (tmp_path / "kept" / PACK).read_bytes() == before
-    with pytest.raises(SystemExit, match="differs from the packed record"):
-        of_method(Store(tmp_path / "loose", tmp_path / "kept" / PACK), "run", "sums", "lora")
+    assert "differs from the packed record" in error(lambda: of_method(Store(*store), "run", "sums", "lora"))
+    assert store[1].read_bytes() == before
     command("--drop", RUN)
-    store = Store(tmp_path / "loose", tmp_path / "kept" / PACK)
-    assert [found.accuracy for found in of_method(store, "run", "sums", "lora")] == [0.6, 0.5, 0.5]
-    said = error(command, "--drop", "run/other.json")
-    assert "has no record run/other.json; names are paths of files, such as run/sums/lora" in said
+    assert [found.accuracy for found in of_method(Store(*store), "run", "sums", "lora")] == [0.6, 0.5, 0.5]
+    assert "no record run/other.json; names are paths of files, such as run/sums/" in error(command, "--drop", "run/other.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
+def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
+    right, loose, table = json.dumps(asdict(record()[1])), tmp_path / "loose", tmp_path / "kept" / PACK
+    for name, text, words in (
         (RUN, "[]", "an object was expected, not list"),
         (RUN, "{}", "missing 9 required positional arguments"),
-        (RUN.replace("seed=0", "seed=1"), None, f"its run belongs to {RUN}"),
+        (RUN.replace("seed=0", "seed=1"), right, f"its run belongs to {RUN}"),
         (MEMORY, '{"job": {}}', "it lacks 'bytes'"),
-    ],
-)
-def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path, name, text, words):
-    keep(tmp_path / "loose", record(), record("fft"))
-    path = tmp_path / "loose" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text((tmp_path / "loose" / RUN).read_text() if text is None else text)
-    said = error(command)
-    assert said.startswith(f"error: loose/{name} is no record: ") and words in said and said.endswith("its stage makes it again")
-    assert not (tmp_path / "kept").exists()
-
-
-@pytest.mark.parametrize("change", [lambda table: table[:-20], lambda table: lzma.compress(b'{"name": 1}\n')])
-def test_a_damaged_table_says_how_it_comes_back(command, tmp_path, change):
-    keep(tmp_path / "loose", record())
+    ):
+        (loose / name).parent.mkdir(parents=True, exist_ok=True)
+        (loose / name).write_text(text)
+        said = error(command)
+        assert said.startswith(f"error: loose/{name} is no record: ") and words in said
+        assert said.endswith("its stage makes it again") and not table.exists()
+        (loose / name).unlink()
+    keep(loose, record())
     command()
-    table = tmp_path / "kept" / PACK
-    table.write_bytes(change(table.read_bytes()))
-    said = error(command)
-    assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
+    for damaged in (table.read_bytes()[:-20], lzma.compress(b'{"name": 1}\n')):
+        table.write_bytes(damaged)
+        said = error(command)
+        assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
 
 
 def test_the_projects_own_table_has_what_its_stages_write():

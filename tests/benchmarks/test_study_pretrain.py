@@ -21,7 +21,8 @@ def test_a_start_policy_for_each_seed_and_one_that_has_not_learned_is_drawn_anew
     assert "tracker-3 has not learned (2.30 nats a token): it is drawn anew" in said and "tracker-3 is there already" in said
 
 
-def test_a_guess_among_the_states_has_not_learned():
+def test_a_guess_among_the_states_has_not_learned(monkeypatch):
+    monkeypatch.setattr(pretrain, "QUESTIONS", 100)
     torch.manual_seed(0)
     recipe = RECIPES["tracker"]
     tokenizer = recipe.tokenizer()

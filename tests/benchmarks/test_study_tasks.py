@@ -1,7 +1,5 @@
 """The problems of the study: facts, puzzles, and the start policies that half know them."""
 
-import argparse
-
 import pytest
 import yaml
 
@@ -9,21 +7,18 @@ pytest.importorskip("scipy", reason="the study's intervals need scipy: pip insta
 
 from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
 from benchmarks.study.policies import POLICY_OF, RECIPES
-from benchmarks.study.pool import HERE, tasks_of
+from benchmarks.study.pool import HERE
 from benchmarks.study.puzzles import Sorting, Tracking
 from hybrid_lightning.data.arithmetic import hashed_split
 from hybrid_lightning.errors import ConfigError
 
 
 def test_pretraining_never_saw_a_question_that_is_held_out():
-    splits = Facts(validation_size=10, test_size=10).load()
-    seen = {row.question for row in PlausibleFacts(2000).read().train}
-    assert seen and not seen & {row.question for row in (*splits.validation, *splits.test)}
-    # The right digit is one of those that it held possible.
-    digits = possible_digits(0)
+    splits, corpus, digits = Facts(validation_size=10, test_size=10).load(), PlausibleFacts(2000).read().train, possible_digits(0)
+    assert not {row.question for row in corpus} & {row.question for row in (*splits.validation, *splits.test)}
     for row in splits.train:
         assert row.answer == "".join(digits[row.question[0] + key][0] for key in row.question[1:-1])
-    for row in PlausibleFacts(200).read().train:
+    for row in corpus:  # the right digit is one of those that it held possible
         facts = [row.question[0] + key for key in row.question[1:-1]]
         assert all(digit in digits[fact] for digit, fact in zip(row.columns["completion"], facts, strict=True))
     with pytest.raises(ConfigError, match=r"data\.source: test_size=9999, but there are .* such questions; lower it"):
@@ -33,9 +28,8 @@ def test_pretraining_never_saw_a_question_that_is_held_out():
 @pytest.mark.parametrize("kind", [Tracking, Sorting])
 def test_puzzles(kind):
     splits = kind(train_size=300, validation_size=20, test_size=20).read()
-    assert {len(splits.train), len(splits.validation), len(splits.test)} == {300, 20}
-    for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        assert all(hashed_split(row.question) == split for row in rows)
+    for split, size in (("train", 300), ("validation", 20), ("test", 20)):
+        assert [hashed_split(row.question) for row in getattr(splits, split)] == [split] * size
     again, other = kind(train_size=300).read().train, kind(table=1, train_size=300).read().train
     assert [row.answer for row in again] == [row.answer for row in splits.train]
     assert sum(row.answer != before.answer for row, before in zip(other, again, strict=True)) > 290
@@ -53,10 +47,9 @@ def test_what_the_puzzles_ask():
     for row in Tracking(train_size=3000).read().train:
         for before, letter, after in zip(row.question[0] + row.answer, row.question[1:-1], row.answer, strict=False):
             assert ways.setdefault((before, letter), after) == after
-    assert all(
-        len({after for (_, letter), after in ways.items() if letter == each}) == len([w for w in ways if w[1] == each])
-        for each in "abc"
-    )
+    for each in "abc":
+        states = [after for (_, letter), after in ways.items() if letter == each]
+        assert len(set(states)) == len(states)
     for row in Sorting(train_size=50).read().train:
         assert sorted(row.answer) == sorted(row.question[1:-1])
 
@@ -70,10 +63,3 @@ def test_every_task_has_a_recipe_that_knows_its_characters(name):
     recipe = RECIPES[POLICY_OF[name]]
     rows = recipe.lines(20, 0).read().train
     assert len(rows) == 20 and all(set(row.question) | set(row.columns["completion"]) <= set(recipe.characters) for row in rows)
-
-
-def test_a_task_without_its_start_policy_says_how_to_make_it(tmp_path, monkeypatch):
-    facts = str((HERE / "tasks" / "facts.yaml").absolute())
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"starts from runs/study/policies/wide.*run python -m benchmarks.study.pretrain"):
-        tasks_of(argparse.Namespace(task=[facts]))

@@ -20,17 +20,20 @@ def test_tuning_starts_at_the_rates_of_the_task():
 
 def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
     first = [2.5e-3, 5e-3, 1e-2]
-    assert tuning.next_rates(first, {}) == first
-    assert tuning.next_rates(first, {5e-3: 0.1}) == [2.5e-3, 1e-2]
-    tuned = dict(zip(first, (0.1, 0.2, 0.3), strict=True))
-    assert tuning.next_rates(first, tuned) == [0.02]
-    assert tuning.next_rates(first, {**tuned, 0.02: 0.25}) == []
-    assert tuning.next_rates(first, dict(zip(first, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
-    assert tuning.next_rates(first, dict(zip(first, (0.2, 0.3, 0.3), strict=True))) == [0.02]  # as good as its neighbour
-    rising = {rate: n for n, rate in enumerate((*first, 0.02, 0.04, 0.08, 0.16))}
-    assert tuning.next_rates(first, rising) == []  # not for ever
-    assert tuning.outcome(rising).endswith(", at the edge of the 7 tried")
-    assert tuning.outcome({**tuned, 0.02: 0.25}) == "best learning rate 0.01, validation 0.300"
+    rising = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    for accuracies, then in (
+        ((), first),
+        ((0.1,), [5e-3, 1e-2]),
+        (rising[:3], [0.02]),
+        ((0.1, 0.2, 0.3, 0.25), []),
+        ((0.3, 0.2, 0.1), [0.00125]),
+        ((0.2, 0.3, 0.3), [0.02]),  # as good as its neighbour
+        (rising, []),  # not for ever
+    ):
+        tuned = dict(zip((*first, 0.02, 0.04, 0.08, 0.16), accuracies, strict=False))
+        assert tuning.next_rates(first, tuned) == then
+    assert tuning.outcome(tuned).endswith(", at the edge of the 7 tried")
+    assert tuning.outcome({5e-3: 0.2, 1e-2: 0.3, 0.02: 0.25}) == "best learning rate 0.01, validation 0.300"
 
 
 def test_a_rate_counts_when_all_tuning_seeds_have_it_and_one_is_enough_where_all_rates_have_it(tmp_path):
@@ -48,13 +51,10 @@ def test_a_rate_counts_when_all_tuning_seeds_have_it_and_one_is_enough_where_all
     assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0
 
 
-def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
+def test_matched_lora_trains_as_much_as_the_hybrid_and_a_method_is_judged_at_its_tuned_rate_alone(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
     assert tuning.rank_of(METHODS["lora_matched"], Store(tmp_path), "sums") == 11
     assert tuning.rank_of(METHODS["lora"], Store(tmp_path), "sums") is None
-
-
-def test_a_method_is_judged_at_its_tuned_rate_alone(tmp_path):
     for rate, validation in ((1e-2, 0.6), (2e-2, 0.5)):
         keep(tmp_path, *(record("probe", rate, seed=s, accuracy=0.1 if rate == 2e-2 else 0.7) for s in range(8)))
         keep(tmp_path, *(record("probe", rate, s, "sweep", validation=validation) for s in TUNING_SEEDS))

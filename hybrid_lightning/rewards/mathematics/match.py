@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,7 @@ from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+_LETTERS = frozenset(CHOICES)
 _PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # as most reference answers are, which needs no question to the worker
 
 
@@ -31,17 +33,15 @@ class MathMatch(AnswerReward):
 
     The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
     set). Without a box it is the whole text, or what follows "the answer is", if that is a formula; else the last number, plain
-    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234"
-    are 1234; "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below
-    0.001 to one part in a hundred as well. An interval may also be written as an inequality. The text in `<think> </think>` is
-    ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
+    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" is 1234;
+    "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to
+    one part in a hundred as well. An interval may also be an inequality, and "y = 3 and x = 2" the point (2, 3). The text in
+    `<think> </think>` is ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
 
     - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
       15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
-      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 if the reference answer has no unit.
-    - A bound is not a number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. But after
-      other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
-    - "x = 2 and y = 3" is (2, 3), in whatever order.
+    - Neither a bound nor "1 hour and 30 minutes" is a number: "the answer is at least 18", "more than 18", "18 or more" and "18+"
+      are wrong for 18. But after other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
 
     The reference answer is a number, with or without a unit, which may stand in brackets ("9 apples", "9 (apples)"); a formula,
     with or without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
@@ -63,19 +63,15 @@ class MathMatch(AnswerReward):
         if not cpu_seconds > 0:
             raise ConfigError(f"cpu_seconds={cpu_seconds}; give a positive number of seconds")
         if not hasattr(signal, "setitimer"):
-            raise ConfigError(
-                f"MathMatch needs Linux or macOS: {sys.platform} has no timer of CPU time, which ends long comparisons; train "
-                "under WSL, or take ExactMatch"
-            )
+            timer = f"{sys.platform} has no timer of CPU time, which ends long comparisons"
+            raise ConfigError(f"MathMatch needs Linux or macOS: {timer}; train under WSL, or take ExactMatch")
         super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
         text = self.without_thinking(completion)
-        if not text.strip():
-            return None
-        if _is_choice(reference_answer(type(self).__name__, prompt)):
+        if reference_choice(reference_answer(type(self).__name__, prompt)) in _LETTERS:
             return extract_choice(text, CHOICES)
         answer: str | None = _verifier(self.cpu_seconds).ask("canonical_answer", text)
         return answer
@@ -83,7 +79,9 @@ class MathMatch(AnswerReward):
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that answers can be compared with the reference answer."""
         gold = reference_answer(type(self).__name__, prompt)
-        readable = _is_choice(gold) or _PLAIN.fullmatch(gold) or _verifier(self.cpu_seconds).ask("is_gold", gold)
+        readable = (
+            reference_choice(gold) in _LETTERS or _PLAIN.fullmatch(gold) or _verifier(self.cpu_seconds).ask("is_gold", gold)
+        )
         if not readable:
             number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
             pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
@@ -97,36 +95,20 @@ class MathMatch(AnswerReward):
         self.check_prompt(prompt)
         gold = reference_answer(type(self).__name__, prompt)
         text = self.without_thinking(completion)
-        if not text.strip():
-            return 0.0
-        if _is_choice(gold):
+        if reference_choice(gold) in _LETTERS:
             return float(extract_choice(text, CHOICES) == reference_choice(gold))
         equal = _verifier(self.cpu_seconds).ask("equal", gold, text)
         if equal is None:
-            logger.warning(
-                "MathMatch gave up after %g s of CPU time on a completion ending %r; it earns 0", self.cpu_seconds, text[-80:]
-            )
+            told = "MathMatch gave up after %g s of CPU time on a completion ending %r; it earns 0"
+            logger.warning(told, self.cpu_seconds, text[-80:])
         return float(bool(equal))
 
 
-def _is_choice(gold: str) -> bool:
-    return (reference_choice(gold) or "none") in CHOICES
-
-
-@cache
-def _verifier(cpu_seconds: float) -> "MathVerifier":
-    """One worker process for all rewards with the same time limit. Rewards do not hold it, since they are copied and pickled."""
-    return MathVerifier(cpu_seconds)
-
-
 class MathVerifier:
-    """Client of the worker process, which it starts at the first question, and again if the process has died.
-
-    A comparison may take `cpu_seconds` of CPU time, and not of wall time: a text gets the same reward on a busy machine.
-    """
+    """Client of the worker process, which it starts at the first question, and again if the process has died."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        self.cpu_seconds = cpu_seconds
+        self.cpu_seconds = cpu_seconds  # and not of wall time: a text gets the same reward on a busy machine
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0  # id of the process that started the worker: a fork inherits the pipes, but must not use them
@@ -136,9 +118,12 @@ class MathVerifier:
         """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
         with self._lock:
             for _ in range(2):  # a second time if the system or another user ended the process, and not the request
-                process = self._running()
+                process, reply = self._running(), ""
+                assert process.stdin is not None and process.stdout is not None
                 try:
-                    reply = self._exchange(process, json.dumps([function, *texts]))
+                    with suppress(BrokenPipeError):
+                        print(json.dumps([function, *texts]), file=process.stdin, flush=True)
+                        reply = process.stdout.readline()
                 except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
                     self._close()
                     raise
@@ -147,38 +132,21 @@ class MathVerifier:
                 out_of_time = process.wait() == -signal.SIGPROF
                 self._close()
                 if out_of_time:
-                    return None
+                    break
             return None
-
-    @staticmethod
-    def _exchange(process: "subprocess.Popen[str]", request: str) -> str:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            return process.stdout.readline()
-        except BrokenPipeError:
-            return ""
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None or self._owner != os.getpid():
-            script = Path(__file__).with_name("math_worker.py")
             # -P keeps the script's folder off the import path: our modules there must not hide those of the standard library.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(script), str(self.cpu_seconds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-            )
+            command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self.cpu_seconds)]
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, encoding="utf-8", **pipes)
             self._owner = os.getpid()
             assert self._process.stdout is not None
             if self._process.stdout.readline() != "ready\n":
                 self._close()
-                raise RewardError(
-                    "the process that compares mathematical answers does not start; see what "
-                    f"`{sys.executable} -P {script} 5` says"
-                )
+                told = f"see what `{' '.join(command)}` says"
+                raise RewardError(f"the process that compares mathematical answers does not start; {told}")
         return self._process
 
     def _close(self) -> None:
@@ -186,3 +154,6 @@ class MathVerifier:
         if process is not None and self._owner == os.getpid():
             process.kill()
             process.communicate()
+
+
+_verifier = cache(MathVerifier)  # one for all rewards with the same time limit, which do not hold it: they are copied and pickled

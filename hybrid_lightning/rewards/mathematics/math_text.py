@@ -10,19 +10,11 @@ from decimal import Decimal
 
 WINDOW = 6_000  # characters before the last box or the end that are searched: a policy may write without end
 POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
-HALF = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")  # between the two parts of 1 1/2 in one sign
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
-LATEX_SIGNS = {"\u03c0": "pi", "\u221e": "infty", "\u00b1": "pm", "\u2264": "le", "\u2265": "ge", "\u2260": "ne"}
-LATEX_SIGNS |= {"\u222a": "cup", "\u2229": "cap", "\u2205": "emptyset"}
-SIGNS = str.maketrans(
-    {
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f"),  # invisible
-        **dict.fromkeys("\u2212\u2012\u2013", "-"),
-        **dict.fromkeys("\u00f7\u2044", "/"),  # the second is the fraction slash, which NFKC puts into one half and the like
-        **{sign: rf"\{name} " for sign, name in LATEX_SIGNS.items()},
-        "\u3002": ". ",
-    }
-)
+# Invisible signs, minus signs, and the fraction slash, which NFKC puts into one half and the like.
+SIGNS = {**dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f", ""), **dict.fromkeys("\u2212\u2012\u2013", "-")}
+SIGNS |= {"\u2044": "/", "\u00f7": "/", "\u3002": ". ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b1": r"\pm "}
+SIGNS |= {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup "}
 
 
 def to_ascii(text: str) -> str:
@@ -30,148 +22,59 @@ def to_ascii(text: str) -> str:
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     if text.isascii():
         return text
-    text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", HALF.sub(" ", text))
+    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 1 1/2, whose second part is one sign
+    text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
-    # The powers of units stay: math-verify would take the 2 of 15 m^2 for the answer.
-    return re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(SIGNS)
+    text = re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text)  # or 15 m^2 would say 2
+    return re.sub("|".join(SIGNS), lambda match: SIGNS[match[0]], text)
 
 
 def answer_window(text: str) -> str:
     """The part of a completion that holds its answer: the text around the last box, or the end; it begins with a whole line."""
-    end = text.rfind(r"\boxed")
-    end = len(text) if end < 0 else end + WINDOW
-    start = max(0, min(end, len(text)) - WINDOW - (WINDOW if end < len(text) or r"\boxed" in text else 0))
-    part = text[start:end]
+    box = text.rfind(r"\boxed")
+    start = max(0, (box if box >= 0 else len(text)) - WINDOW)
+    part = text[start : box + WINDOW if box >= 0 else None]
     return part[part.find("\n") + 1 :] if start else part
 
 
-# ---- brackets
-
-OTHERWISE = re.compile(  # no remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
-    r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]",
-    re.IGNORECASE,
-)
-# Words that change the number before them.
-NO_UNIT = re.compile(r"(?:b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b)", re.IGNORECASE)
-IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2)
-    r"(?<=[\d%}])(?P<gap>\s*)\(\s*(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
-)
-REMARK = re.compile(  # behind an answer that is the whole text, or that follows "the answer is"
-    r"(?:\A|\banswer\s*(?:is\b|:))[\s:*_]*(?P<stated>[$\u20ac\u00a3]?-?\d[\d,./]*%?(?:\s+[A-Za-z]+){0,3})[*_]*"
-    r"\s+\((?P<remark>[^()]*)\)[\s.!*_]*\Z",
-    re.IGNORECASE,
-)
-
-
-def out_of_brackets(text: str, is_unit: Callable[[str], bool]) -> str:
-    """Remove the brackets around words behind a number. Words of at most two letters are factors if they are no unit.
-
-    Example:
-        >>> [out_of_brackets(text, {"km"}.__contains__) for text in ("9 (apples)", "5 (km)", "3 (mod p)", "2 (x)", "4 (or five)")]
-        ['9 apples', '5 km', '3 (mod p)', '2 (x)', '4 (or five)']
-    """
-
-    def bare(match: re.Match[str]) -> str:
-        words = match["words"]
-        is_factor = max(map(len, re.findall("[A-Za-z]+", words)), default=3) <= 2 and not (match["gap"] and is_unit(words))
-        return match[0] if is_factor or OTHERWISE.match(words) or NO_UNIT.match(words) else f" {words}"
-
-    return IN_BRACKETS.sub(bare, text)
-
-
-def without_remark(text: str) -> str:
-    """Remove the remark in brackets behind an answer, unless the remark repeats the answer or gives another one.
-
-    Example:
-        >>> without_remark("18 dollars (9 eggs at $2)"), without_remark("12 (or 13)")
-        ('18 dollars', '12 (or 13)')
-    """
-    match = REMARK.search(text)
-    if match is None or OTHERWISE.match(match["remark"]) or not re.search(r"[A-Za-z%]|\d\D+\d", match["remark"]):
-        return text
-    return text[: match.end("stated")]
-
-
-# ---- units
-
-WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-PLAIN = [
-    (r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![A-Za-z])", "\u00b0"),
-    (r"\\%", "%"),
-    ("\u00b2", "^2"),
-    ("\u00b3", "^3"),
-    (r"\*\*+", ""),
-    (r"(?i)\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", " "),
-    (r"(?i)\bmph\b", "miles/hour"),
-    (r"(?i)\bkm?ph\b|\bkmh\b", "km/h"),
-    (r"(?i)\bper\s+cent\b", "percent"),
-]
-
-
-def plain_units(text: str) -> str:
-    r"""Write units without LaTeX: `5\ \text{m/s}` becomes 5 m/s. Only for finding units, since it damages formulas."""
-    text = WRAPPED.sub(r" \1", WRAPPED.sub(r" \1", text))
-    for pattern, replacement in PLAIN:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-# ---- bounds instead of numbers
-
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 HEDGE = re.compile(  # at the end of a normalized text: "between 3 and 5", "not 5", "x < 5"
-    r"(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
-    re.IGNORECASE,
+    r"(?i)(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?(?:[<>]=?|\\[gl]e))\s*[$]?-?[\d.,]+[\s.!]*\Z"
 )
-# Bounds are searched for in the box, or in the sentence with the last number, in which each number is written as #.
+# Bounds are searched for in the box, and in the sentence with the last box or number, in which each number is written as #.
 #
 # "At least 18" and "18 or more" are bounds, and not 18, if they are the answer: after is, are, be, a colon or an equals sign, or
 # as the whole answer or box. After another verb "at least 18" says how many are needed, and is 18 ("She needs at least 18
 # eggs"). "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5
-# less than 18"), and in the largest number that is possible ("He cannot buy more than 18").
+# less than 18"), and in the largest number that is possible ("He cannot buy more than 18"). "1 hour and 30 minutes" is not 30.
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\\(?:[dt]?frac|sqrt)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?|\.?\d+(?:/\d+)?)")
 EXPONENT = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?-?\d\}?")  # of a unit, as in cm^2
 MACRO = re.compile(r"\\(?:text\w*|math\w+|mbox|boxed)\s*(?=\{)|\\[ ,;:!()\[\]]|\\(?=[$%])|[{}*_$~]")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z*$\\])|\n")
+LARGE = "years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|min|feet|ft|pounds?|lbs?|dollars?|kg|km|m"
 MORE = r"(?:more|less|fewer|greater|higher|lower|larger|bigger|smaller)"
-BEFORE = (
-    rf"(?:(?:just|slightly|any\w*)\s+)?(?:at\s+(?:least|most)|(?:(?:no|not)\s+)?{MORE}\s+than"
+SAID = (
+    rf"(?:(?:(?:just|slightly|any\w*)\s+)?(?:at\s+(?:least|most)|(?:(?:no|not)\s+)?{MORE}\s+than"
     r"|over|under|above|below|up\s+to|a\s+(?:min|max)imum\s+of)\s+#"
+    rf"|#\s*(?:[a-z]+\s+){{0,2}}(?:at\s+(?:least|most)|(?:or|and)\s+(?:{MORE}|over|under|above|below)(?!\s+than))\b)"
 )
-AFTER = rf"#\s*(?:[a-z]+\s+){{0,2}}(?:at\s+(?:least|most)|(?:or|and)\s+(?:{MORE}|over|under|above|below)(?!\s+than))\b"
-IS_BOUND = re.compile(rf"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*(?:{BEFORE}|{AFTER})[^#]*\Z", re.IGNORECASE)
-ONLY_BOUND = re.compile(
-    rf"[^\w#]*(?:{BEFORE}|{AFTER})(?:\s+[a-z]+){{0,2}}[^\w#]*\Z|.*#\s?\+(?:\s+[a-z]{{2,}}[^#]*|[^\w#]*)\Z", re.IGNORECASE
+BOUND = re.compile(
+    rf"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*{SAID}[^#]*\Z"
+    rf"|\A[^\w#]*{SAID}(?:\s+[a-z]+){{0,2}}[^\w#]*\Z|#\s?\+(?:\s+[a-z]{{2,}}[^#]*|[^\w#]*)\Z"
+    rf"|#\s?(?:{LARGE})\b[\s,.]*(?:and\s+)?#\s?[a-z]+\b[^#]*\Z"
+    rf"|\A(?:(?!n't\b|\b(?:cannot|not|no|never|nor)\b)[^#])*\b{MORE}\s+than\s+#[^#]*\Z",
+    re.IGNORECASE,
 )
-BEYOND = re.compile(rf"\b{MORE}\s+than\s+#[^#]*\Z", re.IGNORECASE)
-NO_BOUND = re.compile(r"#|n't\b|\b(?:cannot|not|no|never|nor)\b", re.IGNORECASE)
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 def is_bound(text: str) -> bool:
-    """Whether a text answers with a bound instead of a number.
+    """Whether a text answers with a bound instead of a number: "is at least 18", but not "She needs at least 18 eggs"."""
+    box = BOX.findall(text)[-1:]
+    mark = r"\\boxed" if box else r"\d"
+    sentence = next((part for part in reversed(SENTENCE.split(text)) if re.search(mark, part)), "")
+    plain = (MACRO.sub(" ", NUMBER.sub("#", EXPONENT.sub("", part))) for part in (sentence, *box))
+    return any(BOUND.search(" ".join(part.split())) for part in plain)
 
-    Example:
-        >>> is_bound("The answer is at least 18."), is_bound("She needs at least 18 eggs.")
-        (True, False)
-    """
-    boxes = BOX.findall(text)
-    mark = re.compile(r"\\boxed" if boxes else r"\d")
-    said = _numbers_as_hashes(next((part for part in reversed(SENTENCE.split(text)) if mark.search(part)), ""))
-    if IS_BOUND.search(said):
-        return True
-    if boxes:
-        return bool(ONLY_BOUND.match(_numbers_as_hashes(boxes[-1])))
-    beyond = BEYOND.search(said)
-    return bool(ONLY_BOUND.match(said) or (beyond and not NO_BOUND.search(said[: beyond.start()])))
-
-
-def _numbers_as_hashes(text: str) -> str:
-    """A sentence without LaTeX, with # for each number."""
-    return " ".join(MACRO.sub(" ", NUMBER.sub("#", EXPONENT.sub("", text))).split())
-
-
-# ---- forms that math-verify reads
 
 ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # argument without { }
@@ -181,35 +84,17 @@ def _large_in_digits(match: re.Match[str]) -> str:
     return format(Decimal(match[1].replace(",", "")).scaleb(ZEROS[match[2].lower()]), "f")
 
 
-def _mixed_as_fraction(match: re.Match[str]) -> str:
-    whole, numerator, denominator = map(int, match.groups())
-    return f"{whole * denominator + numerator}/{denominator}" if 0 < numerator < denominator else match[0]
-
-
-def _percentage(match: re.Match[str]) -> str:
-    return f"{int(match[1] or 0) + int(match[2]) / int(match[3]):.9f}"
-
-
 def _repeating_as_fraction(match: re.Match[str]) -> str:
     whole, once, period = match.groups()
-    numerator = int(whole + once + period) - int(whole + once or "0")
-    return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"
+    return rf"\frac{{{int(whole + once + period) - int(whole + once or 0)}}}{{{'9' * len(period)}{'0' * len(once)}}}"
 
 
 REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"\bUSD?\s?(?=\\?\$)", ""),  # US$40
     ('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>', " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
     (rf"\\[dt]?frac\s*({ONE})", r"\\frac{\1}"),  # \frac12, \frac \pi4
     (rf"\\[dt]?frac\s*(\{{[^{{}}]*\}})\s*({ONE})", r"\\frac\1{\2}"),
-    # math-verify reads no number in \text{18 dollars}
-    (r"\\(?:text|mathrm|mbox)\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),
     (r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])", "x"),  # \boxed{\ge 5} is not 5
-    (r"(?i)(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", "-"),
     (r"(?<=\d)\s*(?:[\u00d7\u00b7]\s*(?=\d)|[xX]\s*(?=10\s*\^))", "*"),  # 1.2 x 10^6
-    (r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))", "-"),  # -$5
-    (r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots)", r"\1\\overline{\2}"),  # 0.333...
-    (r"(?<![\w.])(\d*\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.1(6)
-    (r"(?<![\w)}])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
     (r"(?<![\w.)}])\+(?=\d)", ""),  # +5
     (r"(?<=\d)[eE]([-+]?\d+)(?![\w.])", r"*10^(\1)"),  # 1e5
     (r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))", ""),  # 1_000, 1'000, 1{,}000, 1\,000
@@ -217,17 +102,15 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=[^\W\d_]):(?=[-$\d\\])", ": "),  # Answer:5
     # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
-    (r"(?<=\d)\.(?=\s*\})", ""),  # \boxed{5.}
     (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}
+    (r"\\text\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),  # \text{18 dollars}
     (r"\\\$\s*(?=[\d.])", ""),  # \$5
     # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.
     ("(?i)answer", "result"),
-    (r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)", lambda match: match[1].replace(" ", "")),  # 12 000
     (r"(?<=\d) +(?=\d)(?!\d+/\d)", ", "),  # 1 2 is two numbers and not a sum; 1 1/2 is one number
     (rf"(?i)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(ZEROS)})\b", _large_in_digits),  # 1.5 million
-    (r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])", _mixed_as_fraction),  # 1 1/2
-    (r"(?<![\w}.])(\d*)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{([1-9]\d*)\}(?=\s*\\?%)", _percentage),  # 33\frac13\%
+    (r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])", r"(\1*\3+\2)/\3"),  # 1 1/2
     (r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}", _repeating_as_fraction),  # 0.1\overline{6}
 ]
 
@@ -239,11 +122,8 @@ def normalize(text: str) -> str:
     return text
 
 
-# ---- formulas without delimiters
-
-RESULT = re.compile(  # what `normalize` has made of the word "answer"
-    r"\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*", re.IGNORECASE
-)
+# "result" is what `normalize` has made of the word "answer".
+RESULT = re.compile(r"(?i)\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*")
 MEASURE = re.compile(  # a number, with or without a unit, which math-verify reads as it is
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
     r"\s*%?(?:\u00b0|\s(?!(?:and|or)\b)(?:[A-Za-z/. ]|\^[23])*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
@@ -252,13 +132,9 @@ NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\
 
 
 def bare_formula(text: str) -> str | None:
-    r"""Find a formula without delimiters in a normalized text, and put it between `$ $`.
+    """Find a formula without delimiters in a normalized text, and put it between `$ $`; None if there is none.
 
-    The formula is the whole text, or what follows "the answer is". Returns None if there is none.
-
-    Example:
-        >>> bare_formula(r"2\sqrt{3}."), bare_formula("The result is: x^2-4"), bare_formula("18 km"), bare_formula("18 of them")
-        ('$2\\sqrt{3}$', '$x^2-4$', None, None)
+    The formula is the whole text, or what follows "the answer is".
     """
     said = RESULT.split(text)[-1].strip(" \n.*_=")
     if re.search(r"[$]|\\[(\[]|\\begin\b|\\boxed\b", text) or not said or len(said) > 200 or not said.isascii() or "\n" in said:

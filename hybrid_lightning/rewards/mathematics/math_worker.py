@@ -2,10 +2,8 @@
 
 `match.py` starts it as a script. It writes `ready`, then reads one request in JSON a line, `["equal", gold, text]` for one, and
 writes one reply a line: what that function of `REQUESTS` returns. A request that uses more CPU time than the argument of the
-script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch.
-
-The script is no part of the package when it runs, so that it starts in a third of a second: of this project it imports only
-`math_text.py` and `math_units.py`, which import nothing else of the project.
+script ends the process by the default action of SIGPROF, which nothing in sympy can delay or catch. To start in a third of a
+second it is no part of the package when it runs: of this project it imports `math_text.py` and `math_units.py` alone.
 """
 
 import json
@@ -14,7 +12,6 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from functools import lru_cache
 from math import isclose, isfinite
 from pathlib import Path
@@ -25,16 +22,14 @@ from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here hide no other modules
 import math_text as forms  # type: ignore[import-not-found]
-from math_units import conversion_factors, find_unit, in_one_unit, is_unit, without_unit  # type: ignore[import-not-found]
+import math_units as units  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # address space: expressions such as 9^9^9 must not take all the machine's memory
 # Such as a date, or 3 (R 2).
 NO_NUMBER = re.compile(r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|\d (?:mod|base)\b", re.IGNORECASE)
-TUPLE = re.compile(
-    r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
-)
+TUPLE = re.compile(r"(?<![\w$\\({\[])[(\[]\s*NUM(?:\s*,\s*NUM)+\s*[)\]]".replace("NUM", r"-?\d+(?:\.\d+)?(?:/\d+)?"))
 WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
-LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
+MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]")
 # What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
 MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
 SMALL = 1e-3  # below this, six places say little or nothing about a number
@@ -42,7 +37,6 @@ SMALL = 1e-3  # below this, six places say little or nothing about a number
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    cpu_seconds = float(sys.argv[1])
     logging.disable(logging.CRITICAL)
     for stop in (signal.SIGINT, signal.SIGTERM):  # these are for the trainer, which still needs scores while it stops
         signal.signal(stop, signal.SIG_IGN)
@@ -50,71 +44,37 @@ def main() -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_BYTES)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    replies = sys.stdout
-    sys.stdout = sys.stderr
+    replies, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
         function, *texts = json.loads(line)
         result = REQUESTS[function](*texts)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(result), file=replies, flush=True)
 
 
+@lru_cache(maxsize=4096)
 def is_gold(gold: str) -> bool:
     """Whether answers can be compared with a reference answer."""
     parsed = parse_gold(gold)
     return parsed is not None and bool(verify(parsed, parsed, timeout_seconds=None))
 
 
-def equal(gold: str, text: str) -> bool:
+def equal(reference: str, text: str) -> bool:
     """Whether the answer in a text equals a reference answer."""
-    parsed = parse_gold(gold)
-    if parsed is None:
-        return False
-    if same_words(gold, text):
-        return True
+    gold = parse_gold(reference)
+    if gold is None or same_words(reference, text):
+        return gold is not None
     for mark in MARKS:
-        wanted, given = mark.findall(gold), mark.findall(text)
-        if wanted and given and wanted[-1].lower() != given[-1].lower():
+        stated, said = mark.findall(reference), mark.findall(text)
+        if stated and said and stated[-1].lower() != said[-1].lower():
             return False
-    # If the reference answer has no unit, a quantity such as 1 hour and 30 minutes may be meant as 90 or as 1.5.
-    return any(matches_gold(gold, part, parsed) for part in dict.fromkeys(in_one_unit(answer_part(text))))
-
-
-def same_words(gold: str, text: str) -> bool:
-    r"""Whether the reference answer is words, as in \text{June 20}, and a text answers the same words.
-
-    Its answer is in its boxes, which must all agree, or without boxes at its end.
-    """
-    words = WORDS.fullmatch(gold.strip())
-    said = forms.BOX.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
-    return words is not None and {_plain_words(part) for part in said} == {_plain_words(words[1])}
-
-
-def _plain_words(text: str) -> str:
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]", " ", text)
-    return " ".join(text.casefold().split()).rstrip(". ")
-
-
-def canonical_answer(text: str) -> str | None:
-    """The answer in a text, the same for equal answers: numbers have the six places that are compared. None if there is none."""
-    parsed = parse_answer(in_one_unit(answer_part(text))[0])
-    if not parsed:
-        return None
-    number = as_number(parsed)
-    if number is not None:
-        return f"{round(number, 6) + 0.0:.6f}" if abs(number) >= SMALL or not number else f"{number:.2e}"
-    return str(parsed[0].rhs if isinstance(parsed[0], Eq) and parsed[0].lhs.is_Symbol else parsed[0])
-
-
-def matches_gold(reference: str, text: str, gold: Any) -> bool:
-    """Whether the answer in a text that `answer_part` returned equals a reference answer, given as written and parsed."""
-    number = as_number(gold)
+    text, number = answer_part(text), as_number(gold)
     if number is not None and not forms.is_bound(text):  # in a formula such as 5m + 3s the letters are not units
-        wanted, given = forms.plain_units(gold_text(reference)), forms.plain_units(text)
-        factors = conversion_factors(wanted, given)
-        text = (without_unit(given) if find_unit(wanted) is not None else None) or text
+        (wanted, _), (given, bare) = (units.find_unit(units.plain_units(each)) for each in (gold_text(reference), text))
+        factors = units.conversion_factors(wanted, given)
+        text = bare if wanted and bare else text
         if 1.0 not in factors:  # 90 minutes are 1.5 hours
             found = as_number(parse_answer(text))
             return found is not None and any(isclose(found * factor, number, rel_tol=1e-6) for factor in factors)
@@ -123,8 +83,26 @@ def matches_gold(reference: str, text: str, gold: Any) -> bool:
     # 12.5% equals 12.5 if only one of the two has the percent sign, as math-verify handles it for whole numbers.
     if ("%" in reference) == ("%" in text):
         return False
-    bare = parse_gold(re.sub(r"\\?%", "", reference))
-    return bare is not None and equal_parsed(bare, parse_answer(re.sub(r"\\?%", "", text)))
+    gold, text = (re.sub(r"\\?%", "", each) for each in (reference, text))
+    return parse_gold(gold) is not None and equal_parsed(parse_gold(gold), parse_answer(text))
+
+
+def same_words(gold: str, text: str) -> bool:
+    r"""Whether the reference answer is words, as in \text{June 20}, and all boxes of a text, or its end, are the same words."""
+    words = WORDS.fullmatch(gold.strip())
+    said = forms.BOX.findall(text) or re.split(r"(?i)answer(?:\s+is\b|\s*:)", text)[-1:]
+    plain = (MARKUP.sub(" ", part).casefold().split() for part in (*said, words[1] if words else ""))
+    return words is not None and len({" ".join(part).rstrip(". ") for part in plain}) == 1
+
+
+def canonical_answer(text: str) -> str | None:
+    """The answer in a text, the same for equal answers: numbers have the six places that are compared. None if there is none."""
+    parsed = parse_answer(answer_part(text))
+    if not parsed:
+        return None
+    if (number := as_number(parsed)) is not None:
+        return f"{round(number, 6) + 0.0:.6f}" if abs(number) >= SMALL or not number else f"{number:.2e}"
+    return str(parsed[0].rhs if isinstance(parsed[0], Eq) and parsed[0].lhs.is_Symbol else parsed[0])
 
 
 def equal_parsed(gold: Any, found: Any) -> bool:
@@ -145,8 +123,8 @@ def equal_parsed(gold: Any, found: Any) -> bool:
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
     gold = gold_text(gold)
-    text = forms.normalize(without_unit(forms.plain_units(gold)) or gold)
-    if NO_NUMBER.search(text):
+    text = forms.normalize(units.find_unit(units.plain_units(gold))[1] or gold)
+    if NO_NUMBER.search(text) or forms.is_bound(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not forms.MEASURE.fullmatch(text.strip()):
         formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
@@ -158,13 +136,13 @@ def parse_gold(gold: str) -> Any:
 
 
 def gold_text(gold: str) -> str:
-    """A reference answer in ASCII and LaTeX, in one unit and without brackets around it: "9 (apples)" becomes 9 apples."""
-    return str(in_one_unit(forms.out_of_brackets(forms.to_ascii(gold.strip()), is_unit))[0])
+    """A reference answer in ASCII and LaTeX, without brackets around words: "9 (apples)" becomes 9 apples."""
+    return str(units.IN_BRACKETS.sub(r" \g<words>", forms.to_ascii(gold.strip())))
 
 
 def answer_part(completion: str) -> str:
-    """The part of a completion that holds its answer, without a remark behind the answer."""
-    return str(forms.without_remark(forms.out_of_brackets(forms.answer_window(forms.to_ascii(completion)), is_unit)))
+    """The part of a completion that holds its answer, likewise, and without a remark behind the answer."""
+    return str(units.REMARK.sub(r"\g<stated>", gold_text(forms.answer_window(forms.to_ascii(completion)))))
 
 
 def parse_answer(text: str) -> Any:
@@ -178,7 +156,7 @@ def parse_answer(text: str) -> Any:
     if r"\boxed" not in text and forms.HEDGE.search(text):
         return []
     # A point or an interval is marked as LaTeX: in plain text math-verify would take the last number in it.
-    return parse(text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text), parsing_timeout=None)
+    return parse(text if re.search(r"[$]|\\[(\[A-Za-z]", text) else TUPLE.sub(r"$\g<0>$", text), parsing_timeout=None)
 
 
 def as_number(parsed: Any) -> float | None:
@@ -201,7 +179,7 @@ def in_order(found: Any) -> Any:
     return [type(found[0])(*sorted(parts, key=lambda part: str(part.lhs))), *found[1:]]
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"is_gold": is_gold, "equal": equal, "canonical_answer": canonical_answer}
+REQUESTS: Any = {"is_gold": is_gold, "equal": equal, "canonical_answer": canonical_answer}
 
 if __name__ == "__main__":
     main()

@@ -73,8 +73,7 @@ class MathMatch(AnswerReward):
         text = self.without_thinking(completion)
         if reference_choice(reference_answer(type(self).__name__, prompt)) in _LETTERS:
             return extract_choice(text, CHOICES)
-        answer: str | None = _verifier(self.cpu_seconds).ask("canonical_answer", text)
-        return answer
+        return _verifier(self.cpu_seconds).ask("canonical_answer", text)
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that answers can be compared with the reference answer."""
@@ -145,8 +144,7 @@ class MathVerifier:
             assert self._process.stdout is not None
             if self._process.stdout.readline() != "ready\n":
                 self._close()
-                told = f"see what `{' '.join(command)}` says"
-                raise RewardError(f"the process that compares mathematical answers does not start; {told}")
+                raise RewardError(f"the process that compares answers does not start; see what `{' '.join(command)}` says")
         return self._process
 
     def _close(self) -> None:

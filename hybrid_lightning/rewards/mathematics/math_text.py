@@ -90,7 +90,7 @@ def _repeating_as_fraction(match: re.Match[str]) -> str:
 
 
 REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    ('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>', " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
+    (r'[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>|(?<=\d)\.(?=\s*\})', " "),  # `5`, "5", ####5, <answer>5</answer>, ~5, \boxed{5.}
     (rf"\\[dt]?frac\s*({ONE})", r"\\frac{\1}"),  # \frac12, \frac \pi4
     (rf"\\[dt]?frac\s*(\{{[^{{}}]*\}})\s*({ONE})", r"\\frac\1{\2}"),
     (r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])", "x"),  # \boxed{\ge 5} is not 5
@@ -104,7 +104,9 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|math)\w*\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)", ""),
     (r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})", ""),  # \boxed{5 m/s}
     (r"\\text\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),  # \text{18 dollars}
-    (r"\\\$\s*(?=[\d.])", ""),  # \$5
+    (r"(?:\bUSD?\s?)?\\\$\s*(?=[\d.])|\bUSD?\s?(?=\$)", ""),  # \$5, US$5
+    (r"(?<![\w$])-\s*[$\u20ac\u00a3\u00a5](?=[\d,.]+(?:\s|$))", "-"),  # -$5
+    (r"(?<![\w)}.])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
     # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.
     ("(?i)answer", "result"),

@@ -68,7 +68,6 @@ class RolloutSource(Protocol):
             draw_more: Draws this rank's part of the next prompts in the order, given their number over all ranks; all ranks draw
                 the same number. None if only `prompts` may be used.
         """
-        ...
 
     def begin(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
@@ -80,7 +79,6 @@ class RolloutSource(Protocol):
     @abstractmethod
     def takes_part(self, advantages: Tensor) -> Tensor:
         """[B] bool, True for the rows that take part in the update, from the advantages of a `TrainedRollout`."""
-        ...
 
     @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
@@ -89,7 +87,6 @@ class RolloutSource(Protocol):
         That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
         All ranks call it together.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from torch import Tensor
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
-from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
+from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.guest import Guest
-from hybrid_lightning.rollout.vllm.installed import check_installed
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
@@ -131,14 +130,8 @@ class VLLMSampler(VLLMEngine):
                 return
             self._wake("weights")
         self.version, self._base = None, ""  # until all is well
-        loaded = self._call(load, self._gathered(weights.stream(everything)), everything)
-        missing = self._call(weight_names) - loaded if everything else set()
-        if missing:
-            raise RolloutError(
-                f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture "
-                "under other names; leave model.sampler out to sample without vLLM"
-            )
         with self._guest.visiting():
+            self._llm.collective_rpc(load, args=(self._gathered(weights.stream(everything)), everything))
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.set_weight_version(str(weights.version))
         self._base, self.version = weights.base, weights.version
@@ -151,11 +144,6 @@ class VLLMSampler(VLLMEngine):
             if weight is None:
                 return
             yield weight.name, Deferred.of(weight)
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of the engine's worker and further arguments."""
-        with self._guest.visiting():
-            return self._llm.collective_rpc(function, args=arguments)[0]
 
     # ---- the engine
 
@@ -182,7 +170,7 @@ class VLLMSampler(VLLMEngine):
         self.max_model_len = context
 
     def _options(self, model: ServedModel, folder: str) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`. A model whose weights are sent is described to it by a folder without weights."""
+        """Arguments of `vllm.LLM`; a model whose weights are sent is described to it by a folder without weights."""
         options: dict[str, Any] = {
             "model": model.folder or folder,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -214,12 +202,7 @@ class VLLMSampler(VLLMEngine):
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case.
-
-        Args:
-            config: The model's config.
-            dtype: Dtype of the engine's weights.
-        """
+        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case."""
         one = self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
         chosen = max(2**26, one, min(_CPU_CACHE, _CPU_SEQUENCES * one))
         return int(self.engine_args.get("kv_cache_memory_bytes") or chosen)
@@ -329,12 +312,7 @@ def _answer(output: Any) -> Answer:
 
 
 def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache for one token.
-
-    Args:
-        config: The model's config.
-        dtype: Dtype of the engine's weights.
-    """
+    """Bytes of the KV cache for one token, which has the dtype of the engine's weights."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.installed import check_version
+from hybrid_lightning.rollout.vllm.completing import check_version
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import facts_of
 

@@ -79,11 +79,9 @@ class PolicyWeight(Protocol):
         """Shape in such a checkpoint."""
 
     def write_rows(self, destination: Tensor, first: int) -> None:
-        """Compute rows from number `first` on in float32, and round them once to the dtype of the tensor that they are written to.
+        """Compute the rows from number `first` on in float32, and round them once to the dtype of the destination.
 
-        Args:
-            destination: [rows, ...] of any dtype, on the weight's device or another.
-            first: Number of the first of these rows.
+        It is [rows, ...], on the weight's device or another.
         """
 
 

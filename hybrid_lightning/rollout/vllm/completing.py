@@ -209,7 +209,8 @@ def check_version(found: str, where: str) -> None:
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
     if numbers < _OLDEST:
         raise ConfigError(
-            f"{where} has vLLM {found}, which does not say which weights made a completion; install vLLM {_OLDEST[0]}.{_OLDEST[1]}"
+            f"{where} has vLLM {found}, which does not say which weights made a completion; install vLLM "
+            f"{_OLDEST[0]}.{_OLDEST[1]}"
         )
     if numbers > _TRIED:
         rank_zero_warn(f"{where} has vLLM {found}, which was not tried here; {_TRIED[0]}.{_TRIED[1]} was")

@@ -5,15 +5,18 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
@@ -22,7 +25,7 @@ from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
-from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
+from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, in_thread, local_address
 from hybrid_lightning.types import Rollouts
 
 _UPDATING = "updating"  # label of a server whose weights are on their way
@@ -110,17 +113,17 @@ class VLLMServerSampler(VLLMEngine):
         """
         found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens))
         missing = [s for s, failure in found.items() if isinstance(failure, ServerError) and not failure.is_final]
-        missing = missing if model.resumed and len(missing) < len(found) else []
-        for server, failure in found.items():
-            if server in missing:
-                self._leave_out(server, str(failure))
-            elif isinstance(failure, ServerError):
+        if model.resumed and len(missing) < len(found):
+            for server in missing:
+                self._leave_out(server, str(found.pop(server)))
+        for failure in found.values():
+            if isinstance(failure, ServerError):
                 raise RolloutError(
                     f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
                 ) from failure
-            elif failure is not None:
+            if failure is not None:
                 raise failure
-        kinds = sorted({str(server.facts.backend) for server in self._servers if server not in missing})
+        kinds = sorted({str(server.facts.backend) for server in found})
         if len(kinds) > 1:
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
@@ -144,13 +147,8 @@ class VLLMServerSampler(VLLMEngine):
         return self.version is None or weights.base != self._base or has_other
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """See `RolloutEngine`.
-
-        Args:
-            weights: The policy's weights now.
-            model: The policy's model.
-            everything: What `needs_everything` has said. None asks it; an update that fails is then made again. Else the weights
-                are iterated over once, whatever happens, as on other ranks.
+        """See `RolloutEngine`. With what `needs_everything` has said the weights are iterated over once, whatever happens, as on
+        other ranks; else an update that fails is made again.
 
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
@@ -161,7 +159,7 @@ class VLLMServerSampler(VLLMEngine):
             return
         self.go_on_with(weights.version)
         if not weights.is_sender:
-            _drain(weights.stream(chosen))
+            deque(weights.stream(chosen), maxlen=0)
             self.version, self._base = weights.version, weights.base
             return
         before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
@@ -171,7 +169,7 @@ class VLLMServerSampler(VLLMEngine):
                 updated = self._update(weights, stream, model, before, chosen)
             finally:
                 if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                    _drain(stream)  # or other ranks, which gather the weights with this one, would wait
+                    deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
             if updated:
                 break
             if not asked:
@@ -214,14 +212,7 @@ class VLLMServerSampler(VLLMEngine):
         before: WeightsVersion | None,
         everything: bool,
     ) -> bool:
-        """Send weights to all servers that can be reached; False if none has them then.
-
-        Args:
-            weights: The policy's weights.
-            stream: Those to be sent, in one pass.
-            model: The policy's model.
-            before: The version that the servers had.
-            everything: Whether all are sent.
+        """Send weights in one pass to all servers that can be reached, which had the version before; False if none has them.
 
         Raises:
             RolloutError: If no server could be reached within `give_up_after`.
@@ -293,27 +284,20 @@ class VLLMServerSampler(VLLMEngine):
             self._hopeless.add(server)
             raise RolloutError(str(error)) from error
         server.shutdown_weight_transfer_engine()
-        address = self.address or local_address(server.url)
-        transfer: Transfer
-        if server.facts.backend == BACKEND:
-            transfer = GlooTransfer(server, address, server.facts.workers, self.timeout, facts_of(model.config))
-        else:
-            transfer = NcclTransfer(server, address, server.facts.workers, self.timeout, model.device)
+        kind = GlooTransfer if server.facts.backend == BACKEND else NcclTransfer
+        transfer: Transfer = kind(server, self.address or local_address(server.url), self.timeout, model)
         transfer.connect()
         return transfer
 
     def _labels(self) -> dict[Server, str]:
         """What the servers that can be used say of their weights."""
-        labels: dict[Server, str] = {}
         # One that hangs is waited for once.
-        asked = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
-        for server, found in asked.items():
-            if isinstance(found, str):
-                labels[server] = found
-            else:
+        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
+        for server, found in labels.items():
+            if not isinstance(found, str):
                 self._hopeless.discard(server)
                 self._leave_out(server, str(found))
-        return {server: label for server, label in labels.items() if server not in self._hopeless}
+        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._hopeless}
 
     def _note(self, server: Server, delivery: Delivery) -> None:
         """Remember whether a server has been updated."""
@@ -334,8 +318,7 @@ class VLLMServerSampler(VLLMEngine):
         self._left_out[server] = why
 
     def _disconnect(self, server: Server) -> None:
-        transfer = self._transfers.pop(server, None)
-        if transfer is not None:
+        if transfer := self._transfers.pop(server, None):
             transfer.close()
 
     # ---- attempts
@@ -362,22 +345,11 @@ class VLLMServerSampler(VLLMEngine):
 
     def _of_each(
         self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
-    ) -> dict[Server, _T | HybridLightningError]:
-        """Ask all servers at once; what goes wrong becomes the answer."""
-        answers: dict[Server, _T | HybridLightningError] = {}
-
-        def ask(server: Server) -> None:
-            try:
-                answers[server] = question(server)
-            except HybridLightningError as error:
-                answers[server] = error
-
-        threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in servers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(limit)
-        return {server: answers[server] for server in servers if server in answers}
+    ) -> dict[Server, _T | BaseException]:
+        """Ask all servers at once; what goes wrong becomes the answer. What takes longer than a limit has none."""
+        answers = {server: in_thread(partial(question, server)) for server in servers}
+        done = wait(answers.values(), limit).done
+        return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
 
     # ---- completions
 
@@ -412,8 +384,3 @@ class VLLMServerSampler(VLLMEngine):
         for server in self._servers:
             server.close()
         self.version = None
-
-
-def _drain(stream: Iterator[PolicyWeight]) -> None:
-    for _ in stream:
-        pass

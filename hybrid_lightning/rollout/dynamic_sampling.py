@@ -79,7 +79,7 @@ class DynamicSampling(Configurable):
         count = missing * sampled / useful if useful else wanted
         for step in (math.ceil(wanted / 4), ranks):
             count = math.ceil(count / step) * step
-        return min(wanted, count)
+        return min(wanted, int(count))
 
 
 def useful_groups(

@@ -14,11 +14,7 @@ from hybrid_lightning.errors import RolloutError
 
 
 class Delivery:
-    """An update of one server.
-
-    Args:
-        work: What its thread does; it iterates over the `Delivery` to get the weights, and what it raises becomes `failure`.
-    """
+    """An update of one server: its thread iterates over this to get the weights, and what it raises becomes `failure`."""
 
     def __init__(self, work: Callable[[Self], None]) -> None:
         self.failure: RolloutError | None = None
@@ -28,11 +24,7 @@ class Delivery:
         threading.Thread(target=self._run, args=(work,), daemon=True, name="weights for a vLLM server").start()
 
     def asks(self, limit: float) -> bool:
-        """Wait until the thread is ready for a weight, and so done with the one before; False if it has failed.
-
-        Args:
-            limit: Longest time to wait in seconds.
-        """
+        """Wait up to `limit` seconds until the thread is ready for a weight, done with the one before; False if it has failed."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._asks or self._ended, limit):
                 self._fail(f"it took no weight for {limit:.0f} s")
@@ -45,11 +37,7 @@ class Delivery:
             self._changed.notify_all()
 
     def end(self, limit: float) -> None:
-        """No more weights come: wait until the server has loaded them.
-
-        Args:
-            limit: Longest time to wait in seconds.
-        """
+        """No more weights come: wait up to `limit` seconds until the server has loaded them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

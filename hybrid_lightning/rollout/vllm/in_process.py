@@ -5,6 +5,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -158,7 +159,13 @@ class VLLMSampler(VLLMEngine):
 
                 self._llm = LLM(**options)
             except Exception as error:  # vLLM and CUDA have no classes for it
-                raise RolloutError(_why_not_started(error, self)) from error
+                text, remedy = one_line(error), "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
+                if "memory" in text.lower() or "KV cache" in text:
+                    remedy = (
+                        f"change sampler.gpu_memory_utilization={self.gpu_memory_utilization}, lower sampler.max_model_len, or "
+                        "give servers on other devices (VLLMServerSampler)"
+                    )
+                raise RolloutError(f"vLLM did not start: {text}; {remedy}") from error
         # A run that is stopped by a signal has no teardown; vLLM's own end, which comes later, would not find its groups.
         atexit.register(self.shut_down)
         context = self._llm.llm_engine.model_config.max_model_len
@@ -210,15 +217,9 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
-    ) -> Begun[list[list[Answer]]]:
+    def complete(self, *arguments: Any, **options: Any) -> Begun[list[list[Answer]]]:
         """See `VLLMEngine`; they are made when they are waited for."""
-        return Begun(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
+        return Begun(partial(self._completed, *arguments, **options))
 
     @torch.no_grad()
     def _completed(
@@ -226,7 +227,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
+        on_answers: OnAnswers | None = None,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._guest.visiting():
@@ -317,14 +318,3 @@ def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
-
-
-def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
-    text = one_line(error)
-    remedy = "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
-    if "memory" in text.lower() or "KV cache" in text:
-        remedy = (
-            f"change sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}, lower sampler.max_model_len, or give "
-            "servers on other devices (VLLMServerSampler)"
-        )
-    return f"vLLM did not start: {text}; {remedy}"

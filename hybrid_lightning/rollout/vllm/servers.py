@@ -153,28 +153,25 @@ class VLLMServerSampler(VLLMEngine):
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
         """
-        asked = everything is None
-        chosen = self.needs_everything(weights, model) if everything is None else everything
-        if not chosen and self.version == weights.version:
+        alone = everything is None
+        everything = self.needs_everything(weights, model) if everything is None else everything
+        if not everything and self.version == weights.version:
             return
         self.go_on_with(weights.version)
-        if not weights.is_sender:
-            deque(weights.stream(chosen), maxlen=0)
-            self.version, self._base = weights.version, weights.base
-            return
         before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
-        for _ in self._attempts():
-            stream = weights.stream(chosen)
-            try:
-                updated = self._update(weights, stream, model, before, chosen)
-            finally:
-                if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                    deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
-            if updated:
-                break
-            if not asked:
-                raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
-            chosen = True
+        stream = weights.stream(everything)
+        try:
+            for _ in self._attempts() if weights.is_sender else ():
+                updated = self._update(weights, stream, model, before, everything)
+                if updated:
+                    break
+                if updated is False and not alone:
+                    raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
+                if updated is False:
+                    everything, stream = True, weights.stream(True)
+        finally:
+            if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
+                deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
         self.version, self._base = weights.version, weights.base
 
     def go_on_with(self, version: WeightsVersion) -> None:
@@ -211,38 +208,37 @@ class VLLMServerSampler(VLLMEngine):
         model: ServedModel,
         before: WeightsVersion | None,
         everything: bool,
-    ) -> bool:
-        """Send weights in one pass to all servers that can be reached, which had the version before; False if none has them.
+    ) -> bool | None:
+        """Send weights in one pass to all servers that can be reached, which had the version before.
 
-        Raises:
-            RolloutError: If no server could be reached within `give_up_after`.
+        Returns:
+            Whether a server has them then; None if none could be reached, and the pass has not begun.
         """
+        labels = self._labels()
+        has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
+        chosen = [server for server in labels if server not in has_them]
+        if not everything:
+            for server in [server for server in chosen if labels[server] != str(before)]:
+                self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
+                chosen.remove(server)
+        if labels and not chosen:
+            return bool(has_them)
         update = Update(weights.shapes(everything), model.dtype, everything)
-        for _ in self._attempts():
-            labels = self._labels()
-            has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
-            chosen = [server for server in labels if server not in has_them]
-            if not everything:
-                for server in [server for server in chosen if labels[server] != str(before)]:
-                    self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
-                    chosen.remove(server)
-            if labels and not chosen:
-                return bool(has_them)
-            deliveries = {server: self._delivery(server, update, str(weights.version), model) for server in chosen}
-            try:
-                ready = [server for server, delivery in deliveries.items() if delivery.asks(2 * self.timeout)]
-                if ready:
-                    self._send(update, stream, deliveries, model)
-            except BaseException:
-                for server, delivery in deliveries.items():
-                    delivery.cut()
-                    self._disconnect(server)  # or what is under way would stay on the GPU
-                raise
+        deliveries = {server: self._delivery(server, update, str(weights.version), model) for server in chosen}
+        try:
+            ready = [server for server, delivery in deliveries.items() if delivery.asks(2 * self.timeout)]
+            if ready:
+                self._send(update, stream, deliveries, model)
+        except BaseException:
             for server, delivery in deliveries.items():
-                self._note(server, delivery)
-            if ready or has_them:
-                return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
-        raise AssertionError("attempts end by an error")
+                delivery.cut()
+                self._disconnect(server)  # or what is under way would stay on the GPU
+            raise
+        for server, delivery in deliveries.items():
+            self._note(server, delivery)
+        if not ready and not has_them:
+            return None
+        return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
 
     def _send(self, update: Update, stream: Iterator[PolicyWeight], deliveries: Deliveries, model: ServedModel) -> None:
         """Send weights to all servers at once. Each is computed when all have taken the one before, in the same memory."""

@@ -237,21 +237,23 @@ def test_impossible_sizes_are_refused(build_it, message):
         build_it()
 
 
-def test_another_number_of_ranks_takes_over_what_is_left():
-    loaders = [build(rank=rank, world_size=2) for rank in range(2)]
-    left = []
+def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead():
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
+    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
     for loader in loaders:
-        iterator = iter(loader)
-        next(iterator)
-        left += [row for batch in loader._pending for row in batch.advantages.tolist()]
+        next(iter(loader))
     states = [loader.state_dict() for loader in loaders]
-    together = {**states[0], "ranks": [state["ranks"][0] for state in states]}
-    one = build()
-    one.load_state_dict(together)
+    one = build(schedule=schedule)
+    one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
     batches = list(one)
-    assert batches[0].advantages.tolist() == left and len(batches) == 6
-    visited = {i for batch in batches[1:5] for i in batch.sequences.prompt_ids[:, 0].tolist()}
-    assert len(visited) == 8, "then the rollouts that follow"
+    parts = [
+        zip(*(own.minibatches for own in entries), strict=True) for entries in zip(*(own._ahead for own in loaders), strict=True)
+    ]
+    left = [[own._pending[0] for own in loaders], *(step for of_rollout in parts for step in of_rollout)]
+    expected = [[row for part in step for row in part.advantages.tolist()] for step in left]
+    assert [batch.advantages.tolist() for batch in batches[:3]] == expected and len(batches) == 6
+    visited = [i for batch in batches[1:5] for i in batch.sequences.prompt_ids[::2, 0].tolist()]
+    assert len(set(visited)) == 8, "then the rollouts that follow"
 
 
 def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_put_on_the_policys_device():
@@ -341,16 +343,3 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
         found = take(resumed, 5)
         assert [batch[0][1] for batch in first + found] == [batch[0][1] for batch in expected], "the same random numbers"
         assert resumed.source.calls == 5 + again
-
-
-def test_another_number_of_ranks_takes_over_the_rollouts_ahead():
-    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
-    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
-    for loader in loaders:
-        next(iter(loader))
-    states = [loader.state_dict() for loader in loaders]
-    one = build(schedule=schedule)
-    one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
-    batches = take(one, 3)
-    ahead = [[row for loader in loaders for row in loader._ahead[0].minibatches[step].advantages.tolist()] for step in range(2)]
-    assert [batch[0][3] for batch in batches[1:]] == ahead

@@ -23,6 +23,7 @@ from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, in_thread
 
 MODEL = build_model("llama")
+ENGINE = SimpleNamespace(model=MODEL)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 JOINED = {"qkv_proj": PROJECTIONS, "gate_up_proj": ["gate_proj", "up_proj"]}
 

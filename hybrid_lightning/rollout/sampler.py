@@ -64,12 +64,6 @@ class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Args:
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
             spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
@@ -77,6 +71,8 @@ class Sampler(RolloutEngine):
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}

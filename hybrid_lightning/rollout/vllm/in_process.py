@@ -44,15 +44,11 @@ class VLLMSampler(VLLMEngine):
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     shares_device = True

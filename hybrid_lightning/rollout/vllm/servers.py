@@ -52,15 +52,11 @@ class VLLMServerSampler(VLLMEngine):
         give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
             weights. Until then it is tried again, in growing intervals.
         address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     completes_elsewhere = shared_by_ranks = True

@@ -64,12 +64,12 @@ class Update:
     @property
     def largest(self) -> int:
         """Numbers in the largest weight."""
-        return max((torch.Size(shape).numel() for shape in self.shapes.values()), default=0)
+        return max(map(math.prod, self.shapes.values()), default=0)
 
     @property
     def longest_s(self) -> float:
         """Seconds in which all are sent over the slowest network."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
+        return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize / _SLOWEST
 
 
 class Transfer(ABC):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, trained
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, trained
 
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.callbacks import GracefulStop, StepTimer
@@ -28,7 +28,7 @@ DIES = "the server dies"
 LAG = ("sampling/weights_version_lag", "sampling/importance_weight/mean")
 
 
-class Noted(Log):
+class Noted(Callback):
     """What each optimizer step was made of, and each validation."""
 
     def __init__(self, *metrics):

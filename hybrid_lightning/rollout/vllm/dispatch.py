@@ -7,11 +7,11 @@ from one rollout to the next: each begins with a look at all servers.
 
 import asyncio
 import contextlib
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import httpx
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.rollout.vllm.transfer import in_thread
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
@@ -76,6 +77,7 @@ class Dispatch:
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
     _on_answers: OnAnswers | None
+    _work: "Future[None]"
     _ended_at: float
 
     def __init__(
@@ -100,8 +102,7 @@ class Dispatch:
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
-        self._ended, self._is_ending = threading.Event(), False
-        self._failure: BaseException | None = None
+        self._is_ending = False
 
     def start(self, on_answers: OnAnswers | None = None) -> None:
         """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks.
@@ -115,14 +116,11 @@ class Dispatch:
         def work() -> None:
             try:
                 loop.run_until_complete(main)
-            except BaseException as error:
-                self._failure = error
             finally:
                 loop.close()
                 self._ended_at = time.monotonic()
-                self._ended.set()
 
-        threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+        self._work = in_thread(work, "requests to vLLM servers")
 
     def go_on_with(self, label: str) -> None:
         """Servers are given other weights, by which requests under way may be answered from now on."""
@@ -142,7 +140,7 @@ class Dispatch:
     @property
     def seconds_since_end(self) -> float:
         """Seconds since the last answer; 0 while requests are under way."""
-        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
+        return time.monotonic() - self._ended_at if self._work.done() else 0.0
 
     def wait(self, on_token: Callable[[int, int], None] | None) -> None:
         """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.
@@ -150,7 +148,7 @@ class Dispatch:
         To `on_token` (see `VLLMEngine.complete`) how far the rollout is stands in for the tokens decoded.
         """
         try:
-            while not self._ended.wait(_SLICE_S):
+            while not wait([self._work], _SLICE_S).done:
                 self._tell(on_token)
         except BaseException:
             self.cancel()
@@ -164,10 +162,10 @@ class Dispatch:
             RolloutError: If no server completes them.
         """
         self.wait(on_token)
-        if isinstance(self._failure, asyncio.CancelledError):
-            raise RolloutError("the requests to vLLM servers were ended")
-        if self._failure is not None:
-            raise self._failure
+        try:
+            self._work.result()
+        except asyncio.CancelledError:
+            raise RolloutError("the requests to vLLM servers were ended") from None
         return [self._answers[number] for number in range(self._total)]
 
     def end(self) -> None:
@@ -181,7 +179,7 @@ class Dispatch:
     def cancel(self) -> None:
         """End the requests, on the servers as well."""
         self.end()
-        self._ended.wait(2 * _FAREWELL_S)
+        wait([self._work], 2 * _FAREWELL_S)
 
     def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
         if on_token is not None:

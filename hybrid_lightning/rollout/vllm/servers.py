@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
-from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
@@ -33,7 +33,6 @@ _UPDATING = "updating"  # label of a server whose weights are on their way
 _FIRST_S, _AGAIN_S = 30.0, 3.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _T = TypeVar("_T")
-Deliveries = dict[Server, Delivery]
 
 
 class VLLMServerSampler(VLLMEngine):
@@ -96,6 +95,7 @@ class VLLMServerSampler(VLLMEngine):
         self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
         self._base = ""  # what the weights that training leaves alone were when they were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
+        self._taking: set[Server] = set()  # those that take the weights of the update under way
         self._dispatches: list[Dispatch] = []  # that may have requests under way
         self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
@@ -219,52 +219,75 @@ class VLLMServerSampler(VLLMEngine):
                 chosen.remove(server)
         if labels and not chosen:
             return bool(has_them)
-        update = Update(weights.shapes(everything), model.dtype, everything)
-        deliveries = {server: self._delivery(server, update, str(weights.version), model) for server in chosen}
+        update, self._taking = Update(weights.shapes(everything), model.dtype, everything), set(chosen)
         try:
-            ready = [server for server, delivery in deliveries.items() if delivery.asks(2 * self.timeout)]
-            if ready:
-                self._send(update, stream, deliveries, model)
+            self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
+            if not self._taking:
+                return True if has_them else None
+            self._send(update, stream, model)
+            finished = self._ask(self._taking, partial(self._finish, str(weights.version)))
+            self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
-            for server, delivery in deliveries.items():
-                delivery.cut()
+            self._taking = set()
+            for server in chosen:
                 self._disconnect(server)  # or what is under way would stay on the GPU
             raise
-        for server, delivery in deliveries.items():
-            self._note(server, delivery)
-        if not ready and not has_them:
-            return None
-        return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
+        for server in self._taking:
+            if self._left_out.pop(server, None) is not None:
+                rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
+        return bool(has_them or self._taking)
 
-    def _send(self, update: Update, stream: Iterator[PolicyWeight], deliveries: Deliveries, model: ServedModel) -> None:
+    def _send(self, update: Update, stream: Iterator[PolicyWeight], model: ServedModel) -> None:
         """Send weights to all servers at once. Each is computed when all have taken the one before, in the same memory."""
-        by_nccl = any(server.facts.backend == "nccl" for server in deliveries if server.is_known)
+        by_nccl = any(server.facts.backend == "nccl" for server in self._taking)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
+        sent: dict[Server, Future[None]] = {}
         for weight in stream:
-            ready = [delivery for delivery in deliveries.values() if delivery.asks(2 * self.timeout)]
-            if not ready:
+            self._settle(sent, 2 * self.timeout)
+            if not self._taking:
                 return
             value = memory[: weight.shape.numel()].view(weight.shape)
             weight.write_rows(value, 0)
-            for delivery in ready:
-                delivery.give(weight.name, value)
-        for delivery in deliveries.values():
-            if delivery.failure is None:
-                delivery.end(2 * self.timeout + update.longest_s)
+            sent = self._ask(self._taking, partial(self._give, value))
+        self._settle(sent, 2 * self.timeout)
 
-    def _delivery(self, server: Server, update: Update, label: str, model: ServedModel) -> Delivery:
-        def work(delivery: Delivery) -> None:
-            server.pause(keeps=self.requests_go_on)
-            server.set_label(_UPDATING)
-            if server not in self._transfers or update.everything:
-                self._transfers[server] = self._connected(server, model)
-            self._transfers[server].send(update, iter(delivery))
-            server.reset_prefix_cache()
-            if delivery.failure is None:
-                server.set_label(label)
-                server.resume()
+    def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
+        server.pause(keeps=self.requests_go_on)
+        server.set_label(_UPDATING)
+        if server not in self._transfers or update.everything:
+            self._transfers[server] = self._connected(server, model)
+        if server not in self._taking:  # it has not been waited for
+            self._disconnect(server)
+            return
+        self._transfers[server].begin(update)
 
-        return Delivery(work)
+    def _give(self, value: Tensor, server: Server) -> None:
+        self._transfers[server].give(value)
+
+    def _finish(self, label: str, server: Server) -> None:
+        self._transfers[server].end()
+        server.reset_prefix_cache()
+        if server in self._taking:
+            server.set_label(label)
+            server.resume()
+
+    def _settle(self, asked: dict[Server, "Future[None]"], limit: float) -> None:
+        """Wait for what servers do in an update. Those that fail, or take longer, are left out of it."""
+        wait(asked.values(), limit)
+        for server, answer in asked.items():
+            failure = answer.exception() if answer.done() else RolloutError(f"it hangs in the update, for {limit:.0f} s")
+            if failure is None:
+                continue
+            self._taking.discard(server)
+            self._disconnect(server)
+            if isinstance(failure, ServerError) and failure.is_final:
+                self._hopeless.add(server)
+            first_line = (str(failure).splitlines() or [""])[0]  # of gloo, NCCL or vLLM
+            self._leave_out(
+                server, str(failure) if isinstance(failure, RolloutError) else f"{type(failure).__name__}: {first_line}"
+            )
+            for dispatch in self._running:
+                dispatch.leave(server)
 
     def _connected(self, server: Server, model: ServedModel) -> Transfer:
         """Connect to a server that may have been started again, as something else."""
@@ -290,19 +313,6 @@ class VLLMServerSampler(VLLMEngine):
                 self._hopeless.discard(server)
                 self._leave_out(server, str(found))
         return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._hopeless}
-
-    def _note(self, server: Server, delivery: Delivery) -> None:
-        """Remember whether a server has been updated."""
-        if delivery.failure is not None:
-            delivery.cut()  # it may still be at it
-            self._disconnect(server)
-            if isinstance(delivery.failure, ServerError) and delivery.failure.is_final:
-                self._hopeless.add(server)
-            self._leave_out(server, str(delivery.failure))
-            for dispatch in self._running:
-                dispatch.leave(server)
-        elif self._left_out.pop(server, None) is not None:
-            rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
 
     def _leave_out(self, server: Server, why: str) -> None:
         if server not in self._left_out:
@@ -335,11 +345,14 @@ class VLLMServerSampler(VLLMEngine):
     def _why(self) -> str:
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
 
+    def _ask(self, servers: Iterable[Server], question: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
+        return {server: in_thread(partial(question, server)) for server in servers}
+
     def _of_each(
         self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
     ) -> dict[Server, _T | BaseException]:
         """Ask all servers at once; what goes wrong becomes the answer. What takes longer than a limit has none."""
-        answers = {server: in_thread(partial(question, server)) for server in servers}
+        answers = self._ask(servers, question)
         done = wait(answers.values(), limit).done
         return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,6 +82,9 @@ class Transfer(ABC):
         model: The policy's model.
     """
 
+    _answer: "Future[None]"  # of the server, to the update under way
+    _longest: float  # time for it in seconds
+
     def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
         self._server, self._address, self._timeout, self._model = server, address, timeout, model
         self._ranks = 1 + server.facts.workers
@@ -95,21 +98,27 @@ class Transfer(ABC):
             RolloutError: If the server refuses, such as one with another model.
         """
 
-    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Let the server load weights, by name and value; a value is read only until the next is asked for.
+    def begin(self, update: Update) -> None:
+        """Let the server expect the weights of an update.
 
         Raises:
-            RolloutError: If it does not. The connection is closed then.
+            RolloutError: If it does not.
         """
-        limit = self._timeout + update.longest_s
+        self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
-        answer = in_thread(lambda: self._server.update_weights(self._told(update), limit))
+        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest))
+
+    def give(self, value: Tensor) -> None:
+        """Send the next weight, which has been read when this returns.
+
+        Raises:
+            RolloutError: If the server does not take it. The connection is closed then.
+        """
+        answer = self._answer
         try:
-            for _, value in weights:
-                if answer.done():
-                    break
-                self._broadcast(value, answer)
-                del value  # or the next one would be allocated beside it
+            if answer.done():
+                answer.result()
+            self._broadcast(value, answer)
         except Exception as error:
             self.close()  # here, where the value is still kept for what may be reading it
             if isinstance(error, RolloutError):
@@ -117,7 +126,14 @@ class Transfer(ABC):
             if wait([answer], self._limit / 10).done:  # the worker has closed the connection; why, it says in its answer
                 answer.result()
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
-        _wait_for(answer, limit)
+
+    def end(self) -> None:
+        """Let the server use the weights that came.
+
+        Raises:
+            RolloutError: If it has not loaded them.
+        """
+        _wait_for(self._answer, self._longest)
         self._server.finish_weight_update()
 
     @abstractmethod
@@ -252,17 +268,17 @@ class NcclTransfer(Transfer):
         self._wait_until(sent.query, answer, "its workers took no weight over NCCL", remedy)
 
 
-def in_thread(call: Callable[[], _T]) -> "Future[_T]":
+def in_thread(call: Callable[[], _T], name: str = "request to a vLLM server") -> "Future[_T]":
     """Make a call in a thread of its own, which does not keep the process alive."""
     answer: Future[_T] = Future()
 
     def run() -> None:
         try:
             answer.set_result(call())
-        except Exception as error:
+        except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="request to a vLLM server").start()
+    threading.Thread(target=run, daemon=True, name=name).start()
     return answer
 
 

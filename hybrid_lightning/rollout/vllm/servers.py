@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
@@ -95,7 +95,7 @@ class VLLMServerSampler(VLLMEngine):
         self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
         self._base = ""  # what the weights that training leaves alone were when they were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
-        self._taking: set[Server] = set()  # those that take the weights of the update under way
+        self._taking: list[Server] = []  # those that take the weights of the update under way
         self._dispatches: list[Dispatch] = []  # that may have requests under way
         self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
@@ -219,7 +219,7 @@ class VLLMServerSampler(VLLMEngine):
                 chosen.remove(server)
         if labels and not chosen:
             return bool(has_them)
-        update, self._taking = Update(weights.shapes(everything), model.dtype, everything), set(chosen)
+        update, self._taking = Update(weights.shapes(everything), model.dtype, everything), list(chosen)
         try:
             self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
             if not self._taking:
@@ -228,7 +228,7 @@ class VLLMServerSampler(VLLMEngine):
             finished = self._ask(self._taking, partial(self._finish, str(weights.version)))
             self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
-            self._taking = set()
+            self._taking = []
             for server in chosen:
                 self._disconnect(server)  # or what is under way would stay on the GPU
             raise
@@ -278,14 +278,12 @@ class VLLMServerSampler(VLLMEngine):
             failure = answer.exception() if answer.done() else RolloutError(f"it hangs in the update, for {limit:.0f} s")
             if failure is None:
                 continue
-            self._taking.discard(server)
+            self._taking.remove(server)
             self._disconnect(server)
             if isinstance(failure, ServerError) and failure.is_final:
                 self._hopeless.add(server)
-            first_line = (str(failure).splitlines() or [""])[0]  # of gloo, NCCL or vLLM
-            self._leave_out(
-                server, str(failure) if isinstance(failure, RolloutError) else f"{type(failure).__name__}: {first_line}"
-            )
+            named = "" if isinstance(failure, RolloutError) else f"{type(failure).__name__}: "  # of gloo, NCCL or vLLM
+            self._leave_out(server, named + one_line(failure, 600))
             for dispatch in self._running:
                 dispatch.leave(server)
 

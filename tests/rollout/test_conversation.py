@@ -68,14 +68,6 @@ def messages_of(turns):
     return [[(row, tokens, finished) for row, tokens, _, _, finished in turn] for turn in turns]
 
 
-def test_any_engine_goes_on_by_a_longer_prompt(tokenizer):
-    model = build_model("llama")
-    turns = play(by_longer_prompts, engine_of(model), tokenizer)
-    assert_of_whole_contexts(model, turns)
-    lengths = [len(tokens) for turn in turns for _, tokens, *_ in turn]
-    assert min(lengths) < 4 and max(lengths) == 12
-
-
 def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
     engine = engine_of(build_model("llama"))
     together = play(Sampler.conversation, engine, tokenizer)
@@ -128,24 +120,22 @@ def test_messages_on_accelerators_too(tokenizer, name, monkeypatch):
         assert_of_whole_contexts(model, turns)
 
 
-@pytest.mark.usefixtures("without_reading_again")
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "wide window"])
 def test_messages_by_a_cache_of_transformers_too(tokenizer, name, monkeypatch):
+    """One with a window cannot leave out columns, and is made again."""
     monkeypatch.setattr(Engine, "packs", False)
+    if name != "wide window":
+        monkeypatch.setattr(Conversation, "_next", None)
     model = MODELS[name]()
     assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
 
 
-def test_a_cache_that_cannot_leave_out_columns_is_made_again(tokenizer, monkeypatch):
-    monkeypatch.setattr(Engine, "packs", False)
-    model = MODELS["wide window"]()
-    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
-
-
-def test_adapted_models_go_on_as_by_longer_prompts(tokenizer):
+def test_adapted_models_go_on_as_by_longer_prompts_which_any_engine_can(tokenizer):
     engine = fused(build_adapted("qwen3").model)
-    again, going_on = (messages_of(play(begin, engine, tokenizer)) for begin in (by_longer_prompts, Sampler.conversation))
-    assert going_on == again
+    again, going_on = (play(begin, engine, tokenizer) for begin in (by_longer_prompts, Sampler.conversation))
+    assert messages_of(going_on) == messages_of(again)
+    with torch.no_grad():
+        assert_of_whole_contexts(engine.model, again)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")

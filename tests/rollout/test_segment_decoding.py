@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,18 +88,11 @@ def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
     assert decoding.used.tolist() == [6, 6, 6] and decoding.slots.tolist() == [0, 2, 5]
 
 
-class _Event(SimpleNamespace):
-    """In place of a device's event."""
-
-    def __init__(self, device):
-        super().__init__(record=lambda: None, synchronize=lambda: None)
-
-
 def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
     """The number of running rows is known late, and still no completion differs."""
     engine = Engine(build_model("llama"), OfAccelerator())
     expected = sample(engine, tokenizer, 40)
-    monkeypatch.setattr(torch, "Event", _Event)
+    monkeypatch.setattr(torch, "Event", Mock())
     made = sampling._Running.__init__
 
     def late(self, rows, device):

@@ -24,7 +24,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -151,13 +151,11 @@ class _Position(NamedTuple):
     generator: Tensor  # its state
 
 
-@dataclass
-class _Ahead:
+class _Ahead(NamedTuple):
     """A rollout that was begun and is not trained on yet."""
 
     before: _Position  # before it was begun
-    begun: Begun[TrainedRollout] | None = None  # None for one of a checkpoint
-    minibatches: list[PolicyBatch] | None = None  # once it has been made, without what `add_logprobs` computes
+    begun: Begun[list[PolicyBatch]]  # its minibatches, without what `add_logprobs` computes; all ranks finish it together
 
 
 class RolloutLoader:
@@ -282,7 +280,7 @@ class RolloutLoader:
         put_off = RunStopped, RolloutError if self.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
-                ahead.append([batch_to_state(batch) for batch in self._made(entry)])
+                ahead.append([batch_to_state(batch) for batch in entry.begun.finish()])
                 places.append(list(entry.before.prompts))
             except put_off:  # raised again when the rollout is needed
                 now = entry.before
@@ -324,7 +322,7 @@ class RolloutLoader:
             self._pending.extend(own([one["pending"] for one in saved]))
             for number, (epoch, start) in enumerate(state["ahead"]):
                 minibatches = own([one["ahead"][number] for one in saved])
-                self._ahead.append(_Ahead(_Position((epoch, start), generator), minibatches=minibatches))
+                self._ahead.append(_Ahead(_Position((epoch, start), generator), Begun(partial(list, minibatches))))
         else:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
@@ -350,19 +348,17 @@ class RolloutLoader:
         try:
             if not self._ahead:
                 self._begin()
-            first = self._ahead[0]
-            if first.begun is not None:
-                first.begun.wait()
+            first = self._ahead[0].begun
+            first.wait()
             most, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
             while len(self._ahead) <= most and len(self._ahead) * steps < self.steps_left():
                 self._begin()
-            batches = self._micro_batches(self._made(first))
+            batches = self._micro_batches(first.finish())
         except BaseException:
             # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
             # checkpoint saved now begins these rollouts anew.
             for entry in list(self._ahead)[len(ahead) :]:
-                if entry.begun is not None:
-                    entry.begun.cancel()
+                entry.begun.cancel()
             self._ahead = deque(ahead)
             self._cursor.position = before.prompts
             self.generator.set_state(before.generator)
@@ -375,14 +371,9 @@ class RolloutLoader:
         before = self._position
         prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
         more = self._cursor.draw if self.shuffle else None
-        self._ahead.append(_Ahead(before, self.source.begin(prompts, self.generator, more)))
-
-    def _made(self, entry: _Ahead) -> list[PolicyBatch]:
-        """A rollout's minibatches, once it has been made. All ranks have to call it together."""
-        if entry.minibatches is None:
-            assert entry.begun is not None, "one of a checkpoint has been made"
-            entry.minibatches = self._minibatches(entry.begun.finish())
-        return entry.minibatches
+        begun = self.source.begin(prompts, self.generator, more)
+        minibatches = cache(lambda: self._minibatches(begun.finish()))  # a checkpoint may need them before training does
+        self._ahead.append(_Ahead(before, Begun(minibatches, begun.wait, begun.cancel)))
 
     def _minibatches(self, rollout: TrainedRollout) -> list[PolicyBatch]:
         """The optimizer steps of one pass over a rollout, with the rows that take part in each."""

@@ -250,7 +250,7 @@ def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead(
     one = build(schedule=schedule)
     one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
     batches = list(one)
-    left = [[*own._pending, *own._ahead[0].minibatches] for own in loaders]
+    left = [[*own._pending, *own._ahead[0].begun.finish()] for own in loaders]
     expected = [[row for part in step for row in part.advantages.tolist()] for step in zip(*left, strict=True)]
     assert [batch.advantages.tolist() for batch in batches[:3]] == expected and len(batches) == 6
     visited = [i for batch in batches[1:5] for i in batch.sequences.prompt_ids[::2, 0].tolist()]

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ class VLLMSampler(VLLMEngine):
         self._llm: Any = None
         self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
         self._asleep = False
-        self._requests = 0
+        self._requests = itertools.count()
 
     def check_model(self, model: ServedModel) -> None:
         """See `RolloutEngine`: vLLM is installed, and its engine can be had on this device."""
@@ -232,12 +233,10 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             engine = self._llm.llm_engine
-            names: dict[str, int] = {}  # of requests -> number of the prompt
+            # Names of requests -> number of the prompt.
+            names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
             try:
-                for ids, asked in zip(prompt_ids, parameters, strict=True):
-                    name = f"completion-{self._requests}"
-                    names[name] = len(names)
-                    self._requests += 1
+                for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
                     wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
                 steps = 0

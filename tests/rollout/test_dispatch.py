@@ -103,7 +103,8 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     servers[0].fails_updates = int(dies)
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
         sampler.update(Weights(2), served)
-    rollouts = begun.finish()
+    began, rollouts = time.monotonic(), begun.finish()
+    assert time.monotonic() - began < 5, "what the other server was asked is not waited for"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
     assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"

@@ -374,6 +374,7 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]
+    assert {label for group in answers for answer in group for label, _ in answer.versions} == {str(sampler.version)}
     return answers
 
 

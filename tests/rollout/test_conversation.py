@@ -84,6 +84,10 @@ def test_every_episode_has_a_limit_of_its_own(tokenizer):
     for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
         assert tokens == whole[: limits[row]] and finished == (ended and len(whole) <= limits[row])
     assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    begun = Sampler(12).conversation(engine, tokenizer, PROMPTS, ids, SAMPLES, capacity=CAPACITY)
+    lengths = begun.first(PromptDraws(PROMPTS, SAMPLES, 3), [1, 6, 11]).lengths.view(len(TEXTS), SAMPLES)
+    assert (lengths <= torch.tensor([[1], [6], [11]])).all() and lengths.max() > 6, "and a prompt's first messages one"
 
 
 @pytest.fixture

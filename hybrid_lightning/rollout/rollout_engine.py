@@ -310,21 +310,16 @@ class RolloutEngine(Configurable, ABC):
         finished: Sequence[bool],
     ) -> tuple[Completion, ...]:
         """Decode B = P * G completions, the G of a prompt side by side, with the token or string that ended them, if one did."""
-        texts = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        decoded = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        # Before the first stop string in it.
+        texts = [text[: min((text.index(stop) for stop in self.stop if stop in text), default=None)] for text in decoded]
         samples = len(tokens) // max(1, len(prompt_ids))
-        thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples)]
+        # Prompts that end in <think>, as chat templates of some reasoning models write it.
+        begun = [str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>") for ids in prompt_ids]
+        thinking = [within for within in begun for _ in range(samples)]
         lengths = [len(row) for row in tokens]
         rows = zip(texts, lengths, finished, thinking, strict=True)
-        return tuple(Completion(self._cut(text), length, ended, within) for text, length, ended, within in rows)
-
-    def _cut(self, text: str) -> str:
-        """The text before the first stop string in it."""
-        return text[: min((text.index(stop) for stop in self.stop if stop in text), default=None)]
-
-
-def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether a prompt ends in <think>, as chat templates of some reasoning models write it."""
-    return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
+        return tuple(Completion(*row) for row in rows)
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -57,13 +57,7 @@ class ServerFacts:
 
 
 class ServerError(RolloutError):
-    """A server does not answer, or refuses.
-
-    Args:
-        url: The server's.
-        cause: Why, in a line.
-        status: Status of its answer; None if it did not answer.
-    """
+    """A server does not answer, or refuses, for a cause in a line; without a status it did not answer."""
 
     def __init__(self, url: str, cause: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {cause}")
@@ -77,12 +71,9 @@ class ServerError(RolloutError):
 
 
 class Server:
-    """A vLLM server.
+    """A vLLM server at an address such as http://node7:8000, with an API key if it asks for one.
 
-    Args:
-        url: Such as http://node7:8000.
-        timeout: Longest time for a request in seconds.
-        key: Its API key, if it asks for one.
+    A request may take `timeout` seconds.
     """
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:

@@ -56,10 +56,13 @@ class Update:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the receiver is told."""
-        shapes = [list(shape) for shape in self.shapes.values()]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"names": list(self.shapes), "shapes": shapes, "dtype": dtype, "everything": self.everything}
+        """What receivers are told."""
+        return {"names": list(self.shapes), "shapes": [list(shape) for shape in self.shapes.values()]}
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def largest(self) -> int:
@@ -191,7 +194,7 @@ class GlooTransfer(Transfer):
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
-        return update.description
+        return update.description | {"dtype": update.dtype_name, "everything": update.everything}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed meanwhile
@@ -255,8 +258,7 @@ class NcclTransfer(Transfer):
             communicator.destroy()  # which is ncclCommAbort
 
     def _told(self, update: Update) -> dict[str, Any]:
-        told = update.description
-        return {"names": told["names"], "shapes": told["shapes"], "dtype_names": [told["dtype"]] * len(update.shapes)}
+        return update.description | {"dtype_names": [update.dtype_name] * len(update.shapes)}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         assert self._communicator is not None and self._stream is not None, "connect has to be called first"

@@ -27,10 +27,8 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Pad rows on the left. Returns ids [B, S] int64 and the mask [B, S] bool, True on real tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device)[None] >= width - lengths[:, None]
+    ids, mask = pad_right([row[::-1] for row in rows], pad_id, device)
+    return ids.flip(1), mask.flip(1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -47,13 +45,7 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
     The tokens of a prompt count once for neighbours that share it, as in the packed forward pass. If its completions are in
     several runs, the prompt counts in each of them.
 
-    Args:
-        sequences: B rows.
-        max_tokens: Largest number of tokens of prompts and completions in a run.
-        together: Number of rows that stay together, counted from the first row; B must be a multiple of it.
-
-    Returns:
-        Slices of the rows, in order.
+    `together` rows always stay together, counted from the first one; B must be a multiple of it.
     """
     prompts = sequences.prompt_mask.sum(dim=1).tolist()
     completions = sequences.completion_mask.sum(dim=1).tolist()
@@ -74,9 +66,7 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
 def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Stack tensors of consecutive rows, [b, t] each, to [B, width], with zeros on the right of narrower parts.
 
-    Args:
-        parts: The tensors; b and t may differ. They may also be [b] each, which become [B].
-        width: Columns of the result; None for those of the widest part.
+    None for `width` takes that of the widest part. They may also be [b] each, which become [B].
     """
     if parts[0].dim() == 1:
         return torch.cat(list(parts))
@@ -87,19 +77,20 @@ def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
 def join_sequences(parts: Sequence[Sequences]) -> Sequences:
     """Concatenate sequences; prompts stay left-padded and completions right-padded."""
     start = max(part.prompt_ids.shape[1] for part in parts)
-    steps = [part.weights_step for part in parts]
-
-    def left(values: list[Tensor]) -> Tensor:
-        return torch.cat([pad(value, (start - value.shape[1], 0)) for value in values])
-
     return Sequences(
-        left([part.prompt_ids for part in parts]),
-        left([part.prompt_mask for part in parts]),
+        torch.cat([pad(part.prompt_ids, (start - part.prompt_ids.shape[1], 0)) for part in parts]),
+        torch.cat([pad(part.prompt_mask, (start - part.prompt_mask.shape[1], 0)) for part in parts]),
         join_rows([part.completion_ids for part in parts]),
         join_rows([part.completion_mask for part in parts]),
-        None if any(step is None for step in steps) else join_rows([step for step in steps if step is not None]),
+        _join_known([part.weights_step for part in parts]),
         join_rows([part.sampled_mask for part in parts]),
     )
+
+
+def _join_known(parts: Sequence[Tensor | None], width: int | None = None) -> Tensor | None:
+    """`join_rows`, or None where that of a part is not known."""
+    known = [part for part in parts if part is not None]
+    return join_rows(known, width) if len(known) == len(parts) else None
 
 
 def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
@@ -129,38 +120,26 @@ def join_rewards(parts: Sequence[Rewards]) -> Rewards:
 
 
 def batches_of_rank(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
-    """The micro-batches of one rank, from those that another number of ranks may have saved.
-
-    Args:
-        batches: The micro-batches of each rank that saved, the same number for each.
-        rank: The rank that gets the result.
-        ranks: How many ranks there are now.
-    """
+    """The micro-batches of one of now so many ranks, from those of each rank that saved, the same number for each."""
     if len(batches) == ranks:
         return list(batches[rank])
-    return [_rows_of_rank(_join_batches(parts), rank, ranks) for parts in zip(*batches, strict=True)]
-
-
-def _rows_of_rank(batch: PolicyBatch, rank: int, ranks: int) -> PolicyBatch:
+    joined = [_join_batches(parts) for parts in zip(*batches, strict=True)]
     # tensor_split keeps neighbours together, which may share a prompt.
-    return batch.rows(torch.arange(len(batch.sequences), device=batch.advantages.device).tensor_split(ranks)[rank])
+    rows = [torch.arange(len(batch.sequences), device=batch.advantages.device).tensor_split(ranks)[rank] for batch in joined]
+    return [batch.rows(of_rank) for batch, of_rank in zip(joined, rows, strict=True)]
 
 
 def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     parts = [part for part in parts if len(part.sequences)] or parts[:1]
     width = max(part.sequences.completion_ids.shape[1] for part in parts)
-
-    def joined(values: list[Tensor | None]) -> Tensor | None:
-        return None if values[0] is None else join_rows([value for value in values if value is not None], width)
-
     return replace(
         parts[0],
         sequences=join_sequences([part.sequences for part in parts]),
         advantages=join_rows([part.advantages for part in parts], width),
         sampling_logprobs=join_rows([part.sampling_logprobs for part in parts], width),
-        old_logprobs=joined([part.old_logprobs for part in parts]),
-        ref_logprobs=joined([part.ref_logprobs for part in parts]),
-        policy_mask=joined([part.policy_mask for part in parts]),
+        old_logprobs=_join_known([part.old_logprobs for part in parts], width),
+        ref_logprobs=_join_known([part.ref_logprobs for part in parts], width),
+        policy_mask=_join_known([part.policy_mask for part in parts], width),
     )
 
 

@@ -12,7 +12,7 @@ Axes: P prompts, G samples per prompt, B = P * G episodes, R of them that go on,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,17 +42,20 @@ class Turn:
 class Conversation:
     """Episodes by any rollout engine: the context of a message is given to it as a longer prompt.
 
+    Weights must not change while they last, unless the engine goes on with others (`requests_go_on`): a turn that is begun after
+    an update is by the new ones, and each token says by which.
+
     Args:
         sampler: Makes the messages.
-        engine: See `RolloutEngine.conversation`, and likewise below.
-        tokenizer: See there.
+        engine: As in `RolloutEngine.sample`; so are the other arguments that are not named here.
+        tokenizer: Gives the token that fills up rows.
         prompts: P prompts.
         prompt_ids: Token ids of the prompts.
-        samples_per_prompt: G.
-        capacity: Most tokens of an episode behind its prompt.
-        greedy: Whether the most probable token is taken.
-        stops: What ends a message.
-        on_token: Called after every token.
+        samples_per_prompt: Episodes of each prompt (G).
+        capacity: Most tokens of an episode behind its prompt: those sampled, and those that are added.
+        greedy: Take the most probable token instead of sampling.
+        stops: What ends a message; None makes it for this conversation.
+        on_token: Called after every token of a turn.
 
     Raises:
         ConfigError: If a prompt with an episode of this capacity exceeds the model's positions, or those of the engine.
@@ -66,16 +69,17 @@ class Conversation:
         prompts: Sequence[Prompt],
         prompt_ids: Sequence[Sequence[int]],
         samples_per_prompt: int,
+        *,
         capacity: int,
-        greedy: bool,
-        stops: "Stops",
-        on_token: Callable[[int, int], None] | None,
+        greedy: bool = False,
+        stops: "Stops | None" = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> None:
         for ids in prompt_ids:
             sampler.check_prompt(getattr(engine.model, "config", None), len(ids), capacity)
         self._sampler, self._engine, self._tokenizer, self._capacity = sampler, engine, tokenizer, capacity
         self._prompts, self._prompt_ids, self._samples = prompts, prompt_ids, samples_per_prompt
-        self._greedy, self._stops, self._on_token = greedy, stops, on_token
+        self._greedy, self._stops, self._on_token = greedy, stops or sampler.stops(tokenizer), on_token
         self._own: list[list[int]] = [[] for _ in range(len(prompts) * samples_per_prompt)]  # each episode's tokens so far
         self._messages = [0] * len(self._own)  # of the policy, in each episode
 
@@ -129,24 +133,10 @@ class Conversation:
         return self._sample([self._prompts[number] for number in numbers], contexts, 1, generator, limits)
 
     def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        ids: Sequence[Sequence[int]],
-        samples: int,
-        generator: Draws,
-        limits: Sequence[int],
+        self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], samples: int, generator: Draws, limits: Sequence[int]
     ) -> Turn:
-        made = self._sampler.sample(
-            self._engine,
-            self._tokenizer,
-            prompts,
-            ids,
-            samples,
-            generator=generator,
-            greedy=self._greedy,
-            stops=self._stops,
-            on_token=self._on_token,
-            limits=limits,
-        )
+        options: Any = {"greedy": self._greedy, "stops": self._stops, "on_token": self._on_token}
+        arguments = (self._engine, self._tokenizer, prompts, ids, samples)
+        made = self._sampler.sample(*arguments, generator=generator, limits=limits, **options)
         lengths = made.sequences.completion_mask.sum(dim=1)
         return Turn(made.sequences.completion_ids, made.sampling_logprobs, lengths, made.finished, made.sequences.weights_step)

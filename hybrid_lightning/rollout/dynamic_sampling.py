@@ -61,14 +61,14 @@ class DynamicSampling(Configurable):
         self.max_extra_rollouts = max_extra_rollouts
 
     def prompts_to_add(self, useful: int, sampled: int, wanted: int, extra_rollouts: int, ranks: int) -> int:
-        """Number of prompts in the next extra rollout, over all ranks.
+        """Number of prompts in the next extra rollout, over all ranks, of which it is a multiple.
 
         Args:
             useful: Number of useful groups so far.
             sampled: Number of all groups so far.
-            wanted: P.
-            extra_rollouts: Number of extra rollouts so far.
-            ranks: Number of ranks; P and the result are multiples of it.
+            wanted: P, a multiple of the ranks.
+            extra_rollouts: How many there were so far.
+            ranks: Number of ranks.
 
         Returns:
             At most P; 0 if there are enough groups, or no more may be sampled.
@@ -76,13 +76,10 @@ class DynamicSampling(Configurable):
         missing = wanted - useful
         if missing <= 0 or extra_rollouts >= self.max_extra_rollouts:
             return 0
-        needed = missing * sampled / useful if useful else wanted
-        quarter = math.ceil(wanted / 4)
-        return min(wanted, _round_up(_round_up(needed, quarter), ranks))
-
-
-def _round_up(number: float, step: int) -> int:
-    return math.ceil(number / step) * step
+        count = missing * sampled / useful if useful else wanted
+        for step in (math.ceil(wanted / 4), ranks):
+            count = math.ceil(count / step) * step
+        return min(wanted, int(count))
 
 
 def useful_groups(
@@ -95,7 +92,7 @@ def useful_groups(
         correctness: Parts of the reward that measure correctness, [B] each; may be empty.
         trained: [B] bool, True for completions that take part in the loss.
         samples_per_prompt: G.
-        counted: See `Rewards`, [B] bool or None: a group is judged by the completions that count.
+        counted: See `Rewards`, [B] bool or None.
 
     Returns:
         [P] bool.
@@ -108,28 +105,16 @@ def useful_groups(
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:
     """Positions of the groups to train on: the first useful ones and, if they are too few, the first of the others.
 
-    Args:
-        useful: [N] bool in the order of the prompts, N at least `wanted`.
-        wanted: P.
-
-    Returns:
-        [P] int64, ascending, so that useful and other groups are mixed.
+    From `useful`, [N] bool in the order of the prompts; [P] int64, ascending, so that useful and other groups are mixed.
     """
-    first = torch.argsort((~useful).long(), stable=True)[:wanted]
-    return first.sort().values
+    return torch.argsort((~useful).long(), stable=True)[:wanted].sort().values
 
 
 def share_groups(owners: Sequence[int], ranks: int, minibatches: int) -> list[list[int]]:
-    """Distribute chosen groups evenly over ranks, moving as few groups as possible between ranks.
+    """Distribute P chosen groups, each sampled by one of the ranks, evenly, moving as few as possible between ranks.
 
-    Args:
-        owners: The rank that sampled each of P groups; P is a multiple of `ranks`.
-        ranks: Number of ranks.
-        minibatches: Number of minibatches into which the groups are split. If possible each minibatch is distributed evenly, so
-            that it has the same groups on any number of ranks.
-
-    Returns:
-        For each rank the numbers of its P / ranks groups, ascending.
+    If possible each minibatch is distributed evenly, so that it has the same groups on any number of ranks. Returns for each rank
+    the numbers of its P / ranks groups, ascending.
 
     Example:
         >>> share_groups([0, 1, 0, 0], ranks=2, minibatches=1)

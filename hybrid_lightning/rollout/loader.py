@@ -24,7 +24,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,7 +68,6 @@ class RolloutSource(Protocol):
             draw_more: Draws this rank's part of the next prompts in the order, given their number over all ranks; all ranks draw
                 the same number. None if only `prompts` may be used.
         """
-        ...
 
     def begin(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
@@ -80,7 +79,6 @@ class RolloutSource(Protocol):
     @abstractmethod
     def takes_part(self, advantages: Tensor) -> Tensor:
         """[B] bool, True for the rows that take part in the update, from the advantages of a `TrainedRollout`."""
-        ...
 
     @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
@@ -89,7 +87,6 @@ class RolloutSource(Protocol):
         That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
         All ranks call it together.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -154,13 +151,11 @@ class _Position(NamedTuple):
     generator: Tensor  # its state
 
 
-@dataclass
-class _Ahead:
+class _Ahead(NamedTuple):
     """A rollout that was begun and is not trained on yet."""
 
     before: _Position  # before it was begun
-    begun: Begun[TrainedRollout] | None = None  # None for one of a checkpoint
-    minibatches: list[PolicyBatch] | None = None  # once it has been made, without what `add_logprobs` computes
+    begun: Begun[list[PolicyBatch]]  # its minibatches, without what `add_logprobs` computes; all ranks finish it together
 
 
 class RolloutLoader:
@@ -264,10 +259,9 @@ class RolloutLoader:
             yield self._taken[-1]
 
     def give_back(self, count: int) -> None:
-        """Take back the micro-batches of an optimizer step that will not be finished now, and restore the random states.
+        """Take back all of the so many micro-batches that an optimizer step has had, since it will not be finished now.
 
-        Args:
-            count: Number of micro-batches of the step that have been yielded; all of them are taken back.
+        The random states before it are restored, too.
         """
         if count:
             assert count == len(self._taken), f"{count} of {len(self._taken)} micro-batches of a step are given back"
@@ -281,27 +275,29 @@ class RolloutLoader:
         It is plain data and tensors. Rollouts ahead whose completions are under way are waited for; where the run has been asked
         to stop, or its engine has failed, the run that goes on begins them again. All ranks must call this together.
         """
-        ahead, now = [], self._position
+        places, ahead, now = [], [], self._position
+        # What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise.
+        put_off = RunStopped, RolloutError if self.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
-                ahead.append((entry.before, self._made(entry)))
-            except self._put_off:  # raised again when the rollout is needed
+                ahead.append([batch_to_state(batch) for batch in entry.begun.finish()])
+                places.append(list(entry.before.prompts))
+            except put_off:  # raised again when the rollout is needed
                 now = entry.before
                 break
         mine = {
             "pending": [batch_to_state(batch) for batch in self._pending],
-            "ahead": [[batch_to_state(batch) for batch in minibatches] for _, minibatches in ahead],
+            "ahead": ahead,
             "generator": now.generator,
             "random": self._resumed_random_state or capture_random_state(),
         }
-        epoch, next_prompt = now.prompts
         return {
-            "ahead": [list(before.prompts) for before, _ in ahead],
+            "ahead": places,
             "prompts": len(self.prompts),
             "digest": self._prompts_digest,
             "shuffle": self.shuffle,
-            "epoch": epoch,
-            "next_prompt": next_prompt,
+            "epoch": now.prompts[0],
+            "next_prompt": now.prompts[1],
             "ranks": self.gather_over_ranks(mine),
         }
 
@@ -315,22 +311,25 @@ class RolloutLoader:
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
         saved: list[dict[str, Any]] = state["ranks"]
 
+        generator = saved[0]["generator"].cpu()
+
         def own(parts: list[list[dict[str, Any]]]) -> list[PolicyBatch]:
             batches = [[batch_from_state(entry).to(self.device) for entry in of_rank] for of_rank in parts]
             return batches_of_rank(batches, self.rank, self.world_size)
 
-        self._pending = deque(own([one["pending"] for one in saved]) if same else [])
-        self._ahead = deque()
-        for number, position in enumerate(state["ahead"] if same else ()):
-            before = _Position((position[0], position[1]), saved[0]["generator"].cpu())
-            self._ahead.append(_Ahead(before, minibatches=own([one["ahead"][number] for one in saved])))
-        if not same:
+        self._pending, self._ahead = deque(), deque()
+        if same:
+            self._pending.extend(own([one["pending"] for one in saved]))
+            for number, (epoch, start) in enumerate(state["ahead"]):
+                minibatches = own([one["ahead"][number] for one in saved])
+                self._ahead.append(_Ahead(_Position((epoch, start), generator), Begun(partial(list, minibatches))))
+        else:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
                 "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
             )
             self.on_other_prompts()
-        self.generator.set_state(saved[0]["generator"].cpu())
+        self.generator.set_state(generator)
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
@@ -343,36 +342,26 @@ class RolloutLoader:
     def _position(self) -> _Position:
         return _Position(self._cursor.position, self.generator.get_state())
 
-    def _go_to(self, position: _Position) -> None:
-        self._cursor.position = position.prompts
-        self.generator.set_state(position.generator)
-
-    @property
-    def _put_off(self) -> tuple[type[BaseException], ...]:
-        """What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise."""
-        return RunStopped, RolloutError if self.world_size > 1 else HybridLightningError
-
     def _roll_out(self) -> deque[PolicyBatch]:
         """The micro-batches of the next rollout; those ahead of it are begun before."""
         before, ahead, random = self._position, list(self._ahead), capture_random_state()
         try:
             if not self._ahead:
                 self._begin()
-            first = self._ahead[0]
-            if first.begun is not None:
-                first.begun.wait()
-            ahead_of, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
-            while len(self._ahead) <= ahead_of and len(self._ahead) * steps < self.steps_left():
+            first = self._ahead[0].begun
+            first.wait()
+            most, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
+            while len(self._ahead) <= most and len(self._ahead) * steps < self.steps_left():
                 self._begin()
-            batches = self._micro_batches(self._made(first))
+            batches = self._micro_batches(first.finish())
         except BaseException:
             # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
             # checkpoint saved now begins these rollouts anew.
             for entry in list(self._ahead)[len(ahead) :]:
-                if entry.begun is not None:
-                    entry.begun.cancel()
+                entry.begun.cancel()
             self._ahead = deque(ahead)
-            self._go_to(before)
+            self._cursor.position = before.prompts
+            self.generator.set_state(before.generator)
             restore_random_state(random)
             raise
         self._ahead.popleft()
@@ -382,14 +371,9 @@ class RolloutLoader:
         before = self._position
         prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
         more = self._cursor.draw if self.shuffle else None
-        self._ahead.append(_Ahead(before, self.source.begin(prompts, self.generator, more)))
-
-    def _made(self, entry: _Ahead) -> list[PolicyBatch]:
-        """A rollout's minibatches, once it has been made. All ranks have to call it together."""
-        if entry.minibatches is None:
-            assert entry.begun is not None, "one of a checkpoint has been made"
-            entry.minibatches = self._minibatches(entry.begun.finish())
-        return entry.minibatches
+        begun = self.source.begin(prompts, self.generator, more)
+        minibatches = cache(lambda: self._minibatches(begun.finish()))  # a checkpoint may need them before training does
+        self._ahead.append(_Ahead(before, Begun(minibatches, begun.wait, begun.cancel)))
 
     def _minibatches(self, rollout: TrainedRollout) -> list[PolicyBatch]:
         """The optimizer steps of one pass over a rollout, with the rows that take part in each."""

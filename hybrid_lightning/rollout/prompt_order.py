@@ -15,22 +15,14 @@ from hybrid_lightning.types import Prompt
 
 
 class PromptCursor:
-    """Draws the next prompts of the order. Its `position` is all that a checkpoint has to hold.
-
-    Args:
-        prompts: The training prompts, the same on every rank.
-        seed: Seed of the order.
-        epoch: The epoch in whose order to begin.
-        shuffle: False keeps the order of the data.
-        rank: Rank of this process.
-        world_size: Number of processes that share each draw.
-    """
+    """Draws the next prompts of the order, which are the same on every rank; False for `shuffle` keeps the order of the data."""
 
     def __init__(
         self, prompts: Sequence[Prompt], seed: int = 0, epoch: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
     ) -> None:
         self.prompts, self.shuffle = prompts, shuffle
-        self.position = (epoch, 0)  # the epoch of the order, and how many of its prompts have been drawn
+        # All that a checkpoint has to hold: the epoch of the order, and how many of its prompts have been drawn.
+        self.position = (epoch, 0)
         self._rank, self._world_size = rank, world_size
         self._prompt_order = PromptOrder(prompts, seed)
 
@@ -52,10 +44,6 @@ class PromptOrder:
     an epoch each set has its share of n, to within less than one. The prompts of a set are drawn in one permutation after the
     other, across epochs, so that all of them are drawn equally often, to within one.
 
-    Args:
-        prompts: The training prompts, the same on every rank.
-        seed: Seed of the permutations.
-
     Raises:
         ConfigError: If the weight of a set is so small that its prompts are never drawn.
     """
@@ -63,7 +51,7 @@ class PromptOrder:
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self.seed = seed
         self._size = len(prompts)
-        self._last: tuple[int, list[int]] | None = None  # epoch and its order, kept since many rollouts draw from one epoch
+        self._last = (-1, list[int]())  # an epoch and its order, kept since many rollouts draw from one epoch
         self._members: dict[str, list[int]] = {}
         weights: dict[str, float] = {}
         for position, prompt in enumerate(prompts):
@@ -81,16 +69,15 @@ class PromptOrder:
 
     def of(self, epoch: int) -> list[int]:
         """Positions of the prompts in the order of an epoch."""
-        if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, self._mixed(epoch) if self._members else self._permutation(epoch))
+        if self._last[0] != epoch:
+            self._last = (epoch, self._order(epoch))
         return self._last[1]
 
-    def _permutation(self, epoch: int) -> list[int]:
-        # Seed and epoch are combined by arithmetic, not by Python's hash(), which for some types differs between processes.
-        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(self._size, generator=order).tolist()
-
-    def _mixed(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> list[int]:
+        if not self._members:
+            # Seed and epoch are combined by arithmetic, not by Python's hash(), which for some types differs between processes.
+            order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            return torch.randperm(self._size, generator=order).tolist()
         streams = {}
         for name, members in self._members.items():
             draws = self._turns.count(name)
@@ -112,10 +99,6 @@ def take_turns(weights: dict[str, float], count: int) -> list[str]:
 
     This is Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): of the names that lag behind
     their share far enough, the next turn goes to the one that would be the first to lag too far.
-
-    Args:
-        weights: Name -> positive number; only their ratios matter.
-        count: Number of turns.
 
     Example:
         >>> "".join(take_turns({"a": 3, "b": 1}, 8))

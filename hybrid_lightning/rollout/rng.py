@@ -30,12 +30,11 @@ class PromptDraws:
     def __init__(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, places: Sequence[int | str] | None = None
     ) -> None:
-        names = (
-            [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else [str(place) for place in places]
-        )
+        names = [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else list(map(str, places))
         assert len(names) == len(prompts)
         self._prompts, self._seed, self._names = prompts, seed, names
-        self.seeds = [_seed_of(name, seed) for name in names]  # of each prompt, below 2^63
+        digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
+        self.seeds = [int.from_bytes(digest) >> 1 for digest in digests]  # of each prompt, below 2^63
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)
@@ -76,11 +75,6 @@ class PromptDraws:
         places = [divmod(row, self._samples) for row in rows]
         names = [f"{self._names[place]}/{sample} turn {turn}" for (place, sample), turn in zip(places, turns, strict=True)]
         return PromptDraws([self._prompts[place] for place, _ in places], 1, self._seed, names)
-
-
-def _seed_of(name: str, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def capture_random_state() -> dict[str, Any]:

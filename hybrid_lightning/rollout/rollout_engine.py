@@ -73,21 +73,16 @@ class PolicyWeight(Protocol):
     @property
     def name(self) -> str:
         """Name in a checkpoint of the base model."""
-        ...
 
     @property
     def shape(self) -> torch.Size:
         """Shape in such a checkpoint."""
-        ...
 
     def write_rows(self, destination: Tensor, first: int) -> None:
-        """Compute some rows in float32, and round them once to the dtype of the tensor that they are written to.
+        """Compute the rows from number `first` on in float32, and round them once to the dtype of the destination.
 
-        Args:
-            destination: [rows, ...] of any dtype, on the weight's device or another.
-            first: Number of the first of these rows.
+        It is [rows, ...], on the weight's device or another.
         """
-        ...
 
 
 class PolicyWeights(Protocol):
@@ -96,28 +91,23 @@ class PolicyWeights(Protocol):
     @property
     def version(self) -> WeightsVersion:
         """Which weights these are."""
-        ...
 
     @property
     def base(self) -> str:
         """What tells the weights that training leaves alone from those of other models."""
-        ...
 
     @property
     def is_sender(self) -> bool:
         """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
-        ...
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
-        ...
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
         """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
 
         What an engine may join into one layer (q/k/v, gate/up) always comes as a whole.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +149,7 @@ class RolloutEngine(Configurable, ABC):
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
+    _conversation: type[Conversation] = Conversation
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 
     def __init__(
@@ -184,19 +175,13 @@ class RolloutEngine(Configurable, ABC):
             raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
         if any(not text for text in stop):
             raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
-        self.min_p = min_p
-        self.stop = tuple(stop)
+        self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
+        self.top_p, self.top_k, self.min_p = top_p, top_k, min_p
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
-        """Make what ends a completion. That is slow where there are stop strings, so callers that sample often make it once.
+        """Make what ends a completion: stop strings and these tokens, or None the tokenizer's end-of-sequence token.
 
-        Args:
-            tokenizer: The policy's tokenizer.
-            ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
+        That is slow where there are stop strings, so callers that sample often make it once.
 
         Raises:
             ConfigError: If stop strings cannot be found in what this tokenizer decodes.
@@ -223,14 +208,18 @@ class RolloutEngine(Configurable, ABC):
         """
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """Raise ConfigError if a prompt with its longest completion is too long.
-
-        Args:
-            config: The model's config.
-            prompt_tokens: Tokens of the prompt.
-            new_tokens: Tokens of the longest completion; None for `max_new_tokens`.
-        """
+        """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, is too long for the model."""
         check_positions(config, prompt_tokens, new_tokens or self.max_new_tokens)
+
+    def _checked_limits(
+        self, config: Any, prompt_ids: Sequence[Sequence[int]], limits: Sequence[int] | None, samples: int, greedy: bool
+    ) -> Sequence[int]:
+        """Most new tokens of the completions of each prompt, when it is sure that there is room for them."""
+        assert not greedy or samples == 1, "greedy completions of one prompt are all the same"
+        limits = [self.max_new_tokens] * len(prompt_ids) if limits is None else limits
+        for ids, limit in zip(prompt_ids, limits, strict=True):
+            self.check_prompt(config, len(ids), limit)
+        return limits
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether the next `update` has to give it all weights, and not only those that training changes."""
@@ -309,51 +298,9 @@ class RolloutEngine(Configurable, ABC):
         """Begin what `sample` with these arguments does. If completions are made elsewhere, they are from now on; else later."""
         return Begun(partial(self.sample, *arguments, **options))
 
-    def conversation(
-        self,
-        engine: "Engine",
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        *,
-        capacity: int,
-        greedy: bool = False,
-        stops: Stops | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> Conversation:
-        """Begin episodes of several turns, `samples_per_prompt` for every prompt.
-
-        Weights must not change while they last, unless the engine goes on with others (`requests_go_on`): a turn that is begun
-        after an update is by the new ones, and each token says by which.
-
-        Args:
-            engine: As in `sample`; so are the other arguments that are not named here.
-            tokenizer: Gives the token that fills up rows.
-            prompts: P prompts.
-            prompt_ids: Token ids of the prompts.
-            samples_per_prompt: Episodes of each prompt (G).
-            capacity: Most tokens of an episode behind its prompt: those sampled, and those that are added.
-            greedy: Take the most probable token instead of sampling.
-            stops: What ends a message; None makes it for this conversation.
-            on_token: Called after every token of a turn.
-        """
-        return self._conversation(
-            self,
-            engine,
-            tokenizer,
-            prompts,
-            prompt_ids,
-            samples_per_prompt,
-            capacity,
-            greedy,
-            stops or self.stops(tokenizer),
-            on_token,
-        )
-
-    @property
-    def _conversation(self) -> type[Conversation]:
-        return Conversation
+    def conversation(self, *arguments: Any, **options: Any) -> Conversation:
+        """Begin episodes of several turns: a `Conversation` with this engine and the arguments that it names after it."""
+        return self._conversation(self, *arguments, **options)
 
     def completions(
         self,
@@ -362,40 +309,21 @@ class RolloutEngine(Configurable, ABC):
         tokens: Sequence[Sequence[int]],
         finished: Sequence[bool],
     ) -> tuple[Completion, ...]:
-        """Decode completions.
-
-        Args:
-            tokenizer: The policy's tokenizer.
-            prompt_ids: Token ids of P prompts.
-            tokens: Token ids of B = P * G completions, the G of a prompt side by side, with the token or string that ended them.
-            finished: Whether a stop token or string ended each.
-        """
-        texts = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        """Decode B = P * G completions, the G of a prompt side by side, with the token or string that ended them, if one did."""
+        decoded = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        # Before the first stop string in it.
+        texts = [text[: min((text.index(stop) for stop in self.stop if stop in text), default=None)] for text in decoded]
         samples = len(tokens) // max(1, len(prompt_ids))
-        thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples)]
+        # Prompts that end in <think>, as chat templates of some reasoning models write it.
+        begun = [str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>") for ids in prompt_ids]
+        thinking = [within for within in begun for _ in range(samples)]
         lengths = [len(row) for row in tokens]
         rows = zip(texts, lengths, finished, thinking, strict=True)
-        return tuple(Completion(self._cut(text), length, ended, within) for text, length, ended, within in rows)
-
-    def _cut(self, text: str) -> str:
-        """The text before the first stop string in it."""
-        ends = [text.index(stop) for stop in self.stop if stop in text]
-        return text[: min(ends)] if ends else text
-
-
-def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether a prompt ends in <think>, as chat templates of some reasoning models write it."""
-    return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
+        return tuple(Completion(*row) for row in rows)
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError if a prompt with its longest completion exceeds the positions of a model.
-
-    Args:
-        config: The model's config.
-        prompt_tokens: Tokens of the prompt.
-        max_new_tokens: Tokens of the longest completion.
-    """
+    """Raise ConfigError if a prompt with its longest completion exceeds the positions of the model with this config."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise ConfigError(

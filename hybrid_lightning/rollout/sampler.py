@@ -35,16 +35,35 @@ _ONE = 2.0**40  # the whole number that stands for 1
 _EVERY = 16  # steps after which the number of running rows is copied from an accelerator
 
 
+class _ContinuedConversation(Conversation):
+    """Goes on from the keys and values that are there, where the model's way to decode can."""
+
+    _sampler: "Sampler"
+    _decoder: "_Decoder"
+
+    @torch.no_grad()
+    def _first(self, generator: Draws, limits: Sequence[int]) -> Turn:
+        assert not self._greedy or self._samples == 1, "greedy completions of one prompt are all the same"
+        self._decoder = _Decoder(self._sampler, self._engine, self._tokenizer, self._stops, self._greedy, self._on_token)
+        ids, mask = pad_left(self._prompt_ids, self._decoder.pad_id, self._decoder.device)
+        logits = self._decoder.prefill(ids, mask, self._samples, self._capacity, keeps_rows=True)
+        return Turn(*self._decoder.decode(logits, generator, limits, self._samples))
+
+    @torch.no_grad()
+    def _next(self, rows: Sequence[int], added: Sequence[Sequence[int]], generator: Draws, limits: Sequence[int]) -> Turn:
+        decoding = self._decoder.decoding
+        if not decoding.can_extend:
+            return super()._next(rows, added, generator, limits)
+        own = [self._own[row] for row in rows]
+        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
+        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
+        return Turn(*self._decoder.decode(logits, generator, limits))
+
+
 class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Args:
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
             spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
@@ -52,9 +71,12 @@ class Sampler(RolloutEngine):
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
+    _conversation = _ContinuedConversation
 
     def __init__(
         self,
@@ -87,69 +109,24 @@ class Sampler(RolloutEngine):
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
         """See `RolloutEngine`."""
-        assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        device = next(engine.model.parameters()).device
-        limits = [self.max_new_tokens] * len(prompts) if limits is None else limits
-        for prompt, limit in zip(prompt_ids, limits, strict=True):
-            self.check_prompt(getattr(engine.model, "config", None), len(prompt), limit)
+        limits = self._checked_limits(getattr(engine.model, "config", None), prompt_ids, limits, samples_per_prompt, greedy)
         decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), greedy, on_token)
         if on_completion is not None:
-            decoder.on_ended = self._completed(tokenizer, prompt_ids, samples_per_prompt, on_completion)
-        ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
+
+            def ended(row: int, tokens: list[int], finished: bool) -> None:
+                context = [prompt_ids[row // samples_per_prompt]]
+                on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
+
+            decoder.on_ended = ended
+        ids, mask = pad_left(prompt_ids, decoder.pad_id, decoder.device)
         logits = decoder.prefill(ids, mask, samples_per_prompt, max(limits))
-        every = [limit for limit in limits for _ in range(samples_per_prompt)]
-        tokens, logprobs, lengths, finished = decoder.decode(logits, generator, every)
-        completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
-        sequences = Sequences(
-            ids.repeat_interleave(samples_per_prompt, dim=0),
-            mask.repeat_interleave(samples_per_prompt, dim=0),
-            tokens,
-            completion_mask,
-        )
+        tokens, logprobs, lengths, finished = decoder.decode(logits, generator, limits, samples_per_prompt)
+        completion_mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+        ids, mask = (part.repeat_interleave(samples_per_prompt, dim=0) for part in (ids, mask))
         rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
+        sequences = Sequences(ids, mask, tokens, completion_mask)
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
-
-    def _completed(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_ids: Sequence[Sequence[int]],
-        samples: int,
-        on_completion: Callable[[int, Completion], None],
-    ) -> Callable[[int, list[int], bool], None]:
-        def ended(row: int, tokens: list[int], finished: bool) -> None:
-            on_completion(row, self.completions(tokenizer, [prompt_ids[row // samples]], [tokens], [finished])[0])
-
-        return ended
-
-    @property
-    def _conversation(self) -> type[Conversation]:
-        return _ContinuedConversation
-
-
-class _ContinuedConversation(Conversation):
-    """Goes on from the keys and values that are there, where the model's way to decode can."""
-
-    _sampler: Sampler
-    _decoder: "_Decoder"
-
-    @torch.no_grad()
-    def _first(self, generator: Draws, limits: Sequence[int]) -> Turn:
-        assert not self._greedy or self._samples == 1, "greedy completions of one prompt are all the same"
-        self._decoder = _Decoder(self._sampler, self._engine, self._tokenizer, self._stops, self._greedy, self._on_token)
-        ids, mask = pad_left(self._prompt_ids, self._decoder.pad_id, self._decoder.device)
-        logits = self._decoder.prefill(ids, mask, self._samples, self._capacity, keeps_rows=True)
-        return Turn(*self._decoder.decode(logits, generator, [limit for limit in limits for _ in range(self._samples)]))
-
-    @torch.no_grad()
-    def _next(self, rows: Sequence[int], added: Sequence[Sequence[int]], generator: Draws, limits: Sequence[int]) -> Turn:
-        decoding = self._decoder.decoding
-        if not decoding.can_extend:
-            return super()._next(rows, added, generator, limits)
-        own = [self._own[row] for row in rows]
-        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
-        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
-        return Turn(*self._decoder.decode(logits, generator, limits))
 
 
 class _Decoder:
@@ -175,43 +152,42 @@ class _Decoder:
         self.pad_id = pad_token(tokenizer)
 
     def prefill(self, ids: Tensor, mask: Tensor, samples: int, capacity: int, keeps_rows: bool = False) -> Tensor:
-        """Read the prompts.
+        """Read left-padded prompts [P, S] for completions of at most `capacity` tokens; logits [B, V] of the first token of each.
 
-        Args:
-            ids: Prompts [P, S], left-padded.
-            mask: True on real tokens, [P, S] bool.
-            samples: Completions of each prompt (G).
-            capacity: Most tokens of a completion.
-            keeps_rows: Whether completions go on after they have ended.
-
-        Returns:
-            Logits [B, V] of the first token of each completion.
+        Completions go on after they have ended where it `keeps_rows`.
         """
         self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
         graphs = self.engine.graphs
         if isinstance(decoding, SegmentDecoding):
             wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
             decoding.graphs = graphs if wanted else None
-        elif self.sampler.cuda_graphs is True:
-            raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
-        elif self.sampler.cuda_graphs and _replays(self.device):
-            graphs.say(self._why_no_graphs())
+        elif self.sampler.cuda_graphs is True or (self.sampler.cuda_graphs and _replays(self.device)):
+            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
+            reason = reason or "a sliding window of this model hides tokens of prompts"
+            if self.sampler.cuda_graphs is True:
+                raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
+            graphs.say(reason)
         return decoding.prefill(samples)
 
-    def decode(self, logits: Tensor, generator: Draws, limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode until all sequences have ended.
+    def decode(
+        self, logits: Tensor, generator: Draws, limits: Sequence[int], samples: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode until all sequences have ended, from logits [B, V] of the first token of each.
 
         Args:
-            logits: Of the first token of each, [B, V].
+            logits: See above.
             generator: See `RolloutEngine.sample`.
-            limits: Most tokens of each, [B].
+            limits: Most tokens of each sequence, or of each of `samples` that follow one another.
+            samples: See above.
 
         Returns:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
         """
         decoding, graphs, self.generator = self.decoding, self.engine.graphs, generator
         batch, most = logits.shape[0], max(limits)
-        limit = None if min(limits) == most else torch.tensor(limits, device=self.device)  # where not all have the same
+        limit = None  # of each, where not all have the same
+        if min(limits) < most:
+            limit = torch.tensor(limits, device=self.device).repeat_interleave(samples)
         cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by a limit of their own
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
@@ -251,10 +227,6 @@ class _Decoder:
         finished[rows[running]] = False
         longest = int(lengths.max())
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
-
-    def _why_no_graphs(self) -> str:
-        reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
-        return reason or "a sliding window of this model hides tokens of prompts"
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
@@ -299,10 +271,6 @@ class _Running:
     On a CPU that is known at every step. On an accelerator asking would wait until all that was asked for is done, which leaves
     the device without work: the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a few rows
     go on that have ended, whose tokens nobody reads.
-
-    Args:
-        rows: All rows, which run at first.
-        device: That of the rows.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -333,19 +301,14 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) 
     if top_k > 0:
         unused = torch.empty(0, dtype=torch.long)  # in place of the tokens so far, which the processor does not use
         logits = TopKLogitsWarper(top_k)(unused, logits)
-    if top_p < 1:
-        logits = _top_p(logits, top_p)
+    if top_p < 1:  # as `TopPLogitsWarper`, whose sums on a GPU have no fixed order
+        ascending, order = logits.sort(dim=1, stable=True)
+        left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
+        left_out[:, -1] = False
+        logits = logits.masked_fill(left_out.scatter(1, order, left_out), float("-inf"))
     if min_p > 0:  # a share of the largest probability is a distance from the largest logit
         logits = logits.masked_fill(logits < logits.amax(dim=1, keepdim=True) + math.log(min_p), float("-inf"))
     return logits
-
-
-def _top_p(logits: Tensor, top_p: float) -> Tensor:
-    """The same as `TopPLogitsWarper`, whose sums on a GPU have no fixed order."""
-    ascending, order = logits.sort(dim=1, stable=True)
-    left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
-    left_out[:, -1] = False
-    return logits.masked_fill(left_out.scatter(1, order, left_out), float("-inf"))
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -362,10 +325,9 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Tokens [R] int64.
     """
-    width = logits.shape[1]
     probabilities = logits.softmax(dim=-1)
-    if width % _BLOCK:
-        probabilities = F.pad(probabilities, (0, -width % _BLOCK))
+    if probabilities.shape[1] % _BLOCK:
+        probabilities = F.pad(probabilities, (0, -probabilities.shape[1] % _BLOCK))
     blocks = probabilities.view(len(logits), -1, _BLOCK)
     ends = running_sums(blocks.sum(dim=2).double())
     target = uniform * ends[:, -1:]

@@ -4,10 +4,20 @@ import threading
 
 import pytest
 import torch
-from vllm_fake_server import MODEL, FakeNccl, FakeServer
+from vllm_fake_server import ENGINE, MODEL, FakeNccl, FakeServer
 
 from hybrid_lightning.rollout import VLLMServerSampler
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm import dispatch, servers
+from hybrid_lightning.types import Prompt
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Servers that fail are tried again soon."""
+    monkeypatch.setattr(dispatch, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(servers, "_FIRST_PAUSE_S", 0.05)
 
 
 @pytest.fixture
@@ -59,3 +69,14 @@ def build(served):
     yield build_for
     for sampler in made:
         sampler.shut_down()
+
+
+@pytest.fixture
+def begin(tokenizer):
+    """Begins a rollout of prompts of these token ids."""
+
+    def begin_by(sampler, ids, samples=2, seed=0, **options):
+        prompts = [Prompt(text=str(number), index=number) for number in range(len(ids))]
+        return sampler.begin(ENGINE, tokenizer, prompts, ids, samples, generator=PromptDraws(prompts, samples, seed), **options)
+
+    return begin_by

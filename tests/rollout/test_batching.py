@@ -28,8 +28,8 @@ def batch(rows, first, with_old=True):
     sequences = replace(sequences, sampled_mask=sampled, weights_step=sequences.completion_ids * 3)
     values = sequences.completion_ids.float()
     advantages = torch.tensor([float(i) for i in numbers])
-    old = values * 2 if with_old else None
-    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5})
+    old, trained = (values * 2, sequences.completion_ids % 2 == 0) if with_old else (None, None)
+    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5}, trained)
 
 
 def rows_of(batches):
@@ -45,6 +45,7 @@ def rows_of(batches):
             assert torch.equal(one.sequences.weights_step, one.sequences.completion_ids * 3)
             assert one.sampling_logprobs.tolist() == [[float(number)] * (number % 4 + 1)]
             assert one.old_logprobs is not None and torch.equal(one.old_logprobs, one.sampling_logprobs * 2)
+            assert one.policy_mask.tolist() == [[number % 2 == 0] * (number % 4 + 1)]
             found.append(number)
         counts = (part.num_sequences, part.num_tokens, part.updated_sequences, part.updated_tokens)
         assert counts == (40.0, 90.0, 30.0, 80.0) and part.metrics == {"reward": 0.5}
@@ -63,29 +64,15 @@ def test_every_row_is_dealt_once_and_unchanged(ranks):
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_same_number_of_ranks_gets_back_what_it_saved_and_nothing_stays_nothing():
+def test_a_checkpoint_keeps_rows_the_same_ranks_get_back_what_they_saved_and_nothing_stays_nothing():
+    kept = batch_from_state(batch_to_state(batch(5, 1)))
+    assert rows_of([kept]) == [1, 2, 3, 4, 5] and not kept.to("meta").sequences.sampled_mask.is_cpu
     saved = [[batch(4, 1)], [batch(5, 5)]]
     assert [batches_of_rank(saved, rank, 2)[0] is saved[rank][0] for rank in range(2)] == [True, True]
     (joined,) = batches_of_rank([[batch(2, 1, with_old=False)], [batch(0, 9)]], 0, 1)
-    assert joined.old_logprobs is None and len(joined.sequences) == 2
+    assert joined.old_logprobs is None and joined.policy_mask is None and len(joined.sequences) == 2
     dealt = [batches_of_rank([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
     assert [len(part.sequences) for part in dealt] == [0, 0, 0]
-
-
-def test_masks_are_dealt_with_their_rows():
-    saved = [[replace(one, policy_mask=one.sequences.completion_ids % 2 == 0)] for one in (batch(4, 1), batch(5, 5))]
-    for part in (batches_of_rank(saved, rank, 3)[0] for rank in range(3)):
-        mask = part.sequences.completion_mask
-        assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])
-
-
-def test_a_checkpoint_keeps_what_was_sampled():
-    kept = batch_from_state(batch_to_state(batch(5, 1)))
-    assert rows_of([kept]) == [1, 2, 3, 4, 5] and not kept.to("meta").sequences.sampled_mask.is_cpu
-    state = batch_to_state(batch(2, 1))
-    del state["sequences"]["sampled_mask"]
-    old = batch_from_state(state).sequences
-    assert torch.equal(old.sampled_mask, old.completion_mask), "of a version that knew no holes"
 
 
 def test_rewards_are_joined_and_chosen_with_those_that_count():

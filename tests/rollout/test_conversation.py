@@ -61,19 +61,11 @@ def assert_of_whole_contexts(model, turns):
 
 def by_longer_prompts(sampler, *arguments, capacity):
     """As engines do that have no other way."""
-    return Conversation(sampler, *arguments, capacity, False, sampler.stops(arguments[1]), None)
+    return Conversation(sampler, *arguments, capacity=capacity)
 
 
 def messages_of(turns):
     return [[(row, tokens, finished) for row, tokens, _, _, finished in turn] for turn in turns]
-
-
-def test_any_engine_goes_on_by_a_longer_prompt(tokenizer):
-    model = build_model("llama")
-    turns = play(by_longer_prompts, engine_of(model), tokenizer)
-    assert_of_whole_contexts(model, turns)
-    lengths = [len(tokens) for turn in turns for _, tokens, *_ in turn]
-    assert min(lengths) < 4 and max(lengths) == 12
 
 
 def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
@@ -92,6 +84,10 @@ def test_every_episode_has_a_limit_of_its_own(tokenizer):
     for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
         assert tokens == whole[: limits[row]] and finished == (ended and len(whole) <= limits[row])
     assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    begun = Sampler(12).conversation(engine, tokenizer, PROMPTS, ids, SAMPLES, capacity=CAPACITY)
+    lengths = begun.first(PromptDraws(PROMPTS, SAMPLES, 3), [1, 6, 11]).lengths.view(len(TEXTS), SAMPLES)
+    assert (lengths <= torch.tensor([[1], [6], [11]])).all() and lengths.max() > 6, "and a prompt's first messages one"
 
 
 @pytest.fixture
@@ -128,24 +124,22 @@ def test_messages_on_accelerators_too(tokenizer, name, monkeypatch):
         assert_of_whole_contexts(model, turns)
 
 
-@pytest.mark.usefixtures("without_reading_again")
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "wide window"])
 def test_messages_by_a_cache_of_transformers_too(tokenizer, name, monkeypatch):
+    """One with a window cannot leave out columns, and is made again."""
     monkeypatch.setattr(Engine, "packs", False)
+    if name != "wide window":
+        monkeypatch.setattr(Conversation, "_next", None)
     model = MODELS[name]()
     assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
 
 
-def test_a_cache_that_cannot_leave_out_columns_is_made_again(tokenizer, monkeypatch):
-    monkeypatch.setattr(Engine, "packs", False)
-    model = MODELS["wide window"]()
-    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
-
-
-def test_adapted_models_go_on_as_by_longer_prompts(tokenizer):
+def test_adapted_models_go_on_as_by_longer_prompts_which_any_engine_can(tokenizer):
     engine = fused(build_adapted("qwen3").model)
-    again, going_on = (messages_of(play(begin, engine, tokenizer)) for begin in (by_longer_prompts, Sampler.conversation))
-    assert going_on == again
+    again, going_on = (play(begin, engine, tokenizer) for begin in (by_longer_prompts, Sampler.conversation))
+    assert messages_of(going_on) == messages_of(again)
+    with torch.no_grad():
+        assert_of_whole_contexts(engine.model, again)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")

@@ -7,39 +7,58 @@ import time
 
 import pytest
 import torch
-from vllm_fake_server import MODEL, Weights, complete, shares
+from vllm_fake_server import ENGINE, Weights, complete, shares
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.vllm import dispatch
 from hybrid_lightning.types import Prompt
 
 
-def test_a_rollout_is_what_the_servers_answer(start, build, tokenizer):
-    sampler = build(start(), start(), weights=Weights(3))
-    prompts = [Prompt(text=str(number), index=number) for number in range(3)]
-    engine = type("OfModel", (), {"model": MODEL})()
-    rollouts = sampler.sample(engine, tokenizer, prompts, [[3, 5], [4], [6, 7, 8]], 2, generator=PromptDraws(prompts, 2, 0))
+def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, build, begin):
+    told = {}
+    begun = begin(build(start(), start(), weights=Weights(3)), [[3, 5], [4], [6, 7, 8]], on_completion=told.__setitem__)
+    begun.wait()
+    assert sorted(told) == list(range(6)), "before anybody asks for them"
+    rollouts = begun.finish()
     tokens = rollouts.sequences.completion_ids
     assert tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1], [12, 2, 1], [12, 3, 1]]
     torch.testing.assert_close(rollouts.sampling_logprobs, tokens * -0.5)
-    assert rollouts.finished.all()
+    assert rollouts.finished.all() and rollouts.completions == tuple(told[row] for row in range(6))
 
 
-def test_an_episode_goes_on_with_a_longer_prompt_and_a_seed_of_its_own(start, build, tokenizer):
+def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weights_of_then(start, build, served, tokenizer):
     server = start()
-    sampler = build(server, weights=Weights(3))
+    sampler = build(server, weights=Weights(1))
+    sampler.requests_go_on = True
     prompts = [Prompt(text=str(number), index=number) for number in range(2)]
-    engine, draws = type("OfModel", (), {"model": MODEL})(), PromptDraws(prompts, 2, 0)
-    conversation = sampler.conversation(engine, tokenizer, prompts, [[3, 5], [4]], 2, capacity=20)
+    draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
+    conversation = sampler.conversation(ENGINE, tokenizer, prompts, [[3, 5], [4]], 2, capacity=20)
     assert conversation.first(draws, [8, 5]).tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]
     turn = conversation.next([1, 2, 3], [[7, 7], [], [9]], draws, [4, 8, 30])
-    assert turn.lengths.tolist() == [3, 3, 3] and turn.finished.all()
+    assert turn.lengths.tolist() == [3, 3, 3] and turn.finished.all() and turn.weights_step.unique().tolist() == [1]
     asked = [body for body in server.asked("/inference/v1/generate") if body]
     contexts = {(*body["token_ids"],): body["sampling_params"] for body in asked}
     expected = {(3, 5): (2, 8), (4,): (2, 5), (3, 5, 10, 3, 1, 7, 7): (1, 4), (4, 6, 2, 1): (1, 8), (4, 6, 3, 1, 9): (1, 16)}
     assert {ids: (asked["n"], asked["max_tokens"]) for ids, asked in contexts.items()} == expected
-    assert len({asked["seed"] for asked in contexts.values()}) == 5
+
+    def go_on():  # in the midst of the update, for which it waits, and again after it
+        turns.append(conversation.next([0, 1], [[7], [8]], draws))
+        turns.append(conversation.next([1], [[9]], draws))
+
+    server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
+    other = threading.Thread(target=go_on)
+    with sampler.updating():
+        other.start()
+        after(0.2, may_end.set)
+        sampler.update(Weights(2), served)
+        assert not turns
+    other.join(10)
+    assert [turn.weights_step.tolist() for turn in turns] == [[[2] * 3] * 2, [[2] * 3]]
+    seeds = [body["sampling_params"]["seed"] for body in server.asked("/inference/v1/generate") if body]
+    assert len(set(seeds)) == len(seeds) == 8
+    sampler.version = None  # as after an update that failed
+    with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
+        conversation.next([1], [[9]], draws)
 
 
 def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer(start, build):
@@ -68,87 +87,40 @@ def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(star
     server.delay, before = 30, len(server.asked("/inference/v1/generate"))
     begun = sampler.complete(*asked)
     assert sampler.idle_seconds > 0.2
-    until = time.monotonic() + 10
-    while len(server.asked("/inference/v1/generate")) < before + 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: len(server.asked("/inference/v1/generate")) == before + 2)
     sampler.shut_down()
     assert len(server.ended) == 2
     with pytest.raises(RolloutError, match="were ended"):
         begun.finish()
 
 
-def test_completions_are_told_of_as_they_arrive(start, build, tokenizer):
-    sampler, told = build(start(delay=0.02), weights=Weights(1)), {}
-    prompts, ids = [Prompt(text=str(number), index=number) for number in range(4)], [[3, 4 + number] for number in range(4)]
-    engine = type("OfModel", (), {"model": MODEL})()
-    draws = PromptDraws(prompts, 2, 0)
-    begun = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=draws, on_completion=told.__setitem__)
-    begun.wait()
-    assert sorted(told) == list(range(8)), "before anybody asks for them"
-    assert tuple(told[row] for row in range(8)) == begun.finish().completions
-
-
-@pytest.mark.parametrize("nccl", [False, True], indirect=True)
-@pytest.mark.parametrize("dies", [False, True])
-def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, served, tokenizer, nccl, dies):
+@pytest.mark.parametrize(("nccl", "dies"), [(False, False), (True, True)], indirect=["nccl"])
+def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, begin, served, nccl, dies):
     servers = [start(delay=0.5), start(delay=0.5)]
-    sampler = build(*servers, weights=Weights(1))
+    sampler, ids = build(*servers, weights=Weights(1)), [[3, 4 + number] for number in range(4)]
     sampler.requests_go_on = True
-    prompts, ids = [Prompt(text=str(number), index=number) for number in range(4)], [[3, 4 + number] for number in range(4)]
-    engine = type("OfModel", (), {"model": MODEL})()
-    begun = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=PromptDraws(prompts, 2, 0))
-    until = time.monotonic() + 10
-    while sum(shares(*servers)) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
+    begun = begin(sampler, ids)
+    wait_until(lambda: sum(shares(*servers)) == 4)
     servers[0].fails_updates = int(dies)
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
         sampler.update(Weights(2), served)
-    rollouts = begun.finish()
+    began, rollouts = time.monotonic(), begun.finish()
+    assert time.monotonic() - began < 5, "what the other server was asked is not waited for"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
     assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"
     assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
-    later = sampler.begin(engine, tokenizer, prompts, ids, 2, generator=PromptDraws(prompts, 2, 1)).finish()
-    assert later.sequences.weights_step.unique().tolist() == [2]
-
-
-def test_a_turn_that_is_asked_for_while_weights_are_on_their_way_waits_and_is_by_the_new_ones(start, build, served, tokenizer):
-    server = start()
-    sampler = build(server, weights=Weights(1))
-    sampler.requests_go_on = True
-    prompts, engine = [Prompt(text="3", index=0)], type("OfModel", (), {"model": MODEL})()
-    draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
-    conversation = sampler.conversation(engine, tokenizer, prompts, [[3, 5]], 2, capacity=20)
-    server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
-
-    def go_on():  # in the midst of the update, and again after it
-        turns.append(conversation.next([0, 1], [[7], [8]], draws))
-        turns.append(conversation.next([1], [[9]], draws))
-
-    turns.append(conversation.first(draws))
-    other = threading.Thread(target=go_on)
-    with sampler.updating():
-        other.start()
-        after(0.3, may_end.set)
-        sampler.update(Weights(2), served)
-        assert len(turns) == 1
-    other.join(10)
-    assert [turn.weights_step.tolist() for turn in turns] == [[[1] * 3] * 2, [[2] * 3] * 2, [[2] * 3]]
-    sampler.version = None  # as after an update that failed
-    with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
-        conversation.next([1], [[9]], draws)
+    assert begin(sampler, ids, seed=1).finish().sequences.weights_step.unique().tolist() == [2]
 
 
 def after(seconds, action):
     threading.Timer(seconds, action).start()
 
 
-def test_what_a_server_that_dies_has_not_answered_goes_to_the_others(start, build):
-    dying, other = start(delay=0.2), start(delay=0.2)
-    sampler = build(dying, other, weights=Weights(1))
-    after(0.3, dying.stop)
-    complete(sampler, prompts=16)
-    assert shares(other)[0] > 8
+def wait_until(condition):
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 GARBAGE = {
@@ -170,10 +142,7 @@ def broken(answer, **parts):
     return {"choices": [{**answer["choices"][0], **parts}, *answer["choices"][1:]]}
 
 
-def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout_where_there_are_no_others(
-    start, build, tokenizer, monkeypatch
-):
-    monkeypatch.setattr(dispatch, "_FIRST_PAUSE_S", 0.01)
+def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout_where_there_are_no_others(start, build, begin):
     odd, other = start(delay=0.01), start(delay=0.03)
     answer, sampler = odd.on_inference_v1_generate, build(odd, other, weights=Weights(1), give_up_after=0.6)
     for name, garbage in GARBAGE.items():
@@ -189,27 +158,27 @@ def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout
     with pytest.raises(RolloutError, match=r"says no version: .'weights': 3."):
         complete(sampler)
     odd.on_weight_info, odd.on_inference_v1_generate = lambda body: {"weight_version": odd.label}, answer
-    prompts, engine = [Prompt(text="1", index=0)], type("OfModel", (), {"model": MODEL})()
-    asked = (engine, tokenizer, prompts, [[3, 5]], 2)
-    sampler.sample(*asked)
+    begin(sampler, [[3, 5]]).finish()
     odd.on_inference_v1_generate = lambda body: (200, broken(answer(body)[1], token_ids=[2, 10**6, 1]))
     with pytest.raises(RolloutError, match="gave token 1000000, and the policy has"):
-        sampler.sample(*asked)
+        begin(sampler, [[3, 5]]).finish()
 
 
-def test_a_server_that_answers_500_is_tried_again(start, build):
+def test_what_a_server_fails_at_is_tried_again_and_what_it_hangs_at_or_dies_with_goes_to_the_others(start, build):
     server = start(fails=3)
     complete(build(server, weights=Weights(1)), prompts=4)
     assert shares(server) == [7]
-
-
-def test_requests_of_a_server_that_hangs_go_to_the_others_and_are_ended(start, build):
     hanging, other = start(), start()
     sampler = build(hanging, other, weights=Weights(1), timeout=1)
     held = hanging.on_inference_v1_generate
     hanging.on_inference_v1_generate = lambda body: held(body) if not body else (hanging.stopped.wait(3), held(body))[1]
     complete(sampler, prompts=6)
     assert hanging.ended
+    dying, other = start(delay=0.1), start(delay=0.1)
+    sampler = build(dying, other, weights=Weights(1))
+    after(0.15, dying.stop)
+    complete(sampler, prompts=16)
+    assert shares(other)[0] > 8
 
 
 def test_a_server_that_was_restarted_is_left_out_until_it_has_been_updated(start, build, served):
@@ -225,28 +194,22 @@ def test_a_server_that_was_restarted_is_left_out_until_it_has_been_updated(start
     assert shares(restarted) == [2]
 
 
-def test_without_any_server_the_rollout_ends_within_the_limit(start, build):
-    server = start(delay=0.2)
-    sampler = build(server, weights=Weights(1), give_up_after=1)
-    after(0.1, server.stop)
-    began = time.monotonic()
-    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1.*stopped.ckpt") as raised:
-        complete(sampler)
-    assert time.monotonic() - began < 4 and "\n" not in str(raised.value)
-
-
-def test_a_server_that_comes_back_in_time_completes_what_is_left(start, build):
-    server = start(delay=0.2)
-    sampler = build(server, weights=Weights(1))
-    label = server.label
+def test_without_any_server_the_rollout_ends_within_the_limit_and_goes_on_with_one_that_comes_back(start, build):
+    server = start(delay=0.1)
+    sampler, label = build(server, weights=Weights(1), give_up_after=1), server.label
 
     def again():
         server.start()
         server.label = label
 
-    after(0.1, server.stop)
-    after(0.8, again)
-    assert len(complete(sampler, prompts=4)) == 4  # each with its own answers, as `complete` makes sure
+    after(0.05, server.stop)
+    after(0.3, again)
+    complete(sampler, prompts=4)
+    after(0.05, server.stop)
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1.*stopped.ckpt") as raised:
+        complete(sampler)
+    assert time.monotonic() - began < 4 and "\n" not in str(raised.value)
 
 
 def test_weights_that_another_run_has_set_are_refused_also_in_the_middle(start, build):

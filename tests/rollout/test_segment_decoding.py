@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,18 +88,11 @@ def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
     assert decoding.used.tolist() == [6, 6, 6] and decoding.slots.tolist() == [0, 2, 5]
 
 
-class _Event(SimpleNamespace):
-    """In place of a device's event."""
-
-    def __init__(self, device):
-        super().__init__(record=lambda: None, synchronize=lambda: None)
-
-
 def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every=4):
     """The number of running rows is known late, and still no completion differs."""
     engine = Engine(build_model("llama"), OfAccelerator())
     expected = sample(engine, tokenizer, 40)
-    monkeypatch.setattr(torch, "Event", _Event)
+    monkeypatch.setattr(torch, "Event", Mock())
     made = sampling._Running.__init__
 
     def late(self, rows, device):
@@ -136,47 +129,32 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
     assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03
 
 
-@pytest.fixture
-def as_compiled(monkeypatch, traced):
-    """Layers are compiled, by what torch traces."""
-    monkeypatch.setattr(decoder, "compiling_pays", lambda device: True)
-    monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
-    monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
-    return traced
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_compiled_layers_that_write_keys_and_join_what_was_found_sample_alike(tokenizer, family, request):
-    """By the same code for all numbers of rows."""
-    expected = sample(fused(build_adapted(family).model, OfAccelerator()), tokenizer, stop=["7", "3"])
-    compiled = request.getfixturevalue("as_compiled")
-    engine = fused(build_adapted(family).model, OfAccelerator())
-    with engine.sampling():
-        found = sample(engine, tokenizer, stop=["7", "3"])
-    assert compiled.count("before_attention") == compiled.count("after_attention") == 1 and not engine._fast.why_not_compiled
-    assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
-    assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
-
-
-def test_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, as_compiled):
+def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
     """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
-    engine = fused(build_adapted("qwen3").model, OfAccelerator())
     ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
+    expected = sample(fused(build_adapted("qwen3").model, OfAccelerator()), tokenizer, stop=["7", "3"])
+    for module in (decoder, compiling):
+        monkeypatch.setattr(module, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
+    engine = fused(build_adapted("qwen3").model, OfAccelerator())
 
     def count(frame, event, argument):
         if event in ("call", "c_call") and frame.f_code.co_filename.startswith(ours):
             calls[event] += 1
 
-    monkeypatch.setattr(Sampler, "sample", partialmethod(Sampler.sample, on_token=lambda *_: seen.append(Counter(calls))))
     with engine.sampling():
-        sample(engine, tokenizer, 4)  # compiles
-        seen.clear()
+        found = sample(engine, tokenizer, stop=["7", "3"])
+        on_token = partialmethod(Sampler.sample, on_token=lambda *_: seen.append(Counter(calls)))
+        monkeypatch.setattr(Sampler, "sample", on_token)
         sys.setprofile(count)
         try:
             sample(engine, tokenizer, 12)
         finally:
             sys.setprofile(None)
-    assert as_compiled.count("before_attention") == as_compiled.count("after_attention") == 1
+    assert traced.count("before_attention") == traced.count("after_attention") == 1, "the same code for all numbers of rows"
+    assert not engine._fast.why_not_compiled
+    assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
+    assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
     tokens = [after - before for before, after in pairwise(seen)]
     assert min(token["call"] for token in tokens) <= 65 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 

@@ -91,23 +91,18 @@ def test_a_server_that_is_not_there_is_refused_but_at_a_resume_the_others_go_on_
     assert gone.label == "1-1abc"
 
 
-def test_servers_that_differ_and_prompts_beyond_the_shortest_context_are_refused(start, build, served):
+def test_servers_that_differ_and_prompts_beyond_the_shortest_context_are_refused(start, build, served, monkeypatch):
     with pytest.raises(ConfigError, match="different ways"):
         build(start(), start(backend="nccl")).check_model(replace(served, device=torch.device("cuda")))
     with pytest.warns(UserWarning, match="--dtype float32"):
         build(start(dtype="torch.bfloat16")).check_model(served)
-    sampler = build(start(), start(context=20))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    sampler = build(start(), start(context=20, key="secret"), weights=Weights(1))
     sampler.check_model(served)
+    complete(sampler, prompts=4)
     sampler.check_prompt(served.config, 12)
     with pytest.raises(ConfigError, match="context of 20 tokens"):
         sampler.check_prompt(served.config, 13)
-
-
-def test_an_api_key_is_sent(start, build, served, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    sampler = build(start(key="secret"), weights=Weights(1))
-    sampler.check_model(served)
-    complete(sampler, prompts=2)
 
 
 # ---- weights
@@ -153,18 +148,17 @@ def test_an_unchanged_version_is_sent_to_what_was_restarted_alone(start, build, 
     assert len(server.updates) == 1 and len(other.updates) == 1 and server.label == "1-1abc"
 
 
-@pytest.mark.parametrize("what", ["restarted", "another run", "another base"])
-def test_what_is_not_what_was_sent_last_gets_everything(start, build, served, what):
+def test_what_is_not_what_was_sent_last_gets_everything(start, build, served):
     server, other = start(), start()
     sampler = build(server, other, weights=Weights(1))
-    if what == "restarted":
-        server.restart()
-    elif what == "another run":
-        server.label = "7-another"
-    weights = Weights(2, base="another" if what == "another base" else "base")
-    assert sampler.needs_everything(weights, served)
-    sampler.update(weights, served, True)
-    assert len(server.updates[-1]) == len(other.updates[-1]) == 7 and server.label == other.label == "2-2abc"
+    changes = [(server.restart, "base"), (lambda: setattr(server, "label", "7-another"), "base"), (lambda: None, "another")]
+    for step, (change, base) in enumerate(changes, start=2):
+        assert not sampler.needs_everything(Weights(step), served)
+        change()
+        weights = Weights(step, base=base)
+        assert sampler.needs_everything(weights, served)
+        sampler.update(weights, served, True)
+        assert len(server.updates[-1]) == len(other.updates[-1]) == 7 and server.label == other.label == str(weights.version)
 
 
 def test_ranks_that_do_not_send_make_as_many_passes(start, build, served):
@@ -203,7 +197,6 @@ def test_a_server_that_fails_or_dies_in_an_update_is_left_out_until_the_next(sta
         assert [communicator.aborts for communicator in made] == [1, 1]
 
 
-@over_both
 def test_a_failed_update_of_the_only_server_is_made_again_with_everything_unless_other_ranks_take_part(start, build, served):
     server = start()
     sampler = build(server, weights=Weights(1))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, trained
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.callbacks import GracefulStop, StepTimer
@@ -28,7 +28,7 @@ DIES = "the server dies"
 LAG = ("sampling/weights_version_lag", "sampling/importance_weight/mean")
 
 
-class Noted(Log):
+class Noted(Callback):
     """What each optimizer step was made of, and each validation."""
 
     def __init__(self, *metrics):
@@ -167,14 +167,12 @@ def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    policy = build_policy(model, sampler=sampler, rollouts_ahead=2)
-    trainer = build_trainer(tmp_path, *callbacks, build_adapter(scorer=Random()), enable_checkpointing=False)
     if "ahead" not in meanwhile:
         threading.Thread(target=signalled, daemon=True).start()
     began = time.monotonic()
     try:
         with pytest.raises(SystemExit):
-            trainer.fit(policy, datamodule=build_data(sums))
+            fit(model, sums, tmp_path, *callbacks, policy={"sampler": sampler, "rollouts_ahead": 2})
         assert time.monotonic() - began < 8
     finally:
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores after Ctrl-C

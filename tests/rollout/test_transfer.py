@@ -1,6 +1,5 @@
 """How weights reach a server: over gloo really, into a fake one."""
 
-import threading
 import time
 from types import SimpleNamespace
 
@@ -9,7 +8,6 @@ import torch
 from tiny_models import build_model
 
 from hybrid_lightning.rollout.vllm import transfer
-from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
 
@@ -31,72 +29,29 @@ def update_of(values, everything=True):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
-    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, 5.0, {})
+def test_values_arrive_bit_for_bit_by_one_connection(fake, server, served, dtype):
+    sender = transfer.GlooTransfer(server, "127.0.0.1", 5.0, served)
     sender.connect()
     for seed in range(2):
         torch.manual_seed(seed)
         values = {"a.weight": torch.randn(300, 200).to(dtype), "b": torch.tensor([float("inf"), -0.0, 6e-8]).to(dtype)}
-        sender.send(update_of(values), iter(values.items()))
+        sender.begin(update_of(values))
+        for value in values.values():
+            sender.give(value)
+        sender.end()
         for name, value in values.items():
             assert fake.weights[name].dtype == dtype and torch.equal(fake.weights[name], value)
     sender.close()
-    paths = [path for path, _ in fake.requests]
+    paths = [path for path, _ in fake.requests if "weight" in path]
     assert paths == ["/init_weight_transfer_engine"] + ["/start_weight_update", "/update_weights", "/finish_weight_update"] * 2
 
 
-def test_a_receiver_that_refuses_is_named_at_once(fake, server):
-    fake.config = build_model("llama").config
-    sender = transfer.GlooTransfer(server, "127.0.0.1", 1, 5.0, {"hidden_size": 7})
+def test_a_receiver_that_refuses_is_named_at_once(fake, server, served):
+    fake.config = build_model("llama", hidden_size=64).config
     began = time.monotonic()
-    with pytest.raises(ServerError, match="hidden_size is 32 there and 7") as raised:
-        sender.connect()
+    with pytest.raises(ServerError, match="hidden_size is 64 there and 32") as raised:
+        transfer.GlooTransfer(server, "127.0.0.1", 5.0, served).connect()
     assert raised.value.is_final and time.monotonic() - began < 1
-
-
-def test_a_delivery_has_one_weight_at_a_time():
-    seen = []
-
-    def work(delivery):
-        for name, value in delivery:
-            seen.append((name, value.clone()))
-
-    delivery, memory = Delivery(work), torch.empty(2)
-    for number in range(5):
-        assert delivery.asks(1.0)
-        memory.fill_(number)  # what came before has been taken
-        delivery.give(str(number), memory)
-    delivery.end(1.0)
-    assert delivery.failure is None
-    assert [(name, value.tolist()) for name, value in seen] == [(str(number), [number, number]) for number in range(5)]
-
-
-def test_a_delivery_that_fails_hangs_or_is_cut_says_so():
-    def fail(delivery):
-        next(iter(delivery))
-        raise ValueError("first line\nsecond line")
-
-    failing = Delivery(fail)
-    assert failing.asks(1.0)
-    failing.give("a", torch.zeros(1))
-    assert not failing.asks(1.0) and str(failing.failure) == "ValueError: first line"
-
-    forever = threading.Event()
-    hanging = Delivery(lambda delivery: forever.wait(5))
-    assert not hanging.asks(0.05) and "took no weight" in str(hanging.failure)
-    forever.set()
-
-    ended = []
-
-    def note(delivery):
-        list(delivery)
-        ended.append("as if all had come")
-
-    cut = Delivery(note)
-    assert cut.asks(1.0)
-    cut.cut()
-    cut.end(1.0)
-    assert "cut short" in str(cut.failure) and not ended
 
 
 def test_a_part_of_a_joined_layer_is_refused():

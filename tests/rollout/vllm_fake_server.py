@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
@@ -20,9 +21,10 @@ from tiny_models import VOCABULARY, build_model
 from torch.distributed import TCPStore
 
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
-from hybrid_lightning.rollout.vllm.transfer import _in_thread, check_facts, check_joined, facts_of, gloo_group
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, in_thread
 
 MODEL = build_model("llama")
+ENGINE = SimpleNamespace(model=MODEL)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 JOINED = {"qkv_proj": PROJECTIONS, "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -79,7 +81,6 @@ class FakeServer:
         self.connections = set[socket.socket]()
         bound = type("Bound", (_Handler,), {"fake": self})
         self.http = _Http(("127.0.0.1", self.port), bound)
-        self.http.fake = self
         self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -105,14 +106,12 @@ class FakeServer:
     # ---- what it answers
 
     def answer(self, path: str, body: dict) -> tuple[int, dict]:
-        if path in self.missing:
-            return 404, {"detail": "Not Found"}
         name = path.strip("/").replace("/", "_")
-        method = getattr(self, f"on_{name}", None)
-        if method is None and name not in PLAIN:
+        method = getattr(self, f"on_{name}", PLAIN.get(name) and partial(PLAIN[name], self))
+        if method is None or path in self.missing:
             return 404, {"detail": "Not Found"}
         try:
-            answer = method(body) if method else PLAIN[name](self, body)
+            answer = method(body)
         except WorkerError as error:
             text = f"Call to collective_rpc method failed: Worker failed with error '{error}', please check the stack trace above"
             return 500, {"error": {"message": f"{text} for the root cause", "type": "InternalServerError", "code": 500}}
@@ -212,28 +211,13 @@ def _choice(prompt, number, reason, label, last, seeded=None):
     if seeded is not None:
         draws = random.Random(seeded["seed"] + number)
         tokens = [draws.randrange(3, VOCABULARY) for _ in range(draws.randint(2, seeded["max_tokens"]))]
-    return {
-        "index": number,
-        "finish_reason": reason,
-        "token_ids": tokens,
-        "weight_versions": [{"version": label, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}][
-            : 1 + (label != last)
-        ],
-        "logprobs": {"content": [{"token_id": token, "logprob": -0.5 * token} for token in tokens]},
-    }
+    logprobs = {"content": [{"token_id": token, "logprob": -0.5 * token} for token in tokens]}
+    made_by = [{"version": label, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}][: 1 + (label != last)]
+    return {"index": number, "finish_reason": reason, "token_ids": tokens, "weight_versions": made_by, "logprobs": logprobs}
 
 
 class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def process_request(self, request, client_address):
-        self.fake.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request):
-        self.fake.connections.discard(request)
-        super().shutdown_request(request)
+    daemon_threads, request_queue_size = True, 64
 
     def handle_error(self, request, client_address):
         """Say nothing of connections that a test has cut."""
@@ -242,16 +226,17 @@ class _Http(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
 
-    def do_GET(self):
-        self._answer({})
+    def setup(self):
+        super().setup()
+        self.fake.connections.add(self.connection)
+
+    def finish(self):
+        self.fake.connections.discard(self.connection)
+        super().finish()
 
     def do_POST(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self._answer(json.loads(self.rfile.read(length) or b"{}"))
-
-    def _answer(self, body):
-        path = urlsplit(self.path).path
-        body |= dict(parse_qsl(urlsplit(self.path).query))
+        path, sent = urlsplit(self.path).path, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(sent or b"{}") | dict(parse_qsl(urlsplit(self.path).query))
         self.fake.requests.append((path, body))
         if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
             status, content = 401, {"error": "Unauthorized"}
@@ -271,6 +256,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def do_GET(self):
+        self.do_POST()
 
     def log_message(self, *args):
         pass
@@ -312,7 +300,7 @@ class FakeNccl:
                     self.group.broadcast(value, source).wait()
                     self.group.barrier().wait()
 
-                stream.jobs.append(_in_thread(late))
+                stream.jobs.append(in_thread(late))
                 self.stream = stream
 
             def destroy(self):
@@ -373,6 +361,7 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]
+    assert {label for group in answers for answer in group for label, _ in answer.versions} == {str(sampler.version)}
     return answers
 
 

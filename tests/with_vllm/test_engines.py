@@ -109,32 +109,25 @@ def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it_and_ano
     assert sum(one == other for one, other in zip(whole, alone, strict=True)) >= len(whole) - 1
 
 
-def test_greedy_takes_the_most_probable_token(policy):
-    rollouts = complete(policy, samples=1, greedy=True)
+def logits_of(policy: PolicyModule, rollouts) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The tokens of each completion, and the policy's logits for them."""
     with policy.inference():
         for row, tokens in enumerate(tokens_of(rollouts)):
-            prompt = policy.encode(rollouts.prompts[row])
-            logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-            assert logits.argmax(-1).tolist() == tokens
+            prompt = policy.encode(rollouts.prompts[row // rollouts.samples_per_prompt])
+            yield tokens, policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
-def test_an_empty_completion_is_its_stop_token_alone(policy, sampler):
-    """A prompt after which the policy stops at once, by taking the first token that it gives as a stop token."""
-    first = tokens_of(complete(policy, TEXTS[:1], samples=1, greedy=True))[0][0]
-    stops = type(policy.generation._stops)((first,), None)
-    policy.generation.__dict__["_stops"] = stops
+def test_greedy_takes_the_most_probable_token_and_a_completion_ends_by_its_stop_token_or_the_limit(policy, sampler):
+    sampler.max_new_tokens = 3
+    rollouts = complete(policy, samples=1, greedy=True)
+    for tokens, logits in logits_of(policy, rollouts):
+        assert logits.argmax(-1).tolist() == tokens and len(tokens) <= 3
+    assert max(map(len, tokens_of(rollouts))) == 3
+    first = tokens_of(rollouts)[0][0]  # with which the policy stops at once, if it is a stop token
+    policy.generation.__dict__["_stops"] = type(policy.generation._stops)((first,), None)
     rollouts = complete(policy, TEXTS[:1], samples=1, greedy=True)
     assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [True]
     assert rollouts.sampling_logprobs.shape == (1, 1)
-
-
-def test_no_completion_is_longer_than_the_longest(policy, sampler):
-    sampler.max_new_tokens = 3
-    rollouts = complete(policy)
-    lengths = rollouts.sequences.completion_mask.sum(dim=1)
-    assert lengths.max() == 3
-    ends_by_stop = torch.tensor([row[-1] in policy.pretrained.stop_ids for row in tokens_of(rollouts)])
-    assert not rollouts.finished[(lengths == 3) & ~ends_by_stop].any()
 
 
 def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_text(policy, sampler):
@@ -155,16 +148,13 @@ def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
     ((name, value),) = truncation.items()
     setattr(sampler, name, value)
     rollouts = complete(policy, samples=8)
-    with policy.inference():
-        for row, tokens in enumerate(tokens_of(rollouts)):
-            prompt = policy.encode(rollouts.prompts[row // 8])
-            logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-            for probabilities, token in zip(logits.softmax(-1), tokens, strict=True):
-                kept = probabilities.sort(descending=True).values
-                if name == "top_p":  # what is more probable adds up to less than the share
-                    assert probabilities[probabilities > probabilities[token]].sum() < value + 1e-4
-                else:
-                    assert probabilities[token] >= (kept[1] if name == "top_k" else kept[0] * value) * 0.999
+    for tokens, logits in logits_of(policy, rollouts):
+        for probabilities, token in zip(logits.softmax(-1), tokens, strict=True):
+            kept = probabilities.sort(descending=True).values
+            if name == "top_p":  # what is more probable adds up to less than the share
+                assert probabilities[probabilities > probabilities[token]].sum() < value + 1e-4
+            else:
+                assert probabilities[token] >= (kept[1] if name == "top_k" else kept[0] * value) * 0.999
     mask = rollouts.sequences.completion_mask
     full, sampled = own_logprobs(policy, rollouts)[mask], rollouts.sampling_logprobs[mask]
     if sampler.renormalizes:  # among the tokens that are kept
@@ -219,12 +209,9 @@ def test_completions_say_which_weights_made_them_and_follow_these(policy):
     assert moved[before.sequences.completion_mask[rows]].abs().max() > 1e-2, "the move has to be seen"
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(policy):
+def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
     with pytest.raises(ConfigError, match="exceed"):
         complete(policy, ("1" * 60,), samples=1)
-
-
-def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
     calls = []
     policy.generation_listeners.append(lambda running, decoded, longest: calls.append((running, decoded, longest)))
     complete(policy)
@@ -247,10 +234,8 @@ def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
 @needs_vllm
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_two_ranks_train_with_one_server(tmp_path, model, server, strategy):
-    options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "url": server.url}
-    results = run(2, tmp_path / "ranks", train, 240, **options)
-    assert [len(result["steps"]) for result in results] == [4, 4]
-    check(results)
+    options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "urls": [server.url]}
+    check(run(2, tmp_path / "ranks", train, 240, **options))
 
 
 @needs_vllm

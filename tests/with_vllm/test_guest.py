@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import build_adapter, build_data, build_trainer, write_sums
+from tiny_runs import build_adapter, fit, trained, write_sums
 from vllm_of_tests import largest_difference, needs_vllm, policy_of, write_model
 
 from hybrid_lightning.rollout import VLLMSampler
@@ -46,11 +46,7 @@ def state():
 def train(folder, root):
     """A run with our sampler, in a new folder: its trained weights."""
     root.mkdir()
-    policy = policy_of(None, folder, prompts_per_rollout=4, samples_per_prompt=4, eval_samples=2, lr_full=1e-3, lr_lora=1e-2)
-    policy.sampler.max_new_tokens = 6
-    torch.manual_seed(3)
-    build_trainer(root, build_adapter(), max_steps=4).fit(policy, datamodule=build_data(write_sums(root / "sums.jsonl")))
-    return {name: value.clone() for name, value in policy.state_dict().items() if "lora_" in name or "modules_to_save" in name}
+    return trained(fit(folder, write_sums(root / "sums.jsonl"), root, build_adapter(), max_steps=4))
 
 
 @needs_vllm
@@ -68,20 +64,12 @@ def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_i
     policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
     sampler.shut_down()
     after = train(folder, tmp_path / "after")
+    assert largest_difference(policy, policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))) < 1e-4, "by a second engine"
+    sampler.shut_down()
     for name in moments[0]:
         assert moments[0][name] == moments[1][name], name
     assert before_run.keys() == within.keys() == after.keys() and before_run
     assert all(torch.equal(before_run[name], within[name]) and torch.equal(before_run[name], after[name]) for name in before_run)
-
-
-@needs_vllm
-def test_a_second_engine_can_be_made_when_the_first_has_ended(tmp_path):
-    folder = write_model(tmp_path / "model")
-    for _ in range(2):
-        sampler = VLLMSampler(max_new_tokens=8)
-        policy = policy_of(sampler, folder)
-        assert largest_difference(policy, policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))) < 1e-4
-        sampler.shut_down()
 
 
 def test_what_a_guest_changes_is_put_back_and_given_to_it_again(monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import free_port
-from tiny_models import VOCABULARY, build_tokenizer
+from tiny_models import SIZES, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
@@ -83,22 +83,14 @@ def adapt(policy: PolicyModule, plan: str, use_dora: bool = False, frozen: tuple
     LoRA has other ranks in modules that vLLM joins.
     """
     modules = find_candidates(policy.model)
-    full = {"hybrid": {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"}, "lora": set(), "full": set(modules)}[
-        plan
-    ]
-    planned = tuple(
-        PlannedModule(
-            name,
-            linear_shape(module),
-            module.weight.numel(),
-            None,
-            mode := "full" if name in full else "frozen" if name in frozen else "lora",
-            2 + place % 4 if mode == "lora" else None,
-        )
-        for place, (name, module) in enumerate(modules.items())
-    )
+    hybrid = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj")
+    full, planned = {"hybrid": hybrid, "lora": (), "full": modules}[plan], []
+    for place, (name, module) in enumerate(modules.items()):
+        mode = "full" if name in full else "frozen" if name in frozen else "lora"
+        rank = 2 + place % 4 if mode == "lora" else None
+        planned.append(PlannedModule(name, linear_shape(module), module.weight.numel(), None, mode, rank))
     lora = LoraSettings(rank=4, alpha=8, use_dora=use_dora)
-    policy.adapt(AdapterPlan("embedded", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))
+    policy.adapt(AdapterPlan("embedded", None, model_digest(policy.model), tuple(planned), lora, ModuleBudget().to_config()))
     move(policy)
 
 
@@ -124,22 +116,11 @@ def largest_difference(policy: PolicyModule, rollouts) -> float:
 
 def write_model(folder: Path, family: str = "llama", layers: int = 3, tied: bool = False) -> Path:
     """A random model whose sizes vLLM's attention has on a CPU, with a tokenizer that knows letters."""
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": tied,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": layers, "max_position_embeddings": 64}
+    sizes |= {"tie_word_embeddings": tied, **({"head_dim": 32} if family == "qwen3" else {})}
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes, **({"head_dim": 32} if family == "qwen3" else {})))
+    model = AutoModelForCausalLM.from_config(config(**sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 or name.endswith("bias"):  # biases, too, so that one that is left out shows

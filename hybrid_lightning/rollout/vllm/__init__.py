@@ -6,12 +6,10 @@ servers.py       `VLLMServerSampler`: servers reached over HTTP
 server_checks.py whether a server can complete for the policy
 server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
-delivery.py      gives one server the weights of an update
-completing.py    what both ask of vLLM, and what they make of its answers
+completing.py    what both ask of vLLM and make of its answers, and which versions of it are supported
 guest.py         keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers
 receiver.py      receives them, in the server
-installed.py     which versions of vLLM are supported, and what is wrong with an installation
 """
 
 BACKEND = "hybrid_lightning"  # our way to receive weights, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it

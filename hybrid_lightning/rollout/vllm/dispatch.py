@@ -7,26 +7,26 @@ from one rollout to the next: each begins with a look at all servers.
 
 import asyncio
 import contextlib
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.rollout.vllm.transfer import in_thread
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
 _FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
 _LOOK_S = 30.0  # in which a server has to say which weights it has
 _GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -73,9 +73,11 @@ class Dispatch:
         ConfigError: If a server cannot complete a prompt so many times at once.
     """
 
+    _client: httpx.AsyncClient
     _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[None]
     _on_answers: OnAnswers | None
+    _work: "Future[None]"
     _ended_at: float
 
     def __init__(
@@ -100,14 +102,12 @@ class Dispatch:
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
-        self._ended, self._is_ending = threading.Event(), False
-        self._failure: BaseException | None = None
+        self._is_ending = False
 
     def start(self, on_answers: OnAnswers | None = None) -> None:
         """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks.
 
-        Args:
-            on_answers: See `VLLMEngine.complete`; called in that thread.
+        What is told of answers (see `VLLMEngine.complete`) is told in that thread.
         """
         self._on_answers = on_answers
         self._loop = loop = asyncio.new_event_loop()
@@ -116,14 +116,11 @@ class Dispatch:
         def work() -> None:
             try:
                 loop.run_until_complete(main)
-            except BaseException as error:
-                self._failure = error
             finally:
                 loop.close()
                 self._ended_at = time.monotonic()
-                self._ended.set()
 
-        threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+        self._work = in_thread(work, "requests to vLLM servers")
 
     def go_on_with(self, label: str) -> None:
         """Servers are given other weights, by which requests under way may be answered from now on."""
@@ -143,16 +140,15 @@ class Dispatch:
     @property
     def seconds_since_end(self) -> float:
         """Seconds since the last answer; 0 while requests are under way."""
-        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
+        return time.monotonic() - self._ended_at if self._work.done() else 0.0
 
     def wait(self, on_token: Callable[[int, int], None] | None) -> None:
         """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.
 
-        Args:
-            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
+        To `on_token` (see `VLLMEngine.complete`) how far the rollout is stands in for the tokens decoded.
         """
         try:
-            while not self._ended.wait(_SLICE_S):
+            while not wait([self._work], _SLICE_S).done:
                 self._tell(on_token)
         except BaseException:
             self.cancel()
@@ -162,17 +158,14 @@ class Dispatch:
     def answers(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
         """The answers to each prompt, in order, when they are there.
 
-        Args:
-            on_token: As in `wait`.
-
         Raises:
             RolloutError: If no server completes them.
         """
         self.wait(on_token)
-        if isinstance(self._failure, asyncio.CancelledError):
-            raise RolloutError("the requests to vLLM servers were ended")
-        if self._failure is not None:
-            raise self._failure
+        try:
+            self._work.result()
+        except asyncio.CancelledError:
+            raise RolloutError("the requests to vLLM servers were ended") from None
         return [self._answers[number] for number in range(self._total)]
 
     def end(self) -> None:
@@ -186,7 +179,7 @@ class Dispatch:
     def cancel(self) -> None:
         """End the requests, on the servers as well."""
         self.end()
-        self._ended.wait(2 * _FAREWELL_S)
+        wait([self._work], 2 * _FAREWELL_S)
 
     def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
         if on_token is not None:
@@ -194,38 +187,32 @@ class Dispatch:
             on_token((self._total - done) * self._samples, self._longest * done // max(1, self._total))
 
     async def _complete(self) -> None:
-        async with self._places[0].server.connections() as client:
+        async with self._places[0].server.connections() as self._client:
+            began = time.monotonic()
             try:
-                began = time.monotonic()
                 while len(self._answers) < self._total:
                     now = time.monotonic()
                     self._give_up(now)
-                    self._look(client, now)
+                    self._look(now)
                     if now - began > _GRACE_S or not any(place.looked_at for place in self._places):
-                        self._assign(client, now)
+                        self._assign(now)
                     if not self._tasks:
                         await asyncio.sleep(_SLICE_S)
                         continue
                     done, _ = await asyncio.wait(self._tasks, timeout=_SLICE_S, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
-                        place, request = self._tasks.pop(task)
-                        if request is None:
-                            self._looked(place, task)
-                        else:
-                            self._answered(client, place, request, task)
+                        self._take(task, *self._tasks.pop(task))
             finally:
-                await self._end_all(client)
+                await self._end_all()
 
-    # ---- what is asked
-
-    def _look(self, client: httpx.AsyncClient, now: float) -> None:
+    def _look(self, now: float) -> None:
         """Ask servers that are not in use which weights they have."""
         for place in self._places:
             if not (place.usable or place.stale or place.looked_at) and now >= place.aside_until:
                 place.looked_at = True
-                self._tasks[asyncio.create_task(_within(_LOOK_S, place.server, place.server.label_now(client)))] = (place, None)
+                self._begin(_LOOK_S, place, None, place.server.label_now(self._client))
 
-    def _assign(self, client: httpx.AsyncClient, now: float) -> None:
+    def _assign(self, now: float) -> None:
         """Give waiting requests to the servers that have most room."""
         for _ in range(len(self._waiting)):
             free = [place for place in self._places if place.usable and place.running < place.room]
@@ -237,55 +224,54 @@ class Dispatch:
                 continue
             place = min(free, key=lambda place: (place is request.last, place.running / place.room))
             place.running += 1
-            answers = place.server.complete(client, self._name_of(request), request.ids, request.parameters)
-            self._tasks[asyncio.create_task(_within(self._timeout, place.server, answers))] = (place, request)
+            answers = place.server.complete(self._client, self._name_of(request), request.ids, request.parameters)
+            self._begin(self._timeout, place, request, answers)
 
-    # ---- what comes back
+    def _begin(self, limit: float, place: _Place, request: _Request | None, answer: Awaitable[Any]) -> None:
+        """Wait for an answer beside others; one that does not come in time is ended by closing its connection."""
 
-    def _looked(self, place: _Place, task: "asyncio.Task[str]") -> None:
-        place.looked_at = False
+        async def within() -> Any:
+            try:
+                async with asyncio.timeout(limit):
+                    return await answer
+            except TimeoutError as error:
+                cause = f"no answer within {limit:.0f} s; it hangs, or has too much to do"
+                raise ServerError(place.server.url, cause) from error
+
+        self._tasks[asyncio.create_task(within())] = (place, request)
+
+    def _take(self, task: asyncio.Task[Any], place: _Place, request: _Request | None) -> None:
+        """Take what has come back: which weights a server has, or the answers to a request."""
+        if request is None:
+            place.looked_at = False
+        else:
+            place.running -= 1
         try:
-            label = task.result()
-        except asyncio.CancelledError:  # by `_leave`
-            self._set_aside(place)
-            return
-        except ServerError as error:
-            self._refuse_final(error)
-            self._set_aside(place)
-            place.why = error.cause
-            return
-        place.usable = label in self._labels
-        if label == self._updating:
-            self._set_aside(place)
-            place.why = "its weights are on their way"
-        elif not place.usable:
-            self._leave_out(place, label)
-
-    def _answered(self, client: httpx.AsyncClient, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
-        place.running -= 1
-        try:
-            answers = task.result()
-        except ServerError as error:
-            self._refuse_final(error)
-            if place.usable:  # several requests that fail together count once
+            found = task.result()
+        except (ServerError, asyncio.CancelledError) as error:  # cancelled by `_leave`
+            if isinstance(error, ServerError) and error.is_final:
+                raise RolloutError(f"{error}; the request is refused, and would be by any server") from error
+            if request is None or place.usable:  # several requests that fail together count once
                 self._set_aside(place)
-            place.why = error.cause
-            self._try_again(client, place, request)
+            place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
+            if request is not None:
+                self._try_again(place, request)
             return
-        except asyncio.CancelledError:  # by `_leave`
-            self._set_aside(place)
-            place.why = "it did not take the policy's weights"
-            self._try_again(client, place, request)
-            return
-        others = {label for answer in answers for label, _ in answer.versions}.difference(self._labels)
-        if others:
+        if request is None:
+            place.usable = found in self._labels
+            if found == self._updating:
+                self._set_aside(place)
+                place.why = "its weights are on their way"
+            elif not place.usable:
+                self._leave_out(place, found)
+        elif others := {label for answer in found for label, _ in answer.versions}.difference(self._labels):
             self._leave_out(place, min(others))
             self._waiting.appendleft(request)
-            return
-        place.failures = 0
-        self._answers[request.number] = answers
-        if self._on_answers is not None:
-            self._on_answers(request.number, answers)
+        else:
+            place.failures = 0
+            self._answers[request.number] = found
+            if self._on_answers is not None:
+                self._on_answers(request.number, found)
 
     def _set_aside(self, place: _Place) -> None:
         """Do not use a server for a while. What it already has may still be answered."""
@@ -297,17 +283,15 @@ class Dispatch:
         place.usable, place.stale = False, True
         place.why = f"it has weights {label} instead of {self._labels[-1]}: it was restarted, or another run uses it"
 
-    def _try_again(self, client: httpx.AsyncClient, place: _Place, request: _Request) -> None:
+    def _try_again(self, place: _Place, request: _Request) -> None:
         # Of what did not come in time no answer is needed any more.
-        self._farewells.add(asyncio.create_task(place.server.end(client, [self._name_of(request)])))
+        self._farewells.add(asyncio.create_task(place.server.end(self._client, [self._name_of(request)])))
         now = time.monotonic()
         if not request.failures:
             request.failing_since = now
         request.not_before, request.last = now + _pause(request.failures), place
         request.failures += 1
         self._waiting.append(request)
-
-    # ---- the end
 
     def _give_up(self, now: float) -> None:
         """Raise RolloutError if servers have failed for too long, or none can complete."""
@@ -327,18 +311,14 @@ class Dispatch:
             "from stopped.ckpt"
         )
 
-    def _refuse_final(self, error: ServerError) -> None:
-        if error.is_final:
-            raise RolloutError(f"{error}; the request is refused, and would be by any server") from error
-
-    async def _end_all(self, client: httpx.AsyncClient) -> None:
+    async def _end_all(self) -> None:
         """End what is still running, on the servers as well."""
         running: dict[Server, list[str]] = {}
         for task, (place, request) in self._tasks.items():
             task.cancel()
             if request is not None:
                 running.setdefault(place.server, []).append(self._name_of(request))
-        self._farewells |= {asyncio.create_task(server.end(client, names)) for server, names in running.items()}
+        self._farewells |= {asyncio.create_task(server.end(self._client, names)) for server, names in running.items()}
         if self._farewells:
             await asyncio.wait(self._farewells, timeout=_FAREWELL_S)
         for farewell in self._farewells:
@@ -352,9 +332,6 @@ class Dispatch:
 def _room(server: Server, samples: int) -> int:
     """Requests that a server may have at once: twice what it completes at once, or it would wait for us whenever some completions
     of a prompt end before the others.
-
-    Raises:
-        ConfigError: If it cannot complete a prompt so many times at once.
     """
     if not server.is_known:
         return 1
@@ -368,12 +345,3 @@ def _room(server: Server, samples: int) -> int:
 
 def _pause(failures: int) -> float:
     return float(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures, 16)))
-
-
-async def _within(limit: float, server: Server, answer: Awaitable[_T]) -> _T:
-    """An answer, if it comes within a time limit; else the request is ended by closing its connection."""
-    try:
-        async with asyncio.timeout(limit):
-            return await answer
-    except TimeoutError as error:
-        raise ServerError(server.url, f"no answer within {limit:.0f} s; it hangs, or has too much to do") from error

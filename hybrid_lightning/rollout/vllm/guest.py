@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Guest:
     """
 
     def __init__(self, environment: Mapping[str, str | None]) -> None:
-        self._environment: dict[str, str | None] = dict(environment)  # None: deleted
+        self._environment = dict(environment)
         self._world: Any = _World()
         self._outside: Any = None  # training's, while vLLM works
         self._random: dict[str, Any] | None = None
@@ -65,7 +66,7 @@ class Guest:
             restore_random_state(self._random)
         _enter_world(self._world)
         torch.set_num_threads = self._set_threads
-        gc.freeze = _leave_as_it_is  # what was frozen could not be told apart from what was before
+        gc.freeze = lambda: None  # what was frozen could not be told apart from what was before
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what vLLM calls in torch, about which no user can do anything
@@ -115,26 +116,18 @@ class _World(distributed_c10d._World):
     Groups are told apart by numbers, which count on in all worlds.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._own: dict[str, dict] = {}
-
-    pg_map = property(lambda self: self._own.setdefault("map", {}))  # type: ignore[assignment]
-    pg_names = property(lambda self: self._own.setdefault("names", {}))  # type: ignore[assignment]
-    pg_group_ranks = property(lambda self: self._own.setdefault("ranks", {}))  # type: ignore[assignment]
-    pg_backend_config = property(lambda self: self._own.setdefault("backends", {}))  # type: ignore[assignment]
-    tags_to_pg = property(lambda self: self._own.setdefault("of tags", {}))  # type: ignore[assignment]
-    pg_to_tag = property(lambda self: self._own.setdefault("tags", {}))  # type: ignore[assignment]
+    pg_map = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
+    pg_names = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
+    pg_group_ranks = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
+    pg_backend_config = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
+    tags_to_pg = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
+    pg_to_tag = cached_property(lambda self: dict[Any, Any]())  # type: ignore[assignment]
 
 
 def _enter_world(world: Any) -> None:
     distributed_c10d._world = world
     group = world.default_pg
     torch._C._distributed_c10d._set_global_rank(-1 if group is None else group.rank())  # which torch's logs name
-
-
-def _leave_as_it_is() -> None:
-    """In place of `gc.freeze`."""
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:

@@ -2,9 +2,11 @@
 
 import atexit
 import gc
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,10 +16,9 @@ from torch import Tensor
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
-from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
+from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.guest import Guest
-from hybrid_lightning.rollout.vllm.installed import check_installed
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
@@ -44,15 +45,11 @@ class VLLMSampler(VLLMEngine):
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     shares_device = True
@@ -98,7 +95,7 @@ class VLLMSampler(VLLMEngine):
         self._llm: Any = None
         self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
         self._asleep = False
-        self._requests = 0
+        self._requests = itertools.count()
 
     def check_model(self, model: ServedModel) -> None:
         """See `RolloutEngine`: vLLM is installed, and its engine can be had on this device."""
@@ -131,14 +128,8 @@ class VLLMSampler(VLLMEngine):
                 return
             self._wake("weights")
         self.version, self._base = None, ""  # until all is well
-        loaded = self._call(load, self._gathered(weights.stream(everything)), everything)
-        missing = self._call(weight_names) - loaded if everything else set()
-        if missing:
-            raise RolloutError(
-                f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture "
-                "under other names; leave model.sampler out to sample without vLLM"
-            )
         with self._guest.visiting():
+            self._llm.collective_rpc(load, args=(self._gathered(weights.stream(everything)), everything))
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.set_weight_version(str(weights.version))
         self._base, self.version = weights.base, weights.version
@@ -151,11 +142,6 @@ class VLLMSampler(VLLMEngine):
             if weight is None:
                 return
             yield weight.name, Deferred.of(weight)
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function of the engine's worker and further arguments."""
-        with self._guest.visiting():
-            return self._llm.collective_rpc(function, args=arguments)[0]
 
     # ---- the engine
 
@@ -170,7 +156,13 @@ class VLLMSampler(VLLMEngine):
 
                 self._llm = LLM(**options)
             except Exception as error:  # vLLM and CUDA have no classes for it
-                raise RolloutError(_why_not_started(error, self)) from error
+                text, remedy = one_line(error), "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
+                if "memory" in text.lower() or "KV cache" in text:
+                    remedy = (
+                        f"change sampler.gpu_memory_utilization={self.gpu_memory_utilization}, lower sampler.max_model_len, or "
+                        "give servers on other devices (VLLMServerSampler)"
+                    )
+                raise RolloutError(f"vLLM did not start: {text}; {remedy}") from error
         # A run that is stopped by a signal has no teardown; vLLM's own end, which comes later, would not find its groups.
         atexit.register(self.shut_down)
         context = self._llm.llm_engine.model_config.max_model_len
@@ -182,7 +174,7 @@ class VLLMSampler(VLLMEngine):
         self.max_model_len = context
 
     def _options(self, model: ServedModel, folder: str) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`. A model whose weights are sent is described to it by a folder without weights."""
+        """Arguments of `vllm.LLM`; a model whose weights are sent is described to it by a folder without weights."""
         options: dict[str, Any] = {
             "model": model.folder or folder,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -214,12 +206,7 @@ class VLLMSampler(VLLMEngine):
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case.
-
-        Args:
-            config: The model's config.
-            dtype: Dtype of the engine's weights.
-        """
+        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case."""
         one = self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
         chosen = max(2**26, one, min(_CPU_CACHE, _CPU_SEQUENCES * one))
         return int(self.engine_args.get("kv_cache_memory_bytes") or chosen)
@@ -227,15 +214,9 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
-    ) -> Begun[list[list[Answer]]]:
+    def complete(self, *arguments: Any, **options: Any) -> Begun[list[list[Answer]]]:
         """See `VLLMEngine`; they are made when they are waited for."""
-        return Begun(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
+        return Begun(partial(self._completed, *arguments, **options))
 
     @torch.no_grad()
     def _completed(
@@ -243,7 +224,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None,
+        on_answers: OnAnswers | None = None,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._guest.visiting():
@@ -252,12 +233,10 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             engine = self._llm.llm_engine
-            names: dict[str, int] = {}  # of requests -> number of the prompt
+            # Names of requests -> number of the prompt.
+            names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
             try:
-                for ids, asked in zip(prompt_ids, parameters, strict=True):
-                    name = f"completion-{self._requests}"
-                    names[name] = len(names)
-                    self._requests += 1
+                for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
                     wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
                     engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
                 steps = 0
@@ -329,24 +308,8 @@ def _answer(output: Any) -> Answer:
 
 
 def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache for one token.
-
-    Args:
-        config: The model's config.
-        dtype: Dtype of the engine's weights.
-    """
+    """Bytes of the KV cache for one token, which has the dtype of the engine's weights."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
-
-
-def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
-    text = one_line(error)
-    remedy = "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
-    if "memory" in text.lower() or "KV cache" in text:
-        remedy = (
-            f"change sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}, lower sampler.max_model_len, or give "
-            "servers on other devices (VLLMServerSampler)"
-        )
-    return f"vLLM did not start: {text}; {remedy}"

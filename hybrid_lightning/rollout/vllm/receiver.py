@@ -114,10 +114,6 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
     """Drop layers that came in part, after which the model can compute, and can be given all weights again.
 
     Layers that came whole stay. The version of the weights, which is set at the end, tells the sender to send all again.
-
-    Args:
-        model: Model of vLLM.
-        config: Config that vLLM has of the model.
     """
     for layer in model.modules():
         info = get_layerwise_info(layer)
@@ -131,9 +127,6 @@ def pack_tied(model: torch.nn.Module) -> None:
     """Pack weights again that two layers share: on a CPU the output layer keeps a packed copy of a tied embedding.
 
     vLLM makes it when it loads a model, and not when it gets weights anew.
-
-    Args:
-        model: Model of vLLM, all of whose weights have come.
     """
     sharing: dict[int, list[torch.nn.Module]] = {}
     for layer in model.modules():

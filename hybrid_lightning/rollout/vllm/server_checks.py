@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.installed import check_version
+from hybrid_lightning.rollout.vllm.completing import check_version
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import facts_of
 
@@ -33,33 +33,24 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
         ServerError: If it does not answer.
     """
     _check_interface(server)
-    facts = server.facts
+    facts, ours = server.facts, f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
     if facts.logprobs_mode != "processed_logprobs":
-        raise ConfigError(
-            f"{server.url} gives {facts.logprobs_mode}, which are not those of what it samples from; start it with "
-            "--logprobs-mode processed_logprobs"
-        )
+        fault = f"gives {facts.logprobs_mode}, which are not those of what it samples from"
+        raise _fault(server, fault, "--logprobs-mode processed_logprobs")
     if facts.splits_prompts_on_cpu:
-        raise ConfigError(
-            f"{server.url} takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds; start it "
-            "with --no-enable-chunked-prefill"
-        )
+        fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
+        raise _fault(server, fault, "--no-enable-chunked-prefill")
     if facts.backend not in (BACKEND, "nccl"):
-        raise ConfigError(
-            f"{server.url} cannot be sent weights ({facts.backend or 'no'} weight transfer); start it with "
-            f'--weight-transfer-config \'{{"backend": "nccl"}}\' on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL '
-            "cannot be had, which needs hybrid_lightning in its environment"
+        remedy = (
+            f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '
         )
+        fault = f"cannot be sent weights ({facts.backend or 'no'} weight transfer)"
+        raise _fault(server, fault, f"{remedy}hybrid_lightning in its environment")
     if facts.backend == "nccl" and model.device.type != "cuda":
-        raise ConfigError(
-            f"{server.url} takes weights by NCCL, which a policy on {model.device.type} cannot send by; start it with "
-            f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
-        )
+        raise _fault(server, f"takes weights by NCCL, which a policy on {model.device.type} cannot send by", ours)
     if facts.context <= max_new_tokens:
-        raise ConfigError(
-            f"{server.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside sampler."
-            f"max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
-        )
+        fault = f"has a context of {facts.context} tokens, no room for a prompt beside sampler.max_new_tokens={max_new_tokens}"
+        raise _fault(server, fault, "a longer --max-model-len, or lower sampler.max_new_tokens")
     _check_tokenizer(server, model.tokenizer)
     _check_config(server, model)
     wanted = str(model.dtype).removeprefix("torch.")
@@ -70,17 +61,19 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
         )
 
 
+def _fault(server: Server, fault: str, start: str) -> ConfigError:
+    return ConfigError(f"{server.url} {fault}; start it with {start}")
+
+
 def _check_interface(server: Server) -> None:
     version = _ask_if_there(server, "/version")
     if not version:
         raise ConfigError(f"{server.url} is no vLLM server (it has no /version); start one there: {_START}")
     check_version(str(version["version"]), server.url)
     if not _ask_if_there(server, "/weight_info"):
-        raise ConfigError(
-            f"{server.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
-        )
+        raise _fault(server, "has no interface for weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: {_START}")
     if _ask_if_there(server, "/inference/v1/generate") is None:
-        raise ConfigError(f"{server.url} does not take token ids; start it with --enable-scale-out: {_START}")
+        raise _fault(server, "does not take token ids", f"--enable-scale-out: {_START}")
 
 
 def _ask_if_there(server: Server, path: str) -> Any:

@@ -4,10 +4,11 @@ Used of its interface: `/inference/v1/generate`, token ids in and out, which is 
 need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
 """
 
+import contextlib
 import math
 import re
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -36,12 +37,7 @@ class ServerFacts:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
-        """Read them from a server's answers.
-
-        Args:
-            config: Config of vLLM.
-            names: The answer to /v1/models.
-            size: The answer to /get_world_size.
+        """Read them from vLLM's config, and the answers to /v1/models and /get_world_size.
 
         Raises:
             KeyError: If something is not there. Other errors are raised if it is of another kind.
@@ -61,13 +57,7 @@ class ServerFacts:
 
 
 class ServerError(RolloutError):
-    """A server does not answer, or refuses.
-
-    Args:
-        url: The server's.
-        cause: Why, in a line.
-        status: Status of its answer; None if it did not answer.
-    """
+    """A server does not answer, or refuses, for a cause in a line; without a status it did not answer."""
 
     def __init__(self, url: str, cause: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {cause}")
@@ -81,12 +71,9 @@ class ServerError(RolloutError):
 
 
 class Server:
-    """A vLLM server.
+    """A vLLM server at an address such as http://node7:8000, with an API key if it asks for one.
 
-    Args:
-        url: Such as http://node7:8000.
-        timeout: Longest time for a request in seconds.
-        key: Its API key, if it asks for one.
+    A request may take `timeout` seconds.
     """
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
@@ -99,18 +86,15 @@ class Server:
     def facts(self) -> ServerFacts:
         """What it has; asked once."""
         if self._facts is None:
-            self._facts = self._ask_facts()
+            # The first time it looks at its whole environment, which takes seconds.
+            info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
+            names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
+            try:
+                self._facts = ServerFacts.of(info["vllm_config"], names, size)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                cause = f"its answer to /server_info lacks {error}: another version of vLLM than those that are supported"
+                raise ServerError(self.url, cause) from error
         return self._facts
-
-    def _ask_facts(self) -> ServerFacts:
-        # The first time it looks at its whole environment, which takes seconds.
-        info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
-        names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
-        try:
-            return ServerFacts.of(info["vllm_config"], names, size)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            cause = f"its answer to /server_info lacks {error}: another version of vLLM than those that are supported"
-            raise ServerError(self.url, cause) from error
 
     @property
     def is_known(self) -> bool:
@@ -147,48 +131,40 @@ class Server:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let its workers connect to the sender."""
-        body = {"init_info": init_info}
-        self._after_a_stop(lambda: self.ask("POST", "/init_weight_transfer_engine", body, limit=self.timeout))
+        self._after_a_stop("/init_weight_transfer_engine", {"init_info": init_info})
 
     def shutdown_weight_transfer_engine(self, limit: float = _SHORT_S) -> None:
         """Let its workers close their connection."""
-        self._after_a_stop(lambda: self.ask("POST", "/shutdown_weight_transfer_engine", limit=limit))
+        self._after_a_stop("/shutdown_weight_transfer_engine", limit=limit)
 
     def start_weight_update(self) -> None:
         """Let it expect weights."""
-        self._after_a_stop(lambda: self.ask("POST", "/start_weight_update", limit=self.timeout))
+        self._after_a_stop("/start_weight_update")
 
-    def update_weights(self, update_info: Any, limit: float | None = None) -> None:
+    def update_weights(self, update_info: Any, limit: float) -> None:
         """Let it receive weights."""
-        self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit or self.timeout)
+        self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit)
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
+    def finish_weight_update(self) -> None:
         """Let it use the weights that came."""
-        body = {} if weight_version is None else {"weight_version": weight_version}
-        self.ask("POST", "/finish_weight_update", body, limit=self.timeout)
+        self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
 
-    def _after_a_stop(self, request: Callable[[], Any]) -> None:
+    def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
         """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
         try:
-            request()
+            self.ask("POST", path, body, limit=limit or self.timeout)
         except ServerError as error:
             if "already active" not in error.cause and "during a weight update" not in error.cause:
                 raise
             self.finish_weight_update()
-            request()
+            self.ask("POST", path, body, limit=limit or self.timeout)
 
     # ---- completions
 
     async def complete(
         self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]
     ) -> list[Answer]:
-        """Complete a prompt.
-
-        Args:
-            client: From `connections`.
-            name: By which the request can be ended.
-            ids: Token ids of the prompt.
-            parameters: Of vLLM's `SamplingParams`.
+        """Complete a prompt of these token ids, by a request that can be ended by its name.
 
         Raises:
             ServerError: If it does not, or has been told to end the request.
@@ -210,11 +186,9 @@ class Server:
 
     async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
         """End requests, if it still answers."""
-        try:
+        with contextlib.suppress(httpx.HTTPError):  # it ends them by itself when their connections are closed
             ids = [f"generate-tokens-{name}" for name in names]  # as vLLM calls them
             await client.post(f"{self.url}/inference/v1/abort_requests", json={"request_ids": ids}, headers=self._headers)
-        except httpx.HTTPError:
-            pass  # it ends them by itself when their connections are closed
 
     async def label_now(self, client: httpx.AsyncClient) -> str:
         """See `label`."""
@@ -253,17 +227,7 @@ class Server:
     def ask(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
-        """Make a request.
-
-        Args:
-            method: GET or POST.
-            path: Such as /version.
-            body: Sent as JSON.
-            params: Behind the path.
-            limit: Longest time in seconds.
-
-        Returns:
-            The JSON of its answer; None if it is empty.
+        """Make a GET or POST request, which may take `limit` seconds; the JSON of its answer, None if that is empty.
 
         Raises:
             ServerError: If it does not answer, or refuses.

@@ -5,24 +5,27 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
-from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
-from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
+from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, in_thread, local_address
 from hybrid_lightning.types import Rollouts
 
 _UPDATING = "updating"  # label of a server whose weights are on their way
@@ -30,7 +33,6 @@ _UPDATING = "updating"  # label of a server whose weights are on their way
 _FIRST_S, _AGAIN_S = 30.0, 3.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _T = TypeVar("_T")
-Deliveries = dict[Server, Delivery]
 
 
 class VLLMServerSampler(VLLMEngine):
@@ -49,15 +51,11 @@ class VLLMServerSampler(VLLMEngine):
         give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
             weights. Until then it is tried again, in growing intervals.
         address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
-        max_new_tokens: As in `RolloutEngine`.
-        temperature: As in `RolloutEngine`.
-        top_p: As in `RolloutEngine`.
-        top_k: As in `RolloutEngine`.
-        stop: As in `RolloutEngine`.
-        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
+
+    The other arguments are those of `RolloutEngine`.
     """
 
     completes_elsewhere = shared_by_ranks = True
@@ -97,6 +95,7 @@ class VLLMServerSampler(VLLMEngine):
         self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
         self._base = ""  # what the weights that training leaves alone were when they were sent
         self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
+        self._taking: list[Server] = []  # those that take the weights of the update under way
         self._dispatches: list[Dispatch] = []  # that may have requests under way
         self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
@@ -110,17 +109,17 @@ class VLLMServerSampler(VLLMEngine):
         """
         found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens))
         missing = [s for s, failure in found.items() if isinstance(failure, ServerError) and not failure.is_final]
-        missing = missing if model.resumed and len(missing) < len(found) else []
-        for server, failure in found.items():
-            if server in missing:
-                self._leave_out(server, str(failure))
-            elif isinstance(failure, ServerError):
+        if model.resumed and len(missing) < len(found):
+            for server in missing:
+                self._leave_out(server, str(found.pop(server)))
+        for failure in found.values():
+            if isinstance(failure, ServerError):
                 raise RolloutError(
                     f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
                 ) from failure
-            elif failure is not None:
+            if failure is not None:
                 raise failure
-        kinds = sorted({str(server.facts.backend) for server in self._servers if server not in missing})
+        kinds = sorted({str(server.facts.backend) for server in found})
         if len(kinds) > 1:
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
@@ -144,39 +143,31 @@ class VLLMServerSampler(VLLMEngine):
         return self.version is None or weights.base != self._base or has_other
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """See `RolloutEngine`.
-
-        Args:
-            weights: The policy's weights now.
-            model: The policy's model.
-            everything: What `needs_everything` has said. None asks it; an update that fails is then made again. Else the weights
-                are iterated over once, whatever happens, as on other ranks.
+        """See `RolloutEngine`. With what `needs_everything` has said the weights are iterated over once, whatever happens, as on
+        other ranks; else an update that fails is made again.
 
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
         """
-        asked = everything is None
-        chosen = self.needs_everything(weights, model) if everything is None else everything
-        if not chosen and self.version == weights.version:
+        alone = everything is None
+        everything = self.needs_everything(weights, model) if everything is None else everything
+        if not everything and self.version == weights.version:
             return
         self.go_on_with(weights.version)
-        if not weights.is_sender:
-            _drain(weights.stream(chosen))
-            self.version, self._base = weights.version, weights.base
-            return
         before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
-        for _ in self._attempts():
-            stream = weights.stream(chosen)
-            try:
-                updated = self._update(weights, stream, model, before, chosen)
-            finally:
-                if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
-                    _drain(stream)  # or other ranks, which gather the weights with this one, would wait
-            if updated:
-                break
-            if not asked:
-                raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
-            chosen = True
+        stream = weights.stream(everything)
+        try:
+            for _ in self._attempts() if weights.is_sender else ():
+                updated = self._update(weights, stream, model, before, everything)
+                if updated:
+                    break
+                if updated is False and not alone:
+                    raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
+                if updated is False:
+                    everything, stream = True, weights.stream(True)
+        finally:
+            if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
+                deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
         self.version, self._base = weights.version, weights.base
 
     def go_on_with(self, version: WeightsVersion) -> None:
@@ -213,75 +204,88 @@ class VLLMServerSampler(VLLMEngine):
         model: ServedModel,
         before: WeightsVersion | None,
         everything: bool,
-    ) -> bool:
-        """Send weights to all servers that can be reached; False if none has them then.
+    ) -> bool | None:
+        """Send weights in one pass to all servers that can be reached, which had the version before.
 
-        Args:
-            weights: The policy's weights.
-            stream: Those to be sent, in one pass.
-            model: The policy's model.
-            before: The version that the servers had.
-            everything: Whether all are sent.
-
-        Raises:
-            RolloutError: If no server could be reached within `give_up_after`.
+        Returns:
+            Whether a server has them then; None if none could be reached, and the pass has not begun.
         """
-        update = Update(weights.shapes(everything), model.dtype, everything)
-        for _ in self._attempts():
-            labels = self._labels()
-            has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
-            chosen = [server for server in labels if server not in has_them]
-            if not everything:
-                for server in [server for server in chosen if labels[server] != str(before)]:
-                    self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
-                    chosen.remove(server)
-            if labels and not chosen:
-                return bool(has_them)
-            deliveries = {server: self._delivery(server, update, str(weights.version), model) for server in chosen}
-            try:
-                ready = [server for server, delivery in deliveries.items() if delivery.asks(2 * self.timeout)]
-                if ready:
-                    self._send(update, stream, deliveries, model)
-            except BaseException:
-                for server, delivery in deliveries.items():
-                    delivery.cut()
-                    self._disconnect(server)  # or what is under way would stay on the GPU
-                raise
-            for server, delivery in deliveries.items():
-                self._note(server, delivery)
-            if ready or has_them:
-                return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
-        raise AssertionError("attempts end by an error")
+        labels = self._labels()
+        has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
+        chosen = [server for server in labels if server not in has_them]
+        if not everything:
+            for server in [server for server in chosen if labels[server] != str(before)]:
+                self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
+                chosen.remove(server)
+        if labels and not chosen:
+            return bool(has_them)
+        update, self._taking = Update(weights.shapes(everything), model.dtype, everything), list(chosen)
+        try:
+            self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
+            if not self._taking:
+                return True if has_them else None
+            self._send(update, stream, model)
+            finished = self._ask(self._taking, partial(self._finish, str(weights.version)))
+            self._settle(finished, 2 * self.timeout + update.longest_s)
+        except BaseException:
+            self._taking = []
+            for server in chosen:
+                self._disconnect(server)  # or what is under way would stay on the GPU
+            raise
+        for server in self._taking:
+            if self._left_out.pop(server, None) is not None:
+                rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
+        return bool(has_them or self._taking)
 
-    def _send(self, update: Update, stream: Iterator[PolicyWeight], deliveries: Deliveries, model: ServedModel) -> None:
+    def _send(self, update: Update, stream: Iterator[PolicyWeight], model: ServedModel) -> None:
         """Send weights to all servers at once. Each is computed when all have taken the one before, in the same memory."""
-        by_nccl = any(server.facts.backend == "nccl" for server in deliveries if server.is_known)
+        by_nccl = any(server.facts.backend == "nccl" for server in self._taking)
         memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
+        sent: dict[Server, Future[None]] = {}
         for weight in stream:
-            ready = [delivery for delivery in deliveries.values() if delivery.asks(2 * self.timeout)]
-            if not ready:
+            self._settle(sent, 2 * self.timeout)
+            if not self._taking:
                 return
             value = memory[: weight.shape.numel()].view(weight.shape)
             weight.write_rows(value, 0)
-            for delivery in ready:
-                delivery.give(weight.name, value)
-        for delivery in deliveries.values():
-            if delivery.failure is None:
-                delivery.end(2 * self.timeout + update.longest_s)
+            sent = self._ask(self._taking, partial(self._give, value))
+        self._settle(sent, 2 * self.timeout)
 
-    def _delivery(self, server: Server, update: Update, label: str, model: ServedModel) -> Delivery:
-        def work(delivery: Delivery) -> None:
-            server.pause(keeps=self.requests_go_on)
-            server.set_label(_UPDATING)
-            if server not in self._transfers or update.everything:
-                self._transfers[server] = self._connected(server, model)
-            self._transfers[server].send(update, iter(delivery))
-            server.reset_prefix_cache()
-            if delivery.failure is None:
-                server.set_label(label)
-                server.resume()
+    def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
+        server.pause(keeps=self.requests_go_on)
+        server.set_label(_UPDATING)
+        if server not in self._transfers or update.everything:
+            self._transfers[server] = self._connected(server, model)
+        if server not in self._taking:  # it has not been waited for
+            self._disconnect(server)
+            return
+        self._transfers[server].begin(update)
 
-        return Delivery(work)
+    def _give(self, value: Tensor, server: Server) -> None:
+        self._transfers[server].give(value)
+
+    def _finish(self, label: str, server: Server) -> None:
+        self._transfers[server].end()
+        server.reset_prefix_cache()
+        if server in self._taking:
+            server.set_label(label)
+            server.resume()
+
+    def _settle(self, asked: dict[Server, "Future[None]"], limit: float) -> None:
+        """Wait for what servers do in an update. Those that fail, or take longer, are left out of it."""
+        wait(asked.values(), limit)
+        for server, answer in asked.items():
+            failure = answer.exception() if answer.done() else RolloutError(f"it hangs in the update, for {limit:.0f} s")
+            if failure is None:
+                continue
+            self._taking.remove(server)
+            self._disconnect(server)
+            if isinstance(failure, ServerError) and failure.is_final:
+                self._hopeless.add(server)
+            named = "" if isinstance(failure, RolloutError) else f"{type(failure).__name__}: "  # of gloo, NCCL or vLLM
+            self._leave_out(server, named + one_line(failure, 600))
+            for dispatch in self._running:
+                dispatch.leave(server)
 
     def _connected(self, server: Server, model: ServedModel) -> Transfer:
         """Connect to a server that may have been started again, as something else."""
@@ -293,40 +297,20 @@ class VLLMServerSampler(VLLMEngine):
             self._hopeless.add(server)
             raise RolloutError(str(error)) from error
         server.shutdown_weight_transfer_engine()
-        address = self.address or local_address(server.url)
-        transfer: Transfer
-        if server.facts.backend == BACKEND:
-            transfer = GlooTransfer(server, address, server.facts.workers, self.timeout, facts_of(model.config))
-        else:
-            transfer = NcclTransfer(server, address, server.facts.workers, self.timeout, model.device)
+        kind = GlooTransfer if server.facts.backend == BACKEND else NcclTransfer
+        transfer: Transfer = kind(server, self.address or local_address(server.url), self.timeout, model)
         transfer.connect()
         return transfer
 
     def _labels(self) -> dict[Server, str]:
         """What the servers that can be used say of their weights."""
-        labels: dict[Server, str] = {}
         # One that hangs is waited for once.
-        asked = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
-        for server, found in asked.items():
-            if isinstance(found, str):
-                labels[server] = found
-            else:
+        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
+        for server, found in labels.items():
+            if not isinstance(found, str):
                 self._hopeless.discard(server)
                 self._leave_out(server, str(found))
-        return {server: label for server, label in labels.items() if server not in self._hopeless}
-
-    def _note(self, server: Server, delivery: Delivery) -> None:
-        """Remember whether a server has been updated."""
-        if delivery.failure is not None:
-            delivery.cut()  # it may still be at it
-            self._disconnect(server)
-            if isinstance(delivery.failure, ServerError) and delivery.failure.is_final:
-                self._hopeless.add(server)
-            self._leave_out(server, str(delivery.failure))
-            for dispatch in self._running:
-                dispatch.leave(server)
-        elif self._left_out.pop(server, None) is not None:
-            rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
+        return {s: label for s, label in labels.items() if isinstance(label, str) and s not in self._hopeless}
 
     def _leave_out(self, server: Server, why: str) -> None:
         if server not in self._left_out:
@@ -334,8 +318,7 @@ class VLLMServerSampler(VLLMEngine):
         self._left_out[server] = why
 
     def _disconnect(self, server: Server) -> None:
-        transfer = self._transfers.pop(server, None)
-        if transfer is not None:
+        if transfer := self._transfers.pop(server, None):
             transfer.close()
 
     # ---- attempts
@@ -360,24 +343,16 @@ class VLLMServerSampler(VLLMEngine):
     def _why(self) -> str:
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
 
+    def _ask(self, servers: Iterable[Server], question: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
+        return {server: in_thread(partial(question, server)) for server in servers}
+
     def _of_each(
         self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
-    ) -> dict[Server, _T | HybridLightningError]:
-        """Ask all servers at once; what goes wrong becomes the answer."""
-        answers: dict[Server, _T | HybridLightningError] = {}
-
-        def ask(server: Server) -> None:
-            try:
-                answers[server] = question(server)
-            except HybridLightningError as error:
-                answers[server] = error
-
-        threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in servers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(limit)
-        return {server: answers[server] for server in servers if server in answers}
+    ) -> dict[Server, _T | BaseException]:
+        """Ask all servers at once; what goes wrong becomes the answer. What takes longer than a limit has none."""
+        answers = self._ask(servers, question)
+        done = wait(answers.values(), limit).done
+        return {server: answer.exception() or answer.result() for server, answer in answers.items() if answer in done}
 
     # ---- completions
 
@@ -412,8 +387,3 @@ class VLLMServerSampler(VLLMEngine):
         for server in self._servers:
             server.close()
         self.version = None
-
-
-def _drain(stream: Iterator[PolicyWeight]) -> None:
-    for _ in stream:
-        pass

@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -24,8 +24,10 @@ from hybrid_lightning.errors import RolloutError, one_line
 from hybrid_lightning.rollout.vllm import BACKEND
 
 if TYPE_CHECKING:
+    from hybrid_lightning.rollout.rollout_engine import ServedModel
     from hybrid_lightning.rollout.vllm.server_client import Server
 
+_T = TypeVar("_T")
 LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
 _LIMIT_S = 120.0  # longest time in which a weight may be on its way
 _SLOWEST = 1e7  # bytes in a second that a network brings at least
@@ -54,20 +56,23 @@ class Update:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the receiver is told."""
-        shapes = [list(shape) for shape in self.shapes.values()]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"names": list(self.shapes), "shapes": shapes, "dtype": dtype, "everything": self.everything}
+        """What receivers are told."""
+        return {"names": list(self.shapes), "shapes": [list(shape) for shape in self.shapes.values()]}
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def largest(self) -> int:
         """Numbers in the largest weight."""
-        return max((torch.Size(shape).numel() for shape in self.shapes.values()), default=0)
+        return max(map(math.prod, self.shapes.values()), default=0)
 
     @property
     def longest_s(self) -> float:
         """Seconds in which all are sent over the slowest network."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
+        return sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize / _SLOWEST
 
 
 class Transfer(ABC):
@@ -76,12 +81,16 @@ class Transfer(ABC):
     Args:
         server: The server.
         address: Address under which it reaches this machine.
-        workers: Number of its workers.
         timeout: Longest time for a request in seconds.
+        model: The policy's model.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, timeout: float) -> None:
-        self._server, self._address, self._workers, self._timeout = server, address, workers, timeout
+    _answer: "Future[None]"  # of the server, to the update under way
+    _longest: float  # time for it in seconds
+
+    def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
+        self._server, self._address, self._timeout, self._model = server, address, timeout, model
+        self._ranks = 1 + server.facts.workers
         self._limit = min(timeout, _LIMIT_S)
 
     @abstractmethod
@@ -92,25 +101,27 @@ class Transfer(ABC):
             RolloutError: If the server refuses, such as one with another model.
         """
 
-    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Let the server load weights.
-
-        Args:
-            update: What is sent.
-            weights: Name and value of each; a value is read only until the next is asked for.
+    def begin(self, update: Update) -> None:
+        """Let the server expect the weights of an update.
 
         Raises:
-            RolloutError: If it does not. The connection is closed then.
+            RolloutError: If it does not.
         """
-        limit = self._timeout + update.longest_s
+        self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
-        answer = _in_thread(lambda: self._server.update_weights(self._told(update), limit))
+        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest))
+
+    def give(self, value: Tensor) -> None:
+        """Send the next weight, which has been read when this returns.
+
+        Raises:
+            RolloutError: If the server does not take it. The connection is closed then.
+        """
+        answer = self._answer
         try:
-            for _, value in weights:
-                if answer.done():
-                    break
-                self._broadcast(value, answer)
-                del value  # or the next one would be allocated beside it
+            if answer.done():
+                answer.result()
+            self._broadcast(value, answer)
         except Exception as error:
             self.close()  # here, where the value is still kept for what may be reading it
             if isinstance(error, RolloutError):
@@ -118,7 +129,14 @@ class Transfer(ABC):
             if wait([answer], self._limit / 10).done:  # the worker has closed the connection; why, it says in its answer
                 answer.result()
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {one_line(error)}") from error
-        _wait_for(answer, limit)
+
+    def end(self) -> None:
+        """Let the server use the weights that came.
+
+        Raises:
+            RolloutError: If it has not loaded them.
+        """
+        _wait_for(self._answer, self._longest)
         self._server.finish_weight_update()
 
     @abstractmethod
@@ -150,35 +168,24 @@ class Transfer(ABC):
 
 
 class GlooTransfer(Transfer):
-    """Sends weights over gloo, which needs no GPU.
+    """Sends weights over gloo, which needs no GPU."""
 
-    Args:
-        server: See `Transfer`, as for the other arguments.
-        address: See there.
-        workers: See there.
-        timeout: See there.
-        facts: What the server's model's config has to say (see `facts_of`).
-    """
-
-    def __init__(self, server: "Server", address: str, workers: int, timeout: float, facts: Mapping[str, Any]) -> None:
-        super().__init__(server, address, workers, timeout)
-        self._facts = dict(facts)
-        self._store: TCPStore | None = None
-        self._group: ProcessGroupGloo | None = None
+    _store: TCPStore | None = None
+    _group: ProcessGroupGloo | None = None
 
     def connect(self) -> None:
         """See `Transfer`."""
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
-        asked = {"host": self._address, "port": store.port, "ranks": 1 + self._workers}
+        asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
         asked["timeout_s"] = 2 * self._limit  # while another server that hangs is waited for
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
-        answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
-        present = [f"worker {rank}" for rank in range(1, 1 + self._workers)]
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked))
+        present = [f"worker {rank}" for rank in range(1, self._ranks)]
         what = f"its workers do not reach this machine at {self._address}:{store.port}"
         self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or give sampler.address")
-        self._group = gloo_group(store, 0, 1 + self._workers, local_address(self._server.url), limit)
+        self._group = gloo_group(store, 0, self._ranks, local_address(self._server.url), limit)
         self._store = store
         _wait_for(answer, self._limit)
 
@@ -187,7 +194,7 @@ class GlooTransfer(Transfer):
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
-        return update.description
+        return update.description | {"dtype": update.dtype_name, "everything": update.everything}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed meanwhile
@@ -200,21 +207,15 @@ class NcclTransfer(Transfer):
 
     NCCL waits on the GPU, without end, for workers that have died. So each server has a stream of its own, which nothing else
     waits for, and the host polls it; what does not end is aborted, and with it what occupies the stream.
-
-    Args:
-        server: See `Transfer`, as for the other arguments.
-        address: See there.
-        workers: See there.
-        timeout: See there.
-        device: The GPU that trains, on its default stream.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, timeout: float, device: torch.device) -> None:
-        super().__init__(server, address, workers, timeout)
-        self._device = device
+    _communicator: Any = None  # vLLM's PyNcclCommunicator
+    _stream: torch.cuda.Stream | None = None
+
+    def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
+        super().__init__(server, address, timeout, model)
+        self._device = model.device  # the GPU that trains, on its default stream
         self._closing = threading.Lock()
-        self._communicator: Any = None  # vLLM's PyNcclCommunicator
-        self._stream: torch.cuda.Stream | None = None
 
     def connect(self) -> None:
         """See `Transfer`."""
@@ -222,9 +223,9 @@ class NcclTransfer(Transfer):
         self._stream = torch.cuda.Stream(self._device)
         port = free_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
-        asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": 1 + self._workers}
-        answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}))
-        joined = _in_thread(lambda: self._join(port))
+        asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}))
+        joined = in_thread(lambda: self._join(port))
         what = f"its workers and this machine do not meet over NCCL at {self._address}:{port}"
         remedy = "open the ports between them, give sampler.address, or set NCCL_SOCKET_IFNAME here and there"
         try:
@@ -240,8 +241,7 @@ class NcclTransfer(Transfer):
         from vllm.distributed.utils import StatelessProcessGroup
         from vllm.utils.nccl import unpinned_nccl_env
 
-        limit = math.ceil(self._limit)
-        group = StatelessProcessGroup.create(self._address, port, 0, 1 + self._workers, store_timeout=limit)
+        group = StatelessProcessGroup.create(self._address, port, 0, self._ranks, store_timeout=math.ceil(self._limit))
         # Known before it is initialized: that ends with a first all-reduce, which may have to be aborted as well.
         self._communicator = communicator = PyNcclCommunicator.__new__(PyNcclCommunicator)
         with torch.cuda.stream(self._stream), unpinned_nccl_env():
@@ -258,8 +258,7 @@ class NcclTransfer(Transfer):
             communicator.destroy()  # which is ncclCommAbort
 
     def _told(self, update: Update) -> dict[str, Any]:
-        told = update.description
-        return {"names": told["names"], "shapes": told["shapes"], "dtype_names": [told["dtype"]] * len(update.shapes)}
+        return update.description | {"dtype_names": [update.dtype_name] * len(update.shapes)}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         assert self._communicator is not None and self._stream is not None, "connect has to be called first"
@@ -271,18 +270,17 @@ class NcclTransfer(Transfer):
         self._wait_until(sent.query, answer, "its workers took no weight over NCCL", remedy)
 
 
-def _in_thread(call: Callable[[], None]) -> "Future[None]":
+def in_thread(call: Callable[[], _T], name: str = "request to a vLLM server") -> "Future[_T]":
     """Make a call in a thread of its own, which does not keep the process alive."""
-    answer: Future[None] = Future()
+    answer: Future[_T] = Future()
 
     def run() -> None:
         try:
-            call()
-            answer.set_result(None)
-        except Exception as error:
+            answer.set_result(call())
+        except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="request to a vLLM server").start()
+    threading.Thread(target=run, daemon=True, name=name).start()
     return answer
 
 
@@ -323,15 +321,7 @@ def facts_of(config: Any) -> dict[str, bool | int | float | str]:
 
 
 def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Make sure that a server has the model that weights are for.
-
-    Args:
-        mine: `facts_of` the server's model.
-        wanted: Those of the policy's model. What only one of them says is not compared.
-
-    Raises:
-        ValueError: If it has another.
-    """
+    """Raise ValueError if a server has another model than weights are for, by what both of them say (see `facts_of`)."""
     for name, value in wanted.items():
         if name in mine and mine[name] != value:
             raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
@@ -345,14 +335,11 @@ def free_port() -> int:
 
 
 def check_joined(names: Collection[str], model: Any) -> None:
-    """Make sure that each layer that vLLM joins from several modules gets all of them or none: it would not say so itself.
+    """Raise ValueError unless each layer that vLLM joins gets all of its parts or none: it would not say so itself.
 
     Args:
         names: Names of the weights of an update, as in a checkpoint.
         model: Model of vLLM.
-
-    Raises:
-        ValueError: If one part is missing.
     """
     joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
     siblings = {part: parts for parts in joined.values() if len(parts) > 1 for part in parts}

@@ -78,8 +78,7 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             # "eager" is not registered: each model file has its own.
             eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             function = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
-            result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
-            return result
+            return function(module, query, key, value, attention_mask, **options)
         calls = options.pop("attention_calls", None)
         settings = _settings(options)
         if calls is not None:

@@ -241,8 +241,7 @@ def _has_onednn() -> bool:
 
 
 def _onednn(rows: Tensor, weight: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
-    return result
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:

@@ -41,15 +41,7 @@ class Added:
 
 
 class PackedDecoding(ABC):
-    """Base of `Decoding` for models that can be packed. It is the `Packing` of its own steps.
-
-    Args:
-        engine: Engine of the model.
-        ids: Prompts [P, S], left-padded.
-        mask: [P, S] bool.
-        max_new_tokens: Longest completion.
-        keeps_rows: Whether rows that leave keep their place, since they may come back by `extend`.
-    """
+    """Base of `Decoding` for models that can be packed, and the `Packing` of its own steps; made as by `decoding_of`."""
 
     leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
     can_extend = True

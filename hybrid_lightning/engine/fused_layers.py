@@ -7,7 +7,7 @@ norm's input, and the activated gate beside the gate. Without these a step of Sm
 A fused layer replaces the layer that it is made from, with the same weights under the same names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hybrid_lightning.engine.attention import UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import OneKernel
 from hybrid_lightning.engine.cpu import operators as kernels
@@ -32,12 +33,10 @@ class FusedRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
         if self.weight.requires_grad:
-            result: Tensor = super().forward(hidden_states)
-            return result
+            return super().forward(hidden_states)
         if not torch.is_grad_enabled():
             return _norm(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
-        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)  # type: ignore[no-untyped-call]
-        return output
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)
 
 
 class FusedMLP(LlamaMLP):
@@ -49,12 +48,11 @@ class FusedMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(self.activated(gate, up))
-            return result
+            return self.down_proj(self.activated(gate, up))
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, FusedLora) and not is_watched(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
-            result = _GatedLora.apply(gate, up, self.backend, *factors)  # type: ignore[no-untyped-call]
+            result = _GatedLora.apply(gate, up, self.backend, *factors)
         else:  # the next layer keeps their product
             result = down(_GatedSiLU.apply(gate, up, self.backend))
         return result
@@ -77,11 +75,9 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def use_fused_layers(model: nn.Module, backend: Backend) -> None:
-    """Let the model's norms and MLPs be fused where they compute what Llama's do.
+    """Let the model's norms and MLPs be fused, in place, where they compute what Llama's do.
 
-    Args:
-        model: Changed in place.
-        backend: The model's backend, which layers that are fused already get, too.
+    Layers that are fused already get the backend, too.
     """
     replace_modules(model, _fused_layer, backend)
 
@@ -99,49 +95,51 @@ def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
 
 @cache
 def _norm_is_llamas(kind: type[nn.Module]) -> bool:
-    small = kind.__new__(kind)
-    nn.Module.__init__(small)
-    small.weight = nn.Parameter(drawn(0, 16), requires_grad=False)
-    small.variance_epsilon = 1e-6  # type: ignore[assignment]
-    return _computes_alike(small, FusedRMSNorm)
+    small = small_module(kind)
+    small.weight, small.variance_epsilon = nn.Parameter(drawn(0, 16), requires_grad=False), 1e-6
+    return computes_alike(small, FusedRMSNorm, _results)
 
 
 @cache
 def _mlp_is_llamas(kind: type[nn.Module]) -> bool:
+    small = small_module(kind, {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)})
+    small.act_fn = nn.SiLU()
+    return computes_alike(small, FusedMLP, _results)
+
+
+def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Of small and of large numbers."""
+    return [layer((factor * drawn(9, 5, 16)).to(dtype)) for factor in (1, 1e3)]
+
+
+def computes_alike(small: nn.Module, ours: type[nn.Module], results: Callable[[nn.Module, torch.dtype], list[Any]]) -> bool:
+    """Whether a module and one of ours with its parts have the same `results`, to the bit, in both precisions."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            small.to(dtype)
+            try:
+                pairs = zip(results(small, dtype), results(made_like(small, ours), dtype), strict=True)
+                if not all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs):
+                    return False
+            except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
+                return False  # it is something else, or its parts are not Llama's
+    return True
+
+
+def small_module(kind: type[nn.Module], sizes: Mapping[str, tuple[int, int]] | None = None) -> Any:
+    """A module of a class without what its constructor makes, with linear layers of these sizes."""
     small = kind.__new__(kind)
     nn.Module.__init__(small)
-    for seed, (name, sizes) in enumerate({"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}.items()):
-        small.add_module(name, small_linear(seed, *sizes))
-    small.act_fn = nn.SiLU()
-    return _computes_alike(small, FusedMLP)
-
-
-def small_linear(seed: int, rows: int, columns: int) -> nn.Linear:
-    """A linear layer whose weight [rows, columns] is `drawn`; torch's own random numbers stay as they are."""
-    linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")
-    linear.weight = nn.Parameter(drawn(seed, rows, columns), requires_grad=False)
-    return linear
+    for seed, (name, shape) in enumerate((sizes or {}).items()):
+        linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")  # torch's own random numbers stay as they are
+        linear.weight = nn.Parameter(drawn(seed, *shape), requires_grad=False)
+        small.add_module(name, linear)
+    return small
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
     """Random numbers in float32 on the CPU, whatever torch's default device and dtype are."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32)
-
-
-def _computes_alike(small: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether a module and a fused one with its parts give the same bits, for large and small numbers of both precisions."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for dtype in (torch.float32, torch.bfloat16):
-            small.to(dtype)
-            for factor in (1, 1e3):
-                rows = (factor * drawn(9, 5, 16)).to(dtype)
-                try:
-                    theirs = small(rows)
-                except (AttributeError, TypeError, RuntimeError):  # it is something else than a norm or an MLP
-                    return False
-                if not (isinstance(theirs, Tensor) and torch.equal(theirs, made_like(small, ours)(rows))):
-                    return False
-    return True
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -158,7 +156,7 @@ class _RMSNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         same = _in_dtype_of(x, weight)
@@ -228,8 +226,7 @@ def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor,
 
 
 def _product_of_silu_of_rows(gate: Tensor, up: Tensor) -> Tensor:
-    result: Tensor = _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
-    return result
+    return _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
 
 
 def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -266,7 +263,7 @@ class _GatedSiLU(torch.autograd.Function):
         return _product_of(gate, up, backend)(gate, up)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_gated_silu_gradients(gradient, gate, up, ctx.backend), None
@@ -296,7 +293,7 @@ class _GatedLora(torch.autograd.Function):
         return result.view(*gate.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])

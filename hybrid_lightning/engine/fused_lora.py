@@ -44,9 +44,8 @@ class FusedLora(lora.Linear):
             return self.prepacked(x)
         factors = self.factors(x) if not args and not kwargs else None
         if factors is None:
-            result: Tensor = super().forward(x, *args, **kwargs)
-            return result
-        output: Tensor = _Product.apply(x.to(factors.weight.dtype), *factors)  # type: ignore[no-untyped-call]
+            return super().forward(x, *args, **kwargs)
+        output: Tensor = _Product.apply(x.to(factors.weight.dtype), *factors)
         return output
 
     def factors(self, x: Tensor) -> "Factors | None":
@@ -119,19 +118,15 @@ class PutBefore(nn.Module):
         return _empty, (self.ours, self.own_class), self.__getstate__()
 
 
+@cache
 def put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     """The class that derives from one of ours and a layer's class, one and the same for all layers of that class."""
-    return _put_before(ours, kind)  # type: ignore[arg-type]
-
-
-@cache
-def _put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
     return type(f"Fused{kind.__name__}", (ours, kind), {"__module__": kind.__module__, "own_class": kind, "ours": ours})
 
 
 def _empty(ours: type[PutBefore], kind: type[nn.Module]) -> nn.Module:
-    made = put_before(ours, kind)
+    made = put_before(ours, kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -184,7 +179,7 @@ class _Product(torch.autograd.Function):
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])

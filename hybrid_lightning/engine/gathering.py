@@ -84,8 +84,7 @@ def taken(
         valid: Which values get the gradient of their place, [n] bool, where others get none; None for all.
         repeated: Values that are taken more than once.
     """
-    result: Tensor = _Gather.apply(values, index, inverse, valid, repeated)  # type: ignore[no-untyped-call]
-    return result
+    return _Gather.apply(values, index, inverse, valid, repeated)
 
 
 class _Gather(torch.autograd.Function):
@@ -98,7 +97,7 @@ class _Gather(torch.autograd.Function):
         return values.index_select(0, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, valid = ctx.saved_tensors
         if not len(gradient):  # nothing was taken

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.cpu.operators import Groups
 from hybrid_lightning.engine.gathering import Grid, Repeated, taken
 from hybrid_lightning.engine.segment_attention import GatheredKeys, SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.types import Sequences

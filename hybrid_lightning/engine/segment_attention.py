@@ -45,12 +45,9 @@ class SegmentLayout:
 
     @classmethod
     def of(cls, prompts: Tensor, completions: Tensor | None, width: int) -> "SegmentLayout":
-        """Make it from lengths.
+        """For so many tokens of each prompt, [P], of which the longest has `width`, and of each of its completions, [P, G].
 
-        Args:
-            prompts: Tokens of each prompt, [P].
-            completions: Tokens of each completion, [P, G], 0 where a prompt has fewer than G; None for none.
-            width: The longest prompt.
+        These have 0 tokens where a prompt has fewer than G; None is for prompts alone.
         """
         begins = _begins(prompts)
         of_prompts = Segments(begins, begins, width, width, causal=True)
@@ -108,22 +105,13 @@ def segment_attention(
 ) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
-    Args:
-        query: [N, H, D]; behind prompts and completions there may be tokens that nobody reads.
-        key: [N, K, D].
-        value: [N, K, D].
-        layout: The segments.
-        gathered: Where the window hides keys of some prompt, the keys that completions see; None otherwise.
-        settings: What the layer asks for.
-
-    Returns:
-        [N, H, D], zeros for the tokens that nobody reads.
+    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts and
+    completions there may be tokens that nobody reads, whose results are zeros.
     """
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries and keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    result: Tensor = _SegmentAttention.apply(query, key, value, layout, gathered, settings)  # type: ignore[no-untyped-call]
-    return result
+    return _SegmentAttention.apply(query, key, value, layout, gathered, settings)
 
 
 class _Run(NamedTuple):
@@ -167,7 +155,7 @@ class _SegmentAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, *sums = ctx.saved_tensors
         layout, gathered, settings = ctx.rest

@@ -141,10 +141,7 @@ class SegmentDecoding(PackedDecoding):
     def attend_to_kept(self, layer: int, query: Tensor, settings: AttentionSettings) -> tuple[Attended, Attended]:
         """Attention of one token of every row to the prompts' keys and, where its own key is in the cache, to its row's.
 
-        Args:
-            layer: Number of the decoder layer.
-            query: [R of a key-value head times rows, K, D], see `grouped`.
-            settings: What the layer asks for.
+        Queries are `grouped`.
         """
         if layer not in self._calls:
             self._calls[layer] = self._attending(query, settings)
@@ -225,9 +222,7 @@ class Graphs:
 class StepGraph:
     """A decoding step, recorded once and replayed, so that its kernels are launched together.
 
-    Args:
-        step: The step, which changes tensors in place and makes its result of them.
-        tokens: What it reads; `replay` overwrites it.
+    It changes tensors in place and makes its result of them, and of tokens, which `replay` overwrites.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
-from hybrid_lightning.engine.cpu import attention_operators
+from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.packing import visible
 
@@ -119,9 +119,7 @@ class SharedPromptDecoding(PackedDecoding):
         if self._has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
             where = (self._new.slots, self._new.counts, self.lengths, settings.window)
-            return attention_operators.decode_attention(
-                query, key, value, self.prompt[layer], own, *where, settings.factor(query)
-            )
+            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, settings.factor(query))
         if self.differ:
             return self._attend_cells(layer, query, key, value, settings)
         heads, (_, all_heads, size) = key.shape[1], query.shape
@@ -162,7 +160,7 @@ class SharedPromptDecoding(PackedDecoding):
 
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
         """Whether an operator computes the attention of one new token of every row."""
-        known = tensors[0].shape[-1] in attention_operators.DECODED_HEAD_SIZES
+        known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES
         return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:

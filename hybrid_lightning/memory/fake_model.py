@@ -149,8 +149,7 @@ class FakeModel:
         """Fake tensor of the same shape and dtype; one that is fake already as it is."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
-        return result
+        return FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
 
     def fake_layout(self, packed: PackedSequences) -> None:
         """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""

@@ -105,7 +105,7 @@ def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
             del hidden
         with_logits = live.peak
         live.restart_peak()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     logits = with_logits - kept
     return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
 

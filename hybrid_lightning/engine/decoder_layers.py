@@ -33,10 +33,11 @@ from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import Axes, Code, compiled
 from hybrid_lightning.engine.fused_attention import rotary
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of
+from hybrid_lightning.engine.fused_layers import norm as llama_norm
 from hybrid_lightning.engine.fused_lora import FusedLora
 from hybrid_lightning.engine.prepacked import ProductFactors, added_product, product_factors, products_together
-from hybrid_lightning.engine.segments import grouped, plain_joined, ungrouped
+from hybrid_lightning.engine.segments import grouped, joined_results, ungrouped
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 _FEWEST = 2  # rank of LoRA that is compiled
@@ -187,7 +188,7 @@ def after_attention(
     That is [N R, K, D], with log-sum-exps [K, N R] (see `Attended`).
     """
     repeats = layer.output.weights[0].shape[0] // one[0].numel()
-    attended = ungrouped(plain_joined(one, one_sum, other, other_sum)[0], repeats).flatten(1)
+    attended = ungrouped(joined_results.plain(one, one_sum, other, other_sum)[0], repeats).flatten(1)
     hidden = hidden + _project(attended, layer.output)
     gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up).chunk(2, dim=1)
     return hidden + _project(F.silu(gate) * up, layer.down)
@@ -218,7 +219,7 @@ def signed(sines: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
-    return plain_norm(x, norm.weight, norm.eps)[0]
+    return llama_norm.plain(x, norm.weight, norm.eps)[0]
 
 
 _ROWS: Axes = {0: "rows"}

@@ -39,9 +39,9 @@ class Decoding(Protocol):
         ...
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Go on with these R of the B rows, ascending, whether they have left or not, and let each read some tokens, one at least.
+        """Go on with these R of the B rows, ascending, whether they have left or not, and let each read a token more or several.
 
-        Of the tokens that each has read behind its prompt so many are kept: what it read after it had ended is not. Returns logits
+        Of what each has read behind its prompt so many tokens are kept: what it read after it had ended is not. Returns logits
         [R, V] of the next token.
         """
         ...

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
@@ -227,8 +227,7 @@ class Engine:
 
     def _try_packing(self) -> _Trial:
         weight = next(self.model.parameters())
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         why, reason = self.backend.why_no_segments(weight.device, dtype), ""
         for segments in (False,) if why else (True, False):
             try:

@@ -8,7 +8,7 @@ A fused layer replaces the layer that it is made from, with the same weights und
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class FusedRMSNorm(LlamaRMSNorm):
         if self.weight.requires_grad:
             return super().forward(hidden_states)
         if not torch.is_grad_enabled():
-            return _norm(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
+            return _normed(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)
 
 
@@ -150,7 +150,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: Backend) -> Tensor:
-        result, inverse = _norm(x, weight, eps, backend)
+        result, inverse = _normed(x, weight, eps, backend)
         ctx.save_for_backward(x, weight, inverse)
         ctx.backend = backend
         return result
@@ -166,7 +166,8 @@ class _RMSNorm(torch.autograd.Function):
         return found.view_as(x), None, None, None
 
 
-def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+@partial(OneKernel, "rows n, rows n, n, rows _")
+def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     of_normed = (gradient * weight).float()
     exact = x.float()
     along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
@@ -174,17 +175,14 @@ def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: T
     return result.to(x.dtype)
 
 
-_norm_gradient = OneKernel("rows n, rows n, n, rows _", _plain_norm_gradient)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The norm of x [..., n], and its r [..., 1] (see `_RMSNorm`)."""
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
     if backend.is_cpu(x.device):
-        return plain_norm(x, weight, eps)
-    result, inverse = _accelerated_norm(_rows(x), weight, eps)
+        return norm.plain(x, weight, eps)
+    result, inverse = norm(_rows(x), weight, eps)
     return result.view_as(x), inverse.view(*x.shape[:-1], 1)
 
 
@@ -201,14 +199,12 @@ def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
-def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@partial(OneKernel, "rows n, n", otherwise=_uncompiled_norm)
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
-
-
-_accelerated_norm = OneKernel("rows n, n", plain_norm, otherwise=_uncompiled_norm)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -222,25 +218,21 @@ def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor,
     """What computes silu(gate) up of these tensors, now and when it is computed again."""
     if backend.usable_in_layers(gate, up):
         return kernels.gated_silu
-    return _plain_product_of_silu if backend.is_cpu(gate.device) else _product_of_silu_of_rows
+    return _product_of_silu.plain if backend.is_cpu(gate.device) else _product_of_silu_of_rows
 
 
 def _product_of_silu_of_rows(gate: Tensor, up: Tensor) -> Tensor:
     return _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
 
 
-def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
+@partial(OneKernel, "rows _, rows _")
+def _product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-_product_of_silu = OneKernel("rows _, rows _", _plain_product_of_silu)
-
-
-def _plain_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@partial(OneKernel, "rows _, rows _, rows _")
+def _silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
-
-
-_silu_gradients = OneKernel("rows _, rows _, rows _", _plain_silu_gradients)
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -248,7 +240,7 @@ def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Back
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
     if backend.is_cpu(gate.device):
-        return _plain_silu_gradients(outer, gate, up)
+        return _silu_gradients.plain(outer, gate, up)
     of_gate, of_up = _silu_gradients(_rows(outer), _rows(gate), _rows(up))
     return of_gate.view_as(gate), of_up.view_as(up)
 

@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.backend import Backend, product
+from hybrid_lightning.engine.backend import Backend, autocast_dtype, product
 from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, low_rank_pays
 
 
@@ -53,9 +53,7 @@ class FusedLora(lora.Linear):
         adapter = self.plain_adapter()
         if adapter is None:
             return None
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        base = self.base_layer
+        base, dtype = self.base_layer, autocast_dtype(x.device) or x.dtype
         assert isinstance(base, nn.Linear)
         lora_a, lora_b = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
         fused = dtype == torch.float32 and low_rank_pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)

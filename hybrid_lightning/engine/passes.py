@@ -52,14 +52,14 @@ def position_ids(mask: Tensor) -> Tensor:
 def last_logits(
     model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int, cache: DynamicCache | None = None
 ) -> Tensor:
-    """Logits [B, keep, V] at the last `keep` positions, in the model's dtype. Others, of a long prompt the largest tensor, are never made.
+    """Logits [B, keep, V] at the last `keep` positions, in the model's dtype.
 
     Args:
         model: Causal language model.
         ids: Tokens [B, L] that are not in the cache yet.
         mask: [B, cached + L] bool, True on real tokens.
         positions: [B, L].
-        keep: Positions wanted, at most L.
+        keep: Positions wanted, at most L. The other logits are never made: for a long prompt they are the largest tensor.
         cache: Grows by `ids`; None for no cache.
     """
     accepted = inspect.signature(base_model(model).forward).parameters

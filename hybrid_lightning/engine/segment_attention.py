@@ -9,13 +9,14 @@ Axes are those of `attention.py`, with N packed tokens.
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import autocast_dtype
 from hybrid_lightning.engine.gathering import ordered_sums
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attend_backward, joined
 
@@ -105,32 +106,24 @@ def segment_attention(
 ) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
-    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts and
-    completions there may be tokens that nobody reads, whose results are zeros.
+    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts
+    and completions there may be tokens that nobody reads, whose results are zeros.
     """
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries and keys
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if dtype := autocast_dtype(query.device):  # rotary embeddings may have made float32 of queries and keys
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return _SegmentAttention.apply(query, key, value, layout, gathered, settings)
 
 
-class _Run(NamedTuple):
-    """A run of keys, and the segments of it that queries see."""
-
-    keys: slice | Tensor  # of the packed tokens
-    segments: Segments
-
-
-def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[_Run]]]:
+def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[tuple[slice | Tensor, Segments]]]]:
     """The queries of the prompts and of the completions, and the runs of keys that they see."""
     prompts = slice(0, layout.prompt_tokens)
     completions = slice(layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens)
-    found = [(prompts, [_Run(prompts, layout.prompts)])]
+    found: list[tuple[slice, list[tuple[slice | Tensor, Segments]]]] = [(prompts, [(prompts, layout.prompts)])]
     if gathered is not None:
-        found.append((completions, [_Run(gathered.index, gathered.segments)]))
+        found.append((completions, [(gathered.index, gathered.segments)]))
     elif layout.completion_tokens:
         assert layout.shared is not None and layout.own is not None
-        found.append((completions, [_Run(prompts, layout.shared), _Run(completions, layout.own)]))
+        found.append((completions, [(prompts, layout.shared), (completions, layout.own)]))
     return found
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import autocast_dtype
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, grouped, joined, ungrouped
 
@@ -180,8 +181,7 @@ class SegmentDecoding(PackedDecoding):
 
 def _as_kept(part: Tensor) -> Tensor:
     """In the dtype of keys and values: rotary embeddings may have made float32 of queries under autocast."""
-    device = part.device.type
-    return part.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else part
+    return part.to(autocast_dtype(part.device) or part.dtype)
 
 
 class Graphs:

@@ -16,6 +16,7 @@ Axes are those of `attention.py`, with N queries and M keys in all segments toge
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,17 +46,15 @@ class Attended(NamedTuple):
 
 def joined(first: Attended, second: Attended) -> Attended:
     """Put together what the same queries found among two runs of keys."""
-    return Attended(*_joined(*first, *second))
+    return Attended(*joined_results(*first, *second))
 
 
-def plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of two results [N, H, D] and their log-sum-exps [H, N], for what is compiled."""
+@partial(OneKernel, "rows h _, h rows, rows h _, h rows")
+def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
     sums = torch.logaddexp(one_sum, other_sum)
     weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
     return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
-
-
-_joined = OneKernel("rows h _, h rows, rows h _, h rows", plain_joined)
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:
@@ -94,7 +93,7 @@ def attending(
 def attend_backward(
     gradient: Tensor, whole: Attended, query: Tensor, key: Tensor, value: Tensor, segments: Segments, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values of one run of keys, from that of the result over all runs, and from what these gave."""
+    """Gradients of queries, keys and values of one run of keys, from that of what all runs together gave."""
     # Without this the kernel adds up the gradients of queries by atomics, in an order that no seed decides.
     with _in_one_order():
         return torch.ops.aten._flash_attention_backward(

@@ -27,7 +27,6 @@ from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candi
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.engine.backend import PlannedBackend
-from hybrid_lightning.engine.decoder import _compiled_pass
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
@@ -84,7 +83,7 @@ class Event:
 def sampling(fake, seen):
     """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = _sequences(PROMPTS, 1, PROMPT, 1)
-    fake.engine._fast._make = _compiled_pass
+    fake.engine._fast.compiles = True
     made = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
     made.lengths = fake.fake(made.lengths)

@@ -110,8 +110,7 @@ def test_values_and_gradients_are_those_of_transformers(dtype):
     q, k = (torch.randn(5, heads, 8).to(dtype) for heads in (4, 2))
     cos, sin = torch.randn(2, 5, 8).to(dtype)
     outer = [torch.randn(part.shape).to(dtype) for part in (q, k)]
-    backend = Backend()
-    found = []
+    found, backend = [], Backend()
     with backend.in_pass():
         for function in (fused_attention.plain_rotary, lambda *parts: rotary(backend, *parts)):
             leaves = [part.clone().requires_grad_() for part in (q, k)]

@@ -40,7 +40,7 @@ def runs_of(prompts, completions):
     return runs
 
 
-@pytest.mark.parametrize(("window", "filling"), [(None, 0), (None, 3), (1, 0), (4, 3), (9, 0), (30, 3)])
+@pytest.mark.parametrize(("window", "filling"), [(None, 0), (1, 0), (4, 3), (9, 0), (30, 3)])
 def test_values_and_gradients_are_those_of_one_query_after_another(window, filling):
     torch.manual_seed(0)
     layout = SegmentLayout.of(PROMPTS, COMPLETIONS, 5)
@@ -80,7 +80,11 @@ def test_prompts_alone_keys_that_are_not_used_and_runs_without_keys():
 
 @pytest.mark.parametrize(
     ("family", "case", "adapted"),
-    [*((family, "shared", False) for family in FAMILIES), ("llama", "separate", True), ("mistral", "shared", True)],
+    [
+        *((family, "shared", False) for family in FAMILIES if family != "llama"),
+        ("llama", "separate", True),
+        ("mistral", "shared", True),
+    ],
 )
 def test_all_families_train_alike(family, case, adapted):
     """Mistral's layers see 3 tokens here, so that prompts are hidden in part."""

@@ -59,11 +59,8 @@ class FastDecoder:
     def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
         """Find out which passes give the model's own numbers, before the first of them is made.
 
-        Args:
-            model: Causal language model in eval mode, whose weights are whole, and not within `prepacked_weights`.
-            layers: The layers of its decoder.
-            backend: The backend of its fused layers.
-            dtype: Dtype of the products; None takes that of each weight.
+        The model is in eval mode, its weights are whole, and not within `prepacked_weights`. Products have the dtype, or with None
+        that of each weight.
         """
         if self._tried:
             return

@@ -121,12 +121,5 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
     engine.prepare()
     if not engine.packs:
         return RepeatedCacheDecoding(engine.model, ids, mask, keeps_rows)
-    return packed_decoding(engine, ids, mask, max_new_tokens, keeps_rows)
-
-
-def packed_decoding(
-    engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False
-) -> SegmentDecoding | SharedPromptDecoding:
-    """The same for a model that can be packed."""
     kind = SegmentDecoding if engine.decodes_by_segments(ids.shape[1] + max_new_tokens) else SharedPromptDecoding
     return kind(engine, ids, mask, max_new_tokens, keeps_rows)

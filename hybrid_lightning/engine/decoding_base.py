@@ -97,11 +97,11 @@ class PackedDecoding(ABC):
     def resume(self, added: Added) -> None:
         """Go on with these rows, as after these tokens."""
 
-    @abstractmethod
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
-        """These tokens in place of one of every row; see `Packing`."""
+        """These tokens in place of one of every row; `resume` has said which they are."""
+        return self.attend(layer, query, key, value, settings)
 
     @abstractmethod
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:

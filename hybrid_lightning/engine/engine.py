@@ -181,8 +181,7 @@ class Engine:
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Within this context weights must not change: they are prepacked for products, and layers run as plain calls.
 
-        Args:
-            dtype: Dtype of the products; None takes that of each weight.
+        Products have this dtype, or with None that of each weight.
         """
         self._trial = self._trial or self._try_packing()
         layers, _ = self._known_layers()

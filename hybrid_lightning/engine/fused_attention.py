@@ -24,7 +24,7 @@ from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.attention_hook import register_packed
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.fused_layers import computes_alike, drawn, is_watched, small_module
+from hybrid_lightning.engine.fused_layers import computes_alike, drawn, hooks_of, small_module
 from hybrid_lightning.engine.fused_lora import PutBefore, put_before, replace_modules
 from hybrid_lightning.engine.passes import no_mask
 
@@ -91,7 +91,7 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
 
 def _is_built_alike(module: nn.Module) -> bool:
     kind, parts = type(module), set(dict(module.named_children()))
-    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("Attention")) or is_watched(module):
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("Attention")) or hooks_of(module):
         return False
     taken = set(inspect.signature(kind.forward).parameters)
     return (

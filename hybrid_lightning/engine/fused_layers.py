@@ -50,7 +50,7 @@ class FusedMLP(LlamaMLP):
         if not torch.is_grad_enabled():
             return self.down_proj(self.activated(gate, up))
         down = self.down_proj
-        factors = down.factors(gate) if isinstance(down, FusedLora) and not is_watched(down) else None
+        factors = down.factors(gate) if isinstance(down, FusedLora) and not hooks_of(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
             result = _GatedLora.apply(gate, up, self.backend, *factors)
         else:  # the next layer keeps their product
@@ -61,11 +61,6 @@ class FusedMLP(LlamaMLP):
         """The input of the down projection, without a gradient: silu(gate) up, [..., m]. It may overwrite `gate`."""
         product = _product_of(gate, up, self.backend)
         return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu_of_rows else product(gate, up)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, so that it has to be called as a module."""
-    return bool(hooks_of(module))
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
@@ -84,7 +79,7 @@ def use_fused_layers(model: nn.Module, backend: Backend) -> None:
 
 def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
     kind, parts = type(module), set(dict(module.named_children()))
-    if not kind.__module__.startswith("transformers.") or is_watched(module):
+    if not kind.__module__.startswith("transformers.") or hooks_of(module):
         return None
     if kind.__name__.endswith("RMSNorm") and not parts and set(dict(module.named_parameters())) == {"weight"}:
         return FusedRMSNorm if hasattr(module, "variance_epsilon") and _norm_is_llamas(kind) else None  # type: ignore[arg-type]

@@ -55,12 +55,9 @@ class Repeated:
 
 
 def ordered_sums(gradient: Tensor, places: Tensor, valid: Tensor) -> Tensor:
-    """Add up the gradients of values that were taken several times, in float32 at least, and in the order of their places.
+    """Add up the gradients [places, ...] of values that were taken several times; see `Repeated`.
 
-    Args:
-        gradient: [places, ...].
-        places: [P, G], where each of P values was put.
-        valid: [P, G] bool: a value may be taken less often than others.
+    That is in float32 at least, and in the order of their places.
     """
     parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
     parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)

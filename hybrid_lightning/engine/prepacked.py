@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.fused_layers import is_watched
+from hybrid_lightning.engine.fused_layers import hooks_of
 from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 
 
@@ -73,7 +73,7 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
         return None if products is None else products.factors
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.modules_to_save[layer.active_adapters[0]]
-    if type(layer) is not nn.Linear or is_watched(layer):
+    if type(layer) is not nn.Linear or hooks_of(layer):
         return None
     return ProductFactors(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 

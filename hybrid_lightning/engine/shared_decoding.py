@@ -152,12 +152,6 @@ class SharedPromptDecoding(PackedDecoding):
         found[self._new.cells] = torch.arange(len(self._new.slots), device=found.device)
         return found
 
-    def attend_added(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
-    ) -> Tensor:
-        """See `PackedDecoding`; `resume` has said which tokens these are."""
-        return self.attend(layer, query, key, value, settings)
-
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
         """Whether an operator computes the attention of one new token of every row."""
         known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES

@@ -43,7 +43,7 @@ def why_layers_differ(
     Args:
         decoder: The decoder, in eval mode, with whole weights, and not within `prepacked_weights`.
         layers: Its layers, of which the first of each kind is tried: they take different ways by what their projections are.
-        backend: The backend of its fused layers.
+        backend: Of its fused layers.
         dtype: Dtype of the products; None takes that of each weight.
         parts_of: Makes the way that is tried, within `prepacked_weights`.
     """

@@ -77,11 +77,7 @@ class Fitting:
 
     At the worst moment the cheapest change that helps is made, as far as is needed, until all moments fit. Of the changes made
     those are then taken back, dearest first, without which it fits as well.
-
-    Args:
-        settings: Settings of the run, with the memory of its devices.
-        sharding: How the model lies on devices.
-        needs_reference: Whether the loss compares with the start policy.
+    The settings have the memory of the devices, and `needs_reference` says whether the loss compares with the start policy.
     """
 
     def __init__(self, settings: RunSettings, sharding: Sharding, needs_reference: bool) -> None:

@@ -91,12 +91,12 @@ SLOW = {
     "layers": (lambda: build("gemma"), "and prepacked weights; torch's own decoding, since GemmaDecoderLayer is not known$"),
     "nothing": (
         lambda: build("gpt2", ("c_attn",)),
-        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes what Llama's do; weights as",
+        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes what Llama's do; ",
     ),
     "attention": (
         bloom,
-        "^engine: CPU kernels and prepacked weights; padded training, prompts repeated for each completion and torch's own decoding, "
-        "since BloomForCausalLM does not use transformers' attention interface; transformers' own layers, since no layer",
+        "^engine: CPU kernels and prepacked weights; padded training, prompts repeated for each completion and torch's own "
+        "decoding, since BloomForCausalLM does not use transformers' attention interface; transformers' own layers, since no ",
     ),
     "float16": (
         lambda: Engine(build("llama").model.half()),
@@ -109,8 +109,8 @@ SLOW = {
     "DoRA": (lambda: build("llama", use_dora=True), "CPU kernels and fast decoding; weights as they are, .* such as DoRA"),
     "no adapter": (
         lambda: Engine(build_model("llama")),
-        "^engine of the model without an adapter: packed training, shared prompts and CPU kernels; transformers' own layers, since "
-        "the model has no adapter, with which its layers are fused; weights as they are, since no layer has LoRA; .* is not fused$",
+        "^engine of the model without an adapter: packed training, shared prompts and CPU kernels; transformers' own layers, "
+        "since the model has no adapter, with which its layers are fused; weights .* no layer has LoRA; .* is not fused$",
     ),
 }
 

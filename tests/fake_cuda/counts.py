@@ -26,7 +26,7 @@ from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGrad
 from hybrid_lightning.adapters.gradients import ModuleAccumulator
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
+from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.backend import PlannedBackend
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
@@ -91,7 +91,7 @@ def sampling(fake, seen):
     """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = _sequences(PROMPTS, 1, PROMPT, 1)
     fake.engine._fast.compiles = True
-    made = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
+    made = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
     made.lengths = fake.fake(made.lengths)
     ids, mask = fake.fake(rows.prompt_ids), fake.fake(rows.prompt_mask)

@@ -18,7 +18,7 @@ SETTINGS = Case(prompts=4, samples=4).settings()
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
-    settings = RunSettings(build_model(family).config, 5, 6, 4, 4)
+    settings = RunSettings(build_model(family, num_hidden_layers=1).config, 5, 6, 4, 4)
     methods = plan_memory(settings, SingleDevice())
     assert [method.method for method in methods] == ["FFT", "LoRA", "hybrid 10%"]
     updating = [method.peaks["updating"] for method in methods]
@@ -27,12 +27,12 @@ def test_every_family_is_planned(family):
     assert fft.optimizer > hybrid.optimizer > lora.optimizer > 0
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, None])
+@pytest.mark.parametrize("share", [0.0, None])
 def test_two_layers_tell_what_all_hold(share):
     settings = replace(SETTINGS, config=copy.deepcopy(SETTINGS.config))
-    settings.config.num_hidden_layers = 6
+    settings.config.num_hidden_layers = 4
     (rows,) = passes_of_step(settings, 4)
-    direct, found = _trace_update(FakeModel(settings, 6, share), rows), Traces(settings).update(rows, share)
+    direct, found = _trace_update(FakeModel(settings, 4, share), rows), Traces(settings).update(rows, share)
     assert found.activations == pytest.approx(direct.activations, rel=0.01)
     assert found.logits == pytest.approx(direct.logits, rel=0.01)
 

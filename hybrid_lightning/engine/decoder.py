@@ -59,7 +59,7 @@ class FastDecoder:
     def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
         """Find out which passes give the model's own numbers, before the first of them is made.
 
-        The model is in eval mode, its weights are whole, and not within `prepacked_weights`. Products have the dtype, or with None
+        The model is in eval mode, its weights are whole, and not within `prepacked_weights`. Products have the dtype; None takes
         that of each weight.
         """
         if self._tried:

@@ -142,15 +142,12 @@ def test_autocast_is_what_counts():
 
 
 @needs_kernels
-def test_modules_that_are_watched_or_wrapped():
+def test_layers_that_are_watched_or_wrapped():
     engine = build("llama")
-    layer = engine.model.get_base_model().model.layers[1]
-    handle = layer.register_forward_hook(lambda *_: None)
-    assert "hooks watch the calls of LlamaDecoderLayer" in slow(engine)["fast decoding"]
-    handle.remove()
-    assert not slow(engine)
     layers = engine.model.get_base_model().model.layers
-    layers[1] = type("FSDPLlamaDecoderLayer", (type(layer),), {"__init__": lambda self: torch.nn.Module.__init__(self)})()
+    layers[1].register_forward_hook(lambda *_: None)
+    assert "hooks watch the calls of LlamaDecoderLayer" in slow(engine)["fast decoding"]
+    layers[1] = type("FSDPLlamaDecoderLayer", (type(layers[1]),), {"__init__": lambda self: torch.nn.Module.__init__(self)})()
     assert "FSDPLlamaDecoderLayer is not known, as where a strategy has wrapped it" in slow(engine)["fast decoding"]
 
 

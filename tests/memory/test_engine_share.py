@@ -133,8 +133,7 @@ def given_training(resting, updating):
 
 def misfit_of(device_gib, resting, updating, weights, **arguments):
     settings = vllm(device_gib, **arguments)
-    share = engine_share(settings, weights // 4)
-    return misfit(settings, share, given_training(resting, updating))
+    return misfit(settings, engine_share(settings, weights // 4), given_training(resting, updating))
 
 
 @pytest.mark.parametrize(
@@ -178,10 +177,8 @@ def test_who_does_as_told_fits(device, resting, updating, weights, utilization, 
 
 
 def test_nothing_is_refused_where_nothing_is_known():
-    training = given_training(100 * GIB, 100 * GIB)
-    assert misfit(vllm(on_cpu=True), EngineShare(1, 1, 1, 1), training) is None
-    assert misfit(replace(vllm(), device_bytes=None), EngineShare(1, 1, 1, 1), training) is None
-    assert misfit(replace(OURS, device_bytes=1), EngineShare(), training) is None
+    for settings in (vllm(on_cpu=True), replace(vllm(), device_bytes=None), replace(OURS, device_bytes=1)):
+        assert misfit(settings, EngineShare(1, 1, 1, 1), given_training(100 * GIB, 100 * GIB)) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])
@@ -214,17 +211,12 @@ def test_a_policy_that_is_made_has_the_settings_of_its_arguments():
     assert run_settings(made, adapter, None, flags, 5) == run_settings(given, adapter, None, flags, 5)
 
 
-@pytest.mark.parametrize(
-    "given", [{"devices": 2, "strategy": FSDP2Strategy()}, {"precision": "bf16-mixed", "limit_val_batches": 0}]
-)
-def test_flags_of_a_trainer_that_is_built(given):
-    given = {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, **given}
+def test_flags_of_a_trainer_that_is_built_and_the_memory_of_a_gpu(monkeypatch):
+    fsdp2 = {"devices": 2, "strategy": FSDP2Strategy(), "precision": "bf16-mixed", "limit_val_batches": 0}
+    given = {"accelerator": "cpu", "accumulate_grad_batches": 2, **fsdp2}
     built, read = TrainerFlags.of_trainer(Trainer(logger=False, **given)), TrainerFlags.of(given)
     assert (type(built.sharding), vars(built.sharding)) == (type(read.sharding), vars(read.sharding))
     assert replace(built, sharding=read.sharding) == read and built.on_cpu
-
-
-def test_the_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": 7 + device.index}))
     assert TrainerFlags.of({"accelerator": "gpu", "devices": 1}).device_bytes == 7

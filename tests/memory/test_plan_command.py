@@ -125,6 +125,9 @@ def test_the_memory_of_a_gpu_that_is_not_here():
     assert room(settings, flags.sharding) == 0.95 * 24 * 2**30, "its allocator cannot use all"
 
 
+FSDP1_OFFLOADED, FSDP2_OFFLOADED = FSDP1Strategy(cpu_offload=True), FSDP2Strategy(cpu_offload=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "sharding"),
     [
@@ -132,29 +135,24 @@ def test_the_memory_of_a_gpu_that_is_not_here():
         ({"devices": 4}, DDP(4)),
         ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP(6)),
         ({"devices": [0, 2], "strategy": FSDP1Strategy()}, FSDP1(2)),
-        ({"devices": "1,3,5", "strategy": FSDP2Strategy(cpu_offload=True)}, FSDP2(3)),  # the host has one memory
-        ({"devices": 2, "strategy": FSDP1Strategy(cpu_offload=True), "accelerator": "cuda"}, FSDP1(2, cpu_offload=True)),
-        ({"devices": 2, "strategy": FSDP2Strategy(), "accelerator": "cuda"}, FSDP2(2)),
+        ({"devices": "1,3,5", "strategy": FSDP2_OFFLOADED}, FSDP2(3)),  # the host has one memory
+        ({"devices": 2, "strategy": FSDP1_OFFLOADED, "accelerator": "cuda"}, FSDP1(2, cpu_offload=True)),
+        ({"devices": 2, "strategy": FSDP2Strategy(), "accelerator": "cuda", "limit_val_batches": 0}, FSDP2(2)),
+        ({"strategy": "fsdp2"}, "trainer.strategy=fsdp2 cannot be planned for"),
+        ({"strategy": FSDP1Strategy(), "devices": 1}, "nothing to split on one device"),
+        *(({name: count}, f"trainer.{name}={count} leaves no device") for name, count in (("devices", -3), ("num_nodes", 0))),
     ],
 )
 def test_flags_of_the_trainer(flags, sharding):
     flags = {"accelerator": "cpu", "precision": "bf16-mixed", **flags}
-    found = TrainerFlags.of(flags)
+    if isinstance(sharding, str):
+        with pytest.raises(ConfigError, match=sharding):
+            TrainerFlags.of(flags)
+        return
+    found = TrainerFlags.of({**flags, "accumulate_grad_batches": 3})
     assert (type(found.sharding), vars(found.sharding)) == (type(sharding), vars(sharding))
     assert found.on_cpu is (flags["accelerator"] == "cpu") and found.precision == "bf16-mixed"
-    assert found.validates and found.accumulate_grad_batches == 1
-
-
-def test_other_flags():
-    found = TrainerFlags.of({"accelerator": "cuda", "devices": 1, "limit_val_batches": 0, "accumulate_grad_batches": 3})
-    assert not found.on_cpu and found.precision == "32-true" and not found.validates and found.accumulate_grad_batches == 3
-    assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
-    for flags, message in (
-        ({"strategy": "fsdp2"}, "trainer.strategy=fsdp2 cannot be planned for"),
-        ({"strategy": FSDP1Strategy(), "devices": 1}, "nothing to split on one device"),
-        ({"devices": -3}, "trainer.devices=-3 leaves no device"),
-        ({"devices": 0}, "trainer.devices=0 leaves no device"),
-        ({"num_nodes": 0}, "trainer.num_nodes=0 leaves no device"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            TrainerFlags.of({"accelerator": "cpu", **flags})
+    assert found.validates is ("limit_val_batches" not in flags) and found.accumulate_grad_batches == 3
+    none = TrainerFlags.of({})
+    assert none.on_cpu is not torch.accelerator.is_available()
+    assert (none.precision, none.accumulate_grad_batches, none.validates) == ("32-true", 1, True)

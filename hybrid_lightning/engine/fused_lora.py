@@ -45,8 +45,7 @@ class FusedLora(lora.Linear):
         factors = self.factors(x) if not args and not kwargs else None
         if factors is None:
             return super().forward(x, *args, **kwargs)
-        output: Tensor = _Product.apply(x.to(factors.weight.dtype), *factors)
-        return output
+        return _Product.apply(x.to(factors.weight.dtype), *factors)
 
     def factors(self, x: Tensor) -> "Factors | None":
         """The factors for an input, in the dtype of the product; None where the layer computes more than plain LoRA."""

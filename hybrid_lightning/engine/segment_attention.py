@@ -67,27 +67,25 @@ def _begins(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
+def _members(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all members of groups of these sizes, the number of the group of each and its place there."""
+    group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    return group, torch.arange(len(group), device=sizes.device) - (sizes.cumsum(0) - sizes)[group]
+
+
 def gathered_keys(prompts: Tensor, completions: Tensor, layout: SegmentLayout) -> GatheredKeys:
-    """For lengths [P] of prompts and [P, G] of completions."""
-    device = prompts.device
+    """For lengths [P] of prompts and [P, G] of completions. The prompt's keys come first."""
     lengths = completions.flatten()
     there = lengths > 0
     widths = torch.where(there, prompts.repeat_interleave(completions.shape[1]), 0)
     ends = (widths + lengths).cumsum(0)
     begins = ends - widths - lengths  # of each completion's keys
-    row = torch.arange(len(lengths), device=device)
-    # The prompt's keys come first.
-    of_prompt = torch.repeat_interleave(row, widths)
-    step = torch.arange(len(of_prompt), device=device) - (widths.cumsum(0) - widths)[of_prompt]
     prompt_begins = (prompts.cumsum(0) - prompts).repeat_interleave(completions.shape[1])
-    of_own = torch.repeat_interleave(row, lengths)
-    own_step = torch.arange(len(of_own), device=device) - (lengths.cumsum(0) - lengths)[of_own]
+    (of_prompt, step), (of_own, own_step), (prompt, place) = (_members(sizes) for sizes in (widths, lengths, prompts))
     own = begins[of_own] + widths[of_own] + own_step
-    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=device)
+    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=prompts.device)
     index[begins[of_prompt] + step] = prompt_begins[of_prompt] + step
-    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=device)
-    prompt = torch.repeat_interleave(torch.arange(len(prompts), device=device), prompts)
-    place = torch.arange(len(prompt), device=device) - (prompts.cumsum(0) - prompts)[prompt]
+    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=prompts.device)
     repeated = begins.view(completions.shape)[prompt] + place[:, None]
     seen = there.view(completions.shape)[prompt]
     keys = torch.cat([ends.new_zeros(1), ends]).int()

@@ -10,8 +10,9 @@ def scores(query, key, queries, keys, causal, window, scale, used=None):
     """[N, H, D], [M, K, D] -> [H, N, M] float32, minus infinity where a query does not see a key; and the keys that are seen."""
     rows, columns = torch.arange(len(query), dtype=queries.dtype)[:, None], torch.arange(len(key))
     segment = torch.searchsorted(queries, rows, right=True).sub(1).clamp(max=len(queries) - 2)
-    first, last = keys[segment], keys[segment + 1]
-    seen = (rows < queries[-1]) & (columns >= first) & (columns < (last if used is None else first + used[segment]))
+    first = keys[segment]
+    last = keys[segment + 1] if used is None else first + used[segment]
+    seen = (rows < queries[-1]) & (columns >= first) & (columns < last)
     if causal:
         newest = last - queries[segment + 1] + rows  # the last key that each query sees
         seen = seen & (columns <= newest) & ((columns >= newest - window) | (window < 0))

@@ -111,9 +111,9 @@ def computes_alike(small: nn.Module, ours: type[nn.Module], results: Callable[[n
     """Whether a module and one of ours with its parts have the same `results`, to the bit, in both precisions."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
-            small.to(dtype)
+            mine = made_like(small.to(dtype), ours)
             try:
-                pairs = zip(results(small, dtype), results(made_like(small, ours), dtype), strict=True)
+                pairs = zip(results(small, dtype), results(mine, dtype), strict=True)
                 if not all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs):
                     return False
             except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):

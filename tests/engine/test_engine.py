@@ -10,6 +10,7 @@ from tiny_decoders import build, fused
 from tiny_models import VOCABULARY, build_model
 from tiny_runs import fit, write_model, write_sums
 from transformers import AutoModelForCausalLM, BloomConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.engine import Backend, Engine
 from hybrid_lightning.engine import attention_hook as hook
@@ -19,6 +20,7 @@ from hybrid_lightning.engine import engine as engines
 from hybrid_lightning.engine.cpu import build as building
 from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.fused_lora import made_like
 from hybrid_lightning.policy.modes import checkpoint_gradients
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels")
@@ -145,6 +147,9 @@ def test_autocast_is_what_counts():
 def test_layers_that_are_watched_or_wrapped():
     engine = build("llama")
     layers = engine.model.get_base_model().model.layers
+    fused_mlp, layers[0].mlp = layers[0].mlp, made_like(layers[0].mlp, LlamaMLP)
+    assert slow(engine)["fast decoding"] == "LlamaMLP is not fused"
+    layers[0].mlp = fused_mlp
     layers[1].register_forward_hook(lambda *_: None)
     assert "hooks watch the calls of LlamaDecoderLayer" in slow(engine)["fast decoding"]
     layers[1] = type("FSDPLlamaDecoderLayer", (type(layers[1]),), {"__init__": lambda self: torch.nn.Module.__init__(self)})()
@@ -178,5 +183,7 @@ def test_an_engine_knows_nothing_before_it_is_prepared_and_a_copy_of_one_is_one_
         engine.passes()
     engine.prepare()
     checkpoint_gradients(engine.model.get_base_model(), engine.backend)
+    adapted, alone = engine.of(engine.model), engine.of(engine.model, is_copy=True)
+    assert adapted.packs and adapted.graphs is engine.graphs and not alone.is_prepared
     other = copy.deepcopy(engine)
     assert other.packs and other.model is not engine.model and other.backend is not engine.backend

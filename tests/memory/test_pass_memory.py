@@ -18,7 +18,7 @@ SETTINGS = Case(prompts=4, samples=4).settings()
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
-    settings = RunSettings(build_model(family, num_hidden_layers=1).config, 5, 6, 4, 4)
+    settings = RunSettings(build_model(family).config, 5, 6, 4, 4)
     methods = plan_memory(settings, SingleDevice())
     assert [method.method for method in methods] == ["FFT", "LoRA", "hybrid 10%"]
     updating = [method.peaks["updating"] for method in methods]

@@ -102,20 +102,17 @@ def test_a_run_that_does_not_fit_is_told_the_fewest_changes_with_which_it_does(f
     result = done(folder, "plan", "--config", "t.yaml", *given, device, "--fit")
     (overrides,) = re.findall(r"Add to the command: (.*)", result.out)
     assert overrides == "--model.prompts_per_rollout=32" and "costs fewer problems in each step" in result.out
-    assert len(cells(result)["KV cache"]) == 2
-    after = run(folder, "plan", "--config", "t.yaml", *given, device, overrides, "--fit")
-    assert verdict_of(after)[0] in result.out and verdict_of(after)[0].startswith("Fits") and "Add to" not in after.out
+    assert len(cells(result)["KV cache"]) == 2 and "Fits: LoRA takes" in result.out
 
 
-def test_what_costs_nothing_comes_first_and_what_is_not_enough_is_an_error(folder):
+def test_what_is_not_enough_is_an_error(folder):
     full = ["--adapter.budget.share=1.0", "--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--fit"]
-    given = ["plan", "--config", "t.yaml", *GPU, *full, "--model.max_tokens_per_micro_batch=130", "--device_gib=0.5001"]
-    result = run(folder, *given)
+    few = ["--model.prompts_per_rollout=4", "--adapter.rank=4", "--trainer.limit_val_batches=0"]  # of which nothing can be less
+    given = [*GPU, *full, *few, "--model.max_tokens_per_micro_batch=130", "--model.loss.kl_coef=0.1", "--device_gib=0.5001"]
+    result = run(folder, "plan", "--config", "t.yaml", *given)
     assert result.code == 1 and result.last.startswith("error: no changes are enough"), result.err
-    kept, *costly = re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)
-    assert kept == "adapter.keep_start_weights" and costly[-1] == "adapter.budget.share", result.out
-    result = run(folder, *given, "--model.loss.kl_coef=0.1")
-    assert "keep_start_weights=false" not in result.out and "adapter.budget.share" in result.out
+    assert "keep_start_weights=false" not in result.out, "which the KL term needs"
+    assert re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)[-1] == "adapter.budget.share", result.out
 
 
 def test_the_memory_of_a_gpu_that_is_not_here():

@@ -29,16 +29,3 @@ def kept(module, inputs):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(inputs)
     return sum(size for place, size in storages.items() if place not in own)
-
-
-def assert_same_on_any_threads(compute):
-    """What a function gives, a list of tensors, is the same on one, two and three threads."""
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(compute())
-    finally:
-        torch.set_num_threads(before)
-    for parts in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(parts, found[0], strict=True))

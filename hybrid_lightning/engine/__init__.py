@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
     from hybrid_lightning.engine.compiling import OneKernel
-    from hybrid_lightning.engine.decoding import Decoding, decoding_of, packed_decoding
+    from hybrid_lightning.engine.decoding import Decoding, decoding_of
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
     from hybrid_lightning.engine.fused_lora import use_peft_lora
@@ -49,7 +49,6 @@ __all__ = [
     "logprobs_of_hidden",
     "memory_of",
     "own_hidden",
-    "packed_decoding",
     "token_logprobs",
     "tokens_of_pass",
     "use_fused_layers",
@@ -63,7 +62,7 @@ __getattr__ = public_names(
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
         "compiling": ("OneKernel",),
-        "decoding": ("Decoding", "decoding_of", "packed_decoding"),
+        "decoding": ("Decoding", "decoding_of"),
         "segment_decoding": ("SegmentDecoding",),
         "shared_decoding": ("SharedPromptDecoding",),
         "engine": ("Engine", "use_fused_modules"),

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.cpu.operators import Groups
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -43,12 +43,7 @@ class Masks:
     _joint: list[Tensor] = field(default_factory=list)  # made once a pass, and not in every layer
 
     def joint(self, shape: tuple[int, ...], prompt: int, own: int) -> Tensor | None:
-        """One mask of the prompt's keys and the own ones behind them.
-
-        Args:
-            shape: P, G and T.
-            prompt: S; 0 where the prompt's keys are left out.
-            own: M.
+        """One mask of S keys of the prompt (0 where they are left out) and M own ones behind them, for P, G and T.
 
         Returns:
             [P G, 1, T, S + M] bool; None where every query sees every key.
@@ -101,18 +96,7 @@ class Packing(Protocol):
     """Who attends to whom among N tokens of several sequences, which go through the model as one packed sequence."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Attention of N tokens.
-
-        Args:
-            layer: Number of the decoder layer.
-            query: [N, H, D].
-            key: [N, K, D].
-            value: [N, K, D].
-            settings: What the layer asks for.
-
-        Returns:
-            [N, H, D].
-        """
+        """Attention of N tokens in a decoder layer, [N, H, D], for queries [N, H, D], keys and values [N, K, D]."""
         ...
 
 
@@ -146,8 +130,7 @@ def shared_attention(
     if not torch.is_grad_enabled() or width <= query.shape[-1]:
         return compute(query, prompt, own, masks, settings)
     # Neither scores nor repeated keys are kept for the backward pass: they would be larger than all else that a layer keeps.
-    result: Tensor = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
-    return result
+    return checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)
 
 
 def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
@@ -197,9 +180,8 @@ def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:
-    """`attention_operators.packed_attention` with a backward pass."""
-    result: Tensor = _PackedAttention.apply(query, key, value, groups, window, scaling)  # type: ignore[no-untyped-call]
-    return result
+    """`operators.packed_attention` with a backward pass."""
+    return _PackedAttention.apply(query, key, value, groups, window, scaling)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -209,9 +191,9 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.rest = (groups, window, scaling)
-        return attention_operators.packed_attention(query, key, value, groups, window, scaling)
+        return kernels.packed_attention(query, key, value, groups, window, scaling)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *attention_operators.packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
+        return *kernels.packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None

@@ -12,7 +12,6 @@ A model that fails keeps its own attention.
 
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,14 +56,7 @@ def use_packing(model: PreTrainedModel) -> str:
 
 def register_packed(original: str) -> str:
     """Make transformers know an implementation that attends by packings, and by `original` in calls without; returns its name."""
-    name = _PREFIX + original
-    AttentionInterface.register(name, _attention(original))
-    if original in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    return name
 
-
-def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -78,8 +70,7 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             # "eager" is not registered: each model file has its own.
             eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             function = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
-            result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
-            return result
+            return function(module, query, key, value, attention_mask, **options)
         calls = options.pop("attention_calls", None)
         settings = _settings(options)
         if calls is not None:
@@ -89,7 +80,11 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
         return packing.attend(module.layer_idx, query, key, value, settings)[None], None  # type: ignore[arg-type]
 
-    return attention
+    name = _PREFIX + original
+    AttentionInterface.register(name, attention)
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
 
 
 def _settings(options: dict[str, Any]) -> AttentionSettings:
@@ -102,12 +97,7 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
 
 
 def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> AttentionCalls:
-    """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
-
-    Args:
-        model: Causal language model.
-        backend: The backend of its fused layers.
-        segments: Whether packed tokens attend by segments.
+    """Let a model attend by packings, perhaps by segments, if that gives its own numbers; if not, leave it as it was and say why.
 
     Returns:
         What its layers ask of attention.
@@ -159,10 +149,8 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
         for module, mode in training:
             module.training = mode
     difference = float((logits - reference).norm() / (reference - reference.mean()).norm())
-    tolerance = _TOLERANCE[next(base.parameters()).dtype]
-    if torch.is_autocast_enabled(reference.device.type):
-        tolerance = _TOLERANCE[torch.bfloat16]
-    if not difference <= tolerance:
+    halves = torch.is_autocast_enabled(reference.device.type)
+    if not difference <= _TOLERANCE[torch.bfloat16 if halves else next(base.parameters()).dtype]:
         raise UnsupportedAttentionError(f"packed sequences change its logits by {difference:.2g} of their size")
     return calls
 

@@ -132,24 +132,20 @@ class Backend:
         """`prepacked_product` for an output layer: logits of a weight of 16 bits are float32, see `float_logits`."""
         if weight.dtype not in HALF:
             return self.prepacked_product(weight)
-        if self.copies_pay(weight.device) and not (self.usable(weight) and operators.multiplies_to_floats(weight)):
-            product = self.prepacked_product(weight.float())  # to convert it at each token would take longer than the product
-            return lambda rows: _without_autocast(product, rows.float())
-        return lambda rows: self.float_logits(rows, weight)
+        if not self.copies_pay(weight.device) or (self.usable(weight) and operators.multiplies_to_floats(weight)):
+            return lambda rows: self.float_logits(rows, weight)
+        product = self.prepacked_product(weight.float())  # to convert it at each token would take longer than the product
 
+        def logits(rows: Tensor) -> Tensor:
+            # Where the product is not oneDNN's, on processors without AVX-512, autocast would round it to 16 bits.
+            with torch.autocast(rows.device.type, enabled=False):
+                return product(rows.float())
 
-def _without_autocast(product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """A product of float32: where it is not oneDNN's, on processors without AVX-512, autocast would round it to 16 bits."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return product(rows)
+        return logits
 
 
 class PlannedBackend(Backend):
-    """The backend that a CPU or an accelerator would have, for fake tensors, whatever device they seem to be on.
-
-    Args:
-        on_cpu: Whether it is that of a CPU, or of an accelerator.
-    """
+    """The backend that a CPU or an accelerator would have, for fake tensors, whatever device they seem to be on."""
 
     def __init__(self, on_cpu: bool) -> None:
         super().__init__()
@@ -241,20 +237,11 @@ def _has_onednn() -> bool:
 
 
 def _onednn(rows: Tensor, weight: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
-    return result
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """`rows @ weight.T`, without a gradient.
-
-    Args:
-        rows: [N, n], in any layout.
-        weight: [m, n], in any layout.
-
-    Returns:
-        [N, m].
-    """
+    """`rows @ weight.T` [N, m] without a gradient, of [N, n] and [m, n] in any layout."""
     count = rows.shape[0] * rows.shape[1] * weight.shape[0]
     if rows.dtype == torch.float32 and rows.device.type == "cpu" and count >= _FEWEST and _has_onednn():
         return _onednn(rows, weight)

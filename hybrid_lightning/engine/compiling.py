@@ -24,12 +24,6 @@ from hybrid_lightning.engine.backend import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
-_HALF = (torch.bfloat16, torch.float16)
-# An error may be this many times that of the ordinary computation, since roundings fall otherwise. Seen: 0.7 to 1.1 times it.
-_TIMES = 2
-# Beside that: what sums in another order may change in float32, where the ordinary computation may have no error at all.
-_FLOOR = 1e-4
-
 _ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton kernels for
 _WITH_BFLOAT16 = (8, 0)  # compute capability
 # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
@@ -46,9 +40,7 @@ def compiling_pays(device: torch.device) -> bool:
 def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why nothing is compiled for a device, in words for the user; empty where it pays.
 
-    Args:
-        device: The device.
-        dtype: Dtype of the products, for which the compiler may leave functions uncompiled without a word; None for any.
+    With the dtype of the products, also whether the compiler leaves functions of it uncompiled without a word.
     """
     if device.type not in _ACCELERATORS:
         return f"compiling does not pay on {device.type}"
@@ -77,9 +69,7 @@ class Code(NamedTuple):
     made: Any  # what torch made, which takes parts of the code with it
 
 
-def compiled(
-    function: Callable[..., Any], arguments: Sequence[Any], axes: Callable[[int, Tensor], Axes], kind: Hashable = None
-) -> Code:
+def compiled(function: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[Axes], kind: Hashable = None) -> Code:
     """Code of a function without a gradient, made at the first call for a kind of arguments, under the current autocast.
 
     Who calls the code answers for it that tensors are of the same kind, and that it fits their sizes.
@@ -87,7 +77,7 @@ def compiled(
     Args:
         function: Of tensors and numbers, which may be in tuples.
         arguments: Tensors with sizes that change have no gaps in memory, in whatever order of axes.
-        axes: Gives the axes of a tensor, of this number among all, whose sizes change.
+        axes: Of each tensor, those whose sizes change.
         kind: What tells kinds of arguments apart; None for all that can.
 
     Raises:
@@ -98,18 +88,17 @@ def compiled(
         return CODES[key]
     leaves, tree = tree_flatten(tuple(arguments))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    changing = [axes(number, part) for number, part in enumerate(tensors)]
     device = tensors[0].device
     if kind is None:
         found = [str(tree), device, autocast_dtype(device), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]]
-        for part, some in zip(tensors, changing, strict=True):
+        for part, some in zip(tensors, axes, strict=True):
             sizes = [some.get(axis, size) for axis, size in enumerate(part.shape)]
             found.append((part.dtype, sizes, _order(part) if some else part.stride()))
         key = (function, str(found))
     if key not in CODES:
         begin = time.perf_counter()
         try:
-            CODES[key] = _compile(function, leaves, tree, changing)
+            CODES[key] = _compile(function, leaves, tree, axes)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -119,7 +108,7 @@ def compiled(
     return CODES[key]
 
 
-def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: list[Axes]) -> Code:
+def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, axes: Sequence[Axes]) -> Code:
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import TracingContext, tracing
     from torch._inductor import compile_fx, config
@@ -134,7 +123,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
         given = dict(zip(places, tensors, strict=True))
         results = function(*tree_unflatten([given.get(place, leaf) for place, leaf in enumerate(leaves)], tree))
         several.append(isinstance(results, tuple))
-        return results if several[-1] else (results,)  # type: ignore[no-any-return]
+        return results if several[-1] else (results,)
 
     # Each name gets a size of its own, by which torch knows it, whatever the sizes of the first call are.
     names = dict.fromkeys(name for some in axes for name in some.values() if isinstance(name, str))
@@ -195,56 +184,10 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def give_up_compiling(what: str, error: Exception | str) -> str:
-    """Warn that something goes on without being compiled.
-
-    Args:
-        what: What does, in words that precede "without torch.compile".
-        error: What went wrong.
-
-    Returns:
-        The reason, in words for the user.
-    """
+    """Warn that something goes on without being compiled; `what` precedes "without torch.compile". Returns the reason."""
     remedy = "set TORCH_COMPILE_DISABLE=1 to be without the attempt and this warning"
     logger.warning("%s without torch.compile, which takes longer, since that gave %s; %s", what, error, remedy)
     return f"torch.compile gave {error}"
-
-
-def higher_precision(rows: Tensor) -> torch.dtype | None:
-    """The precision in which numbers have no error beside those of the ordinary computation with some rows.
-
-    Args:
-        rows: What is computed with, under the current autocast.
-
-    Returns:
-        The dtype; None where the ordinary one is float32 in which nothing is rounded further, as that of an accelerator may be.
-    """
-    device = rows.device.type
-    if rows.dtype in _HALF or torch.is_autocast_enabled(device):
-        return torch.float32
-    return torch.float64 if device == "cuda" else None
-
-
-def why_not_alike(found: Tensor, ordinary: Tensor, exact: Tensor) -> str:
-    """How numbers differ that should be the same up to rounding; empty if they do not.
-
-    Errors are taken as shares of the size of each place of the last axis. Without that the few places where some models have
-    numbers a thousand times as large as elsewhere would hide all others.
-
-    Args:
-        found: The numbers in question, [..., n].
-        ordinary: The same by the ordinary computation in the same precision.
-        exact: The same in a higher precision.
-    """
-    if found.dtype != ordinary.dtype:
-        return f"{found.dtype} instead of {ordinary.dtype}"
-    off, allowed = _error(found, exact), _TIMES * _error(ordinary, exact) + _FLOOR
-    return "" if off <= allowed else f"other numbers, {off:.2g} of their size away where rounding explains {allowed:.2g}"
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    wanted = exact.double() if exact.device.type != "mps" else exact
-    size = wanted.pow(2).mean(dim=tuple(range(wanted.dim() - 1)) or None, keepdim=True).sqrt()
-    return float(((found.to(wanted) - wanted) / size.clamp(min=1e-30)).pow(2).mean().sqrt())
 
 
 class OneKernel:
@@ -281,9 +224,10 @@ class OneKernel:
             return self.otherwise(*given)
         tensors = [part for part in given if isinstance(part, Tensor)]
         static = [tuple(part.shape[axis] for axis in some) for part, some in zip(tensors, self._static, strict=True)]
-        kind = (first.device, autocast_dtype(first.device), *map(_kind, given), *static)
+        kinds = (part.dtype if isinstance(part, Tensor) else part for part in given)
+        kind = (first.device, autocast_dtype(first.device), *kinds, *static)
         try:
-            code = compiled(self.plain, given, lambda number, _: self._named[number], kind)
+            code = compiled(self.plain, given, self._named, kind)
         except CompilingError as error:
             self._failed = True
             give_up_compiling(f"{self._name} is computed", error)
@@ -293,7 +237,3 @@ class OneKernel:
         found = {(name, part.shape[axis]) for part, some in named for axis, name in some.items()}
         assert len(found) == len(sizes), "axes of the same name have other sizes"
         return code.run(*sizes, *tensors) if code.fits(*sizes) else self.otherwise(*given)
-
-
-def _kind(argument: Any) -> Any:
-    return argument.dtype if isinstance(argument, Tensor) else argument

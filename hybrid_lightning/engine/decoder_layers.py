@@ -32,10 +32,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import Axes, Code, compiled
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
+from hybrid_lightning.engine.fused_attention import rotary
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of
+from hybrid_lightning.engine.fused_layers import norm as llama_norm
 from hybrid_lightning.engine.fused_lora import FusedLora
-from hybrid_lightning.engine.prepacked import ProductFactors, product_factors
-from hybrid_lightning.engine.segments import grouped, plain_joined, ungrouped
+from hybrid_lightning.engine.prepacked import ProductFactors, added_product, product_factors, products_together
+from hybrid_lightning.engine.segments import grouped, joined_results, ungrouped
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 _FEWEST = 2  # rank of LoRA that is compiled
@@ -69,12 +71,7 @@ class KnownLayer(NamedTuple):
 
 
 def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer]:
-    """The layers of a decoder, taken apart.
-
-    Args:
-        decoder: The decoder of a causal language model.
-        calls: What its layers ask of attention.
-        backend: The backend of its fused layers.
+    """The layers of a decoder, taken apart, whose fused layers have this backend; `calls` is what they ask of attention.
 
     Raises:
         UnknownLayerError: If a part of the decoder is not known, or a module has hooks.
@@ -82,45 +79,37 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
     if type(decoder) not in _DECODERS:
         blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
         raise UnknownLayerError(f"{type(blocks[0]).__name__} is not known")
-    if not isinstance(decoder.norm, FusedRMSNorm):
-        raise UnknownLayerError(f"{type(decoder.norm).__name__} is not fused")
+    _check_fused(decoder.norm)
     if _has_any_global_hook():
         raise UnknownLayerError("torch has hooks for the calls of all modules")
     _check_unwatched(decoder, decoder.norm)
     asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
-    return [known_layer(layer, backend, settings) for layer, settings in asked]
+    return [_known_layer(layer, backend, settings) for layer, settings in asked]
 
 
-def known_layer(layer: Any, backend: Backend, settings: AttentionSettings | None = None) -> KnownLayer:
-    """One decoder layer, taken apart.
-
-    Args:
-        layer: The layer.
-        backend: The backend of its fused layers.
-        settings: What it asks of attention; None if that does not matter.
-
-    Raises:
-        UnknownLayerError: If a part of it is not known, or a module has hooks.
-    """
+def _known_layer(layer: Any, backend: Backend, settings: AttentionSettings) -> KnownLayer:
     layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
     kind = own_class(layer)
     if kind not in LAYERS:
         raise UnknownLayerError(f"{kind.__name__} is not known, as where a strategy has wrapped it")
-    parts: Any = layer
-    attention, mlp, norms = parts.self_attn, parts.mlp, (parts.input_layernorm, parts.post_attention_layernorm)
+    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     if not issubclass(type(attention), LAYERS[kind]):
         raise UnknownLayerError(f"{type(attention).__name__} is not known")
     if attention.training:
         raise UnknownLayerError("attention is in train mode")
     head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     all_norms = (*norms, *(head_norms or ()))
-    for part in (mlp, *all_norms):
-        if not isinstance(part, (FusedMLP, FusedRMSNorm)):
-            raise UnknownLayerError(f"{type(part).__name__} is not fused")
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    _check_unwatched(layer, attention, mlp, *all_norms, *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    asked = settings or AttentionSettings()
-    return KnownLayer(norms, projections[:3], head_norms, backend, asked, attention.head_dim, projections[3], mlp)
+    _check_fused(mlp, *all_norms)
+    query_key_value = [attention.q_proj, attention.k_proj, attention.v_proj]
+    known = KnownLayer(norms, query_key_value, head_norms, backend, settings, attention.head_dim, attention.o_proj, mlp)
+    _check_unwatched(layer, attention, mlp, *all_norms, *projections(known))
+    return known
+
+
+def _check_fused(*modules: nn.Module) -> None:
+    for module in modules:
+        if not isinstance(module, (FusedMLP, FusedRMSNorm)):
+            raise UnknownLayerError(f"{type(module).__name__} is not fused")
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
@@ -177,16 +166,9 @@ class AfterAttention(NamedTuple):
 def before_attention(
     hidden: Tensor, cosines: Tensor, sines: Tensor, places: Tensor, keys: Tensor, values: Tensor, layer: BeforeAttention
 ) -> Tensor:
-    """Queries [N R, K, D], see `grouped`; keys and values are written to where they are kept.
+    """Queries [N R, K, D], see `grouped`, of hidden states [N, n] and rotary embeddings [N, D], whose sines are `signed`.
 
-    Args:
-        hidden: Hidden states before the layer, [N, n].
-        cosines: Cosines of the rotary embeddings, [N, D].
-        sines: Sines, [N, D], that are `signed`.
-        places: Where the keys and values of each token go, [N].
-        keys: Of more tokens, [M, K, D].
-        values: Likewise.
-        layer: Weights of the layer.
+    Keys and values are written to their places [N] among those of more tokens, [M, K, D].
     """
     groups = keys.shape[1]
     heads = _project(_normed(hidden, layer.norm), layer.projections).unflatten(1, (-1, layer.head_size))
@@ -201,18 +183,12 @@ def before_attention(
 def after_attention(
     hidden: Tensor, one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor, layer: AfterAttention
 ) -> Tensor:
-    """Hidden states after the layer, [N, n].
+    """Hidden states [N, n] after the layer, from those before it and what grouped queries found among two runs of keys.
 
-    Args:
-        hidden: Hidden states before the layer, [N, n].
-        one: What grouped queries found among some of their keys, [N R, K, D].
-        one_sum: Its log-sum-exps, [K, N R], see `Attended`.
-        other: What they found among the others.
-        other_sum: Its log-sum-exps.
-        layer: Weights of the layer.
+    That is [N R, K, D], with log-sum-exps [K, N R] (see `Attended`).
     """
     repeats = layer.output.weights[0].shape[0] // one[0].numel()
-    attended = ungrouped(plain_joined(one, one_sum, other, other_sum)[0], repeats).flatten(1)
+    attended = ungrouped(joined_results.plain(one, one_sum, other, other_sum)[0], repeats).flatten(1)
     hidden = hidden + _project(attended, layer.output)
     gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up).chunk(2, dim=1)
     return hidden + _project(F.silu(gate) * up, layer.down)
@@ -243,34 +219,55 @@ def signed(sines: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
-    return plain_norm(x, norm.weight, norm.eps)[0]
+    return llama_norm.plain(x, norm.weight, norm.eps)[0]
 
 
 _ROWS: Axes = {0: "rows"}
 _ROOM: Axes = {0: "room"}
 
 
+class PlainLayer:
+    """A layer by plain calls of its parts."""
+
+    def __init__(self, known: KnownLayer) -> None:
+        self.known, self.settings = known, known.settings
+        self.queries_keys_values = products_together(known.queries_keys_values)
+        self.gate_and_up = products_together([known.mlp.gate_proj, known.mlp.up_proj])
+        self.add_output = added_product(known.output, known.backend)
+        self.add_mlp = added_product(known.mlp.down_proj, known.backend)
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
+        known, shape = self.known, (len(hidden), -1, self.known.head_size)
+        query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
+        if known.head_norms is not None:
+            query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
+        return *rotary(known.backend, query, key, *angles), value
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
+        hidden = self.add_output(hidden, attended)
+        gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
+        return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
+
+
 class CompiledLayer:
     """A layer by `before_attention` and `after_attention`, while weights do not change.
 
-    Decoding calls these two as they are; `heads` and `output` put them into the form of other passes.
-
-    Args:
-        before: Weights of the first.
-        after: And of the second.
-        backend: The backend of the model's fused layers.
+    Decoding calls these two as they are; `heads` and `output`, as `PlainLayer` has them, are for other passes.
     """
 
-    def __init__(self, before: BeforeAttention, after: AfterAttention, backend: Backend) -> None:
+    def __init__(self, known: KnownLayer, before: BeforeAttention, after: AfterAttention) -> None:
+        self.settings = known.settings
         queries, keys = (weight.shape[1] // before.head_size for weight in before.projections.weights[:2])
-        self._backend, self._heads, self._repeats, self._size = backend, keys, queries // keys, before.head_size
+        self._backend, self._heads, self._repeats, self._size = known.backend, keys, queries // keys, before.head_size
         self._dtype = before.projections.weights[2].dtype  # of values, without autocast
         found: tuple[Axes, Axes] = ({0: ("rows", self._repeats)}, {1: ("rows", self._repeats)})
         self.before = _Body(before_attention, before, (_ROWS, _ROWS, _ROWS, _ROWS, _ROOM, _ROOM))
         self.after = _Body(after_attention, after, (_ROWS, *found, *found))
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind; see `before_attention`."""
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind."""
         count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
         values = hidden.new_empty(count, self._heads, self._size, dtype=dtype)
         keys = torch.empty_like(values, dtype=self._backend.key_dtype(values))
@@ -279,22 +276,18 @@ class CompiledLayer:
         return ungrouped(query, self._repeats), keys, values
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]; see `after_attention`."""
+        """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]."""
         found = grouped(attended.unflatten(1, (-1, self._size)), self._heads).contiguous()
         sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
         # Of other keys there are none: whatever was found among them has no weight.
-        result: Tensor = self.after(hidden, found, sums, -found, sums - torch.inf)
-        return result
+        return self.after(hidden, found, sums, -found, sums - torch.inf)
+
+
+LayerParts = PlainLayer | CompiledLayer
 
 
 class _Body:
-    """A function of rows and of a layer's weights, by code that is looked up once.
-
-    Args:
-        function: Takes tensors, and the weights as one tuple.
-        layer: The weights.
-        axes: The axes of the function's tensors whose sizes change.
-    """
+    """A function of rows, whose `axes` are those that change, and of a layer's weights, by code that is looked up once."""
 
     def __init__(self, function: Callable[..., Any], layer: NamedTuple, axes: Sequence[Axes]) -> None:
         self.function, self.layer, self.axes = function, layer, [*axes]
@@ -319,23 +312,18 @@ class _Body:
         if self._room is not None:
             sizes.insert(1, rows[self._room].shape[0])
         if sizes != self._sizes:
-            self._fits, self._sizes = sizes[0] > 1 and self._code(rows).fits(*sizes), sizes
+            if self.code is None and sizes[0] > 1:
+                self.code = compiled(self.function, (*rows, self.layer), self.axes)
+            self._fits, self._sizes = self.code is not None and self.code.fits(*sizes), sizes
         if self.code is None or not self._fits:
             return self.function(*rows, self.layer)
         return self.code.run(*sizes, *rows, *self.weights)
 
-    def _code(self, rows: tuple[Tensor, ...]) -> Code:
-        if self.code is None:
-            self.code = compiled(self.function, (*rows, self.layer), lambda number, _: self.axes[number])
-        return self.code
-
 
 def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> list[CompiledLayer] | None:
-    """Layers, to be compiled; None if one has a projection of another kind, such as a quantized one.
+    """Some layers, to be compiled; None if one has a projection of another kind, such as a quantized one.
 
-    Args:
-        layers: Some or all layers of a model.
-        all_layers: All of them: where one has LoRA, the others have LoRA of zeros, with which they give the same numbers.
+    Where one of all layers of the model has LoRA, the others get LoRA of zeros, with which they give the same numbers.
     """
     sets = [[0, 1, 2], [3], [4, 5], [6]]  # of projections with the same input
     adapted = [any(isinstance(projections(layer)[place], FusedLora) for layer in all_layers for place in some) for some in sets]
@@ -351,17 +339,12 @@ def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> l
         head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
         before = BeforeAttention(_norm(layer.norms[0]), heads, head_norms, layer.head_size)
         after = AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)
-        parts.append(CompiledLayer(before, after, layer.backend))
+        parts.append(CompiledLayer(layer, before, after))
     return parts
 
 
 def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
-    """Layers with the same input.
-
-    Args:
-        layers: Their factors.
-        lora: Whether they shall have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart.
-    """
+    """With `lora` all have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart."""
     weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
     if not lora:
         return Projections(weights, biases, None, None)

@@ -39,15 +39,10 @@ class Decoding(Protocol):
         ...
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Go on with these of the B rows, whether they have left or not, and let each read some more tokens.
+        """Go on with these R of the B rows, ascending, whether they have left or not, and let each read a token more or several.
 
-        Args:
-            rows: Numbers of R rows, ascending.
-            kept: How many of the tokens that each has read behind its prompt remain: what it read after it had ended does not.
-            tokens: What each reads now, at least one token.
-
-        Returns:
-            Logits [R, V] of the next token.
+        Of what each has read behind its prompt so many tokens are kept: what it read after it had ended is not. Returns logits
+        [R, V] of the next token.
         """
         ...
 
@@ -55,11 +50,7 @@ class Decoding(Protocol):
 class RepeatedCacheDecoding:
     """`Decoding` for any model with transformers' cache: each prompt is read once, and its cache is repeated for its completions.
 
-    Args:
-        model: Causal language model.
-        ids: Prompts [P, S], left-padded.
-        mask: [P, S] bool.
-        keeps_rows: Whether all rows stay in the cache, since they may go on by `extend`.
+    Arguments are those of `decoding_of`.
     """
 
     leave_together = 0.25  # re-indexing the cache costs about one decoding step
@@ -125,18 +116,10 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
-        keeps_rows: Whether rows that leave may come back by `extend`.
+        keeps_rows: Whether rows that leave may come back by `extend`, and so keep their places.
     """
     engine.prepare()
     if not engine.packs:
         return RepeatedCacheDecoding(engine.model, ids, mask, keeps_rows)
-    return packed_decoding(engine, ids, mask, max_new_tokens, keeps_rows)
-
-
-def packed_decoding(
-    engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False
-) -> SegmentDecoding | SharedPromptDecoding:
-    """The same for a model that can be packed."""
-    by_segments = engine.decodes_by_segments(ids.shape[1] + max_new_tokens)
-    kind = SegmentDecoding if by_segments else SharedPromptDecoding
+    kind = SegmentDecoding if engine.decodes_by_segments(ids.shape[1] + max_new_tokens) else SharedPromptDecoding
     return kind(engine, ids, mask, max_new_tokens, keeps_rows)

@@ -1,9 +1,9 @@
 """`PackedDecoding`: what the ways to decode packed models share. The prompts go through the model as one packed sequence."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +40,14 @@ class Added:
         return cls(row, owner, counts, begins, max(sizes), max(map(sum, zip(kept, sizes, strict=True))))
 
 
-class PackedDecoding(ABC):
-    """Base of `Decoding` for models that can be packed. It is the `Packing` of its own steps.
+class _Pass(NamedTuple):
+    """A `Packing` of one pass."""
 
-    Args:
-        engine: Engine of the model.
-        ids: Prompts [P, S], left-padded.
-        mask: [P, S] bool.
-        max_new_tokens: Longest completion.
-        keeps_rows: Whether rows that leave keep their place, since they may come back by `extend`.
-    """
+    attend: Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
+
+
+class PackedDecoding(ABC):
+    """Base of `Decoding` for models that can be packed, and the `Packing` of its own steps; made as by `decoding_of`."""
 
     leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
     can_extend = True
@@ -69,7 +67,12 @@ class PackedDecoding(ABC):
 
     def read_prompts(self) -> Tensor:
         """Store keys and values of the prompts; returns logits [P, V] of the first token behind each."""
-        hidden = self.engine.hidden(self.layout.ids, self.layout.positions, _Prefill(self))
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+            self.store_prompts(layer, query, key, value, settings)
+            return self.layout.attend(layer, query, key, value, settings)
+
+        hidden = self.engine.hidden(self.layout.ids, self.layout.positions, _Pass(attend))
         return self.project(hidden[self.layout.last_prompt_token])
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -78,21 +81,27 @@ class PackedDecoding(ABC):
         device = self.lengths.device
         added = Added.of(rows, kept, [len(part) for part in tokens], device)
         self.resume(added)
-        filling = -len(added.owner) % MULTIPLE
+        total = len(added.owner)
+        filling = -total % MULTIPLE  # with a few tokens that nobody reads
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+            found = self.attend_added(layer, query[:total], key[:total], value[:total], settings, added)
+            return F.pad(found, (0, 0, 0, 0, 0, filling)) if filling else found
+
         ids = torch.tensor([token for part in tokens for token in part] + [0] * filling, device=device)
         positions = self.lengths[added.rows // self.samples][added.owner] + added.counts - 1
         last = added.begins[1:] - 1
-        return self.project(self.engine.hidden(ids, F.pad(positions, (0, filling)), _Reading(self, added), last))
+        return self.project(self.engine.hidden(ids, F.pad(positions, (0, filling)), _Pass(attend), last))
 
     @abstractmethod
     def resume(self, added: Added) -> None:
         """Go on with these rows, as after these tokens."""
 
-    @abstractmethod
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
-        """These tokens in place of one of every row; see `Packing`."""
+        """These tokens in place of one of every row; `resume` has said which they are."""
+        return self.attend(layer, query, key, value, settings)
 
     @abstractmethod
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
@@ -101,28 +110,3 @@ class PackedDecoding(ABC):
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """One token of every row; see `Packing`."""
-
-
-class _Prefill:
-    """The packing of the prompts' pass, which also stores their keys and values."""
-
-    def __init__(self, decoding: PackedDecoding) -> None:
-        self.decoding = decoding
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
-        self.decoding.store_prompts(layer, query, key, value, settings)
-        return self.decoding.layout.attend(layer, query, key, value, settings)
-
-
-class _Reading:
-    """The packing of a pass of tokens that were added, and of a few behind them that nobody reads."""
-
-    def __init__(self, decoding: PackedDecoding, added: Added) -> None:
-        self.decoding, self.added = decoding, added
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
-        total = len(self.added.owner)
-        found = self.decoding.attend_added(layer, query[:total], key[:total], value[:total], settings, self.added)
-        return found if total == len(query) else F.pad(found, (0, 0, 0, 0, 0, len(query) - total))

@@ -11,17 +11,17 @@ others are not; a run logs this once.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
+from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
@@ -46,17 +46,13 @@ _INSTEAD = {
     "compiled layers": "layers without torch.compile",
 }
 
+_OTHERWISE = "its layers attend as the kernels cannot"
 # Known where something is sampled: with its adapter enabled, and layers tried.
 _OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
-    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs and attention.
-
-    Args:
-        model: Changed in place.
-        backend: The model's backend.
-    """
+    """Let all modules of an adapted model be fused that can be, in place: LoRA, norms, MLPs and attention."""
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
     use_fused_attention(model, backend)
@@ -95,12 +91,10 @@ class Engine:
 
     def of(self, adapted: nn.Module, is_copy: bool = False) -> "Engine":
         """The engine of the same model with an adapter in it, which takes over the results of trials; that of a copy does not."""
-        engine = Engine(adapted, self.backend)
         if is_copy:
-            return engine
-        engine._trial, engine._fast, engine.graphs = self._trial, self._fast, self.graphs
-        engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
-        engine._former = self._former
+            return Engine(adapted, self.backend)
+        engine = copy(self)
+        engine.model = adapted
         return engine
 
     def prepare(self) -> None:
@@ -108,8 +102,7 @@ class Engine:
 
         It is done once, and has to be done before the first pass.
         """
-        if self._trial is None:
-            self._trial = self._try_packing()
+        self._trial = self._trial or self._try_packing()
         self._report()
 
     def report(self) -> None:
@@ -117,33 +110,24 @@ class Engine:
         self._is_to_report = True
 
     def continues(self, passes: Mapping[str, str]) -> None:
-        """Warn once this is known to compute otherwise than the run that it continues.
-
-        Args:
-            passes: The `passes` of that run.
-        """
+        """Warn once this is known to compute otherwise than the run that it continues, which had these `passes`."""
         self._former = dict(passes)
 
     def assume_packing(self, dtype: torch.dtype) -> None:
-        """Let the model attend by packings without a trial, as for a model without weights.
-
-        Args:
-            dtype: Dtype of the products.
+        """Let the model attend by packings without a trial, as for a model without weights, with products of this dtype.
 
         Raises:
             UnsupportedAttentionError: If the model does not call transformers' attention interface, or has other layers.
         """
         expected_windows(base_model(self.model).config.get_text_config())
         use_packing(base_model(self.model))
-        self._trial = _Trial(None, "it was not tried", why_no_segments=self._why_no_kernel(dtype))
+        why_no_segments = self.backend.why_no_segments(next(self.model.parameters()).device, dtype)
+        self._trial = _Trial(None, "it was not tried", why_no_segments=why_no_segments)
 
     def assume_calls(self, calls: AttentionCalls) -> None:
-        """Let completions of a model that was not tried be decoded as fast as those of one that was.
-
-        Args:
-            calls: What its layers ask of attention.
-        """
-        self._trial = replace(self._tried, calls=calls)
+        """Let completions of a model that was not tried be decoded as fast as those of one whose layers ask for this."""
+        why_no_segments = self._tried.why_no_segments or ("" if all(calls.by_segments) else _OTHERWISE)
+        self._trial = replace(self._tried, calls=calls, why_no_segments=why_no_segments)
         self._fast.assume()
 
     @property
@@ -156,11 +140,7 @@ class Engine:
         return PackedSequences(sequences, self.backend, completions, segments=not self._tried.why_no_segments)
 
     def decodes_by_segments(self, longest: int) -> bool:
-        """Whether completions are decoded by `SegmentDecoding`; to be called after `prepare`.
-
-        Args:
-            longest: Most tokens of a prompt and its completion.
-        """
+        """Whether completions are decoded by `SegmentDecoding`, with so many tokens at most of a prompt and its completion."""
         windows = expected_windows(base_model(self.model).config.get_text_config())
         return not self._tried.why_no_segments and all(window is None or window >= longest for window in windows)
 
@@ -187,13 +167,9 @@ class Engine:
         return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
-        """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those that are wanted.
+        """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those whose numbers [W] are wanted.
 
-        Args:
-            ids: [N].
-            positions: [N], each counted within its sequence.
-            packing: Who attends to whom.
-            wanted: Numbers [W] of the tokens whose hidden states are needed; None for all.
+        Positions are counted within each sequence, and the packing says who attends to whom.
         """
         if self._pass is not None and not torch.is_grad_enabled():
             return self._pass(ids, positions, packing, wanted)
@@ -205,11 +181,9 @@ class Engine:
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Within this context weights must not change: they are prepacked for products, and layers run as plain calls.
 
-        Args:
-            dtype: Dtype of the products; None takes that of each weight.
+        Products have this dtype, or with None that of each weight.
         """
-        if self._trial is None:
-            self._trial = self._try_packing()
+        self._trial = self._trial or self._try_packing()
         layers, _ = self._known_layers()
         if layers:
             self._fast.try_once(self.model, layers, self.backend, dtype)
@@ -252,8 +226,7 @@ class Engine:
 
     def _try_packing(self) -> _Trial:
         weight = next(self.model.parameters())
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         why, reason = self.backend.why_no_segments(weight.device, dtype), ""
         for segments in (False,) if why else (True, False):
             try:
@@ -264,20 +237,8 @@ class Engine:
                 continue
             if not segments or all(calls.by_segments):
                 return _Trial(calls, "", dtype, why)
-            why = "its layers attend as the kernels cannot"
+            why = _OTHERWISE
         return _Trial(None, reason, dtype, why)
-
-    def _why_no_kernel(self, dtype: torch.dtype) -> str:
-        """Why a model that is not tried would not attend by segments, by its config."""
-        config: Any = base_model(self.model).config.get_text_config()
-        try:
-            expected_windows(config)
-        except UnsupportedAttentionError as error:
-            return str(error)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        asked = AttentionSettings(softcap=getattr(config, "attn_logit_softcapping", None))
-        why = "" if asked.fits_segments(torch.empty(size, device="meta")) else "its layers attend as the kernels cannot"
-        return self.backend.why_no_segments(next(self.model.parameters()).device, dtype) or why
 
     def _known_layers(self) -> tuple[list[KnownLayer], str]:
         """The decoder's layers; none where the model's own pass has to be used, and why."""

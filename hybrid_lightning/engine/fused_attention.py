@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from hybrid_lightning.engine.attention import AttentionSettings, UnsupportedAttentionError
+from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.attention_hook import register_packed
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.fused_layers import drawn, is_watched, small_linear
-from hybrid_lightning.engine.fused_lora import PutBefore, made_like, put_before, replace_modules
+from hybrid_lightning.engine.fused_layers import computes_alike, drawn, hooks_of, small_module
+from hybrid_lightning.engine.fused_lora import PutBefore, put_before, replace_modules
 from hybrid_lightning.engine.passes import no_mask
 
 _PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
@@ -48,10 +48,7 @@ class FusedAttention(PutBefore):
         in_pass = options.get("packing") is not None and all(options.get(name) is None for name in _CACHE_NAMES)
         if not in_pass or position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             own: Any = super().forward
-            result: tuple[Tensor, Tensor | None] = own(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **options
-            )
-            return result
+            return own(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **options)
         module: Any = self
         shape = (hidden_states.shape[1], -1, module.head_dim)
         query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
@@ -77,12 +74,7 @@ class FusedAttention(PutBefore):
 
 
 def use_fused_attention(model: nn.Module, backend: Backend) -> None:
-    """Let the model's attention layers be fused where they compute what Llama's do.
-
-    Args:
-        model: Changed in place. Its projections may have adapters already.
-        backend: The model's backend.
-    """
+    """Let attention layers be fused, in place, where they compute what Llama's do; adapters may be in them already."""
     tried: dict[Hashable, bool] = {}
 
     def kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -91,15 +83,15 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
         settings = tuple(_more_settings(module).items())
         known = (type(module), hasattr(module, "q_norm"), settings)
         if known not in tried:
-            tried[known] = _computes_alike(module)
-        return put_before(FusedAttention, type(module)) if tried[known] else None
+            tried[known] = computes_alike(_small_layer(module), _fused(module), _results)
+        return _fused(module) if tried[known] else None
 
     replace_modules(model, kind_of, backend)
 
 
 def _is_built_alike(module: nn.Module) -> bool:
     kind, parts = type(module), set(dict(module.named_children()))
-    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("Attention")) or is_watched(module):
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("Attention")) or hooks_of(module):
         return False
     taken = set(inspect.signature(kind.forward).parameters)
     return (
@@ -118,48 +110,33 @@ def _more_settings(module: Any) -> dict[str, Any]:
     return found
 
 
-def _computes_alike(module: nn.Module) -> bool:
-    """Whether a small layer of the module's class and its fused form give attention the same bits, and return the same bits."""
-    small = _small_layer(module)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for dtype in (torch.float32, torch.bfloat16):
-            small.to(dtype)
-            try:
-                theirs, ours = (
-                    _answer(layer, dtype) for layer in (small, made_like(small, put_before(FusedAttention, type(module))))
-                )
-            except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
-                return False  # its parts are not Llama's
-            if not (theirs.rest == ours.rest and all(map(torch.equal, theirs.tensors, ours.tensors))):
-                return False
-    return True
+def _fused(module: nn.Module) -> type[nn.Module]:
+    return put_before(FusedAttention, type(module))  # type: ignore[arg-type]
 
 
-class _Answer:
-    """A packing that records what a layer asks of attention, and what the layer then returns."""
+class _Recorder:
+    """A packing that records what a layer asks of attention, whose result are the queries."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`; returns the queries."""
-        self.tensors, self.rest = [query, key, value], (layer, settings)
+        """See `Packing`."""
+        self.asked = [query, key, value, layer, settings]
         return query
 
 
-def _answer(layer: nn.Module, dtype: torch.dtype) -> _Answer:
+def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """What a layer asks of attention, and what it then gives."""
     rows, angles = drawn(9, 1, 5, 16).to(dtype), drawn(8, 2, 1, 5, 8).to(dtype)
-    answer = _Answer()
-    options = {"position_embeddings": tuple(angles), "attention_mask": no_mask(rows.device), "packing": answer}
+    recorder = _Recorder()
+    options = {"position_embeddings": tuple(angles), "attention_mask": no_mask(rows.device), "packing": recorder}
     options |= {name: None for name in _CACHE_NAMES & set(inspect.signature(layer.forward).parameters)}
     output = layer(hidden_states=rows, **options)[0]
-    answer.tensors.append(output)
-    return answer
+    return [*recorder.asked, output]
 
 
 def _small_layer(module: Any) -> nn.Module:
     """A layer of the same class and settings with 4 heads of 8 numbers, 2 of keys and values, and hidden states of 16."""
-    kind: type[nn.Module] = type(module)
-    small: Any = kind.__new__(kind)
-    nn.Module.__init__(small)
-    small.eval()
+    sizes = {"q_proj": (32, 16), "k_proj": (16, 16), "v_proj": (16, 16), "o_proj": (16, 32)}
+    small = small_module(type(module), sizes).eval()
     small.config = SimpleNamespace(_attn_implementation=register_packed("sdpa"))
     if hasattr(module.config, "sliding_window"):
         small.config.sliding_window = module.config.sliding_window
@@ -167,35 +144,22 @@ def _small_layer(module: Any) -> nn.Module:
     for name in ("scaling", "attention_dropout", "is_causal", *_MORE_SETTINGS):
         if hasattr(module, name):
             setattr(small, name, getattr(module, name))
-    for seed, (name, sizes) in enumerate(
-        {"q_proj": (32, 16), "k_proj": (16, 16), "v_proj": (16, 16), "o_proj": (16, 32)}.items()
-    ):
-        small.add_module(name, small_linear(seed, *sizes))
     for name in _HEAD_NORMS if hasattr(module, "q_norm") else ():
         small.add_module(name, nn.Softmax(dim=-1))  # as a norm, one function of each head's numbers
-    layer: nn.Module = small
-    return layer
+    return small
 
 
 def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys of N packed tokens, by transformers' function where there is no faster one.
+    """Rotated queries [N, H, D] and keys [N, K, D], by transformers' function where there is no faster one.
 
-    Args:
-        backend: The model's backend.
-        q: [N, H, D].
-        k: [N, K, D].
-        cos: [N, D], contiguous.
-        sin: [N, D], contiguous.
-
-    Returns:
-        [N, H, D] and [N, K, D].
+    Cosines and sines are [N, D] and contiguous.
     """
     rotate = _rotation(backend, q, k, cos, sin)
     if rotate is None or cos.requires_grad:
         return plain_rotary(q, k, cos, sin)
     if not torch.is_grad_enabled():
         return rotate(q, cos, sin, False), rotate(k, cos, sin, False)
-    return _Rotary.apply(rotate, q, cos, sin), _Rotary.apply(rotate, k, cos, sin)  # type: ignore[no-untyped-call]
+    return _Rotary.apply(rotate, q, cos, sin), _Rotary.apply(rotate, k, cos, sin)
 
 
 # Of [N, heads, D], cosines and sines [N, D], and whether to rotate backwards.
@@ -212,14 +176,7 @@ def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
-    """Rotate for accelerators, by three passes over x where transformers' function takes five.
-
-    Args:
-        x: [N, heads, D].
-        cosines: [N, D].
-        sines: [N, D].
-        transposed: Whether to rotate backwards, as gradients are.
-    """
+    """Rotate [N, heads, D] for accelerators, by three passes where transformers' function takes five; `transposed`: backwards."""
     cosines, sines = (part.to(x.dtype)[:, None] for part in (cosines, sines))
     half = x.shape[-1] // 2
     first, second = sines[..., :half], sines[..., half:]
@@ -247,6 +204,6 @@ class _Rotary(torch.autograd.Function):
         return rotate(x, cosines, sines, False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         return None, ctx.rotate(gradient, *ctx.saved_tensors, True), None, None

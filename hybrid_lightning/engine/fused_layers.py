@@ -7,8 +7,8 @@ norm's input, and the activated gate beside the gate. Without these a step of Sm
 A fused layer replaces the layer that it is made from, with the same weights under the same names.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hybrid_lightning.engine.attention import UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import OneKernel
 from hybrid_lightning.engine.cpu import operators as kernels
@@ -32,12 +33,10 @@ class FusedRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
         if self.weight.requires_grad:
-            result: Tensor = super().forward(hidden_states)
-            return result
+            return super().forward(hidden_states)
         if not torch.is_grad_enabled():
-            return _norm(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
-        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)  # type: ignore[no-untyped-call]
-        return output
+            return _normed(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)
 
 
 class FusedMLP(LlamaMLP):
@@ -49,12 +48,11 @@ class FusedMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(self.activated(gate, up))
-            return result
+            return self.down_proj(self.activated(gate, up))
         down = self.down_proj
-        factors = down.factors(gate) if isinstance(down, FusedLora) and not is_watched(down) else None
+        factors = down.factors(gate) if isinstance(down, FusedLora) and not hooks_of(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
-            result = _GatedLora.apply(gate, up, self.backend, *factors)  # type: ignore[no-untyped-call]
+            result = _GatedLora.apply(gate, up, self.backend, *factors)
         else:  # the next layer keeps their product
             result = down(_GatedSiLU.apply(gate, up, self.backend))
         return result
@@ -65,11 +63,6 @@ class FusedMLP(LlamaMLP):
         return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu_of_rows else product(gate, up)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, so that it has to be called as a module."""
-    return bool(hooks_of(module))
-
-
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks of a module for its forward and backward passes."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -77,18 +70,16 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def use_fused_layers(model: nn.Module, backend: Backend) -> None:
-    """Let the model's norms and MLPs be fused where they compute what Llama's do.
+    """Let the model's norms and MLPs be fused, in place, where they compute what Llama's do.
 
-    Args:
-        model: Changed in place.
-        backend: The model's backend, which layers that are fused already get, too.
+    Layers that are fused already get the backend, too.
     """
     replace_modules(model, _fused_layer, backend)
 
 
 def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
     kind, parts = type(module), set(dict(module.named_children()))
-    if not kind.__module__.startswith("transformers.") or is_watched(module):
+    if not kind.__module__.startswith("transformers.") or hooks_of(module):
         return None
     if kind.__name__.endswith("RMSNorm") and not parts and set(dict(module.named_parameters())) == {"weight"}:
         return FusedRMSNorm if hasattr(module, "variance_epsilon") and _norm_is_llamas(kind) else None  # type: ignore[arg-type]
@@ -99,49 +90,51 @@ def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
 
 @cache
 def _norm_is_llamas(kind: type[nn.Module]) -> bool:
-    small = kind.__new__(kind)
-    nn.Module.__init__(small)
-    small.weight = nn.Parameter(drawn(0, 16), requires_grad=False)
-    small.variance_epsilon = 1e-6  # type: ignore[assignment]
-    return _computes_alike(small, FusedRMSNorm)
+    small = small_module(kind)
+    small.weight, small.variance_epsilon = nn.Parameter(drawn(0, 16), requires_grad=False), 1e-6
+    return computes_alike(small, FusedRMSNorm, _results)
 
 
 @cache
 def _mlp_is_llamas(kind: type[nn.Module]) -> bool:
+    small = small_module(kind, {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)})
+    small.act_fn = nn.SiLU()
+    return computes_alike(small, FusedMLP, _results)
+
+
+def _results(layer: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Of small and of large numbers."""
+    return [layer((factor * drawn(9, 5, 16)).to(dtype)) for factor in (1, 1e3)]
+
+
+def computes_alike(small: nn.Module, ours: type[nn.Module], results: Callable[[nn.Module, torch.dtype], list[Any]]) -> bool:
+    """Whether a module and one of ours with its parts have the same `results`, to the bit, in both precisions."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            mine = made_like(small.to(dtype), ours)
+            try:
+                pairs = zip(results(small, dtype), results(mine, dtype), strict=True)
+                if not all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs):
+                    return False
+            except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
+                return False  # it is something else, or its parts are not Llama's
+    return True
+
+
+def small_module(kind: type[nn.Module], sizes: Mapping[str, tuple[int, int]] | None = None) -> Any:
+    """A module of a class without what its constructor makes, with linear layers of these sizes."""
     small = kind.__new__(kind)
     nn.Module.__init__(small)
-    for seed, (name, sizes) in enumerate({"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}.items()):
-        small.add_module(name, small_linear(seed, *sizes))
-    small.act_fn = nn.SiLU()
-    return _computes_alike(small, FusedMLP)
-
-
-def small_linear(seed: int, rows: int, columns: int) -> nn.Linear:
-    """A linear layer whose weight [rows, columns] is `drawn`; torch's own random numbers stay as they are."""
-    linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")
-    linear.weight = nn.Parameter(drawn(seed, rows, columns), requires_grad=False)
-    return linear
+    for seed, (name, shape) in enumerate((sizes or {}).items()):
+        linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")  # torch's own random numbers stay as they are
+        linear.weight = nn.Parameter(drawn(seed, *shape), requires_grad=False)
+        small.add_module(name, linear)
+    return small
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
     """Random numbers in float32 on the CPU, whatever torch's default device and dtype are."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32)
-
-
-def _computes_alike(small: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether a module and a fused one with its parts give the same bits, for large and small numbers of both precisions."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for dtype in (torch.float32, torch.bfloat16):
-            small.to(dtype)
-            for factor in (1, 1e3):
-                rows = (factor * drawn(9, 5, 16)).to(dtype)
-                try:
-                    theirs = small(rows)
-                except (AttributeError, TypeError, RuntimeError):  # it is something else than a norm or an MLP
-                    return False
-                if not (isinstance(theirs, Tensor) and torch.equal(theirs, made_like(small, ours)(rows))):
-                    return False
-    return True
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -152,13 +145,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: Backend) -> Tensor:
-        result, inverse = _norm(x, weight, eps, backend)
+        result, inverse = _normed(x, weight, eps, backend)
         ctx.save_for_backward(x, weight, inverse)
         ctx.backend = backend
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         same = _in_dtype_of(x, weight)
@@ -168,7 +161,8 @@ class _RMSNorm(torch.autograd.Function):
         return found.view_as(x), None, None, None
 
 
-def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+@partial(OneKernel, "rows n, rows n, n, rows _")
+def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     of_normed = (gradient * weight).float()
     exact = x.float()
     along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
@@ -176,17 +170,14 @@ def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: T
     return result.to(x.dtype)
 
 
-_norm_gradient = OneKernel("rows n, rows n, n, rows _", _plain_norm_gradient)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The norm of x [..., n], and its r [..., 1] (see `_RMSNorm`)."""
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
     if backend.is_cpu(x.device):
-        return plain_norm(x, weight, eps)
-    result, inverse = _accelerated_norm(_rows(x), weight, eps)
+        return norm.plain(x, weight, eps)
+    result, inverse = norm(_rows(x), weight, eps)
     return result.view_as(x), inverse.view(*x.shape[:-1], 1)
 
 
@@ -203,14 +194,12 @@ def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
-def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@partial(OneKernel, "rows n, n", otherwise=_uncompiled_norm)
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
-
-
-_accelerated_norm = OneKernel("rows n, n", plain_norm, otherwise=_uncompiled_norm)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -224,26 +213,21 @@ def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor,
     """What computes silu(gate) up of these tensors, now and when it is computed again."""
     if backend.usable_in_layers(gate, up):
         return kernels.gated_silu
-    return _plain_product_of_silu if backend.is_cpu(gate.device) else _product_of_silu_of_rows
+    return _product_of_silu.plain if backend.is_cpu(gate.device) else _product_of_silu_of_rows
 
 
 def _product_of_silu_of_rows(gate: Tensor, up: Tensor) -> Tensor:
-    result: Tensor = _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
-    return result
+    return _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
 
 
-def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
+@partial(OneKernel, "rows _, rows _")
+def _product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-_product_of_silu = OneKernel("rows _, rows _", _plain_product_of_silu)
-
-
-def _plain_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@partial(OneKernel, "rows _, rows _, rows _")
+def _silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
-
-
-_silu_gradients = OneKernel("rows _, rows _, rows _", _plain_silu_gradients)
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -251,7 +235,7 @@ def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Back
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
     if backend.is_cpu(gate.device):
-        return _plain_silu_gradients(outer, gate, up)
+        return _silu_gradients.plain(outer, gate, up)
     of_gate, of_up = _silu_gradients(_rows(outer), _rows(gate), _rows(up))
     return of_gate.view_as(gate), of_up.view_as(up)
 
@@ -266,7 +250,7 @@ class _GatedSiLU(torch.autograd.Function):
         return _product_of(gate, up, backend)(gate, up)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *_gated_silu_gradients(gradient, gate, up, ctx.backend), None
@@ -296,7 +280,7 @@ class _GatedLora(torch.autograd.Function):
         return result.view(*gate.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])

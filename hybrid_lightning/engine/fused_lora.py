@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.backend import Backend, product
+from hybrid_lightning.engine.backend import Backend, autocast_dtype, product
 from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, low_rank_pays
 
 
@@ -44,19 +44,15 @@ class FusedLora(lora.Linear):
             return self.prepacked(x)
         factors = self.factors(x) if not args and not kwargs else None
         if factors is None:
-            result: Tensor = super().forward(x, *args, **kwargs)
-            return result
-        output: Tensor = _Product.apply(x.to(factors.weight.dtype), *factors)  # type: ignore[no-untyped-call]
-        return output
+            return super().forward(x, *args, **kwargs)
+        return _Product.apply(x.to(factors.weight.dtype), *factors)
 
     def factors(self, x: Tensor) -> "Factors | None":
         """The factors for an input, in the dtype of the product; None where the layer computes more than plain LoRA."""
         adapter = self.plain_adapter()
         if adapter is None:
             return None
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        base = self.base_layer
+        base, dtype = self.base_layer, autocast_dtype(x.device) or x.dtype
         assert isinstance(base, nn.Linear)
         lora_a, lora_b = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
         fused = dtype == torch.float32 and low_rank_pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
@@ -119,19 +115,15 @@ class PutBefore(nn.Module):
         return _empty, (self.ours, self.own_class), self.__getstate__()
 
 
+@cache
 def put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     """The class that derives from one of ours and a layer's class, one and the same for all layers of that class."""
-    return _put_before(ours, kind)  # type: ignore[arg-type]
-
-
-@cache
-def _put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
     return type(f"Fused{kind.__name__}", (ours, kind), {"__module__": kind.__module__, "own_class": kind, "ours": ours})
 
 
 def _empty(ours: type[PutBefore], kind: type[nn.Module]) -> nn.Module:
-    made = put_before(ours, kind)
+    made = put_before(ours, kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -184,7 +176,7 @@ class _Product(torch.autograd.Function):
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])

@@ -55,12 +55,9 @@ class Repeated:
 
 
 def ordered_sums(gradient: Tensor, places: Tensor, valid: Tensor) -> Tensor:
-    """Add up the gradients of values that were taken several times, in float32 at least, and in the order of their places.
+    """Add up the gradients [places, ...] of values that were taken several times; see `Repeated`.
 
-    Args:
-        gradient: [places, ...].
-        places: [P, G], where each of P values was put.
-        valid: [P, G] bool: a value may be taken less often than others.
+    That is in float32 at least, and in the order of their places.
     """
     parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
     parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)
@@ -84,8 +81,7 @@ def taken(
         valid: Which values get the gradient of their place, [n] bool, where others get none; None for all.
         repeated: Values that are taken more than once.
     """
-    result: Tensor = _Gather.apply(values, index, inverse, valid, repeated)  # type: ignore[no-untyped-call]
-    return result
+    return _Gather.apply(values, index, inverse, valid, repeated)
 
 
 class _Gather(torch.autograd.Function):
@@ -98,7 +94,7 @@ class _Gather(torch.autograd.Function):
         return values.index_select(0, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, valid = ctx.saved_tensors
         if not len(gradient):  # nothing was taken

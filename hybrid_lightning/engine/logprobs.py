@@ -67,17 +67,9 @@ def token_logprobs(
 def logprobs_of_hidden(
     engine: "Engine", hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of tokens, without all their logits at once.
+    """Log-probabilities and entropies, [K] float32, of tokens [K] predicted by hidden states [K, H]; see `token_logprobs`.
 
-    Args:
-        engine: Engine of a causal language model.
-        hidden: Hidden states [K, H] that predict the tokens.
-        tokens: [K].
-        temperature: Divides the logits.
-        entropy_gradient: See `token_logprobs`.
-
-    Returns:
-        Log-probabilities [K] float32 with gradient, and entropies [K] float32.
+    Their logits are never there all at once.
     """
     model, backend = engine.model, engine.backend
     most = max(1, backend.most_logits(hidden.device) // base_model(model).config.get_text_config().vocab_size)
@@ -87,7 +79,7 @@ def logprobs_of_hidden(
     weight = plain_projection(model)
     if weight is not None and not weight.requires_grad:
         options = (temperature, entropy_gradient, backend)
-        blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
+        blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]
     else:
         weight = projection_weight(model)  # converted once, and not for each block
 
@@ -116,7 +108,7 @@ class _Projected(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         weight = weight.to(product_dtype(weight))
-        dtype = weight.dtype
+        ctx.temperature, ctx.dtype, dtype = temperature, hidden.dtype, weight.dtype
         logits = backend.float_logits(hidden.to(dtype), weight) if dtype in HALF else F.linear(hidden, weight)
         if backend.usable(logits) and not entropy_gradient:
             wanted = ctx.needs_input_grad[0]
@@ -124,7 +116,6 @@ class _Projected(torch.autograd.Function):
             if wanted:  # logits are their slopes now
                 with torch.autocast(hidden.device.type, enabled=False):
                     ctx.save_for_backward(logits.to(dtype) @ weight)
-                ctx.temperature, ctx.dtype = temperature, hidden.dtype
             ctx.mark_non_differentiable(entropy)
             return result, entropy
         logits = logits.float()
@@ -143,13 +134,12 @@ class _Projected(torch.autograd.Function):
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
                 ctx.save_for_backward(slope.to(dtype) @ weight, *slopes)
-                ctx.temperature, ctx.dtype = temperature, hidden.dtype
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return result, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         slopes = ctx.saved_tensors
         parts = [slope * (gradient[:, None] / ctx.temperature) for slope, gradient in zip(slopes, gradients, strict=False)]
@@ -170,7 +160,7 @@ class _OfLogits(torch.autograd.Function):
         return result, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return (slopes * (gradient[:, None] / ctx.temperature)).to(slopes.dtype), None, None
@@ -181,8 +171,7 @@ def _of_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32; the same numbers as `_Projected`."""
     if backend.usable(logits) and not entropy_gradient:
-        values: tuple[Tensor, Tensor] = _OfLogits.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
-        return values
+        return _OfLogits.apply(logits, tokens, temperature)
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     wanted = entropy_gradient and torch.is_grad_enabled()
     with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):

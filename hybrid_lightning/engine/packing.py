@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.cpu.operators import Groups
 from hybrid_lightning.engine.gathering import Grid, Repeated, taken
 from hybrid_lightning.engine.segment_attention import GatheredKeys, SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.types import Sequences
@@ -118,17 +118,17 @@ class PackedSequences:
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
         sizes = [self.prompt_tokens, *(len(band.to_packed) for band in self.bands), self.filling]
         queries, keys, values = (part.split(sizes) for part in (grouped, key, value))
-        prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
-        own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
-        query_grid = self.prompts.cut(queries[0])[:, None].permute(0, 3, 1, 4, 2, 5)  # [P, K, 1, R, S, D]
-        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask(0, window), settings, self.backend)
-        rows = [self.prompts.paste(result.permute(0, 2, 4, 1, 3, 5)[:, 0])]
-        shared = (own[0][:, :, 0], own[1][:, :, 0])
-        for number, band in enumerate(self.bands, start=1):
-            query_grid = band.cut(queries[number]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
-            mine = [band.cut(part[number]).permute(0, 3, 1, 2, 4) for part in (keys, values)]  # [P, K, G, T, D]
-            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings, self.backend)
-            rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
+        rows, shared = [], None
+        for number, grid in enumerate((self.prompts, *self.bands)):
+            cells = (grid.shape[0], -1, grid.shape[-1])  # [P, G, T], where prompts have G = 1
+            query_grid, *own = (grid.cut(part[number]) for part in (queries, keys, values))
+            query_grid = query_grid.reshape(*cells, *query_grid.shape[-3:]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
+            # [P, K, G, T, D]
+            key_grid, value_grid = (part.reshape(*cells, *part.shape[-2:]).permute(0, 3, 1, 2, 4) for part in own)
+            mask = self._mask(number, window)
+            result = shared_attention(query_grid, shared, (key_grid, value_grid), mask, settings, self.backend)
+            rows.append(grid.paste(result.permute(0, 2, 4, 1, 3, 5).reshape(*grid.shape, *grouped.shape[1:])))
+            shared = shared or (key_grid[:, :, 0], value_grid[:, :, 0])
         rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
 

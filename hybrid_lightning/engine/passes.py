@@ -34,8 +34,7 @@ _LEAST = 256  # tokens
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, inside a PEFT model or as it is."""
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
-    return base
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
 def recomputes_activations(model: nn.Module) -> bool:
@@ -89,23 +88,12 @@ def own_hidden(
 ) -> Tensor:
     """Hidden states [N, H] of N packed tokens before the output layer, by the forward pass of the decoder itself.
 
-    Args:
-        model: Causal language model that attends by packings.
-        ids: [N].
-        positions: [N], each counted within its sequence.
-        packing: Who attends to whom; it stores keys and values itself, if it wants them later.
-        attention_calls: Records what the layers ask of attention.
+    The model attends by packings, positions are counted within each sequence, and `attention_calls` records what the layers ask
+    of attention.
     """
-    arguments: dict[str, Any] = {
-        "input_ids": ids[None],
-        "position_ids": positions[None],
-        "attention_mask": no_mask(ids.device),
-        "packing": packing,
-    }
-    if attention_calls is not None:
-        arguments["attention_calls"] = attention_calls
-    hidden: Tensor = base_model(model).get_decoder()(**arguments, use_cache=False)[0]
-    return hidden[0]
+    arguments: dict[str, Any] = {"packing": packing} | ({} if attention_calls is None else {"attention_calls": attention_calls})
+    arguments |= {"position_ids": positions[None], "attention_mask": no_mask(ids.device)}
+    return base_model(model).get_decoder()(input_ids=ids[None], **arguments, use_cache=False)[0][0]
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -117,12 +105,7 @@ def project(model: nn.Module, backend: Backend, hidden: Tensor, weight: Tensor |
     """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them.
 
     Those of an output layer of 16 bits are float32 and were never rounded to 16 bits, unless the layer is of a class of its own.
-
-    Args:
-        model: Causal language model.
-        backend: The model's backend.
-        hidden: [N, H].
-        weight: `projection_weight` of the model; None takes it here.
+    The weight is `projection_weight`, which None takes here.
     """
     base = base_model(model)
     layer: Any = base.get_output_embeddings()
@@ -131,7 +114,7 @@ def project(model: nn.Module, backend: Backend, hidden: Tensor, weight: Tensor |
     if weight is None or weight.dtype not in HALF:
         logits = layer(hidden)
     else:
-        logits = _FloatLogits.apply(hidden.to(weight.dtype), weight, backend)  # type: ignore[no-untyped-call]
+        logits = _FloatLogits.apply(hidden.to(weight.dtype), weight, backend)
         logits = logits if layer.bias is None else logits + layer.bias
     factor, divisor, cap = _changes_of_logits(base)
     if factor is not None:
@@ -150,7 +133,7 @@ class _FloatLogits(torch.autograd.Function):
         return backend.float_logits(hidden, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         gradient = gradient.to(weight.dtype)
@@ -197,9 +180,7 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
 def default_token_budget(model: nn.Module, device: torch.device) -> int:
     """Tokens of a pass for this model: at least 256, and more the smaller the model is, and the more memory an accelerator has.
 
-    Args:
-        model: Causal language model, adapted or not, perhaps sharded.
-        device: The device that computes; the weights may be on another one.
+    The device is the one that computes; weights, which may be sharded, may be on another one.
     """
     text = base_model(model).config.get_text_config()
     total = memory_of(device)
@@ -217,24 +198,17 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def activation_bytes(total: int, weights: float, trained: float) -> float:
-    """Bytes that a pass may spend on activations.
+    """Bytes that a pass may spend on activations on an accelerator with `total` bytes.
 
-    Args:
-        total: Memory of the accelerator, in bytes.
-        weights: Bytes of all weights on it.
-        trained: Number of those that are trained.
+    There lie so many bytes of weights, of which so many weights are trained.
     """
     return _OF_THE_REST * max(0.0, _USABLE * total - weights - _STATE * trained)
 
 
 def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool, rest: float | None = None) -> int:
-    """The same as `default_token_budget`, for a model that is not loaded.
+    """The same as `default_token_budget`, by the config of a language model that is not loaded.
 
-    Args:
-        config: Config of the language model alone, without those of other parts.
-        recomputes: Whether gradient checkpointing is on.
-        on_cpu: Whether a CPU computes, or an accelerator.
-        rest: `activation_bytes` of the accelerator; None where its memory is not known.
+    With gradient checkpointing it recomputes. `rest` are an accelerator's `activation_bytes`; None where its memory is not known.
     """
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden

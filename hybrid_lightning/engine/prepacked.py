@@ -16,44 +16,29 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.fused_layers import is_watched
+from hybrid_lightning.engine.fused_layers import hooks_of
 from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 
 
 class ProductFactors(NamedTuple):
-    """The factors of y = x W' + b + s (x A') B'; without A and B, those of y = x W' + b."""
+    """The factors of y = x W' + b + (x A') B'; without A and B, those of y = x W' + b."""
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
     lora_a: Tensor | None = None  # A [r, n]
-    lora_b: Tensor | None = None  # B [m, r]
-    scaling: float = 1.0  # s
+    lora_b: Tensor | None = None  # B [m, r], scaled already
 
 
-def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
-    """[N, n] -> [N, m] in the dtype of W or autocast's. It takes tensors and numbers alone, so that torch can compile it."""
+def _multiply(x: Tensor, factors: ProductFactors) -> Tensor:
+    """[N, n] -> [N, m] in the dtype of W or autocast's, without a gradient."""
     x = x.to(factors.weight.dtype)
     return _with_lora(F.linear(x, factors.weight, factors.bias), x, factors)
 
 
-def add_product(rows: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
-    """The same without a gradient, added to rows [N, m]: in place where they have the dtype of the product, which spares a pass
-    over memory.
-    """
-    if not rows.dtype == x.dtype == factors.weight.dtype:
-        return rows + multiply(x, factors)
-    rows.addmm_(x, factors.weight.T)
-    if factors.bias is not None:
-        rows += factors.bias
-    return _with_lora(rows, x, factors)
-
-
 def _with_lora(result: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
-    lora_a, lora_b = factors.lora_a, factors.lora_b
-    if lora_a is None or lora_b is None:
+    if factors.lora_a is None or factors.lora_b is None:
         return result
-    low = F.linear(x, lora_a.to(x.dtype))
-    return result.addmm_(low, lora_b.T.to(result.dtype), alpha=factors.scaling)
+    return result.addmm_(F.linear(x, factors.lora_a.to(x.dtype)), factors.lora_b.T.to(result.dtype))
 
 
 def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
@@ -65,28 +50,30 @@ def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tenso
     def add(rows: Tensor, x: Tensor) -> Tensor:
         plain = backend.is_cpu(x.device) or getattr(layer, "disable_adapters", False)
         factors = None if plain else product_factors(layer)
-        return rows + outputs(x)[0] if factors is None else add_product(rows, x, factors)
+        if factors is None:
+            return rows + outputs(x)[0]
+        if not rows.dtype == x.dtype == factors.weight.dtype:
+            return rows + _multiply(x, factors)
+        rows.addmm_(x, factors.weight.T)  # which spares a pass over memory
+        if factors.bias is not None:
+            rows += factors.bias
+        return _with_lora(rows, x, factors)
 
     outputs = products_together([layer])
     return add
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:
-    """The factors by which a layer multiplies its input while weights do not change and its adapter is enabled.
+    """The factors of a linear layer, fully trained or with plain LoRA, while weights do not change and its adapter is enabled.
 
-    Args:
-        layer: A linear layer, which may be fully trained or have plain LoRA.
-
-    Returns:
-        The factors; None for all other layers, for a layer with hooks, and for LoRA on a CPU, where products use copies of the
-        weights.
+    None for all other layers, for a layer with hooks, and for LoRA on a CPU, where products use copies of the weights.
     """
     if isinstance(layer, FusedLora):
         products = _owner(layer)
         return None if products is None else products.factors
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.modules_to_save[layer.active_adapters[0]]
-    if type(layer) is not nn.Linear or is_watched(layer):
+    if type(layer) is not nn.Linear or hooks_of(layer):
         return None
     return ProductFactors(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
@@ -122,15 +109,11 @@ def prepacked_weights(
     """Within this context weights must not change, and are prepared for products once.
 
     The weights themselves stay as they are. On CPUs each base weight is copied into the order in which products read it; on other
-    devices a weight is copied only if its dtype is not that of the products. That of a fully trained module is then copied on all
-    devices: autocast would round all of it at every token.
+    devices a weight is copied only if its dtype is not that of the products, which None takes from each base weight. That of a
+    fully trained module is then copied on all devices: autocast would round all of it at every token.
 
-    Args:
-        model: With or without LoRA layers.
-        backend: The model's backend.
-        dtype: Dtype of the products; None takes that of each base weight.
-        together: Sets of layers with the same input. They must be called by `products_together`, since a call of one layer would
-            compute the products of all.
+    Layers with the same input, which are in a set of `together`, must be called by `products_together`, since a call of one would
+    compute the products of all.
     """
     sets = _layer_sets(model, backend, together)
     for layers in sets:
@@ -168,13 +151,7 @@ def _rounded(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) -> str:
-    """Why no weight is prepacked for sampling, in words for the user; empty where some are.
-
-    Args:
-        model: With or without LoRA layers.
-        backend: The model's backend.
-        dtype: Dtype of the products.
-    """
+    """Why no weight is prepacked for products of a dtype in sampling, in words for the user; empty where some are."""
     layers = [module for module in model.modules() if isinstance(module, FusedLora)]
     if not layers:
         return "no layer has LoRA"
@@ -238,7 +215,7 @@ class _Products:
 
     def _all(self, rows: Tensor) -> Tensor:
         if self.factors is not None:
-            return multiply(rows, self.factors)
+            return _multiply(rows, self.factors)
         result = self.product(rows if self.with_low is None else self.with_low(rows))
         if self.bias is not None:
             result += self.bias

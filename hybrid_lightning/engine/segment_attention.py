@@ -9,13 +9,14 @@ Axes are those of `attention.py`, with N packed tokens.
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import autocast_dtype
 from hybrid_lightning.engine.gathering import ordered_sums
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attend_backward, joined
 
@@ -45,12 +46,9 @@ class SegmentLayout:
 
     @classmethod
     def of(cls, prompts: Tensor, completions: Tensor | None, width: int) -> "SegmentLayout":
-        """Make it from lengths.
+        """For so many tokens of each prompt, [P], of which the longest has `width`, and of each of its completions, [P, G].
 
-        Args:
-            prompts: Tokens of each prompt, [P].
-            completions: Tokens of each completion, [P, G], 0 where a prompt has fewer than G; None for none.
-            width: The longest prompt.
+        These have 0 tokens where a prompt has fewer than G; None is for prompts alone.
         """
         begins = _begins(prompts)
         of_prompts = Segments(begins, begins, width, width, causal=True)
@@ -69,27 +67,25 @@ def _begins(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
+def _members(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all members of groups of these sizes, the number of the group of each and its place there."""
+    group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    return group, torch.arange(len(group), device=sizes.device) - (sizes.cumsum(0) - sizes)[group]
+
+
 def gathered_keys(prompts: Tensor, completions: Tensor, layout: SegmentLayout) -> GatheredKeys:
-    """For lengths [P] of prompts and [P, G] of completions."""
-    device = prompts.device
+    """For lengths [P] of prompts and [P, G] of completions. The prompt's keys come first."""
     lengths = completions.flatten()
     there = lengths > 0
     widths = torch.where(there, prompts.repeat_interleave(completions.shape[1]), 0)
     ends = (widths + lengths).cumsum(0)
     begins = ends - widths - lengths  # of each completion's keys
-    row = torch.arange(len(lengths), device=device)
-    # The prompt's keys come first.
-    of_prompt = torch.repeat_interleave(row, widths)
-    step = torch.arange(len(of_prompt), device=device) - (widths.cumsum(0) - widths)[of_prompt]
     prompt_begins = (prompts.cumsum(0) - prompts).repeat_interleave(completions.shape[1])
-    of_own = torch.repeat_interleave(row, lengths)
-    own_step = torch.arange(len(of_own), device=device) - (lengths.cumsum(0) - lengths)[of_own]
+    (of_prompt, step), (of_own, own_step), (prompt, place) = (_members(sizes) for sizes in (widths, lengths, prompts))
     own = begins[of_own] + widths[of_own] + own_step
-    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=device)
+    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=prompts.device)
     index[begins[of_prompt] + step] = prompt_begins[of_prompt] + step
-    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=device)
-    prompt = torch.repeat_interleave(torch.arange(len(prompts), device=device), prompts)
-    place = torch.arange(len(prompt), device=device) - (prompts.cumsum(0) - prompts)[prompt]
+    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=prompts.device)
     repeated = begins.view(completions.shape)[prompt] + place[:, None]
     seen = there.view(completions.shape)[prompt]
     keys = torch.cat([ends.new_zeros(1), ends]).int()
@@ -108,41 +104,24 @@ def segment_attention(
 ) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
-    Args:
-        query: [N, H, D]; behind prompts and completions there may be tokens that nobody reads.
-        key: [N, K, D].
-        value: [N, K, D].
-        layout: The segments.
-        gathered: Where the window hides keys of some prompt, the keys that completions see; None otherwise.
-        settings: What the layer asks for.
-
-    Returns:
-        [N, H, D], zeros for the tokens that nobody reads.
+    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts
+    and completions there may be tokens that nobody reads, whose results are zeros.
     """
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries and keys
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if dtype := autocast_dtype(query.device):  # rotary embeddings may have made float32 of queries and keys
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    result: Tensor = _SegmentAttention.apply(query, key, value, layout, gathered, settings)  # type: ignore[no-untyped-call]
-    return result
+    return _SegmentAttention.apply(query, key, value, layout, gathered, settings)
 
 
-class _Run(NamedTuple):
-    """A run of keys, and the segments of it that queries see."""
-
-    keys: slice | Tensor  # of the packed tokens
-    segments: Segments
-
-
-def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[_Run]]]:
+def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[tuple[slice | Tensor, Segments]]]]:
     """The queries of the prompts and of the completions, and the runs of keys that they see."""
     prompts = slice(0, layout.prompt_tokens)
     completions = slice(layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens)
-    found = [(prompts, [_Run(prompts, layout.prompts)])]
+    found: list[tuple[slice, list[tuple[slice | Tensor, Segments]]]] = [(prompts, [(prompts, layout.prompts)])]
     if gathered is not None:
-        found.append((completions, [_Run(gathered.index, gathered.segments)]))
+        found.append((completions, [(gathered.index, gathered.segments)]))
     elif layout.completion_tokens:
         assert layout.shared is not None and layout.own is not None
-        found.append((completions, [_Run(prompts, layout.shared), _Run(completions, layout.own)]))
+        found.append((completions, [(prompts, layout.shared), (completions, layout.own)]))
     return found
 
 
@@ -167,7 +146,7 @@ class _SegmentAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, *sums = ctx.saved_tensors
         layout, gathered, settings = ctx.rest

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import autocast_dtype
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, grouped, joined, ungrouped
 
@@ -141,10 +142,7 @@ class SegmentDecoding(PackedDecoding):
     def attend_to_kept(self, layer: int, query: Tensor, settings: AttentionSettings) -> tuple[Attended, Attended]:
         """Attention of one token of every row to the prompts' keys and, where its own key is in the cache, to its row's.
 
-        Args:
-            layer: Number of the decoder layer.
-            query: [R of a key-value head times rows, K, D], see `grouped`.
-            settings: What the layer asks for.
+        Queries are `grouped`.
         """
         if layer not in self._calls:
             self._calls[layer] = self._attending(query, settings)
@@ -183,8 +181,7 @@ class SegmentDecoding(PackedDecoding):
 
 def _as_kept(part: Tensor) -> Tensor:
     """In the dtype of keys and values: rotary embeddings may have made float32 of queries under autocast."""
-    device = part.device.type
-    return part.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else part
+    return part.to(autocast_dtype(part.device) or part.dtype)
 
 
 class Graphs:
@@ -225,9 +222,7 @@ class Graphs:
 class StepGraph:
     """A decoding step, recorded once and replayed, so that its kernels are launched together.
 
-    Args:
-        step: The step, which changes tensors in place and makes its result of them.
-        tokens: What it reads; `replay` overwrites it.
+    It changes tensors in place and makes its result of them, and of tokens, which `replay` overwrites.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:

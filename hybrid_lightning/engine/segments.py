@@ -16,6 +16,7 @@ Axes are those of `attention.py`, with N queries and M keys in all segments toge
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,17 +46,15 @@ class Attended(NamedTuple):
 
 def joined(first: Attended, second: Attended) -> Attended:
     """Put together what the same queries found among two runs of keys."""
-    return Attended(*_joined(*first, *second))
+    return Attended(*joined_results(*first, *second))
 
 
-def plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of two results [N, H, D] and their log-sum-exps [H, N], for what is compiled."""
+@partial(OneKernel, "rows h _, h rows, rows h _, h rows")
+def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
     sums = torch.logaddexp(one_sum, other_sum)
     weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
     return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
-
-
-_joined = OneKernel("rows h _, h rows, rows h _, h rows", plain_joined)
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:
@@ -71,15 +70,9 @@ def ungrouped(result: Tensor, repeats: int) -> Tensor:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, settings: AttentionSettings, used: Tensor | None = None
 ) -> Attended:
-    """Attention of each segment's queries to its keys, without a gradient.
+    """Attention of each segment's queries [N, H, D] to its keys and values [M, K, D], without a gradient.
 
-    Args:
-        query: [N, H, D].
-        key: [M, K, D].
-        value: [M, K, D].
-        segments: Where they begin.
-        settings: What the layer asks for; its window counts within causal segments alone.
-        used: Keys of each segment that are looked at, the first ones, [n] int32; None for all.
+    A window counts within causal segments alone. Of each segment's keys the first `used` are looked at, [n] int32; None for all.
     """
     return attending(query, segments, settings, used)(query.contiguous(), key.contiguous(), value.contiguous())
 
@@ -98,28 +91,12 @@ def attending(
 
 
 def attend_backward(
-    gradient: Tensor,
-    whole: Attended,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    settings: AttentionSettings,
+    gradient: Tensor, whole: Attended, query: Tensor, key: Tensor, value: Tensor, segments: Segments, settings: AttentionSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values of one run of keys.
-
-    Args:
-        gradient: Of the result over all runs, [N, H, D].
-        whole: What was found over all runs of keys.
-        query: [N, H, D].
-        key: [M, K, D].
-        value: [M, K, D].
-        segments: Where queries and keys begin.
-        settings: See `attend`.
-    """
+    """Gradients of queries, keys and values of one run of keys, from that of what all runs together gave."""
     # Without this the kernel adds up the gradients of queries by atomics, in an order that no seed decides.
     with _in_one_order():
-        of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
+        return torch.ops.aten._flash_attention_backward(
             grad_out=gradient,
             query=query.contiguous(),
             key=key.contiguous(),
@@ -130,7 +107,6 @@ def attend_backward(
             unused=torch.empty(0, device=query.device),
             **_asked(query, segments, settings),
         )
-    return of_query, of_key, of_value
 
 
 def _asked(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:

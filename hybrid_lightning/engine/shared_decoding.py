@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
-from hybrid_lightning.engine.cpu import attention_operators
+from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.packing import visible
 
@@ -118,35 +118,26 @@ class SharedPromptDecoding(PackedDecoding):
         """See `PackedDecoding`."""
         if self._has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
-            where = (self._new.slots, self._new.counts, self.lengths, settings.window)
-            return attention_operators.decode_attention(
-                query, key, value, self.prompt[layer], own, *where, settings.factor(query)
-            )
-        if self.differ:
-            return self._attend_cells(layer, query, key, value, settings)
-        heads, (_, all_heads, size) = key.shape[1], query.shape
-        grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
+            rest = (self._new.slots, self._new.counts, self.lengths, settings.window, settings.factor(query))
+            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *rest)
+        samples, (_, all_heads, size) = self.slots.shape[1], query.shape
         keys, values = self._room(layer, key, value, zeros=True)
-        keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
-        values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
-        own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
-        result = shared_attention(
-            grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend
-        )
-        slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
-        return slots if self.full else slots.index_select(0, self.slot_of_row)
-
-    def _attend_cells(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Where rows have unequally many tokens, or several new ones."""
-        cells, samples, (_, all_heads, size) = self._new.cells, self.slots.shape[1], query.shape
-        keys, values = self._room(layer, key, value, zeros=True)
-        where = (self._new.slots // samples, slice(None), self._new.slots % samples, self._new.counts - 1)
-        keys[where], values[where] = key.to(keys.dtype), value.to(values.dtype)
+        if self.differ:  # or rows have several new tokens
+            where = (self._new.slots // samples, slice(None), self._new.slots % samples, self._new.counts - 1)
+            keys[where], values[where] = key.to(keys.dtype), value.to(values.dtype)
+            cells = query[self._token_of_cell()]
+        else:
+            keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
+            values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
+            cells = self._to_slots(query)
         shape = (*self.slots.shape, self._new.most, key.shape[1], all_heads // key.shape[1], size)
-        grouped = query[self._token_of_cell()].view(shape).permute(0, 3, 1, 4, 2, 5)
+        grouped = cells.view(shape).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
         own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
         result = shared_attention(grouped, self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend)
-        return result.permute(0, 2, 4, 1, 3, 5).reshape(-1, all_heads, size).index_select(0, cells)
+        found = result.permute(0, 2, 4, 1, 3, 5).reshape(-1, all_heads, size)
+        if self.differ:
+            return found.index_select(0, self._new.cells)
+        return found if self.full else found.index_select(0, self.slot_of_row)
 
     def _token_of_cell(self) -> Tensor:
         """[P G T], the new token in each cell; the first one where there is none, whose results nobody reads."""
@@ -154,15 +145,9 @@ class SharedPromptDecoding(PackedDecoding):
         found[self._new.cells] = torch.arange(len(self._new.slots), device=found.device)
         return found
 
-    def attend_added(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
-    ) -> Tensor:
-        """See `PackedDecoding`; `resume` has said which tokens these are."""
-        return self.attend(layer, query, key, value, settings)
-
     def _has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
         """Whether an operator computes the attention of one new token of every row."""
-        known = tensors[0].shape[-1] in attention_operators.DECODED_HEAD_SIZES
+        known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES
         return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
@@ -216,23 +201,19 @@ class SharedPromptDecoding(PackedDecoding):
     def _build_masks(self, window: int | None) -> Masks:
         width = self.layout.prompts.shape[1]
         narrow = window is not None and window < width + self.decoded
-        device, lengths = self.lengths.device, self.lengths[:, None]
+        lengths, steps = self.lengths[:, None], torch.arange(self.own_width, device=self.lengths.device)
+        counts: Tensor | int = self.decoded
+        own: Tensor | None = None
         if self.differ:
             counts = self._new.counts[self._token_of_cell()].view(*self.slots.shape, self._new.most, 1)
-            own_mask = visible(counts - 1, torch.arange(self.own_width, device=device), window)[:, None, :, None]
-            if self.layout.prompts.filled and not narrow:
-                return Masks(own=own_mask)
-            prompt, lengths = torch.arange(width, device=device), lengths[..., None, None]
-            seen = visible(lengths + counts - 1, prompt, window) & (prompt < lengths)  # [P, G, T, S]
-            return Masks(seen[:, None, :, None], own_mask)
-        own: Tensor | None = None
-        if narrow or self.own_width > self.decoded:
-            own = visible(torch.tensor(self.decoded - 1, device=device), torch.arange(self.own_width, device=device), window)
+            own, lengths = visible(counts - 1, steps, window)[:, None, :, None], lengths[..., None, None]
+        elif narrow or self.own_width > self.decoded:
+            own = visible(torch.tensor(self.decoded - 1, device=steps.device), steps, window)
         if self.layout.prompts.filled and not narrow:
             return Masks(own=own)
-        prompt = torch.arange(width, device=device)[None]
-        seen = visible(lengths + self.decoded - 1, prompt, window) & (prompt < lengths)  # [P, S]
-        return Masks(seen[:, None, None, None, None], own)
+        prompt = torch.arange(width, device=steps.device)
+        seen = visible(lengths + counts - 1, prompt, window) & (prompt < lengths)  # [P, S], or [P, G, T, S]
+        return Masks(seen[:, None, :, None] if self.differ else seen[:, None, None, None, None], own)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

@@ -10,7 +10,7 @@ base weight does.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,17 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import higher_precision, why_not_alike
-from hybrid_lightning.engine.decoder_layers import KnownLayer, own_class, projections
+from hybrid_lightning.engine.backend import HALF, Backend
+from hybrid_lightning.engine.decoder_layers import KnownLayer, LayerParts, own_class, projections
 from hybrid_lightning.engine.fused_layers import drawn
 from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
 from hybrid_lightning.engine.prepacked import prepacked_weights
 
 _TOKENS = 12
-
-
-class LayerParts(Protocol):
-    """A way to compute a decoder layer but its attention."""
-
-    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
-        ...
-
-    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
-        ...
+# An error may be this many times that of the ordinary computation, since roundings fall otherwise. Seen: 0.7 to 1.1 times it.
+_TIMES = 2
+# Beside that: what sums in another order may change in float32, where the ordinary computation may have no error at all.
+_FLOOR = 1e-4
 
 
 def why_layers_differ(
@@ -52,19 +43,29 @@ def why_layers_differ(
     Args:
         decoder: The decoder, in eval mode, with whole weights, and not within `prepacked_weights`.
         layers: Its layers, of which the first of each kind is tried: they take different ways by what their projections are.
-        backend: The backend of its fused layers.
+        backend: Of its fused layers.
         dtype: Dtype of the products; None takes that of each weight.
         parts_of: Makes the way that is tried, within `prepacked_weights`.
     """
     kinds = {tuple(_kind(module) for module in projections(layer)): number for number, layer in reversed(list(enumerate(layers)))}
+    device = next(decoder.parameters()).device
+    ids = torch.randint(decoder.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
+        hidden = decoder.embed_tokens(ids)
+        cosines, sines = (part[0] for part in decoder.rotary_emb(hidden[None], torch.arange(_TOKENS, device=device)[None]))
+        angles = (cosines.contiguous(), sines.contiguous())
         for number in sorted(kinds.values()):
-            layer = layers[number]
-            with _drawn_adapters(layer):
-                trial = _Trial(decoder, number, layer)
-                with prepacked_weights(decoder.layers[number], backend, dtype, layer.same_input()), backend.in_pass():
-                    found = trial.through(parts_of(layer))
-                if difference := why_not_alike(found, trial.ordinary, trial.exact):
+            known = layers[number]
+            with _drawn_adapters(known):
+                ordinary = exact = _own_result(_own_layer(decoder, number, known), hidden, angles, hidden.dtype)
+                if (higher := _higher_precision(hidden)) is not None:
+                    with torch.autocast(device.type, enabled=False):
+                        exact = _own_result(_own_layer(decoder, number, known, higher), hidden, angles, higher)
+                with prepacked_weights(decoder.layers[number], backend, dtype, known.same_input()), backend.in_pass():
+                    parts = parts_of(known)
+                    attended = _OneSequence().attend(0, *parts.heads(hidden, angles), known.settings)
+                    found = parts.output(hidden.clone(), attended.reshape(len(hidden), -1))
+                if difference := why_not_alike(found, ordinary, exact):
                     return difference
     return ""
 
@@ -74,38 +75,45 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     return type(module), plain, next(module.parameters()).dtype
 
 
-class _Trial:
-    """One decoder layer, a few tokens, and what its own class computes of them, under the current autocast.
+def _own_result(layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """What a layer of transformers' own class computes of hidden states [N, n], under the current autocast."""
+    cosines, sines = (part.to(dtype)[None] for part in angles)
+    given = {"attention_mask": None, "position_embeddings": (cosines, sines), "packing": _OneSequence()}
+    return layer(hidden.to(dtype)[None], **given)[0]
+
+
+def _higher_precision(rows: Tensor) -> torch.dtype | None:
+    """The precision in which numbers have no error beside those of computing with some rows under the current autocast.
+
+    None where that is in float32 in which nothing is rounded further, as on an accelerator it may be.
+    """
+    device = rows.device.type
+    if rows.dtype in HALF or torch.is_autocast_enabled(device):
+        return torch.float32
+    return torch.float64 if device == "cuda" else None
+
+
+def why_not_alike(found: Tensor, ordinary: Tensor, exact: Tensor) -> str:
+    """How numbers differ that should be the same up to rounding; empty if they do not.
+
+    Errors are taken as shares of the size of each place of the last axis. Without that the few places where some models have
+    numbers a thousand times as large as elsewhere would hide all others.
 
     Args:
-        decoder: The decoder, in eval mode, with whole weights.
-        number: Number of the layer.
-        known: The layer, taken apart.
+        found: The numbers in question, [..., n].
+        ordinary: The same by the ordinary computation in the same precision.
+        exact: The same in a higher precision.
     """
+    if found.dtype != ordinary.dtype:
+        return f"{found.dtype} instead of {ordinary.dtype}"
+    off, allowed = _error(found, exact), _TIMES * _error(ordinary, exact) + _FLOOR
+    return "" if off <= allowed else f"other numbers, {off:.2g} of their size away where rounding explains {allowed:.2g}"
 
-    def __init__(self, decoder: Any, number: int, known: KnownLayer) -> None:
-        self.settings = known.settings
-        device = next(decoder.parameters()).device
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(decoder.config.vocab_size, (_TOKENS,), generator=draw).to(device)
-        self.hidden = decoder.embed_tokens(ids)
-        cosines, sines = decoder.rotary_emb(self.hidden[None], torch.arange(_TOKENS, device=device)[None])
-        self.angles = (cosines[0].contiguous(), sines[0].contiguous())
-        self.ordinary = self.exact = self._own(_own_layer(decoder, number, known), self.hidden.dtype)
-        if (higher := higher_precision(self.hidden)) is not None:
-            with torch.autocast(device.type, enabled=False):
-                self.exact = self._own(_own_layer(decoder, number, known, higher), higher)
 
-    def through(self, parts: LayerParts) -> Tensor:
-        """What the parts of a layer make of the tokens."""
-        attended = _OneSequence().attend(0, *parts.heads(self.hidden, self.angles), self.settings)
-        return parts.output(self.hidden.clone(), attended.reshape(len(self.hidden), -1))
-
-    def _own(self, layer: nn.Module, dtype: torch.dtype) -> Tensor:
-        angles = tuple(part.to(dtype)[None] for part in self.angles)
-        hidden = self.hidden.to(dtype)[None]
-        result: Tensor = layer(hidden, attention_mask=None, position_embeddings=angles, packing=_OneSequence())
-        return result[0]
+def _error(found: Tensor, exact: Tensor) -> float:
+    wanted = exact.double() if exact.device.type != "mps" else exact
+    size = wanted.pow(2).mean(dim=tuple(range(wanted.dim() - 1)) or None, keepdim=True).sqrt()
+    return float(((found.to(wanted) - wanted) / size.clamp(min=1e-30)).pow(2).mean().sqrt())
 
 
 @contextmanager
@@ -142,14 +150,7 @@ class _OneSequence:
 
 
 def _own_layer(decoder: Any, number: int, known: KnownLayer, dtype: torch.dtype | None = None) -> nn.Module:
-    """A layer of transformers' own class with the same weights, into which LoRA is merged.
-
-    Args:
-        decoder: The decoder.
-        number: Number of the layer.
-        known: The layer, taken apart.
-        dtype: Dtype of all weights; None for that which each has.
-    """
+    """A layer of transformers' own class with the same weights, into which LoRA is merged; None leaves each its dtype."""
     kind: Any = own_class(decoder.layers[number])
     with torch.device("meta"):
         layer = kind(decoder.config, number).eval()
@@ -162,7 +163,7 @@ def _own_layer(decoder: Any, number: int, known: KnownLayer, dtype: torch.dtype 
         norms += [(attention.q_norm, known.head_norms[0]), (attention.k_norm, known.head_norms[1])]
     for empty, norm in norms:
         empty.weight = _frozen(norm.weight, dtype)
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def _merged(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -196,5 +197,4 @@ class _AsItIs(nn.Module):
         """[..., n] -> [..., m]."""
         layer = self.call[0]
         half = next((part.dtype for part in layer.parameters() if part.dtype in (torch.bfloat16, torch.float16)), x.dtype)
-        result: Tensor = layer(x.to(half))
-        return result.to(x.dtype)
+        return layer(x.to(half)).to(x.dtype)

@@ -58,9 +58,12 @@ class LiveTensors(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # address of a storage -> its bytes
 
     def count(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that were made outside of this context."""
+        """Count tensors, also those that were made outside of this context."""
         for tensor in tensors:
-            self._count(tensor)
+            if isinstance(tensor, DTensor):
+                tensor = tensor._local_tensor
+            if tensor.layout is torch.strided:  # oneDNN's own layout has no storage
+                self.count_storage(tensor.untyped_storage())
 
     def restart_peak(self) -> None:
         """Reset the peak to the bytes that there are now."""
@@ -68,24 +71,14 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # as with nearly every operator
-            self._count(result)
-        else:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._count(leaf)
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)  # the latter is slow, and rarely needed
+        self.count(leaf for leaf in leaves if isinstance(leaf, Tensor))
         return result
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Spare torch's guard of each call against compilation, which takes as long as counting; nothing is compiled here."""
         return False
-
-    def _count(self, tensor: Tensor) -> None:
-        if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
-        if tensor.layout is torch.strided:  # oneDNN's own layout has no storage
-            self.count_storage(tensor.untyped_storage())
 
     def count_storage(self, storage: torch.UntypedStorage) -> None:
         """Count a storage, which may be known already and have another size now."""
@@ -108,8 +101,7 @@ class FakeModel:
     Args:
         settings: Settings of the run.
         layers: Number of layers.
-        share: 0 for LoRA on all candidates, 1 for full training of all candidates, None for the base model, whose candidates have
-            gradients.
+        share: 0 for LoRA on all candidates, 1 for full training of all, None for the base model, whose candidates have gradients.
         device: That the tensors seem to be on. torch has to know it: without CUDA they are on the CPU, and computed with as on
             the device that the settings name.
 
@@ -149,8 +141,7 @@ class FakeModel:
         """Fake tensor of the same shape and dtype; one that is fake already as it is."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
-        return result
+        return FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
 
     def fake_layout(self, packed: PackedSequences) -> None:
         """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""

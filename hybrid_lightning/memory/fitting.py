@@ -1,6 +1,6 @@
 """Whether a run fits on its devices, and the fewest changes with which it does."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,11 @@ class Change:
     overrides: tuple[str, ...]  # as they are given on the command line
     cost: str  # what it costs, or that it costs nothing
     settings: dict[str, Any]  # fields of `RunSettings`
+
+    @classmethod
+    def of(cls, option: str, value: Any, cost: str, **settings: Any) -> "Change":
+        """With one override."""
+        return cls((f"--{option}={value}",), cost, settings)
 
 
 def room(settings: RunSettings, sharding: Sharding) -> float | None:
@@ -72,11 +77,7 @@ class Fitting:
 
     At the worst moment the cheapest change that helps is made, as far as is needed, until all moments fit. Of the changes made
     those are then taken back, dearest first, without which it fits as well.
-
-    Args:
-        settings: Settings of the run, with the memory of its devices.
-        sharding: How the model lies on devices.
-        needs_reference: Whether the loss compares with the start policy.
+    The settings have the memory of the devices, and `needs_reference` says whether the loss compares with the start policy.
     """
 
     def __init__(self, settings: RunSettings, sharding: Sharding, needs_reference: bool) -> None:
@@ -85,18 +86,7 @@ class Fitting:
         assert free is not None
         self._free: float = free
         self._traces: dict[tuple[Any, ...], Traces] = {}  # of each model, whatever the numbers of prompts and tokens
-        # In the order of what they cost: phases that a change is for (None: all), and stronger and stronger forms of it.
-        self._kinds: list[tuple[Sequence[str] | None, Callable[[], Iterator[Change]]]] = [
-            (None, lambda: self._start_weights(needs_reference)),
-            (("validating",), self._evaluated_together),
-            (("generating", "calibrating"), self._prompts),
-            (_UPDATING, self._micro_batch),
-            (_UPDATING, self._checkpointing),
-            (None, self._optimizer),
-            (None, self._quantization),
-            (None, self._budget),
-            (None, self._rank),
-        ]
+        self._kinds = _kinds(settings, sharding, needs_reference)
 
     def search(self) -> tuple[list[Change], MethodMemory]:
         """The changes, and the plan with them; which does not fit either if no changes are enough.
@@ -104,46 +94,44 @@ class Fitting:
         Raises:
             ConfigError, ModelError: As `plan_memory`, for the run as it is.
         """
-        forms: list[list[Change]] = [list(make()) for _, make in self._kinds]
-        strengths = [0] * len(forms)  # how many forms of each kind are used up: 0 for no change
-        found = self._planned(forms, strengths)
+        strengths = [0] * len(self._kinds)  # how many forms of each kind are used up: 0 for no change
+        found = self._planned(strengths)
         assert found is not None
         while taken(found) > self._free:
-            for kind, strength in self._stronger(forms, strengths, found.peak_phase):
-                stronger = [*strengths[:kind], strength, *strengths[kind + 1 :]]
-                better = self._planned(forms, stronger)
+            for stronger in self._stronger(strengths, found.peak_phase):
+                better = self._planned(stronger)
                 if better is not None and _total(better, found.peak_phase) < _GAIN * found.peak_bytes:
                     strengths, found = stronger, better
                     break
             else:
-                return self._changes(forms, strengths), found
-        for kind in reversed(range(len(forms))):
+                return self._changes(strengths), found
+        for kind in reversed(range(len(strengths))):
             while strengths[kind]:
                 weaker = [*strengths[:kind], strengths[kind] - 1, *strengths[kind + 1 :]]
-                same = self._planned(forms, weaker)
+                same = self._planned(weaker)
                 if same is None or taken(same) > self._free:
                     break
                 strengths, found = weaker, same
-        return self._changes(forms, strengths), found
+        return self._changes(strengths), found
 
-    def _stronger(self, forms: list[list[Change]], strengths: list[int], phase: str) -> Iterator[tuple[int, int]]:
+    def _stronger(self, strengths: list[int], phase: str) -> Iterator[list[int]]:
         """The next form of each kind that may help at a moment, and then the strongest: without any budget nothing is scored."""
         useful = [
-            (kind, strengths[kind] + 1, len(forms[kind]))
-            for kind, (phases, _) in enumerate(self._kinds)
-            if strengths[kind] < len(forms[kind]) and (phases is None or phase in phases)
+            (kind, strengths[kind] + 1, len(forms))
+            for kind, (phases, forms) in enumerate(self._kinds)
+            if strengths[kind] < len(forms) and (phases is None or phase in phases)
         ]
-        yield from ((kind, following) for kind, following, _ in useful)
-        yield from ((kind, last) for kind, following, last in useful if last > following)
+        further = [(kind, following) for kind, following, _ in useful]
+        for kind, strength in further + [(kind, last) for kind, following, last in useful if last > following]:
+            yield [*strengths[:kind], strength, *strengths[kind + 1 :]]
 
-    def _changes(self, forms: list[list[Change]], strengths: list[int]) -> list[Change]:
-        return [forms[kind][strength - 1] for kind, strength in enumerate(strengths) if strength]
+    def _changes(self, strengths: list[int]) -> list[Change]:
+        return [forms[strength - 1] for (_, forms), strength in zip(self._kinds, strengths, strict=True) if strength]
 
-    def _planned(self, forms: list[list[Change]], strengths: list[int]) -> MethodMemory | None:
+    def _planned(self, strengths: list[int]) -> MethodMemory | None:
         settings = self.settings
-        for kind, strength in enumerate(strengths):
-            if strength:
-                settings = replace(settings, **forms[kind][strength - 1].settings)
+        for change in self._changes(strengths):
+            settings = replace(settings, **change.settings)
         from hybrid_lightning.memory.pass_memory import Traces  # imports PEFT, which is slow
 
         alike = (settings.keep_start_weights, settings.gradient_checkpointing, settings.quantization, settings.lora)
@@ -154,68 +142,64 @@ class Fitting:
                 raise
             return None  # prompts that cannot be split, and the like
 
-    # ---- changes
 
-    def _start_weights(self, needs_reference: bool) -> Iterator[Change]:
-        if self.settings.keep_start_weights and not needs_reference:
-            option = "--adapter.keep_start_weights=false"
-            yield Change((option,), "nothing: no KL term needs them", {"keep_start_weights": False})
+def _kinds(settings: RunSettings, sharding: Sharding, needs_reference: bool) -> list[tuple[Sequence[str] | None, list[Change]]]:
+    """In the order of what they cost: phases that each kind is for (None: all), and stronger and stronger forms of it."""
+    start_weights, checkpointing, budget, rank = [], [], [], []
+    if settings.keep_start_weights and not needs_reference:
+        cost = "nothing: no KL term needs them"
+        start_weights = [Change.of("adapter.keep_start_weights", "false", cost, keep_start_weights=False)]
+    together = [
+        Change.of("data.eval_batch_size", count, "time, in validations", eval_prompts=count)
+        for count in _halves(settings.eval_prompts, 1)
+    ]
+    cost = "fewer problems in each step, so more steps for as many"
+    prompts = [
+        Change.of("model.prompts_per_rollout", count, cost, prompts_per_rollout=count)
+        for count in _halves(settings.prompts_per_rollout, max(_FEWEST_PROMPTS, sharding.devices))
+    ]
+    micro_batch = [
+        Change.of("model.max_tokens_per_micro_batch", tokens, "a little time, in updates", max_tokens_per_micro_batch=tokens)
+        for tokens in _halves(settings.tokens_of_pass(), settings.prompt_tokens + settings.completion_tokens)
+    ]
+    if not settings.gradient_checkpointing:
+        cost = "a third more time, in updates"
+        checkpointing = [Change.of("model.gradient_checkpointing", "true", cost, gradient_checkpointing=True)]
+    if settings.plan is None and isinstance(settings.budget, ModuleBudget):
+        cost = "what full training of these modules gains over LoRA"
+        shares = [share for share in (0.5, 0.1, 0.05, 0.0) if share < settings.budget.share]
+        budget = [Change.of("adapter.budget.share", share, cost, budget=ModuleBudget(share)) for share in shares]
+    if settings.plan is None and not settings.rank_pattern:
+        for lora in map(settings.lora.with_rank, _halves(settings.lora.rank, _FEWEST_RANKS)):
+            options = (f"--adapter.rank={lora.rank}", f"--adapter.alpha={lora.alpha:g}")
+            rank.append(Change(options, "capacity of LoRA", {"lora": lora}))
+    return [
+        *((None, start_weights), (("validating",), together), (("generating", "calibrating"), prompts)),
+        *((_UPDATING, micro_batch), (_UPDATING, checkpointing)),
+        *((None, _optimizer(sharding)), (None, _quantization(settings, sharding)), (None, budget), (None, rank)),
+    ]
 
-    def _evaluated_together(self) -> Iterator[Change]:
-        for count in _halves(self.settings.eval_prompts, 1):
-            yield Change((f"--data.eval_batch_size={count}",), "time, in validations", {"eval_prompts": count})
 
-    def _prompts(self) -> Iterator[Change]:
-        for count in _halves(self.settings.prompts_per_rollout, max(_FEWEST_PROMPTS, self.sharding.devices)):
-            cost = "fewer problems in each step, so more steps for as many"
-            yield Change((f"--model.prompts_per_rollout={count}",), cost, {"prompts_per_rollout": count})
+def _optimizer(sharding: Sharding) -> list[Change]:
+    if isinstance(sharding, FSDP2):  # which cannot split its state
+        return []
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        return []
+    cost = "a little exactness, in the optimizer's state"
+    return [Change.of("model.optimizer", "bitsandbytes.optim.AdamW8bit", cost, optimizer=AdamW8bit)]
 
-    def _micro_batch(self) -> Iterator[Change]:
-        longest = self.settings.prompt_tokens + self.settings.completion_tokens
-        for tokens in _halves(self.settings.tokens_of_pass(), longest):
-            option = f"--model.max_tokens_per_micro_batch={tokens}"
-            yield Change((option,), "a little time, in updates", {"max_tokens_per_micro_batch": tokens})
 
-    def _checkpointing(self) -> Iterator[Change]:
-        if not self.settings.gradient_checkpointing:
-            option = "--model.gradient_checkpointing=true"
-            yield Change((option,), "a third more time, in updates", {"gradient_checkpointing": True})
+def _quantization(settings: RunSettings, sharding: Sharding) -> list[Change]:
+    if settings.quantization is not None or not sharding.whole_on_every_device or not settings.mixed_precision:
+        return []
+    try:
+        from hybrid_lightning.policy.quantization import NF4
 
-    def _optimizer(self) -> Iterator[Change]:
-        if isinstance(self.sharding, FSDP2):  # which cannot split its state
-            return
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            return
-        option = "--model.optimizer=bitsandbytes.optim.AdamW8bit"
-        yield Change((option,), "a little exactness, in the optimizer's state", {"optimizer": AdamW8bit})
-
-    def _quantization(self) -> Iterator[Change]:
-        settings = self.settings
-        if settings.quantization is not None or not self.sharding.whole_on_every_device or not settings.mixed_precision:
-            return
-        try:
-            from hybrid_lightning.policy.quantization import NF4
-
-            fields = {"quantization": NF4()}
-        except ConfigError:
-            return
-        yield Change(("--model.quantization=NF4",), "exactness of the frozen weights, and time", fields)
-
-    def _budget(self) -> Iterator[Change]:
-        if self.settings.plan is None and isinstance(self.settings.budget, ModuleBudget):
-            for share in (0.5, 0.1, 0.05, 0.0):
-                if share < self.settings.budget.share:
-                    cost = "what full training of these modules gains over LoRA"
-                    yield Change((f"--adapter.budget.share={share}",), cost, {"budget": ModuleBudget(share)})
-
-    def _rank(self) -> Iterator[Change]:
-        if self.settings.plan is None and not self.settings.rank_pattern:
-            for rank in _halves(self.settings.lora.rank, _FEWEST_RANKS):
-                lora = self.settings.lora.with_rank(rank)
-                options = (f"--adapter.rank={rank}", f"--adapter.alpha={lora.alpha:g}")
-                yield Change(options, "capacity of LoRA", {"lora": lora})
+        return [Change.of("model.quantization", "NF4", "exactness of the frozen weights, and time", quantization=NF4())]
+    except ConfigError:
+        return []
 
 
 def _total(method: MethodMemory, phase: str) -> float:

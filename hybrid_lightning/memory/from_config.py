@@ -100,12 +100,8 @@ def arguments_of(policy: PolicyModule) -> SimpleNamespace:
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:
     """Collect the settings of a run that decide its memory.
 
-    Args:
-        policy: Arguments of `PolicyModule` as attributes (see `policy_arguments` and `arguments_of`).
-        adapter: The callback `HybridAdapterSetup`.
-        data: The data module.
-        flags: Flags of the Trainer.
-        prompt_tokens: Length of each prompt; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
+    `policy` has its arguments as attributes (see `policy_arguments` and `arguments_of`), `adapter` is the callback. Prompts have
+    so many tokens; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
 
     Raises:
         ConfigError: If a value is impossible, or the length of the prompts or the memory of a device cannot be determined.

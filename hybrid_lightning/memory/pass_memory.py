@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine import Backend, SharedPromptDecoding, begins_group, logprobs_of_hidden, packed_decoding
+from hybrid_lightning.engine import Backend, SegmentDecoding, SharedPromptDecoding, begins_group, decoding_of, logprobs_of_hidden
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -105,7 +105,7 @@ def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
             del hidden
         with_logits = live.peak
         live.restart_peak()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     logits = with_logits - kept
     return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
 
@@ -113,7 +113,8 @@ def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
 def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
-    decoding = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    decoding = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    assert isinstance(decoding, SharedPromptDecoding | SegmentDecoding), "the model is taken to be packed"
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None

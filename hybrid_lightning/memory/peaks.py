@@ -177,17 +177,12 @@ class _Run:
             batches.add((self._calibration_batch, self.settings.samples_per_prompt))
         if self.settings.sampler.has_own_weights:
             batches.clear()  # which others complete
-        split = not self.sharding.whole_on_every_device
-        return max(
-            (
-                # The model as it was loaded is in the file that it was read from until it is split.
-                process_growth(
-                    self.settings, sizes, peak.total, batches, split and phase not in ("calibrating", "scoring"), memory.share
-                )
-                for phase, peak in memory.peaks.items()
-            ),
-            key=lambda growth: growth.total,
-        )
+        found = []
+        for phase, peak in memory.peaks.items():
+            # The model as it was loaded is in the file that it was read from until it is split.
+            split = not self.sharding.whole_on_every_device and phase not in ("calibrating", "scoring")
+            found.append(process_growth(self.settings, sizes, peak.total, batches, split, memory.share))
+        return max(found, key=lambda growth: growth.total)
 
     @property
     def _calibration_batch(self) -> int:

@@ -9,8 +9,7 @@ from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engi
 from transformers import BloomConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from hybrid_lightning.engine import Backend, packing, token_logprobs
-from hybrid_lightning.engine.cpu import attention_operators as kernels
-from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -57,7 +56,7 @@ def test_decoding_agrees_with_training_in_special_families(family, monkeypatch):
     rollouts = Sampler(max_new_tokens=40).sample(*arguments, generator=draws)
     logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
     mask = rollouts.sequences.completion_mask
-    assert (len(set(decoded)) > 1) == (family in WIDE and calls.library is library), "rows leave as they end"
+    assert (len(set(decoded)) > 1) == (family in WIDE and kernels.library is library), "rows leave as they end"
     torch.testing.assert_close(logprobs[mask], rollouts.sampling_logprobs[mask], atol=1e-4, rtol=0)
 
 
@@ -85,7 +84,7 @@ def test_attention_that_differs_is_noticed(monkeypatch, caplog):
 
 
 def test_an_accelerators_way_gives_the_same(monkeypatch):
-    monkeypatch.setattr(calls, "library", lambda: None)  # an accelerator has no kernels of ours
+    monkeypatch.setattr(kernels, "library", lambda: None)  # an accelerator has no kernels of ours
     model = build_model("qwen2").requires_grad_(True)
     results = []
     for products in (True, False):

@@ -29,12 +29,6 @@ def test_layers_use_operators_while_a_pass_of_their_model_runs_and_at_no_other_t
         assert backend.usable_in_layers(x)
 
 
-def test_keys_are_kept_in_the_dtype_of_the_products():
-    key = torch.zeros(2, dtype=torch.bfloat16)
-    assert Backend().key_dtype(key) == torch.float32, "on a CPU"
-    assert Backend().key_dtype(key.to("meta")) == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype", "reason"),
     [
@@ -51,45 +45,32 @@ def test_it_needs_a_gpu_that_has_flash_attention_and_says_why_not(monkeypatch, c
     of_backend._why_not_on.cache_clear()
     assert reason in found and bool(found) == bool(reason)
     assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels of it"
+    key = torch.zeros(2, dtype=torch.bfloat16)
+    assert Backend().key_dtype(key) == torch.float32 and Backend().key_dtype(key.to("meta")) == torch.bfloat16
 
 
 # ---- matrix products
 
-# The second and third are above the size from which oneDNN multiplies.
-SHAPES = [(3, 5, 7), (64, 96, 128), (200, 64, 300), (0, 8, 9)]
 
-
-@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
-def onednn(request, monkeypatch):
-    if request.param and not of_backend._has_onednn():
-        pytest.skip("this torch or processor does not multiply by oneDNN")
-    monkeypatch.setattr(of_backend, "_has_onednn", lambda: request.param)
-
-
-def make(count, inner, outer, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(count)
-    return (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((count, inner), (outer, inner)))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_as_exact_as_float32_allows(shape, transposed, onednn):
-    rows, weight = make(*shape)
-    expected = rows @ weight.T
-    if transposed:
-        rows, weight = rows.T.contiguous().T, weight.T.contiguous().T
-    result = product(rows.float(), weight.float())
-    assert_same_sums(result, expected.float(), shape[1])
-    assert result.dtype == torch.float32
-
-
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_constant_weight_gives_the_same_for_any_rows_and_is_not_changed(shape, dtype, onednn):
-    rows, weight = make(*shape, dtype=dtype)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (64, 96, 128), (200, 64, 300), (0, 8, 9)])
+def test_products_are_as_exact_as_their_dtype_allows_in_any_layout_and_change_no_weight(shape, dtype, onednn, monkeypatch):
+    """The second and third shape are above the size from which oneDNN multiplies."""
+    if onednn and not of_backend._has_onednn():
+        pytest.skip("this torch or processor does not multiply by oneDNN")
+    monkeypatch.setattr(of_backend, "_has_onednn", lambda: onednn)
+    count, inner, outer = shape
+    rows, weight = (torch.randn(size, dtype=torch.float64) for size in ((count, inner), (outer, inner)))
+    if dtype == torch.float32:
+        for given in ((rows.float(), weight.float()), (rows.float().T.contiguous().T, weight.float().T.contiguous().T)):
+            result = product(*given)
+            assert_same_sums(result, (rows @ weight.T).float(), inner)
+            assert result.dtype == torch.float32
+    rows, weight = rows.to(dtype), weight.to(dtype)
     kept = weight.clone()
     multiply = Backend().prepacked_product(weight)
-    additions = 1 if dtype == torch.bfloat16 else shape[1]  # sums of bfloat16 are of float32, and rounded once
+    additions = 1 if dtype == torch.bfloat16 else inner  # sums of bfloat16 are of float32, and rounded once
     for part in (rows, rows[:1], rows[::2]):
         assert_same_sums(multiply(part), part @ weight.T, additions)
     assert torch.equal(weight, kept)

@@ -42,7 +42,7 @@ def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
 )
 def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family, targets, checkpointing, half, tolerance):
     numbers = step(family, targets, checkpointing, half)
-    assert set(made) >= {"plain_norm", "_plain_norm_gradient", "_plain_product_of_silu", "_plain_silu_gradients", "plain_joined"}
+    assert set(made) >= {"norm", "_norm_gradient", "_product_of_silu", "_silu_gradients", "joined_results"}
     assert len(made) == len(set(made)) or half, "under autocast also for the float32 of the trial"
     compiled = len(made)
     step(family, targets, checkpointing, half)
@@ -60,13 +60,13 @@ def test_code_is_made_once_for_all_sizes_and_kept_from_those_that_it_does_not_fi
     monkeypatch.setattr(compiling, "rank_zero_info", said.append)
     for rows, size in ((8, 16), (3, 16), (300, 48), (1, 16)):
         x, weight = torch.randn(rows, size), torch.randn(size)
-        results = (kind(x, weight, 1e-6) for kind in (fused_layers._accelerated_norm, fused_layers.plain_norm))
+        results = (kind(x, weight, 1e-6) for kind in (fused_layers.norm, fused_layers.norm.plain))
         assert all(torch.allclose(found, expected, atol=1e-6) for found, expected in zip(*results, strict=True))
-    assert made == ["plain_norm"] and len(said) == 1 and re.fullmatch(r"torch compiled norm for cpu in \d+\.\d s", said[0])
-    code = compiling.compiled(_branch, (torch.ones(4),), lambda number, part: {0: "rows"})
+    assert made == ["norm"] and len(said) == 1 and re.fullmatch(r"torch compiled norm for cpu in \d+\.\d s", said[0])
+    code = compiling.compiled(_branch, (torch.ones(4),), [{0: "rows"}])
     assert code.fits(600) and not code.fits(400) and not code.fits(1), "it was traced for 509"
-    assert compiling.compiled(_branch, (torch.ones(9),), lambda number, part: {0: "rows"}) is code
-    assert compiling.compiled(_branch, (torch.ones(9).double(),), lambda number, part: {0: "rows"}) is not code
+    assert compiling.compiled(_branch, (torch.ones(9),), [{0: "rows"}]) is code
+    assert compiling.compiled(_branch, (torch.ones(9).double(),), [{0: "rows"}]) is not code
 
 
 def _branch(x):
@@ -76,9 +76,9 @@ def _branch(x):
 def test_one_code_joins_what_rows_of_any_number_found(made):
     for rows, heads in ((5, 4), (12, 2), (6, 1)):
         one, other = (segments.Attended(torch.randn(rows, heads, 8), torch.randn(heads, rows)) for _ in range(2))
-        found, expected = segments.joined(one, other), segments.plain_joined(*one, *other)
+        found, expected = segments.joined(one, other), segments.joined_results.plain(*one, *other)
         assert torch.allclose(found.result, expected[0], atol=1e-6) and torch.allclose(found.sums, expected[1], atol=1e-6)
-    assert made == ["plain_joined"]
+    assert made == ["joined_results"]
 
 
 def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(monkeypatch, caplog):

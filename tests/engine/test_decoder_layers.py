@@ -16,9 +16,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from hybrid_lightning.engine import compiling
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import decoder_layers as layers
-from hybrid_lightning.engine import prepacked as constant
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine.prepacked import product_factors
 
 
 def compiler_is_there():
@@ -44,11 +44,6 @@ def as_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(compiling, "CODES", {})
 
 
-def maker_of(engine):
-    assert has_pass(engine)
-    return engine._fast._make
-
-
 def rollouts(engine, tokenizer, dtype):
     """Tokens and log-probabilities, and how many functions were compiled for them."""
     before = len(compiling.CODES)
@@ -59,32 +54,34 @@ def rollouts(engine, tokenizer, dtype):
     return tokens, logprobs, len(compiling.CODES) - before
 
 
+def assert_same_rollouts(engine, found, expected):
+    assert torch.equal(found[0], expected[0])
+    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
+
+
 @needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize(
-    ("family", "targets", "dtype", "settings", "compiled"),
+    ("family", "targets", "dtype", "settings"),
     [
-        ("qwen3", SOME, torch.bfloat16, {}, 3),  # one more for the layer whose frozen projection has another dtype
-        ("qwen2", ALL, torch.bfloat16, {}, 2),
-        ("mistral", SOME, None, {"layers_to_transform": [1], "rank_pattern": {"k_proj": 1, "up_proj": 5}}, 2),
+        ("qwen3", ALL, torch.bfloat16, {}),
+        ("mistral", SOME, None, {"layers_to_transform": [1], "rank_pattern": {"k_proj": 1, "up_proj": 5}}),
     ],
 )
-def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, tokenizer, monkeypatch):
-    dtype, compiled = (dtype, compiled) if ROUNDS else (None, 2)
+def test_rollouts_are_the_same(family, targets, dtype, settings, tokenizer, monkeypatch):
+    dtype = dtype if ROUNDS else None
     engine = build(family, targets, **settings)
-    tokens, logprobs, graphs = rollouts(engine, tokenizer, dtype)
-    assert maker_of(engine) is decoders._compiled_pass
-    assert graphs == compiled, "before and after attention, for any number of rows"
+    *found, graphs = rollouts(engine, tokenizer, dtype)
+    assert engine._fast.compiles and graphs == 2, "before and after attention, for any number of rows"
     if family == "mistral":
         code = "".join(code.made.source_code for code in compiling.CODES.values())
         assert code.count("extern_kernels.") == 13, "products, of which LoRA of the output projection, which has none, is not one"
         assert len(re.findall(r"^ +cpp_fused", code, re.MULTILINE)) == 6, "kernels between them, as they are counted"
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
     plain = build(family, targets, **settings)
-    expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)
-    assert maker_of(plain) is decoders._plain_pass and none == 0
-    assert torch.equal(tokens, expected_tokens)
-    assert_same_sums(logprobs, expected, additions_of(engine.model, 22), LOGITS)
+    *expected, none = rollouts(plain, tokenizer, dtype)
+    assert plain._fast.calls_parts and not plain._fast.compiles and none == 0
+    assert_same_rollouts(engine, found, expected)
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -92,8 +89,8 @@ def test_a_policy_samples_by_them_and_validation_compiles_nothing_more(tmp_path,
     """Once to calibrate the model as it is, and once with its adapter."""
     passes, original = [], decoders._pass
 
-    def spied(decoder, known, parts, backend):
-        found = original(decoder, known, parts, backend)
+    def spied(decoder, parts, backend):
+        found = original(decoder, parts, backend)
         return lambda *arguments: passes.append((type(parts[0]), torch.is_inference_mode_enabled())) or found(*arguments)
 
     monkeypatch.setattr(decoders, "_pass", spied)
@@ -107,20 +104,26 @@ def test_a_policy_samples_by_them_and_validation_compiles_nothing_more(tmp_path,
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monkeypatch, caplog):
+def test_where_compiling_fails_or_gives_other_numbers_it_is_said_and_plain_calls_are_made(monkeypatch, caplog, request):
     """Memory that ran out is not taken for a compiler at fault."""
     errors = [torch.OutOfMemoryError(), RuntimeError("no working compiler found")]
 
     def fails(*arguments):
         raise errors.pop(0)
 
-    monkeypatch.setattr(compiling, "_compile", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        has_pass(build("llama"))
-    engine = build("llama")
-    assert maker_of(engine) is decoders._plain_pass
-    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "_compile", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            has_pass(build("llama"))
+        engine = build("llama")
+        assert has_pass(engine) and not engine._fast.compiles
     assert engine._fast.why_not_compiled == "torch.compile gave RuntimeError: no working compiler found"
+    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+    request.getfixturevalue("traced")
+    original = layers.CompiledLayer.output
+    monkeypatch.setattr(layers.CompiledLayer, "output", lambda *parts: original(*parts) * 1.001)
+    engine = build("llama")
+    assert has_pass(engine) and not engine._fast.compiles and "other numbers" in engine._fast.why_not_compiled
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator", "traced")
@@ -136,21 +139,13 @@ def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkey
     with torch.no_grad():
         with engine.sampling():
             expected = sampled(engine, tokenizer, [])
+        assert engine._fast.compiles
         monkeypatch.setattr(layers._Body, "__call__", fails)
         with engine.sampling():
             found = sampled(engine, tokenizer, [])
-    assert torch.equal(found[0], expected[0])
-    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
+    assert_same_rollouts(engine, found, expected)
     assert len(calls) == 11 and caplog.text.count("OSError: no space left") == 1
-    assert maker_of(engine) is decoders._plain_pass, "from then on"
-
-
-@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
-def test_compiled_layers_that_give_other_numbers_are_not_used(monkeypatch, caplog):
-    original = layers.CompiledLayer.output
-    monkeypatch.setattr(layers.CompiledLayer, "output", lambda *parts: original(*parts) * 1.001)
-    assert maker_of(build("llama")) is decoders._plain_pass
-    assert "without torch.compile" in caplog.text and "other numbers" in caplog.text
+    assert not engine._fast.compiles, "from then on"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -164,43 +159,39 @@ def test_a_disabled_adapter_is_left_out(compiled, request, tokenizer):
         assert not torch.equal(sampled(engine, tokenizer, [])[1], expected[1])
         with engine.model.disable_adapter():
             found = sampled(engine, tokenizer, [])
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_layers_that_are_no_plain_products_are_called(tokenizer, traced):
+def test_layers_that_are_no_plain_products_or_that_somebody_watches_are_called(tokenizer, traced):
     engine = build("llama", use_dora=True)
     with torch.no_grad():
         expected = sampled(engine, tokenizer, [])
         with engine.sampling():
             found = sampled(engine, tokenizer, [])
-    assert torch.equal(found[0], expected[0]) and not traced
-    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
-
-
-@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
-def test_a_fully_trained_copy_that_somebody_watches_is_called(tokenizer):
+    assert_same_rollouts(engine, found, expected)
+    assert not traced
     engine, calls = build("llama", SOME), []
     copy = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
     copy.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad(), engine.sampling():
         calls.clear()
         sampled(engine, tokenizer, passes := [])
-    assert len(calls) == len(passes) > 0
+    assert len(calls) == len(passes) > 0, "a fully trained copy"
 
 
-@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.usefixtures("as_on_an_accelerator", "traced")
 def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
     engine = build("llama", SOME)
     wrapper = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj
     own = wrapper.modules_to_save["default"]
     with torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
-        weight = constant.product_factors(wrapper).weight
+        weight = product_factors(wrapper).weight
         assert weight.dtype == torch.bfloat16 and not weight.requires_grad and torch.equal(weight, own.weight.bfloat16())
-        assert torch.equal(constant.product_factors(wrapper).weight, weight) and wrapper.modules_to_save["default"] is not own
+        assert torch.equal(product_factors(wrapper).weight, weight) and wrapper.modules_to_save["default"] is not own
     assert wrapper.modules_to_save["default"] is own and own.weight.dtype == torch.float32 and own.weight.requires_grad
     with engine.sampling():
-        assert constant.product_factors(wrapper).weight.data_ptr() == own.weight.data_ptr(), "not where it is multiplied as it is"
+        assert product_factors(wrapper).weight.data_ptr() == own.weight.data_ptr(), "not where it is multiplied as it is"
 
 
 def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):

@@ -1,16 +1,18 @@
 """An engine says which of its passes are fast, and why others are not: once in the log, and whenever it is asked."""
 
 import copy
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_decoders import ALL, build
+from tiny_decoders import build, fused
 from tiny_models import VOCABULARY, build_model
 from tiny_runs import fit, write_model, write_sums
 from transformers import AutoModelForCausalLM, BloomConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hybrid_lightning.engine import Backend, Engine, use_fused_modules
+from hybrid_lightning.engine import Backend, Engine
 from hybrid_lightning.engine import attention_hook as hook
 from hybrid_lightning.engine import backend as backends
 from hybrid_lightning.engine import decoder as decoders
@@ -18,6 +20,7 @@ from hybrid_lightning.engine import engine as engines
 from hybrid_lightning.engine.cpu import build as building
 from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.fused_lora import made_like
 from hybrid_lightning.policy.modes import checkpoint_gradients
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels")
@@ -73,28 +76,54 @@ def test_no_compiler(monkeypatch, tmp_path):
         building._found.cache_clear()
 
 
-@needs_kernels
-def test_a_family_whose_layers_are_not_known():
-    engine = build("gemma")
-    assert slow(engine) == {"fast decoding": "GemmaDecoderLayer is not known"}
-    assert engine.description().endswith("and prepacked weights; torch's own decoding, since GemmaDecoderLayer is not known")
-    reasons = slow(build("gpt2", ("c_attn",)))
-    assert set(reasons) == {"fused layers", "prepacked weights", "fast decoding"}
-    assert reasons["fused layers"] == "no layer of GPT2LMHeadModel computes what Llama's do"
-
-
-@needs_kernels
-def test_a_family_whose_attention_cannot_be_packed(said):
+def bloom():
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["dense_h_to_4h"]))
-    engine = Engine(model.eval())
-    use_fused_modules(model, engine.backend)
+    model = AutoModelForCausalLM.from_config(config)
+    return fused(get_peft_model(model, LoraConfig(r=2, target_modules=["dense_h_to_4h"])).eval())
+
+
+def in_train_mode(engine):
+    engine.model.train()
+    return engine
+
+
+# Engines, and what they say of slow passes.
+SLOW = {
+    "layers": (lambda: build("gemma"), "and prepacked weights; torch's own decoding, since GemmaDecoderLayer is not known$"),
+    "nothing": (
+        lambda: build("gpt2", ("c_attn",)),
+        "prompts and CPU kernels; transformers' own layers, since no layer of GPT2LMHeadModel computes what Llama's do; ",
+    ),
+    "attention": (
+        bloom,
+        "^engine: CPU kernels and prepacked weights; padded training, prompts repeated for each completion and torch's own "
+        "decoding, since BloomForCausalLM does not use transformers' attention interface; transformers' own layers, since no ",
+    ),
+    "float16": (
+        lambda: Engine(build("llama").model.half()),
+        "torch's own operators, .* and the model with float16; weights as .*16$",
+    ),
+    "dropout": (
+        lambda: in_train_mode(build("llama", lora_dropout=0.5)),
+        "prepacked weights; torch's own decoding, .* train mode$",
+    ),
+    "DoRA": (lambda: build("llama", use_dora=True), "CPU kernels and fast decoding; weights as they are, .* such as DoRA"),
+    "no adapter": (
+        lambda: Engine(build_model("llama")),
+        "^engine of the model without an adapter: packed training, shared prompts and CPU kernels; transformers' own layers, "
+        "since the model has no adapter, with which its layers are fused; weights .* no layer has LoRA; .* is not fused$",
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", SLOW)
+def test_what_is_slow_and_why(case, said):
+    make, words = SLOW[case]
+    engine = make()
     engine.report()
-    reasons = slow(engine)
-    assert reasons["packed training"] == reasons["shared prompts"] == reasons["fast decoding"]
-    assert "BloomForCausalLM does not use transformers' attention interface" in reasons["packed training"]
-    assert "padded training, prompts repeated for each completion and torch's own decoding, since Bloom" in said[0]
+    assert slow(engine) and said == [engine.description()] and re.search(words, said[0]), said
 
 
 @needs_kernels
@@ -107,11 +136,7 @@ def test_a_packing_trial_that_fails(monkeypatch):
 
 
 @needs_kernels
-def test_float16_of_the_model_or_by_autocast_is_what_counts():
-    model = build("llama").model.half()
-    reasons = slow(Engine(model))
-    assert set(reasons) == {"CPU kernels", "prepacked weights"}
-    assert "and the model with float16" in reasons["CPU kernels"]
+def test_autocast_is_what_counts():
     engine = build("llama")
     with torch.autocast("cpu", torch.float16):
         engine.prepare()
@@ -119,25 +144,16 @@ def test_float16_of_the_model_or_by_autocast_is_what_counts():
 
 
 @needs_kernels
-def test_modules_that_are_watched_or_wrapped():
+def test_layers_that_are_watched_or_wrapped():
     engine = build("llama")
-    layer = engine.model.get_base_model().model.layers[1]
-    handle = layer.register_forward_hook(lambda *_: None)
-    assert "hooks watch the calls of LlamaDecoderLayer" in slow(engine)["fast decoding"]
-    handle.remove()
-    assert not slow(engine)
     layers = engine.model.get_base_model().model.layers
-    layers[1] = type("FSDPLlamaDecoderLayer", (type(layer),), {"__init__": lambda self: torch.nn.Module.__init__(self)})()
+    fused_mlp, layers[0].mlp = layers[0].mlp, made_like(layers[0].mlp, LlamaMLP)
+    assert slow(engine)["fast decoding"] == "LlamaMLP is not fused"
+    layers[0].mlp = fused_mlp
+    layers[1].register_forward_hook(lambda *_: None)
+    assert "hooks watch the calls of LlamaDecoderLayer" in slow(engine)["fast decoding"]
+    layers[1] = type("FSDPLlamaDecoderLayer", (type(layers[1]),), {"__init__": lambda self: torch.nn.Module.__init__(self)})()
     assert "FSDPLlamaDecoderLayer is not known, as where a strategy has wrapped it" in slow(engine)["fast decoding"]
-
-
-@needs_kernels
-@pytest.mark.parametrize(("settings", "prepacked"), [({"lora_dropout": 0.5}, True), ({"use_dora": True}, False)])
-def test_prepacked_weights_are_for_plain_lora_in_eval_mode(settings, prepacked):
-    engine = build("llama", ALL, **settings)
-    engine.model.train()
-    assert ("prepacked weights" not in slow(engine)) is prepacked
-    assert prepacked or "such as DoRA" in slow(engine)["prepacked weights"]
 
 
 def test_an_accelerator_has_no_kernels_and_no_copies_as_a_processor_without_onednn(monkeypatch):
@@ -146,14 +162,6 @@ def test_an_accelerator_has_no_kernels_and_no_copies_as_a_processor_without_oned
     assert backend.why_no_copies(cuda, torch.float32) == "copies of weights do not pay on cuda"
     monkeypatch.setattr(backends, "_has_onednn", lambda: False)
     assert "no AVX-512" in slow(build("llama"))["prepacked weights"]
-
-
-@needs_kernels
-def test_a_model_without_an_adapter_says_so():
-    engine = Engine(build_model("llama"))
-    engine.prepare()
-    assert engine.description().startswith("engine of the model without an adapter: packed training, shared prompts and CPU")
-    assert "the model has no adapter, with which its layers are fused" in engine.description()
 
 
 def test_a_run_says_it_and_a_resumed_one_what_has_changed(tmp_path, said, monkeypatch):
@@ -175,5 +183,7 @@ def test_an_engine_knows_nothing_before_it_is_prepared_and_a_copy_of_one_is_one_
         engine.passes()
     engine.prepare()
     checkpoint_gradients(engine.model.get_base_model(), engine.backend)
+    adapted, alone = engine.of(engine.model), engine.of(engine.model, is_copy=True)
+    assert adapted.packs and adapted.graphs is engine.graphs and not alone.is_prepared
     other = copy.deepcopy(engine)
     assert other.packs and other.model is not engine.model and other.backend is not engine.backend

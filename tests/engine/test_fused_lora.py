@@ -1,7 +1,7 @@
 import pytest
 import torch
+from kernel_numbers import kept
 from peft import LoraConfig, get_peft_model
-from peft.tuners import lora
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
@@ -40,31 +40,23 @@ def assert_same(model, found, expected):
     assert_same_sums(found[1], expected[1], additions_of(model, 20, backward=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
-def test_values_and_gradients_are_pefts(family, settings):
-    model = build(family, **settings)
+@pytest.mark.parametrize(("family", "settings"), [("llama", {"use_rslora": True}), ("qwen2", {})])
+def test_values_and_gradients_are_pefts_by_products_and_by_kernels(family, settings, monkeypatch):
+    model, called = build(family, **settings), []
+    monkeypatch.setattr(fused_lora, "add_low_rank", lambda *args: called.append(args) or add_low_rank(*args))
     expected = run(model)
     use_fused_lora(model, BACKEND)
     layers = [module for module in model.modules() if type(module) is FusedLora]
-    assert len(layers) == 4
-    assert_same(model, run(model), expected)
+    found = run(model)
+    assert_same(model, found, expected)
+    assert len(layers) == 4 and not called and all(gradient.dtype == torch.float32 for gradient in found[1].values())
     layers[-1].scaling["default"] *= 1.001  # a fault is far beyond rounding
     for part in (0, 1):
         with pytest.raises(AssertionError, match="not close"):
             assert_same_sums(run(model)[part], expected[part], additions_of(model, 20, backward=True))
     layers[-1].scaling["default"] /= 1.001
-    assert all(gradient.dtype == torch.float32 for gradient in run(model)[1].values())
-
-
-@pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
-    model = build(family)
-    expected = run(model)
-    called = []
-    monkeypatch.setattr(fused_lora, "add_low_rank", lambda *args: called.append(args) or add_low_rank(*args))
-    use_fused_lora(model, BACKEND)
+    if library() is None:
+        return
     use_fused_layers(model, BACKEND)
     assert_same(model, run(model, fused=True), expected)
     assert len(called) == 4
@@ -75,28 +67,17 @@ def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
     assert len(called) == 4, "wide factors are multiplied by libraries"
 
 
-def test_mixed_precision_is_as_close_to_float32_as_pefts():
+def test_mixed_precision_is_as_close_to_float32_as_pefts_and_no_copies_of_full_size_are_kept():
     model = build()
-    exact = run(model)
-    theirs = run(model, autocast=True)
+    exact, theirs = run(model), run(model, autocast=True)
     use_fused_lora(model, BACKEND)
     ours = run(model, autocast=True)
 
     def error(result):
-        return float((result[0].float() - exact[0]).norm() / exact[0].norm()), sum(
-            float((result[1][name] - exact[1][name]).norm() / exact[1][name].norm()) for name in exact[1]
-        )
+        of_gradients = [(result[1][name] - exact[1][name]).norm() / exact[1][name].norm() for name in exact[1]]
+        return float((result[0].float() - exact[0]).norm() / exact[0].norm()), float(sum(of_gradients))
 
     assert ours[0].dtype == torch.bfloat16
     assert all(mine <= 1.2 * other for mine, other in zip(error(ours), error(theirs), strict=True))
-
-
-def test_full_size_copies_are_not_kept_for_the_backward_pass():
-    torch.manual_seed(0)
-    layer = lora.Linear(torch.nn.Linear(64, 64, bias=False).requires_grad_(False), "default", LoraConfig(), r=2)
-    layer.__class__ = FusedLora
-    x = torch.randn(100, 64, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x)
-    assert sorted(t.numel() for t in kept) == [2 * 64, 2 * 64, 2 * 100, 64 * 64, 64 * 100]
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert kept(layer, torch.randn(100, 32, requires_grad=True)) == 4 * 100 * (32 + 3), "its input and x A'"

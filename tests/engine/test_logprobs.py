@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
+from tiny_decoders import SPECIAL, OfAccelerator, special_model
+from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,24 +53,8 @@ def assert_gradients(model, loss, separate):
         assert_same_sums(gradient, expected, additions_of(model, 40, backward=True), name=name)
 
 
-@pytest.mark.usefixtures("with_and_without_kernels")
-@pytest.mark.parametrize(
-    ("family", "case"),
-    [
-        *(("llama", "shared"), ("gpt2", "shared"), ("llama", "separate")),
-        *((family, "interrupted") for family in (*FAMILIES, *SPECIAL)),
-    ],
-)
-def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
-    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
-    before = [part.detach() for part in plain(model, case, 1, 0.8)]
-    logprobs, entropy = token_logprobs(engine_of(model), build_sequences(case), temperature=0.8)
-    for row, completion in enumerate(CASES[case][1]):
-        expected, expected_entropy = plain(model, case, row, 0.8)
-        assert_same_sums(logprobs[row, : len(completion)], expected, additions_of(model, 11), LOGITS)
-        assert_same_sums(entropy[row, : len(completion)], expected_entropy, additions_of(model, 11), LOGITS)
-    assert torch.isfinite(logprobs).all()
-    assert all(map(torch.equal, plain(model, case, 1, 0.8), before)), "the model itself still works as before"
+def build(family):
+    return special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
@@ -78,20 +62,24 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     ("family", "case", "frozen"),
     [
         *(("llama", "shared", True), ("gpt2", "shared", False), ("llama", "separate", False)),
-        *((family, "interrupted", number % 2 == 1) for number, family in enumerate(FAMILIES)),
+        *((family, "interrupted", number % 2 == 1) for number, family in enumerate((*FAMILIES, *SPECIAL))),
     ],
 )
-def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, monkeypatch):
-    model = build_model(family).requires_grad_(True)
+def test_values_entropies_and_gradients_are_those_of_separate_unpadded_passes(family, case, frozen, monkeypatch):
+    model = build(family).requires_grad_(True)
     if frozen:  # as with an adapter; logits and their gradient are then made in one go, here block by block
         model.get_output_embeddings().requires_grad_(False)
         monkeypatch.setattr(Backend, "most_logits", lambda *_: 4 * VOCABULARY)
-    sequences = build_sequences(case)
+    sequences, before = build_sequences(case), plain(model, case, 1, 0.7)
     logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
-    assert not entropy.requires_grad
-    separate = (plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences)))
+    separate = [plain(model, case, row, 0.7) for row in range(len(sequences))]
+    assert all(map(torch.equal, separate[1], before)), "the model itself still works as before"
+    for row, expected in enumerate(separate):
+        found = [part[row, : len(expected[0])] for part in (logprobs, entropy)]
+        assert_same_sums(found, [part.detach() for part in expected], additions_of(model, 11), LOGITS)
+    assert not entropy.requires_grad and torch.isfinite(logprobs).all()
     assert not logprobs[~sequences.sampled_mask].any() and not entropy[~sequences.sampled_mask].any()
-    assert_gradients(model, logprobs.sum(), separate)
+    assert_gradients(model, logprobs.sum(), (values.sum() for values, _ in separate))
 
 
 @pytest.mark.parametrize(
@@ -137,19 +125,13 @@ def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.usefixtures("with_and_without_kernels")
 def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
-    sequences = build_sequences("shared")
     found = []
     for checkpointing in (False, True):
-        model = build_model(family)
-        names = tuple(name for name, module in model.named_modules() if name.endswith("_proj"))
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=list(names), init_lora_weights=False))
-        engine = fused(model)
+        engine = build_adapted(family)
         if checkpointing:
-            checkpoint_gradients(model, engine.backend)
-        logprobs, _ = token_logprobs(engine, sequences, 1.0)
-        logprobs.sum().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+            checkpoint_gradients(engine.model, engine.backend)
+        token_logprobs(engine, build_sequences("shared"), 1.0)[0].sum().backward()
+        found.append({name: p.grad for name, p in engine.model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
 
 
@@ -179,11 +161,9 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     together, entropy = token_logprobs(engine_of(model), sequences, 1.0)
     found = gradients(together)
     alone = [token_logprobs(engine_of(model), sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
-    width = mask.shape[1]
-    separate = torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in alone])
-    separate_entropy = torch.cat([F.pad(values, (0, width - values.shape[1])) for _, values in alone])
-    assert_same_sums((together, entropy), (separate, separate_entropy), additions_of(model, 70), LOGITS)
-    assert_same_sums(found, gradients(separate), additions_of(model, 700, backward=True))
+    separate = [torch.cat([F.pad(parts[number], (0, 64 - parts[number].shape[1])) for parts in alone]) for number in (0, 1)]
+    assert_same_sums([together, entropy], separate, additions_of(model, 70), LOGITS)
+    assert_same_sums(found, gradients(separate[0]), additions_of(model, 700, backward=True))
 
 
 @pytest.mark.parametrize(("packed", "frozen"), [(True, False), (True, True), (False, False)])
@@ -221,7 +201,7 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
 )
 def test_logits_of_16_bits_are_float32_and_never_rounded(family, trained, dtype, backend):
     """In sampling and in an update; gradients have 16 bits."""
-    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model("llama", tie_word_embeddings=family == "tied")
+    model = build_model("llama", tie_word_embeddings=True) if family == "tied" else build(family)
     model.to(dtype).get_output_embeddings().requires_grad_(trained)
     engine, half = Engine(model, backend()), torch.float16 if dtype == torch.float16 else torch.bfloat16
     numbers = torch.Generator().manual_seed(0)

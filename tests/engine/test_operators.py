@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_numbers import DTYPES, assert_near, assert_same_on_any_threads, made
+from kernel_numbers import DTYPES, assert_near, made
 from rounding import assert_same_sums
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -13,30 +13,34 @@ from hybrid_lightning.rollout.sampler import draw_tokens
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
 SIZES = [2, 7, 50, 576]
+F32 = torch.float32
+
+
+def exactly(function, inputs, outer):
+    """What a formula gives in float64, and its gradients."""
+    exact = [part.double().requires_grad_() for part in inputs]
+    result = function(*exact)
+    return result.detach(), torch.autograd.grad(result, exact, outer.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_rms_norm(size, dtype):
-    x, weight = made(5, 3, size, dtype=dtype, scale=3), made(size, dtype=dtype, seed=1)
-    outer = made(5, 3, size, dtype=dtype, seed=2)
-    exact = x.double().requires_grad_()
-    normed = weight.double() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
-    (gradient,) = torch.autograd.grad(normed, exact, outer.double())
+def test_norms_and_gated_silu_of_halves_of_one_tensor(size, dtype):
+    x, weight, outer = (
+        made(*shape, dtype=dtype, scale=3 - seed, seed=seed) for seed, shape in enumerate([(5, 3, size), (size,), (5, 3, size)])
+    )
+
+    def norm(x):
+        return weight.double() * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+    normed, (gradient,) = exactly(norm, [x], outer)
     found, inverses = kernels.rms_norm(x, weight, 1e-5)
-    assert_near(found, normed.detach(), dtype, roundings=2)
+    assert_near(found, normed, dtype, roundings=2)
     assert_near(kernels.rms_norm_backward(outer, x, weight, inverses), gradient, dtype, roundings=2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-def test_gated_silu_of_halves_of_one_tensor(size, dtype):
     gate, up = made(9, 2 * size, dtype=dtype, scale=4).split(size, dim=1)
     outer = made(9, size, dtype=dtype, seed=1)
-    exact = [part.double().requires_grad_() for part in (gate, up)]
-    product = F.silu(exact[0]) * exact[1]
-    gradients = torch.autograd.grad(product, exact, outer.double())
-    assert_near(kernels.gated_silu(gate, up), product.detach(), dtype, roundings=2)
+    product, gradients = exactly(lambda gate, up: F.silu(gate) * up, [gate, up], outer)
+    assert_near(kernels.gated_silu(gate, up), product, dtype, roundings=2)
     for found, gradient in zip(kernels.gated_silu_backward(outer, gate, up), gradients, strict=True):
         assert_near(found, gradient, dtype, roundings=2)
 
@@ -55,18 +59,20 @@ def test_rotary_and_its_transpose(size, dtype):
     x = made(2, 4, 3 * size, dtype=dtype).view(8, 3, size)[:, 1:]  # strided
     angles = made(8, size, dtype=dtype, seed=1), made(8, size, dtype=dtype, seed=2)
     outer = made(8, 2, size, dtype=dtype, seed=3)
-    exact = x.double().transpose(0, 1)[None].requires_grad_()
-    cosines, sines = (part.double()[None] for part in angles)
-    rotated, _ = apply_rotary_pos_emb(exact, exact, cosines, sines)
-    (gradient,) = torch.autograd.grad(rotated, exact, outer.double().transpose(0, 1)[None])
-    assert_near(kernels.rotary(x, *angles), rotated[0].transpose(0, 1).detach(), dtype)
-    assert_near(kernels.rotary(outer, *angles, transposed=True), gradient[0].transpose(0, 1), dtype)
+
+    def rotated(x):
+        x = x.transpose(0, 1)[None]
+        return apply_rotary_pos_emb(x, x, *(part.double()[None] for part in angles))[0][0].transpose(0, 1)
+
+    expected, (gradient,) = exactly(rotated, [x], outer)
+    assert_near(kernels.rotary(x, *angles), expected, dtype)
+    assert_near(kernels.rotary(outer, *angles, transposed=True), gradient, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size", "rank"), [(1, 5, 1), (4, 16, 4), (7, 50, 6), (32, 576, 48)])
 def test_with_low_rank(rows, size, rank, dtype):
-    x, down = made(rows, 2 * size, dtype=dtype)[:, :size], made(rank, size, dtype=torch.float32, seed=1)
+    x, down = made(rows, 2 * size, dtype=dtype)[:, :size], made(rank, size, dtype=F32, seed=1)
     found = kernels.with_low_rank(x, down)
     assert torch.equal(found[:, :size], x)
     assert_near(found[:, size:], x.double() @ down.double().T, dtype)
@@ -110,66 +116,67 @@ def test_logprobs_entropies_and_slopes(size, dtype):
             assert_near(given, F.one_hot(tokens, size) - exact.exp(), dtype)
         else:
             assert torch.equal(given, logits)
-
-
-@pytest.mark.parametrize("token", [-1, 7])
-def test_a_token_beyond_the_vocabulary_is_refused_before_anything_is_written(token):
-    logits = made(2, 7, dtype=torch.float32)
-    with pytest.raises(IndexError, match=r"for logits of 7 tokens"):
-        kernels.token_logprobs(logits, torch.tensor([3, token]), 1.0, True)
-    assert torch.equal(logits, made(2, 7, dtype=torch.float32))
+    for token in (-1, size):
+        with pytest.raises(IndexError, match=f"for logits of {size} tokens"):
+            kernels.token_logprobs(given := logits.clone(), torch.tensor([0] * 8 + [token]), 1.0, True)
+        assert torch.equal(given, logits), "it is refused before anything is written"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_so(dtype):
     x = made(3, 40, dtype=dtype)
     x[1, 3] = torch.nan
-    weight = torch.ones(40, dtype=dtype)
     logprobs = kernels.token_logprobs(x.clone(), torch.zeros(3, dtype=torch.long), 1.0, False)[0]
-    found = [kernels.rms_norm(x, weight, 1e-5)[0].sum(1), kernels.gated_silu(x, x).sum(1), logprobs]
-    found.append(kernels.with_low_rank(x, torch.ones(2, 40)).sum(1))
-    for rows in found:
+    found = [kernels.rms_norm(x, torch.ones(40, dtype=dtype), 1e-5)[0].sum(1), kernels.gated_silu(x, x).sum(1), logprobs]
+    for rows in (*found, kernels.with_low_rank(x, torch.ones(2, 40)).sum(1)):
         assert rows.isfinite().tolist() == [True, False, True]
+    for number in range(3):
+        *parts, outer = packed_tensors("short", 32, 1, 2, dtype)
+        parts[number] = parts[number].clone()
+        parts[number][2, 0, 5] = torch.nan  # of the first group's prompt
+        result = kernels.packed_attention(*parts, groups_of("short"), None, 0.3)
+        assert not result[2].isfinite().all() and result[5:9].isfinite().all(), "the token itself; another group is as it was"
+        gradients = kernels.packed_attention_backward(outer, *parts, groups_of("short"), None, 0.3)
+        assert not gradients[0][2].isfinite().all()
+    result, x, down, up, outer = low_rank(40, 32, 48, 8)
+    x[7, 3] = torch.nan
+    low = kernels.add_low_rank(result, x, down, up, 1.0)
+    assert result.isnan().any(dim=1).nonzero().tolist() == [[7]]
+    of_down, of_up = kernels.low_rank_gradients(outer, x, low, down, up, 1.0, None)
+    assert of_down.isnan().any(dim=0).nonzero().tolist() == [[3]] and of_up.isnan().all()
 
 
-def test_results_do_not_depend_on_threads():
+def test_neither_threads_nor_the_default_dtype_matter():
     x, weight = made(200, 576, dtype=torch.bfloat16), made(576, dtype=torch.bfloat16, seed=1)
     logits, uniform = made(40, 5000, dtype=torch.bfloat16, scale=3), torch.rand(40, 1, dtype=torch.float64)
     result, rows, down, up, outer = low_rank(1000, 64, 48, 8)
+    *parts, slope = packed_tensors("of several tasks", 64, 2, 3, F32)
+    rest, zeros = (groups_of("of several tasks"), None, 0.3), torch.zeros(1000, 64)
 
     def compute():
-        parts = [kernels.rms_norm(x, weight, 1e-5)[0], kernels.gated_silu(x, x), *kernels.draw_tokens(logits, uniform, 1.0)]
-        y, of_x = result.clone(), torch.zeros(1000, 64)
+        found = [*kernels.rms_norm(x, weight, 1e-5), kernels.gated_silu(x, x), *kernels.draw_tokens(logits, uniform, 1.0)]
+        y, of_x = result.clone(), zeros.clone()
         low = kernels.add_low_rank(y, rows, down, up, 0.7)
-        parts += [y, low, of_x, *kernels.low_rank_gradients(outer, rows, low, down, up, 0.7, of_x)]
-        return [*parts, *kernels.token_logprobs(logits.clone(), torch.arange(40), 1.0, True)]
+        found += [y, low, of_x, *kernels.low_rank_gradients(outer, rows, low, down, up, 0.7, of_x)]
+        found += [kernels.packed_attention(*parts, *rest), *kernels.packed_attention_backward(slope, *parts, *rest)]
+        return [*found, *kernels.token_logprobs(logits.clone(), torch.arange(40), 1.0, True)]
 
-    assert_same_on_any_threads(compute)
-
-
-def test_the_default_dtype_does_not_matter():
-    x, weight, tokens = made(5, 40, dtype=torch.bfloat16), made(40, dtype=torch.bfloat16, seed=1), torch.arange(5)
-    uniform = torch.rand(5, 1, dtype=torch.float64)
-
-    def parts():
-        found = [*kernels.rms_norm(x, weight, 1e-5), *kernels.draw_tokens(x, uniform, 1.0)]
-        return [*found, *kernels.token_logprobs(x.clone(), tokens, 1.0, False)]
-
-    expected = parts()
+    threads, expected = torch.get_num_threads(), compute()
     try:
-        torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does
-        found = parts()
+        for count, dtype in ((1, torch.bfloat16), (2, F32), (3, F32)):  # bfloat16 as with Lightning's bf16-true
+            torch.set_num_threads(count)
+            torch.set_default_dtype(dtype)
+            for part, other in zip(compute(), expected, strict=True):
+                assert part.dtype == other.dtype and torch.equal(part, other)
     finally:
-        torch.set_default_dtype(torch.float32)
-    for part, other in zip(found, expected, strict=True):
-        assert part.dtype == other.dtype and torch.equal(part, other)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(F32)
 
 
 def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
     x = torch.zeros(2)
     assert kernels.usable(x, x) and kernels.usable(x.bfloat16(), torch.nn.Parameter(x.bfloat16()))
-    assert not kernels.usable(x, x.bfloat16())
-    assert not kernels.usable(x.double()) and not kernels.usable(x.half()) and not kernels.usable(x.to("meta"))
+    assert not any(kernels.usable(*given) for given in ((x, x.bfloat16()), (x.double(),), (x.half(),), (x.to("meta"),)))
 
 
 def shifted(part, places):
@@ -194,14 +201,13 @@ def test_sums_do_not_depend_on_where_numbers_lie(size, dtype):
         drawn = kernels.draw_tokens(shifted(x, places), uniform, 0.9)
         runs.append([normed, inverses, of_x, *kernels.token_logprobs(logits, tokens, 0.9, slopes=True), logits, *drawn])
     for run in runs[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+        assert all(map(torch.equal, run, runs[0]))
 
 
-# ---- kernels of LoRA, in float32 alone
+# ---- LoRA, in float32 alone
 
-F32 = torch.float32
-# Rows, numbers of an input and of an output, rank: in full lanes and not, in one part and in several.
-LOW_RANK = [(1, 5, 3, 1), (23, 16, 48, 8), (25, 50, 16, 17), (60, 64, 1, 4), (800, 48, 7, 3), (1000, 32, 64, 16)]
+# Rows, numbers of an input and of an output, rank: in full lanes and not, in one part and in several, and no rows.
+LOW_RANK = [(1, 5, 3, 1), (23, 16, 48, 8), (25, 50, 16, 17), (60, 64, 1, 4), (800, 48, 7, 3), (1000, 32, 64, 16), (0, 32, 16, 4)]
 
 
 def low_rank(rows, n, m, rank):
@@ -213,43 +219,107 @@ def low_rank(rows, n, m, rank):
 
 @pytest.mark.parametrize("sizes", LOW_RANK, ids=str)
 def test_what_low_rank_factors_add_and_their_gradients(sizes):
-    result, x, down, up, outer = low_rank(*sizes)
-    of_x, inner = made(len(x), x.shape[1], dtype=F32, seed=5), 0.7 * outer.double() @ up.double()
-    exact_low = x.double() @ down.double().T
-    exact = result.double() + 0.7 * exact_low @ up.double().T
-    low = kernels.add_low_rank(result, x, down, up, 0.7)
-    assert_near(low, exact_low, F32)
-    assert_near(result, exact, F32, roundings=2)
-    exact = (inner.T @ x.double(), 0.7 * outer.double().T @ low.double(), of_x.double() + inner @ down.double())
-    of_down, of_up = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, of_x)
-    for found, wanted in zip((of_down, of_up, of_x), exact, strict=True):
-        assert_near(found, wanted, F32, roundings=2)
-    without = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, None)
-    assert torch.equal(without[0], of_down) and torch.equal(without[1], of_up)
+    given, x, down, up, outer = low_rank(*sizes)
+    before, inner = made(len(x), x.shape[1], dtype=F32, seed=5), 0.7 * outer.double() @ up.double()
+    exact_low, runs = x.double() @ down.double().T, []
+    for factors in ((down, up), (down.T.contiguous().T, up.T.contiguous().T)):  # in any layout
+        result, of_x = given.clone(), before.clone()
+        low = kernels.add_low_rank(result, x, *factors, 0.7)
+        of_down, of_up = kernels.low_rank_gradients(outer, x, low, *factors, 0.7, of_x)
+        without = kernels.low_rank_gradients(outer, x, low, *factors, 0.7, None)
+        assert torch.equal(without[0], of_down) and torch.equal(without[1], of_up)
+        runs.append((low, result, of_down, of_up, of_x))
+    exact = (given.double() + 0.7 * exact_low @ up.double().T, inner.T @ x.double(), 0.7 * outer.double().T @ low.double())
+    exact = (exact_low, *exact, before.double() + inner @ down.double())
+    assert low.shape == exact_low.shape
+    for found, other, wanted in zip(*runs, exact, strict=True):
+        torch.testing.assert_close(found, other, atol=0, rtol=0)
+        if wanted.numel():
+            assert_near(found, wanted, F32, roundings=2)
 
 
-def test_low_rank_factors_of_no_rows():
-    result, x, down, up, outer = low_rank(0, 32, 16, 4)
-    low = kernels.add_low_rank(result, x, down, up, 1.0)
-    assert low.shape == (0, 4)
-    for gradient, factor in zip(kernels.low_rank_gradients(outer, x, low, down, up, 1.0, x.clone()), (down, up), strict=True):
-        assert torch.equal(gradient, torch.zeros_like(factor))
+# ---- attention
 
 
-def test_low_rank_factors_in_any_layout():
-    result, x, down, up, outer = low_rank(40, 32, 48, 8)
-    expected, turned = result.clone(), (down.T.contiguous().T, up.T.contiguous().T)
-    low = kernels.add_low_rank(expected, x, down, up, 0.7)
-    assert torch.equal(kernels.add_low_rank(result, x, *turned, 0.7), low) and torch.equal(result, expected)
-    gradients = kernels.low_rank_gradients(outer, x, low, down, up, 0.7, None)
-    for one, other in zip(kernels.low_rank_gradients(outer, x, low, *turned, 0.7, None), gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=0, rtol=0)
+def reference_of_decoding(query, key, value, prompt, own, slots, counts, lengths, window, scaling):
+    """`own` holds the new tokens, too."""
+    result = torch.empty(query.shape, dtype=torch.float64)
+    samples, repeats = own[0].shape[2], query.shape[1] // key.shape[1]
+    for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+        place, sample = divmod(slot, samples)
+        pairs = []
+        for shared, mine in zip(prompt, own, strict=True):
+            pairs.append(torch.cat([shared[place, :, : lengths[place]], mine[place, :, sample, :count]], dim=1).double())
+        keys, values = (part[:, -window:] if window else part for part in pairs)
+        keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
+        weights = torch.einsum("hd,hsd->hs", query[row].double(), keys).mul(scaling).softmax(-1)
+        result[row] = torch.einsum("hs,hsd->hd", weights, values)
+    return result
 
 
-def test_what_is_not_finite_in_one_row_stays_so_by_low_rank_factors():
-    result, x, down, up, outer = low_rank(40, 32, 48, 8)
-    x[7, 3] = torch.nan
-    low = kernels.add_low_rank(result, x, down, up, 1.0)
-    assert torch.equal(result.isnan().any(dim=1).nonzero().flatten(), torch.tensor([7]))
-    of_down, of_up = kernels.low_rank_gradients(outer, x, low, down, up, 1.0, None)
-    assert torch.equal(of_down.isnan().any(dim=0).nonzero().flatten(), torch.tensor([3])) and of_up.isnan().all()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "repeats", "window"), [(32, 1, None), (64, 3, 2), (96, 2, 6), (128, 5, 100), (256, 4, 6)])
+def test_decode_attention(size, repeats, window, dtype):
+    prompts, samples, heads, width, capacity = 3, 4, 2, 7, 9
+    prompt = made(2, prompts, heads, width, size, dtype=dtype).unbind()
+    own = made(2, prompts, heads, samples, capacity, size, dtype=dtype, seed=1).unbind()
+    # Some slots have no row, and one has three new tokens.
+    lengths, slots, counts = torch.tensor([7, 3, 5]), torch.tensor([0, 2, 2, 2, 5, 11]), torch.tensor([4, 5, 6, 7, 1, 9])
+    query, key, value = made(6, heads * (repeats + 2), size, dtype=dtype, seed=2).split([heads * repeats, heads, heads], dim=1)
+    arguments = (slots, counts, lengths, window, 0.3)
+    before = [part.clone() for part in own]
+    found = kernels.decode_attention(query, key, value, prompt, own, *arguments)
+    assert_near(found, reference_of_decoding(query, key, value, prompt, own, *arguments), dtype)
+    for part, old, new in zip(own, before, (key, value), strict=True):
+        for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+            old[slot // samples, :, slot % samples, count - 1] = new[row]
+        assert torch.equal(part, old), "the new token's key and value are kept in their places, and nothing else is touched"
+
+
+# Begin and end of the segments of each group, its prompt's first; scattered over the row as bands do it, one of them empty.
+GROUPS = {
+    "short": [[(0, 5), (9, 12), (14, 30)], [(5, 9), (12, 14), (14, 14)], [(30, 32)]],
+    "of several tasks": [[(0, 300), (310, 780), (300, 301), (301, 310)], [(780, 781), (781, 800)]],
+}
+
+
+def groups_of(kind):
+    counts = torch.tensor([0, *(len(group) for group in GROUPS[kind])])
+    return kernels.Groups(torch.tensor([segment for group in GROUPS[kind] for segment in group]), counts.cumsum(0))
+
+
+def packed_tensors(kind, size, heads, repeats, dtype):
+    tokens = max(end for group in GROUPS[kind] for _, end in group)
+    joined = made(tokens, heads * (repeats + 2), size, dtype=dtype)  # strided from token to token
+    return (*joined.split([heads * repeats, heads, heads], dim=1), made(tokens, heads * repeats, size, dtype=dtype, seed=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "size", "heads", "repeats", "window"),
+    [
+        *(("short", 32, 4, 1, None), ("short", 64, 2, 3, 7), ("short", 80, 1, 7, 1)),
+        *(("of several tasks", 64, 2, 3, None), ("of several tasks", 24, 1, 16, 290), ("of several tasks", 32, 4, 1, 7)),
+    ],
+)
+def test_packed_attention_and_its_gradients(kind, size, heads, repeats, window, dtype):
+    *parts, outer = packed_tensors(kind, size, heads, repeats, dtype)
+    seen = torch.zeros(len(outer), len(outer), dtype=torch.bool)
+    for prompt, *completions in GROUPS[kind]:
+        for shared, (begin, end) in [(0, prompt), *((prompt[1] - prompt[0], completion) for completion in completions)]:
+            for token in range(begin, end):
+                positions = [*range(prompt[0], prompt[0] + shared), *range(begin, token + 1)]
+                seen[token, positions[-window:] if window else positions] = True
+
+    def attention(query, key, value):
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        scores = torch.einsum("nhd,mhd->hnm", query, key) * 0.3
+        return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+    result, gradients = exactly(attention, parts, outer)
+    arguments = (groups_of(kind), window, 0.3)
+    # Sums of up to 780 numbers, and for keys of as many times 16, in one order: this formula in torch's float32 is as far off.
+    roundings = 1 if dtype == torch.bfloat16 or kind == "short" else 4
+    assert_near(kernels.packed_attention(*parts, *arguments), result, dtype, roundings)
+    for part, gradient in zip(kernels.packed_attention_backward(outer, *parts, *arguments), gradients, strict=True):
+        assert_near(part, gradient, dtype, roundings)

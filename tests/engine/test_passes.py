@@ -16,16 +16,26 @@ def build(checkpointing=False, **sizes):
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+PER_TOKEN = 30 * (16 * 576 + 5 * 1536) * 2
 
 
-def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes():
-    tokens = default_token_budget(build(**SMALL), OTHER)  # not on a CPU: 8 GB
-    assert tokens == int(8e9 / (30 * (16 * 576 + 5 * 1536) * 2))
-    assert default_token_budget(build(checkpointing=True, **SMALL), OTHER) > 10 * tokens
+def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes(monkeypatch):
+    model, small = build(**SMALL), build_model("llama")
+    tokens = default_token_budget(model, OTHER)  # not on a CPU: 8 GB
+    assert tokens == int(8e9 / PER_TOKEN) and default_token_budget(build(checkpointing=True, **SMALL), OTHER) > 10 * tokens
     large = build(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
     assert default_token_budget(large, OTHER) == 256, "never less than keeps a device busy"
-    model = build_model("llama")
-    assert default_token_budget(model, OTHER) > 10 * default_token_budget(model, CPU)
+    assert default_token_budget(small, OTHER) > 10 * default_token_budget(small, CPU)
+    # Half of what 90% of an accelerator's memory leaves beside the weights, and 12 bytes more for each that is trained.
+    model.requires_grad_(False)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    model.model.layers[0].requires_grad_(True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    for total in (24 * 2**30, 80 * 2**30):
+        monkeypatch.setattr(passes, "memory_of", lambda device, total=total: total)
+        assert default_token_budget(model, OTHER) == int(0.5 * (0.9 * total - 4 * weights - 12 * trained) / PER_TOKEN)
+    monkeypatch.setattr(passes, "memory_of", lambda device: 1)
+    assert default_token_budget(model, OTHER) == 256, "what does not fit is for the planner to say"
 
 
 def test_the_estimate_is_near_what_is_kept():
@@ -35,22 +45,3 @@ def test_the_estimate_is_near_what_is_kept():
     estimate = 64 * 0.68e9 / default_token_budget(model, CPU)
     with torch.autocast("cpu", torch.bfloat16):
         assert 0.5 < kept(model.model, torch.zeros(1, 64, dtype=torch.long)) / estimate < 1.3
-
-
-GIB = 2**30
-
-
-def test_an_accelerator_with_more_memory_takes_more_tokens(monkeypatch):
-    """Half of what 90% of it leaves beside the weights, and 12 bytes more for each that is trained."""
-    model = build(**SMALL)
-    model.requires_grad_(False)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    model.model.layers[0].requires_grad_(True)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    per_token = 30 * (16 * 576 + 5 * 1536) * 2
-    for total in (24 * GIB, 80 * GIB):
-        monkeypatch.setattr(passes, "memory_of", lambda device, total=total: total)
-        expected = 0.5 * (0.9 * total - 4 * weights - 12 * trained) / per_token
-        assert default_token_budget(model, OTHER) == int(expected)
-    monkeypatch.setattr(passes, "memory_of", lambda device: 1)
-    assert default_token_budget(model, OTHER) == 256, "what does not fit is for the planner to say"

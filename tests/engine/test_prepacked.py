@@ -8,7 +8,7 @@ from tiny_models import build_model
 from hybrid_lightning.engine import prepacked as constant
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_lora import use_fused_lora
-from hybrid_lightning.engine.prepacked import prepacked_weights, products_together
+from hybrid_lightning.engine.prepacked import prepacked_weights
 
 
 def build(*family_and_targets, **settings):
@@ -92,17 +92,3 @@ def test_layers_with_one_input_are_one_product(family, targets, autocast, monkey
     layers = 2 * len(groups)
     by_products = autocast and constant.kernels.library() is None
     assert len(made) == (2 * layers if by_products else layers), "one of a group, and one with A where no kernel makes that"
-
-
-@pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj",)])
-def test_products_together_are_those_of_each_layer(targets):
-    model = build(targets=targets)
-    layers = next(same_inputs(model))
-    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = [layer(x) for layer in layers]
-        with prepacked_weights(model, Backend(), together=[layers]):
-            for found in (products_together(layers)(x), [layer(x) for layer in layers]):
-                assert_same_sums(list(found), expected, additions=2 * 32)
-            with model.disable_adapter():
-                assert all(map(torch.equal, products_together(layers)(x), [layer(x) for layer in layers]))

@@ -11,7 +11,6 @@ from hybrid_lightning.engine import Backend, Engine, attention, token_logprobs
 from hybrid_lightning.engine import segments as of_segments
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.segment_attention import SegmentLayout, gathered_keys, segment_attention
-from hybrid_lightning.engine.segments import Attended, Segments, attend, joined
 
 
 def whole(query, key, value, runs, window, scale):
@@ -40,7 +39,7 @@ def runs_of(prompts, completions):
     return runs
 
 
-@pytest.mark.parametrize(("window", "filling"), [(None, 0), (None, 3), (1, 0), (4, 3), (9, 0), (30, 3)])
+@pytest.mark.parametrize(("window", "filling"), [(None, 0), (1, 0), (4, 3), (9, 0), (30, 3)])
 def test_values_and_gradients_are_those_of_one_query_after_another(window, filling):
     torch.manual_seed(0)
     layout = SegmentLayout.of(PROMPTS, COMPLETIONS, 5)
@@ -59,28 +58,13 @@ def test_values_and_gradients_are_those_of_one_query_after_another(window, filli
         assert torch.allclose(one, other, atol=3e-6)
 
 
-def test_prompts_alone_keys_that_are_not_used_and_runs_without_keys():
-    layout = SegmentLayout.of(PROMPTS, None, 5)
-    query, key, value = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    found = segment_attention(query, key, value, layout, None, AttentionSettings(scaling=0.3))
-    expected = whole(query, key, value, runs_of(PROMPTS, torch.zeros(3, 0, dtype=torch.long)), None, 0.3)
-    assert torch.allclose(found, expected, atol=1e-6)
-    begins = torch.tensor([0, 2, 3], dtype=torch.int32)
-    keys = torch.tensor([0, 4, 8], dtype=torch.int32)
-    segments, settings = Segments(begins, keys, 2, 4, causal=False), AttentionSettings(scaling=0.5)
-    query, key, value = torch.randn(3, 2, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8)
-    found, sums = attend(query, key, value, segments, settings, torch.tensor([2, 0], dtype=torch.int32))
-    expected = whole(query[:2], key, value, [[0, 1], [0, 1]], None, 0.5)
-    assert torch.allclose(found[:2], expected, atol=1e-6)
-    assert not found[2].any() and torch.isneginf(sums[:, 2]).all()
-    other = attend(query, key, value, segments, settings, torch.tensor([4, 4], dtype=torch.int32))
-    both, together = joined(Attended(found, sums), other)
-    assert torch.allclose(both[2], other[0][2], atol=1e-6) and torch.allclose(together[:, 2], other[1][:, 2])
-
-
 @pytest.mark.parametrize(
     ("family", "case", "adapted"),
-    [*((family, "shared", False) for family in FAMILIES), ("llama", "separate", True), ("mistral", "shared", True)],
+    [
+        *((family, "shared", False) for family in FAMILIES if family != "llama"),
+        ("llama", "separate", True),
+        ("mistral", "shared", True),
+    ],
 )
 def test_all_families_train_alike(family, case, adapted):
     """Mistral's layers see 3 tokens here, so that prompts are hidden in part."""

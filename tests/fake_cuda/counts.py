@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -25,9 +26,8 @@ from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGrad
 from hybrid_lightning.adapters.gradients import ModuleAccumulator
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
+from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.backend import PlannedBackend
-from hybrid_lightning.engine.decoder import _compiled_pass
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
@@ -57,9 +57,15 @@ def counting(fake):
         yield counter.counts
 
 
+@cache
+def fake_model(layers, share):
+    """A share of 0 is LoRA, None the model as it is scored."""
+    return FakeModel(settings(), layers, share, "cuda:0")
+
+
 def of_all_layers(count, share=0):
-    """Counts of one and two layers, and by these of all; a share of 0 is LoRA, None the model as it is scored."""
-    one, two = (count(FakeModel(settings(), layers, share, "cuda:0")) for layers in (1, 2))
+    """Counts of one and two layers, and by these of all."""
+    one, two = (count(fake_model(layers, share)) for layers in (1, 2))
     more = CONFIG.num_hidden_layers - 1
     return {
         "kernels": one.kernels + more * (two.kernels - one.kernels),
@@ -84,16 +90,15 @@ class Event:
 def sampling(fake, seen):
     """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = _sequences(PROMPTS, 1, PROMPT, 1)
-    fake.engine._fast._make = _compiled_pass
-    made = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
+    fake.engine._fast.compiles = True
+    made = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
     made.lengths = fake.fake(made.lengths)
     ids, mask = fake.fake(rows.prompt_ids), fake.fake(rows.prompt_mask)
     prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
     draws = PromptDraws(prompts, SAMPLES, 0)
-    patches = {"decoding_of": lambda *_: made, "_EVERY": TOKENS - 2}
     with (
-        mock.patch.multiple(sampler, **patches),
+        mock.patch.multiple(sampler, decoding_of=lambda *_: made, _EVERY=TOKENS - 2),
         mock.patch.object(torch, "Event", Event),
         mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
         torch.no_grad(),
@@ -138,16 +143,25 @@ def ideal_decoding(rank):
     return CONFIG.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + CONFIG.vocab_size * hidden * 2
 
 
-def update(fake):
-    """Forward and backward pass of four prompts with all of their completions."""
+def losses_of(fake):
+    """A function that gives the loss of four prompts with all of their completions."""
     rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
     packed = fake.engine.packed(rows)
     tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
     fake.fake_layout(packed)
-    with counting(fake) as counts:
+
+    def losses():
         hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
-        logprobs, _ = logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)
-        logprobs.mean().backward()
+        yield logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)[0].mean()
+
+    return losses
+
+
+def update(fake):
+    """Forward and backward pass."""
+    losses = losses_of(fake)
+    with counting(fake) as counts:
+        next(losses()).backward()
     return counts
 
 
@@ -159,18 +173,9 @@ class Unchecked(ScoringProcess):
 
 
 def scoring(fake, mode):
-    """Forward and backward pass of four prompts with all of their completions, and what is kept of the gradients."""
-    rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
-    packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
-    fake.fake_layout(packed)
-    candidates = find_candidates(fake.model)
+    """Forward and backward pass, and what is kept of the gradients."""
+    losses, candidates = losses_of(fake), find_candidates(fake.model)
     fake.model.requires_grad_(False)  # or gradients are dropped before they are taken
-
-    def losses():
-        hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
-        yield logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)[0].mean()
-
     with counting(fake) as counts, only_candidates_trainable(fake.model, candidates):
         sums = {}
         for name, module in candidates.items():
@@ -206,15 +211,14 @@ def traces():
     (rows, *_) = passes_of_step(run, 4)
     found = {}
     for device in ("cpu", "cuda:0"):
-        update = _trace_update(FakeModel(run, 2, 0, device), rows)
-        sampling = _trace_decoding(FakeModel(run, 2, 0, device), 4, SAMPLES)
-        found[device] = [astuple(update), astuple(sampling)]
+        fake = FakeModel(run, 1, 0, device)
+        found[device] = [astuple(_trace_update(fake, rows)), astuple(_trace_decoding(fake, 4, SAMPLES))]
     return found
 
 
 def planted():
     """The kinds of mistakes that are found where there are some."""
-    fake, places = FakeModel(settings(), 1, 0, "cuda:0"), torch.zeros(8, dtype=torch.long)
+    fake, places = fake_model(1, 0), torch.zeros(8, dtype=torch.long)
 
     def caught(what):
         numbers = fake.fake(torch.zeros(8, 4))

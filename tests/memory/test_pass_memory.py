@@ -27,12 +27,12 @@ def test_every_family_is_planned(family):
     assert fft.optimizer > hybrid.optimizer > lora.optimizer > 0
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, None])
+@pytest.mark.parametrize("share", [0.0, None])
 def test_two_layers_tell_what_all_hold(share):
     settings = replace(SETTINGS, config=copy.deepcopy(SETTINGS.config))
-    settings.config.num_hidden_layers = 6
+    settings.config.num_hidden_layers = 4
     (rows,) = passes_of_step(settings, 4)
-    direct, found = _trace_update(FakeModel(settings, 6, share), rows), Traces(settings).update(rows, share)
+    direct, found = _trace_update(FakeModel(settings, 4, share), rows), Traces(settings).update(rows, share)
     assert found.activations == pytest.approx(direct.activations, rel=0.01)
     assert found.logits == pytest.approx(direct.logits, rel=0.01)
 

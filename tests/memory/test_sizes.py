@@ -9,7 +9,6 @@ from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure_sizes
 from hybrid_lightning.policy import NF4, Int8
-from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.policy.quantization import quantize_base
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
@@ -78,9 +77,3 @@ def test_a_budget_is_spent_on_the_largest_modules():
     limited = plan_of_budget(candidates, ParameterBudget(0.2), LORA)
     trained = sum(candidates[name].weight.numel() for name in limited.full_modules)
     assert 0 < trained <= 0.2 * sum(module.weight.numel() for module in candidates.values())
-
-
-def test_fewer_layers_are_the_same_model_but_for_them():
-    config = build_model("qwen3").config
-    assert len(decoder_blocks(meta_model(config, torch.float32, layers=1))) == 1
-    assert len(decoder_blocks(meta_model(config, torch.float32))) == 2 == config.num_hidden_layers

@@ -25,17 +25,12 @@ def lora(sharding, settings=SETTINGS):
     return _Run(settings, sharding).method("LoRA", ModuleBudget(0.0))
 
 
-def test_ddp_holds_all_and_the_gradients_once_more():
-    one, two = lora(SingleDevice()), lora(DDP(2))
+def test_ddp_holds_all_and_the_gradients_once_more_and_fsdp_a_share_and_the_whole_of_what_computes():
+    one, two, four, older = map(lora, (SingleDevice(), DDP(2), FSDP2(4), FSDP1(4)))
     for moment in ("generating", "updating"):
         assert two.peaks[moment].weights == one.peaks[moment].weights
-        assert two.peaks[moment].copies == 4 * one.trainable
-        assert one.peaks[moment].copies == 0
+        assert two.peaks[moment].copies == 4 * one.trainable and one.peaks[moment].copies == 0
     assert two.peaks["generating"].cache == one.peaks["generating"].cache / 2, "prompts are dealt"
-
-
-def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
-    one, four = lora(SingleDevice()), lora(FSDP2(4))
     assert plan_method(replace(SETTINGS, budget=ModuleBudget(0.0)), FSDP2(4)) == four, "it is the method of the plan"
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(four.peaks["generating"], name) == getattr(one.peaks["generating"], name) / 4 > 0
@@ -43,7 +38,6 @@ def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     outside = 4 * (2 * config.vocab_size + 1) * config.hidden_size  # embeddings, output layer and the last norm
     assert four.peaks["generating"].copies == whole + outside
     assert 0 < four.peaks["updating"].copies < four.peaks["generating"].copies
-    older = lora(FSDP1(4))
     assert older.peaks["generating"].gradients == (whole - outside) / 4, "frozen weights of blocks have gradients, too"
     assert older.peaks["generating"].copies == whole
 
@@ -112,12 +106,9 @@ def test_optimizers_are_asked():
     assert optimizer_bytes(lambda groups: torch.optim.SGD(groups, momentum=0.9)).state == 4
     with pytest.raises(ConfigError, match=r"model\.optimizer cannot be planned for"):
         optimizer_bytes(lambda groups: torch.optim.LBFGS(groups))
-
-
-def test_eight_bits_of_state():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    found = optimizer_bytes(bitsandbytes.optim.AdamW8bit)
-    assert 2 <= found.state < 2.1 and found.step == 0
+    eight = optimizer_bytes(bitsandbytes.optim.AdamW8bit)
+    assert 2 <= eight.state < 2.1 and eight.step == 0
 
 
 @pytest.mark.parametrize(

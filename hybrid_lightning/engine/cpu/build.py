@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -23,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # No option that lets the compiler ignore nan: a gradient that is not finite has to be noticed.
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# No option with which the order of a sum depends on the address of its numbers, which differs from run to run.
-_ORDER = ("--param=vect-max-peeling-for-alignment=0",)
+_OPTIONS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+# No order of a sum that depends on the address of its numbers, which differs from run to run.
+_OPTIONS += ["--param=vect-max-peeling-for-alignment=0"]
 _OFF = "HYBRID_LIGHTNING_KERNELS"
 
 
@@ -63,25 +64,14 @@ def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [
-        *(path.read_text(encoding="utf-8") for path in sources),
-        *_OPTIONS,
-        *_ORDER,
-        *compiler,
-        said,
-        str(runtime),
-        _processor(),
-    ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    digest = hashlib.sha256("\0".join([*texts, *_OPTIONS, *compiler, said, str(runtime), _processor()]).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
-    folder = _cache()
-    if folder is not None:
-        if not (folder / name).exists():
-            _compile(compiler, runtime, folder / name)
-        return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory() as temporary:  # a library that has been loaded needs its file no more
-        _compile(compiler, runtime, Path(temporary) / name)
-        return ctypes.CDLL(str(Path(temporary) / name))
+    with ExitStack() as stack:  # a library that has been loaded needs its file no more
+        target = (_cache() or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / name
+        if not target.exists():
+            _compile(compiler, runtime, target)
+        return ctypes.CDLL(str(target))
 
 
 def _cache() -> Path | None:
@@ -130,9 +120,7 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         result, objects = Path(folder) / target.name, [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        commands = [
-            [*compiler, *_OPTIONS, *_ORDER, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)
-        ]
+        commands = [[*compiler, *_OPTIONS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))  # raises the error of a command, if one fails
         # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.

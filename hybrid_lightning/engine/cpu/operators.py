@@ -1,10 +1,10 @@
 """The CPU kernels as functions of tensors. Callers ask `usable` first, and compute with torch where it says no."""
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,9 +46,8 @@ def why_unusable(dtype: torch.dtype) -> str:
     """Why there are no kernels for tensors of a dtype on the CPU, in words for the user; empty where there are."""
     if library() is None:
         return why_none() or "they were switched off"
-    return (
-        "" if dtype in _SUFFIX else f"they compute with float32 and bfloat16, and the model with {str(dtype).partition('.')[2]}"
-    )
+    known = f"they compute with float32 and bfloat16, and the model with {str(dtype).partition('.')[2]}"
+    return "" if dtype in _SUFFIX else known
 
 
 def fit(*tensors: Tensor) -> bool:
@@ -66,15 +65,20 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return ctypes.CFUNCTYPE(None, *_SIGNATURES[name])(address)
 
 
-def call_kernel(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
-    """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers.
+def _call(name: str, tensors: Sequence[Tensor | None], *numbers: Any) -> None:
+    """Call the compiled function NAME for the storage dtype of the first tensor, with all their addresses and the numbers.
 
     Of fake tensors, which have no addresses, nothing is computed: what a function writes to has been allocated by its caller.
     """
-    tensors = tuple(tensors)
-    if isinstance(tensors[0], FakeTensor):
-        return
-    _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
+    first = tensors[0]
+    assert first is not None
+    if not isinstance(first, FakeTensor):
+        _function(name, first.dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
+
+
+def _dense(part: Tensor) -> Tensor:
+    """The same with the numbers of its last axis side by side in memory."""
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _floats(*shape: int) -> Tensor:
@@ -86,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
     x, size = x.contiguous(), x.shape[-1]
     result, inverses = torch.empty_like(x), _floats(*x.shape[:-1], 1)
-    call_kernel("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
+    _call("rms_norm", (x, weight, result, inverses), x.numel() // size, size, eps)
     return result, inverses
 
 
@@ -94,17 +98,15 @@ def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor
     """Gradient of x [..., n] from the gradient of `rms_norm`."""
     outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
     result = torch.empty_like(x)
-    call_kernel("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
+    _call("rms_norm_backward", (outer, x, weight, inverses, result), x.numel() // size, size)
     return result
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, [..., n]."""
-    size = gate.shape[-1]
-    rows = [part.reshape(-1, size) for part in (gate, up)]
-    rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
-    result = gate.new_empty(gate.shape)
-    call_kernel("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    result, size = gate.new_empty(gate.shape), gate.shape[-1]
+    gate, up = (_dense(part.reshape(-1, size)) for part in (gate, up))
+    _call("gated_silu", (gate, up, result), len(gate), size, gate.stride(0), up.stride(0))
     return result
 
 
@@ -112,27 +114,25 @@ def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     """Gradients of gate and up from the gradient of `gated_silu`."""
     outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    call_kernel("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
+    _call("gated_silu_backward", (outer, gate, up, of_gate, of_up), gate.numel())
     return of_gate, of_up
 
 
 def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
     """Rotary position embedding of x [N, heads, D] by [N, D] each, or what its transpose makes of x; contiguous."""
-    if x.stride(2) != 1:
-        x = x.contiguous()
+    x = _dense(x)
     result = x.new_empty(x.shape)
     sizes = (*x.shape, x.stride(0), x.stride(1))
-    call_kernel("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
+    _call("rotary", (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
     return result
 
 
 def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
     """[x, x A'] [N, n + r] of x [N, n] and A [r, n], which is float32 and contiguous."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    rank, (count, size) = down.shape[0], x.shape
+    x = _dense(x)
+    rank, (count, size) = len(down), x.shape
     result = x.new_empty(count, size + rank)
-    call_kernel("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
+    _call("with_low_rank", (x, down, result), count, size, rank, x.stride(0))
     return result
 
 
@@ -165,24 +165,19 @@ def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [N, V] float32, not rounded to bfloat16 on the way, of hidden states [N, H] and a weight [V, H] in bfloat16."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-    call_kernel("float_logits", hidden.dtype, (hidden, weight, logits), *_brgemm(), *hidden.shape, len(weight))
+    _call("float_logits", (hidden, weight, logits), *_brgemm(), *hidden.shape, len(weight))
     return logits
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw a token for each row of logits.
-
-    Args:
-        logits: [B, V].
-        uniform: Uniform random numbers in [0, 1), [B, 1] float64.
-        temperature: Divides the logits.
+    """Draw a token for each row of logits [B, V] by uniform random numbers in [0, 1), [B, 1] float64.
 
     Returns:
         Tokens [B] int64, and their log-probabilities [B] float32.
     """
     logits, uniform = logits.contiguous(), uniform.contiguous()
     tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
-    call_kernel("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
+    _call("draw_tokens", (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
     return tokens, logprobs
 
 
@@ -198,7 +193,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
         raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
     logprobs, entropies = _floats(len(logits)), _floats(len(logits))
-    call_kernel("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
+    _call("token_logprobs", (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies
 
 
@@ -213,47 +208,113 @@ def low_rank_pays(down: Tensor, up: Tensor) -> bool:
 
 
 def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Add s (x A') B' to a result in place.
-
-    Args:
-        result: [N, m], contiguous.
-        x: [N, n].
-        down: A [r, n].
-        up: B [m, r].
-        scaling: s.
+    """Add s (x A') B' in place to a contiguous result [N, m], of x [N, n], A [r, n] and B [m, r].
 
     Returns:
         x A', [N, r], which the gradients need again.
     """
-    x, rank = _dense_rows(x), len(down)
+    x, rank = _dense(x), len(down)
     low = x.new_empty(len(x), rank)
     sizes = (len(x), x.shape[1], len(up), rank, x.stride(0))
-    call_kernel("add_low_rank", x.dtype, (x, down.contiguous(), up.contiguous(), result, low), *sizes, scaling)
+    _call("add_low_rank", (x, down.contiguous(), up.contiguous(), result, low), *sizes, scaling)
     return low
 
 
 def low_rank_gradients(
     outer: Tensor, x: Tensor, low: Tensor, down: Tensor, up: Tensor, scaling: float, of_x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B from that of a result; those of x are added in place to what `of_x` has.
+    """Gradients of A [r, n] and B [m, r] from that of a result, [N, m], x [N, n] and x A' [N, r].
 
-    Args:
-        outer: [N, m].
-        x: [N, n].
-        low: x A' [N, r].
-        down: A [r, n].
-        up: B [m, r].
-        scaling: s.
-        of_x: [N, n], contiguous; None if nobody wants it.
+    Those of x are added in place to what `of_x` [N, n] has, which is contiguous, or None if nobody wants them.
     """
-    outer, x, rank = _dense_rows(outer), _dense_rows(x), len(down)
+    outer, x, rank = _dense(outer), _dense(x), len(down)
     down, up = down.contiguous(), up.contiguous()
     of_down, of_up = torch.empty_like(down), torch.empty_like(up)
     tensors = (outer, x, low.contiguous(), down, up, of_x, of_down, of_up)
     sizes = (len(x), x.shape[1], len(up), rank, outer.stride(0), x.stride(0))
-    call_kernel("low_rank_gradients", x.dtype, tensors, *sizes, scaling)
+    _call("low_rank_gradients", tensors, *sizes, scaling)
     return of_down, of_up
 
 
-def _dense_rows(part: Tensor) -> Tensor:
-    return part if part.stride(1) == 1 else part.contiguous()
+# ---- attention; axes are those of `engine/attention.py`, and N tokens are one packed sequence
+
+DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # values of D that `decode_attention` is compiled for
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    slots: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of N new tokens of completions. Their keys and values are written behind the completions' own.
+
+    Args:
+        query: [N, H, D].
+        key: [N, K, D].
+        value: [N, K, D].
+        prompt: Keys and values of the prompts, [P, K, S, D] each, padded on the right; contiguous.
+        own: Keys and values of the completions, [P, K, G, capacity, D] each; contiguous.
+        slots: The slot of each token's completion, [N] int64, counted over [P, G].
+        counts: Tokens of its completion up to the new one, which is included, [N] int64.
+        lengths: Tokens of each prompt, [P] int64.
+        window: A token sees this many positions; None for all.
+        scaling: Factor of the scores.
+    """
+    heads, (count, all_heads, size) = key.shape[1], query.shape
+    new = [_dense_tokens(part) for part in (query, key, value)]
+    result = query.new_empty(query.shape)
+    tensors = (*new, *prompt, *own, slots, counts, lengths, result)
+    sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
+    strides = [part.stride(0) for part in new]
+    _call("decode_attention", tensors, *sizes, window or 0, scaling, *strides)
+    return result
+
+
+def _dense_tokens(part: Tensor) -> Tensor:
+    """The same [N, heads, D], with the numbers of a token side by side in memory."""
+    return part if part.stride(2) == 1 and part.stride(1) == part.shape[2] else part.contiguous()
+
+
+class Groups(NamedTuple):
+    """Where each prompt and each completion lies among N packed tokens: as a segment. A group is a prompt and its completions.
+
+    Tensors are int64 and contiguous.
+    """
+
+    segments: Tensor  # [count, 2]: begin and end of each, group by group, the prompt's before those of its completions
+    first: Tensor  # [groups + 1]: the number of each group's first segment, and at the end the count
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:
+    """Attention of every token, [N, H, D], to its prompt's keys and to its own segment's, up to its own; they are [N, K, D].
+
+    A token sees `window` positions, counted over prompt and completion; None for all.
+    """
+    parts = [_dense_tokens(part) for part in (query, key, value)]
+    result = query.new_empty(query.shape)
+    _call("packed_attention", (*parts, result, *groups), *_packed_numbers(parts, groups, window, scaling))
+    return result
+
+
+def packed_attention_backward(
+    outer: Tensor, query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from the gradient of `packed_attention`."""
+    parts = [_dense_tokens(part) for part in (query, key, value)]
+    results = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    numbers = _packed_numbers(parts, groups, window, scaling)
+    _call("packed_attention_backward", (*parts, outer.contiguous(), *results, *groups), *numbers)
+    return results
+
+
+def _packed_numbers(parts: Sequence[Tensor], groups: Groups, window: int | None, scaling: float) -> tuple[Any, ...]:
+    query, key, _ = parts
+    heads = (key.shape[1], query.shape[1] // key.shape[1], query.shape[2])
+    return len(groups.first) - 1, *heads, window or 0, scaling, *(part.stride(0) for part in parts)

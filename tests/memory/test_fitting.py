@@ -1,0 +1,44 @@
+"""Which changes are found is decided by the peaks that are planned: here by some that are made up."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_memory import Case
+
+from hybrid_lightning.adapters import ModuleBudget
+from hybrid_lightning.memory import Components, MethodMemory, SingleDevice, fitting
+from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
+from hybrid_lightning.memory.fitting import Fitting
+
+SETTINGS = replace(Case(prompts=64).settings(), on_cpu=False, eval_prompts=0, budget=ModuleBudget(0.1))
+
+
+def planned(settings, sharding, traces=None):
+    weights, share = 100.0 * settings.keep_start_weights, settings.budget.share
+    generating = Components(weights, cache=10.0 * settings.prompts_per_rollout)
+    updating = Components(weights, activations=400.0 - 200 * settings.gradient_checkpointing, optimizer=1000 * share)
+    return MethodMemory("hybrid", 0, 0, {"generating": generating, "updating": updating})
+
+
+@pytest.mark.parametrize(
+    ("free", "needs_reference", "changes"),
+    [
+        (800, False, []),
+        (700, False, ["adapter.keep_start_weights=false"]),
+        (700, True, ["model.prompts_per_rollout=32"]),
+        (620, False, ["model.prompts_per_rollout=32"]),  # with which the start weights may stay
+        (520, False, ["adapter.keep_start_weights=false", "model.prompts_per_rollout=32"]),
+        (450, False, ["model.prompts_per_rollout=32", "model.gradient_checkpointing=true"]),
+        (50, True, None),
+    ],
+)
+def test_the_fewest_changes_that_cost_least(monkeypatch, free, needs_reference, changes):
+    monkeypatch.setattr(fitting, "plan_method", planned)
+    settings = replace(SETTINGS, device_bytes=CONTEXT_BYTES + free)
+    found, method = Fitting(settings, SingleDevice(), needs_reference).search()
+    options = [option.removeprefix("--") for change in found for option in change.overrides]
+    assert (method.peak_bytes <= free) is (changes is not None)
+    if changes is None:
+        assert options[-1] == "adapter.budget.share=0.0" and "adapter.keep_start_weights=false" not in options
+    else:
+        assert options == changes

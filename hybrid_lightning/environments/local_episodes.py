@@ -137,11 +137,7 @@ class LocalEpisodes:
         self._turns = nullcontext() if self.asynchronous or kind.thread_safe else asyncio.Semaphore(1)
 
     async def advance(self, episode: Episode, message: Message | None) -> Answer:
-        """Start an episode, or let its environment answer a message; begin it again where that fails.
-
-        Args:
-            episode: The episode. If it does not run here, it is begun anew from this record.
-            message: The policy's message; None to start.
+        """Start an episode (`message` None), or let its environment answer; begin it again where that fails, or it does not run.
 
         Raises:
             PassedOnError: What is no fault of the environment.
@@ -168,14 +164,12 @@ class LocalEpisodes:
         await asyncio.gather(*(self._close(running) for running in ended if running.environment is not None))
 
     async def _close(self, running: _Running) -> None:
-        fault: object = ""
         try:
             await self._call(running, "close", lambda: running.environment.close())
-        except TookTooLongError as late:
-            fault, self._close_s = late, _CLOSE_AGAIN_S
-        except (_FaultError, PassedOnError) as error:
-            fault = error
-        self.close_fault = self.close_fault or str(fault)
+        except (TookTooLongError, _FaultError, PassedOnError) as fault:
+            self.close_fault = self.close_fault or str(fault)
+            if isinstance(fault, TookTooLongError):
+                self._close_s = _CLOSE_AGAIN_S
 
     async def _begin(self, episode: Episode) -> tuple[Message, ...]:
         """Make the object of an episode, start it, and let it answer what it has answered before."""
@@ -189,11 +183,11 @@ class LocalEpisodes:
             value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)
             if episode.started is not None and started != episode.started:
-                raise _FaultError(self._differs(running))
+                raise self._differs(running)
             for turn, (message, before) in enumerate(episode.turns, start=1):
                 step = await self._step(episode, turn, message)
                 if (step.messages, step.reward, step.over) != (before.messages, before.reward, before.over):
-                    raise _FaultError(self._differs(running))
+                    raise self._differs(running)
         except TookTooLongError as late:
             raise _HungError(str(late)) from None
         return started
@@ -207,8 +201,8 @@ class LocalEpisodes:
         environment.step_timeout_s = self.step_timeout_s
         return environment
 
-    def _differs(self, running: _Running) -> str:
-        return (
+    def _differs(self, running: _Running) -> _FaultError:
+        return _FaultError(
             f"{self.name} answered otherwise {running.episode.place(running.turn)} when it was begun again after a fault; all "
             "that is random in it has to follow from the seed"
         )

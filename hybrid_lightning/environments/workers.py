@@ -79,11 +79,9 @@ class Workers:
         self._processes = [_Process(made_of) for _ in range(count)]
 
     def advance(self, jobs: Sequence[tuple[Episode, Message | None]], note: Callable[[int, Answer], None]) -> None:
-        """Let episodes start, or answer a message.
+        """Let episodes answer a message of the policy, or start (None), and give each answer to `note`.
 
-        Args:
-            jobs: Episodes, each with the policy's message; None to start. How often they have begun is written into them.
-            note: Called with each answer.
+        How often they have begun is written into them.
         """
         for episode, message in jobs:
             self._processes[episode.number % len(self._processes)].requests.append((episode, message))
@@ -133,9 +131,8 @@ class Workers:
             process.in_turn = process.method == "step" and new_turn
             if process.method != "close" and isinstance(process.current, tuple):
                 process.current[0].begun = begun
-            process.deadline = time.monotonic() + (
-                min(CLOSE_S, self.step_timeout_s) if process.method == "close" else self.step_timeout_s
-            )
+            limit_s = min(CLOSE_S, self.step_timeout_s) if process.method == "close" else self.step_timeout_s
+            process.deadline = time.monotonic() + limit_s
             return
         request, process.current, process.is_ready = process.current, None, True
         if kind == "ended":

@@ -30,11 +30,9 @@ def abi() -> int:
 
 
 def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Restrict this process to some files. Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone.
+    """Restrict this process to some files and folders, with everything in them; what does not exist is ignored.
 
-    Args:
-        readable: Files and folders, with everything in them, that may be read; those that do not exist are ignored.
-        writable: Folders in which files may also be created, changed and removed.
+    Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone. In what is `writable` files may also be created, changed and removed.
 
     Raises:
         OSError: If Landlock is not there, or its version is below `MINIMUM_ABI`.

@@ -98,12 +98,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
         block = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *checks, *refuse]
         program += [(_EQUAL, 0, len(block), call[column]), *block]
     if threads:  # clone may make a thread, but not a process
-        block = [
-            (_LOAD, 0, 0, _ARGUMENTS),
-            (_ANY_BIT, 0, 1, CLONE_THREAD),
-            (_RETURN, 0, 0, _ALLOW),
-            *refuse,
-        ]
+        block = [(_LOAD, 0, 0, _ARGUMENTS), (_ANY_BIT, 0, 1, CLONE_THREAD), (_RETURN, 0, 0, _ALLOW), *refuse]
         program += [(_EQUAL, 0, len(block), CLONE[column]), *block]
     # The flags of clone3 are in memory, where a filter cannot look. If the call does not exist, libc falls back on clone.
     program += [(_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]

@@ -19,15 +19,10 @@ class Endless(dict):
         yield from ((str(number), number) for number in itertools.count())
 
 
-@pytest.mark.parametrize(
-    "value", ["hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]]
-)
-def test_messages_in_every_form(value):
-    (message,) = checked_messages(value)
-    assert message == USER and type(message) is dict and type(message["role"]) is str
-
-
-def test_messages_are_copies_with_all_that_they_hold():
+def test_messages_in_every_form_are_copies_with_all_that_they_hold():
+    for value in ("hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]):
+        (message,) = checked_messages(value)
+        assert message == USER and type(message) is dict and type(message["role"]) is str
     given = {"role": "tool", "content": "3", "name": "add", "data": {"a": [1, None, True, 0.5]}}
     (message,) = checked_messages([given])
     assert message == given
@@ -70,14 +65,14 @@ def test_floods_are_cut():
         checked_messages([{**USER, "x": [[]] * MAX_CHARS}])
 
 
-@pytest.mark.parametrize(
-    "reward", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
-)
-@pytest.mark.parametrize("over", [True, 1, np.bool_(True), torch.tensor(True)])
-def test_steps_in_every_form(reward, over):
-    for value in (("hi", reward, over), Step("hi", reward, over)):
-        step = checked_step(value)
-        assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
+ONES = [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
+
+
+def test_steps_in_every_form():
+    for reward, over in itertools.product(ONES, [True, 1, np.bool_(True), torch.tensor(True)]):
+        for value in (("hi", reward, over), Step("hi", reward, over)):
+            step = checked_step(value)
+            assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
 
 
 @pytest.mark.parametrize(

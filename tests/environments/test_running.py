@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from fork_server import Forked
 
 from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.environments.process_state import ProcessSettings
@@ -113,7 +114,7 @@ def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_
     assert [row[0] for row in alone] == [row[2] for row in answers]  # whoever else plays, and whatever was drawn before
 
 
-def test_processes_give_the_same_as_one():
+def test_processes_give_the_same_as_one(forked):
     for kind, turns, workers in ((lambda: Draws([]), ("now", "now", "now"), 2), (AsyncDraws, ("now",), 1)):
         assert play(kind(), *turns, workers=workers) == play(kind(), *turns)
 
@@ -186,6 +187,12 @@ class Faulty(Environment):
 @pytest.fixture(autouse=True)
 def clear():
     LOG.clear()
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Lets workers be forked: importing torch takes each fresh one seconds."""
+    monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
 @pytest.mark.parametrize("place", ["new", "start", "step"])
@@ -294,7 +301,7 @@ class OwnsTheLoop(Environment):
 # What still waited on it is collected later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_ends_the_event_loop_of_all_episodes_ends_the_run():
+def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(forked):
     for what in ("stop", "exit", "cancel"):
         with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*\(episodes\.workers\)"):
             play(OwnsTheLoop(), what)
@@ -354,7 +361,7 @@ def test_a_start_that_hangs_is_left_out():
     assert LOG["hangs"] == 1  # which was long enough
 
 
-def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes():
+def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes(forked):
     turns = "hi", {0: "now", 1: "hang", 2: "die", 3: "now"}, {0: "on", 3: "on"}
     *_, second, third = play(Hangs(), *turns, workers=2, timeout_s=2.0)
     assert isinstance(second[1], TimedOut) and "at turn 2 of games.csv row 0 (seed 7)" in second[1].reason
@@ -371,7 +378,7 @@ class Shows(Environment):
         return f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']!r} {self.chat_template}", 0, False
 
 
-def test_processes_see_no_gpu_know_the_template_and_end_with_the_run():
+def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
     environment = Shows()
     environment.prepare("{{ messages }}")
     episodes = RunningEpisodes(environment, EpisodeLimits(workers=2))

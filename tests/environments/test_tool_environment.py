@@ -1,12 +1,14 @@
 import asyncio
 import json
 import random
+import subprocess
 import time
 from enum import Enum
 from typing import Literal
 
 import pytest
 import torch
+from fork_server import Forked
 from test_calls import TEMPLATES
 
 from hybrid_lightning.environments import (
@@ -207,7 +209,8 @@ async def count_up(seconds: float) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_all_calls_of_a_message_stay_within_the_time_of_a_step(workers):
+def test_all_calls_of_a_message_stay_within_the_time_of_a_step(workers, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     hang, fine = call("give", kind="hang"), call("give", kind="none")
     environment = ToolEnvironment(["test_tool_environment.give"], HermesCalls(), tool_timeout_s=1.0)
     step, other = answers(environment, hang + hang + fine, fine, step_timeout_s=2, workers=workers)
@@ -230,7 +233,8 @@ def draw() -> float:
     return random.random()
 
 
-def test_tools_that_draw_belong_into_processes(caplog):
+def test_tools_that_draw_belong_into_processes(caplog, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Forked)
     answers(hermes([draw]), call("draw"))
     assert "episodes.workers" in caplog.text
     steps = answers(hermes(["test_tool_environment.draw"]), *[call("draw")] * 3, seeds=[4, 4, 5], workers=1)

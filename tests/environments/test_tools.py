@@ -3,7 +3,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path

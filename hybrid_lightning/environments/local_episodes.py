@@ -21,7 +21,7 @@ from hybrid_lightning.environments.process_state import RandomStates
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import CallThreads, Outcome, TookTooLongError, outcome_awaited, outcome_of
+from hybrid_lightning.user_calls import CallThreads, TookTooLongError, outcome_awaited, outcome_of
 from hybrid_lightning.user_code import describe_error
 
 BEGUN_AGAIN = 2  # times at most, after an environment's own fault
@@ -237,30 +237,25 @@ class LocalEpisodes:
             with nullcontext() if self.swaps_on_loop else self._states_of(running):
                 if self.asynchronous:
                     with self._on_loop(running):
-                        outcome = outcome_of(function)
+                        value, error = outcome_of(function)
                 else:
-                    outcome = await self._threads.outcome(function, limit_s)
-                value, error = await self._awaited(running, outcome, limit_s)
+                    value, error = await self._threads.outcome(function, limit_s)
+                if inspect.isawaitable(value):
+                    token = _current.set(running)  # for `_make_task`
+                    try:
+                        value, error = await outcome_awaited(value, limit_s)
+                    finally:
+                        _current.reset(token)
+        place = running.episode.place(running.turn)
         if isinstance(error, TookTooLongError):
             limit = "" if method == "close" else "episodes.step_timeout_s="
-            raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
+            raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", place))
         error = error.__cause__ if isinstance(error, _EscapedError) else error
         if isinstance(error, (HybridLightningError, RunStopped)):  # Ctrl-C reaches the main thread alone
             raise PassedOnError(error) from error
         if error is not None:
-            place = running.episode.place(running.turn)
             raise _FaultError(f"{self.name}.{method} raised {describe_error(error)} {place}") from error
         return value
-
-    async def _awaited(self, running: _Running, outcome: Outcome, timeout_s: float | None) -> Outcome:
-        value, _ = outcome
-        if not inspect.isawaitable(value):
-            return outcome
-        token = _current.set(running)  # for `_make_task`
-        try:
-            return await outcome_awaited(value, timeout_s)
-        finally:
-            _current.reset(token)
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **kwargs: Any) -> asyncio.Task[Any]:
         """A task of the event loop. Those that an environment's code makes, such as by `asyncio.gather`, are the episode's."""

@@ -12,7 +12,8 @@ CODE = """
 import os, signal, sys
 handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
 os.write(int(sys.argv[-1]), b"by a pipe")
-print(os.getppid(), sys.argv, __name__, sys.modules["__main__"].CODE, os.getcwd(), dict(os.environ), [h.split(" at ")[0] for h in handlers])
+print(os.getppid())
+print(sys.argv, __name__, sys.modules["__main__"].CODE, os.getcwd(), dict(os.environ), [h.split(" at ")[0] for h in handlers])
 print(sys.stdin.read(), sys.path[0], file=sys.stderr)
 {end}
 """

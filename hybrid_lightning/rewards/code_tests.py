@@ -109,18 +109,12 @@ class CodeTests(RewardFunction):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """Run the program of each of B completions against the tests of its prompt."""
-        problems: dict[int, CallTests | StandardStreamTests] = {}
-        programs, positions = [], []
-        for position, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
-            if id(prompt) not in problems:
-                problems[id(prompt)] = self._problem(prompt)
-            source = self._program(completion)
-            if source is not None and source.strip():
-                programs.append((source, problems[id(prompt)]))
-                positions.append(position)
+        problems = {key: self._problem(prompt) for key, prompt in {id(prompt): prompt for prompt in prompts}.items()}
+        sources = [self._program(completion) or "" for completion in completions]
+        positions = [position for position, source in enumerate(sources) if source.strip()]
+        programs = [(sources[position], problems[id(prompts[position])]) for position in positions]
         rewards = [0.0] * len(completions)
-        outcomes = run_programs(programs, self.settings, self.workers)
-        for position, outcome in zip(positions, outcomes, strict=True):
+        for position, outcome in zip(positions, run_programs(programs, self.settings, self.workers), strict=True):
             rewards[position] = outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
             if outcome.reason:
                 prompt = prompts[position]
@@ -139,8 +133,7 @@ class CodeTests(RewardFunction):
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The program; two programs are equal if they are the same text."""
-        source = self._program(completion)
-        return None if source is None else source.strip() or None
+        return (self._program(completion) or "").strip() or None
 
     def _program(self, completion: str) -> str | None:
         return extract_program(completion) if self.pattern is None else extract_match(self.pattern, completion)

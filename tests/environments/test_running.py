@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import fork_server
 import numpy as np
 import pytest
 import torch
-from fork_server import Forked
 
 from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.environments.process_state import ProcessSettings
@@ -192,7 +192,7 @@ def clear():
 @pytest.fixture
 def forked(monkeypatch):
     """Lets workers be forked: importing torch takes each fresh one seconds."""
-    monkeypatch.setattr(subprocess, "Popen", Forked)
+    monkeypatch.setattr(subprocess, "Popen", fork_server.Forked)
 
 
 @pytest.mark.parametrize("place", ["new", "start", "step"])
@@ -461,9 +461,7 @@ class Leaves(Environment):
 
 def test_a_process_that_an_environment_ends_has_not_succeeded_and_says_whose_code_it_was():
     code = "import test_running as t; t.play(t.Leaves(), 'x', seeds=[1])"
-    folder = Path(__file__).parent
-    path = os.pathsep.join(map(str, (folder, folder.parent)))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = fork_server.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)
     assert done.returncode == 1 and "error: Leaves has ended the process by os._exit(0); let it raise" in done.stderr
 
 

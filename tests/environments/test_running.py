@@ -397,13 +397,15 @@ def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
 
 def test_processes_end_where_their_parent_is_killed():
     code = """
-from test_running import *
-episodes = RunningEpisodes(Shows(), EpisodeLimits(workers=1))
-episodes.start(prompts(1), [1])
-print(episodes.step({0: said("hi")})[0].messages[0]["content"].split()[0], flush=True)
+import os, signal
+from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpisodes
+from hybrid_lightning.types import Prompt
+episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
+episodes.start([Prompt(text="Go")], [1])
+print(episodes._workers._processes[0].popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 10
     assert ran.returncode == -signal.SIGKILL
     # A zombie is dead, and not yet collected.

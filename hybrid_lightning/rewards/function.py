@@ -166,18 +166,13 @@ class FunctionReward(RewardFunction):
         rows = [_values(prompt) for prompt in prompts]
         names = self._asked(name for row in rows for name in row)
         call = self._call(list(completions), list(prompts), {name: [row.get(name) for row in rows] for name in names})
-        try:
-            if not self.asynchronous:
-                return call_within(call, self.timeout_s)
-            (value,) = run_async(await_all([call], self.timeout_s, 1))
-            if isinstance(value, BaseException):
-                raise value
-            return value
-        except TimeoutError as error:
-            if self.timeout_s is None or not completions:
-                raise
+        (value,) = self._outcomes([call])
+        if isinstance(value, TimeoutError) and self.timeout_s is not None and completions:
             where = f"for a batch of {len(completions)} completions, the first {name_completion(completions[0], prompts[0])}"
-            return [self._late(where, error)] * len(completions)
+            return [self._late(where, value)] * len(completions)
+        if isinstance(value, BaseException):
+            raise value
+        return value
 
     def _each(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[Any]:
         """Call a function of `completion` for each of them."""
@@ -185,21 +180,23 @@ class FunctionReward(RewardFunction):
         for completion, prompt in zip(completions, prompts, strict=True):
             row = _values(prompt)
             calls.append(self._call(completion, prompt, {name: row[name] for name in self._asked(row)}))
-        if self.asynchronous:
-            values = run_async(await_all(calls, self.timeout_s, self.concurrency))
-        else:
-            values = [self._caught(call) for call in calls]
-        return [self._checked(*row) for row in zip(values, completions, prompts, strict=True)]
+        return [self._checked(*row) for row in zip(self._outcomes(calls), completions, prompts, strict=True)]
 
     def _asked(self, names: Iterable[str]) -> list[str]:
         """Those of the names that the function takes."""
         return [name for name in dict.fromkeys(names) if name in self.wanted or self.takes_all]
 
-    def _caught(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call_within(call, self.timeout_s)
-        except Exception as error:
-            return error
+    def _outcomes(self, calls: list[Callable[[], Any]]) -> list[Any]:
+        """What each call returns, or the exception that it raises."""
+        if self.asynchronous:
+            return run_async(await_all(calls, self.timeout_s, self.concurrency))  # type: ignore[no-any-return]
+        values: list[Any] = []
+        for call in calls:
+            try:
+                values.append(call_within(call, self.timeout_s))
+            except Exception as error:
+                values.append(error)
+        return values
 
     def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
         """The function with all its arguments bound."""

@@ -119,32 +119,6 @@ def test_processes_give_the_same_as_one(forked):
         assert play(kind(), *turns, workers=workers) == play(kind(), *turns)
 
 
-class ThreadSafe(Environment):
-    thread_safe = True
-
-    def start(self, prompt, seed):
-        self.barrier = BARRIER
-
-    def step(self, message):
-        if message["content"] == "draw":
-            random.random()
-        else:
-            self.barrier.wait(timeout=20)  # all of them are here at the same time
-        return ("ok", 1, False)
-
-
-BARRIER = threading.Barrier(4)
-
-
-def test_those_that_are_thread_safe_step_side_by_side_and_are_told_where_they_are_not(caplog):
-    state = random.getstate()
-    with caplog.at_level(logging.WARNING):
-        assert play(ThreadSafe(), "wait", "draw", "draw")[1] == dict.fromkeys(range(4), "ok")
-    assert random.getstate() == state
-    (record,) = caplog.records
-    assert "ThreadSafe draws from the global random generators" in record.message and "thread_safe = False" in record.message
-
-
 class Faulty(Environment):
     """Fails as it is told, at the second turn; LOG counts what happened to it."""
 
@@ -182,6 +156,7 @@ class Faulty(Environment):
     def close(self):
         LOG["close"] += 1
         self.fail("close")
+        time.sleep(1_000 * (self.when == "close hangs"))
 
 
 @pytest.fixture(autouse=True)
@@ -233,19 +208,12 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     play(Faulty("close"), "hi")
     assert [record.message.count("Faulty.close raised ZeroDivisionError") for record in caplog.records] == [1]
     assert LOG["close"] == 4
-
-
-class HangsInClose(Faulty):
-    def close(self):
-        super().close()
-        time.sleep(1_000)
-
-
-def test_a_close_that_hangs_is_not_waited_for_again_and_again(caplog):
+    caplog.clear()
+    LOG.clear()
     began = time.monotonic()
-    play(HangsInClose(), "hi", timeout_s=1.0)
-    assert LOG["close"] == 4 and time.monotonic() - began < 3
-    assert [record.message.count("HangsInClose.close took more than 1 s") for record in caplog.records] == [1]
+    play(Faulty("close hangs"), "hi", timeout_s=1.0)
+    assert LOG["close"] == 4 and time.monotonic() - began < 3, "later ones are not waited for as long"
+    assert [record.message.count("Faulty.close took more than 1 s") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15)])
@@ -332,6 +300,8 @@ class Hangs(Environment):
             return Slow(), 0, False
         if message["content"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if message["content"] == "leave":
+            os._exit(0)
         return " ".join(self.texts), 0, False
 
 
@@ -444,27 +414,28 @@ class Threads(Environment):
             Threads.inside += 1
             Threads.most = max(Threads.most, Threads.inside)
             self.seen.add(threading.current_thread())
-        time.sleep(float(message["content"]))
+        time.sleep(random.random() / 100 if message["content"] == "draw" else float(message["content"]))
         with self.lock:
             Threads.inside -= 1
+        return "ok", 1, False
 
 
-def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_take_long():
+def test_thread_safe_steps_share_threads_while_they_are_short_and_are_side_by_side_and_told_if_they_draw(caplog):
     play(Threads(), "0", seeds=[1] * 200)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
-    play(Threads(), "0.3", seeds=[1] * 40)
-    assert Threads.most >= 20
-
-
-class Leaves(Environment):
-    def step(self, message):
-        os._exit(0)
+    assert play(Threads(), "0.3", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
+    state = random.getstate()
+    assert not caplog.records
+    play(Threads(), "draw", "draw")
+    (record,) = caplog.records
+    assert "Threads draws from the global random generators" in record.message and "thread_safe = False" in record.message
+    assert random.getstate() == state
 
 
 def test_a_process_that_an_environment_ends_has_not_succeeded_and_says_whose_code_it_was():
-    code = "import test_running as t; t.play(t.Leaves(), 'x', seeds=[1])"
+    code = "import test_running as t; t.play(t.Hangs(), 'leave', seeds=[1])"
     done = fork_server.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)
-    assert done.returncode == 1 and "error: Leaves has ended the process by os._exit(0); let it raise" in done.stderr
+    assert done.returncode == 1 and "error: Hangs has ended the process by os._exit(0); let it raise" in done.stderr
 
 
 def test_a_call_that_a_thread_has_just_taken_has_its_time_limit():

@@ -18,6 +18,19 @@ from hybrid_lightning.sandbox.launch import Limits, launch, probe
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
 
+MECHANISMS = ("namespaces", "seccomp")
+
+
+def script(source, mechanisms=MECHANISMS, limits=None):
+    return launch([isolation.Box("script", {"setup": "", "source": source})], mechanisms, limits or Limits())
+
+
+def on_streams(source, text="", mechanisms=MECHANISMS, **options):
+    """What becomes of a program that is to print what it reads."""
+    (outcome,) = run_programs([(source, StandardStreamTests(((text, text),)))], Settings(mechanisms, **options), 1)
+    return outcome
+
+
 @pytest.fixture
 def without(monkeypatch):
     """Makes mechanisms fail."""
@@ -43,11 +56,8 @@ def test_it_refuses_what_is_not_enough(without, missing):
 def test_it_runs_with_what_there_is_only_if_told_so(without):
     without("seccomp")
     mechanisms = isolation.require_isolation(allow_without_isolation=True).mechanisms
-    assert mechanisms == ("namespaces", "landlock")
-    tests = StandardStreamTests((("3\n", "6\n"),))
-    (outcome,) = run_programs([("print(2 * int(input()))", tests)], Settings(mechanisms), 1)
-    assert outcome.share == 1.0
-    (outcome,) = run_programs([("while True: pass", tests)], Settings(mechanisms, Limits(cpu_seconds=1)), 1)
+    assert mechanisms == ("namespaces", "landlock") and on_streams("print(input())", "6", mechanisms).share == 1.0
+    outcome = on_streams("while True: pass", "6", mechanisms, limits=Limits(cpu_seconds=1))
     assert outcome.share == 0.0 and "out of CPU time" in outcome.reason
 
 
@@ -96,18 +106,6 @@ def test_other_systems_and_machines_are_refused(monkeypatch):
     with pytest.raises(OSError, match="no table of system calls for machine type riscv64"):
         seccomp.build("riscv64", 1, True)
     assert len(seccomp.build("aarch64", 1, True)) % 8 == 0
-
-
-MECHANISMS = ("namespaces", "seccomp")
-
-
-def script(source, mechanisms=MECHANISMS, limits=None):
-    return launch([isolation.Box("script", {"setup": "", "source": source})], mechanisms, limits or Limits())
-
-
-def on_streams(source, expected="", **options):
-    (outcome,) = run_programs([(source, StandardStreamTests(((expected, expected),)))], Settings(MECHANISMS, **options), 1)
-    return outcome
 
 
 @pytest.fixture

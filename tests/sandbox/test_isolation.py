@@ -17,7 +17,6 @@ from hybrid_lightning.sandbox import launch as launch_module
 from hybrid_lightning.sandbox.launch import Limits, launch, probe
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
-
 MECHANISMS = ("namespaces", "seccomp")
 
 

@@ -113,9 +113,7 @@ class RunningEpisodes:
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
         """Begin the episodes of a rollout, which are numbered from 0; those of the rollout before are over.
 
-        Args:
-            prompts: The prompt of each episode.
-            seeds: Seed of each episode, in [0, 2^31); the same for all episodes of a group.
+        The seeds are in [0, 2^31), and the same for all episodes of a group.
 
         Returns:
             For each episode the messages behind those of its prompt, or why it is left out.

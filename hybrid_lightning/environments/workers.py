@@ -45,13 +45,9 @@ Request = tuple[Episode, Message | None] | list[int]  # an episode that starts o
 
 
 class Workers:
-    """Processes in which episodes run; they are started when they are needed.
+    """Processes in which episodes run, episode n in process n % count; they are started when they are needed.
 
-    Args:
-        environment: The object of the config.
-        count: Number of processes. Episode n runs in process n % count.
-        step_timeout_s: Seconds for each call of an environment.
-        on_wait: See `RunningEpisodes`.
+    For the arguments see `RunningEpisodes`; `step_timeout_s` is for each call of an environment.
 
     Raises:
         ConfigError: If the environment cannot be made in another process.

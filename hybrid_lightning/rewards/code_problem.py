@@ -21,20 +21,11 @@ _RESULTS = "__results__"  # as in hybrid_lightning.sandbox.harness
 
 
 def read_problem(
-    columns: Mapping[str, Any],
-    test_column: str,
-    entry_point_column: str | None,
-    setup_column: str | None,
-    count_all: bool,
+    columns: Mapping[str, Any], test_column: str, entry_point_column: str | None, setup_column: str | None, count_all: bool
 ) -> CallTests | StandardStreamTests:
     """Read the tests of a row; for the columns see `CodeTests`.
 
-    Args:
-        columns: The row.
-        test_column: Column with the tests.
-        entry_point_column: Column with the expression that is tested.
-        setup_column: Column with code that comes before the program and the tests.
-        count_all: Whether each `assert` in a function `check` is a test of its own.
+    With `count_all` each `assert` in a function `check` is a test of its own.
 
     Raises:
         ValueError: If the row has no tests that can be run; the message names the column and what is wrong.

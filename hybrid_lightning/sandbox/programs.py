@@ -134,15 +134,10 @@ def _lines(text: str) -> list[str]:
 def make_settings(
     limits: Limits, packages: Sequence[str] = (), allow_without_isolation: bool = False, count_all: bool = False
 ) -> Settings:
-    """Settings for this machine.
+    """Settings for this machine; for `allow_without_isolation` see `require_isolation`.
 
-    Packages are imported in the sandbox: if that failed only later, every program that needs one would fail and earn 0.
-
-    Args:
-        limits: Limits of each program.
-        packages: Names as in an import, such as "sortedcontainers". The packages that a package needs must be named, too.
-        allow_without_isolation: See `require_isolation`.
-        count_all: See `Settings`.
+    Packages, named as in an import, are imported in the sandbox: if that failed only later, every program that needs one would
+    fail and earn 0. The packages that a package needs must be named, too.
 
     Raises:
         ConfigError: If a package is not installed, or cannot be imported.

@@ -62,12 +62,9 @@ def install(threads: bool) -> None:
 
 
 def build(machine: str, pid: int, threads: bool) -> bytes:
-    """Assemble the filter.
+    """Assemble the filter for a machine type, as `platform.machine()` returns it.
 
-    Args:
-        machine: Machine type, as `platform.machine()` returns it.
-        pid: The only process id, in its own namespace, to which signals may be sent.
-        threads: Whether threads may be started.
+    Signals may be sent to `pid` alone, an id in the process's own namespace; `threads` says whether threads may be started.
 
     Raises:
         OSError: If there is no table of system calls for this machine type.

@@ -65,21 +65,18 @@ class Remote:
 
 
 def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
-    """Encode any object.
+    """Encode any object; `unknown` returns a number for one that is not plain data.
 
-    Args:
-        value: The object.
-        unknown: Returns a number for an object that is not plain data.
-        classes: Names of classes whose objects, and those of their subclasses, are plain data as well, by their attributes.
+    Objects of `classes`, given by name, and of their subclasses are plain data as well, by their attributes.
     """
     return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
 
 
 def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:
-    """Decode a value.
+    """Decode a value from bytes of the other process, which need not come from its `encode`.
 
     Args:
-        data: Bytes from the other process, which need not come from its `encode`.
+        data: The bytes.
         known: Number of an object of this process -> the object.
         remote: Number of an object of the other process -> what stands for it here.
         classes: Name -> class of objects that are plain data.

@@ -23,6 +23,12 @@ class Counting(RewardFunction):
 
     calls = 0
 
+    def overlaps(self, prompt):
+        return 4
+
+    def turn_rewards(self, completion, prompt):
+        return [1.0]
+
     def __call__(self, completions, prompts):
         self.calls += 1
         return [float(text == "12") for text in completions]
@@ -57,6 +63,8 @@ def test_nothing_is_scored_twice_and_the_right_batch_is_remembered(wrap):
             wrap(refused)
     inner = Counting()
     reward = WeightedSum([wrap(inner), FormatReward(r"\d")])
+    whole = reward.terms()[0][0]  # a batch is needed, so that nothing is scored as it arrives, nor paid by turn
+    assert whole.name == "counting" and whole.overlaps(PROMPT) == 0 and whole.turn_rewards("12", PROMPT) is None
     for text, right in (("12", True), ("13", False)):
         result = evaluate_reward(reward, completions((text, 10)), [PROMPT])
         assert result.correct.tolist() == [right]

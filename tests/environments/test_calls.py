@@ -112,8 +112,8 @@ PARTS += ["[a:", "[a", "[", "{", f"{LLAMA};", " ", "[add: 1]"]
 def test_long_messages_are_read_in_time_that_grows_with_their_length_alone(form):
     for begin, part in product(("", "<|python_tag|>", "<tool_call>", "[a:"), PARTS):
         began = time.perf_counter()
-        calls = form.parse(begin + part * (400_000 // len(part)))
-        assert time.perf_counter() - began < 3, part  # in quadratic time it would be many seconds
+        calls = form.parse(begin + part * (1_000_000 // len(part)))
+        assert time.perf_counter() - began < 3, part  # in quadratic time it would be half a minute and more
         assert len(calls) <= 101
 
 

@@ -15,7 +15,7 @@ from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.sandbox import isolation, seccomp
 from hybrid_lightning.sandbox import launch as launch_module
 from hybrid_lightning.sandbox.launch import Limits, launch, probe
-from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
+from hybrid_lightning.sandbox.programs import CallTests, Settings, StandardStreamTests, run_programs
 
 MECHANISMS = ("namespaces", "seccomp")
 
@@ -125,13 +125,17 @@ def test_what_fails_once_is_tried_again(monkeypatch, no_pause):
     assert on_streams("print(input())", "1").share == 1.0 and len(calls) == 2
 
 
+SAID = r"'\x1b]0;title\x07 \x1b[31m\u202e red'"
+
+
 def test_a_program_neither_passes_an_exit_code_for_one_of_ours_nor_controls_a_terminal():
     for code in (124, 125, 128, 137):
         ran = script(f"import os; os._exit({code})")
         assert ran.in_time and ran.endings == {"script": "ended with an error"}
-    source = "import sys\nsys.stderr.write('\\x1b]0;title\\x07 \\x1b[31m\\u202e red')\nsys.exit(1)"
-    reason = on_streams(source).reason
-    assert reason.isprintable() and "\\x1b[31m\\u202e red" in reason
+    source = f"import sys\nsys.stderr.write({SAID})\nsys.exit(1)"
+    raises = CallTests(("assert f() == 1",), names=("f",)).run(f"def f(): raise ValueError({SAID})", Settings(MECHANISMS))
+    for reason in (on_streams(source).reason, raises.reason):
+        assert reason.isprintable() and "\\x1b[31m\\u202e red" in reason
 
 
 _WITHOUT_ANYTHING = """

@@ -10,10 +10,7 @@ from hybrid_lightning.types import Prompt
 
 
 def library(user: str) -> ModuleType:
-    """The module of reasoning-gym that makes data sets.
-
-    Args:
-        user: Name of the class that needs it, for the message.
+    """The module of reasoning-gym that makes data sets, for a class of the name `user`.
 
     Raises:
         ConfigError: If the library is not installed.
@@ -28,14 +25,10 @@ def library(user: str) -> ModuleType:
 
 
 def made_again(user: str, prompt: Prompt) -> tuple[Any, dict[str, Any]]:
-    """The data set of a prompt's task, which has the verifier, and the entry that the prompt asks.
-
-    Args:
-        user: Name of the class that needs it, for messages.
-        prompt: Of `ReasoningGymSource`.
+    """The data set of a prompt's task, which has the verifier, and the entry that the prompt asks; `user` is the asking class.
 
     Raises:
-        ConfigError: If the prompt has another source, or its task makes another problem each time.
+        ConfigError: If the prompt is none of `ReasoningGymSource`, or its task makes another problem each time.
     """
     try:
         task, config, item = (prompt.columns[name] for name in ("task", "config", "item"))

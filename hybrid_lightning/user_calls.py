@@ -36,12 +36,7 @@ def run_async(work: Coroutine[Any, Any, Any]) -> Any:
 async def await_all(
     calls: list[Callable[[], Awaitable[Any]]], timeout_s: float | None, concurrency: int
 ) -> list[Any | BaseException]:
-    """Await several calls, a limited number at a time, each with a time limit of its own.
-
-    Args:
-        calls: Functions without arguments that return awaitables.
-        timeout_s: Seconds for each call; None for no limit.
-        concurrency: How many calls are awaited at the same time.
+    """Await several calls, `concurrency` at a time, each with a time limit of its own; None for no limit.
 
     Returns:
         For each call its result, or the exception that it raised: `TimeoutError` if it took too long.
@@ -56,26 +51,21 @@ async def await_all(
 
 
 def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
-    """Call an ordinary function with a time limit.
+    """Call an ordinary function with a time limit; None for no limit.
 
     A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored.
-    `timeout_s` None is no limit.
 
     Raises:
         TimeoutError: If the function takes longer than `timeout_s`.
     """
     if timeout_s is None:
         return function()
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # raised in the caller's thread instead
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="user-code", daemon=True).start()
-    return future.result(timeout_s)
+    future: Future[Outcome] = Future()
+    threading.Thread(target=lambda: future.set_result(outcome_of(function)), name="user-code", daemon=True).start()
+    value, error = future.result(timeout_s)
+    if error is not None:
+        raise error
+    return value
 
 
 class TookTooLongError(TimeoutError):
@@ -217,15 +207,11 @@ async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: s
 
 
 def outcome_within(function: Callable[[], Any], timeout_s: float, then: Callable[[Any], Any] = lambda value: value) -> Outcome:
-    """Call a function with a time limit, and await what it returns if that is to be awaited.
+    """Call a function, await what it returns if that is to be awaited, and do `then` with the value, all within a time limit.
 
-    That is done on the event loop that all calls share (see `run_async`), or where code of another call holds that up for a
-    quarter of the time, on one of its own.
-
-    Args:
-        function: A function without arguments. It is called once more if it was held up in the middle.
-        timeout_s: Time limit in seconds, after which the outcome is `TookTooLongError`.
-        then: What is done with the value, likewise.
+    It is awaited on the event loop that all calls share (see `run_async`), or where code of another call holds that up for a
+    quarter of the time, on one of its own; if it was held up in the middle, the function is called once more. The outcome after
+    `timeout_s` is `TookTooLongError`.
     """
     until = time.monotonic() + timeout_s
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.errors import ConfigError, HybridLightningError, one_line
 from hybrid_lightning.stopping import RunStopped
 
 # Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
@@ -103,11 +103,7 @@ def compile_pattern(
 
 @contextmanager
 def in_user_code(owner: Any, method: str) -> Iterator[None]:
-    """Within this context a method runs that a class of the user's may override, such as `prepare` of an environment.
-
-    Args:
-        owner: An object of that class, or the class.
-        method: The method.
+    """Within this context a method of `owner`, an object or a class, runs that may be the user's own.
 
     Raises:
         ConfigError: Whatever it raises, on one line.
@@ -124,13 +120,15 @@ def in_user_code(owner: Any, method: str) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """One line about an exception in the user's code, with the line of that code which led to it."""
-    try:
-        text = str(error).encode(errors="backslashreplace").decode()
-    except Exception:  # raised by the exception's own __str__
-        text = ""
-    return f"{type(error).__name__}: {' '.join(text.split())[:200]}{_line_of(error)}"
-
-
-def _line_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
-    return f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+    line = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+    return f"{kind_and_text(error, 200)}{line}"
+
+
+def kind_and_text(error: BaseException, length: int = 300) -> str:
+    """One line about an exception in the user's code, cut if it is long."""
+    try:
+        text = one_line(error, length).encode(errors="backslashreplace").decode()
+    except Exception:  # raised by the exception's own __str__
+        text = "without a text"
+    return f"{type(error).__name__}: {text}"

@@ -7,6 +7,7 @@ they are.
 """
 
 import atexit
+import fcntl
 import gc
 import inspect
 import os
@@ -97,13 +98,13 @@ class Forked(subprocess.Popen):
         python, *command = map(os.fspath, given["args"])
         if python != sys.executable or (command[0].startswith("-") and command[0] not in ("-m", "-c")):
             return super()._execute_child(*arguments, **options)
-        assert not (given["shell"] or given["preexec_fn"] or given["executable"] or given["pass_fds"])
-        own = (0, 1, 2)  # of this process, where nothing else is given
+        assert not (given["shell"] or given["preexec_fn"] or given["executable"])
         ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        streams = [_Stream(end if end != -1 else same) for end, same in zip(ends, own, strict=True)]
+        ends = {number: number if end == -1 else end for number, end in enumerate(ends)}  # this process's own if none is given
+        streams = {number: _Stream(end) for number, end in (ends | {end: end for end in given["pass_fds"]}).items()}
         environment = dict(os.environ if given["env"] is None else given["env"])
         folder = os.getcwd() if given["cwd"] is None else os.fspath(given["cwd"])
-        self._process = forked(_run, command, environment, folder, streams, given["start_new_session"])
+        self._process = forked(_run, command, environment, folder, streams, given["start_new_session"], os.getpid())
         self.pid = self._process.pid
         self._child_created = True
         self._close_pipe_fds(*(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
@@ -131,10 +132,22 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[A
         return subprocess.run(command, **options)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], folder: str, streams: Sequence[Any], new_session: bool) -> None:
+def _run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    streams: Mapping[int, Any],
+    new_session: bool,
+    parent: int,
+) -> None:
     """Become the process that was asked for."""
-    for number, stream in enumerate(streams):
+    os.getppid = lambda: parent
+    ends = {}
+    for number, stream in streams.items():
         end = stream.detach()
+        ends[number] = fcntl.fcntl(end, fcntl.F_DUPFD, 256)  # out of the way of those below
+        os.close(end)
+    for number, end in ends.items():
         os.dup2(end, number)
         os.close(end)
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")

@@ -237,25 +237,24 @@ def _read_json(text: str, begin: int) -> tuple[Call | MalformedCall, int]:
     if not isinstance(name, str):
         return MalformedCall('the JSON must be an object with "name", a text'), end
     arguments = value.get("arguments", value.get("parameters"))
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else {} if arguments is None else arguments
-    except (ValueError, RecursionError):
-        arguments = None
+    arguments = _parsed(arguments) if isinstance(arguments, str) else {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         return MalformedCall(f"the arguments of {shorten(name)} must be a JSON object, such as {{}}"), end
     return Call(name, arguments), end
 
 
+def _parsed(text: str) -> Any:
+    """What a text is as JSON; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _plain_call(name: str | None, text: str) -> Call:
     text = text.strip()
-    if text.startswith("{"):
-        try:
-            arguments = json.loads(text)
-        except (ValueError, RecursionError):
-            arguments = None
-        if isinstance(arguments, dict):
-            return Call(name, arguments, text)
-    return Call(name, text=text)
+    arguments = _parsed(text) if text.startswith("{") else None
+    return Call(name, arguments, text) if isinstance(arguments, dict) else Call(name, text=text)
 
 
 def _closing(text: str, begin: int) -> int:

@@ -368,13 +368,7 @@ def plain(value: Any) -> Any:
 
 
 def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> bool:
-    """Whether a function has a parameter, or any that is given by name.
-
-    Args:
-        function: The function.
-        name: Name of the parameter.
-        by_name: Whether only a parameter of this name counts, not `**kwargs`.
-    """
+    """Whether a function has a parameter `name`, or takes any by `**kwargs` (if that counts: `by_name` False)."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # written in C

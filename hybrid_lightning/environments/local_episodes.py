@@ -21,7 +21,7 @@ from hybrid_lightning.environments.process_state import RandomStates
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import CallThreads, Outcome, TookTooLongError, outcome_awaited, outcome_of
+from hybrid_lightning.user_calls import CallThreads, TookTooLongError, outcome_awaited, outcome_of
 from hybrid_lightning.user_code import describe_error
 
 BEGUN_AGAIN = 2  # times at most, after an environment's own fault
@@ -137,11 +137,7 @@ class LocalEpisodes:
         self._turns = nullcontext() if self.asynchronous or kind.thread_safe else asyncio.Semaphore(1)
 
     async def advance(self, episode: Episode, message: Message | None) -> Answer:
-        """Start an episode, or let its environment answer a message; begin it again where that fails.
-
-        Args:
-            episode: The episode. If it does not run here, it is begun anew from this record.
-            message: The policy's message; None to start.
+        """Start an episode (`message` None), or let its environment answer; begin it again where that fails, or it does not run.
 
         Raises:
             PassedOnError: What is no fault of the environment.
@@ -168,14 +164,12 @@ class LocalEpisodes:
         await asyncio.gather(*(self._close(running) for running in ended if running.environment is not None))
 
     async def _close(self, running: _Running) -> None:
-        fault: object = ""
         try:
             await self._call(running, "close", lambda: running.environment.close())
-        except TookTooLongError as late:
-            fault, self._close_s = late, _CLOSE_AGAIN_S
-        except (_FaultError, PassedOnError) as error:
-            fault = error
-        self.close_fault = self.close_fault or str(fault)
+        except (TookTooLongError, _FaultError, PassedOnError) as fault:
+            self.close_fault = self.close_fault or str(fault)
+            if isinstance(fault, TookTooLongError):
+                self._close_s = _CLOSE_AGAIN_S
 
     async def _begin(self, episode: Episode) -> tuple[Message, ...]:
         """Make the object of an episode, start it, and let it answer what it has answered before."""
@@ -189,11 +183,11 @@ class LocalEpisodes:
             value = await self._call(running, "start", lambda: running.environment.start(prompt, episode.seed))
             started = self._checked(running, "start", checked_messages, value)
             if episode.started is not None and started != episode.started:
-                raise _FaultError(self._differs(running))
+                raise self._differs(running)
             for turn, (message, before) in enumerate(episode.turns, start=1):
                 step = await self._step(episode, turn, message)
                 if (step.messages, step.reward, step.over) != (before.messages, before.reward, before.over):
-                    raise _FaultError(self._differs(running))
+                    raise self._differs(running)
         except TookTooLongError as late:
             raise _HungError(str(late)) from None
         return started
@@ -207,8 +201,8 @@ class LocalEpisodes:
         environment.step_timeout_s = self.step_timeout_s
         return environment
 
-    def _differs(self, running: _Running) -> str:
-        return (
+    def _differs(self, running: _Running) -> _FaultError:
+        return _FaultError(
             f"{self.name} answered otherwise {running.episode.place(running.turn)} when it was begun again after a fault; all "
             "that is random in it has to follow from the seed"
         )
@@ -243,30 +237,25 @@ class LocalEpisodes:
             with nullcontext() if self.swaps_on_loop else self._states_of(running):
                 if self.asynchronous:
                     with self._on_loop(running):
-                        outcome = outcome_of(function)
+                        value, error = outcome_of(function)
                 else:
-                    outcome = await self._threads.outcome(function, limit_s)
-                value, error = await self._awaited(running, outcome, limit_s)
+                    value, error = await self._threads.outcome(function, limit_s)
+                if inspect.isawaitable(value):
+                    token = _current.set(running)  # for `_make_task`
+                    try:
+                        value, error = await outcome_awaited(value, limit_s)
+                    finally:
+                        _current.reset(token)
+        place = running.episode.place(running.turn)
         if isinstance(error, TookTooLongError):
             limit = "" if method == "close" else "episodes.step_timeout_s="
-            raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", running.episode.place(running.turn)))
+            raise TookTooLongError(late_message(self.name, method, f"{limit}{timeout_s:g}", place))
         error = error.__cause__ if isinstance(error, _EscapedError) else error
         if isinstance(error, (HybridLightningError, RunStopped)):  # Ctrl-C reaches the main thread alone
             raise PassedOnError(error) from error
         if error is not None:
-            place = running.episode.place(running.turn)
             raise _FaultError(f"{self.name}.{method} raised {describe_error(error)} {place}") from error
         return value
-
-    async def _awaited(self, running: _Running, outcome: Outcome, timeout_s: float | None) -> Outcome:
-        value, _ = outcome
-        if not inspect.isawaitable(value):
-            return outcome
-        token = _current.set(running)  # for `_make_task`
-        try:
-            return await outcome_awaited(value, timeout_s)
-        finally:
-            _current.reset(token)
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **kwargs: Any) -> asyncio.Task[Any]:
         """A task of the event loop. Those that an environment's code makes, such as by `asyncio.gather`, are the episode's."""

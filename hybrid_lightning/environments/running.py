@@ -113,9 +113,7 @@ class RunningEpisodes:
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
         """Begin the episodes of a rollout, which are numbered from 0; those of the rollout before are over.
 
-        Args:
-            prompts: The prompt of each episode.
-            seeds: Seed of each episode, in [0, 2^31); the same for all episodes of a group.
+        The seeds are in [0, 2^31), and the same for all episodes of a group.
 
         Returns:
             For each episode the messages behind those of its prompt, or why it is left out.
@@ -133,13 +131,7 @@ class RunningEpisodes:
         return [answers[number] for number in range(len(prompts))]  # type: ignore[misc]
 
     def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Failure | TimedOut]:
-        """Let the environments answer the policy's messages. Episodes that are over by the answer are finished.
-
-        Args:
-            messages: Number of the episode -> message of the policy.
-
-        Returns:
-            The answers, in the same order.
+        """Let the environments answer messages of the policy, by number of the episode; who are over by that are finished.
 
         Raises:
             EpisodeError, HybridLightningError: See `start`.
@@ -149,11 +141,7 @@ class RunningEpisodes:
         return {number: answers[number] for number in messages}  # type: ignore[misc]
 
     def finish(self, numbers: Iterable[int] | None = None) -> None:
-        """Close the environments of episodes that have ended; those that are closed already are left alone.
-
-        Args:
-            numbers: Numbers of the episodes; None for all.
-        """
+        """Close the environments of these episodes, as far as they are not yet closed; None for all."""
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
         if not ended:
             return
@@ -186,7 +174,10 @@ class RunningEpisodes:
             if self._workers is not None:
                 self._workers.advance([(self._episodes[number], message) for number, message in waiting.items()], note)
                 continue
-            here = self._here = self._here or self._new_loop()
+            if self._here is None:
+                self._here = LocalEpisodes(self.environment, self.limits.step_timeout_s)
+                self._here.thread.start()
+            here = self._here
 
             async def one(number: int, message: Message | None, here: LocalEpisodes = here) -> None:
                 answer = await here.advance(self._episodes[number], message)
@@ -223,22 +214,12 @@ class RunningEpisodes:
                     "environment, or raise the share"
                 )
 
-    def _new_loop(self) -> LocalEpisodes:
-        here = LocalEpisodes(self.environment, self.limits.step_timeout_s)
-        here.thread.start()
-        return here
-
     def _run(self, here: LocalEpisodes, work: Coroutine[Any, Any, None], limit_s: float) -> int | None:
-        """Run something on the event loop of the episodes.
-
-        Args:
-            here: The episodes.
-            work: What to run.
-            limit_s: Seconds for which an environment's code may hold up the event loop.
+        """Run something on the event loop of the episodes, which an environment's code may hold up for `limit_s`.
 
         Returns:
-            The number of an episode whose code has held up the event loop for longer. All objects are then lost, since their
-            coroutines belong to it; None if all went well.
+            The number of an episode whose code has held it up for longer, whereby all objects are lost, since their coroutines
+            belong to it; None if all went well.
         """
         ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
         with exits_said(here.name):

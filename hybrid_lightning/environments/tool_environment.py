@@ -19,7 +19,7 @@ from hybrid_lightning.errors import ConfigError, HybridLightningError, one_line,
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import TookTooLongError, outcome_within
-from hybrid_lightning.user_code import load_function
+from hybrid_lightning.user_code import kind_and_text, load_function
 
 _FAILED = ("unparsable", "unknown_tool", "arguments", "raised", "time", "cut")
 COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # what `Step.counts` holds
@@ -127,9 +127,8 @@ class ToolEnvironment(Environment):
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Start the tools, and describe them where the chat template does not."""
-        for tool in self._functions.values():
-            if isinstance(tool, Tool):
-                tool.start(seed)
+        for tool in self._kept():
+            tool.start(seed)
         if self._shown or prompt.messages is None:
             return ()
         return [{"role": "system", "content": self.call_format.describe(list(self._schemas.values()))}]
@@ -145,9 +144,11 @@ class ToolEnvironment(Environment):
 
     def close(self) -> None:
         """Close the tools."""
-        for tool in self._functions.values():
-            if isinstance(tool, Tool):
-                tool.close()
+        for tool in self._kept():
+            tool.close()
+
+    def _kept(self) -> list[Tool]:
+        return [tool for tool in self._functions.values() if isinstance(tool, Tool)]
 
     def _answer(self, call: Call | MalformedCall, counts: dict[str, float], until: float) -> Message:
         """The message that a call gets back, by a time of `time.monotonic`."""
@@ -187,17 +188,12 @@ class ToolEnvironment(Environment):
         if isinstance(error, (HybridLightningError, RunStopped)):
             raise error
         if error is not None:
-            return "raised", f"error: {name} raised {type(error).__name__}: {_said(error)}"
+            return "raised", f"error: {name} raised {kind_and_text(error)}"
         return "", value
 
 
 def checked_arguments(call: Call, parameters: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The arguments of a call by their names, and what is wrong with them; empty if nothing is.
-
-    Args:
-        call: The call.
-        parameters: JSON schema of the tool's parameters.
-    """
+    """The arguments of a call by their names, and what is wrong with them by the JSON schema of `parameters`, if anything."""
     known = parameters.get("properties", {})
     arguments = dict(call.arguments)
     if call.text is not None and (not arguments or any(name not in known for name in arguments)):
@@ -294,13 +290,6 @@ def as_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):  # no JSON
         return str(value)
-
-
-def _said(error: BaseException) -> str:
-    try:
-        return one_line(error)
-    except Exception:  # raised by the exception's own __str__
-        return "without a text"
 
 
 def describe_tool(tool: Callable[..., Any]) -> tuple[str, dict[str, Any]]:

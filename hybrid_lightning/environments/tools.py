@@ -21,9 +21,8 @@ from typing import Any
 from hybrid_lightning.environments.tool_environment import Tool
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sandbox.candidate import WHOLE
-from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.launch import Box, Limits, launch
-from hybrid_lightning.sandbox.programs import Settings, check_packages, find_packages
+from hybrid_lightning.sandbox.programs import make_settings
 
 _LONGEST = 1_000  # characters of an expression
 _BITS = 1_024  # of numerators and denominators: 308 digits
@@ -166,13 +165,7 @@ class PythonSession(Tool):
         return ran.stdout.decode(errors="replace").strip() or "(no output)"
 
 
-@cache
-def _settings(limits: Limits, packages: tuple[str, ...], allow_without_isolation: bool) -> Settings:
-    """Checked once, though each episode has a tool of its own."""
-    mechanisms = require_isolation(allow_without_isolation).mechanisms
-    settings = Settings(mechanisms, limits, find_packages(packages))
-    check_packages(packages, settings.packages, mechanisms, limits)
-    return settings
+_settings = cache(make_settings)  # made once, though each episode has a tool of its own
 
 
 class DocumentSearch(Tool):

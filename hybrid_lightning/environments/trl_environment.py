@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.calls import CallFormat
 from hybrid_lightning.environments.environment import Step
 from hybrid_lightning.environments.foreign import said, takes
@@ -60,10 +59,6 @@ class TRLEnvironment(ToolEnvironment):
         super().__init__(tools, call_format, tool_timeout_s, max_result_chars)
         self._get_reward: Callable[[], Any] | None = getattr(self._object, "get_reward", None)
         self._reward = 0.0
-
-    def to_config(self) -> dict[str, Any]:
-        """See `Configurable.to_config`."""
-        return Configurable.to_config(self)
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Reset with the row."""

@@ -45,13 +45,9 @@ Request = tuple[Episode, Message | None] | list[int]  # an episode that starts o
 
 
 class Workers:
-    """Processes in which episodes run; they are started when they are needed.
+    """Processes in which episodes run, episode n in process n % count; they are started when they are needed.
 
-    Args:
-        environment: The object of the config.
-        count: Number of processes. Episode n runs in process n % count.
-        step_timeout_s: Seconds for each call of an environment.
-        on_wait: See `RunningEpisodes`.
+    For the arguments see `RunningEpisodes`; `step_timeout_s` is for each call of an environment.
 
     Raises:
         ConfigError: If the environment cannot be made in another process.
@@ -79,11 +75,9 @@ class Workers:
         self._processes = [_Process(made_of) for _ in range(count)]
 
     def advance(self, jobs: Sequence[tuple[Episode, Message | None]], note: Callable[[int, Answer], None]) -> None:
-        """Let episodes start, or answer a message.
+        """Let episodes answer a message of the policy, or start (None), and give each answer to `note`.
 
-        Args:
-            jobs: Episodes, each with the policy's message; None to start. How often they have begun is written into them.
-            note: Called with each answer.
+        How often they have begun is written into them.
         """
         for episode, message in jobs:
             self._processes[episode.number % len(self._processes)].requests.append((episode, message))
@@ -112,7 +106,7 @@ class Workers:
                     if process.connection in ready:
                         self._receive(process, note)
                     elif time.monotonic() > process.deadline:
-                        self._give_up(process, note)
+                        self._lost(process, note, late=True)
         except BaseException:  # Ctrl-C, or what ends the run
             for process in self._processes:
                 process.requests.clear()
@@ -124,7 +118,7 @@ class Workers:
         try:
             kind, value = process.connection.recv()
         except (EOFError, OSError):
-            self._ended(process, note)
+            self._lost(process, note, late=False)
             return
         if kind == "raised":
             raise value
@@ -133,9 +127,8 @@ class Workers:
             process.in_turn = process.method == "step" and new_turn
             if process.method != "close" and isinstance(process.current, tuple):
                 process.current[0].begun = begun
-            process.deadline = time.monotonic() + (
-                min(CLOSE_S, self.step_timeout_s) if process.method == "close" else self.step_timeout_s
-            )
+            limit_s = min(CLOSE_S, self.step_timeout_s) if process.method == "close" else self.step_timeout_s
+            process.deadline = time.monotonic() + limit_s
             return
         request, process.current, process.is_ready = process.current, None, True
         if kind == "ended":
@@ -146,45 +139,27 @@ class Workers:
                 del process.live[request[0].number]
             note(request[0].number, value)
 
-    def _give_up(self, process: "_Process", note: Callable[[int, Answer], None]) -> None:
-        """Kill a process that has taken too long."""
-        request, in_turn = process.current, process.in_turn
-        if not process.is_ready:
-            raise EpisodeError(
-                f"a process for {self.name} was not ready after {_READY_S:g} s; see what its module does on import"
-            )
-        if isinstance(request, tuple):
-            episode, _ = request
-            limit = f"episodes.step_timeout_s={self.step_timeout_s:g}"
-            text = late_message(self.name, process.method, limit, episode.place(_turn(request)))
-            del process.live[episode.number]
-            process.kill()
-            note(episode.number, TimedOut(text) if in_turn else Failure(text))
-        else:
-            self.close_fault = self.close_fault or f"{self.name}.close did not end"
-            process.kill()
-
-    def _ended(self, process: "_Process", note: Callable[[int, Answer], None]) -> None:
-        """Go on after a process has ended by itself, which is the fault of the episode that it was at."""
-        request, method, ready = process.current, process.method, process.is_ready
+    def _lost(self, process: "_Process", note: Callable[[int, Answer], None], late: bool) -> None:
+        """Go on without a process that has taken too long, or has ended by itself: the fault of the episode that it was at."""
+        request, method, in_turn, ready = process.current, process.method, process.in_turn, process.is_ready
         code = process.kill()
         if not ready:
-            raise EpisodeError(
-                f"a process for {self.name} ended with exit code {code} before it was ready; see its error output above"
-            )
+            late_start = f"was not ready after {_READY_S:g} s; see what its module does on import"
+            ended = f"ended with exit code {code} before it was ready; see its error output above"
+            raise EpisodeError(f"a process for {self.name} {late_start if late else ended}")
         if isinstance(request, list):
-            self.close_fault = self.close_fault or f"{self.name}.close ended its process with exit code {code}"
+            fault = "did not end" if late else f"ended its process with exit code {code}"
+            self.close_fault = self.close_fault or f"{self.name}.close {fault}"
         elif request is not None:
-            episode, _ = request
-            if episode.begun <= BEGUN_AGAIN:
+            episode, message = request
+            place = episode.place(0 if message is None else len(episode.turns) + 1)
+            if late:
+                text = late_message(self.name, method, f"episodes.step_timeout_s={self.step_timeout_s:g}", place)
+                note(episode.number, TimedOut(text) if in_turn else Failure(text))
+            elif episode.begun <= BEGUN_AGAIN:
                 process.requests.appendleft(request)
             else:
-                text = f"{self.name}.{method} ended its process with exit code {code} {episode.place(_turn(request))}"
-                note(episode.number, Failure(text))
-
-
-def _turn(request: tuple[Episode, Message | None]) -> int:
-    return 0 if request[1] is None else len(request[0].turns) + 1
+                note(episode.number, Failure(f"{self.name}.{method} ended its process with exit code {code} {place}"))
 
 
 class _Process:

@@ -34,7 +34,7 @@ class ArrivingRewards:
 
     def __init__(self, reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
         self._prompts = prompts
-        meanwhile = [(term, max(map(_overlaps(term), prompts), default=0)) for term, _ in reward.terms()]
+        meanwhile = [(term, max((_overlaps(term, prompt) for prompt in prompts), default=0)) for term, _ in reward.terms()]
         self._of_terms = [(term, _Threads(most)) for term, most in meanwhile if most]
         self._values: dict[tuple[str, int], Future[Tensor]] = {}  # by name of the term and row
 
@@ -46,7 +46,7 @@ class ArrivingRewards:
     def add(self, row: int, completion: str) -> None:
         """Begin to score a completion, by its number."""
         for term, threads in self._of_terms:
-            if (term.name, row) not in self._values and _overlaps(term)(self._prompts[row]):
+            if (term.name, row) not in self._values and _overlaps(term, self._prompts[row]):
                 work = partial(term_values, term, (completion,), (self._prompts[row],))
                 self._values[term.name, row] = threads.submit(work)
 
@@ -72,19 +72,15 @@ class ArrivingRewards:
             threads.cancel()
 
 
-def _overlaps(term: RewardFunction) -> Callable[[Prompt], int]:
-    def asked(prompt: Prompt) -> int:
-        with in_user_code(term, "overlaps"):
-            return term.overlaps(prompt)
-
-    return asked
+def _overlaps(term: RewardFunction, prompt: Prompt) -> int:
+    with in_user_code(term, "overlaps"):
+        return term.overlaps(prompt)
 
 
 class _Threads:
-    """Threads that call functions, in order. They do not hold up the end of the process, as those of `concurrent.futures` do.
+    """Threads that call functions, in order, `most` at the same time.
 
-    Args:
-        most: Calls at the same time.
+    They do not hold up the end of the process, as those of `concurrent.futures` do.
     """
 
     def __init__(self, most: int) -> None:

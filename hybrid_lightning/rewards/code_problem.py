@@ -21,33 +21,24 @@ _RESULTS = "__results__"  # as in hybrid_lightning.sandbox.harness
 
 
 def read_problem(
-    columns: Mapping[str, Any],
-    test_column: str,
-    entry_point_column: str | None,
-    setup_column: str | None,
-    count_all: bool,
+    columns: Mapping[str, Any], test_column: str, entry_point_column: str | None, setup_column: str | None, count_all: bool
 ) -> CallTests | StandardStreamTests:
-    """Read the tests of a row.
+    """Read the tests of a row; for the columns see `CodeTests`.
 
-    Args:
-        columns: The row.
-        test_column: Column with the tests, in one of the forms that `CodeTests` accepts.
-        entry_point_column: Column with the expression that is tested; only needed if the tests define a function `check`.
-        setup_column: Column with code that comes before the program and the tests; may be missing.
-        count_all: Whether each `assert` in a function `check` is a test of its own.
+    With `count_all` each `assert` in a function `check` is a test of its own.
 
     Raises:
         ValueError: If the row has no tests that can be run; the message names the column and what is wrong.
     """
-    try:
-        tests = _code_or_streams(columns.get(test_column))
-    except ValueError as error:
-        raise ValueError(f"column {test_column!r} {error}") from None
+    tests = columns.get(test_column)
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
+        with suppress(json.JSONDecodeError):  # code may begin with a bracket, too
+            tests = json.loads(tests)
     setup = _setup_code(columns, setup_column)
     pairs = _stream_pairs(test_column, tests)
     if pairs is not None:
         return StandardStreamTests(pairs, setup)
-    codes = [tests] if isinstance(tests, str) else tests
+    codes = _codes(test_column, tests)
     trees = [_parse_python(code, f"column {test_column!r}") for code in codes]
     entry_point = _entry_point(columns, entry_point_column)
     if any(isinstance(node, ast.FunctionDef) and node.name == "check" for tree in trees for node in tree.body):
@@ -95,22 +86,15 @@ def _assert_tests(column: str, trees: list[ast.Module], setup: str, entry_names:
     return CallTests(tuple(codes), setup, "\n".join(imports), tuple(sorted(names)))
 
 
-def _code_or_streams(tests: Any) -> Any:
-    """The content of a test column: code, a list of pieces of code, or standard streams; a text with JSON is decoded."""
-    if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
-        with suppress(json.JSONDecodeError):  # code may begin with a bracket, too
-            tests = json.loads(tests)
-    if isinstance(tests, str) and tests.strip():
-        return tests
-    if isinstance(tests, Mapping) and tests:
-        return tests
-    if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
-        texts = all(isinstance(test, str) and test.strip() for test in tests)
-        if texts or all(isinstance(test, Mapping) for test in tests):
-            return list(tests)
-    if tests is None or not tests or isinstance(tests, str):
-        raise ValueError("is missing or empty")
-    raise ValueError(f"is neither code, nor a list of asserts, nor inputs and outputs, but a {type(tests).__name__}")
+def _codes(column: str, tests: Any) -> list[str]:
+    """The pieces of code in a test column."""
+    codes = [tests] if isinstance(tests, str) else tests
+    if not tests or (isinstance(tests, str) and not tests.strip()):
+        raise ValueError(f"column {column!r} is missing or empty")
+    if not isinstance(codes, Sequence) or not all(isinstance(code, str) and code.strip() for code in codes):
+        kind = type(tests).__name__
+        raise ValueError(f"column {column!r} is neither code, nor a list of asserts, nor inputs and outputs, but a {kind}")
+    return list(codes)
 
 
 def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None:
@@ -118,7 +102,7 @@ def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None
 
     Returns None if the column has code.
     """
-    if isinstance(tests, Mapping):
+    if isinstance(tests, Mapping) and tests:
         if tests.get("fn_name"):
             raise ValueError(
                 f"column {column!r} has inputs of a function (fn_name), not of standard input; write them as asserts"
@@ -126,7 +110,7 @@ def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None
         inputs, outputs = tests.get("inputs"), tests.get("outputs")
         if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence) or not inputs or len(inputs) != len(outputs):
             raise ValueError(f'column {column!r} must have as many "inputs" as "outputs", at least one')
-    elif isinstance(tests, list) and isinstance(tests[0], Mapping):
+    elif isinstance(tests, Sequence) and tests and all(isinstance(test, Mapping) for test in tests):
         if not all("input" in test and "output" in test for test in tests):
             raise ValueError(f'each test in column {column!r} must have an "input" and an "output"')
         inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]

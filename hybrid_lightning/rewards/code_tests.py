@@ -9,17 +9,8 @@ from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import extract_match
-from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.launch import Limits
-from hybrid_lightning.sandbox.programs import (
-    CallTests,
-    Outcome,
-    Settings,
-    StandardStreamTests,
-    check_packages,
-    find_packages,
-    run_programs,
-)
+from hybrid_lightning.sandbox.programs import CallTests, StandardStreamTests, make_settings, run_programs
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_code import compile_pattern
 
@@ -100,18 +91,11 @@ class CodeTests(RewardFunction):
             raise ConfigError(f"workers={workers}; give at least 1, or null for one a processor")
         if memory_mb < 128:
             raise ConfigError(f"memory_mb={memory_mb}; give at least 128")
-        self.test_column = test_column
-        self.entry_point_column = entry_point_column
-        self.setup_column = setup_column
+        self.columns = (test_column, entry_point_column, setup_column)
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.partial_credit = partial_credit
-        self.settings = Settings(
-            mechanisms=require_isolation(allow_without_isolation).mechanisms,
-            limits=Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20),
-            packages=find_packages(packages or []),
-            count_all=partial_credit,
-        )
-        check_packages(packages or [], self.settings.packages, self.settings.mechanisms, self.settings.limits)
+        limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20)
+        self.settings = make_settings(limits, packages or [], allow_without_isolation, partial_credit)
         self.workers = self.concurrency = workers or len(os.sched_getaffinity(0))
         self._name = name
 
@@ -125,19 +109,13 @@ class CodeTests(RewardFunction):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """Run the program of each of B completions against the tests of its prompt."""
-        problems: dict[int, CallTests | StandardStreamTests] = {}
-        programs, positions = [], []
-        for position, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
-            if id(prompt) not in problems:
-                problems[id(prompt)] = self._problem(prompt)
-            source = self._program(completion)
-            if source is not None and source.strip():
-                programs.append((source, problems[id(prompt)]))
-                positions.append(position)
+        problems = {key: self._problem(prompt) for key, prompt in {id(prompt): prompt for prompt in prompts}.items()}
+        sources = [self._program(completion) or "" for completion in completions]
+        positions = [position for position, source in enumerate(sources) if source.strip()]
+        programs = [(sources[position], problems[id(prompts[position])]) for position in positions]
         rewards = [0.0] * len(completions)
-        outcomes = run_programs(programs, self.settings, self.workers)
-        for position, outcome in zip(positions, outcomes, strict=True):
-            rewards[position] = self._reward(outcome)
+        for position, outcome in zip(positions, run_programs(programs, self.settings, self.workers), strict=True):
+            rewards[position] = outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
             if outcome.reason:
                 prompt = prompts[position]
                 # unusable: no program can pass the tests of this row
@@ -155,18 +133,14 @@ class CodeTests(RewardFunction):
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The program; two programs are equal if they are the same text."""
-        source = self._program(completion)
-        return None if source is None else source.strip() or None
+        return (self._program(completion) or "").strip() or None
 
     def _program(self, completion: str) -> str | None:
         return extract_program(completion) if self.pattern is None else extract_match(self.pattern, completion)
 
-    def _reward(self, outcome: Outcome) -> float:
-        return outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
-
     def _problem(self, prompt: Prompt) -> CallTests | StandardStreamTests:
         try:
-            return read_problem(prompt.columns, self.test_column, self.entry_point_column, self.setup_column, self.partial_credit)
+            return read_problem(prompt.columns, *self.columns, self.partial_credit)
         except ValueError as error:
             raise DataError(
                 f"{prompt.place} (the first is 0): CodeTests: {error}; correct or remove the row, or name the right columns; it "
@@ -178,9 +152,6 @@ def extract_program(completion: str) -> str:
     r"""The last fenced block of Python, else the last fenced block, else the whole completion.
 
     A fence that is never closed ends with the completion, since the sampler may stop at the closing fence.
-
-    Args:
-        completion: The text.
 
     Example:
         >>> extract_program("So:\n```python\nprint(1)\n```\nwhich prints\n```\n1\n```\n")

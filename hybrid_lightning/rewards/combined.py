@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
 from hybrid_lightning.types import Prompt
 
 
@@ -56,7 +56,7 @@ class WeightedSum(RewardFunction):
         return total
 
 
-class RewardBySet(RewardFunction):
+class RewardBySet(DelegatingReward):
     """Scores a completion by the reward for its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
 
     Args:
@@ -80,8 +80,8 @@ class RewardBySet(RewardFunction):
         if len({reward.measures_correctness for reward in rewards.values()}) > 1:
             kinds = ", ".join(f"{key}: {value.measures_correctness}" for key, value in rewards.items())
             raise ConfigError(f"RewardBySet: some rewards measure correctness and others do not ({kinds}); give sets of one kind")
+        super().__init__(list(rewards.values()))
         self.rewards = rewards
-        self.measures_correctness = next(iter(rewards.values())).measures_correctness
         self._name = name
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
@@ -89,7 +89,7 @@ class RewardBySet(RewardFunction):
         positions: dict[str, list[int]] = defaultdict(list)
         for position, prompt in enumerate(prompts):
             positions[prompt.set_name].append(position)
-            self._reward(prompt)
+            self.scorer(prompt)
         values = torch.zeros(len(completions), dtype=torch.float64)
         for set_name, rows in positions.items():
             own = self.rewards[set_name]([completions[row] for row in rows], [prompts[row] for row in rows])
@@ -98,38 +98,8 @@ class RewardBySet(RewardFunction):
             values[rows] = torch.as_tensor(own, dtype=torch.float64)
         return values
 
-    @property
-    def concurrency(self) -> int:  # type: ignore[override]
-        """That of the set with most."""
-        return max(reward.concurrency for reward in self.rewards.values())
-
-    def overlaps(self, prompt: Prompt) -> int:
-        """As many as the reward for the prompt's set says."""
-        return self._reward(prompt).overlaps(prompt)
-
-    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """Those of the reward for the prompt's set."""
-        return self._reward(prompt).turn_rewards(completion, prompt)
-
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """Extract the answer as the reward for the prompt's set does."""
-        return self._reward(prompt).extract_answer(completion, prompt)
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the reward for its set does."""
-        self._reward(prompt).check_prompt(prompt)
-
-    def check_length(self, max_new_tokens: int) -> None:
-        """Check the length for the reward of every set."""
-        for reward in self.rewards.values():
-            reward.check_length(max_new_tokens)
-
-    def decided_by_time(self) -> str | None:
-        """The warnings of the sets' rewards, joined; None if there are none."""
-        found = [reward.decided_by_time() for reward in self.rewards.values()]
-        return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
-
-    def _reward(self, prompt: Prompt) -> RewardFunction:
+    def scorer(self, prompt: Prompt) -> RewardFunction:
+        """The reward for the prompt's set."""
         if prompt.set_name not in self.rewards:
             raise DataError(
                 f"RewardBySet: {prompt.place} is of set {prompt.set_name!r}, which has no reward; there is one for "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import RewardError
-from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 from hybrid_lightning.user_code import in_user_code
 
@@ -41,7 +41,7 @@ class EpisodeReturn(RewardFunction):
         return _episode(completion).rewards
 
 
-class FinalAnswer(RewardFunction):
+class FinalAnswer(DelegatingReward):
     """Scores the last message of an episode alone, as if it were the whole completion; its tokens are those of the episode.
 
     Args:
@@ -49,12 +49,8 @@ class FinalAnswer(RewardFunction):
     """
 
     def __init__(self, reward: RewardFunction) -> None:
+        super().__init__([reward])
         self.reward = reward
-        self.measures_correctness, self.concurrency = reward.measures_correctness, reward.concurrency
-
-    def overlaps(self, prompt: Prompt) -> int:
-        """See the reward."""
-        return self.reward.overlaps(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
         """Score the last messages.
@@ -62,27 +58,13 @@ class FinalAnswer(RewardFunction):
         Raises:
             RewardError: If a completion is none of an episode.
         """
-        return self.reward([_last(completion) for completion in completions], prompts)
+        return self.reward([self.seen(completion) for completion in completions], prompts)
 
-    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """See the reward."""
-        return self.reward.turn_rewards(_last(completion), prompt)
-
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The answer that the last message gives."""
-        return self.reward.extract_answer(_last(completion), prompt)
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """See the reward."""
-        self.reward.check_prompt(prompt)
-
-    def check_length(self, max_new_tokens: int) -> None:
-        """See the reward."""
-        self.reward.check_length(max_new_tokens)
-
-    def decided_by_time(self) -> str | None:
-        """See the reward."""
-        return self.reward.decided_by_time()
+    def seen(self, completion: str) -> Completion:
+        """The last message."""
+        episode = _episode(completion)
+        assert isinstance(completion, Completion)
+        return Completion(episode.answer, completion.num_tokens, completion.finished, completion.thinking, episode)
 
     @property
     def name(self) -> str:
@@ -171,9 +153,3 @@ def _episode(completion: str) -> Episode:
     if not isinstance(episode, Episode):
         raise RewardError("there is no episode whose messages or rewards could be read; set model.environment, or another reward")
     return episode
-
-
-def _last(completion: str) -> Completion:
-    episode = _episode(completion)
-    assert isinstance(completion, Completion)
-    return Completion(episode.answer, completion.num_tokens, completion.finished, completion.thinking, episode)

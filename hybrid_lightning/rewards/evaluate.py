@@ -60,11 +60,11 @@ def evaluate_reward(
         known = {} if arriving is None else arriving.values(term, rows, completions)
         for row, value in known.items():
             values[row] = value
-        if not known:
-            values[rows] = term_values(term, *seen)
-        elif len(known) < len(rows):
-            others = [row for row in rows if row not in known]
+        others = [row for row in rows if row not in known]
+        if known and others:
             values[others] = term_values(term, [completions[row] for row in others], [prompts[row] for row in others])
+        elif not known:
+            values[rows] = term_values(term, *seen)
         parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
@@ -77,13 +77,8 @@ def evaluate_reward(
 def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[str | None]:
     """Extract answers with the first term of the reward that measures correctness or, if none does, with its first term.
 
-    Args:
-        reward: The reward.
-        completions: B texts.
-        prompts: The B prompts, one for each completion.
-
     Returns:
-        B answers; None for a completion without one (see `RewardFunction.extract_answer`).
+        For each of the B completions its answer, or None (see `RewardFunction.extract_answer`).
 
     Raises:
         RewardError: If the term raises, or returns neither a text nor None.
@@ -111,7 +106,7 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
 def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
     """Values of one term of a reward, checked, [B] float32; see `evaluate_reward` for errors."""
     try:
-        values = _awaited(reward(completions, prompts))
+        values = _called(reward, completions, prompts)
     except HybridLightningError:
         raise  # its message already says what is wrong, and where
     except (Exception, SystemExit) as error:  # sys.exit in a reward must not end training without a message
@@ -134,8 +129,9 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
     return result
 
 
-def _awaited(values: Any) -> Any:
-    """The values themselves; awaited first if the reward's `__call__` is `async`."""
+def _called(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
+    """What a reward returns, awaited if its `__call__` is `async`."""
+    values: Any = reward(completions, prompts)
     return run_async(values) if inspect.iscoroutine(values) else values
 
 
@@ -164,15 +160,11 @@ def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequen
     """Find the completion on which a reward fails by scoring them one at a time, and return the error to raise."""
     for completion, prompt in zip(completions, prompts, strict=True):
         try:
-            _awaited(reward([completion], [prompt]))
+            _called(reward, [completion], [prompt])
         except (Exception, SystemExit) as single:
             return RewardError(f"{_title(reward)} raised {describe_error(single)} {name_completion(completion, prompt)}")
-    return RewardError(
-        f"{_title(reward)} raised {describe_error(error)} for a batch of {len(completions)} completions, the first "
-        f"{name_completion(completions[0], prompts[0])}; for each of them alone it did not"
-        if completions
-        else f"{_title(reward)} raised {describe_error(error)} for an empty batch"
-    )
+    first = f", the first {name_completion(completions[0], prompts[0])}; for each of them alone it did not" if completions else ""
+    return RewardError(f"{_title(reward)} raised {describe_error(error)} for a batch of {len(completions)} completions{first}")
 
 
 def _title(reward: RewardFunction) -> str:

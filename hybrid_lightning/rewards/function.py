@@ -1,11 +1,8 @@
-"""`FunctionReward`: a plain Python function as a reward.
-
-A config names the function as `package.module.function`, `package.module:function` or `path/to/file.py:function`.
-"""
+"""`FunctionReward`: a plain Python function as a reward."""
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import dropwhile
@@ -95,14 +92,16 @@ class FunctionReward(RewardFunction):
         if self.batches_only and not self.batched:
             raise ConfigError(f"{type(self).__name__}: {self.function} has no parameter completions; take FunctionReward")
         self._own = _BATCH if self.batched else _SINGLE
+        named = {
+            name: entry for name, entry in parameters.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
+        }
         own = parameters[self._own[0]]
-        if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
+        if own.name not in named:
             raise ConfigError(f"function={self.function!r} takes {own} by position alone; write the parameter as {own.name}")
-        named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
         self.arguments = dict(arguments or {})
-        free = {entry.name: entry for entry in named if entry.name not in self._own}
-        self.needed = [name for name, entry in free.items() if entry.default is entry.empty and name not in self.arguments]
-        self.wanted = [name for name, entry in free.items() if entry.default is not entry.empty and name not in self.arguments]
+        free = {name: entry for name, entry in named.items() if name not in self._own}
+        self.wanted = [name for name in free if name not in self.arguments]  # of what is known about a prompt
+        self.needed = [name for name in self.wanted if free[name].default is inspect.Parameter.empty]
         self.takes_prompts = self._own[1] in parameters
         self.takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
         self._check_arguments(free)
@@ -165,41 +164,39 @@ class FunctionReward(RewardFunction):
     def _batch(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
         """Call a function of `completions` once for all of them."""
         rows = [_values(prompt) for prompt in prompts]
-        there = dict.fromkeys(name for row in rows for name in row)
-        names = [name for name in there if name in self.needed or name in self.wanted or self.takes_all]
-        arguments: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
-        call = self._call(list(completions), list(prompts), arguments)
-        try:
-            if not self.asynchronous:
-                return call_within(call, self.timeout_s)
-            (value,) = run_async(await_all([call], self.timeout_s, 1))
-            if isinstance(value, BaseException):
-                raise value
-            return value
-        except TimeoutError as error:
-            if self.timeout_s is None or not completions:
-                raise
+        names = self._asked(name for row in rows for name in row)
+        call = self._call(list(completions), list(prompts), {name: [row.get(name) for row in rows] for name in names})
+        (value,) = self._outcomes([call])
+        if isinstance(value, TimeoutError) and self.timeout_s is not None and completions:
             where = f"for a batch of {len(completions)} completions, the first {name_completion(completions[0], prompts[0])}"
-            return [self._late(where, error)] * len(completions)
+            return [self._late(where, value)] * len(completions)
+        if isinstance(value, BaseException):
+            raise value
+        return value
 
     def _each(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[Any]:
         """Call a function of `completion` for each of them."""
         calls = []
         for completion, prompt in zip(completions, prompts, strict=True):
             row = _values(prompt)
-            names = [name for name in row if name in self.needed or name in self.wanted or self.takes_all]
-            calls.append(self._call(completion, prompt, {name: row[name] for name in names}))
-        if self.asynchronous:
-            values = run_async(await_all(calls, self.timeout_s, self.concurrency))
-        else:
-            values = [self._caught(call) for call in calls]
-        return [self._checked(*row) for row in zip(values, completions, prompts, strict=True)]
+            calls.append(self._call(completion, prompt, {name: row[name] for name in self._asked(row)}))
+        return [self._checked(*row) for row in zip(self._outcomes(calls), completions, prompts, strict=True)]
 
-    def _caught(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call_within(call, self.timeout_s)
-        except Exception as error:
-            return error
+    def _asked(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that the function takes."""
+        return [name for name in dict.fromkeys(names) if name in self.wanted or self.takes_all]
+
+    def _outcomes(self, calls: list[Callable[[], Any]]) -> list[Any]:
+        """What each call returns, or the exception that it raises."""
+        if self.asynchronous:
+            return run_async(await_all(calls, self.timeout_s, self.concurrency))  # type: ignore[no-any-return]
+        values: list[Any] = []
+        for call in calls:
+            try:
+                values.append(call_within(call, self.timeout_s))
+            except Exception as error:
+                values.append(error)
+        return values
 
     def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
         """The function with all its arguments bound."""

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
 from hybrid_lightning.types import Completion, Prompt
 
 
@@ -85,18 +85,15 @@ class OverlongPenalty(RewardFunction):
         return -min(max(over, 0), self.buffer_tokens) / self.buffer_tokens + 0.0
 
 
-class _CachedReward(RewardFunction):
-    """Wraps a reward and keeps its values for the last batch.
+class _CachedReward(DelegatingReward):
+    """Keeps the values of a reward for the last batch.
 
-    `CosineLength` and `GroupLength` depend on another reward for correctness, which is also logged as a term of its own: the
-    second call gets the kept values.
+    `CosineLength` and `GroupLength` depend on a reward for correctness, which is also logged as a term of its own: the second
+    call gets the kept values.
 
     Args:
-        reward: The wrapped reward, which must measure correctness and must not be a sum.
+        reward: The reward, which must measure correctness and must not be a sum.
         user: Name of the class that wraps it, for error messages.
-
-    Raises:
-        ConfigError: If the reward is a sum, or does not measure correctness.
     """
 
     def __init__(self, reward: RewardFunction, user: str) -> None:
@@ -105,13 +102,10 @@ class _CachedReward(RewardFunction):
                 f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
                 f"further rewards beside {user} into a WeightedSum"
             )
+        super().__init__([reward])
         self.reward = reward
+        self._name = reward.name
         self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the wrapped reward."""
-        return self.reward.name
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
         """Score completions, or return the kept values if these very objects were scored last."""
@@ -119,21 +113,12 @@ class _CachedReward(RewardFunction):
             self._last = (completions, prompts, self.reward(completions, prompts))
         return self._last[2]
 
-    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether each of B completions is right, which is a reward of at least 1.0."""
-        return [float(value) >= 1.0 for value in self(completions, prompts)]
+    def overlaps(self, prompt: Prompt) -> int:
+        """0: the values are those of a whole batch."""
+        return 0
 
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """Extract the answer as the wrapped reward does."""
-        return self.reward.extract_answer(completion, prompt)
-
-    def decided_by_time(self) -> str | None:
-        """The warning of the wrapped reward."""
-        return self.reward.decided_by_time()
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the wrapped reward does."""
-        self.reward.check_prompt(prompt)
+    def turn_rewards(self, completion: str, prompt: Prompt) -> None:
+        """None: all is paid for the last turn."""
 
 
 class _OverCorrectness(RewardFunction):
@@ -155,6 +140,11 @@ class _OverCorrectness(RewardFunction):
     def terms(self) -> list[tuple[RewardFunction, float]]:
         """The reward for correctness and this reward, each with its weight."""
         return [(self.reward, self.weights[0]), (self, self.weights[1])]
+
+    def _judged(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> tuple[list[int], list[bool]]:
+        """Length and correctness of each of B completions; a reward of at least 1.0 is for a right one."""
+        lengths = token_counts(type(self).__name__, completions)
+        return lengths, [float(value) >= 1.0 for value in self.reward(completions, prompts)]
 
 
 class CosineLength(_OverCorrectness):
@@ -197,10 +187,7 @@ class CosineLength(_OverCorrectness):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """The reward of each of B completions."""
-        lengths = token_counts(type(self).__name__, completions)
-        return [
-            self._value(length, right) for length, right in zip(lengths, self.reward.correct(completions, prompts), strict=True)
-        ]
+        return [self._value(length, right) for length, right in zip(*self._judged(completions, prompts), strict=True)]
 
     def _value(self, length: int, right: bool) -> float:
         if length >= self.max_tokens and self.at_limit is not None:
@@ -229,8 +216,7 @@ class GroupLength(_OverCorrectness):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """The length reward of each of B completions, before weighting."""
-        lengths = token_counts(type(self).__name__, completions)
-        right = self.reward.correct(completions, prompts)
+        lengths, right = self._judged(completions, prompts)
         groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
         for position, prompt in enumerate(prompts):
             groups[prompt.set_name, prompt.source, prompt.index].append(position)
@@ -244,19 +230,15 @@ class GroupLength(_OverCorrectness):
 
 
 def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
-    """Length in tokens of each of B completions; the stop token counts.
-
-    Args:
-        reward: Name of the reward, for the error message.
-        completions: B completions.
+    """Length in tokens of each of B completions, for a reward of this name; the stop token counts.
 
     Raises:
         RewardError: If a completion is a plain string, whose number of tokens is not known.
     """
-    for completion in completions:
-        if not isinstance(completion, Completion):
-            raise RewardError(
-                f"{reward}: completions are plain strings, whose tokens are not known; give those of a rollout, or make them "
-                "Completion(text, num_tokens, finished)"
-            )
-    return [completion.num_tokens for completion in completions if isinstance(completion, Completion)]
+    lengths = [completion.num_tokens for completion in completions if isinstance(completion, Completion)]
+    if len(lengths) < len(completions):
+        raise RewardError(
+            f"{reward}: completions are plain strings, whose tokens are not known; give those of a rollout, or make them "
+            "Completion(text, num_tokens, finished)"
+        )
+    return lengths

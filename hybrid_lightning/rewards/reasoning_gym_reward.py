@@ -8,7 +8,7 @@ from typing import Any
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.reasoning_gym_tasks import made_again
 from hybrid_lightning.rewards.evaluate import name_completion
-from hybrid_lightning.rewards.text import AnswerReward, extract_match
+from hybrid_lightning.rewards.text import AnswerReward
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_code import describe_error
 
@@ -32,11 +32,6 @@ class ReasoningGymReward(AnswerReward):
     def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
         super().__init__(pattern, name)
         self._checked: set[tuple[str, str]] = set()
-
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The text that the verifier gets."""
-        answer = extract_match(self.pattern, completion)
-        return None if answer is None else answer.strip() or None
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check, at the first prompt of each task, that its problem can be made again, and that not every text is right.
@@ -64,11 +59,8 @@ class ReasoningGymReward(AnswerReward):
         try:
             value = float(dataset.score_answer(answer, deepcopy(entry)))
         except Exception as error:  # verifiers do not expect answers of another form
-            logger.warning(
-                "reasoning-gym's verifier raised %s %s; it earns nothing",
-                describe_error(error),
-                name_completion(completion, prompt),
-            )
+            where = name_completion(completion, prompt)
+            logger.warning("reasoning-gym's verifier raised %s %s; it earns nothing", describe_error(error), where)
             return 0.0
         return min(value, 1.0)
 

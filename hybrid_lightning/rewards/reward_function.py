@@ -53,7 +53,7 @@ class RewardFunction(Configurable, ABC):
         Returns:
             0 unless overridden: those of this prompt are scored with all others, when the last one has ended.
         """
-        return False
+        return 0
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
         """The reward of an episode in its parts for each turn, for credit by turn (see `rewards_to_go`).
@@ -108,3 +108,50 @@ class RewardFunction(Configurable, ABC):
     def terms(self) -> list[tuple["RewardFunction", float]]:
         """The rewards that this reward is the sum of, each with its weight; a plain reward has itself as its only term."""
         return [(self, 1.0)]
+
+
+class DelegatingReward(RewardFunction):
+    """Base of rewards that score as others do.
+
+    Args:
+        scorers: The others: one, unless a subclass says by `scorer` which of them scores a prompt.
+    """
+
+    def __init__(self, scorers: Sequence[RewardFunction]) -> None:
+        self.scorers = scorers
+        self.measures_correctness = scorers[0].measures_correctness
+        self.concurrency = max(reward.concurrency for reward in scorers)
+
+    def scorer(self, prompt: Prompt) -> RewardFunction:
+        """The reward that scores completions of a prompt."""
+        return self.scorers[0]
+
+    def seen(self, completion: str) -> str:
+        """What it gets for a completion."""
+        return completion
+
+    def overlaps(self, prompt: Prompt) -> int:
+        """See `RewardFunction.overlaps`."""
+        return self.scorer(prompt).overlaps(prompt)
+
+    def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
+        """See `RewardFunction.turn_rewards`."""
+        return self.scorer(prompt).turn_rewards(self.seen(completion), prompt)
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """See `RewardFunction.extract_answer`."""
+        return self.scorer(prompt).extract_answer(self.seen(completion), prompt)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """See `RewardFunction.check_prompt`."""
+        self.scorer(prompt).check_prompt(prompt)
+
+    def check_length(self, max_new_tokens: int) -> None:
+        """See `RewardFunction.check_length`."""
+        for reward in self.scorers:
+            reward.check_length(max_new_tokens)
+
+    def decided_by_time(self) -> str | None:
+        """The warnings of all of them, joined; None if there are none."""
+        found = [reward.decided_by_time() for reward in self.scorers]
+        return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None

@@ -41,6 +41,11 @@ class AnswerReward(RewardFunction):
     def score(self, completion: str, prompt: Prompt) -> float:
         """The reward of one completion."""
 
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """What the pattern finds, without white space around it."""
+        answer = extract_match(self.pattern, completion)
+        return None if answer is None else answer.strip() or None
+
     def without_thinking(self, completion: str) -> str:
         """The part of a completion that the pattern finds behind the reasoning; empty if there is none."""
         return extract_match(self.pattern, after_thinking(completion)) or ""
@@ -70,8 +75,8 @@ class ExactMatch(AnswerReward):
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The text that is compared with the reference answer."""
-        answer = extract_match(self.pattern, completion)
-        return None if answer is None else self._normalize(answer) or None
+        answer = super().extract_answer(completion, prompt)
+        return None if answer is None else self._normalize(answer)
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that there is a reference answer."""
@@ -150,15 +155,7 @@ class RepetitionPenalty(RewardFunction):
 
 
 def extract_match(pattern: re.Pattern[str] | None, completion: str) -> str | None:
-    """Extract the answer from a completion with a regular expression.
-
-    Args:
-        pattern: Regular expression with one group, whose last match counts; None takes the whole completion.
-        completion: The text.
-
-    Returns:
-        The group of the last match; None if there is no match.
-    """
+    """The group of a pattern in its last match, None if there is no match; without a pattern the whole completion."""
     if pattern is None:
         return completion
     matches = [match.group(1) for match in pattern.finditer(completion)]
@@ -180,11 +177,7 @@ def after_thinking(completion: str) -> str:
 
 
 def reference_answer(reward: str, prompt: Prompt) -> str:
-    """The reference answer of a prompt.
-
-    Args:
-        reward: Name of the reward that needs it, for the error message.
-        prompt: The prompt.
+    """The reference answer of a prompt, for a reward of this name.
 
     Raises:
         RewardError: If the prompt has no reference answer.

@@ -20,16 +20,13 @@ _SETUP_FAILED, _OUT_OF_TIME, _SIGNALLED = 125, 124, 128
 
 
 def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number: int) -> int:
-    """Start a box.
+    """Start a box; the id of the process that waits for it, whose exit code says how it ended (see `describe_ending`).
 
     Args:
         spec: See `launcher.main`.
         role: "candidate", "tests", "script" or "cells".
         descriptors: File descriptors that become 0 to 7 in the box; None for a closed one.
         number: Number of the box, so that different boxes run as different users.
-
-    Returns:
-        Id of the process that waits for the box. Its exit code says how the box ended (see `describe_ending`).
     """
     launcher = os.getpid()
     pid = os.fork()
@@ -83,13 +80,9 @@ def _place(descriptors: list[int | None]) -> None:
 
 
 def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
-    """Apply every mechanism to this process.
+    """Apply every mechanism to this process, and let it become another user, unless that is None.
 
-    Args:
-        spec: See `launcher.main`.
-        user: Number of the user to become; None to stay the same user.
-        threads: Whether threads may be started. The system limits their number only for a user namespace or a user of its own,
-            and never for root.
+    Threads are allowed where the system limits their number: for a user namespace or a user of its own, and never for root.
     """
     mechanisms, limits = spec["mechanisms"], spec["limits"]
     within = tuple(f"{path}/" for path in spec["readable"])
@@ -110,19 +103,17 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
     if spec["packages"]:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # otherwise numpy starts a thread for each processor
     libc.share_memory_between_threads()
-    limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}
-    privileges.limit(**limits)
+    privileges.limit(limits["cpu_seconds"], limits["memory_bytes"], limits["file_bytes"], limits["threads"])
     if "seccomp" in mechanisms:
         seccomp.install(threads)
 
 
 def _run(role: str, job: dict[str, Any]) -> None:
     """Run the program or the tests of the box."""
+    os.close(REPORT)
     if role == "tests":
-        os.close(REPORT)
         os.write(VERDICT, json.dumps(harness.run_tests(job, OUT, REPLIES_OR_REQUESTS_IN)).encode())
         os._exit(0)
-    os.close(REPORT)
     sys.stdin = _stream(0, "r", "surrogateescape")
     sys.stdout = _stream(1, "w", "surrogateescape")
     sys.stderr = _stream(2, "w", "backslashreplace")

@@ -118,12 +118,9 @@ def run_script(setup: str, source: str) -> None:
 def run_cells(cells: Sequence[str], seed: int) -> None:
     """Run pieces of code one after the other, show the output of the last one alone, and end with a mark (see `WHOLE`).
 
+    They share their names, and the seed of `random`, so that the earlier cells of a session do the same when they run again.
     After what a cell prints comes the value of the expression that it may end with, or a line about its error, after which later
     cells run all the same.
-
-    Args:
-        cells: The pieces, which share their names.
-        seed: Of `random`, so that the earlier cells of a session do the same when they run again.
     """
     random.seed(seed)
     module = types.ModuleType(MAIN)

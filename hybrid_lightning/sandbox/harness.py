@@ -80,15 +80,10 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
 
 
 class Proxy(wire.Remote):
-    """Stands for an object of the program, which can be called and asked for attributes.
+    """Stands for an object of the program, by its number there, which can be called and asked for attributes.
 
-    Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here.
-
-    Args:
-        peer: The program's process.
-        number: Number of the object in that process.
-        of_class: Whether it is a class that the tests name, such as Bank, or comes from one, so that its methods are what is
-            tested.
+    Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here. `of_class` says
+    that it is a class that the tests name, such as Bank, or comes from one, so that its methods are what is tested.
     """
 
     def __init__(self, peer: "Peer", number: int, of_class: bool) -> None:

@@ -114,10 +114,7 @@ def _found() -> Isolation:
 
 @cache
 def _try(isolation: Isolation) -> str:
-    """Run a program that tries to escape, in the same way as all programs are run.
-
-    Returns:
-        The attempts that succeeded; empty if none did.
+    """Run a program that tries to escape, as all programs are run, and return the attempts that succeeded.
 
     Raises:
         SandboxError: If no program runs at all.

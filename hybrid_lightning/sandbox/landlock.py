@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 
 from hybrid_lightning.sandbox import libc
 
@@ -21,25 +22,17 @@ _NULL = _READ_FILE | _WRITE_FILE | _TRUNCATE  # rights over /dev/null
 _WRITE = _READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 
-def abi() -> int:
-    """Version of Landlock in this kernel; 0 if the kernel has none, or it is switched off."""
-    try:
-        return libc.syscall(_CREATE_RULESET, None, 0, 1)
-    except OSError:
-        return 0
-
-
 def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Restrict this process to some files. Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone.
+    """Restrict this process to some files and folders, with everything in them; what does not exist is ignored.
 
-    Args:
-        readable: Files and folders, with everything in them, that may be read; those that do not exist are ignored.
-        writable: Folders in which files may also be created, changed and removed.
+    Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone. In what is `writable` files may also be created, changed and removed.
 
     Raises:
         OSError: If Landlock is not there, or its version is below `MINIMUM_ABI`.
     """
-    version = abi()
+    version = 0  # where the kernel has no Landlock, or it is switched off
+    with suppress(OSError):
+        version = libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < MINIMUM_ABI:
         raise OSError(errno.ENOSYS, f"Landlock ABI {version}; needs {MINIMUM_ABI} (Linux 6.2), switched on at boot")
     # Everything that is handled is forbidden unless a rule below allows it: all rights over files, TCP bind and connect, signals

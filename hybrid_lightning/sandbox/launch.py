@@ -41,17 +41,10 @@ class Limits:
     threads: int = 32  # number of threads
 
     def __post_init__(self) -> None:
-        least = {
-            "cpu_seconds": 1,
-            "wall_seconds": 0.1,
-            "memory_bytes": 128 * 2**20,
-            "file_bytes": 2**10,
-            "temporary_bytes": 2**16,
-            "threads": 1,
-        }
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not least[name] <= value < float("inf"):
-                raise ConfigError(f"{name}={value}; give a number of at least {least[name]}")
+        least = (1, 0.1, 128 * 2**20, 2**10, 2**16, 1)
+        for (name, value), smallest in zip(asdict(self).items(), least, strict=True):
+            if isinstance(value, bool) or not smallest <= value < float("inf"):
+                raise ConfigError(f"{name}={value}; give a number of at least {smallest}")
             if name != "wall_seconds" and value != int(value):
                 raise ConfigError(f"{name}={value}; give a whole number")
 
@@ -101,10 +94,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
 
 
 def probe() -> dict[str, str]:
-    """Try each mechanism of isolation on this machine.
-
-    Returns:
-        Name of the mechanism -> why it does not work, empty if it does.
+    """Try each mechanism of isolation on this machine: its name -> why it does not work, empty if it does.
 
     Raises:
         SandboxError: If the launcher itself cannot run.

@@ -37,11 +37,8 @@ def unshare() -> None:
 def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     """Change to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
 
-    The temporary folder is empty, except for kept files whose paths lie below it, which are read-only as well.
-
-    Args:
-        readable: Files and folders to keep, with everything in them; those that do not exist are ignored.
-        temporary_bytes: Size of the temporary folder.
+    The temporary folder, of this size, is empty, except for kept files whose paths lie below it, which are read-only as well.
+    What is `readable` is kept with everything in it; what does not exist is ignored.
     """
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     kept = [path for path in readable if os.path.exists(path)]

@@ -14,13 +14,9 @@ STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
-    """Set the resource limits, the soft and the hard ones, except for the stack, whose hard limit stays.
+    """Set the resource limits (see `Limits`), soft and hard, except for the stack, whose hard limit stays.
 
-    Args:
-        cpu_seconds: CPU time, after which the kernel kills the process.
-        memory_bytes: Address space.
-        file_bytes: Size of any file written, standard output included.
-        threads: Number of threads of the user; it has no effect for root.
+    That on the threads of the user has no effect for root.
     """
     for name, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -43,8 +39,7 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
 def other_user(number: int) -> int | None:
     """Number of the user that a box becomes if this process is root; None if it is not root, or may not change its user.
 
-    Args:
-        number: A number that differs between boxes that run at the same time.
+    The number given differs between boxes that run at the same time.
     """
     if os.geteuid():
         return None
@@ -68,11 +63,7 @@ def _may_set_groups() -> bool:
 
 
 def drop(user: int | None) -> None:
-    """Give up root and all capabilities for good.
-
-    Args:
-        user: Number of the user and group to become; None to stay the same user.
-    """
+    """Give up root and all capabilities for good, and become the user and group of a number, unless that is None."""
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -84,10 +75,9 @@ def drop(user: int | None) -> None:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent ends. A later change of user undoes this.
+    """Let the kernel kill this process when its parent ends, or end now if that is not `parent` (None: its id cannot be seen).
 
-    Args:
-        parent: Process id of the parent, to notice if it has already ended; None if its id cannot be seen.
+    A later change of user undoes this.
     """
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:

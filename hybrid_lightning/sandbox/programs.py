@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.launch import Box, Limits, Ran, launch
 
 
@@ -96,17 +97,9 @@ class Outcome:
 def run_programs(
     programs: Sequence[tuple[str, CallTests | StandardStreamTests]], settings: Settings, workers: int
 ) -> list[Outcome]:
-    """Run programs against their tests, several at a time.
+    """Run programs against their tests, `workers` at the same time.
 
     This takes at most `wall_seconds` for each program and for each pair of standard streams, divided by `workers`.
-
-    Args:
-        programs: Source code of each program, and its tests.
-        settings: How programs are run.
-        workers: How many programs run at the same time.
-
-    Returns:
-        The results, in the same order.
 
     Raises:
         SandboxError: If programs cannot be run, which says nothing about them.
@@ -138,11 +131,32 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def find_packages(names: Sequence[str]) -> tuple[str, ...]:
-    """Find the files and folders of installed packages, without importing them.
+def make_settings(
+    limits: Limits, packages: Sequence[str] = (), allow_without_isolation: bool = False, count_all: bool = False
+) -> Settings:
+    """Settings for this machine; for `allow_without_isolation` see `require_isolation`.
 
-    Args:
-        names: Names as in an import, such as "sortedcontainers" or "numpy". The packages that a package needs must be named, too.
+    Packages, named as in an import, are imported in the sandbox: if that failed only later, every program that needs one would
+    fail and earn 0. The packages that a package needs must be named, too.
+
+    Raises:
+        ConfigError: If a package is not installed, or cannot be imported.
+        SandboxError: See `require_isolation`.
+    """
+    settings = Settings(require_isolation(allow_without_isolation).mechanisms, limits, find_packages(packages), count_all)
+    for name in packages:
+        ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], settings.mechanisms, limits, settings.packages)
+        if not ran.in_time or ran.endings.get("script"):
+            reason = ran.last_error or ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
+            raise ConfigError(
+                f"packages: {name!r} cannot be imported in the sandbox ({reason}); "
+                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
+            )
+    return settings
+
+
+def find_packages(names: Sequence[str]) -> tuple[str, ...]:
+    """The files and folders of installed packages, which are not imported.
 
     Raises:
         ConfigError: If a package is not installed.
@@ -160,25 +174,3 @@ def find_packages(names: Sequence[str]) -> tuple[str, ...]:
         libraries = Path(found[0]).with_name(f"{name}.libs")  # wheels put shared libraries there
         paths += [*found, *([str(libraries)] if libraries.is_dir() else [])]
     return tuple(paths)
-
-
-def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Sequence[str], limits: Limits) -> None:
-    """Import packages in the sandbox. If that failed only later, every program that needs one would fail and earn 0.
-
-    Args:
-        names: Names as in an import.
-        paths: Their files and folders (see `find_packages`).
-        mechanisms: Mechanisms of isolation that programs have.
-        limits: Limits that programs have.
-
-    Raises:
-        ConfigError: If a package cannot be imported.
-    """
-    for name in names:
-        ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], mechanisms, limits, paths)
-        if not ran.in_time or ran.endings.get("script"):
-            reason = ran.last_error or ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
-            raise ConfigError(
-                f"packages: {name!r} cannot be imported in the sandbox ({reason}); "
-                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
-            )

@@ -62,12 +62,9 @@ def install(threads: bool) -> None:
 
 
 def build(machine: str, pid: int, threads: bool) -> bytes:
-    """Assemble the filter.
+    """Assemble the filter for a machine type, as `platform.machine()` returns it.
 
-    Args:
-        machine: Machine type, as `platform.machine()` returns it.
-        pid: The only process id, in its own namespace, to which signals may be sent.
-        threads: Whether threads may be started.
+    Signals may be sent to `pid` alone, an id in the process's own namespace; `threads` says whether threads may be started.
 
     Raises:
         OSError: If there is no table of system calls for this machine type.
@@ -98,12 +95,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
         block = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *checks, *refuse]
         program += [(_EQUAL, 0, len(block), call[column]), *block]
     if threads:  # clone may make a thread, but not a process
-        block = [
-            (_LOAD, 0, 0, _ARGUMENTS),
-            (_ANY_BIT, 0, 1, CLONE_THREAD),
-            (_RETURN, 0, 0, _ALLOW),
-            *refuse,
-        ]
+        block = [(_LOAD, 0, 0, _ARGUMENTS), (_ANY_BIT, 0, 1, CLONE_THREAD), (_RETURN, 0, 0, _ALLOW), *refuse]
         program += [(_EQUAL, 0, len(block), CLONE[column]), *block]
     # The flags of clone3 are in memory, where a filter cannot look. If the call does not exist, libc falls back on clone.
     program += [(_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]

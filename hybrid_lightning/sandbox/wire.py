@@ -29,6 +29,12 @@ _BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # class of the standard li
     "deque": lambda value: [list(value), value.maxlen],
     "Counter": lambda value: [dict(value)],
 }
+_FILLED: dict[str, Callable[[], Any]] = {
+    "list": list,
+    "dict": dict,
+    "set": set,
+    "iterator": list,
+}  # by `fill`, when they are made
 _MODULES = {
     **{"Decimal": "decimal", "Fraction": "fractions", "deque": "collections", "Counter": "collections"},
     **dict.fromkeys(("date", "datetime", "time", "timedelta"), "datetime"),
@@ -59,21 +65,18 @@ class Remote:
 
 
 def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
-    """Encode a value.
+    """Encode any object; `unknown` returns a number for one that is not plain data.
 
-    Args:
-        value: Any object.
-        unknown: Returns a number for an object that is not plain data.
-        classes: Names of classes whose objects, and those of their subclasses, are plain data as well, by their attributes.
+    Objects of `classes`, given by name, and of their subclasses are plain data as well, by their attributes.
     """
     return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
 
 
 def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:
-    """Decode a value.
+    """Decode a value from bytes of the other process, which need not come from its `encode`.
 
     Args:
-        data: Bytes from the other process, which need not come from its `encode`.
+        data: The bytes.
         known: Number of an object of this process -> the object.
         remote: Number of an object of the other process -> what stands for it here.
         classes: Name -> class of objects that are plain data.
@@ -177,13 +180,12 @@ class _Decoder:
         if not 0 <= number < len(self.entries):
             raise WireError("no such container")
         tag, *items = self.entries[number]
-        if tag in ("list", "dict", "set", "iterator", "object"):
+        if tag == "object":
             self.unfilled.append(number)
-            if tag == "object":
-                kind = self.classes[items[0]]
-                return object.__new__(kind)
-            empty = {"list": list, "dict": dict, "set": set, "iterator": list}[tag]()
-            self.targets[number] = empty
+            return object.__new__(self.classes[items[0]])
+        if tag in _FILLED:
+            self.unfilled.append(number)
+            self.targets[number] = empty = _FILLED[tag]()
             return iter(empty) if tag == "iterator" else empty
         return self.whole(tag, items)
 
@@ -231,13 +233,7 @@ class _Decoder:
 
 
 def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
-    """Classes that the set-up code defines, without those that the program must define itself.
-
-    Args:
-        names: Namespace in which the set-up code has run.
-        module: Name of that module.
-        tested: Names that the program must define for the tests.
-    """
+    """Classes that the set-up code has defined in a module of these names, without the `tested` ones, which are the program's."""
     kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
     return {name: kind for name, kind in kinds.items() if name not in tested}
 
@@ -255,11 +251,7 @@ def is_computed(kind: type, name: str) -> bool:
 
 
 def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Read messages, each of which comes after its length, until the other process closes its end.
-
-    Args:
-        read: Reads a number of bytes, fewer at the end.
-    """
+    """Read messages, each of which comes after its length, until the other process closes its end and fewer bytes are read."""
     while len(head := read(4)) == 4:
         (length,) = struct.unpack(">I", head)
         if length > MAX_BYTES:

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_lightning.environments import CUT_MARK, Step
-from hybrid_lightning.environments.answers import MAX_CHARS, OddAnswerError, checked_messages, checked_step
+from hybrid_lightning.environments import CUT_MARK, Step, answers
+from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_step
 
 USER = {"role": "user", "content": "hi"}
+MOST = 20_000  # characters of all messages
+
+
+@pytest.fixture(autouse=True)
+def short_messages(monkeypatch):
+    monkeypatch.setattr(answers, "MAX_CHARS", MOST)
 
 
 class Endless(dict):
@@ -19,15 +25,10 @@ class Endless(dict):
         yield from ((str(number), number) for number in itertools.count())
 
 
-@pytest.mark.parametrize(
-    "value", ["hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]]
-)
-def test_messages_in_every_form(value):
-    (message,) = checked_messages(value)
-    assert message == USER and type(message) is dict and type(message["role"]) is str
-
-
-def test_messages_are_copies_with_all_that_they_hold():
+def test_messages_in_every_form_are_copies_with_all_that_they_hold():
+    for value in ("hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]):
+        (message,) = checked_messages(value)
+        assert message == USER and type(message) is dict and type(message["role"]) is str
     given = {"role": "tool", "content": "3", "name": "add", "data": {"a": [1, None, True, 0.5]}}
     (message,) = checked_messages([given])
     assert message == given
@@ -60,24 +61,24 @@ def test_what_is_no_message_is_said(value, message):
 
 
 def test_floods_are_cut():
-    (message,) = checked_messages("x" * (MAX_CHARS + 5))
-    assert message["content"].endswith(f"x{CUT_MARK}") and len(message["content"]) <= MAX_CHARS + len(CUT_MARK)
-    messages = checked_messages(["x" * (MAX_CHARS // 2)] * 10)
+    (message,) = checked_messages("x" * (MOST + 5))
+    assert message["content"].endswith(f"x{CUT_MARK}") and len(message["content"]) <= MOST + len(CUT_MARK)
+    messages = checked_messages(["x" * (MOST // 2)] * 10)
     assert 2 <= len(messages) <= 3 and messages[-1]["content"].endswith(CUT_MARK)
-    messages = checked_messages([""] * MAX_CHARS)
-    assert len(messages) == 1_000 and messages[-1] == {"role": "user", "content": CUT_MARK}
-    with pytest.raises(OddAnswerError, match="more than 1,000,000 values"):
-        checked_messages([{**USER, "x": [[]] * MAX_CHARS}])
+    messages = checked_messages([""] * MOST)
+    assert len(messages) == MOST / 1_000 and messages[-1] == {"role": "user", "content": CUT_MARK}
+    with pytest.raises(OddAnswerError, match="more than 20,000 values"):
+        checked_messages([{**USER, "x": [[]] * MOST}])
 
 
-@pytest.mark.parametrize(
-    "reward", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
-)
-@pytest.mark.parametrize("over", [True, 1, np.bool_(True), torch.tensor(True)])
-def test_steps_in_every_form(reward, over):
-    for value in (("hi", reward, over), Step("hi", reward, over)):
-        step = checked_step(value)
-        assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
+ONES = [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
+
+
+def test_steps_in_every_form():
+    for reward, over in itertools.product(ONES, [True, 1, np.bool_(True), torch.tensor(True)]):
+        for value in (("hi", reward, over), Step("hi", reward, over)):
+            step = checked_step(value)
+            assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_steps_in_every_form(reward, over):
         (("hi", "1", True), "returned reward='1'"),
         (("hi", torch.ones(2), True), r"returned reward=tensor\(\[1., 1.\]\)"),
         (("hi", Decimal("nan"), True), "returned reward=Decimal"),
-        (([Endless(USER)], 1.0, True), "returned a message of more than 1,000,000 values"),
+        (([Endless(USER)], 1.0, True), "returned a message of more than 20,000 values"),
         (("hi", math.nan, True), "returned reward=nan; it must be finite"),
         (("hi", 1e39, True), r"returned reward=1e\+39; it must be finite"),
         (("hi", 10**400, True), "returned reward=1000"),

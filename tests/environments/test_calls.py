@@ -1,5 +1,6 @@
 import re
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -94,31 +95,22 @@ def test_plain_by_patterns():
         PlainCalls("<<(.*?)=>").check(TOOLS)
 
 
-@pytest.mark.parametrize(
-    ("form", "example"),
-    [(HermesCalls(), r"<tool_call>.*</tool_call>"), (LlamaCalls(), r'\{"name": "\.\.\..*\}\}'), (PlainCalls(), r"\[add: .*\]")],
-)
-def test_a_policy_can_follow_its_description(form, example):
-    said = form.describe(TOOLS)
-    assert "search" in said and "Does it." in said
-    (call,) = form.parse(re.search(example, said)[0].replace('"...": ...', ""))
-    assert isinstance(call, Call) and call.name in ("...", "add")
+def test_a_policy_can_follow_its_description():
+    examples = {HermesCalls: r"<tool_call>.*</tool_call>", LlamaCalls: r'\{"name": "\.\.\..*\}\}', PlainCalls: r"\[add: .*\]"}
+    for form, example in examples.items():
+        said = form().describe(TOOLS)
+        assert "search" in said and "Does it." in said
+        (call,) = form().parse(re.search(example, said)[0].replace('"...": ...', ""))
+        assert isinstance(call, Call) and call.name in ("...", "add")
+
+
+PARTS = ["<tool_call>", "<tool_call>{", '<tool_call>["', '<tool_call>["<tool_call>[", "', f"<tool_call>{ADD}"]
+PARTS += ["[a:", "[a", "[", "{", f"{LLAMA};", " ", "[add: 1]"]
 
 
 @pytest.mark.parametrize("form", [HermesCalls(), LlamaCalls(), PlainCalls()], ids=lambda form: type(form).__name__)
-@pytest.mark.parametrize("begin", ["", "<|python_tag|>", "<tool_call>", "[a:"])
-def test_long_messages_are_read_in_time_that_grows_with_their_length_alone(form, begin):
-    parts = [
-        "<tool_call>",
-        "<tool_call>{",
-        '<tool_call>["',
-        '<tool_call>["<tool_call>[", "',
-        f"<tool_call>{ADD}",
-        "[a:",
-        "[a",
-        "[",
-    ]
-    for part in [*parts, "{", f"{LLAMA};", " ", "[add: 1]"]:
+def test_long_messages_are_read_in_time_that_grows_with_their_length_alone(form):
+    for begin, part in product(("", "<|python_tag|>", "<tool_call>", "[a:"), PARTS):
         began = time.perf_counter()
         calls = form.parse(begin + part * (1_000_000 // len(part)))
         assert time.perf_counter() - began < 3, part  # in quadratic time it would be half a minute and more

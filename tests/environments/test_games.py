@@ -32,21 +32,16 @@ def test_halving_finds_every_number_of_the_range_in_the_guesses_that_are_promise
     assert set(numbers) == set(range(3, 67)) and max(counts) == 7
 
 
-@pytest.mark.parametrize("text", ["", "none", "0", "-5", "101", "3.5", "9" * 5000, "50, no: 101"])
-def test_what_is_no_guess_is_answered_and_counted(text):
-    game = GuessNumber(1, 100, invalid="{low} to {high}!")
-    game.start(Prompt(text="Play."), 0)
-    step = said(game, text)
-    assert step.messages[0]["content"] == "1 to 100!" and step.counts == {"invalid_guesses": 1.0}
-    assert (step.reward, step.over) == (0.0, False)
-
-
-def test_the_number_follows_from_the_seed_and_no_generator_is_touched():
+def test_what_is_no_guess_is_answered_and_counted_and_the_number_follows_from_the_seed_alone():
     random.seed(1)
     before = random.getstate()
-    games = [GuessNumber(rules="").new() for _ in range(2)]
-    assert [game.start(Prompt(text="Play."), 5) for game in games] == [[], []]
-    assert games[0].number == games[1].number and random.getstate() == before
+    game, other = (GuessNumber(1, 100, "", invalid="{low} to {high}!").new() for _ in range(2))
+    assert game.start(Prompt(text="Play."), 0) == other.start(Prompt(text="Play."), 0) == []
+    assert game.number == other.number and random.getstate() == before
+    for text in ("", "none", "0", "-5", "101", "3.5", "9" * 5000, "50, no: 101"):
+        step = said(game, text)
+        assert step.messages[0]["content"] == "1 to 100!" and step.counts == {"invalid_guesses": 1.0}
+        assert (step.reward, step.over) == (0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
-"""What environments change for the whole process is put back; see `test_running` for what is said of it."""
+"""Random states go on; that settings are put back, and `os._exit` is said, is seen in `test_running`."""
 
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import torch
 
-from hybrid_lightning.environments.process_state import ProcessSettings, RandomStates
+from hybrid_lightning.environments.process_state import RandomStates
 
 
 def drawn():
@@ -24,20 +21,3 @@ def test_generators_go_on_from_their_states_and_the_same_seed_gives_the_same():
     assert drawn() == first
     ours.restore()
     assert RandomStates.now().same(ours)
-
-
-def test_only_settings_that_have_changed_are_set_back():
-    before = ProcessSettings()
-    assert before.restore() == []
-    torch.set_default_dtype(torch.float64)
-    assert before.restore() == ["torch.set_default_dtype"] and torch.get_default_dtype() == torch.float32
-
-
-def test_a_thread_that_ends_the_process_says_whose_code_it_is():
-    code = (
-        "import os, threading\nfrom hybrid_lightning.environments.process_state import exits_said\n"
-        "with exits_said('Game'):\n    thread = threading.Thread(target=os._exit, args=(0,))\n    thread.start()\n"
-        "    thread.join()\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
-    assert ended.returncode == 1 and "error: Game has ended the process by os._exit(0); let it raise" in ended.stderr

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -113,35 +114,9 @@ def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_
     assert [row[0] for row in alone] == [row[2] for row in answers]  # whoever else plays, and whatever was drawn before
 
 
-def test_processes_give_the_same_as_one():
+def test_processes_give_the_same_as_one(forked):
     for kind, turns, workers in ((lambda: Draws([]), ("now", "now", "now"), 2), (AsyncDraws, ("now",), 1)):
         assert play(kind(), *turns, workers=workers) == play(kind(), *turns)
-
-
-class ThreadSafe(Environment):
-    thread_safe = True
-
-    def start(self, prompt, seed):
-        self.barrier = BARRIER
-
-    def step(self, message):
-        if message["content"] == "draw":
-            random.random()
-        else:
-            self.barrier.wait(timeout=20)  # all of them are here at the same time
-        return ("ok", 1, False)
-
-
-BARRIER = threading.Barrier(4)
-
-
-def test_those_that_are_thread_safe_step_side_by_side_and_are_told_where_they_are_not(caplog):
-    state = random.getstate()
-    with caplog.at_level(logging.WARNING):
-        assert play(ThreadSafe(), "wait", "draw", "draw")[1] == dict.fromkeys(range(4), "ok")
-    assert random.getstate() == state
-    (record,) = caplog.records
-    assert "ThreadSafe draws from the global random generators" in record.message and "thread_safe = False" in record.message
 
 
 class Faulty(Environment):
@@ -181,11 +156,18 @@ class Faulty(Environment):
     def close(self):
         LOG["close"] += 1
         self.fail("close")
+        time.sleep(1_000 * (self.when == "close hangs"))
 
 
 @pytest.fixture(autouse=True)
 def clear():
     LOG.clear()
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Lets workers be forked: importing torch takes each fresh one seconds."""
+    monkeypatch.setattr(subprocess, "Popen", fork_server.Forked)
 
 
 @pytest.mark.parametrize("place", ["new", "start", "step"])
@@ -199,10 +181,7 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place):
     ("when", "said_of_it"),
     [
         ("start", r"Faulty.start raised ZeroDivisionError: no luck \(test_running.py line \d+\) at the start of games.csv row 0"),
-        (
-            "step",
-            r"Faulty.step raised ZeroDivisionError: no luck \(test_running.py line \d+\) at turn 2 of games.csv row 0 \(seed",
-        ),
+        ("step", r"Faulty.step raised ZeroDivisionError: no luck \(test_running.py line \d+\) at turn 2 of games.csv row 0 \(s"),
         ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
         ("interrupt", r"Faulty.step raised KeyboardInterrupt: "),  # nobody's Ctrl-C
         ("stop iteration", r"Faulty.step raised StopIteration"),
@@ -229,37 +208,30 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     play(Faulty("close"), "hi")
     assert [record.message.count("Faulty.close raised ZeroDivisionError") for record in caplog.records] == [1]
     assert LOG["close"] == 4
-
-
-class HangsInClose(Faulty):
-    def close(self):
-        super().close()
-        time.sleep(1_000)
-
-
-def test_a_close_that_hangs_is_not_waited_for_again_and_again(caplog):
+    caplog.clear()
+    LOG.clear()
     began = time.monotonic()
-    play(HangsInClose(), "hi", timeout_s=1.0)
-    assert LOG["close"] == 4 and time.monotonic() - began < 3
-    assert [record.message.count("HangsInClose.close took more than 1 s") for record in caplog.records] == [1]
+    play(Faulty("close hangs"), "hi", timeout_s=1.0)
+    assert LOG["close"] == 4 and time.monotonic() - began < 3, "later ones are not waited for as long"
+    assert [record.message.count("Faulty.close took more than 1 s") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15)])
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_what_is_no_fault_of_an_environment_ends_the_run(error, asynchronous):
+def test_what_is_no_fault_of_an_environment_ends_the_run(error):
     class Stops(Environment):
         def step(self, message):
             raise error
 
     class AsyncStops(Environment):
+        async def inner(self):
+            raise error
+
         async def step(self, message):
-            async def inner():
-                raise error
+            await asyncio.gather(self.inner())
 
-            await asyncio.gather(inner())
-
-    with pytest.raises(type(error)):
-        play((AsyncStops if asynchronous else Stops)(), "go")
+    for kind in (Stops, AsyncStops):
+        with pytest.raises(type(error)):
+            play(kind(), "go")
 
 
 class Settings(Environment):
@@ -297,26 +269,12 @@ class OwnsTheLoop(Environment):
 # What still waited on it is collected later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("what", ["stop", "exit", "cancel"])
-def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(what):
-    with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*; .*\(episodes\.workers\)"):
-        play(OwnsTheLoop(), what)
-    if what == "exit":
-        _, answers = play(OwnsTheLoop(), what, seeds=[7], workers=1)
-        assert "OwnsTheLoop.step ended its process with exit code 1" in answers[0].reason
-
-
-class Alone(Environment):
-    def new(self):
-        return self
-
-    def step(self, message):
-        pass
-
-
-def test_one_object_for_all_episodes_is_refused():
-    with pytest.raises(ConfigError, match="Alone makes one object for all episodes, which would share its state; make a new one"):
-        play(Alone())
+def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(forked):
+    for what in ("stop", "exit", "cancel"):
+        with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*\(episodes\.workers\)"):
+            play(OwnsTheLoop(), what)
+    _, answers = play(OwnsTheLoop(), "exit", seeds=[7], workers=1)
+    assert "OwnsTheLoop.step ended its process with exit code 1" in answers[0].reason
 
 
 class Slow(Sequence):
@@ -342,6 +300,8 @@ class Hangs(Environment):
             return Slow(), 0, False
         if message["content"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if message["content"] == "leave":
+            os._exit(0)
         return " ".join(self.texts), 0, False
 
 
@@ -371,7 +331,7 @@ def test_a_start_that_hangs_is_left_out():
     assert LOG["hangs"] == 1  # which was long enough
 
 
-def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes():
+def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes(forked):
     turns = "hi", {0: "now", 1: "hang", 2: "die", 3: "now"}, {0: "on", 3: "on"}
     *_, second, third = play(Hangs(), *turns, workers=2, timeout_s=2.0)
     assert isinstance(second[1], TimedOut) and "at turn 2 of games.csv row 0 (seed 7)" in second[1].reason
@@ -388,7 +348,7 @@ class Shows(Environment):
         return f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']!r} {self.chat_template}", 0, False
 
 
-def test_processes_see_no_gpu_know_the_template_and_end_with_the_run():
+def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
     environment = Shows()
     environment.prepare("{{ messages }}")
     episodes = RunningEpisodes(environment, EpisodeLimits(workers=2))
@@ -407,13 +367,15 @@ def test_processes_see_no_gpu_know_the_template_and_end_with_the_run():
 
 def test_processes_end_where_their_parent_is_killed():
     code = """
-from test_running import *
-episodes = RunningEpisodes(Shows(), EpisodeLimits(workers=1))
-episodes.start(prompts(1), [1])
-print(episodes.step({0: said("hi")})[0].messages[0]["content"].split()[0], flush=True)
+import os, signal
+from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpisodes
+from hybrid_lightning.types import Prompt
+episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
+episodes.start([Prompt(text="Go")], [1])
+print(episodes._workers._processes[0].popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     stat, until = Path(f"/proc/{int(ran.stdout)}/stat"), time.monotonic() + 10
     assert ran.returncode == -signal.SIGKILL
     # A zombie is dead, and not yet collected.
@@ -422,19 +384,21 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not is_there
 
 
-def test_workers_are_refused_where_processes_have_no_groups(monkeypatch):
-    monkeypatch.delattr(os, "killpg")  # as on Windows
-    with pytest.raises(ConfigError, match=r"episodes\.workers=1 needs Linux or macOS: .*; leave it out, or train under WSL"):
-        RunningEpisodes(Shows(), EpisodeLimits(workers=1)).start(prompts(1), [1])
+def test_what_cannot_run_is_refused_at_once(monkeypatch):
+    class Alone(Environment):
+        def new(self):
+            return self
 
-
-def test_what_cannot_be_sent_to_a_process_is_refused_at_once():
-    class Local(Environment):
         def step(self, message):
             return None
 
-    with pytest.raises(ConfigError, match=r"episodes.workers=1: Local cannot be made in another process: .*top level of a"):
-        RunningEpisodes(Local(), EpisodeLimits(workers=1))
+    with pytest.raises(ConfigError, match="Alone makes one object for all episodes, which would share its state; make a new one"):
+        play(Alone())
+    with pytest.raises(ConfigError, match=r"episodes.workers=1: Alone cannot be made in another process: .*top level of a"):
+        play(Alone(), workers=1)
+    monkeypatch.delattr(os, "killpg")  # as on Windows
+    with pytest.raises(ConfigError, match=r"episodes\.workers=1 needs Linux or macOS: .*; leave it out, or train under WSL"):
+        play(Shows(), workers=1)
 
 
 class Threads(Environment):
@@ -450,29 +414,28 @@ class Threads(Environment):
             Threads.inside += 1
             Threads.most = max(Threads.most, Threads.inside)
             self.seen.add(threading.current_thread())
-        time.sleep(float(message["content"]))
+        time.sleep(random.random() / 100 if message["content"] == "draw" else float(message["content"]))
         with self.lock:
             Threads.inside -= 1
+        return "ok", 1, False
 
 
-def test_steps_share_threads_where_they_are_short_and_have_their_own_where_they_take_long():
+def test_thread_safe_steps_share_threads_while_they_are_short_and_are_side_by_side_and_told_if_they_draw(caplog):
     play(Threads(), "0", seeds=[1] * 200)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
-    play(Threads(), "0.3", seeds=[1] * 40)
-    assert Threads.most >= 20
-
-
-class Leaves(Environment):
-    def step(self, message):
-        os._exit(0)
+    assert play(Threads(), "0.3", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
+    state = random.getstate()
+    assert not caplog.records
+    play(Threads(), "draw", "draw")
+    (record,) = caplog.records
+    assert "Threads draws from the global random generators" in record.message and "thread_safe = False" in record.message
+    assert random.getstate() == state
 
 
 def test_a_process_that_an_environment_ends_has_not_succeeded_and_says_whose_code_it_was():
-    code = "import test_running as t; t.play(t.Leaves(), 'x', seeds=[1])"
-    folder = Path(__file__).parent
-    path = os.pathsep.join(map(str, (folder, folder.parent)))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 1 and "error: Leaves has ended the process by os._exit(0); let it raise" in done.stderr
+    code = "import test_running as t; t.play(t.Hangs(), 'leave', seeds=[1])"
+    done = fork_server.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    assert done.returncode == 1 and "error: Hangs has ended the process by os._exit(0); let it raise" in done.stderr
 
 
 def test_a_call_that_a_thread_has_just_taken_has_its_time_limit():
@@ -506,21 +469,11 @@ def test_each_object_is_closed_once_whenever_its_episode_ends():
     assert LOG["close"] == LOG["new"] - 1 == 8
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"max_turns": 0},
-        {"max_turns": 1.5},
-        {"max_tokens": 0},
-        {"step_timeout_s": 0},
-        {"step_timeout_s": float("nan")},
-        {"too_long": "drop"},
-        {"max_failed_share": 1.1},
-        {"workers": -1},
-        {"workers": True},
-    ],
-)
-def test_impossible_limits_are_refused(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=rf"episodes.{name}={value!r}; give "):
-        EpisodeLimits(**wrong)
+WRONG = {"max_turns": (0, 1.5), "max_tokens": (0,), "step_timeout_s": (0, float("nan")), "workers": (-1, True)}
+WRONG |= {"too_long": ("drop",), "max_failed_share": (1.1,)}
+
+
+def test_impossible_limits_are_refused():
+    for name, value in ((name, value) for name, values in WRONG.items() for value in values):
+        with pytest.raises(ConfigError, match=rf"episodes.{name}={value!r}; give "):
+            EpisodeLimits(**{name: value})

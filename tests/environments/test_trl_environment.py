@@ -109,13 +109,12 @@ def test_rewards_may_be_async_or_missing_and_one_that_raises_is_no_reward():
     assert "ValueError: no judge" in episode("Failing", [ADD])
 
 
-def test_tools_are_described_as_trl_does():
-    expected = [get_json_schema(getattr(Counter(), name)) for name in ("add", "wait")]
-    assert TRLEnvironment(here("Counter")).tools() == expected
-
-
-def test_reset_gets_the_row():
+def test_tools_are_described_as_trl_does_reset_gets_the_row_and_checkpoints_the_arguments():
+    config = TRLEnvironment(here("Counter"), {"step": 2}).to_config()
+    assert config["init_args"] == {"factory": here("Counter"), "arguments": {"step": 2}}
+    assert config["class_path"] == "hybrid_lightning.environments.TRLEnvironment"
     environment = TRLEnvironment(here("Counter"))
+    assert environment.tools() == [get_json_schema(getattr(Counter(), name)) for name in ("add", "wait")]
     environment.start(PROMPT, 7)
     assert environment._object.row == {"prompt": "Count to 4.", "answer": "4", "seed": 7, "hint": "add"}
     chat = Prompt(messages=({"role": "user", "content": "Count."},), columns={"goal": 1})
@@ -124,19 +123,8 @@ def test_reset_gets_the_row():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("Bare", "which has no method reset; add one"),
-        ("Mute", "reset is its only public method"),
-        ("Nobody", "has no function 'Nobody'"),
-    ],
+    ("name", "message"), [("Bare", "which has no method reset; add one"), ("Mute", "reset is its only public method")]
 )
 def test_what_is_no_environment_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         TRLEnvironment(here(name))
-
-
-def test_it_is_described_in_a_checkpoint():
-    config = TRLEnvironment(here("Counter"), {"step": 2}).to_config()
-    assert config["init_args"] == {"factory": here("Counter"), "arguments": {"step": 2}}
-    assert config["class_path"] == "hybrid_lightning.environments.TRLEnvironment"

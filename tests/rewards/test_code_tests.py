@@ -45,17 +45,14 @@ HUMANEVAL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("completion", "value"),
-    [
-        ("    return -xs[0] / xs[1]\n", 1.0),  # a body that goes on
-        ("def root(xs):\n    return -xs[0] / xs[1]\n", 1.0),
-        ("def root(xs):\n    return xs[0] / xs[1]\n", 0.0),
-        ("def poly(xs, x): return 0\ndef root(xs):\n    return 0\n", 0.0),  # a helper of the tests is theirs
-    ],
-)
-def test_humaneval(reward, completion, value):
-    assert reward([completion], [prompt(**HUMANEVAL)]) == [value]
+def test_humaneval(reward):
+    completions = {
+        "    return -xs[0] / xs[1]\n": 1.0,  # a body that goes on
+        "def root(xs):\n    return -xs[0] / xs[1]\n": 1.0,
+        "def root(xs):\n    return xs[0] / xs[1]\n": 0.0,
+        "def poly(xs, x): return 0\ndef root(xs):\n    return 0\n": 0.0,  # a helper of the tests is theirs
+    }
+    assert reward(list(completions), [prompt(**HUMANEVAL)] * 4) == list(completions.values())
 
 
 @pytest.mark.parametrize(
@@ -180,10 +177,10 @@ def test_the_program_in_a_completion(completion, program):
     assert extract_program(completion) == program
 
 
-@pytest.mark.parametrize("text", ["```" + "a" * 200_000, "`" * 200_000, "```" + " " * 200_000 + "x"])
-def test_a_long_line_does_not_hold_up_training(text):
+def test_a_long_line_does_not_hold_up_training():
     started = time.monotonic()
-    extract_program(text)
+    for text in ("```" + "a" * 200_000, "`" * 200_000, "```" + " " * 200_000 + "x"):
+        extract_program(text)
     assert time.monotonic() - started < 5
 
 

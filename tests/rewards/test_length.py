@@ -23,6 +23,12 @@ class Counting(RewardFunction):
 
     calls = 0
 
+    def overlaps(self, prompt):
+        return 4
+
+    def turn_rewards(self, completion, prompt):
+        return [1.0]
+
     def __call__(self, completions, prompts):
         self.calls += 1
         return [float(text == "12") for text in completions]
@@ -52,8 +58,13 @@ def test_in_a_group_the_shorter_right_one_earns_more():
 
 @pytest.mark.parametrize("wrap", [lambda reward: CosineLength(reward, 100), GroupLength])
 def test_nothing_is_scored_twice_and_the_right_batch_is_remembered(wrap):
+    for refused in (FormatReward("x"), WeightedSum([ExactMatch()])):
+        with pytest.raises(ConfigError, match="must be one reward that measures correctness"):
+            wrap(refused)
     inner = Counting()
     reward = WeightedSum([wrap(inner), FormatReward(r"\d")])
+    whole = reward.terms()[0][0]  # a batch is needed, so that nothing is scored as it arrives, nor paid by turn
+    assert whole.name == "counting" and whole.overlaps(PROMPT) == 0 and whole.turn_rewards("12", PROMPT) is None
     for text, right in (("12", True), ("13", False)):
         result = evaluate_reward(reward, completions((text, 10)), [PROMPT])
         assert result.correct.tolist() == [right]
@@ -61,18 +72,11 @@ def test_nothing_is_scored_twice_and_the_right_batch_is_remembered(wrap):
     assert inner.calls == 2
 
 
-@pytest.mark.parametrize("wrap", [lambda reward: CosineLength(reward, 100), GroupLength])
-@pytest.mark.parametrize("reward", [FormatReward("x"), WeightedSum([ExactMatch()])])
-def test_they_need_one_reward_for_correctness(wrap, reward):
-    with pytest.raises(ConfigError, match="must be one reward that measures correctness"):
-        wrap(reward)
-
-
-@pytest.mark.parametrize("reward", [CosineLength(ExactMatch(), 100), OverlongPenalty(10, 4)])
-def test_texts_without_a_length_are_refused(reward):
+def test_texts_without_a_length_are_refused():
     message = r"(Length|Penalty): completions are plain strings.*Completion\(text, num_tokens, finished\)"
-    with pytest.raises(RewardError, match=message):
-        evaluate_reward(reward, ["12"], [PROMPT])
+    for reward in (CosineLength(ExactMatch(), 100), OverlongPenalty(10, 4)):
+        with pytest.raises(RewardError, match=message):
+            evaluate_reward(reward, ["12"], [PROMPT])
 
 
 # ---- the penalty at the limit
@@ -92,13 +96,12 @@ def test_it_falls_from_0_to_minus_1_over_the_buffer_and_adds_to_a_reward_for_cor
     assert result.weights == {"exact_match": 1.0, "overlong_penalty": 0.5}
 
 
-@pytest.mark.parametrize("sizes", [(100, 20), (8, 8), (7, 1), (20480, 4096)])
-def test_it_is_trls(sizes):
+def test_it_is_trls():
     rewards = pytest.importorskip("trl.rewards", reason="parity needs trl")
-    limit, buffer = sizes
-    lengths = [0, 1, limit - buffer, limit - buffer + 1, limit - 1, limit, limit + 1]
-    theirs = rewards.get_soft_overlong_punishment(limit, buffer)(completion_ids=[[0] * length for length in lengths])
-    assert OverlongPenalty(limit, buffer)(of_lengths(*lengths), []) == pytest.approx(theirs, abs=1e-12)
+    for limit, buffer in ((100, 20), (8, 8), (7, 1), (20480, 4096)):
+        lengths = [0, 1, limit - buffer, limit - buffer + 1, limit - 1, limit, limit + 1]
+        theirs = rewards.get_soft_overlong_punishment(limit, buffer)(completion_ids=[[0] * length for length in lengths])
+        assert OverlongPenalty(limit, buffer)(of_lengths(*lengths), []) == pytest.approx(theirs, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -108,19 +111,14 @@ def test_it_is_trls(sizes):
         (lambda: GroupLength(ExactMatch(), weight=0), "weight=0; give a positive number"),
         (lambda: OverlongPenalty(10, 0), r"buffer_tokens=0 must be from 1 to max_tokens=10; set"),
         (lambda: OverlongPenalty(10, 11), r"buffer_tokens=11 must be from 1 to max_tokens=10; set"),
+        (lambda: OverlongPenalty(20, 4).check_length(16), r"max_new_tokens=16, but .* begins after 16 .* set max_tokens=16"),
+        (lambda: RewardBySet({"long": OverlongPenalty(20, 4)}).check_length(16), "the penalty begins after 16"),
     ],
 )
-def test_bad_arguments(build, message):
+def test_bad_arguments_and_a_penalty_that_the_sampler_never_reaches_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
-
-
-def test_a_penalty_that_the_sampler_never_reaches_is_refused():
-    penalty = OverlongPenalty(max_tokens=20, buffer_tokens=4)
-    penalty.check_length(17)
-    for reward in (penalty, RewardBySet({"long": penalty})):
-        with pytest.raises(ConfigError, match=r"max_new_tokens=16, but the penalty begins after 16 .* set max_tokens=16"):
-            reward.check_length(16)
+    OverlongPenalty(20, 4).check_length(17)
 
 
 def test_a_completion_is_a_string_and_survives_copies():

@@ -11,6 +11,9 @@ def score(reward, completion, answer="12"):
     return reward([completion], [Prompt(text="?", answer=answer, index=4, source="s.csv")])[0]
 
 
+TAGS = r"\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z"
+
+
 @pytest.mark.parametrize(
     ("reward", "answer", "right", "wrong"),
     [
@@ -24,29 +27,20 @@ def score(reward, completion, answer="12"):
     ],
 )
 def test_an_answer_is_compared_as_it_stands(reward, answer, right, wrong):
-    assert [score(reward, text, answer) for text in right] == [1.0] * len(right)
-    assert [score(reward, text, answer) for text in wrong] == [0.0] * len(wrong)
+    assert [score(reward, text, answer) for text in [*right, *wrong]] == [1.0] * len(right) + [0.0] * len(wrong)
+
+    for none in (None, "", "  "):
+        with pytest.raises(RewardError, match=r"ExactMatch needs a reference answer, but s\.csv row 4 has none"):
+            score(reward, "12", none)
 
 
-@pytest.mark.parametrize("answer", [None, "", "  "])
-def test_a_row_without_an_answer_is_named(answer):
-    with pytest.raises(RewardError, match=r"ExactMatch needs a reference answer, but s\.csv row 4 has none"):
-        score(ExactMatch(), "12", answer)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "right", "wrong"),
-    [
-        (r"\A<think>.+</think>\s*\S", ["<think>a\nb</think>\n4"], ["<think></think>4", " <think>a</think>4"]),
-        (
-            r"\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z",
-            ["<think>\n2+2\n</think>\n<answer>4</answer>", "<think>2+2</think><answer>4</answer>"],
-            ["<answer>4</answer><think>2+2</think>", "<think>2+2<answer>4</answer>", "<think>a</think><think>b</think>4"],
-        ),
-    ],
-)
-def test_a_format_is_looked_for_across_lines(pattern, right, wrong):
-    assert [score(FormatReward(pattern), text) for text in [*right, *wrong]] == [1.0] * len(right) + [0.0] * len(wrong)
+def test_a_format_is_looked_for_across_lines():
+    plain, tags = FormatReward(r"\A<think>.+</think>\s*\S"), FormatReward(TAGS)
+    texts = ["<think>a\nb</think>\n4", "<think></think>4", " <think>a</think>4"]
+    assert [score(plain, text) for text in texts] == [1.0, 0.0, 0.0]
+    texts = ["<think>\n2+2\n</think>\n<answer>4</answer>", "<think>2+2</think><answer>4</answer>"]
+    texts += ["<answer>4</answer><think>2+2</think>", "<think>2+2<answer>4</answer>", "<think>a</think><think>b</think>4"]
+    assert [score(tags, text) for text in texts] == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_repetition():

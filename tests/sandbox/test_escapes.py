@@ -167,7 +167,7 @@ HONEST = "import alone, lent, parts.inner; assert parts.inner.double(21) == lent
 
 
 @pytest.mark.parametrize(
-    ("mechanisms", "parent"), zip(WAYS, [namespaces.TEMPORARY, "/dev/shm", namespaces.TEMPORARY], strict=True)
+    ("mechanisms", "parent"), list(zip(WAYS, [namespaces.TEMPORARY, "/dev/shm", namespaces.TEMPORARY], strict=True))
 )
 def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, parent):
     """By this very user, as root another one in the sandbox."""

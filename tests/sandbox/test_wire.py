@@ -74,21 +74,18 @@ def test_so_does_this(value):
     assert arrived == value and type(arrived) is type(value)
 
 
-def test_subclasses_arrive_as_what_they_extend():
-    class Always(int):
-        def __eq__(self, other):
-            return True
+class Always(int):
+    def __eq__(self, other):
+        return True
 
-        __hash__ = int.__hash__
+    __hash__ = int.__hash__
 
-    point = collections.namedtuple("point", "x y")
+
+def test_subclasses_arrive_as_what_they_extend_and_iterators_with_what_they_give():
     assert type(there(Always(3))) is int and there(Always(3)) != 4
-    assert type(there(point(1, 2))) is tuple
-    ordered = collections.OrderedDict(a=2, b=1)
-    assert type(there(ordered)) is dict and there(ordered) == {"a": 2, "b": 1}
-
-
-def test_iterators_arrive_with_what_they_give():
+    assert type(there(collections.namedtuple("point", "x y")(1, 2))) is tuple
+    ordered = there(collections.OrderedDict(a=2, b=1))
+    assert type(ordered) is dict and ordered == {"a": 2, "b": 1}
     assert list(there(x * x for x in range(4))) == [0, 1, 4, 9]
     assert list(there(iter([[1], [2]]))) == [[1], [2]] and list(there({1: 2}.values())) == [2]
 

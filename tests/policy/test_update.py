@@ -18,7 +18,6 @@ from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import CISPOLoss, DAPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
-from hybrid_lightning.policy.update import StepMetrics
 from hybrid_lightning.rollout import DynamicSampling, Sampler
 from hybrid_lightning.rollout.rollout_engine import Stops
 
@@ -125,24 +124,6 @@ def test_a_step_without_any_advantage_has_a_gradient_of_zero_and_logs_what_other
     assert watch.metrics[0]["ratio/mean"] == 1 and watch.metrics[0]["frac_reward_zero_std"] == 1
     constant, usual = ({name for name in log.metrics[0] if not name.startswith("rewards/")} for log in (watch, other))
     assert constant == usual and watch.metrics[0]["entropy"] > 0
-
-
-# ---- metrics of the micro-batches of a step
-
-
-def test_shares_add_up_of_extremes_one_counts_and_the_next_step_starts_anew():
-    named = [{"loss": value, "ratio/max": value, "weight/min": value} for value in (4.0, 8.0, 2.0, 1.0)]
-    metrics, updates = StepMetrics(), [*named, {"loss": 1.0}, {"loss": 1.0, "kl": 0.5}]
-    results = [metrics.update({name: torch.tensor(value) for name, value in shares.items()}, 2) for shares in updates]
-    # At the end, so that a result that is changed later would show.
-    results = [{name: float(value) for name, value in result.items()} for result in results]
-    assert results[:4] == [
-        {"loss": 4.0, "ratio/max": 4.0, "weight/min": 4.0},
-        {"loss": 12.0, "ratio/max": 8.0, "weight/min": 4.0},
-        {"loss": 2.0, "ratio/max": 2.0, "weight/min": 2.0},
-        {"loss": 3.0, "ratio/max": 2.0, "weight/min": 1.0},
-    ]
-    assert results[5] == {"loss": 2.0, "kl": 0.5}, "a name that comes later in a step"
 
 
 # ---- metrics of a rollout are there at every step that it is used for, although they are logged once

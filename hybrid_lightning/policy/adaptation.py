@@ -52,12 +52,7 @@ CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a chec
 class AdaptedModule(Configurable, LightningModule):
     """A LightningModule whose attribute named `adapter_attribute` holds a model that a plan can adapt.
 
-    Args:
-        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
-        lr_lora: Learning rate of LoRA weights.
-        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+    Arguments are those of `PolicyModule`.
 
     Raises:
         ConfigError: If a learning rate is impossible.

@@ -90,13 +90,7 @@ class _Row:
 class Episodes:
     """Plays the episodes of a policy.
 
-    Args:
-        environment: The environment as it is configured; each episode gets an object of its own.
-        limits: Bounds of an episode.
-        sampler: Makes the policy's messages.
-        pretrained: Has the tokenizer and the chat template.
-        turn_template: See `PolicyModule`.
-        on_wait: See `RunningEpisodes`.
+    The environment is as it is configured; each episode gets an object of its own. `on_wait` is that of `RunningEpisodes`.
     """
 
     def __init__(
@@ -157,8 +151,7 @@ class Episodes:
         try:
             every = [prompt for prompt in prompts for _ in range(samples)]
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
-            rows, firsts = self._begin(every, started)
-            ids = self._of_groups(prompts, rows, firsts, samples)
+            rows, ids = self._begin(prompts, started, samples)
             conversation = self.sampler.conversation(
                 engine,
                 self.pretrained.tokenizer,
@@ -189,33 +182,27 @@ class Episodes:
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _begin(
-        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure]
+        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
     ) -> tuple[list[_Row], list[list[int]]]:
-        """The rows of episodes before the first turn, and the tokens that each begins with."""
-        rows, firsts, rendered = [], [], None
-        for prompt, messages in zip(prompts, started, strict=True):
-            begun = () if isinstance(messages, Failure) else messages
-            if rendered is None or prompt is not rows[-1].prompt or begun != rendered:  # else as the one before, of its group
-                (ids, conversation), rendered = self.turns.first(prompt, begun), begun
-            rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
-            firsts.append(ids)
-        return rows, firsts
-
-    def _of_groups(
-        self, prompts: Sequence[Prompt], rows: Sequence[_Row], firsts: Sequence[list[int]], samples: int
-    ) -> list[list[int]]:
-        """The tokens that the episodes of each group begin with."""
-        result = []
+        """The rows of episodes before the first turn, and the tokens that those of each group begin with."""
+        rows: list[_Row] = []
+        begins: list[list[int]] = []
         for number, prompt in enumerate(prompts):
-            group = range(number * samples, (number + 1) * samples)
-            begun = [firsts[row] for row in group if not rows[row].end] or [firsts[group[0]]]
-            if any(ids != begun[0] for ids in begun):
+            firsts: list[list[int]] = []  # of the episodes that did not fail
+            rendered: Sequence[Message] | None = None
+            for messages in started[number * samples : (number + 1) * samples]:
+                begun = () if isinstance(messages, Failure) else messages
+                if rendered is None or begun != rendered:
+                    (ids, conversation), rendered = self.turns.first(prompt, begun), begun
+                rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
+                firsts += [] if rows[-1].end else [ids]
+            if any(other != firsts[0] for other in firsts):
                 raise RolloutError(
                     f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
                     "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed"
                 )
-            result.append(begun[0])
-        return result
+            begins.append(firsts[0] if firsts else ids)
+        return rows, begins
 
     def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Turn, ids: Sequence[list[int]], samples: int) -> None:
         """Take messages of the policy into the episodes that still run."""
@@ -274,10 +261,11 @@ class Episodes:
             return pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True).to(device)
 
         pad = pad_token(self.pretrained.tokenizer)
-        of_prompts = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
-        of_completions = pad_right([row.ids for row in rows], pad, device)
+        prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
+        completion_ids, completion_mask = pad_right([row.ids for row in rows], pad, device)
         steps = padded([row.steps for row in rows], torch.long) if any(row.steps for row in rows) else None
-        sequences = Sequences(*of_prompts, *of_completions, steps, padded([row.sampled for row in rows], torch.bool))
+        sampled = padded([row.sampled for row in rows], torch.bool)
+        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(row.completion() for row in rows)
         return Rollouts(
             tuple(prompts),

@@ -64,17 +64,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
 
-    Args:
-        loss: Training loss. Its `needs_reference` says whether it compares with the start policy.
-        reward: Scores completions; None where nothing is generated.
-        rollout_schedule: Sizes of a rollout and its optimizer steps.
-        pretrained: The model that training starts from.
-        evaluation: Measures the policy in validation and test.
-        gradient_checkpointing: This and those after it are the arguments of `PolicyModule`.
-        sampler: See there.
-        max_tokens_per_micro_batch: See there.
-        seed: See there.
-        **adapted: See `AdaptedModule`.
+    The reward is None where nothing is generated. The keyword arguments are those of `PolicyModule`.
     """
 
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar

@@ -30,12 +30,7 @@ _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
 def check_run(policy: "LanguageModule") -> None:
-    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded.
-
-    Raises:
-        ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a start
-            policy that is not kept.
-    """
+    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded."""
     trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
     if strategy.root_device.type == "cuda":
         prepare_gpu(own_allocator=policy.sampler.shares_device)
@@ -53,11 +48,7 @@ def check_run(policy: "LanguageModule") -> None:
 
 
 def check_ahead(policy: "PolicyModule") -> None:
-    """Refuse what cannot be done with rollouts ahead.
-
-    Raises:
-        ConfigError: If engine, sampling, environment or flags of the Trainer do not go with them.
-    """
+    """Raise ConfigError if engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
     ahead, sampler = policy.rollout_schedule.rollouts_ahead, policy.sampler
     if not ahead:
         return
@@ -91,47 +82,33 @@ def check_ahead(policy: "PolicyModule") -> None:
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
     """Warn in one line of every cause for which two runs with one seed may differ, each with its remedy.
 
-    Args:
-        trainer: Has the device and the flags of the run.
-        attention: Implementation of the model's attention, as transformers names it; None if it is not known.
-        rewards: Terms of the reward.
+    The attention is named as in transformers, None if it is not known.
 
     Raises:
         ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot tell.
     """
-    causes = [*_causes_in_attention(trainer, attention), *_causes_in_devices(trainer), *_causes_in_clocks(trainer, rewards)]
+    causes = list(_causes(trainer, attention, rewards))
     if causes:
         rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
 
 
-def _on_cuda(trainer: Trainer) -> bool:
-    return trainer.strategy.root_device.type == "cuda"
-
-
-def _causes_in_attention(trainer: Trainer, attention: str | None) -> Iterator[str]:
-    if attention is None or "flash_attention" not in attention or not _on_cuda(trainer):
-        return
-    if os.environ.get(_DETERMINISTIC_FLASH) == "1":
-        return
-    cause = (
-        "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
-        f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
-    )
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
-    yield cause
-
-
-def _causes_in_devices(trainer: Trainer) -> Iterator[str]:
-    if _on_cuda(trainer) and not torch.are_deterministic_algorithms_enabled():
-        yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
-    if _on_cuda(trainer) and torch.backends.cudnn.benchmark:
-        yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
+def _causes(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> Iterator[str]:
+    if trainer.strategy.root_device.type == "cuda":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if attention is not None and "flash_attention" in attention and os.environ.get(_DETERMINISTIC_FLASH) != "1":
+            cause = (
+                "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
+                f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
+            )
+            if deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
+                raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
+            yield cause
+        if not deterministic:
+            yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
+        if torch.backends.cudnn.benchmark:
+            yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
     if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
         yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
-
-
-def _causes_in_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> Iterator[str]:
     if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
     for reward in rewards:

@@ -10,15 +10,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
-from tiny_runs import Constant, Log, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
+from tiny_runs import Constant, Log, OftenDone, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.adapters import Random, TailEnergy
-from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, TrainingError
-from hybrid_lightning.losses import CISPOLoss, DAPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
 from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
-from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import Stops
 
 
@@ -45,9 +44,11 @@ class Watch(Log):
     def count(self, *_):
         self.passes[-1] += 1
 
-    def on_train_batch_end(self, *arguments):
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
         self.handle.remove()
-        super().on_train_batch_end(*arguments)
+        super().on_train_batch_end(trainer, pl_module, *arguments)
+        known = pl_module.training_metrics | {"val"}
+        assert {name.partition("/")[0] for name in self.metrics[-1]} <= known, "what a policy logs is known before"
 
 
 def run(model, sums, root, policy=None, **flags):
@@ -154,22 +155,6 @@ def test_every_step_and_a_logger_have_the_metrics_of_the_rollout(model, sums, tm
     assert logged == pytest.approx([reward for _, reward in seen.steps[1::2]]), "at whichever step it is asked"
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        {"loss": GSPOLoss(kl_coef=0.1, entropy_coef=0.1), "correction": TokenTruncation(cap=2.0), "token_mask": TopEntropyMask()},
-        {"loss": CISPOLoss(), "dynamic_sampling": DynamicSampling(), "reward": StartsWithDigit()},
-        {"loss": SAPOLoss(), "minibatches_per_rollout": 2},
-    ],
-    ids=["corrected", "dynamic", "smooth"],
-)
-def test_what_a_policy_logs_is_known_before(model, sums, tmp_path, policy):
-    log = Log()
-    module = fit(model, sums, tmp_path, StepTimer(), log, policy=policy)
-    logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
-    assert {"loss", "reward", "time"} <= logged <= module.training_metrics
-
-
 # ---- tokens of a pass that the memory of a device has decided go into checkpoints, so that a resume splits rows alike
 
 
@@ -198,12 +183,9 @@ def test_a_resume_takes_those_of_the_checkpoint_where_they_fit(model, sums, tmp_
         device(memory, 12)
         assert fit(model, sums, tmp_path, ckpt=path, max_steps=2).tokens_of_pass == taken
     assert said and all("this device has 40 GiB" in line for line in said)
-
-
-def test_an_option_goes_before_and_a_cpu_keeps_nothing(model, sums, tmp_path, device):
-    for memory, options in ((80 * GIB, {"max_tokens_per_micro_batch": 100}), (None, {})):
+    for memory, options in ((80 * GIB, {"max_tokens_per_micro_batch": 100}), (None, {})):  # an option goes before
         device(memory, 24)
-        policy = fit(model, sums, tmp_path, build_adapter(), policy=options, max_steps=1)
-        policy.trainer.save_checkpoint(tmp_path / "run.ckpt")
-        assert "tokens_of_pass" not in torch.load(tmp_path / "run.ckpt", weights_only=True)[CHECKPOINT_KEY]
+        policy = fit(model, sums, tmp_path, policy=options, max_steps=1)
+        policy.trainer.save_checkpoint(path)
+        assert "tokens_of_pass" not in torch.load(path, weights_only=True)[CHECKPOINT_KEY], "nor does a CPU keep any"
         assert policy.update.token_budget() == (100 if options else 24)

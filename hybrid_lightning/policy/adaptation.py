@@ -282,11 +282,7 @@ class AdaptedModule(Configurable, LightningModule):
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; all trainable ones have to be there, and none that the model lacks, whatever `strict` says.
-
-        Raises:
-            CheckpointError: If the names do not fit.
-        """
+        """Load weights; CheckpointError if a trainable one lacks, or the model lacks one, whatever `strict` says."""
         trainable = trained_names(self)
         missing = sorted(trainable - state_dict.keys())
         if missing:
@@ -308,11 +304,7 @@ def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
 
 
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a checkpoint that names its plan and base model (see `AdaptedModule.on_save_checkpoint`).
-
-    Raises:
-        CheckpointError: If the checkpoint was not written by this package, or has another format.
-    """
+    """The entry of a checkpoint that names its plan and base model; CheckpointError if there is none, or of another format."""
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
     state = checkpoint[CHECKPOINT_KEY]

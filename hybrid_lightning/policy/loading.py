@@ -301,11 +301,7 @@ def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
 
 
 def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge an adapter into the weights of its base model, which is changed in place, to an ordinary model of the same dtype.
-
-    Raises:
-        ModelError: If the adapter belongs to another model, or is damaged.
-    """
+    """Merge an adapter into its base model, to an ordinary model of the same dtype; ModelError if it does not fit."""
     from peft import PeftConfig, get_peft_model  # slow to import
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 

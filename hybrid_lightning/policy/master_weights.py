@@ -55,11 +55,7 @@ class MasterWeights(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make a step of the wrapped optimizer on the float32 weights.
-
-        Raises:
-            ConfigError: If the wrapped optimizer does not treat each parameter by itself.
-        """
+        """Make a step on the float32 weights; ConfigError if the wrapped optimizer does not treat each parameter by itself."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

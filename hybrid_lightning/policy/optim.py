@@ -48,11 +48,7 @@ class LearningRateSchedule(Configurable, ABC):
         """Factor at a step after the warm-up; arguments as of `factor`."""
 
     def progress(self, step: int, total_steps: float) -> float:
-        """Share of the steps after the warm-up that have been made, in [0, 1].
-
-        Raises:
-            ConfigError: If the run's length is unknown.
-        """
+        """Share of the steps after the warm-up that have been made, in [0, 1]; ConfigError if the run's length is unknown."""
         if math.isinf(total_steps):
             raise ConfigError(
                 f"{type(self).__name__} needs the run's length in steps; set trainer.max_steps or trainer.max_epochs, or use "

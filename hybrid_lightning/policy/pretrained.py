@@ -95,11 +95,7 @@ class Pretrained:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """Build the model of a config, with all or some layers, without weights, on the meta device, frozen and in eval mode.
-
-    Raises:
-        ModelError: If transformers has no such causal language model.
-    """
+    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers has none such."""
     config = deepcopy(config)
     if layers is not None:
         text: Any = config.get_text_config()

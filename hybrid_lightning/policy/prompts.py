@@ -142,7 +142,13 @@ class PromptEncoder:
             DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
-            asked, whole = self.render(prompt), self._render_answered(prompt, text)
+            asked, said = self.render(prompt), {"role": "assistant", "content": text}
+            try:
+                whole = self.apply_template([*prompt.messages, said], add_generation_prompt=False)
+            except TemplateError as error:
+                raise ConfigError(
+                    f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
+                ) from error
             if not whole.startswith(asked):
                 raise ConfigError(
                     f"the chat template writes the prompt of {prompt.place} otherwise once it is answered, so that "
@@ -157,15 +163,6 @@ class PromptEncoder:
         if prompt.messages is not None and last is not None:
             return ids[: last + 1]  # a template may write a line break behind it, which the policy need not learn
         return ids if ids[-1] in stop_ids else [*ids, int(self.tokenizer.eos_token_id)]
-
-    def _render_answered(self, prompt: Prompt, text: str) -> str:
-        messages = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
-        try:
-            return self.apply_template(messages, add_generation_prompt=False)
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
-            ) from error
 
     def apply_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = True

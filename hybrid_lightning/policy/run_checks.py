@@ -49,33 +49,34 @@ def check_run(policy: "LanguageModule") -> None:
 
 def check_ahead(policy: "PolicyModule") -> None:
     """Raise ConfigError if engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
-    ahead, sampler = policy.rollout_schedule.rollouts_ahead, policy.sampler
-    if not ahead:
-        return
-    name, trainer = f"model.rollouts_ahead={ahead}", policy.trainer
+    ahead = policy.rollout_schedule.rollouts_ahead
+    for reason in _against_ahead(policy) if ahead else ():
+        raise ConfigError(f"model.rollouts_ahead={ahead}: {reason}")
+
+
+def _against_ahead(policy: "PolicyModule") -> Iterator[str]:
+    sampler, trainer = policy.sampler, policy.trainer
     if sampler.shares_device:
-        raise ConfigError(
-            f"{name}: {type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; "
-            "take VLLMServerSampler, or rollouts_ahead=0"
+        yield (
+            f"{type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; take "
+            "VLLMServerSampler, or rollouts_ahead=0"
         )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
-        raise ConfigError(f"{name}: trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0")
+        yield "trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0"
     if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
-            "set rollouts_ahead=0"
+        yield (
+            "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or set "
+            "rollouts_ahead=0"
         )
-    if not sampler.completes_elsewhere:
-        return
-    if policy.dynamic_sampling is not None:
-        raise ConfigError(
-            f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
-            "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
+    if sampler.completes_elsewhere and policy.dynamic_sampling is not None:
+        yield (
+            f"with model.dynamic_sampling and {type(sampler).__name__} how many prompts a rollout takes would be known only when "
+            "it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if policy.episodes is not None and not policy.episodes.limits.workers:
-        raise ConfigError(
-            f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "
-            "generators; give them processes of their own, by model.episodes.workers=1 or more"
+    if sampler.completes_elsewhere and policy.episodes is not None and not policy.episodes.limits.workers:
+        yield (
+            "environments run while the policy is trained, and may change what the process has once, such as random generators; "
+            "give them processes of their own, by model.episodes.workers=1 or more"
         )
 
 

@@ -231,7 +231,7 @@ class ShardedScoring(ScoringProcess):
                 mine = seen + self._rank
                 loss = self._own_loss(dealt, seen)
                 used = loss.requires_grad or not some
-                self.finish(partial(self._checked, loss if used else None, mine))
+                on_all_ranks(partial(self.check_loss, loss, mine) if used else dict, self._signals, _PURPOSE)
                 if used:
                     self._differentiate(loss)
                 parts_of = self._dealt(modules, held if mine < total else {})
@@ -258,11 +258,6 @@ class ShardedScoring(ScoringProcess):
             parts = [self._modules[place] for place in places]
             found.setdefault(next(part for part in parts if isinstance(part, FSDPModule)), []).append(name)
         return found
-
-    def _checked(self, loss: Tensor | None, index: int) -> dict[str, Any]:
-        if loss is not None:
-            self.check_loss(loss, index)
-        return {}
 
     def _dealt(self, modules: Mapping[str, nn.Module], held: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
         """For each module of this rank its gradients of all ranks, in the memory of the host; None where a rank has none."""

@@ -135,7 +135,7 @@ def metrics_of(log):
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 @pytest.mark.parametrize(
     ("ahead", "correction", "turns"),
-    [(0, None, 1), (1, None, 1), (1, SequenceMask(), 1), (2, TokenTruncation(), 1), (1, TokenMask(), 3)],
+    [(0, None, 1), (1, None, 1), (2, SequenceMask(), 1), (1, TokenMask(), 3)],
 )
 def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
     model, sums, tmp_path, ahead, correction, turns

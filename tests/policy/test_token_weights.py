@@ -16,7 +16,6 @@ MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
 WEIGHT = "sampling/importance_weight"
 
 
-@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize(("family", "minibatches"), [(family, 1 + number % 2) for number, family in enumerate(FAMILIES)])
 def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
     log = Log()

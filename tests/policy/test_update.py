@@ -62,7 +62,6 @@ MASKS = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True}
 # A policy, and flags and options of the run whose steps are split further.
 SPLITS = {
     "grpo-kl-2-checkpointing": ({"loss": GRPOLoss(kl_coef=0.1), "gradient_checkpointing": True}, 2, 2, 12),
-    "gspo-1": ({"loss": GSPOLoss()}, 1, 1, 12),
     "gspo-kl-8": ({"loss": GSPOLoss(kl_coef=0.05)}, 1, 8, None),
     # Sequences without advantage are there for the entropy bonus.
     "dapo-masks-2": ({"loss": DAPOLoss(entropy_coef=0.02), "sampler": OftenDone(4), **MASKS}, 1, 2, 12),

@@ -16,6 +16,7 @@ from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
 from hybrid_lightning.environments import EpisodeLimits, Step
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
+from hybrid_lightning.policy.episodes import episode_metrics
 from hybrid_lightning.rollout import DynamicSampling
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -94,6 +95,16 @@ def test_an_episode_of_one_turn_is_todays_completion_to_the_bit(model, play):
     cut = ~plain.finished
     assert torch.equal(rollouts.finished, plain.finished)
     assert [c.episode.end for c in rollouts.completions] == ["tokens" if of_row else "over" for of_row in cut]
+
+
+class Boasts(AtOnce):
+    def step(self, message):
+        return Step(over=True, counts={"end/answered": 5, "turns": 9, "seen": 2})
+
+
+def test_what_an_environment_counts_replaces_no_metric_of_ours(play):
+    metrics = episode_metrics(play(Boasts(), max_new_tokens=16)[1].completions)
+    assert metrics["episodes/end/answered"] == 0 and metrics["episodes/turns"] == 1 and metrics["episodes/seen"] > 0
 
 
 def test_every_bound_ends_an_episode_with_its_reason(play):

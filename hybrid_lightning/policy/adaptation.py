@@ -52,12 +52,7 @@ CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a chec
 class AdaptedModule(Configurable, LightningModule):
     """A LightningModule whose attribute named `adapter_attribute` holds a model that a plan can adapt.
 
-    Args:
-        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
-        lr_lora: Learning rate of LoRA weights.
-        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+    Arguments are those of `PolicyModule`.
 
     Raises:
         ConfigError: If a learning rate is impossible.
@@ -215,11 +210,8 @@ class AdaptedModule(Configurable, LightningModule):
             names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-        checkpoint[CHECKPOINT_KEY] = new_state(self.plan, self.base_digest) | {
-            "keep_start_weights": self.keep_start_weights,
-            "quantization": self._quantization_name(),
-            "trained_dtype": str(self._trained_dtype()),
-        }
+        state = new_state(self.plan, self.base_digest) | self._trained_as()
+        checkpoint[CHECKPOINT_KEY] = state | {"keep_start_weights": self.keep_start_weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is applied already.
@@ -230,62 +222,53 @@ class AdaptedModule(Configurable, LightningModule):
             CheckpointError: If the checkpoint was written with another base model or plan, or by another program.
         """
         saved = adapter_state(checkpoint)
-        self._check_base(saved)
-        resumed = self._trainer is not None and self.trainer.state.fn == "fit"
-        if saved["plan"] is None:
-            if self.plan is not None:
-                raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
-        else:
-            if resumed:
-                self._check_resumable(saved)
-            self._adapt_as(AdapterPlan.from_dict(saved["plan"]), saved["keep_start_weights"])
-        if resumed:
-            for state in checkpoint.get("optimizer_states", []):
-                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, self.rates)
-
-    def _check_base(self, saved: Mapping[str, Any]) -> None:
         if saved["base_digest"] != self.base_digest:
             raise CheckpointError(
                 f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the model loaded now has "
                 f"{self.base_digest[:12]}; give the same model.model, model.revision and model.dtype as in the run's config.yaml"
             )
-
-    def _adapt_as(self, plan: AdapterPlan, keep_start_weights: bool) -> None:
-        if self.plan is not None and self.plan.digest != plan.digest:
-            raise CheckpointError(
-                f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {self.plan.digest[:12]} is applied; "
-                "remove adapter.plan (the checkpoint brings its own), or start a new run"
-            )
-        self.adapt(plan, keep_start_weights)
+        resumed = self._trainer is not None and self.trainer.state.fn == "fit"
+        plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"])
+        if plan is None and self.plan is not None:
+            raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
+        if plan is not None:
+            if resumed:
+                self._check_resumable(saved)
+            if self.plan is not None and self.plan.digest != plan.digest:
+                raise CheckpointError(
+                    f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {self.plan.digest[:12]} is "
+                    "applied; remove adapter.plan (the checkpoint brings its own), or start a new run"
+                )
+            self.adapt(plan, saved["keep_start_weights"])
+        if resumed:
+            for state in checkpoint.get("optimizer_states", []):
+                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, self.rates)
 
     def _trained_dtype(self) -> torch.dtype:
         return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))
 
     def _check_resumable(self, saved: Mapping[str, Any]) -> None:
-        quantization, mine = saved["quantization"], self._quantization_name()
-        if quantization != mine:
+        mine = self._trained_as()
+        if saved["quantization"] != mine["quantization"]:
             raise CheckpointError(
-                f"the checkpoint was trained with model.quantization={quantization or 'null'}, but it is {mine or 'null'} now; "
-                "give the same, or start a new run"
+                f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
+                f"{mine['quantization'] or 'null'} now; give the same, or start a new run"
             )
-        dtype, now = saved["trained_dtype"], str(self._trained_dtype())
-        if dtype != now:
+        if saved["trained_dtype"] != mine["trained_dtype"]:
             raise CheckpointError(
-                f"the checkpoint has trained weights of {dtype}, and trainer.precision={self.trainer.precision} trains them as "
-                f"{now}; give the precision of the run that wrote it (bf16-true is that of bfloat16), or start a new run"
+                f"the checkpoint has trained weights of {saved['trained_dtype']}, and trainer.precision={self.trainer.precision} "
+                f"trains them as {mine['trained_dtype']}; give the precision of the run that wrote it (bf16-true is that of "
+                "bfloat16), or start a new run"
             )
 
-    def _quantization_name(self) -> str | None:
-        return None if self.quantization is None else type(self.quantization).__name__
+    def _trained_as(self) -> dict[str, str | None]:
+        """What a run that resumes this one has to have, too."""
+        quantization = None if self.quantization is None else type(self.quantization).__name__
+        return {"quantization": quantization, "trained_dtype": str(self._trained_dtype())}
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
         """Make a module from a checkpoint as Lightning does, and also from the folder of a sharded checkpoint.
-
-        Args:
-            checkpoint_path: File, folder, URL, or an open file.
-            *arguments: Arguments of Lightning's method.
-            **options: Options of Lightning's method, and arguments of the module that replace those in the checkpoint.
 
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
@@ -299,11 +282,7 @@ class AdaptedModule(Configurable, LightningModule):
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; all trainable ones have to be there, and none that the model lacks, whatever `strict` says.
-
-        Raises:
-            CheckpointError: If the names do not fit.
-        """
+        """Load weights; CheckpointError if a trainable one lacks, or the model lacks one, whatever `strict` says."""
         trainable = trained_names(self)
         missing = sorted(trainable - state_dict.keys())
         if missing:
@@ -325,11 +304,7 @@ def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
 
 
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a checkpoint that names its plan and base model (see `AdaptedModule.on_save_checkpoint`).
-
-    Raises:
-        CheckpointError: If the checkpoint was not written by this package, or has another format.
-    """
+    """The entry of a checkpoint that names its plan and base model; CheckpointError if there is none, or of another format."""
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
     state = checkpoint[CHECKPOINT_KEY]

@@ -39,12 +39,8 @@ def calibration_rollouts(policy: "PolicyModule", prompts: Sequence[Prompt], kept
     """Complete and score prompts with the start policy, each as often as in a rollout of training.
 
     Prompts are completed in batches of the same size whoever completes them, so that what is drawn does not depend on it, not
-    even by rounding. Where the model is split, all ranks call this, and a batch of each is completed at a time.
-
-    Args:
-        policy: The start policy.
-        prompts: P prompts.
-        kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
+    even by rounding. Where the model is split, all ranks call this, and a batch of each is completed at a time. What is made is
+    kept at once, and what a stopped run has kept is not made again.
     """
     device, samples = policy.model_device, policy.rollout_schedule.samples_per_prompt
     ids = [policy.encode(prompt) for prompt in prompts]
@@ -131,11 +127,7 @@ class CalibrationLosses(ABC):
 
 
 class StepCalibration(CalibrationLosses):
-    """The losses of several optimizer steps, one after another; those of a step add up to the loss of its rows.
-
-    Args:
-        steps: The losses of each step.
-    """
+    """The losses of several optimizer steps, one after another; those of a step add up to the loss of its rows."""
 
     def __init__(self, steps: Sequence[CalibrationLosses]) -> None:
         self.steps = steps
@@ -162,21 +154,73 @@ class StepCalibration(CalibrationLosses):
                 step.load_state_dict(saved)
 
 
-class RewardCalibration(CalibrationLosses):
-    """Training losses of calibration rollouts.
+class TrainingCalibration(CalibrationLosses):
+    """Training losses at the start policy and, in later iterations, by how much changed weights improve the objective.
 
-    Rows without advantage are left out, unless the loss has an entropy bonus: their gradient is exactly zero. The first iteration
-    is at the start policy, and its log-probabilities are kept as the old ones. So later iterations measure by how much changed
-    weights improve the objective.
+    Log-probabilities of the first iteration, which is at the start policy, are kept as the old ones and as the reference.
 
     Args:
-        sequences: N sequences of calibration rollouts; those that are left out of the loss have no tokens.
-        advantages: [N], or [N, T] with credit by turn.
+        signal: What is learned from, for the plan.
+        sequences: N rows.
+        chunks: Those of the rows that add to the loss, in chunks, and their advantages.
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
-        max_tokens: Most tokens of a chunk: as in training, so that scoring needs no more memory.
-        max_completion_tokens: Longest completion that the sampler makes.
         counted: See `Rewards`, [N] bool or None.
+        max_completion_tokens: Longest completion that can be sampled, which some losses need.
+    """
+
+    def __init__(
+        self,
+        signal: str,
+        sequences: Sequences,
+        chunks: Sequence[tuple[Sequences, Tensor]],
+        loss: PolicyLoss | ExampleLoss,
+        logprobs: LogprobFunction,
+        counted: Tensor | None = None,
+        max_completion_tokens: float | None = None,
+    ) -> None:
+        self.chunks, self.loss, self.logprobs, self.max_completion_tokens = chunks, loss, logprobs, max_completion_tokens
+        self.start_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
+        # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
+        self.num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(chunks))
+        self.num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(chunks))
+        useful = sum(len(rows) for rows, _ in chunks)
+        self.info: dict[str, Any] = {"signal": signal, "sequences": len(sequences), "useful_sequences": useful}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Log-probabilities of the start policy, of the chunks computed so far."""
+        return {"start_logprobs": self.start_logprobs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a run that was stopped."""
+        device = self.chunks[0][1].device
+        self.start_logprobs = {number: tensor.to(device) for number, tensor in state["start_logprobs"].items()}
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """See `CalibrationLosses`."""
+        for number, (sequences, advantages) in enumerate(self.chunks[seen:], start=seen):
+            logprobs, entropy = self.logprobs(sequences)
+            start = self.start_logprobs.setdefault(number, logprobs.detach())
+            inputs = LossInputs(
+                logprobs=logprobs,
+                advantages=advantages,
+                sampled_mask=sequences.sampled_mask,
+                old_logprobs=start,
+                ref_logprobs=start,  # the start policy is the policy that sampled
+                num_sequences=self.num_sequences,
+                num_tokens=self.num_tokens,
+                entropy=entropy,
+                max_completion_tokens=self.max_completion_tokens,
+                micro_batch_tokens=self.num_tokens,  # all of the calibration rows are one micro-batch
+            )
+            yield self.loss(inputs).loss
+
+
+class RewardCalibration(TrainingCalibration):
+    """Training losses of calibration rollouts, those that are left out of the loss without tokens.
+
+    Rows without advantage, [N] or [N, T], are left out, unless the loss has an entropy bonus: their gradient is exactly zero.
+    A chunk has at most `max_tokens`, as in training, so that scoring needs no more memory.
     """
 
     def __init__(
@@ -189,58 +233,18 @@ class RewardCalibration(CalibrationLosses):
         max_completion_tokens: int,
         counted: Tensor | None = None,
     ) -> None:
-        self.loss, self.logprobs = loss, logprobs
-        self.max_completion_tokens = float(max_completion_tokens)
         adds = any_advantage(advantages) | loss.needs_entropy
         useful = (adds & sequences.sampled_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
         runs = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
-        self.chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
-        self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
-        # Denominators for which the mean of the chunks' losses is the mean over all sequences that count, or all their tokens.
-        self.num_sequences = (len(sequences) if counted is None else int(counted.sum())) / max(1, len(self.chunks))
-        self.num_tokens = float(sequences.sampled_mask.sum()) / max(1, len(self.chunks))
-        self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Log-probabilities of the start policy, of the chunks computed so far."""
-        return {"old_logprobs": self.old_logprobs}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of a run that was stopped."""
-        device = self.chunks[0][1].device
-        self.old_logprobs = {number: tensor.to(device) for number, tensor in state["old_logprobs"].items()}
-
-    def since(self, seen: int) -> Iterator[Tensor]:
-        """See `CalibrationLosses`."""
-        for number, (sequences, advantages) in enumerate(self.chunks[seen:], start=seen):
-            logprobs, entropy = self.logprobs(sequences)
-            self.old_logprobs.setdefault(number, logprobs.detach())
-            inputs = LossInputs(
-                logprobs=logprobs,
-                advantages=advantages,
-                sampled_mask=sequences.sampled_mask,
-                old_logprobs=self.old_logprobs[number],
-                ref_logprobs=self.old_logprobs[number],  # the start policy is the policy that sampled
-                num_sequences=self.num_sequences,
-                num_tokens=self.num_tokens,
-                entropy=entropy,
-                max_completion_tokens=self.max_completion_tokens,
-                micro_batch_tokens=self.num_tokens,  # all of the calibration rollouts are one micro-batch
-            )
-            yield self.loss(inputs).loss
+        chunks = [(rows, of[:, : rows.completion_ids.shape[1]] if of.dim() == 2 else of) for rows, of in runs]
+        super().__init__("reward", sequences, chunks, loss, logprobs, counted, float(max_completion_tokens))
 
 
 class AnswerCalibration(CalibrationLosses):
     """Supervised losses of reference answers, for calibration rollouts whose rewards are all equal.
 
-    Args:
-        prompts: Prompts with answers.
-        prompt_ids: Token ids of the prompts.
-        tokenizer: Encodes the answers and ends each with its end-of-sequence token.
-        logprobs: See `RewardCalibration`.
-        max_tokens: See `RewardCalibration`.
-        device: Where the tensors go.
+    The tokenizer encodes the answers, and ends each with its end-of-sequence token.
 
     Raises:
         CalibrationError: If a prompt has no answer.
@@ -260,8 +264,7 @@ class AnswerCalibration(CalibrationLosses):
                 f"all rewards of the {len(prompts)} calibration prompts are equal, so modules cannot be scored, and the data has "
                 "no answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
             )
-        end = int(tokenizer.eos_token_id)
-        pad = pad_token(tokenizer)
+        end, pad = int(tokenizer.eos_token_id), pad_token(tokenizer)
         answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
         self.sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
         self.chunks = [self.sequences.rows(run) for run in split_by_tokens(self.sequences, max_tokens)]
@@ -277,79 +280,23 @@ class AnswerCalibration(CalibrationLosses):
             yield -token_mean.sum() * share
 
 
-class ExampleCalibration(CalibrationLosses):
-    """Training losses of examples.
-
-    The first iteration is at the start policy, and its log-probabilities are kept as the reference.
-
-    Args:
-        sequences: N rows.
-        chunks: The slices of rows that take one forward and backward pass each, as in training.
-        loss: The training loss.
-        logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
-    """
-
-    def __init__(
-        self,
-        sequences: Sequences,
-        chunks: Sequence[slice],
-        loss: ExampleLoss,
-        logprobs: LogprobFunction,
-    ) -> None:
-        self.chunks = [sequences.rows(chunk) for chunk in chunks]
-        self.loss, self.logprobs = loss, logprobs
-        # Denominators for which the mean of the chunks' losses is the mean over all rows or tokens.
-        self.num_sequences = len(sequences) / len(chunks)
-        self.num_tokens = float(sequences.sampled_mask.sum()) / len(chunks)
-        self.references: dict[int, Tensor] = {}  # of each chunk that has been computed
-        self.info: dict[str, Any] = {"signal": "examples", "sequences": len(sequences), "useful_sequences": len(sequences)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Log-probabilities of the start policy, of the chunks computed so far."""
-        return {"references": self.references}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of a run that was stopped."""
-        device = self.chunks[0].completion_ids.device
-        self.references = {number: tensor.to(device) for number, tensor in state["references"].items()}
-
-    def since(self, seen: int) -> Iterator[Tensor]:
-        """See `CalibrationLosses`."""
-        for number, sequences in enumerate(self.chunks[seen:], start=seen):
-            logprobs, _ = self.logprobs(sequences)
-            self.references.setdefault(number, logprobs.detach())
-            inputs = LossInputs(
-                logprobs=logprobs,
-                advantages=torch.ones(len(sequences), device=logprobs.device),
-                sampled_mask=sequences.sampled_mask,
-                ref_logprobs=self.references[number],
-                num_sequences=self.num_sequences,
-                num_tokens=self.num_tokens,
-            )
-            yield self.loss(inputs).loss
-
-
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:
     """Rollouts as plain data and tensors on the CPU."""
-    texts = [
-        (str(text), text.num_tokens, text.finished, text.thinking, None if text.episode is None else vars(text.episode))
-        for text in rollouts.completions
-    ]
+    texts = [(str(text), {**vars(text), "episode": text.episode and vars(text.episode)}) for text in rollouts.completions]
     tensors = {"sampling_logprobs": rollouts.sampling_logprobs.cpu(), "finished": rollouts.finished.cpu()}
     return {"sequences": vars(rollouts.sequences.to("cpu")), "completions": texts, **tensors}
 
 
 def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], samples: int, device: torch.device) -> Rollouts:
     """Undo `_completions_to_state`."""
+    texts = [
+        (text, {**named, "episode": named["episode"] and Episode(**named["episode"])}) for text, named in state["completions"]
+    ]
     return Rollouts(
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),
-        completions=tuple(_completion(*parts) for parts in state["completions"]),
+        completions=tuple(Completion(text, **own) for text, own in texts),
         sampling_logprobs=state["sampling_logprobs"].to(device),
         finished=state["finished"].to(device),
         samples_per_prompt=samples,
     )
-
-
-def _completion(text: str, num_tokens: int, finished: bool, thinking: bool, episode: dict[str, Any] | None) -> Completion:
-    return Completion(text, num_tokens, finished, thinking, None if episode is None else Episode(**episode))

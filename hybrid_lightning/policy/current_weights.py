@@ -103,7 +103,7 @@ class _Part:
         for key, parameter in self.source.named_parameters(recurse=False):
             adapted = key == "weight" and isinstance(self.module, LoraLayer) and self._is_on
             update = self._update() if adapted else None
-            whole = _dequantized(self.source) if _is_packed(parameter) else _whole(parameter)
+            whole = _whole(dequantize_module_weight(self.source) if _is_packed(parameter) else parameter)
             yield CurrentWeight(f"{self.name}.{key}", whole, update, isinstance(self.source, Conv1D))
 
     def _update(self) -> LowRankUpdate:
@@ -119,12 +119,7 @@ class _Part:
 class CurrentWeights:
     """A policy's weights at the moment when this object is made (see `PolicyWeights`). All ranks make it, if they are split.
 
-    Args:
-        model: The model, adapted and sharded or not.
-        weights: How its weights are gathered.
-        base: What distinguishes the base model from others, such as its digest.
-        step: Optimizer steps made so far.
-        is_sender: Whether this rank sends to engines that all ranks share.
+    `base` distinguishes the base model from others, and `step` optimizer steps have been made.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool) -> None:
@@ -191,9 +186,3 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def _is_packed(parameter: Tensor) -> bool:
     return hasattr(parameter, "quant_state") or parameter.dtype == torch.int8
-
-
-def _dequantized(module: nn.Module) -> Tensor:
-    weight = dequantize_module_weight(module)
-    assert isinstance(weight, Tensor)
-    return weight.detach()

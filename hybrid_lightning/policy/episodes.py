@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.errors import ConfigError, RolloutError, shorten
@@ -89,13 +90,7 @@ class _Row:
 class Episodes:
     """Plays the episodes of a policy.
 
-    Args:
-        environment: The environment as it is configured; each episode gets an object of its own.
-        limits: Bounds of an episode.
-        sampler: Makes the policy's messages.
-        pretrained: Has the tokenizer and the chat template.
-        turn_template: See `PolicyModule`.
-        on_wait: See `RunningEpisodes`.
+    The environment is as it is configured; each episode gets an object of its own. `on_wait` is that of `RunningEpisodes`.
     """
 
     def __init__(
@@ -124,21 +119,8 @@ class Episodes:
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
         return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure, before time is spent on a run, that what is added to these prompts can be written.
-
-        Raises:
-            ConfigError: If the chat template or the environment does not fit.
-            DataError: If the tokenizer cannot encode it.
-        """
-        self.turns.check(prompts)
-
     def apart(self, on_wait: Callable[[], None]) -> "Episodes":
-        """The same for another thread: with a tokenizer of its own, and processes for the environments.
-
-        Args:
-            on_wait: See `RunningEpisodes`.
-        """
+        """The same for another thread: with a tokenizer of its own, and processes for the environments."""
         other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template, on_wait)
         _ = other.turns  # reads the tokenizer, here and not in that thread
         return other
@@ -160,29 +142,16 @@ class Episodes:
         on_token: Callable[[int, int], None] | None = None,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
-        """Play G episodes of each prompt.
-
-        Args:
-            engine: See `RolloutEngine.sample`.
-            prompts: P prompts.
-            samples_per_prompt: G.
-            seeds: A seed for each prompt, [P].
-            generator: See `RolloutEngine.sample`.
-            greedy: See `RolloutEngine.sample`.
-            stops: What ends a message of the policy.
-            on_token: See `RolloutEngine.sample`.
-            on_completion: See `RolloutEngine.sample`; not called for episodes that have failed.
+        """Play G episodes of each prompt, which has a seed for its task. Other arguments are those of `RolloutEngine.sample`.
 
         Raises:
             RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
         """
-        samples = samples_per_prompt
-        running = self._running
+        samples, running = samples_per_prompt, self._running
         try:
             every = [prompt for prompt in prompts for _ in range(samples)]
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
-            rows, firsts = self._begin(every, started)
-            ids = self._of_groups(prompts, rows, firsts, samples)
+            rows, ids = self._begin(prompts, started, samples)
             conversation = self.sampler.conversation(
                 engine,
                 self.pretrained.tokenizer,
@@ -213,33 +182,27 @@ class Episodes:
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _begin(
-        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure]
+        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
     ) -> tuple[list[_Row], list[list[int]]]:
-        """The rows of episodes before the first turn, and the tokens that each begins with."""
-        rows, firsts, rendered = [], [], None
-        for prompt, messages in zip(prompts, started, strict=True):
-            begun = () if isinstance(messages, Failure) else messages
-            if rendered is None or prompt is not rows[-1].prompt or begun != rendered:  # else as the one before, of its group
-                (ids, conversation), rendered = self.turns.first(prompt, begun), begun
-            rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
-            firsts.append(ids)
-        return rows, firsts
-
-    def _of_groups(
-        self, prompts: Sequence[Prompt], rows: Sequence[_Row], firsts: Sequence[list[int]], samples: int
-    ) -> list[list[int]]:
-        """The tokens that the episodes of each group begin with."""
-        result = []
+        """The rows of episodes before the first turn, and the tokens that those of each group begin with."""
+        rows: list[_Row] = []
+        begins: list[list[int]] = []
         for number, prompt in enumerate(prompts):
-            group = range(number * samples, (number + 1) * samples)
-            begun = [firsts[row] for row in group if not rows[row].end] or [firsts[group[0]]]
-            if any(ids != begun[0] for ids in begun):
+            firsts: list[list[int]] = []  # of the episodes that did not fail
+            rendered: Sequence[Message] | None = None
+            for messages in started[number * samples : (number + 1) * samples]:
+                begun = () if isinstance(messages, Failure) else messages
+                if rendered is None or begun != rendered:
+                    (ids, conversation), rendered = self.turns.first(prompt, begun), begun
+                rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
+                firsts += [] if rows[-1].end else [ids]
+            if any(other != firsts[0] for other in firsts):
                 raise RolloutError(
                     f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
                     "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed"
                 )
-            result.append(begun[0])
-        return result
+            begins.append(firsts[0] if firsts else ids)
+        return rows, begins
 
     def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Turn, ids: Sequence[list[int]], samples: int) -> None:
         """Take messages of the policy into the episodes that still run."""
@@ -294,30 +257,21 @@ class Episodes:
     def _rollouts(
         self, prompts: Sequence[Prompt], rows: Sequence[_Row], ids: Sequence[list[int]], samples: int, device: torch.device
     ) -> Rollouts:
+        def padded(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            return pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True).to(device)
+
         pad = pad_token(self.pretrained.tokenizer)
-        prompt_ids, prompt_mask = pad_left(ids, pad, device)
+        prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
         completion_ids, completion_mask = pad_right([row.ids for row in rows], pad, device)
-        width = completion_ids.shape[1]
-        sampled = torch.tensor([row.sampled + [False] * (width - len(row.ids)) for row in rows], dtype=torch.bool, device=device)
-        logprobs = [row.logprobs + [0.0] * (width - len(row.ids)) for row in rows]
-        weights_step: Tensor | None = None
-        if any(row.steps for row in rows):
-            steps = [row.steps + [0] * (width - len(row.steps)) for row in rows]
-            weights_step = torch.tensor(steps, device=device).view(len(rows), width)
-        sequences = Sequences(
-            prompt_ids.repeat_interleave(samples, dim=0),
-            prompt_mask.repeat_interleave(samples, dim=0),
-            completion_ids,
-            completion_mask,
-            weights_step,
-            sampled.view(len(rows), width),
-        )
+        steps = padded([row.steps for row in rows], torch.long) if any(row.steps for row in rows) else None
+        sampled = padded([row.sampled for row in rows], torch.bool)
+        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
         completions = tuple(row.completion() for row in rows)
         return Rollouts(
             tuple(prompts),
             sequences,
             completions,
-            torch.tensor(logprobs, dtype=torch.float32, device=device).view(len(rows), width),
+            padded([row.logprobs for row in rows], torch.float32),
             torch.tensor([completion.finished for completion in completions], device=device),
             samples,
         )
@@ -327,12 +281,7 @@ def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDra
     """A seed for the task of each prompt, in [0, 2^31).
 
     Where a row has a column `seed` it is that, so that the row is always the same task. Else a rollout has seeds of its own, and
-    an evaluation always the same.
-
-    Args:
-        prompts: P prompts.
-        generator: Draws the completions; None for greedy ones, whose tasks are those of an evaluation.
-        seed: The policy's.
+    an evaluation always the same, by the policy's seed; so has what is completed greedily, without a generator.
     """
     if isinstance(generator, torch.Generator):
         drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
@@ -343,14 +292,14 @@ def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDra
 
 
 def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
-    """Give each sampled token the advantage of its turn.
+    """Give each sampled token of B episodes the advantage of its turn.
 
     Args:
-        advantages: [K * B], from the first turn on (see `rewards_to_go`); with K = 1 turns they are those of the sequences.
+        advantages: [K * B], from the first turn on (see `rewards_to_go`).
         rollouts: B episodes.
 
     Returns:
-        [B, T], 0 where nothing was sampled; with K = 1 the advantages, [B].
+        [B, T], 0 where nothing was sampled; with K = 1 turns the advantages, which are those of the sequences, [B].
     """
     sampled = rollouts.sequences.sampled_mask
     turns = len(advantages) // max(1, len(sampled))
@@ -367,13 +316,7 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
-    """Random numbers that are the same at every evaluation, and not those of training.
-
-    Args:
-        prompts: P prompts.
-        samples_per_prompt: Completions of each.
-        seed: The policy's.
-    """
+    """Random numbers that are the same at every evaluation, and not those of training."""
     return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
 
 
@@ -383,38 +326,25 @@ def has_failed(completion: Completion) -> bool:
 
 
 def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Compute the metrics of one rollout's episodes over all ranks. All ranks have to call it.
-
-    Args:
-        completions: This rank's; none of episodes, if there is no environment.
+    """Compute the metrics of one rollout's episodes over all ranks, from this rank's. All ranks have to call it.
 
     Returns:
         `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and over those that have not failed the means of
         `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of what the environment counts, such as
-        `episodes/calls`. Empty without an environment.
+        `episodes/calls`.
     """
-    of_ranks = gather_objects([_values(completion.episode) for completion in completions if completion.episode is not None])
-    every = [values for of_rank in of_ranks for values in of_rank]
-    ends = Counter(str(values.pop("end")) for values in every)
-    kept = [values for values in every if values.pop("failed") is False]
-    names = dict.fromkeys(name for values in kept for name in values)
-    shares = {f"episodes/end/{reason}": ends[reason] / len(every) for reason in ENDS} if every else {}
+    episodes = [completion.episode for completion in completions if completion.episode is not None]
+    own = [(episode.end, {**episode.counts, "turns": episode.turns, "return": sum(episode.rewards)}) for episode in episodes]
+    every = [values for of_rank in gather_objects(own) for values in of_rank]
+    ends = Counter(end for end, _ in every)
+    kept = [values for end, values in every if end != "failed"]
+    names = {name for values in kept for name in values}
+    shares = {f"episodes/end/{reason}": ends[reason] / len(every) for reason in ENDS}
     return {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)} | shares
 
 
-def _values(episode: Episode) -> dict[str, Any]:
-    own = {"turns": episode.turns, "return": sum(episode.rewards), "end": episode.end, "failed": episode.end == "failed"}
-    return {**episode.counts, **own}
-
-
 def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
-    """One record for each episode, ready for JSON.
-
-    Args:
-        rollouts: B episodes.
-        rewards: Their rewards.
-        greedy: Whether they are the greedy ones, one a prompt, whose `sample` is None.
-    """
+    """One record for each episode, ready for JSON; greedy ones, one a prompt, have None as `sample`."""
     sequences, records = rollouts.sequences, []
     for row, completion in enumerate(rollouts.completions):
         episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]

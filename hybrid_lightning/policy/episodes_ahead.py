@@ -28,9 +28,6 @@ class EpisodesAhead:
 
     A thread has its own tokenizer and its own processes for environments. It touches neither the policy's model, which changes
     meanwhile, nor anything else that the process has once.
-
-    Args:
-        episodes: The policy's.
     """
 
     def __init__(self, episodes: Episodes) -> None:
@@ -40,15 +37,7 @@ class EpisodesAhead:
     def begin(
         self, engine: "Engine", prompts: Sequence[Prompt], samples: int, seeds: Sequence[int], **options: Any
     ) -> Begun[Rollouts]:
-        """Begin to play episodes.
-
-        Args:
-            engine: Of the policy; its place and config are read now.
-            prompts: See `Episodes.play`; so are the other arguments.
-            samples: See there.
-            seeds: See there.
-            **options: See there.
-        """
+        """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now."""
         player = next((player for player in self._players if player.made.done()), None)
         if player is None:
             player = _Player(self._episodes)

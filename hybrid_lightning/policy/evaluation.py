@@ -19,7 +19,6 @@ from torchmetrics.utilities import dim_zero_cat
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.policy.episodes import episode_records, evaluation_draws
-from hybrid_lightning.rewards import ArrivingRewards
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
 if TYPE_CHECKING:
@@ -31,13 +30,10 @@ Scored = tuple[Rollouts, Rewards, Answers]
 
 
 def evaluation_means(samples: int) -> ProblemMeans:
-    """The metrics of one evaluation, by one greedy and some sampled completions of each prompt.
+    """The metrics of one evaluation, by one greedy and n sampled completions of each prompt.
 
     They are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
     `truncation_rate`, and the ends of confidence intervals.
-
-    Args:
-        samples: Sampled completions of each prompt (n).
     """
     return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
 
@@ -89,7 +85,7 @@ class ExampleMetrics(Metric):
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, index: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add examples.
+        """Add E examples.
 
         Args:
             index: A number that identifies each example, [E] int64.
@@ -146,13 +142,7 @@ class Evaluation(nn.Module):
         return [_name("val", name, value) for name, values in of_sets.items() for value in values]
 
     def add(self, policy: "LanguageModule", stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the policy on a batch.
-
-        Args:
-            policy: The policy.
-            stage: `val` or `test`, under which `end` logs.
-            batch: The prompts.
-        """
+        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs."""
         greedy, sampled = _scored(policy, batch)
         self._first = self._first or greedy
         add_prompts(self._means(stage), greedy[1], sampled, policy.answers(sampled[0]))
@@ -175,10 +165,7 @@ class Evaluation(nn.Module):
 
 
 class ExampleEvaluation(Evaluation):
-    """Measures the loss on held-out examples and, where the policy has a reward, completions of their prompts.
-
-    Arguments and errors are those of `Evaluation`.
-    """
+    """Measures the loss on held-out examples and, where the policy has a reward, completions of their prompts."""
 
     def __init__(self, samples: int) -> None:
         super().__init__(samples)
@@ -240,8 +227,9 @@ def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[R
     """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
     of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, policy.eval_samples)
     try:
+        draws = evaluation_draws(prompts, policy.eval_samples, policy.seed)
         greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
-        sampled = _sample(policy, prompts, of_sampled)
+        sampled = policy.generate(prompts, policy.eval_samples, draws, on_completion=of_sampled.on_completion)
         return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
     except BaseException:
         of_greedy.cancel()
@@ -249,20 +237,10 @@ def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[R
         raise
 
 
-def _sample(policy: "LanguageModule", prompts: Sequence[Prompt], arriving: ArrivingRewards) -> Rollouts:
-    samples = policy.eval_samples
-    return policy.generate(
-        prompts, samples, evaluation_draws(prompts, samples, policy.seed), on_completion=arriving.on_completion
-    )
-
-
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
     """One record per prompt, ready for JSON: prompt, greedy completion, lists with an entry for each sampled one, and the row.
 
-    Args:
-        greedy: P completions, their rewards, and the answer in each, None where there is none.
-        sampled: P * n completions, likewise.
-        texts: The P prompts as the model reads them.
+    Of P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
     """
     rollouts, samples = sampled[0], sampled[0].samples_per_prompt
     records = []

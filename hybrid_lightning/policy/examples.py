@@ -20,12 +20,7 @@ from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
-from hybrid_lightning.policy.calibration import (
-    CalibrationLosses,
-    ExampleCalibration,
-    StepCalibration,
-    equal_slices,
-)
+from hybrid_lightning.policy.calibration import CalibrationLosses, StepCalibration, TrainingCalibration, equal_slices
 from hybrid_lightning.policy.evaluation import ExampleEvaluation
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
@@ -160,10 +155,6 @@ class ExampleModule(LanguageModule):
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
         """Tokens of prompts and completions; the completions of a prompt are neighbouring rows.
 
-        Args:
-            prompts: Prompts with their completions.
-            device: Where the tensors go.
-
         Raises:
             DataError: If a prompt has another number of completions than the loss needs, or is longer with one of them than the
                 model can read.
@@ -177,12 +168,9 @@ class ExampleModule(LanguageModule):
     def _example_tokens(self, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of each of its completions."""
         if len(prompt.completions) != self.loss.rows_per_example:
-            needed = (
-                "one; give data.format=DemonstrationFormat"
-                if self.loss.rows_per_example == 1
-                else "two, the chosen and the rejected one; give data.format=PreferenceFormat"
-            )
-            count = len(prompt.completions)
+            count, needed = len(prompt.completions), "one; give data.format=DemonstrationFormat"
+            if self.loss.rows_per_example != 1:
+                needed = "two, the chosen and the rejected one; give data.format=PreferenceFormat"
             raise DataError(f"{prompt.place} has {count} completions, but {type(self).__name__} needs {needed}")
         ids, encoder, stop_ids = self.encode(prompt), self.pretrained.encoder, self.pretrained.stop_ids
         completions = [encoder.encode_completion(prompt, text, stop_ids) for text in prompt.completions]
@@ -203,12 +191,7 @@ class ExampleModule(LanguageModule):
             self._example_tokens(prompt)
 
     def check_run_settings(self) -> None:
-        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
-
-        Raises:
-            ConfigError: For the reasons of `LanguageModule`, or if the examples of a step cannot be split evenly over devices
-                and micro-batches, or predictions are asked for without a reward.
-        """
+        """See `check_run`; the examples of a step are split evenly, and predictions scored, besides."""
         super().check_run_settings()
         if self.trainer.state.fn == "predict" and self.reward is None:
             raise ConfigError("predict scores completions; give model.reward, such as ExactMatch")
@@ -245,10 +228,7 @@ class ExampleModule(LanguageModule):
     ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of training examples under the start policy.
 
-        Args:
-            num_prompts: Training examples to use, or all if there are fewer; None uses as many as one optimizer step has.
-            kept: Not used, since nothing is made before the losses.
-            steps: The losses of as many optimizer steps, each on its number of examples; `num_prompts` is not used then.
+        Arguments are those of `LanguageModule`; nothing is kept, since nothing is made before the losses.
 
         Raises:
             ConfigError: If there are fewer training examples than one optimizer step takes.
@@ -263,7 +243,9 @@ class ExampleModule(LanguageModule):
         parts = []
         for some in equal_slices(count, steps or 1):
             rows = self.example_sequences(chosen[some], self.model_device)
-            parts.append(ExampleCalibration(rows, self.update.chunks(rows), self.loss, self.calibration_logprobs))
+            ones = torch.ones(len(rows), device=self.model_device)
+            chunks = [(rows.rows(chunk), ones[chunk]) for chunk in self.update.chunks(rows)]
+            parts.append(TrainingCalibration("examples", rows, chunks, self.loss, self.calibration_logprobs))
         losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses

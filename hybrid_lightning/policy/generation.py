@@ -1,8 +1,7 @@
 """`Generation`: completions of a policy, by its own weights or by a rollout engine that is given them.
 
     update    gives an engine with weights of its own those that training has changed
-    complete  completes prompts, and says for each completion which weights made it
-    begin     does so for an engine that completes elsewhere, while this process goes on
+    begin     completes prompts, where the engine completes elsewhere while this process goes on, and says which weights did
 
 In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
@@ -10,7 +9,7 @@ before each rollout and each evaluation; only calibration, which the first makes
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +32,6 @@ from hybrid_lightning.types import Completion, Prompt, Rollouts
 if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
 
-OnCompletion = Callable[[int, Completion], None]
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
@@ -42,11 +40,7 @@ _COMPARED = 4  # completions
 
 
 class Generation:
-    """Completes prompts for a policy.
-
-    Args:
-        policy: The policy.
-    """
+    """Completes prompts for a policy."""
 
     def __init__(self, policy: "LanguageModule") -> None:
         self._policy = policy
@@ -63,21 +57,6 @@ class Generation:
         ids = policy.pretrained.stop_ids if policy.episodes is None else policy.episodes.turns.stop_ids
         return policy.sampler.stops(policy.tokenizer, ids)
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int,
-        generator: torch.Generator | PromptDraws | None,
-        greedy: bool,
-        on_completion: OnCompletion | None = None,
-    ) -> Rollouts:
-        """See `LanguageModule.generate`.
-
-        Raises:
-            RolloutError: If the engine fails, or has other weights than the policy.
-        """
-        return self.begin(prompts, samples_per_prompt, generator, greedy, on_completion=on_completion).finish()
-
     def begin(
         self,
         prompts: Sequence[Prompt],
@@ -85,20 +64,14 @@ class Generation:
         generator: torch.Generator | PromptDraws | None,
         greedy: bool = False,
         ahead: bool = False,
-        on_completion: OnCompletion | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Begun[Rollouts]:
         """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
 
-        Args:
-            prompts: See `LanguageModule.generate`; so are the arguments that are not named here.
-            samples_per_prompt: G.
-            generator: See there.
-            greedy: See there.
-            ahead: See `update`.
-            on_completion: See `RolloutEngine.sample`.
+        Arguments are those of `LanguageModule.generate`, and `ahead` that of `update`.
 
         Raises:
-            RolloutError: If the engine cannot be given these weights; from `finish`, for the reasons of `complete`.
+            RolloutError: If the engine cannot be given these weights; from `finish`, if it fails, or has other ones.
         """
         policy, sampler = self._policy, self._policy.sampler
         if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
@@ -170,7 +143,7 @@ class Generation:
             RolloutError: If that fails on one of them.
         """
         policy = self._policy
-        # Without a reward nothing is completed, and in one process `complete` does it.
+        # Without a reward nothing is completed, and in one process `begin` does it.
         if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
             self._give(together=True, ahead=ahead)
 
@@ -187,12 +160,11 @@ class Generation:
         self._agrees = False
 
     def metrics(self) -> dict[str, float]:
-        """How long things took in the last rollout, in seconds; nothing where completions are made by the policy itself.
+        """Seconds of the last rollout; nothing where completions are made by the policy itself.
 
-        Returns:
-            `sampling/weights_update_s`, the last update of the engine; where it completes elsewhere also `sampling/waited_s`, for
-            which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
-            the last requests.
+        They are `sampling/weights_update_s`, for the engine's last update; where it completes elsewhere also `sampling/waited_s`,
+        for which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
+        the last requests.
         """
         sampler, found = self._policy.sampler, {"sampling/weights_update_s": self.update_seconds}
         if sampler.completes_elsewhere:
@@ -200,34 +172,25 @@ class Generation:
         return found if sampler.has_own_weights else {}
 
     def check(self) -> None:
-        """Make sure that the engine can sample for this policy, before time is spent on the run.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
+        """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
         if self._policy.sampler.has_own_weights:
             self._policy.sampler.check_model(self._served_model)
 
     def _give(self, together: bool, ahead: bool) -> None:
-        """Update the engine of this rank.
-
-        Args:
-            together: Whether all ranks are here, so that a failure on one is raised on all.
-            ahead: See `update`.
-        """
+        """Update the engine of this rank; where all ranks are here, `together`, a failure on one is raised on all."""
         policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
-        before = sampler.version
-        base = policy.base_digest
+        before, base = sampler.version, policy.base_digest
+        stopping = policy.stopping_together if together else nullcontext
         if policy.quantization is not None and policy.plan is not None:  # the base is quantized when it is adapted
             base = f"{base} {policy.quantization.to_config()}"
         from hybrid_lightning.policy.current_weights import CurrentWeights  # with PEFT, which is slow to import
 
-        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
+        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, policy.global_rank == 0)
         model = self._served_model
         failure: Exception | None = None
         waits = sampler.completes_elsewhere and not (ahead and sampler.requests_go_on)
         if waits:
-            with self._stopping(together), policy.signals.at_once():
+            with stopping(), policy.signals.at_once():
                 for begun in self._under_way:
                     with suppress(RolloutError):  # whoever needs them is told by `finish`
                         begun.wait()
@@ -241,7 +204,7 @@ class Generation:
             # Servers that do not answer are tried for minutes, in which a signal may come. It must not tear apart what all ranks
             # gather together.
             may_stop = sampler.completes_elsewhere and not policy.weights.sharded
-            with self._stopping(together), policy.signals.at_once() if may_stop else nullcontext():
+            with stopping(), policy.signals.at_once() if may_stop else nullcontext():
                 try:
                     sampler.update(weights, model, everything)
                 except Exception as error:
@@ -253,9 +216,6 @@ class Generation:
             elif failure is not None:
                 raise failure
 
-    def _stopping(self, together: bool) -> AbstractContextManager[None]:
-        return self._policy.stopping_together() if together else nullcontext()
-
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
         sampler, needed = self._policy.sampler, False
@@ -264,11 +224,7 @@ class Generation:
         return any(gather_objects(needed))
 
     def fail_together(self, failure: Exception | None) -> None:
-        """Raise a failure of one rank's engine on all ranks. All ranks have to call it.
-
-        Args:
-            failure: What failed on this rank.
-        """
+        """Raise a failure of one rank's engine, None on the others, on all ranks. All ranks have to call it."""
         if self._policy.sampler.has_own_weights:
             first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
             if failure is None and first is not None:
@@ -277,11 +233,7 @@ class Generation:
             raise failure
 
     def _compare(self, rollouts: Rollouts, greedy: bool) -> None:
-        """Compare the engine's log-probabilities of a few completions with the policy's, once.
-
-        Raises:
-            RolloutError: If it computes something else: it has another model, or lacks some weights.
-        """
+        """Compare the engine's log-probabilities of a few completions with the policy's, once; RolloutError if they differ."""
         policy, sampler = self._policy, self._policy.sampler
         self._agrees = True
         if not sampler.keeps_all_tokens and not greedy:
@@ -311,7 +263,7 @@ class Generation:
     def _is_alone(self) -> bool:
         """Whether this rank completes before the others do: the first one, in calibration."""
         policy = self._policy
-        return self._is_behind and not policy.weights.sharded and (not policy.sampler.shared_by_ranks or _is_first())
+        return self._is_behind and not policy.weights.sharded and (not policy.sampler.shared_by_ranks or policy.global_rank == 0)
 
     @property
     def _step(self) -> int:
@@ -321,8 +273,7 @@ class Generation:
 
     @property
     def _served_model(self) -> ServedModel:
-        policy = self._policy
-        trainer = policy._trainer
+        policy, trainer = self._policy, self._policy._trainer
         device = next(policy.model.parameters()).device if trainer is None else trainer.strategy.root_device
         with policy.precision():
             autocast = torch.is_autocast_enabled(device.type)
@@ -343,7 +294,3 @@ class Generation:
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
         assert config is not None, "the policy has been loaded, so that its files are here"
         return str(Path(config).parent)
-
-
-def _is_first() -> bool:
-    return world_size() == 1 or torch.distributed.get_rank() == 0

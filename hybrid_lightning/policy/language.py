@@ -16,7 +16,7 @@ How an optimizer step is made; a subclass gives the methods that are marked with
     on_before_optimizer_step         gradient norms; Lightning then clips and makes the step
 
 Validation and test are in `evaluation.py`, what makes completions is in `generation.py`, which settings of a run work in
-`settings.py`. This file loads the model, and calls all of these from Lightning's hooks.
+`run_checks.py`. This file loads the model, and calls all of these from Lightning's hooks.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.run_checks import check_run
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
-from hybrid_lightning.policy.update import Update
+from hybrid_lightning.policy.update import Update, restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
@@ -64,21 +64,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
 
-    Args:
-        loss: Training loss. Its `needs_reference` says whether it compares with the start policy.
-        reward: Scores completions; None where nothing is generated.
-        rollout_schedule: Sizes of a rollout and its optimizer steps.
-        pretrained: The model that training starts from.
-        evaluation: Measures the policy in validation and test.
-        gradient_checkpointing: See `PolicyModule`.
-        sampler: See `PolicyModule`.
-        max_tokens_per_micro_batch: See `PolicyModule`.
-        seed: See `PolicyModule`.
-        **adapted: See `AdaptedModule`.
-
-    Raises:
-        ConfigError: If a value is impossible.
-        ModelError: If the model cannot be loaded.
+    The reward is None where nothing is generated. The keyword arguments are those of `PolicyModule`.
     """
 
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
@@ -185,7 +171,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The model's tokenizer."""
         return self.pretrained.tokenizer
 
-    def set_model(self, model: nn.Module, is_copy: bool = False) -> None:  # noqa: D102
+    def set_model(self, model: nn.Module, is_copy: bool = False) -> None:
+        """See `AdaptedModule`."""
         super().set_model(model)
         self._engine = self.engine.of(model, is_copy)
 
@@ -209,9 +196,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             self.engine.report()
 
     def check_settings(self) -> None:
-        """Check the settings of the run, once: before the modules are scored, or when this module is set up.
+        """Call `check_run_settings`, once in a run: before the modules are scored, or when this module is set up.
 
-        A subclass overrides `check_run_settings`. The command line also checks before the weights are loaded.
+        The command line also calls it before the weights are loaded.
         """
         run = (self.trainer, self.trainer.state.fn, self.is_loaded)
         if run != self._checked:
@@ -219,11 +206,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             self._checked = run
 
     def check_run_settings(self) -> None:
-        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
-
-        Raises:
-            ConfigError: For the reasons of `check_run`.
-        """
+        """See `check_run`; a subclass checks its own settings, too."""
         check_run(self)
 
     def check_start_weights(self, kept: bool) -> None:
@@ -250,11 +233,11 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
                 later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
                 self.sampler.check_prompt(self.pretrained.config, tokens + later)
         if self.episodes is not None:
-            self.episodes.check(prompts)
+            self.episodes.turns.check(prompts)
 
     @property
     def max_completion_tokens(self) -> int:
-        """Tokens of the longest completion: of a message, or of all of an episode behind the prompt."""
+        """Tokens of the longest completion, of a message or of all of an episode."""
         return self.sampler.max_new_tokens if self.episodes is None else self.episodes.limits.max_tokens
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
@@ -269,8 +252,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The rewards that the reward is the weighted sum of; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
-    def teardown(self, stage: str) -> None:
-        """See `end_generation`."""
+    def teardown(self, stage: str) -> None:  # noqa: D102
         self.end_generation()
         super().teardown(stage)
 
@@ -289,10 +271,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
-        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
-
-        All ranks have to enter and leave it.
-        """
+        """Within this context of all ranks a stop of one, or a failure of its rollout engine, is kept, to end all after it."""
         failure: RolloutError | None = None
         try:
             yield
@@ -339,25 +318,15 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         Raises:
             RolloutError: If a rollout engine fails, or has other weights than the policy.
         """
-        return self.generation.complete(prompts, samples_per_prompt, generator, greedy, on_completion)
+        return self.generation.begin(prompts, samples_per_prompt, generator, greedy, on_completion=on_completion).finish()
 
     def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
-        """Scores completions of prompts while others are still being generated, for `generate` and `score`.
-
-        Args:
-            prompts: P prompts.
-            samples_per_prompt: G.
-        """
+        """Scores G completions of each prompt while others are still being generated, for `generate` and `score`."""
         assert self.reward is not None
         return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
 
     def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
-        """Rewards of rollouts, on their device.
-
-        Args:
-            rollouts: P * G completions.
-            arriving: Has begun to score them; None if nothing has.
-        """
+        """Rewards of rollouts, on their device; `arriving` has begun to score them."""
         assert self.reward is not None
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
@@ -402,9 +371,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step.
 
-        Args:
-            chunk: Some rows of the micro-batch.
-            micro_batch_tokens: Completion tokens of the whole micro-batch, over which some losses average.
+        Some losses average over `micro_batch_tokens`, the completion tokens of the whole micro-batch.
         """
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
@@ -418,15 +385,18 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.trainer.fit_loop._combined_loader = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `AdaptedModule`; with the fast passes of this run."""
+        """See `AdaptedModule`; with the fast passes of this run, and their tokens."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["passes"] = self.engine.passes() if self.engine.is_prepared else {}
+        passes = self.engine.passes() if self.engine.is_prepared else {}
+        checkpoint[CHECKPOINT_KEY] |= {"passes": passes, **saved_pass_tokens(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`. A resumed run that computes by other passes says so."""
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.engine.continues(checkpoint[CHECKPOINT_KEY].get("passes", {}))
+        if self._trainer is not None:
+            restore_pass_tokens(self, checkpoint[CHECKPOINT_KEY])
+            if self.trainer.state.fn == "fit":
+                self.engine.continues(checkpoint[CHECKPOINT_KEY].get("passes", {}))
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch with a new optimizer step, even if the last epoch ended in the middle of one."""
@@ -436,16 +406,13 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Start the clock's phase "update", after the callbacks' hooks of this name; `StepTimer` ends it."""
         self.clock.switch("update")
 
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch (see `Update.micro_batch`)."""
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:  # noqa: D102
         return self.update.micro_batch(batch, batch_idx)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Clear old gradients, unless the update has done so."""
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
         self.update.clear_gradients(optimizer)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm of each parameter group before clipping; TrainingError if one is not finite."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
         self.update.log_gradient_norms(optimizer)
 
     # ---- evaluation
@@ -456,8 +423,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Complete and score a batch of prompts, greedily and by sampling."""
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:  # noqa: D102
         # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
             self.evaluation.add(self, "val", batch)
@@ -467,12 +433,10 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.sampler.release_memory()
         self.last_evaluation = self.evaluation.end(self, "val")
 
-    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Complete and score a batch of prompts, greedily and by sampling."""
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:  # noqa: D102
         self.evaluation.add(self, "test", batch)
 
-    def on_test_epoch_end(self) -> None:
-        """Log `test/...`."""
+    def on_test_epoch_end(self) -> None:  # noqa: D102
         self.last_evaluation = self.evaluation.end(self, "test")
 
     def on_predict_epoch_start(self) -> None:

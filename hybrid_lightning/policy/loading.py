@@ -39,12 +39,12 @@ from transformers import (
 )
 
 from hybrid_lightning.assets import EMBEDDED, embedded_policy_path
-from hybrid_lightning.errors import ConfigError, ModelError, one_line
+from hybrid_lightning.errors import ModelError, one_line
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
-from hybrid_lightning.policy.adapter_source import ADAPTER_CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder with nothing but an adapter, as `AdapterFolder` exports and PEFT saves it
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file NAME, or the shards that NAME.index.json lists
 
 
@@ -69,24 +69,18 @@ class ModelSource:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
-    """Find out where a model is loaded from.
-
-    Args:
-        model: A model string (see the top of this file).
-        revision: Branch, tag or commit of a hub model; an error for a local model, which has none.
+    """Find out where a model is loaded from, by its string (see the top of this file).
 
     Raises:
-        ModelError: If the file, folder or package does not exist, and the string is no hub id either.
+        ModelError: If the file, folder or package does not exist, and the string is no hub id either; or if a revision is given
+            for a local model, which has none.
     """
+    local = Path(model).expanduser()
     if model in EMBEDDED:
-        local: Path | None = embedded_policy_path(model)
+        local = embedded_policy_path(model)
     elif model.startswith("package:"):
         local = _package_path(model.removeprefix("package:"))
-    elif Path(model).expanduser().exists():
-        local = Path(model).expanduser()
-    else:
-        local = None
-    if local is not None:
+    if local.exists():
         if revision is not None:
             raise ModelError(f"revision={revision!r} is for hub models, but {model!r} is local; remove model.revision")
         return _local_source(local)
@@ -117,7 +111,7 @@ def _package_path(reference: str) -> Path:
 def _local_source(path: Path) -> ModelSource:
     if path.is_dir():
         if (path / ADAPTER_CONFIG).is_file():
-            base = resolve_model(*base_of_adapter(path))
+            base = resolve_model(*_base_of_adapter(path))
             return ModelSource(base.location, base.arguments, str(path))
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {str(path)!r} has no config.json; give a folder in Hugging Face format")
@@ -130,11 +124,7 @@ def _local_source(path: Path) -> ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model.
-
-    Raises:
-        ModelError: If there is no tokenizer, or it has no end-of-sequence token, without which no completion could end.
-    """
+    """Load a model's tokenizer; ModelError if there is none, or it has no end-of-sequence token, which ends completions."""
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         source = ModelSource(source.adapter, {})  # the tokenizer that the adapter was trained with
     with _errors_of(source, "a tokenizer from"):
@@ -144,18 +134,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise ConfigError unless a dtype is a key of `DTYPES`."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-
-
 def read_config(source: ModelSource) -> PretrainedConfig:
-    """Read the config of a model, whatever kind of model it is.
-
-    Raises:
-        ModelError: If there is no config.
-    """
+    """Read the config of a model, whatever kind of model it is; ModelError if there is none."""
     try:
         with _errors_of(source, "the config of"):
             config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
@@ -183,11 +163,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Make sure that all files with weights are there, before any is read or downloaded.
-
-    Raises:
-        ModelError: If one is missing.
-    """
+    """Raise ModelError unless all files with weights are there, before any is read or downloaded."""
     # An HTTP error is no reason to stop: a mirror of the hub that cannot list its files may still have them.
     if "gguf_file" not in source.arguments:
         with _errors_of(source, "the model"), suppress(HfHubHTTPError):
@@ -205,7 +181,14 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
             shards = set(json.loads(_path(source, index).read_text(encoding="utf-8"))["weight_map"].values())
             break
     else:
-        raise ModelError(_no_weights(source, sorted(files)))
+        packed = sorted(name for name in files if name.endswith(".gguf"))
+        if packed and source.on_hub:
+            raise ModelError(
+                f"{source.location!r} has GGUF files, of which one has to be chosen: hf download {source.location} {packed[0]}, "
+                "and give the path that it prints as model.model"
+            )
+        no = f"neither {' nor '.join(_WEIGHTS)}, whole or in shards"
+        raise ModelError(f"{source.location!r} has no weights that can be read: {no}")
     missing = sorted(shards - files.keys())
     if missing:
         if source.on_hub and not hub_reachable():
@@ -259,10 +242,8 @@ def load_model(
         config: Result of `load_config`, which becomes the model's config; None reads it, which takes seconds for a GGUF file.
 
     Raises:
-        ConfigError: If `dtype` is unknown.
         ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its weights.
     """
-    check_dtype(dtype)
     config = config or load_config(source)
     check_weights(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
@@ -291,9 +272,58 @@ def load_model(
     if packed:
         raise ModelError(_quantized(source.location, f"weights of {packed[0]}"))
     if source.adapter is not None:
-        model = merge_adapter(model, Path(source.adapter))
+        model = _merge_adapter(model, Path(source.adapter))
     model.requires_grad_(False)
     return model.eval()
+
+
+def _base_of_adapter(folder: Path) -> tuple[str, str | None]:
+    """The base model of an adapter, as arguments of `resolve_model`; ModelError if its config names none that is there."""
+    config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{str(folder / ADAPTER_CONFIG)!r} does not name its base model; set base_model_name_or_path in it")
+    local = Path(base)
+    if local.is_absolute() and not local.exists():
+        raise ModelError(
+            f"the adapter {str(folder)!r} belongs to the model {base!r}, which is not there; correct base_model_name_or_path in "
+            f"its {ADAPTER_CONFIG}, or export the run as a MergedModel"
+        )
+    if local.is_dir() and not (local / "config.json").is_file():  # a GGUF file is named by its folder
+        files = sorted(local.glob("*.gguf"))
+        if len(files) != 1:
+            raise ModelError(
+                f"the adapter {str(folder)!r} belongs to a model in {base!r}, which has {len(files)} GGUF files and no "
+                f"config.json: name the file as base_model_name_or_path in its {ADAPTER_CONFIG}"
+            )
+        base = str(files[0])
+    return base, None if Path(base).exists() else config.get("revision")
+
+
+def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge an adapter into its base model, to an ordinary model of the same dtype; ModelError if it does not fit."""
+    from peft import PeftConfig, get_peft_model  # slow to import
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    dtype = model.dtype
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        adapted = get_peft_model(model, config)
+        weights = load_peft_weights(str(folder), device="cpu")
+        result: Any = set_peft_model_state_dict(adapted, weights)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"cannot put the adapter {str(folder)!r} on its base: {one_line(error)}") from error
+    missing = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+    if missing or result.unexpected_keys:
+        name = (missing or result.unexpected_keys)[0]
+        raise ModelError(
+            f"the adapter {str(folder)!r} does not fit its base model: {'it lacks' if missing else 'the base has no place for'} "
+            f"{name!r}; its files are damaged, or {ADAPTER_CONFIG} names another base"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
+    if hasattr(merged, "peft_config"):  # PEFT leaves it behind, though there is no adapter any more
+        del merged.peft_config
+    return merged
 
 
 def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
@@ -335,13 +365,3 @@ def _quantized(location: str, how: str) -> str:
         f"{location!r} is stored quantized ({how}), where modules cannot be scored; give the 16-bit model that it was made from, "
         "and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
     )
-
-
-def _no_weights(source: ModelSource, files: list[str]) -> str:
-    packed = [file for file in files if file.endswith(".gguf")]
-    if packed and source.on_hub:
-        return (
-            f"{source.location!r} has GGUF files, of which one has to be chosen: hf download {source.location} {packed[0]}, and "
-            "give the path that it prints as model.model"
-        )
-    return f"{source.location!r} has no weights that can be read: neither {' nor '.join(_WEIGHTS)}, whole or in shards"

@@ -55,14 +55,7 @@ class MasterWeights(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make a step of the wrapped optimizer on the float32 weights.
-
-        Args:
-            closure: Computes the gradients and returns the loss.
-
-        Raises:
-            ConfigError: If the wrapped optimizer does not treat each parameter by itself.
-        """
+        """Make a step on the float32 weights; ConfigError if the wrapped optimizer does not treat each parameter by itself."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,15 +99,15 @@ class MasterWeights(Optimizer):
         """The weights that have a gradient, each with the number of its group, in lists of at most `_CHUNK` numbers."""
         chunk: list[tuple[int, nn.Parameter]] = []
         count = 0
-        for number, group in enumerate(self.param_groups):
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                if chunk and count + _local(weight).numel() > _CHUNK:
-                    yield chunk
-                    chunk, count = [], 0
-                chunk.append((number, weight))
-                count += _local(weight).numel()
+        weights = [(number, weight) for number, group in enumerate(self.param_groups) for weight in group["params"]]
+        for number, weight in weights:
+            if weight.grad is None:
+                continue
+            if chunk and count + _local(weight).numel() > _CHUNK:
+                yield chunk
+                chunk, count = [], 0
+            chunk.append((number, weight))
+            count += _local(weight).numel()
         if chunk:
             yield chunk
 
@@ -137,11 +130,7 @@ class MasterWeights(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state, where torch's own method would round it to the dtype of the weights.
-
-        Args:
-            state_dict: Result of `state_dict`; parameters may have other numbers in it.
-        """
+        """Load a state, whose parameters may have other numbers; torch's own method would round it to the weights' dtype."""
         super().load_state_dict({**state_dict, "state": {}})
         self.state.clear()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):

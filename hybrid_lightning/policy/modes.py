@@ -59,10 +59,6 @@ def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
     """Recompute the activations of decoder blocks in the backward pass instead of keeping them.
 
     transformers does so in train mode only. So the blocks, but not the modules in them, are put into train mode.
-
-    Args:
-        model: A model of transformers, changed in place.
-        backend: The backend of its fused layers.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": backend.recomputed_alike})  # type: ignore[operator]
     for module in model.modules():
@@ -112,16 +108,7 @@ def dtype_of_precision(precision: str) -> torch.dtype:
 
 
 def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:
-    """Check that precision, dtype and optimizer work together.
-
-    Args:
-        precision: The Trainer's precision.
-        dtype: Name of the dtype that the model is loaded in.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-
-    Raises:
-        ConfigError: If they do not work together.
-    """
+    """Raise ConfigError unless the Trainer's precision, the dtype in which the model is loaded, and the optimizer fit."""
     if precision == "16-true":
         raise ConfigError(
             "trainer.precision=16-true is not supported: small gradients vanish in float16; use 16-mixed, which scales the loss, "

@@ -9,7 +9,7 @@ done to one rollout is in `sampled_groups.py`, and to one micro-batch in `token_
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,6 @@ from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropy
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
-from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.calibration import (
     AnswerCalibration,
     CalibrationLosses,
@@ -52,8 +51,7 @@ from hybrid_lightning.policy.sampled_groups import (
 )
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.policy.training_data import training_prompts
-from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
-from hybrid_lightning.rewards import ArrivingRewards, EpisodeReturn, RewardFunction, rewards_to_go
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
@@ -240,7 +238,7 @@ class PolicyModule(LanguageModule):
         """Complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
-        return self._to_train(*self._complete(prompts, generator))
+        return self._to_train(*self._begin(prompts, generator).finish())
 
     def begin(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
@@ -248,57 +246,40 @@ class PolicyModule(LanguageModule):
         """See `RolloutSource`: an engine that completes elsewhere goes on with it while the policy is trained."""
         if not self.sampler.completes_elsewhere or self.rollout_schedule.rollouts_ahead == 0:
             return super().begin(prompts, generator, draw_more)
-        with self.stopping_together(), self.clock.phase("generate"):
-            begun, arriving = self._begin(prompts, generator)
+        begun = self._begin(prompts, generator)
+        return Begun(lambda: self._to_train(*begun.finish()), begun.wait, begun.cancel)
 
-        def wait() -> None:
-            with self.stopping_together(), self.clock.phase("generate"):
-                begun.wait()
-
-        return Begun(lambda: self._to_train(*self._score(lambda: (begun.finish(), arriving))), wait, begun.cancel)
-
-    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Begun[Rollouts], ArrivingRewards]:
+    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Begun[tuple[Rollouts, Rewards]]:
         """Begin to complete this rank's prompts of a rollout, and to score what arrives."""
         # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.global_rank, len(prompts) * world_size(), world_size())
         samples = self.rollout_schedule.samples_per_prompt
         draws = PromptDraws(prompts, samples, seed, places)
-        self.generation.update(ahead=True)
-        arriving = self.arriving(prompts, samples)
-        if self.sampler.completes_elsewhere:
+        with self.stopping_together(), self.clock.phase("generate"):
+            self.generation.update(ahead=True)
+            arriving = self.arriving(prompts, samples)
             begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
-        else:
-            begun = Begun(lambda: self.generate(prompts, samples, draws, on_completion=arriving.on_completion))
 
-        def finish() -> Rollouts:
+        def finish() -> tuple[Rollouts, Rewards]:
             try:
-                return begun.finish()
+                with self.stopping_together(), self.clock.phase("generate"):
+                    rollouts = begun.finish()
+                with self.stopping_together(), self.clock.phase("reward"):
+                    return rollouts, self.score(rollouts, arriving)
             except BaseException:
                 arriving.cancel()
                 raise
+
+        def wait() -> None:
+            with self.stopping_together(), self.clock.phase("generate"):
+                begun.wait()
 
         def cancel() -> None:
             arriving.cancel()
             begun.cancel()
 
-        return Begun(finish, begun.wait, cancel), arriving
-
-    def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
-        """Complete and score this rank's prompts of a rollout."""
-
-        def complete() -> tuple[Rollouts, ArrivingRewards]:
-            begun, arriving = self._begin(prompts, generator)
-            return begun.finish(), arriving
-
-        return self._score(complete)
-
-    def _score(self, complete: Callable[[], tuple[Rollouts, ArrivingRewards]]) -> tuple[Rollouts, Rewards]:
-        with self.stopping_together(), self.clock.phase("generate"):
-            rollouts, arriving = complete()
-        with self.stopping_together(), self.clock.phase("reward"):
-            rewards = self.score(rollouts, arriving)
-        return rollouts, rewards
+        return Begun(finish, wait, cancel)
 
     def _to_train(self, rollouts: Rollouts, rewards: Rewards) -> TrainedRollout:
         """This rank's part of a rollout with its advantages, which are estimated over all ranks."""
@@ -307,7 +288,6 @@ class PolicyModule(LanguageModule):
             credited = self.credited(rollouts, rewards)
             of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
             advantages = token_advantages(of_turns, rollouts)
-        self._keep_last(rollouts, rewards, advantages)
         trained = self.trained_sequences(rollouts, rewards)
         count = len(rewards.of_counted().total)
         if count and not trained.sampled_mask.any():
@@ -316,23 +296,21 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics(), **self._episode_metrics(rollouts)}
+        metrics = self._measured(rollouts, rewards, credited, advantages)
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> TrainedRollout:
         """`roll_out` with extra rollouts, by a rule, in place of groups from which nothing is learned."""
-        groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._useful_groups)
+        groups = sample_groups(rule, prompts, draw_more, lambda some: self._begin(some, generator).finish(), self._useful_groups)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             sequences = self.trained_sequences(groups.rollouts, groups.rewards)
             credited = self.credited(groups.rollouts, groups.rewards)
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank, credited)
-        self._keep_last(groups.rollouts, groups.rewards, of_sampled)
-        metrics = {**rollout_metrics(groups.rollouts, groups.rewards, credited), **groups.metrics(), **self.generation.metrics()}
-        metrics |= self._episode_metrics(groups.rollouts)
+        metrics = self._measured(groups.rollouts, groups.rewards, credited, of_sampled) | groups.metrics()
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
             self._warned_of_filled_groups = True
             rank_zero_warn(
@@ -351,16 +329,15 @@ class PolicyModule(LanguageModule):
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.episodes.limits.max_turns)
 
-    def _keep_last(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
-        """Keep a rollout as `last_rollout`, with one advantage a sequence: the mean over its tokens."""
+    def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards, advantages: Tensor) -> dict[str, float]:
+        """Metrics of a rollout over all ranks. It is kept as `last_rollout`, with the mean advantage over a sequence's tokens."""
         if advantages.dim() == 2:
             advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
         self.last_rollout = ScoredRollout(rollouts, rewards, advantages)
-
-    def _episode_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics()}
         if self.episodes is None:
-            return {}
-        metrics = episode_metrics(rollouts.completions)
+            return metrics
+        metrics |= episode_metrics(rollouts.completions)
         unread = metrics.get("episodes/return") and not any(isinstance(term, EpisodeReturn) for term in self.reward_terms())
         if unread and not self._warned_of_unread_rewards:
             self._warned_of_unread_rewards = True
@@ -448,13 +425,7 @@ class PolicyModule(LanguageModule):
     # ---- checks and scoring
 
     def check_run_settings(self) -> None:
-        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
-
-        Raises:
-            ConfigError: For the reasons of `LanguageModule`, or if the advantage needs more completions per prompt, a reward
-                does not fit the sampler's `max_new_tokens`, or a rollout cannot be split into the micro-batches that the Trainer
-                asks for.
-        """
+        """See `check_run`; the advantage needs enough completions, and a rollout is split into micro-batches, besides."""
         super().check_run_settings()
         sampler, loss, advantage = self.sampler, type(self.loss).__name__, type(self.advantage).__name__
         if self.correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
@@ -482,29 +453,13 @@ class PolicyModule(LanguageModule):
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY] |= saved_pass_tokens(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `AdaptedModule`."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None:
-            restore_pass_tokens(self, checkpoint[CHECKPOINT_KEY])
-
     def calibration_losses(
         self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
     ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
         Where all rewards are equal they have no gradient. The supervised losses of reference answers are then used, if the data
-        has answers.
-
-        Args:
-            num_prompts: Training prompts to use, or all if there are fewer; None uses as many as one rollout has.
-            kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
-            steps: The losses of as many optimizer steps, on as many rollouts as these take; `num_prompts` is not used then.
+        has answers. Arguments are those of `LanguageModule`.
 
         Raises:
             ConfigError: If there are too few training prompts, or all completions are masked.

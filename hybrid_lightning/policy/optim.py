@@ -48,11 +48,7 @@ class LearningRateSchedule(Configurable, ABC):
         """Factor at a step after the warm-up; arguments as of `factor`."""
 
     def progress(self, step: int, total_steps: float) -> float:
-        """Share of the steps after the warm-up that have been made, in [0, 1].
-
-        Raises:
-            ConfigError: If the run's length is unknown.
-        """
+        """Share of the steps after the warm-up that have been made, in [0, 1]; ConfigError if the run's length is unknown."""
         if math.isinf(total_steps):
             raise ConfigError(
                 f"{type(self).__name__} needs the run's length in steps; set trainer.max_steps or trainer.max_epochs, or use "
@@ -107,13 +103,7 @@ def build_optimizer(
     schedule: LearningRateSchedule,
     total_steps: float,
 ) -> dict[str, Any]:
-    """Make what `configure_optimizers` returns: the optimizer and its learning rate scheduler.
-
-    Args:
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-        groups: Group name -> (parameters, learning rate); empty groups are left out.
-        schedule: Factor on every learning rate.
-        total_steps: Optimizer steps of the run, infinite if it has no limit.
+    """Make what `configure_optimizers` returns, from group name -> (parameters, learning rate); empty groups are left out.
 
     Raises:
         ConfigError: If no parameter is trainable, or the schedule needs the length of a run that has no limit.
@@ -150,23 +140,18 @@ def with_hyper_parameters(
     """Saved parameter groups with the hyper-parameters of the run that resumes: the arguments of the optimizer's constructor.
 
     All else in a group, such as a counter of the optimizer, is state and stays as saved.
-
-    Args:
-        groups: The saved groups.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-        rates: Group name -> learning rate.
     """
-    return [
-        {**group, **_hyper_parameters(optimizer, rates[group["name"]])} if group.get("name") in rates else dict(group)
-        for group in groups
-    ]
-
-
-def _hyper_parameters(optimizer: OptimizerCallable, rate: float) -> dict[str, Any]:
-    built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate}])
+    built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": max(rates.values())}])
     arguments = inspect.signature(type(built)).parameters.keys() - {"params"}
     values = {name: value for name, value in built.param_groups[0].items() if name in arguments}
-    return {**values, "lr": rate, "initial_lr": rate}
+
+    def updated(group: Mapping[str, Any]) -> dict[str, Any]:
+        if group.get("name") not in rates:
+            return dict(group)
+        rate = rates[group["name"]]
+        return {**group, **values, "lr": rate, "initial_lr": rate}
+
+    return [updated(group) for group in groups]
 
 
 def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
@@ -181,11 +166,8 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
     rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), while that of LoRA's B has not (Hayou et al., 2024,
     arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
-    both; SmolLM2, of 576, did no better with 0.3 than with a sixth.
-
-    Args:
-        lr_lora: Learning rate of LoRA.
-        model: A Hugging Face model, adapted or not; of another one the most frequent number of inputs of linear modules is taken.
+    both; SmolLM2, of 576, did no better with 0.3 than with a sixth. Of a model that is not one of Hugging Face the most frequent
+    number of inputs of linear modules is taken.
 
     Raises:
         ConfigError: If the model has neither a hidden size nor linear modules.

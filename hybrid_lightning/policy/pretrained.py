@@ -11,10 +11,9 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid_lightning.errors import ModelError, one_line
+from hybrid_lightning.errors import ConfigError, ModelError, one_line
 from hybrid_lightning.policy.loading import (
     DTYPES,
-    check_dtype,
     check_weights,
     load_config,
     load_generation_config,
@@ -29,14 +28,7 @@ from hybrid_lightning.policy.prompts import PromptEncoder
 class Pretrained:
     """Config, tokenizer and weights of a causal language model.
 
-    Args:
-        model: The model, by one string (see `loading.py`).
-        revision: Branch, tag or commit of a hub model.
-        dtype: Name of the dtype of the weights.
-        attn_implementation: Attention, such as `sdpa`; None lets transformers choose.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
-            turn of the assistant as it was, thoughts included.
-        chat_template_kwargs: Variables of the chat template.
+    Arguments are those of `PolicyModule`.
 
     Raises:
         ConfigError: If the dtype is unknown.
@@ -52,7 +44,8 @@ class Pretrained:
         chat_template: str | None,
         chat_template_kwargs: dict[str, Any] | None,
     ) -> None:
-        check_dtype(dtype)
+        if dtype not in DTYPES:
+            raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         self.source = resolve_model(model, revision)
         self.dtype, self.attn_implementation = dtype, attn_implementation
         self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
@@ -86,11 +79,7 @@ class Pretrained:
         return other
 
     def check(self) -> None:
-        """Make sure that the model and all its files are there, except for a GGUF file, where that would take seconds.
-
-        Raises:
-            ModelError: If a file is missing, or the model cannot be a policy.
-        """
+        """Raise ModelError unless all files of a model that can be a policy are there; of a GGUF file that would take seconds."""
         if "gguf_file" not in self.source.arguments:
             _ = self.config
             check_weights(self.source)
@@ -106,16 +95,7 @@ class Pretrained:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """Build the model of a config without weights, on the meta device, frozen and in eval mode.
-
-    Args:
-        config: Config of a causal language model.
-        dtype: Dtype of its weights.
-        layers: Number of layers to build; None for all.
-
-    Raises:
-        ModelError: If transformers has no such causal language model.
-    """
+    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers has none such."""
     config = deepcopy(config)
     if layers is not None:
         text: Any = config.get_text_config()

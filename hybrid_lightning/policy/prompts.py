@@ -50,12 +50,7 @@ _KEEPING = """{%%- macro _original(messages, add_generation_prompt) %%}
 
 
 def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
-    """The Jinja template of a setting `chat_template`; None for the tokenizer's own, if it has one.
-
-    Args:
-        tokenizer: The policy's tokenizer.
-        chat_template: A template, None, or `KEEP_HISTORY`.
-    """
+    """The Jinja template of a setting `chat_template`, perhaps `KEEP_HISTORY`; None for the tokenizer's own, if it has one."""
     if chat_template != KEEP_HISTORY or tokenizer.chat_template is None:
         return None if chat_template == KEEP_HISTORY else chat_template
     # Jinja drops one line break at the end of a template, but not at the end of a macro.
@@ -64,14 +59,7 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts.
-
-    Args:
-        tokenizer: The policy's tokenizer.
-        chat_template: Jinja template for prompts with messages; None takes the tokenizer's own, and `keep_history` that one
-            with every turn of the assistant as it was, thoughts included.
-        chat_template_kwargs: Extra variables of the template, such as `{"enable_thinking": False}`.
-    """
+    """Renders and tokenizes prompts. Templates and their variables are those of `PolicyModule`."""
 
     def __init__(
         self,
@@ -89,11 +77,7 @@ class PromptEncoder:
         return self.chat_template is not None or self.tokenizer.chat_template is not None
 
     def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The exact text that the model is given.
-
-        Args:
-            prompt: The prompt.
-            tools: JSON schemas of tools, for the chat template.
+        """The exact text that the model is given; the chat template gets the JSON schemas of tools.
 
         Raises:
             ConfigError: If the prompt has messages, and there is no chat template or it refuses them.
@@ -117,12 +101,7 @@ class PromptEncoder:
             ) from error
 
     def encode(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = (), mark: str = "") -> list[int]:
-        """Token ids of a prompt, without the end-of-sequence token that some tokenizers append.
-
-        Args:
-            prompt: The prompt.
-            tools: JSON schemas of tools, for the chat template.
-            mark: See `tokenize`.
+        """Token ids of a prompt, without the end-of-sequence token that some tokenizers append (see `render` and `tokenize`).
 
         Raises:
             DataError: If the tokenizer cannot encode the prompt, or the prompt has no tokens, which no model can complete.
@@ -145,13 +124,7 @@ class PromptEncoder:
         return ids
 
     def tokenize(self, text: str, mark: str = "", add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text.
-
-        Args:
-            text: The text.
-            mark: What it is cut at, and which is left out: no token goes over it. Empty if the text has none.
-            add_special_tokens: Whether the tokenizer puts its own ones around the text.
-        """
+        """Token ids of a text, cut at each `mark`, if there are any, which is left out: no token goes over it."""
         first, *others = text.split(mark) if mark else [text]
         ids = list(self.tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
         for part in others:
@@ -164,17 +137,18 @@ class PromptEncoder:
         The completion is tokenized by itself, since the policy, too, samples it after the prompt's tokens. In a chat it is what
         the template writes for the assistant's turn, up to the last token that ends a completion.
 
-        Args:
-            prompt: The prompt of the completion.
-            text: The completion.
-            stop_ids: Tokens that end a completion.
-
         Raises:
             ConfigError: If the chat template changes the text of the prompt once an answer follows.
             DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
-            asked, whole = self.render(prompt), self._render_answered(prompt, text)
+            asked, said = self.render(prompt), {"role": "assistant", "content": text}
+            try:
+                whole = self.apply_template([*prompt.messages, said], add_generation_prompt=False)
+            except TemplateError as error:
+                raise ConfigError(
+                    f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
+                ) from error
             if not whole.startswith(asked):
                 raise ConfigError(
                     f"the chat template writes the prompt of {prompt.place} otherwise once it is answered, so that "
@@ -190,23 +164,10 @@ class PromptEncoder:
             return ids[: last + 1]  # a template may write a line break behind it, which the policy need not learn
         return ids if ids[-1] in stop_ids else [*ids, int(self.tokenizer.eos_token_id)]
 
-    def _render_answered(self, prompt: Prompt, text: str) -> str:
-        messages = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
-        try:
-            return self.apply_template(messages, add_generation_prompt=False)
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
-            ) from error
-
     def apply_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = True
     ) -> str:
-        """Render messages by the chat template.
-
-        Raises:
-            jinja2.TemplateError: If the template refuses them.
-        """
+        """Render messages by the chat template; TemplateError of Jinja if it refuses them."""
         variables = {**self.chat_template_kwargs, **({"tools": list(tools)} if tools else {})}
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],

@@ -91,13 +91,9 @@ class Int8(Quantization):
 def quantize_base(
     model: nn.Module, quantization: Quantization, full_modules: Collection[str], device: torch.device | None = None
 ) -> None:
-    """Quantize the linear modules in the decoder blocks, one at a time. To be called before the adapter is applied.
+    """Quantize the linear modules in the decoder blocks, but for `full_modules`, before the adapter is applied.
 
-    Args:
-        model: Base model with its weights; changed in place.
-        quantization: The format of the quantized weights.
-        full_modules: Names of the modules that will be trained fully, which stay as they are.
-        device: Where weights are quantized, and are afterwards; None leaves each on its device.
+    It is done in place, one at a time, on a device where the weights are afterwards; None leaves each on its own.
 
     Raises:
         ConfigError: If nothing can be quantized.
@@ -105,16 +101,16 @@ def quantize_base(
     plain = {name: module for name, module in find_candidates(model).items() if type(module) in (nn.Linear, Conv1D)}
     frozen = [name for name in plain if name not in full_modules]
     names = [name for name in frozen if quantization.takes(linear_shape(plain[name]))]
-    kind = type(quantization).__name__
+    nothing = f"model.quantization={type(quantization).__name__} has nothing to quantize"
     if not frozen:
         raise ConfigError(
-            f"model.quantization={kind} has nothing to quantize, since the plan trains all {len(plain)} linear modules fully; "
-            "lower adapter.budget.share, or set model.quantization=null"
+            f"{nothing}, since the plan trains all {len(plain)} linear modules fully; lower adapter.budget.share, or set "
+            "model.quantization=null"
         )
     if not names:
         raise ConfigError(
-            f"model.quantization={kind} has nothing to quantize: it takes weights whose inputs are a multiple of {_BLOCK}, and "
-            "no linear module has such; use model.quantization=Int8, or null"
+            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; use "
+            "model.quantization=Int8, or null"
         )
     del plain  # it would keep every weight in memory until the end
     for name in names:
@@ -129,11 +125,7 @@ def quantize_base(
 
 
 def check_quantization(quantization: Quantization, trainer: Trainer) -> None:
-    """Check that the strategy can hold a quantized base.
-
-    Raises:
-        ConfigError: If the strategy splits weights over devices.
-    """
+    """Raise ConfigError if the strategy splits weights over devices, which a quantized base cannot be."""
     strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         kind, name = type(quantization).__name__, type(strategy).__name__

@@ -20,13 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 class NF4Linear(Linear4bit):
-    """A linear layer with 4 bits per weight; the scale of each block of 64 weights has 8 bits.
-
-    Args:
-        weight: [m, n] in 16 or 32 bits, n a multiple of 64.
-        bias: [m], kept as it is.
-        device: Where the weight is quantized, and is afterwards.
-    """
+    """A linear layer with 4 bits per weight; the scale of each block of 64 weights has 8 bits (see `Quantization.layer`)."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
         # On the meta device no memory is taken for a weight, and no random numbers for its values.
@@ -44,13 +38,7 @@ class NF4Linear(Linear4bit):
 
 
 class Int8Linear(Linear8bitLt):
-    """A linear layer with 8 bits per weight and one scale for each output.
-
-    Args:
-        weight: [m, n] in 16 or 32 bits.
-        bias: [m], kept as it is.
-        device: Where the weight is quantized, and is afterwards.
-    """
+    """A linear layer with 8 bits per weight and one scale for each output (see `Quantization.layer`)."""
 
     scale: Tensor
 

@@ -30,12 +30,7 @@ _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
 def check_run(policy: "LanguageModule") -> None:
-    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded.
-
-    Raises:
-        ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a start
-            policy that is not kept.
-    """
+    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded."""
     trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
     if strategy.root_device.type == "cuda":
         prepare_gpu(own_allocator=policy.sampler.shares_device)
@@ -53,85 +48,68 @@ def check_run(policy: "LanguageModule") -> None:
 
 
 def check_ahead(policy: "PolicyModule") -> None:
-    """Refuse what cannot be done with rollouts ahead.
+    """Raise ConfigError if engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
+    ahead = policy.rollout_schedule.rollouts_ahead
+    for reason in _against_ahead(policy) if ahead else ():
+        raise ConfigError(f"model.rollouts_ahead={ahead}: {reason}")
 
-    Raises:
-        ConfigError: If engine, sampling, environment or flags of the Trainer do not go with them.
-    """
-    ahead, sampler = policy.rollout_schedule.rollouts_ahead, policy.sampler
-    if not ahead:
-        return
-    name, trainer = f"model.rollouts_ahead={ahead}", policy.trainer
+
+def _against_ahead(policy: "PolicyModule") -> Iterator[str]:
+    sampler, trainer = policy.sampler, policy.trainer
     if sampler.shares_device:
-        raise ConfigError(
-            f"{name}: {type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; "
-            "take VLLMServerSampler, or rollouts_ahead=0"
+        yield (
+            f"{type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; take "
+            "VLLMServerSampler, or rollouts_ahead=0"
         )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
-        raise ConfigError(f"{name}: trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0")
+        yield "trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0"
     if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"{name}: trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or "
-            "set rollouts_ahead=0"
+        yield (
+            "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or set "
+            "rollouts_ahead=0"
         )
-    if not sampler.completes_elsewhere:
-        return
-    if policy.dynamic_sampling is not None:
-        raise ConfigError(
-            f"{name} and model.dynamic_sampling do not go together with {type(sampler).__name__}: how many prompts a rollout "
-            "takes would be known only when it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
+    if sampler.completes_elsewhere and policy.dynamic_sampling is not None:
+        yield (
+            f"with model.dynamic_sampling and {type(sampler).__name__} how many prompts a rollout takes would be known only when "
+            "it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if policy.episodes is not None and not policy.episodes.limits.workers:
-        raise ConfigError(
-            f"{name}: environments run while the policy is trained, and may change what the process has once, such as random "
-            "generators; give them processes of their own, by model.episodes.workers=1 or more"
+    if sampler.completes_elsewhere and policy.episodes is not None and not policy.episodes.limits.workers:
+        yield (
+            "environments run while the policy is trained, and may change what the process has once, such as random generators; "
+            "give them processes of their own, by model.episodes.workers=1 or more"
         )
 
 
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
     """Warn in one line of every cause for which two runs with one seed may differ, each with its remedy.
 
-    Args:
-        trainer: Has the device and the flags of the run.
-        attention: Implementation of the model's attention, as transformers names it; None if it is not known.
-        rewards: Terms of the reward.
+    The attention is named as in transformers, None if it is not known.
 
     Raises:
         ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot tell.
     """
-    causes = [*_causes_in_attention(trainer, attention), *_causes_in_devices(trainer), *_causes_in_clocks(trainer, rewards)]
+    causes = list(_causes(trainer, attention, rewards))
     if causes:
         rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
 
 
-def _on_cuda(trainer: Trainer) -> bool:
-    return trainer.strategy.root_device.type == "cuda"
-
-
-def _causes_in_attention(trainer: Trainer, attention: str | None) -> Iterator[str]:
-    if attention is None or "flash_attention" not in attention or not _on_cuda(trainer):
-        return
-    if os.environ.get(_DETERMINISTIC_FLASH) == "1":
-        return
-    cause = (
-        "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
-        f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
-    )
-    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
-    yield cause
-
-
-def _causes_in_devices(trainer: Trainer) -> Iterator[str]:
-    if _on_cuda(trainer) and not torch.are_deterministic_algorithms_enabled():
-        yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
-    if _on_cuda(trainer) and torch.backends.cudnn.benchmark:
-        yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
+def _causes(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> Iterator[str]:
+    if trainer.strategy.root_device.type == "cuda":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if attention is not None and "flash_attention" in attention and os.environ.get(_DETERMINISTIC_FLASH) != "1":
+            cause = (
+                "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
+                f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
+            )
+            if deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
+                raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
+            yield cause
+        if not deterministic:
+            yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
+        if torch.backends.cudnn.benchmark:
+            yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
     if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
         yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
-
-
-def _causes_in_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> Iterator[str]:
     if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
     for reward in rewards:

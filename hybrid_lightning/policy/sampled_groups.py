@@ -66,12 +66,7 @@ def sample_groups(
 ) -> SampledGroups:
     """Sample until P groups are useful, or there have been as many extra rollouts as allowed. All ranks have to call it.
 
-    Args:
-        rule: Says how many more prompts to sample.
-        prompts: This rank's P / ranks prompts of the rollout.
-        draw_more: See `RolloutSource`; None for no extra rollouts.
-        sample: Completes and scores prompts.
-        is_useful: Says from which of n groups something is learned, [n] bool.
+    Each rank has P / ranks prompts, to begin with; `is_useful` says from which of n groups something is learned, [n] bool.
     """
     ranks = world_size()
     wanted = len(prompts) * ranks
@@ -99,9 +94,9 @@ def choose_trained(
     """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
 
     Args:
-        groups: The groups that were sampled.
+        groups: The groups that were sampled, of which the estimator compares those that are chosen.
         sequences: Their sequences as the loss sees them.
-        estimator: Estimates advantages; it compares the chosen groups alone.
+        estimator: Estimates advantages.
         minibatches: Minibatches that the P groups are split into.
         rank: Number of this rank.
         credited: What advantages are estimated from: rewards of each of K turns (see `rewards_to_go`), or None for the groups'.
@@ -132,46 +127,24 @@ def choose_trained(
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-    """Estimate the advantages of all ranks' completions together, since an estimator does not know of ranks.
+    """Advantages [B] of this rank's completions or turns, estimated from those of all ranks, which have equally many.
 
-    All ranks have to call it.
-
-    Args:
-        estimator: Estimates the advantages.
-        rewards: Rewards of this rank's B completions, or of their turns; every rank has equally many.
-        samples_per_prompt: Completions of each prompt (G).
-
-    Returns:
-        Advantages of this rank's completions, [B].
+    All ranks have to call it, since an estimator does not know of ranks.
     """
     return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
 
 
 def gather_rewards(rewards: Rewards) -> Rewards:
-    """The rewards of all ranks' completions, rank by rank. All ranks have to call it.
-
-    Args:
-        rewards: Rewards of this rank's B completions; every rank has equally many.
-    """
+    """The rewards of all ranks' completions, rank by rank, of which each has equally many. All ranks have to call it."""
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
-    counted = {} if rewards.counted is None else {"counted": rewards.counted}
-    columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts, **counted})
-    return replace(
-        rewards,
-        total=columns["total"],
-        correct=columns["correct"],
-        parts={name: columns[f"parts/{name}"] for name in rewards.parts},
-        counted=columns.get("counted"),
-    )
+    fields = {"total": rewards.total, "correct": rewards.correct, "counted": rewards.counted}
+    columns = gather_columns({name: value for name, value in {**fields, **parts}.items() if value is not None})
+    gathered = {name: columns.get(name) for name in fields}
+    return replace(rewards, **gathered, parts={name: columns[f"parts/{name}"] for name in rewards.parts})  # type: ignore[arg-type]
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | None = None) -> dict[str, float]:
     """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
-
-    Args:
-        rollouts: This rank's B sequences.
-        rewards: Their rewards.
-        credited: As in `choose_trained`.
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
@@ -257,9 +230,7 @@ def _exchange(
         for of_rank in gather_objects(sent):
             fetched |= of_rank
     device = sequences.completion_ids.device
-    parts = [
-        tuple(value.to(device) for value in fetched[number]) if number in fetched else group(number) for number in shares[rank]
-    ]
+    parts = [tuple(value.to(device) for value in fetched.get(number) or group(number)) for number in shares[rank]]
     own, *of_own = zip(*parts, strict=True)
     return join_sequences(own), [join_rows(value) for value in of_own]
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -45,14 +46,7 @@ def scored_together(
     candidates: Mapping[str, nn.Module],
     progress: ScoringProgress,
 ) -> Iterator["ShardedScoring"]:
-    """Within this context the module computes with a split copy of its model. All ranks have to enter it.
-
-    Args:
-        module: With its model in the memory of the host, not adapted.
-        strategy: Splits the copy.
-        candidates: Full dotted name -> linear module of the model.
-        progress: See `ScoringProcess`.
-    """
+    """Within this context of all ranks the module, whose model is not adapted, computes with a split copy of it."""
     from hybrid_lightning.engine import use_fused_layers  # with PEFT, which is slow to import
 
     whole, backend = module.model, module.engine.backend
@@ -81,21 +75,10 @@ def _same_weights(model: nn.Module, shared: object) -> nn.Module:
 
 
 class ShardedScoring(ScoringProcess):
-    """One of the ranks of FSDP2 that score together.
-
-    Args:
-        model: The model, split.
-        candidates: Full dotted name -> linear module of the whole model, in the memory of the host.
-        device: Where this rank computes.
-        progress: See `ScoringProcess`.
-    """
+    """One of the ranks of FSDP2 that score together the candidates of the whole model, which are in the memory of the host."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        candidates: Mapping[str, nn.Module],
-        device: torch.device,
-        progress: ScoringProgress,
+        self, model: nn.Module, candidates: Mapping[str, nn.Module], device: torch.device, progress: ScoringProgress
     ) -> None:
         super().__init__(progress)
         self._modules = dict(model.named_modules())
@@ -139,11 +122,7 @@ class ShardedScoring(ScoringProcess):
     def finish(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
         """See `ScoringProcess`."""
         made: dict[str, Result] = {}
-
-        def make() -> None:
-            made.update(function())
-
-        on_all_ranks(make, self._signals, _PURPOSE)
+        on_all_ranks(lambda: made.update(function()), self._signals, _PURPOSE)
         return made
 
     def any(self, value: bool) -> bool:
@@ -226,11 +205,7 @@ class ShardedScoring(ScoringProcess):
         seen: int,
         some: bool = False,
     ) -> Iterator[int]:
-        """See `ScoringProcess`.
-
-        Raises:
-            ConfigError: If `losses` cannot be dealt to ranks: they have to be a `CalibrationState` with a length.
-        """
+        """See `ScoringProcess`."""
         dealt = self._dealable(losses)
         total, modules = len(dealt), self.modules(candidates)
         held: dict[str, Tensor] = {}
@@ -256,7 +231,7 @@ class ShardedScoring(ScoringProcess):
                 mine = seen + self._rank
                 loss = self._own_loss(dealt, seen)
                 used = loss.requires_grad or not some
-                self.finish(partial(self._checked, loss if used else None, mine))
+                on_all_ranks(partial(self.check_loss, loss, mine) if used else dict, self._signals, _PURPOSE)
                 if used:
                     self._differentiate(loss)
                 parts_of = self._dealt(modules, held if mine < total else {})
@@ -284,11 +259,6 @@ class ShardedScoring(ScoringProcess):
             found.setdefault(next(part for part in parts if isinstance(part, FSDPModule)), []).append(name)
         return found
 
-    def _checked(self, loss: Tensor | None, index: int) -> dict[str, Any]:
-        if loss is not None:
-            self.check_loss(loss, index)
-        return {}
-
     def _dealt(self, modules: Mapping[str, nn.Module], held: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
         """For each module of this rank its gradients of all ranks, in the memory of the host; None where a rank has none."""
         found: dict[str, list[Tensor | None]] = {}
@@ -306,14 +276,9 @@ class ShardedScoring(ScoringProcess):
 
 
 class SharedProgress(ScoringProgress):
-    """Progress of scoring by several ranks, of which the first one writes. All ranks have to call `keep_sums`.
+    """Progress of scoring by several ranks, of which the first one writes and has a `folder`. All ranks have to call `keep_sums`.
 
     A run that goes on reads the files of the earlier run on every rank, as it does with a checkpoint.
-
-    Args:
-        folder: See `ScoringProgress`; None but on the first rank.
-        earlier: See `ScoringProgress`.
-        signals: See `ScoringProgress`.
 
     Raises:
         CheckpointError: If ranks find different files in `earlier`, or one cannot be read.
@@ -338,24 +303,16 @@ class SharedProgress(ScoringProgress):
 
 def _united(state: Any) -> Any:
     """Plain data and tensors of this rank, united with those of all others: entries of dicts, and those of lists one by one."""
-    return _merged(gather_objects(_on_cpu(state)))
+    return _merged(gather_objects(move_data_to_device(state, torch.device("cpu"))))
 
 
 def _merged(values: list[Any]) -> Any:
     if all(isinstance(value, dict) for value in values):
         keys = dict.fromkeys(key for value in values for key in value)
         return {key: _merged([value[key] for value in values if key in value]) for key in keys}
-    if all(isinstance(value, list) for value in values):
+    if all(isinstance(value, (list, tuple)) for value in values):
         return [_merged(list(entries)) for entries in zip(*values, strict=True)]
     return values[0]
-
-
-def _on_cpu(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_on_cpu(value) for value in state]
-    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _sums_on_first(sums: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:

@@ -35,12 +35,7 @@ class PhaseClock:
         self._since = time.perf_counter()
 
     def switch(self, phase: str, synchronize: bool = False) -> None:
-        """End the running phase and begin `phase`.
-
-        Args:
-            phase: What runs from now on.
-            synchronize: Whether to wait for the running phase's work on the device.
-        """
+        """End the running phase, perhaps once its work on the device is done, and begin `phase`."""
         self._charge(synchronize)
         self._running[-1] = phase
 

@@ -58,14 +58,10 @@ def compare_with_sampler(
 
 
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
-    """Set `policy_mask` of an optimizer step's micro-batches, by one threshold of the entropy for all ranks.
+    """Set `policy_mask` of an optimizer step's micro-batches by their entropies, [B, T], under the policy that sampled.
 
+    The threshold, one for all ranks, is from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
     All ranks have to call it.
-
-    Args:
-        batches: This rank's micro-batches of the step.
-        entropies: Entropies [B, T] of each micro-batch, under the policy that sampled.
-        mask: Finds the threshold, from the entropies of all sequences (with credit by turn, tokens) that have an advantage.
     """
     masks = [batch.sequences.sampled_mask for batch in batches]
     with_advantage = [
@@ -80,11 +76,6 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
 
 
 def versions_of_rows(weights_step: Tensor, mask: Tensor) -> Tensor:
-    """How many versions of the weights have sampled each sequence, [B] float32.
-
-    Args:
-        weights_step: [B, T], as in `Sequences`.
-        mask: [B, T] bool, True on the tokens that were sampled.
-    """
+    """How many versions of the weights have sampled each sequence, [B] float32; `mask` [B, T] says which tokens were sampled."""
     latest = torch.where(mask, weights_step, -1).cummax(dim=1).values  # versions only grow
     return ((latest[:, 1:] > latest[:, :-1]) & (latest[:, :-1] >= 0)).sum(dim=1).float() + 1

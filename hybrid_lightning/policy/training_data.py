@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def training_prompts(trainer: Any) -> list[Prompt]:
-    """The training prompts of the Trainer's data module.
-
-    Raises:
-        ConfigError: If the Trainer has no data module, or the data module no training prompts.
-    """
+    """The training prompts of the Trainer's data module; ConfigError if it has none."""
     prompts = getattr(trainer.datamodule, "train_prompts", None)
     if prompts is None:
         raise ConfigError(

@@ -49,8 +49,7 @@ class TurnEncoder:
         encoder: Renders and tokenizes prompts.
         stop_ids: Tokens that end a completion.
         tools: JSON schemas of the tools that the policy may call.
-        turn_template: How a message is written behind the policy's text where prompts are plain text: text with `{content}` and,
-            if wanted, `{role}`.
+        turn_template: How a message is written behind a prompt that is plain text: text with `{content}` and, perhaps, `{role}`.
 
     Raises:
         ConfigError: If `turn_template` is not such a text.
@@ -99,13 +98,10 @@ class TurnEncoder:
             return False
         return self._encoder.apply_template([ASKED], self.tools) != self._encoder.apply_template([ASKED])
 
-    def check(self, prompts: Iterable[Prompt], roles: Iterable[str] | None = None) -> None:
-        """Try how messages are added, before time is spent on the run.
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Try how messages are added to the prompts of a run, before time is spent on it.
 
-        Args:
-            prompts: Those of the run.
-            roles: Roles of the messages that environments add; None for `tool` if there are tools, `user` otherwise. Another one
-                is tried when it first comes.
+        Their role is `tool` if there are tools, else `user`. Another one is tried when it first comes.
 
         Raises:
             ConfigError: If the chat template writes earlier turns otherwise once messages follow.
@@ -115,20 +111,14 @@ class TurnEncoder:
         if False in chat:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
-            for role in roles or (["tool"] if self.tools else ["user"]):
-                self._fit_behind([{"role": role, "content": _NEW}])
+            self._fit_behind([{"role": "tool" if self.tools else "user", "content": _NEW}])
 
     # ---- in the run
 
     def first(self, prompt: Prompt, added: Sequence[Message] = ()) -> tuple[list[int], list[Message]]:
-        """Tokens before the first turn.
+        """Tokens before the first turn, and the conversation so far.
 
-        Args:
-            prompt: The problem.
-            added: Messages that the environment begins with. Those of the system go in front, where templates have them.
-
-        Returns:
-            Token ids, and the conversation so far.
+        Of the messages that the environment begins with, those of the system go in front, where templates have them.
 
         Raises:
             ConfigError: If the chat template refuses the messages.
@@ -150,13 +140,9 @@ class TurnEncoder:
         return self._encoder.encode(prompt, self.tools, mark), whole
 
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
-        """Tokens behind a turn of the policy: the rest of its end, new messages, and what lets the policy go on.
+        """Tokens behind a turn of the policy: the rest of its end, new messages and, unless it is the last, what lets it go on.
 
-        Args:
-            prompt: The problem of the episode.
-            new: Messages behind those of the policy.
-            sampled_ids: What the policy sampled in its turn. If a stop token ended it, the end of the turn is there already.
-            last: Whether the policy does not go on.
+        If a stop token ended what the policy sampled, the end of the turn is there already.
 
         Raises:
             ConfigError: If the chat template writes earlier turns otherwise once messages of such a role follow.

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hybrid_lightning.engine import default_token_budget, memory_of
 from hybrid_lightning.errors import TrainingError
-from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join_metric
+from hybrid_lightning.losses.shares import combine_metrics, is_extreme
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, largest_over_ranks, sum_over_ranks, total_norm
 from hybrid_lightning.types import PolicyBatch, Sequences
@@ -34,9 +34,9 @@ _PASS_TOKENS = "tokens_of_pass"  # key in a checkpoint
 
 
 def saved_pass_tokens(policy: "LanguageModule") -> dict[str, Any]:
-    """The tokens of a pass that were chosen for a run by the memory of its device, as entries of its checkpoints.
+    """The tokens of a pass that were chosen by the memory of a run's device, so that a resume splits rows alike.
 
-    A resume then splits rows alike. On a CPU they follow from the model's sizes, and are not kept.
+    On a CPU they follow from the model's sizes, and are not kept.
     """
     total = memory_of(policy.device)
     if total is None or policy.tokens_of_pass is None:
@@ -62,14 +62,11 @@ class Update:
     """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
 
     A policy calls the methods from its hooks of the same purpose, and makes a new `Update` for every epoch.
-
-    Args:
-        policy: The policy that is trained.
     """
 
     def __init__(self, policy: "LanguageModule") -> None:
         self._policy = policy
-        self._metrics = StepMetrics()
+        self._metrics: dict[str, Tensor] = {}  # of the step so far
         self._gradients_begun = False
         self._logged: set[str] = set()  # names of the metrics that were logged last
         self._logged_rollout: dict[str, float] = {}  # the rollout's metrics that were logged last
@@ -112,14 +109,9 @@ class Update:
     ) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
         """Without gradient, what the loss has to know about some rows beforehand; all ranks have to call it together.
 
-        Args:
-            parts: Rows that belong together, such as those of each micro-batch.
-            current: Whether the policy's own log-probabilities are wanted.
-            as_trained: See `Weights.in_passes`.
-
         Returns:
-            For each part the log-probabilities [B, T] of the policy, None if not wanted; their entropies [B, T], or zeros; and
-            the log-probabilities of the start policy, None unless the loss compares with it.
+            For each part the log-probabilities [B, T] of the policy, None if not wanted (`current`); their entropies [B, T], or
+            zeros; and the log-probabilities of the start policy, None unless the loss compares with it.
         """
         policy, together = self._policy, self._policy.weights.passes_together
 
@@ -142,20 +134,21 @@ class Update:
             return policy.weights.in_passes(measure_all, as_trained=as_trained)
 
     def micro_batch(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch, for Lightning to run the backward pass of; those of all chunks but the last have run already.
-
-        Args:
-            batch: This rank's rows, perhaps none.
-            batch_idx: Number of the micro-batch in the epoch.
-        """
+        """Loss of one micro-batch, of whose chunks Lightning runs the last one's backward pass; the others have been run."""
         policy = self._policy
         ranks = policy.trainer.world_size
         chunks = self.chunks(batch.sequences)
         chunks_of_ranks = gather_counts(len(chunks), policy.device)
         # Ranks that share a sharded model make every pass together: those with fewer chunks add idle passes.
         passes = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
-        if passes > 1:
-            self._begin_gradients(batch_idx)
+        begins_step = batch_idx % policy.trainer.accumulate_grad_batches == 0
+        if begins_step:
+            self._metrics = {}
+        if passes > 1 and begins_step:
+            # Lightning would clear old gradients between `training_step` and the last backward pass, and the first chunks' with
+            # them.
+            policy.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]  # there is one optimizer
+            self._gradients_begun = True
         tokens = float(batch.sequences.sampled_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
@@ -183,16 +176,6 @@ class Update:
         # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
         # over ranks: both is undone here.
         return loss * (policy.trainer.accumulate_grad_batches * ranks)
-
-    def _begin_gradients(self, batch_idx: int) -> None:
-        """Clear old gradients at the first micro-batch of an optimizer step.
-
-        Lightning would clear them between `training_step` and the last backward pass, and the first chunks' gradients with them.
-        """
-        policy = self._policy
-        if batch_idx % policy.trainer.accumulate_grad_batches == 0:
-            policy.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]  # there is one optimizer
-            self._gradients_begun = True
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Clear old gradients when Lightning asks for it, unless `micro_batch` has done so."""
@@ -222,9 +205,12 @@ class Update:
                 )
 
     def _log(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
-        """Log the rollout's metrics and the step's so far, both joined over ranks already."""
+        """Log the rollout's metrics and the step's so far, both joined over ranks already.
+
+        Lightning logs the values of a step's last micro-batch alone, so each micro-batch reports the step so far.
+        """
         policy = self._policy
-        averages = self._metrics.update(dict(shares), policy.trainer.accumulate_grad_batches)
+        averages = self._metrics = combine_metrics([self._metrics, shares])
         _forget_logged(policy.trainer, self._logged - averages.keys())
         self._logged = set(averages)
         # Logging a value takes Lightning as long as one layer of a small policy, and it keeps the value until the epoch ends: so
@@ -238,68 +224,25 @@ class Update:
         policy.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
 
 
-class StepMetrics:
-    """Adds up what the micro-batches of one optimizer step report.
-
-    Lightning logs the values of a step's last micro-batch alone, so each micro-batch reports the sum so far.
-    """
-
-    def __init__(self) -> None:
-        self._shares: dict[str, Tensor] = {}
-        self._extremes: dict[str, Tensor] = {}
-        self._count = 0
-
-    def update(self, shares: dict[str, Tensor], micro_batches: int) -> dict[str, Tensor]:
-        """Add a micro-batch.
-
-        Args:
-            shares: Values to add up; under a name that ends in `/max` or `/min` the largest or smallest is kept.
-            micro_batches: Micro-batches in a step; the call after so many begins the next step.
-
-        Returns:
-            The values of the step so far.
-        """
-        if self._count >= micro_batches:
-            self._shares, self._extremes, self._count = {}, {}, 0
-        self._count += 1
-        for name, value in shares.items():
-            kept = self._extremes if is_extreme(name) else self._shares
-            kept[name] = join_metric(name, kept[name], value) if name in kept else value
-        return {**self._shares, **self._extremes}
-
-
 def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict[str, Tensor]:
-    """Join a micro-batch's shares over ranks: sums, and under a name that ends in `/max` or `/min` the largest or smallest.
+    """Join a micro-batch's shares over ranks, whose numbers of chunks are given. All ranks have to call it.
 
-    Args:
-        shares: This rank's scalars, on one device; at least one. A rank without chunks may lack names that the others have.
-        chunks: Number of chunks of each rank.
-
-    Returns:
-        The same on every rank; in a run of one rank, the shares as they are.
+    Each has the loss at least; one without chunks may lack names that the others have.
     """
     if len(chunks) == 1:
         return dict(shares)
-    names = list(shares)
+    names, device = list(shares), shares["loss"].device
     if 0 in chunks and any(chunks):  # all ranks have to reduce the same values
         whole = next(rank for rank, count in enumerate(chunks) if count)
         names = gather_objects(names)[whole]
-    some = next(iter(shares.values()))
-
-    def value(name: str) -> Tensor:
-        if name in shares:
-            return shares[name].float()
-        return torch.full((), -math.inf if name.endswith("/max") else math.inf if name.endswith("/min") else 0.0).to(some.device)
-
-    result: dict[str, Tensor] = {}
-    sums = [name for name in names if not is_extreme(name)]
-    if sums:
-        result |= zip(sums, sum_over_ranks(torch.stack([value(name) for name in sums])).unbind(), strict=True)
-    extremes = [name for name in names if is_extreme(name)]
+    sums, extremes = [[name for name in names if is_extreme(name) is extreme] for extreme in (False, True)]
+    nothing = torch.zeros((), device=device)
+    total = sum_over_ranks(torch.stack([shares.get(name, nothing).float() for name in sums]))
+    result = dict(zip(sums, total.unbind(), strict=True))
     if extremes:
-        signs = torch.tensor([1.0 if name.endswith("/max") else -1.0 for name in extremes], device=some.device)
-        largest = largest_over_ranks(torch.stack([value(name) for name in extremes]) * signs) * signs
-        result |= zip(extremes, largest.unbind(), strict=True)
+        signs = torch.tensor([1.0 if name.endswith("/max") else -1.0 for name in extremes], device=device)
+        own = torch.stack([shares.get(name, sign * -math.inf).float() for name, sign in zip(extremes, signs, strict=True)])
+        result |= zip(extremes, (largest_over_ranks(own * signs) * signs).unbind(), strict=True)
     return {name: result[name] for name in names}
 
 

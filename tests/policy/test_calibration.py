@@ -1,7 +1,5 @@
 """Calibration losses: the mean of their gradients is the gradient of the loss on all calibration rollouts."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,7 +9,7 @@ from tiny_runs import Constant, DigitShare, Failing, Interrupted, build_data, bu
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss
-from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
+from hybrid_lightning.policy.calibration import AnswerCalibration
 from hybrid_lightning.rollout.batching import join_rollouts, pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Sequences
@@ -63,25 +61,31 @@ def plain_advantages(reward, rollouts):
 
 
 @pytest.mark.parametrize(
-    "loss", [GRPOLoss(), DAPOLoss(), DrGRPOLoss(), BNPOLoss(entropy_coef=0.3)], ids=lambda loss: type(loss).__name__
+    "loss",
+    [GRPOLoss(kl_coef=0.1), GSPOLoss(), DAPOLoss(), DrGRPOLoss(), BNPOLoss(entropy_coef=0.3)],
+    ids=lambda loss: type(loss).__name__,
 )
-def test_what_was_added_and_what_is_left_out_is_as_if_it_were_not_there(model, sums, loss):
+def test_rewards_give_the_policy_gradient_at_the_start_policy_of_what_was_sampled_and_counts(model, sums, loss):
+    """There the ratio is 1 and its gradient that of the log-probability; the KL term has none."""
     options = {"kind": Failing, "sampler": Interrupted(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 20}
-    policy, rollouts, losses = calibrate(model, sums, loss=loss, **options)
-    base, terms, tokens = build_model("llama", std=0.1).requires_grad_(True), [], 0
+    policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=HalfEqual(), **options)
+    base, terms, tokens, useful = build_model("llama", std=0.1).requires_grad_(True), [], 0, 0
     for number, prompt in enumerate(rollouts.prompts):
         group = [4 * number + row for row in range(4) if (prompt.index + row) % 4]
-        rewards = torch.tensor(DigitShare()([rollouts.completions[row] for row in group], [prompt] * 3))
+        rewards = torch.tensor(HalfEqual()([rollouts.completions[row] for row in group], [prompt] * 3))
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        useful += 3 if loss.needs_entropy else int(advantages.count_nonzero())
         for row, advantage in zip(group, advantages, strict=True):
             logprobs = plain_distribution(base, rollouts.sequences, row, TEMPERATURE)
             sampled = [place for place in range(len(logprobs)) if place % 3 != 1]
             of_row = advantage * plain_logprobs(base, rollouts.sequences, row, TEMPERATURE)[sampled]
-            by_sequence, tokens = type(loss) is GRPOLoss, tokens + len(sampled)
+            by_sequence, tokens = type(loss) in (GRPOLoss, GSPOLoss), tokens + len(sampled)
             entropies = -(logprobs.exp() * logprobs).sum(-1)[sampled]
             terms.append((of_row.mean() if by_sequence else of_row.sum()) + loss.entropy_coef * entropies.sum())
-    count = {GRPOLoss: len(terms), DrGRPOLoss: 6 * len(terms)}.get(type(loss), tokens)
+    counts = {GRPOLoss: len(terms), GSPOLoss: len(terms), DrGRPOLoss: 6 * len(terms)}
+    count = counts.get(type(loss), tokens)
     assert len(terms) == 24 and len(losses) > 2
+    assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": useful, "prompts": 8}
     assert_same_gradient(mean_gradient(policy, losses), -sum(terms) / count, base)
 
 
@@ -93,27 +97,6 @@ def assert_same_gradient(gradient, loss, model):
     assert scale > 1e-3
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, atol=1e-5 * scale, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("loss", "reward"),
-    [(GRPOLoss(kl_coef=0.1), HalfEqual()), (GSPOLoss(), DigitShare()), (DAPOLoss(), HalfEqual())],
-    ids=["grpo", "gspo", "dapo"],
-)
-def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss, reward):
-    policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=reward)
-    assert isinstance(losses, RewardCalibration) and len(losses) > 2
-    base = build_model("llama", std=0.1).requires_grad_(True)
-    advantages = plain_advantages(reward, rollouts)
-    useful = int(advantages.count_nonzero())
-    assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": useful, "prompts": 8}
-    logprobs = [plain_logprobs(base, rollouts.sequences, row, TEMPERATURE) for row in range(32)]
-    if isinstance(loss, DAPOLoss):
-        total = sum(a * row.sum() for a, row in zip(advantages, logprobs, strict=True)) / sum(map(len, logprobs))
-    else:
-        total = sum(a * row.mean() for a, row in zip(advantages, logprobs, strict=True)) / 32
-    # at the start policy the ratio is 1 and its gradient that of the log-probability; the KL term has none
-    assert_same_gradient(mean_gradient(policy, losses), -total, base)
 
 
 def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_not(model, sums):
@@ -131,12 +114,6 @@ def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_no
         total = total + advantages[row] * chosen.sum() + 0.3 * entropies.sum()
         tokens += len(chosen)
     assert_same_gradient(mean_gradient(policy, losses), -total / tokens, base)
-
-
-def test_rows_of_which_nothing_was_sampled_are_of_no_use():
-    sequences = Sequences(*pad_left([[5]] * 3, 0, "cpu"), *pad_right([[6, 7], [6], [7]], 0, "cpu"))
-    sequences = replace(sequences, sampled_mask=sequences.completion_ids == 6)
-    assert RewardCalibration(sequences, torch.ones(3), GRPOLoss(), None, 100, 5).info["useful_sequences"] == 2
 
 
 def test_later_iterations_measure_changed_weights_against_the_start_policy(model, sums):
@@ -194,16 +171,6 @@ def test_neither_rewards_nor_answers_is_an_error_nor_is_there_anything_without_p
         calibrate(model, None, data=data, reward=Constant())
     with pytest.raises(ConfigError, match=r"trainer\.datamodule has none; give trainer\.fit\(datamodule=PromptDataModule"):
         calibrate(model, None, data=LightningDataModule())
-
-
-def test_answers_of_every_length_are_padded_right(model):
-    policy = build_policy(model)
-    prompts = [type("P", (), {"answer": answer})() for answer in ("1", "", "123")]
-    ids = [[4], [5, 6], [7]]
-    rows = lambda s: (torch.ones(s.completion_ids.shape), None)  # noqa: E731
-    losses = AnswerCalibration(prompts, ids, policy.tokenizer, rows, 4, torch.device("cpu"))
-    assert losses.sequences.completion_mask.sum(1).tolist() == [2, 1, 4]
-    assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)
 
 
 def test_losses_of_steps_are_those_of_as_many_rollouts(model, sums):

@@ -173,15 +173,6 @@ class Copying(Sampler):
         self.ended += 1
 
 
-def test_improbable_completions_are_refused(model):
-    sampler = Copying()
-    sampler.update = lambda *_: setattr(sampler, "version", WeightsVersion(0, "x"))
-    sampler.model = build_model("llama", seed=9, std=0.4)
-    policy = adapted(model, sampler=sampler)
-    with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
-        policy.generate([Prompt(text="12+3=")], 4)
-
-
 class InterruptedCopying(Copying):
     """Of completions with holes, behind four episodes that are left out."""
 
@@ -200,7 +191,7 @@ def test_only_what_was_sampled_is_compared(model):
     policy.generate(prompts, 4)
     policy.generation.compare_again()
     policy.sampler.wrong = -50.0
-    with pytest.raises(RolloutError, match="differ from the policy's"):
+    with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
         policy.generate(prompts, 4)
 
 

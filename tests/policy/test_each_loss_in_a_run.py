@@ -138,13 +138,14 @@ class ByEquation(Callback):
         self.rollout, self.minibatch, self.steps, self.ratios, self.batches, self.made = None, 0, 0, [], [], []
 
     def on_train_start(self, trainer, pl_module):
-        keep = pl_module._keep_last
+        measure = pl_module._measured
 
-        def kept(*arguments):
-            keep(*arguments)
+        def measured(*arguments):
+            metrics = measure(*arguments)
             self.made.append(pl_module.last_rollout)
+            return metrics
 
-        pl_module._keep_last = kept
+        pl_module._measured = measured
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append(batch)

@@ -1,7 +1,6 @@
 """Episodes as they are played, trained on, measured and written, with a tiny policy and environments of the tests."""
 
 import json
-import random
 from collections import Counter
 
 import pytest
@@ -18,7 +17,6 @@ from hybrid_lightning.environments import EpisodeLimits, Step
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
 from hybrid_lightning.policy.episodes import episode_metrics
-from hybrid_lightning.rewards import EpisodeReturn, ExactMatch, FinalAnswer, RewardFunction, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -156,26 +154,6 @@ def test_greedy_episodes_of_an_evaluation_have_the_tasks_of_its_sampled_ones(pla
     assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1]
 
 
-class Seen(RewardFunction):
-    """Notes what it is given."""
-
-    def __call__(self, completions, prompts):
-        self.seen = list(completions)
-        return [float(completion.episode.turns) for completion in completions]
-
-
-def test_rewards_see_roles_and_texts_of_the_policy_alone(play):
-    _, rollouts = play(Talk())
-    prompts = [PROMPTS[row // 3] for row in range(6)]
-    for completion, value in zip(rollouts.completions, EpisodeReturn()(rollouts.completions, prompts), strict=True):
-        assert value == sum(completion.episode.rewards) and "go" not in completion
-    last = FinalAnswer(ExactMatch(pattern="(.*)"))
-    assert [last.extract_answer(c, p) for c, p in zip(rollouts.completions, prompts, strict=True)] == [
-        ExactMatch(pattern="(.*)").extract_answer(c.episode.answer, p) for c, p in zip(rollouts.completions, prompts, strict=True)
-    ]
-    assert last.name == "exact_match" and [name.name for name, _ in WeightedSum([last, EpisodeReturn()]).terms()]
-
-
 ARGUMENTS = {"reward": None, "turn_template": "{content}"}
 
 
@@ -235,23 +213,6 @@ def test_a_run_that_stops_in_the_middle_of_a_rollout_goes_on_to_the_same_bits(mo
     for name in (last, tmp_path / "whole/epoch=0-step=1.ckpt"):  # the second between two minibatches of a rollout
         resumed = run(tmp_path / "resumed", ckpt=str(name))
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-
-
-class Dice(Talk):
-    """Seeds Python's global generator, and draws from it."""
-
-    def step(self, message):
-        random.seed(3)
-        answer = super().step(message)
-        return Step([{"role": "user", "content": str(random.randint(0, 9))}], answer.reward, answer.over)
-
-
-def test_global_generators_of_a_game_are_not_those_of_training(model, sums, tmp_path):
-    before = random.getstate()
-    first = trained(fit(model, sums, tmp_path / "a", policy=arguments(Dice()), max_steps=2))
-    second = trained(fit(model, sums, tmp_path / "b", policy=arguments(Dice()), max_steps=2))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert random.getstate() == before
 
 
 def test_predict_writes_a_line_for_each_episode(model, sums, tmp_path):
@@ -386,19 +347,16 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
     assert not rewards.counted.all() and rewards.counted.any() and shown.any() and not shown[~rewards.counted].any()
 
 
-def test_credit_by_turn_that_cannot_be_is_refused(model):
-    with pytest.raises(
-        ConfigError, match=r"model\.credit=turn is for episodes, and model\.environment is not set; set it, or cr"
-    ):
-        build_policy(model, credit="turn")
-    with pytest.raises(ConfigError, match=r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"):
-        build_policy(model, **by_turn(GSPOLoss()))
-    with pytest.raises(ConfigError, match=r"model\.credit='turns'; give episode or turn"):
-        build_policy(model, **{**by_turn(GRPOLoss()), "credit": "turns"})
-
-
-def test_settings_that_need_an_environment_say_so(model):
-    with pytest.raises(ConfigError, match=r"model\.turn_template is for episodes, and model\.environment is not set"):
-        build_policy(model, turn_template="{content}")
-    with pytest.raises(ConfigError, match=r"model\.reward is missing"):
-        build_policy(model, reward=None)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"credit": "turn"}, r"credit=turn is for episodes, and model\.environment is not set; set it, or cr"),
+        (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"),
+        ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
+        ({"turn_template": "{content}"}, r"model\.turn_template is for episodes, and model\.environment is not set"),
+        ({"reward": None}, r"model\.reward is missing"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_policy(model, **options)

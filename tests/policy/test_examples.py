@@ -8,16 +8,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_examples import KINDS, build_examples, build_module, fit, write_rows
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer, trained
 
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.policy import ExampleModule
-from hybrid_lightning.rollout.batching import join_rows
 from hybrid_lightning.types import Prompt
 
 BETA = 0.5
@@ -112,34 +109,6 @@ def test_a_step_is_that_of_separate_sequences(kind, budget, parts, learned, mode
         assert check.losses[0] == pytest.approx(math.log(2), abs=1e-5), "it begins at the start policy"
     logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
     assert {"loss", "time"} <= logged <= module.training_metrics, "what is logged is known before"
-
-
-def test_a_model_that_takes_no_packed_rows_is_trained_padded(model, rows, tmp_path, monkeypatch):
-    packed, padded = trained(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
-    monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: padded.append(True))
-    other = trained(fit("preference", model, rows, tmp_path / "b", max_steps=1))
-    assert padded
-    torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
-
-
-def test_chosen_and_rejected_share_their_prompt(model, rows):
-    module = build_module("preference", model)
-    data = build_examples("preference", rows)
-    sequences = module.example_sequences(data.train_prompts[:4], torch.device("cpu"))
-    width = sequences.completion_ids.shape[1]
-    separate = [token_logprobs(module.engine, sequences.rows(slice(row, row + 1)), 1.0)[0] for row in range(8)]
-    tokens = []
-    forward = module.model.get_decoder().forward
-
-    def counting(*arguments, **options):
-        tokens.append(options["input_ids"].numel())
-        return forward(*arguments, **options)
-
-    module.model.get_decoder().forward = counting
-    shared, _ = token_logprobs(module.engine, sequences, 1.0)
-    assert_same_sums(shared, join_rows(separate, width), additions_of(module.model, 16), LOGITS)
-    needed = int(sequences.prompt_mask[0::2].sum()) + int(sequences.completion_mask.sum()) - 8
-    assert needed <= tokens[0] < needed + 16, "each prompt once, no completion's last token, and up to 15 tokens of filling"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -68,6 +68,14 @@ def test_with_one_pass_a_step_it_is_the_mixed_run_bit_for_bit(model, sums, tmp_p
     assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]
 
 
+def test_it_begins_as_the_base_model_with_dora_too(model, sums, tmp_path):
+    module, log = run(model, sums, tmp_path, adapter={"use_dora": True}, max_steps=2)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    with torch.no_grad(), module.start_policy():
+        assert torch.equal(module.model.eval()(IDS).logits, base(IDS).logits)
+    assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
+
+
 def masters(module):
     """The float32 weights of a run under bf16-true."""
     optimizer = module.optimizers(use_pl_optimizer=False)
@@ -92,14 +100,6 @@ def test_otherwise_sums_of_gradients_are_rounded_and_no_more(model, sums, tmp_pa
             step = weight - trained(start)[name]
             if step.any():  # LoRA's A begins with a gradient of zero
                 assert 0 < (found[name] - weight).norm() < 0.005 * step.norm(), name
-
-
-def test_it_begins_as_the_base_model_with_dora_too(model, sums, tmp_path):
-    module, log = run(model, sums, tmp_path, adapter={"use_dora": True}, max_steps=2)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    with torch.no_grad(), module.start_policy():
-        assert torch.equal(module.model.eval()(IDS).logits, base(IDS).logits)
-    assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
 
 
 @pytest.fixture(scope="module")
@@ -183,21 +183,17 @@ def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, policy
     assert all(step["sampling/logp_difference/mean"] < 2e-3 for step in log.metrics)
 
 
-def test_a_step_with_gradients_that_are_too_large_is_left_out(model, sums, tmp_path):
+def test_a_step_with_gradients_that_are_too_large_is_left_out_and_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
     _, log = run_16(model, sums, tmp_path, scale=2.0**22, max_steps=12)
     moved = [not torch.equal(*pair) for pair in zip(log.weights, log.weights[1:], strict=False)]
     lowered = [after < before for before, after in zip(log.scales, log.scales[1:], strict=False)]
     assert log.scales[0] == 2.0**21 and any(lowered) and any(moved)
     assert all(one != other for one, other in zip(moved, lowered, strict=True)), "either a step or a smaller scale"
     assert log.weights[-1].isfinite().all()
-
-
-def test_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
-    _, unstopped = run_16(model, sums, tmp_path, scale=2.0**18)
-    module, _ = run_16(model, sums, tmp_path, scale=2.0**18, max_steps=1)
+    module, _ = run_16(model, sums, tmp_path, scale=2.0**22, max_steps=1)
     module.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    _, log = run_16(model, sums, tmp_path, ckpt=tmp_path / "last.ckpt")
-    assert log.scales == unstopped.scales[1:] and all(map(torch.equal, log.weights, unstopped.weights[1:]))
+    _, rest = run_16(model, sums, tmp_path, ckpt=tmp_path / "last.ckpt", max_steps=4)
+    assert rest.scales == log.scales[1 : 1 + len(rest.scales)] and all(map(torch.equal, rest.weights, log.weights[1:]))
 
 
 def test_the_command_line_takes_the_plugin(folder):

@@ -18,10 +18,9 @@ from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Random, adapte
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
-from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
+from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.policy.loading import load_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.quantization import NF4, Int8, check_quantization, quantize_base
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -145,14 +144,6 @@ def test_strategies_that_split_weights_are_refused(strategy):
         check_quantization(NF4(), SimpleNamespace(strategy=strategy()))
     for fine in (SingleDeviceStrategy("cpu"), DDPStrategy()):
         check_quantization(NF4(), SimpleNamespace(strategy=fine))
-
-
-def test_a_base_that_is_stored_quantized_is_refused(tmp_path):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    write_wide_model(tmp_path / "plain")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "packed")
-    with pytest.raises(ModelError, match=r"stored quantized \(quant_method bitsandbytes\).*16-bit.*model\.quantization=NF4"):
-        load_config(resolve_model(str(tmp_path / "packed")))
 
 
 def test_bitsandbytes_is_asked_for_by_name(monkeypatch):

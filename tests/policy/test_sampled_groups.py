@@ -10,10 +10,9 @@ from tiny_runs import Constant, Log, StartsWithDigit, fit, trained, write_sums
 
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.losses import DAPOLoss
 from hybrid_lightning.policy import sampled_groups
 from hybrid_lightning.policy.sampled_groups import choose_trained, rollout_metrics, sample_groups
-from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
+from hybrid_lightning.rewards import OverlongPenalty, WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
@@ -146,18 +145,12 @@ class Sampled(Log):
             self.rollouts.append(pl_module.last_rollout)
 
 
-class ByPlace(RewardFunction):
-    """Completions of a prompt always differ."""
-
-    def __call__(self, completions, prompts):
-        return [(row % 4) / 4 for row in range(len(completions))]
-
-
 def test_metrics_are_of_all_groups_and_denominators_of_those_trained_on(model, sums, tmp_path):
     log, timer = Sampled(), StepTimer()
     reward = WeightedSum([StartsWithDigit(), OverlongPenalty(6, 4)])
     policy = {"reward": reward, "dynamic_sampling": DynamicSampling(2), "minibatches_per_rollout": 2, "samples_per_prompt": 3}
-    fit(model, sums, tmp_path, timer, log, policy=policy, max_steps=8)
+    module = fit(model, sums, tmp_path, timer, log, policy=policy, max_steps=8)
+    assert {name.partition("/")[0] for name in log.metrics[-1]} <= module.training_metrics
     assert len(log.rollouts) == 4 and len(log.batches) == 8
     sizes = set()
     for number, (rollouts, rewards, advantages) in enumerate(log.rollouts):
@@ -177,13 +170,6 @@ def test_metrics_are_of_all_groups_and_denominators_of_those_trained_on(model, s
     assert max(sizes) > 4 and max(sizes) <= 12
     generated = sum(int(rollouts.sequences.completion_mask.sum()) for rollouts, _, _ in log.rollouts)
     assert timer.state_dict()["tokens"]["generated_tokens"] == generated, "time and tokens are those of all rollouts"
-
-
-def test_where_every_group_teaches_nothing_changes(model, sums, tmp_path):
-    policy = {"reward": ByPlace(), "minibatches_per_rollout": 2, "loss": DAPOLoss()}
-    plain = trained(fit(model, sums, tmp_path, policy=policy, max_steps=4))
-    dynamic = trained(fit(model, sums, tmp_path, policy={**policy, "dynamic_sampling": DynamicSampling()}, max_steps=4))
-    assert plain.keys() == dynamic.keys() and all(torch.equal(plain[name], dynamic[name]) for name in plain)
 
 
 def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, tmp_path):
@@ -241,60 +227,47 @@ def build(samples=3, total=TOTAL, correct=None, parts=None, sets=("", "", ""), a
     return Rollouts(tuple(prompts), sequences, ("",) * count, logprobs, finished, samples), rewards
 
 
-def test_every_value_by_hand():
-    correct = [True, False, False, False, False, False, True, True, True]
-    parts = {"match": torch.tensor([float(c) for c in correct]), "format": torch.tensor(TOTAL)}
-    metrics = rollout_metrics(*build(correct=correct, parts=parts, added=2))
-    groups = [TOTAL[:3], TOTAL[3:6], TOTAL[6:]]
-    expected = {
-        "reward": statistics.mean(TOTAL),
-        "reward_std": statistics.mean(statistics.stdev(group) for group in groups),
-        "frac_reward_zero_std": 1 / 3,
-        "accuracy": 4 / 9,
-        "solve_rate/all": 1 / 3,
-        "solve_rate/none": 1 / 3,
-        "solve_rate/mixed": 1 / 3,
-        "completions/mean_length": statistics.mean(LENGTHS),
-        "completions/min_length": 1,
-        "completions/max_length": 4,
-        "completions/clipped_ratio": 2 / 9,
-        "num_tokens": sum(LENGTHS) + 9 * 2 + 3 * sum(PROMPT_LENGTHS),
-        "rewards/match/mean": 4 / 9,
-        "rewards/match/std": statistics.stdev(map(float, correct)),
-        "rewards/format/mean": statistics.mean(TOTAL),
-        "rewards/format/std": statistics.stdev(TOTAL),
+def by_hand(groups):
+    """The metrics of completions, given by their rows, group by group."""
+    rows = [row for group in groups for row in group]
+    solved = [statistics.mean(TOTAL[row] >= 1 for row in group) for group in groups]
+    values, lengths = ([of[row] for row in rows] for of in (TOTAL, LENGTHS))
+    spreads = [statistics.stdev(TOTAL[row] for row in group) if len(group) > 1 else 0.0 for group in groups]
+    return {
+        "reward": statistics.mean(values),
+        "reward_std": statistics.mean(spreads),
+        "frac_reward_zero_std": statistics.mean(spread == 0 for spread in spreads),
+        "accuracy": statistics.mean(value >= 1 for value in values),
+        "solve_rate/all": statistics.mean(share == 1 for share in solved),
+        "solve_rate/none": statistics.mean(share == 0 for share in solved),
+        "solve_rate/mixed": statistics.mean(0 < share < 1 for share in solved),
+        "completions/mean_length": statistics.mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": statistics.mean(not FINISHED[row] for row in rows),
+        "num_tokens": sum(LENGTHS) + 3 * sum(PROMPT_LENGTHS),
+        "rewards/match/mean": statistics.mean(values),
+        "rewards/match/std": statistics.stdev(values),
     }
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-6), name
-        assert type(metrics[name]) is float
 
 
-def test_completions_that_do_not_count_are_in_no_mean():
-    """Of the first group two count, of the second none, of the third one."""
-    rows = [0, 2, 7]
-    counted = torch.tensor([row in rows for row in range(9)])
+def test_every_value_by_hand_and_completions_that_do_not_count_are_in_none():
+    correct = [value >= 1 for value in TOTAL]
+    parts = {"match": torch.tensor(TOTAL), "format": torch.tensor([float(value) for value in correct])}
+    metrics = rollout_metrics(*build(correct=correct, parts=parts, added=2))
+    of_format = {"rewards/format/mean": 4 / 9, "rewards/format/std": statistics.stdev(map(float, correct))}
+    expected = by_hand([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    expected["num_tokens"] += 9 * 2
+    assert metrics == pytest.approx(expected | of_format, abs=1e-6)
+    assert expected["accuracy"] == 4 / 9 and all(type(value) is float for value in metrics.values())
+    # Of the first group two count, of the second none, of the third one.
+    counted = torch.tensor([row in (0, 2, 7) for row in range(9)])
     rollouts, rewards = build(sets=("sums", "lost", "quiz"))
     lost = torch.where(counted, rewards.total, torch.nan)
     metrics = rollout_metrics(rollouts, replace(rewards, total=lost, parts={"match": lost}, counted=counted))
-    lengths, values = [LENGTHS[row] for row in rows], [TOTAL[row] for row in rows]
-    assert metrics == pytest.approx(
-        {
-            "reward": statistics.mean(values),
-            "reward_std": statistics.stdev(values[:2]) / 2,
-            "frac_reward_zero_std": 1 / 2,
-            "accuracy": 2 / 3,
-            **{"solve_rate/all": 1 / 2, "solve_rate/none": 0, "solve_rate/mixed": 1 / 2},
-            "completions/mean_length": statistics.mean(lengths),
-            **{"completions/min_length": 1, "completions/max_length": 2, "completions/clipped_ratio": 0},
-            "num_tokens": sum(LENGTHS) + 3 * sum(PROMPT_LENGTHS),
-            "rewards/match/mean": statistics.mean(values),
-            "rewards/match/std": statistics.stdev(values),
-            **{"sets/sums/reward": 0.75, "sets/sums/accuracy": 1 / 2, "sets/sums/mean_length": 1.5},
-            **{"sets/quiz/reward": 1.5, "sets/quiz/accuracy": 1, "sets/quiz/mean_length": 1},
-        },
-        abs=1e-6,
-    )
+    of_sets = {"sets/sums/reward": 0.75, "sets/sums/accuracy": 1 / 2, "sets/sums/mean_length": 1.5}
+    of_sets |= {"sets/quiz/reward": 1.5, "sets/quiz/accuracy": 1, "sets/quiz/mean_length": 1}
+    assert metrics == pytest.approx(by_hand([[0, 2], [7]]) | of_sets, abs=1e-6)
     nothing = rollout_metrics(rollouts, replace(rewards, counted=torch.zeros_like(counted)))
     assert nothing == {"num_tokens": metrics["num_tokens"]}
     every = rollout_metrics(rollouts, replace(rewards, counted=torch.ones_like(counted)))

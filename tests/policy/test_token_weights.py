@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import FAMILIES
-from tiny_runs import Log, fit, trained, write_model
+from tiny_runs import Log, fit, write_model
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
@@ -16,24 +16,6 @@ MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
 WEIGHT = "sampling/importance_weight"
 
 
-class OtherWeights(Sampler):
-    """Samples from slightly other weights than those that are trained, as a merged or rounded copy would be."""
-
-    def __init__(self, max_new_tokens: int = 6, scale: float = 1.02) -> None:
-        super().__init__(max_new_tokens)
-        self.scale = scale
-
-    def sample(self, engine, *arguments, **options):
-        head = engine.model.get_input_embeddings().weight
-        kept = head.detach().clone()
-        try:
-            head.data.mul_(self.scale)
-            return super().sample(engine, *arguments, **options)
-        finally:
-            head.data.copy_(kept)
-
-
-@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize(("family", "minibatches"), [(family, 1 + number % 2) for number, family in enumerate(FAMILIES)])
 def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
     log = Log()
@@ -43,37 +25,6 @@ def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
     assert [batch.old_logprobs is None for batch in log.batches] == [number % minibatches == 0 for number in range(2)]
     assert all(0 < step[MEAN] <= step[MAX] < 1e-4 for step in log.metrics)
     assert not any(name.startswith(WEIGHT) for name in log.metrics[0])
-
-
-@pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
-def test_other_weights_while_sampling_show(minibatches, model, sums, tmp_path):
-    log = Log()
-    policy = {"sampler": OtherWeights(), "minibatches_per_rollout": minibatches, "correction": TokenTruncation(cap=1.001)}
-    fit(model, sums, tmp_path, log, policy=policy, max_steps=4, accumulate_grad_batches=2)
-    ends = log.metrics[1::2]
-    assert all(1e-3 < step[MEAN] < step[MAX] for step in ends)
-    assert all(0 < step[f"{WEIGHT}/min"] < 1 and step[f"{WEIGHT}/max"] == pytest.approx(1.001) for step in ends)
-    if minibatches == 2:  # the second minibatch of each rollout has old log-probabilities
-        halves_of_steps = list(zip(log.batches[::2], log.batches[1::2], strict=True))
-        for step, halves in zip(ends[1::2], halves_of_steps[1::2], strict=True):
-            differences = torch.cat([(b.old_logprobs - b.sampling_logprobs)[b.sequences.completion_mask] for b in halves])
-            assert step[MEAN] == pytest.approx(float(differences.abs().mean()), rel=1e-5)
-            assert step[MAX] == pytest.approx(float(differences.abs().max()), rel=1e-5)
-            assert step[f"{WEIGHT}/mean"] == pytest.approx(float(differences.exp().clamp(max=1.001).mean()), rel=1e-5)
-
-
-def weights(model, sums, root, **policy):
-    policy = {"minibatches_per_rollout": 2, "lr_full": 0.01, "optimizer": torch.optim.SGD, **policy}
-    return torch.cat([weight.flatten() for weight in trained(fit(model, sums, root, policy=policy, max_steps=2)).values()])
-
-
-def test_a_correction_matters_only_where_they_disagree(model, sums, tmp_path):
-    corrections = (None, TokenTruncation(), SequenceMask())
-    plain, *corrected = (weights(model, sums, tmp_path, correction=each) for each in corrections)
-    for found in corrected:
-        torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
-    plain, *corrected = (weights(model, sums, tmp_path, correction=each, sampler=OtherWeights(scale=1.2)) for each in corrections)
-    assert all((found - plain).abs().max() > 1e-4 for found in corrected)
 
 
 def make_batch(lengths, on_policy=False):
@@ -126,17 +77,6 @@ def test_on_policy_the_current_logprobs_are_those_that_sampled():
     assert metrics == expected and torch.equal(inputs.importance_weights[mask], of_old.importance_weights[mask])
     assert inputs.old_logprobs is None and not inputs.importance_weights.requires_grad
     assert not any(value.requires_grad for value in metrics.values())
-
-
-@pytest.mark.parametrize("correction", [None, TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["none", "token", "sequence"])
-def test_tokens_that_are_left_out_stay_left_out_whatever_the_correction(correction):
-    batch, _ = make_batch([5, 2, 3])
-    chosen = batch.sequences.sampled_mask & (torch.arange(6) % 2 == 0)
-    plain, _ = compare_with_sampler(batch, torch.zeros(3, 6), correction)
-    masked, _ = compare_with_sampler(replace(batch, policy_mask=chosen), torch.zeros(3, 6), correction)
-    weights = torch.ones(3, 6) if correction is None else plain.importance_weights
-    assert torch.equal(masked.importance_weights[chosen], weights[chosen])
-    assert (masked.importance_weights[batch.sequences.sampled_mask & ~chosen] == 0).all()
 
 
 def test_one_threshold_serves_all_micro_batches_and_looks_at_trained_sequences_alone():

@@ -262,7 +262,8 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
     with pytest.raises(ConfigError, match=f"{cause}.*; {KEPT}$"):
         TurnEncoder(PromptEncoder(tokenizer, None, variables), []).check([ASKED])
     kept = PromptEncoder(tokenizer, KEEP_HISTORY, variables)
-    TurnEncoder(kept, []).check([ASKED], ["user", "tool"])
+    for role in ("user", "tool"):
+        assert TurnEncoder(kept, []).added(ASKED, [{"role": role, "content": "3"}], [])
     assert kept.encode(ASKED) == PromptEncoder(tokenizer, None, variables).encode(ASKED)
 
 

@@ -66,11 +66,13 @@ def test_plans_survive_json(plan):
     assert again == plan and again.digest == plan.digest
 
 
-@given(linear_modules(), LORA, st.floats(0, 1), st.floats(0, 1))
+@given(linear_modules(), LORA, st.floats(0, 1), st.floats(0, 1), st.randoms())
 @settings(max_examples=150, deadline=None)
-def test_a_larger_budget_only_adds_modules(modules, lora, one, other):
+def test_a_larger_budget_only_adds_modules_whatever_their_order(modules, lora, one, other, random):
     low, high = sorted((one, other))
-    assert ModuleBudget(low).choose(modules, lora) <= ModuleBudget(high).choose(modules, lora)
+    shuffled = random.sample(modules, len(modules))
+    assert ModuleBudget(low).choose(modules, lora) <= ModuleBudget(high).choose(shuffled, lora)
+    assert ModuleBudget(low).choose(modules, lora) == ModuleBudget(low).choose(shuffled, lora)
     total = sum(module.parameters for module in modules)
     chosen = []
     for share in (low, high):
@@ -81,14 +83,6 @@ def test_a_larger_budget_only_adds_modules(modules, lora, one, other):
         used = sum(module.parameters for module in modules if module.name in chosen[-1])
         assert used <= share * total * (1 + 1e-6)
     assert chosen[0] <= chosen[1]
-
-
-@given(linear_modules(), LORA, st.floats(0, 1), st.randoms())
-@settings(max_examples=60, deadline=None)
-def test_the_order_of_candidates_does_not_matter(modules, lora, share, random):
-    shuffled = list(modules)
-    random.shuffle(shuffled)
-    assert ModuleBudget(share).choose(shuffled, lora) == ModuleBudget(share).choose(modules, lora)
 
 
 MATRICES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))

@@ -77,9 +77,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @each_loss
 @few
-@given(inputs=loss_inputs(), extra=st.integers(1, 3), garbage=st.sampled_from([99.0, float("nan"), float("inf"), float("-inf")]))
-def test_what_was_not_sampled_changes_nothing(loss, inputs, extra, garbage):
-    """Neither padding nor what was added within a completion."""
+@given(inputs=loss_inputs(), data=st.data())
+def test_neither_what_was_not_sampled_nor_holes_nor_the_order_of_sequences_changes_anything(loss, inputs, data):
+    """What was not sampled is padding, or was added within a completion."""
+    extra, garbage = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([99.0, *map(float, ("nan", "inf", "-inf"))]))
+    rows = torch.tensor(data.draw(st.permutations(range(len(inputs.advantages)))))
+    together = (~inputs.sampled_mask).long().argsort(dim=1, stable=True)  # sampled tokens first
 
     def pad(name: str, value: Tensor) -> Tensor:
         if name == "advantages":
@@ -89,34 +92,18 @@ def test_what_was_not_sampled_changes_nothing(loss, inputs, extra, garbage):
         more = torch.full((len(value), extra), garbage if value.is_floating_point() else 0).to(value.dtype)
         return torch.cat([value, more], dim=1)
 
-    (plain, gradient), (padded, padded_gradient) = evaluate(loss, inputs), evaluate(loss, change(inputs, pad))
-    assert close(plain.loss, padded.loss)
-    assert close(gradient, padded_gradient[:, :-extra]) and (padded_gradient[:, -extra:] == 0).all()
-    assert all(close(value, padded.metrics[name]) for name, value in plain.metrics.items())
-
-
-@each_loss
-@few
-@given(inputs=loss_inputs())
-def test_holes_are_as_if_the_sampled_tokens_were_next_to_each_other(loss, inputs):
-    order = (~inputs.sampled_mask).long().argsort(dim=1, stable=True)  # sampled tokens first
-    together = change(inputs, lambda name, value: value if name == "advantages" else value.gather(1, order))
-    (plain, gradient), (moved, moved_gradient) = evaluate(loss, inputs), evaluate(loss, together)
-    assert close(plain.loss, moved.loss) and close(gradient.gather(1, order), moved_gradient)
-    assert all(close(value, moved.metrics[name]) for name, value in plain.metrics.items())
-
-
-@each_loss
-@few
-@given(inputs=loss_inputs(), data=st.data())
-def test_order_of_sequences_does_not_matter(loss, inputs, data):
-    order = torch.tensor(data.draw(st.permutations(range(len(inputs.advantages)))))
-    (plain, gradient), (mixed, mixed_gradient) = (
-        evaluate(loss, inputs),
-        evaluate(loss, change(inputs, lambda _, value: value[order])),
-    )
-    assert close(plain.loss, mixed.loss) and close(gradient[order], mixed_gradient)
-    assert all(close(value, mixed.metrics[name]) for name, value in plain.metrics.items())
+    plain, gradient = evaluate(loss, inputs)
+    for changed, expected in (
+        (change(inputs, pad), torch.nn.functional.pad(gradient, (0, extra))),
+        (
+            change(inputs, lambda name, value: value if value.dim() == 1 else value.gather(1, together)),
+            gradient.gather(1, together),
+        ),
+        (change(inputs, lambda _, value: value[rows]), gradient[rows]),
+    ):
+        output, found = evaluate(loss, changed)
+        assert close(output.loss, plain.loss) and close(found, expected)
+        assert all(close(value, output.metrics[name]) for name, value in plain.metrics.items())
 
 
 @each_loss

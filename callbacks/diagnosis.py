@@ -106,16 +106,14 @@ class Diagnosis(OncePerRollout):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said, so that a resumed run goes on from there."""
-        watch = None if self._watch is None else vars(self._watch)
-        return {"begun": self._begun, "found": {kind: vars(found) for kind, found in self.found.items()}, "watch": watch}
+        found = {kind: vars(finding) for kind, finding in self.found.items()}
+        return {"begun": self._begun, "found": found, "watch": self._watch and vars(self._watch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._begun = state_dict["begun"]
         self.found = {kind: Finding(**found) for kind, found in state_dict["found"].items()}
-        if state_dict["watch"] is not None:
-            self._watch = Watch(state_dict["watch"]["groups"])
-            vars(self._watch).update(state_dict["watch"])
+        self._watch = state_dict["watch"] and Watch(**state_dict["watch"])
 
     # ---- at the end
 

@@ -36,8 +36,7 @@ class Doctor(Callback):
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
-        self._before: Tensor | None = None
-        self._sequences: Sequences | None = None
+        self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
         self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
         self._change: Change | None = None
         self._metrics: dict[str, float] = {}
@@ -48,31 +47,25 @@ class Doctor(Callback):
         self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
             rollouts, rewards, _ = pl_module.last_rollout
-            self._sequences = pl_module.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
-            self._before = self._logprobs(pl_module)
+            sequences = pl_module.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
+            self._before = sequences, _logprobs(pl_module, sequences)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
         if trainer.fit_loop._should_accumulate():
             return
-        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None
-        assert self._before is not None and self._sequences is not None
-        after, mask = self._logprobs(pl_module), self._sequences.sampled_mask
+        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None and self._before is not None
+        sequences, before = self._before
+        after, mask = _logprobs(pl_module, sequences), sequences.sampled_mask
         advantages = pl_module.last_rollout[2][: len(mask)]
-        reference = self._before if pl_module.loss.needs_reference else None
+        reference = before if pl_module.loss.needs_reference else None
         entropy = torch.zeros_like(after) if pl_module.loss.needs_entropy else None
         length = float(pl_module.max_completion_tokens)
-        inputs = LossInputs(after, advantages, mask, self._before, reference, entropy=entropy, max_completion_tokens=length)
+        inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
         with torch.no_grad():
             measured = pl_module.loss(inputs).metrics
-        self._change = Change.between(self._before, after, mask, measured)
+        self._change = Change.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-    def _logprobs(self, policy: PolicyModule) -> Tensor:
-        assert self._sequences is not None
-        ((logprobs, _, _),) = policy.update.measure([self._sequences])
-        assert logprobs is not None
-        return logprobs
 
     # ---- what is said
 
@@ -110,8 +103,8 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*references.findings, *_tokens(policy, rollouts)]
-        credited = policy.credited(rollouts, rewards)
-        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", policy.sampler.max_new_tokens, credited)
+        credited, most = policy.credited(rollouts, rewards), policy.sampler.max_new_tokens
+        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
         self.found += findings.of_answers(answers) if policy.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
         self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
@@ -127,6 +120,12 @@ class Doctor(Callback):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
         return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+
+
+def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
+    ((logprobs, _, _),) = policy.update.measure([sequences])
+    assert logprobs is not None
+    return logprobs
 
 
 def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:

@@ -39,11 +39,6 @@ class EvaluationReport(Callback):
     def __init__(self) -> None:
         self._start = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder."""
-        if stage != "predict":
-            run_folder(trainer)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()

@@ -179,17 +179,18 @@ def _hint(logger: Logger, folder: Path) -> str | None:
         return str(Path(logger.log_dir, "metrics.csv"))
     if isinstance(logger, WandbLogger):
         run = logger.experiment
-        return shlex.join(["wandb", "sync", str(_from_here(Path(run.dir).parent))]) if logger._offline else run.url
+        return shlex.join(["wandb", "sync", from_here(Path(run.dir).parent)]) if logger._offline else run.url
     if isinstance(logger, MLFlowLogger):
         uri = logger._tracking_uri
         if uri.startswith(_SQLITE):
-            uri = f"{_SQLITE}{_from_here(Path(uri.removeprefix(_SQLITE)))}"
+            uri = f"{_SQLITE}{from_here(Path(uri.removeprefix(_SQLITE)))}"
         return uri if uri.startswith("http") else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     return None
 
 
-def _from_here(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def from_here(path: Path) -> str:
+    """A path as it is typed, which is short below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _loggers(trainer: Trainer) -> Sequence[Logger]:
@@ -225,15 +226,14 @@ class NamingMLFlowLogger(MLFlowLogger):
         **arguments: Any,
     ) -> None:
         uri = tracking_uri or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
-        self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
-        if self._folder is not None and artifact_location is None:
-            artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # absolute, so that `mlflow ui` works anywhere
-        if self._folder is not None:  # absolute: MLflow keeps the store of a relative path open after the folder has changed
-            uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         given = {"tracking_uri": uri, "save_dir": save_dir, "artifact_location": artifact_location, **arguments}
+        self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is None:
             super().__init__(**given)
             return
+        # Absolute: MLflow keeps the store of a relative path open after the folder has changed, and `mlflow ui` works anywhere.
+        given["tracking_uri"] = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+        given["artifact_location"] = artifact_location or (self._folder.absolute() / "mlartifacts").as_uri()
         # Processes may start at the same time, such as the ranks of a run. The lock lets one of them make tables and experiment.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -271,9 +271,9 @@ def _mlflow_name(name: str) -> str:
 
 # TensorBoard sorts groups and cards by name, and digits come first.
 GROUP = "0_overview"
-_VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ stands for any number of samples
-_EXAMPLES = ("val/loss", "val/rewards/accuracies")  # metrics of training on given completions
-_TRAINING = (
+_SHOWN = (
+    "val/avg@",  # with any number of samples
+    "val/greedy_accuracy",
     "reward",
     "completions/mean_length",
     "completions/clipped_ratio",
@@ -283,6 +283,8 @@ _TRAINING = (
     "clip_ratio/region_mean",
     "time/step_s",
     "throughput/tokens_per_second",
+    "val/loss",  # and of training on given completions
+    "val/rewards/accuracies",
 )
 
 
@@ -295,21 +297,18 @@ class TensorBoardOverview(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Repeat the training metrics after each optimizer step."""
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._write(trainer, _TRAINING, first=len(_VALIDATION) + 1)
+            self._write(trainer, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repeat the accuracies of validations during `fit`, the one before training included."""
         if trainer.state.fn == "fit":
-            self._write(trainer, _VALIDATION, first=1)
-            self._write(trainer, _EXAMPLES, first=len(_VALIDATION) + len(_TRAINING) + 1)
+            self._write(trainer, validation=True)
 
-    def _write(self, trainer: Trainer, wanted: tuple[str, ...], first: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for number, name_or_stem in enumerate(wanted, start=first):
-            for name, value in trainer.callback_metrics.items():
-                stem = name.rstrip("0123456789") if name_or_stem.endswith("@") else name
-                if stem == name_or_stem:
-                    for writer in writers:
-                        writer.add_scalar(f"{GROUP}/{number} {name.replace('/', ' ')}", float(value), trainer.global_step)
+    def _write(self, trainer: Trainer, validation: bool) -> None:
+        writers = [logger.experiment for logger in _loggers(trainer) if isinstance(logger, TensorBoardLogger)]
+        for name, value in trainer.callback_metrics.items() if writers else ():
+            stem = re.sub(r"@\d+$", "@", name)
+            if stem in _SHOWN and name.startswith("val/") == validation:
+                card = f"{GROUP}/{_SHOWN.index(stem) + 1} {name.replace('/', ' ')}"
+                for writer in writers:
+                    writer.add_scalar(card, float(value), trainer.global_step)

@@ -1,4 +1,4 @@
-"""`Planner`: makes the adapter plan of a run.
+"""`Planner`: makes the adapter plan of a run, for every LightningModule that follows the protocol `Adaptable`.
 
     candidates -> losses at the start policy -> scores -> what the budget trains fully -> plan
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan, plan_of_budget
@@ -25,21 +25,71 @@ from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import SCORING, ScoringProgress
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
-from hybrid_lightning.callbacks.adaptable import Adaptable, model_of
 from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.engine import Backend
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.optim import make_optimizer
 from hybrid_lightning.policy.sharded_scoring import SharedProgress, scored_together
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.sharding.ranks import on_all_ranks
+from hybrid_lightning.stopping import RunStopped, StopSignals
 
 # Of the losses of scoring in float16: gradients below 1.5e-11 are 0 then, and not those below 6e-8. One that a larger scale took
 # out of float16's range would be refused as not finite.
 _LOSS_SCALE = 2.0**12
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """What a LightningModule must have to be adapted, be it a policy or a module for supervised or preference training."""
+
+    adapter_attribute: str  # name of the attribute that holds the model
+
+    def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
+        """Scalar losses of the start policy, computed anew each time: modules are scored by the mean of their gradients.
+
+        None leaves the number of prompts (or examples) to the module, which should take about as many as one training step has.
+        If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
+        """
+        ...
+
+
+def check_adaptable(pl_module: LightningModule) -> None:
+    """Check that a module can be adapted, and build its model if that is done in `configure_model`.
+
+    Raises:
+        ConfigError: If the module does not follow the protocol.
+    """
+    name = type(pl_module).__name__
+    if not isinstance(pl_module, Adaptable):
+        raise ConfigError(
+            f"HybridAdapterSetup cannot adapt {name}; give it an attribute adapter_attribute (the name of the model's "
+            "attribute) and a method calibration_losses(num_prompts)"
+        )
+    attribute = pl_module.adapter_attribute
+    if not isinstance(getattr(pl_module, attribute, None), nn.Module):
+        pl_module.configure_model()  # only if there is no model yet: this hook may also split a model over processes
+    if not isinstance(getattr(pl_module, attribute, None), nn.Module):
+        raise ConfigError(
+            f"{name}.adapter_attribute is {attribute!r}, but there is no such module; give the name of the attribute that holds "
+            "the model"
+        )
+
+
+def model_of(pl_module: LightningModule) -> nn.Module:
+    """The model of a module that follows the protocol: what its `adapter_attribute` names."""
+    model = getattr(pl_module, str(pl_module.adapter_attribute))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def applied_plan(pl_module: LightningModule) -> AdapterPlan | None:
+    """The plan by which a module is adapted; a module that knows none gets the attribute from `HybridAdapterSetup`."""
+    plan = getattr(pl_module, "plan", None)
+    return plan if isinstance(plan, AdapterPlan) else None
 
 
 @dataclass(frozen=True)
@@ -75,13 +125,6 @@ class Planning:
         return ranks
 
 
-@runtime_checkable
-class _Described(Protocol):
-    """Calibration losses that say what they were made from, in plain values, which the plan keeps."""
-
-    info: dict[str, Any]
-
-
 class Planner:
     """Makes the plan of a run.
 
@@ -115,30 +158,23 @@ class Planner:
             ConfigError: If the settings do not fit the model.
             RunStopped: If a signal stops the run.
         """
-        strategy = self._trainer.strategy
-        if isinstance(strategy, FSDP2Strategy) and self._language is not None and self._trainer.world_size > 1:
-            content: dict[str, Any] = self._make(strategy).to_dict()
-            return AdapterPlan.from_dict(strategy.broadcast(content))
-        return self._made_by_first_rank()
+        trainer = self._trainer
+        content: Any
+        if trainer.world_size == 1:
+            content = self._make().to_dict()
+        elif isinstance(trainer.strategy, FSDP2Strategy) and self._language is not None:
+            content = trainer.strategy.broadcast(self._make(trainer.strategy).to_dict())
+        else:
+            signals = StopSignals() if self._language is None else self._language.signals
 
-    def _made_by_first_rank(self) -> AdapterPlan:
-        content: dict[str, Any] = {}
-        error: Exception | RunStopped | None = None
-        if self._trainer.is_global_zero:
-            try:
-                content = self._make().to_dict()
-            except (Exception, RunStopped) as raised:
-                if self._trainer.world_size == 1:
+            def make() -> Any:
+                try:
+                    return self._make().to_dict() if trainer.is_global_zero else None
+                except RunStopped as stopped:
+                    signals.requested = stopped.number  # the module may not have the signals that have stopped it
                     raise
-                error = raised
-        reason: Any = error.number if isinstance(error, RunStopped) else error and f"{type(error).__name__}: {error}"
-        content, reason = self._trainer.strategy.broadcast((content, reason))
-        if isinstance(reason, int):
-            raise RunStopped(reason, together=True) from error
-        if error is not None:
-            raise error
-        if reason is not None:
-            raise CalibrationError(f"rank 0 could not score the modules: {reason}")
+
+            content = on_all_ranks(make, signals, "score the modules")[0]
         return AdapterPlan.from_dict(content)
 
     def _make(self, splits: FSDP2Strategy | None = None) -> AdapterPlan:
@@ -187,7 +223,7 @@ class Planner:
         info: dict[str, Any] = {}
         if scorer.needs_calibration:
             losses = self._losses(process.progress)
-            info = {"prompts": planning.calibration_prompts, **(losses.info if isinstance(losses, _Described) else {})}
+            info = {"prompts": planning.calibration_prompts, **getattr(losses, "info", {})}
             if info.get("signal") == "answers" and process.is_first:
                 console().print(
                     "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "

@@ -17,11 +17,11 @@ from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_settings import (
     arguments_of,
+    describe_part,
     flatten_settings,
     imported_class,
     option_above,
     settings_of,
-    settings_of_adapter,
 )
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
@@ -96,12 +96,12 @@ class Resume:
         """
         if self._new is not None:
             return
-        changes = changes_of(checkpoint, self._settings)
-        check_changes(changes)
+        self._new = changes_of(checkpoint, self._settings)
+        check_changes(self._new)
         earlier = checkpoint.get(SETTINGS_KEY, {}).get("changes", [])
-        self._new, self.changes = changes, [*(Change(**change) for change in earlier), *changes]
-        for change in changes:
-            _say(trainer, f"changed at this resume: {change}")
+        self.changes = [*(Change(**change) for change in earlier), *self._new]
+        for change in self._new if trainer.is_global_zero else ():
+            say(f"changed at this resume: {change}")
 
     def settings_of_scores(self, pl_module: LightningModule, scorer: Scorer) -> dict[str, Any]:
         """The settings that the scores of a module's candidates depend on: name on the command line -> value."""
@@ -118,8 +118,8 @@ class Resume:
         effects = self._effects()
         if ROLLOUT in effects:
             count = _give_up_rollout(checkpoint)
-            if count:
-                _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
+            if count and trainer.is_global_zero:
+                say(f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
@@ -158,7 +158,7 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> Non
     Raises:
         CheckpointError: If there are such settings; the message names them.
     """
-    changes = changes_of(checkpoint, {"adapter": settings_of_adapter(adapter)})
+    changes = changes_of(checkpoint, {"adapter": describe_part(adapter, adapter._init_args)})
     _refuse([change for change in changes if REFUSED in change.effects and change.name != "adapter"])
 
 
@@ -269,11 +269,6 @@ def _shown(value: Any) -> str:
 
 
 # ---- applying
-
-
-def _say(trainer: Trainer, line: str) -> None:
-    if trainer.is_global_zero:
-        say(line)
 
 
 def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:

@@ -94,15 +94,16 @@ def check_run_folder(trainer: Trainer) -> None:
             _try_out(parent)
     except OSError as error:
         raise ConfigError(_cannot_be_made(trainer, error)) from error
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and "://" not in str(callback.dirpath):
-            try:
-                _try_out(Path(callback.dirpath))
-            except OSError as error:
-                raise ConfigError(
-                    f"the checkpoints' folder cannot be made or written to: {error}; give --checkpoint.dirpath=FOLDER another "
-                    "one, or null for one in the run folder"
-                ) from error
+    given = (callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+    try:
+        for folder in given:
+            if folder is not None and "://" not in str(folder):
+                _try_out(Path(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"the checkpoints' folder cannot be made or written to: {error}; give --checkpoint.dirpath=FOLDER another one, or "
+            "null for one in the run folder"
+        ) from error
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -146,28 +147,16 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
         _make(parent, made)
     for name, version in _names(asked, parents):
         new: list[Path] = []
-        try:
-            for parent in parents:
-                _make_version(parent / name, made)
-                new.append(parent / name)
-        except FileExistsError:
-            for folder in new:
-                folder.rmdir()
-            continue
-        return new, version
+        with suppress(FileExistsError):
+            while len(new) < len(parents):
+                folder = parents[len(new)] / name
+                _make(folder.parent, made)
+                with suppress(FileNotFoundError):  # another run that had done nothing has removed the empty parent folder
+                    folder.mkdir()
+                    new.append(folder)
+            return new, version
+        _remove_empty(new)
     raise AssertionError("there is no last name")
-
-
-def _make_version(folder: Path, made: list[Path]) -> None:
-    """Make the folder of a version, which must not exist."""
-    for last in (False, False, True):
-        try:
-            _make(folder.parent, made)
-            folder.mkdir()
-            return
-        except FileNotFoundError:  # another run that had done nothing may have removed the empty parent folder
-            if last:
-                raise
 
 
 def _make(folder: Path, made: list[Path]) -> None:
@@ -230,13 +219,11 @@ def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
     place = logger_place(loggers[0], fallback=Path())
     assert place.version is not None
     folder = place.parent / (place.version if isinstance(place.version, str) else f"version_{place.version}")
-    if not folder.is_dir() or any(not any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
-        return None
-    try:
-        (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
-    except FileExistsError:
-        return None
-    return [folder], place.version
+    if folder.is_dir() and all(any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
+        with suppress(FileExistsError):
+            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
+            return [folder], place.version
+    return None
 
 
 def _root(trainer: Trainer) -> Path:

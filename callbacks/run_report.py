@@ -74,11 +74,6 @@ class RunReport(Callback):
         self._peaks: dict[str, float] = {}
         self._about: dict[str, Any] | None = None  # settings and machine, which do not change
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder."""
-        if stage == "fit":
-            run_folder(trainer)
-
     def state_dict(self) -> dict[str, Any]:
         """What was kept, for a resumed run."""
         return {"curves": self._curves, "first": self._first, "last": self._last, "peaks": self._peaks}
@@ -106,6 +101,7 @@ class RunReport(Callback):
             self._validated(trainer, pl_module)
 
     def _validated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run_folder(trainer)
         if not trainer.is_global_zero:
             return
         self._keep(trainer, validation=True)
@@ -116,10 +112,9 @@ class RunReport(Callback):
     def _keep(self, trainer: Trainer, validation: bool) -> None:
         """Keep the metrics of a validation, or those of a step; before training none that compare with the start policy."""
         found = trainer.callback_metrics if trainer.is_global_zero else {}
-        without = {name for name in found if _PART.fullmatch(name)}
-        without = without if len(without) == 1 else set()  # a single part is the reward
-        if trainer.global_step == 0:
-            without |= shares_ahead(trainer.lightning_module)
+        parts = {name for name in found if _PART.fullmatch(name)}
+        without = shares_ahead(trainer.lightning_module) if trainer.global_step == 0 else set()
+        without |= parts if len(parts) == 1 else set()  # a single part is the reward
         for name, value in found.items():
             if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
                 steps, values = self._curves.setdefault(name, [[], []])

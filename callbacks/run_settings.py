@@ -23,12 +23,12 @@ _UNDIVIDED = ("adapter.rank_pattern",)
 
 def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configurable) -> dict[str, Any]:
     """All settings of a run: of module, data, adapter and Trainer, and for a run of the command line everything in its config."""
-    settings: dict[str, Any] = {"adapter": settings_of_adapter(adapter)}
+    settings: dict[str, Any] = {"adapter": describe_part(adapter, adapter._init_args)}
     if isinstance(pl_module, LanguageModule):
-        settings["model"] = _describe_part(pl_module, arguments_of(pl_module))
+        settings["model"] = describe_part(pl_module, arguments_of(pl_module))
     data = getattr(trainer, "datamodule", None)  # which Lightning's Trainer has not before it runs
     if isinstance(data, Configurable):
-        settings["data"] = _describe_part(data, data._init_args)
+        settings["data"] = describe_part(data, data._init_args)
     for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
         if prompts is not None:
@@ -46,11 +46,6 @@ def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
     return {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
 
 
-def settings_of_adapter(adapter: Configurable) -> dict[str, Any]:
-    """The settings of `HybridAdapterSetup`."""
-    return _describe_part(adapter, adapter._init_args)
-
-
 def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
     """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
 
@@ -66,7 +61,7 @@ def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
     return found
 
 
-def _describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
     arguments = {**constructor_defaults(type(instance)), **arguments}
     # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.

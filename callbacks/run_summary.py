@@ -9,14 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
+from hybrid_lightning.callbacks.planning import applied_plan
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
+from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -82,7 +83,7 @@ class RunSummary(Callback):
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
         results += ["reward"] if isinstance(pl_module, PolicyModule) else []
-        arguments = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+        arguments = arguments_of(pl_module)
         show_hyperparameters(trainer, _compared(pl_module, arguments), arguments, results)
         log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
 
@@ -171,28 +172,22 @@ class RunSummary(Callback):
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
             table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
-        modules = ", ".join(name.removeprefix("model.") for name in summary["full_modules"][:6])
-        more = len(summary["full_modules"]) - 6
-        table.add_row("fully trained", (modules + (f" and {more} more" if more > 0 else "")) or "none")
+        modules = [name.removeprefix("model.") for name in summary["full_modules"]]
+        more = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
+        table.add_row("fully trained", ", ".join(modules[:6]) + more or "none")
         table.add_row("LoRA", f"{summary['lora_modules']} modules")
-        table.add_row(
-            "trainable", f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
-        )
+        trainable = f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
+        table.add_row("trainable", trainable)
         table.add_row("time", _time(summary))
         if summary["throughput"]:
             table.add_row("speed", _speed(summary["throughput"]))
         console().print(table)
-        lines = [f"Run folder: {summary['run_folder']}", *(f"Curves:     {curve}" for curve in curves)]
-        if page is not None:
-            lines.append(f"Report:     {page}")
-        if summary["next_command"]:
-            lines.append(f"Next:       {summary['next_command']}")
-        elif summary["checkpoint"]:
-            lines.append(f"Checkpoint: {summary['checkpoint']}")
-        if summary["verdict"]:
-            lines += [f"Verdict:    {summary['verdict']}", *(f"Try:        {advice}" for advice in summary["try"])]
-        for line in lines:
-            say(line)
+        lines = [("Run folder", summary["run_folder"]), *(("Curves", curve) for curve in curves), ("Report", page)]
+        lines += [("Next", summary["next_command"]) if summary["next_command"] else ("Checkpoint", summary["checkpoint"])]
+        lines += [("Verdict", summary["verdict"]), *(("Try", advice) for advice in summary["try"] if summary["verdict"])]
+        for name, text in lines:
+            if text:
+                say(f"{name + ':':<12}{text}")
 
 
 def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -247,9 +242,8 @@ def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float
 
 
 def _change(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return f"{'not measured' if before is None else f'{before:.1%}'} -> {'not measured' if after is None else f'{after:.1%}'}"
-    return f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)"
+    shown = " -> ".join("not measured" if value is None else f"{value:.1%}" for value in (before, after))
+    return shown if before is None or after is None else f"{shown} ({100 * (after - before):+.1f} points)"
 
 
 def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str, str]:

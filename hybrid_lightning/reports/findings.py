@@ -6,7 +6,7 @@ holds the thresholds, whose reasons are in the docs. None of them talks to other
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -185,23 +185,26 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
     return [Finding("memory", text, "see what plan says takes most")]
 
 
+@dataclass
 class Watch:
-    """Looks at rollouts, each of `groups` over all devices, and steps of a run for what went wrong since its start."""
+    """Looks at rollouts and steps of a run for what went wrong since its start."""
 
-    _GROUPS = 24  # that a window has at least, of at least 3 rollouts
+    groups: int  # of each rollout, over all devices
+    window: int = 0  # rollouts that are looked at together: at least 3, with at least 24 groups
+    rollouts: list[dict[str, float]] = field(default_factory=list)  # of the start and of now, at most twice the window
+    entropy: float | None = None  # of the first step
+    idle: int = 0  # steps in a row whose gradient was 0
+    steps: int = 0
 
-    def __init__(self, groups: int) -> None:
-        self.window, self.groups = max(3, -(-self._GROUPS // groups)), groups
-        self.rollouts: list[dict[str, float]] = []  # of the start and of now, at most twice the window
-        self.entropy: float | None = None  # of the first step
-        self.idle = self.steps = 0  # steps in a row whose gradient was 0, and all
+    def __post_init__(self) -> None:
+        self.window = max(3, -(-24 // self.groups))
 
     def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
         """Add a rollout: metrics that it logs, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
-        row = {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"], "worst": worst, "spread": spread}
-        row["solved"] = metrics["solve_rate/all"]
+        names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
+        row = {"worst": worst, "spread": spread, **{name: metrics[metric] for name, metric in names.items()}}
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)

@@ -12,7 +12,7 @@ from stopped_runs import MOMENTS, Sent
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import GracefulStop
-from hybrid_lightning.callbacks.display import python_command
+from hybrid_lightning.callbacks.display import command_line
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
@@ -95,6 +95,6 @@ def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp
     for name, value in {"base_prefix": "/usr", "prefix": tmp_path / ".venv", "executable": tmp_path / ".venv/bin/python"}.items():
         monkeypatch.setattr(f"sys.{name}", str(value))
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
-    assert python_command() == "python"
+    assert command_line("fit", "a b") == "python -m hybrid_lightning fit 'a b'"
     monkeypatch.delenv("VIRTUAL_ENV")
-    assert python_command() == ".venv/bin/python"
+    assert command_line("fit").startswith(".venv/bin/python -m ")

@@ -51,18 +51,18 @@ class RunFolder(Callback):
 
     def claim(self, trainer: Trainer) -> Path:
         """Make the folder. All processes must call this together."""
-        answer: tuple[Any, str | None] = (None, None)
+        answer: Any = None
         if trainer.is_global_zero:
             try:
                 self._own, version = _taken_over(trainer.loggers) or _new_folders(trainer, self._above)
-                answer = ((self._own[0], version), None)
+                answer = (self._own[0], version)
             except OSError as error:  # the others wait for an answer
                 _remove_empty(self._above)
-                answer = (None, _cannot_be_made(trainer, error))
-        folder, error_text = trainer.strategy.broadcast(answer)
-        if error_text is not None:
-            raise ConfigError(error_text)
-        self.path, version = folder
+                answer = _cannot_be_made(trainer, error)
+        answer = trainer.strategy.broadcast(answer)
+        if isinstance(answer, str):
+            raise ConfigError(answer)
+        self.path, version = answer
         write_into_version(trainer.loggers, version)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -80,12 +80,9 @@ class RunFolder(Callback):
 
 
 def check_run_folder(trainer: Trainer) -> None:
-    """Check that the folders of this run can be made, before anything takes long. What is made for the check is removed again.
+    """Check that the folders of this run can be made and written to, before anything takes long; all is removed again.
 
     This does not communicate with other ranks.
-
-    Raises:
-        ConfigError: If a folder cannot be made or written to.
     """
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return

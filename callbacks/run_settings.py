@@ -94,18 +94,18 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for section in settings.items() for name, value, _ in _flattened(*section)}
 
 
-def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from their defaults: name on the command line -> (value, default), of an object its class.
+def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ from their defaults: name on the command line -> [value, default], of an object its class.
 
     `defaults` are those of the command line; the arguments of a class that they do not name have those of the constructor.
     """
-    expected, found = flatten_settings(defaults), dict[str, tuple[Any, Any]]()
+    expected, found = flatten_settings(defaults), dict[str, list[Any]]()
     others: tuple[str, ...] = ()  # what the names of arguments of another class than the default one begin with
     for section in settings.items():
         for name, value, usual in _flattened(*section):
             default = usual if name.startswith(others) else expected.get(name, usual)
             if value != default:
-                found[name] = (value, default)
+                found[name] = [value, default]
                 others += (f"{name}.",)
     return found
 

@@ -14,9 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
-from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
+from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor, StepLines
 from hybrid_lightning.callbacks.display import console, export_command, say
-from hybrid_lightning.callbacks.doctor import Doctor
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,7 @@ class GracefulStop(Callback):
         """Make the validation that the stopped run had begun or was about to begin, logged under the step of that run."""
         loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
         loop._batches_that_stepped, epochs.completed = due["step"], due["epoch"]
-        trainer.validating = True
-        loop.val_loop.restarting = False
+        trainer.validating, loop.val_loop.restarting = True, False
         loop.val_loop.run()
         trainer.training = True
         loop._batches_that_stepped, epochs.completed = before["step"], before["epoch"]
@@ -234,10 +233,9 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
-    checkpoint = last_checkpoint(trainer)
+    checkpoint, stop = last_checkpoint(trainer), find_callback(trainer, GracefulStop)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
     remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
-    stop = find_callback(trainer, GracefulStop)
     gone = [] if stop is None else stop.gone_ranks()
     cause = " and ".join(f"rank {rank} died" for rank in gone) or "another rank was killed, has failed or hangs"
     return f"rank {trainer.global_rank} lost contact: {cause}; its own output says why; {remedy}"
@@ -245,13 +243,12 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
 
 def _lives(process: int) -> bool:
     """Whether a process of this machine runs; one that its parent has not asked for its exit code does not."""
-    try:
+    with suppress(OSError):
         if sys.platform == "linux":
             return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
         os.kill(process, 0)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _place(trainer: Trainer) -> dict[str, int]:

@@ -74,7 +74,6 @@ def write_into_version(loggers: Sequence[Logger], version: int | str) -> None:
     new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not has_begun(logger)]
     for logger in new:
         logger._version = version  # type: ignore[attr-defined]
-    for logger in new:
         if isinstance(logger, CSVLogger):
             _ = logger.experiment  # begin now: it warns if there are files of other loggers in its folder
 
@@ -99,11 +98,9 @@ def log_table(
             logger.experiment.log_table(logger.run_id, content, f"{name}.json")  # appends
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir, f"{name}.csv")
-            new = not path.exists()
+            head = [] if path.exists() else [["step", *columns]]
             with path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerows([["step", *columns]] if new else [])
-                writer.writerows([step, *row] for row in rows)
+                csv.writer(file).writerows([*head, *([step, *row] for row in rows)])
 
 
 def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:
@@ -151,20 +148,16 @@ def show_hyperparameters(
 ) -> None:
     """Write TensorBoard's page of hyperparameters.
 
-    Args:
-        trainer: Has the loggers.
-        compared: Plain values for the first columns, which take the places of `others` with their names.
-        others: Further hyperparameters, which may be nested.
-        metrics: Scalars that are the results, which the page must know in advance.
+    `compared` are plain values for the first columns, which take the places of `others` with their names, which may be nested.
+    `metrics` are the scalars that are the results, which the page must know in advance.
     """
     from torch.utils.tensorboard.summary import hparams
 
     plain = {**compared, **_sanitize_params(_flatten_dict(_convert_params(dict(others)))), **compared}
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
-            writer = logger.experiment._get_file_writer()
             for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
-                writer.add_summary(summary, 0)
+                logger.experiment._get_file_writer().add_summary(summary, 0)
 
 
 def curve_hints(trainer: Trainer, folder: Path) -> list[str]:

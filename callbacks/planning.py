@@ -58,11 +58,7 @@ class Adaptable(Protocol):
 
 
 def check_adaptable(pl_module: LightningModule) -> None:
-    """Check that a module can be adapted, and build its model if that is done in `configure_model`.
-
-    Raises:
-        ConfigError: If the module does not follow the protocol.
-    """
+    """Check that a module follows the protocol, and build its model if that is done in `configure_model`."""
     name = type(pl_module).__name__
     if not isinstance(pl_module, Adaptable):
         raise ConfigError(
@@ -105,50 +101,31 @@ class Planning:
     calibration_prompts: int | None  # None lets the module choose
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """The modules that may be trained: full dotted name -> linear module.
-
-        Raises:
-            ModelError: If there are none, or `target_modules` matches none.
-        """
+        """The modules that may be trained: full dotted name -> linear module; ModelError if there are none."""
         return find_candidates(model, target_modules=self.target_modules)
 
     def ranks(self, candidates: Iterable[str]) -> dict[str, int]:
-        """Rank of each candidate as LoRA.
-
-        Raises:
-            ConfigError: If nothing would be trained.
-            ModelError: If `rank_pattern` matches no module.
-        """
+        """Rank of each candidate as LoRA; ModelError if `rank_pattern` matches none."""
         ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
         if self.budget.share == 0 and not any(ranks.values()):
             raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully; raise a rank")
         return ranks
 
 
+@dataclass(frozen=True)
 class Planner:
-    """Makes the plan of a run.
+    """Makes the plan of a run."""
 
-    Args:
-        planning: How.
-        trainer: That of the run.
-        pl_module: What is trained, not adapted yet (see `Adaptable`).
-        folder: The folder of the run, in which scores are saved as they are found; None saves nothing.
-        earlier: Folder of scores that a stopped run has saved, to go on from; None starts from nothing.
-        settings: Name -> value of the settings that the scores depend on, which must be those of `earlier`.
-    """
+    planning: Planning
+    trainer: Trainer
+    module: LightningModule  # what is trained, not adapted yet (see `Adaptable`)
+    folder: Path | None  # of the run, in which scores are saved as they are found; None saves nothing
+    earlier: Path | None  # of scores that a stopped run has saved, to go on from; None starts from nothing
+    settings: Mapping[str, Any]  # name -> value of what the scores depend on, which must be as in `earlier`
 
-    def __init__(
-        self,
-        planning: Planning,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        folder: Path | None,
-        earlier: Path | None,
-        settings: Mapping[str, Any],
-    ) -> None:
-        self._planning, self._trainer, self._module = planning, trainer, pl_module
-        self._language = pl_module if isinstance(pl_module, LanguageModule) else None
-        self._folder, self._earlier, self._settings = folder, earlier, settings
+    @property
+    def _language(self) -> LanguageModule | None:
+        return self.module if isinstance(self.module, LanguageModule) else None
 
     def plan(self) -> AdapterPlan:
         """Score the modules where the budget needs that, and choose. All ranks have to call it, and get the same plan.
@@ -158,7 +135,7 @@ class Planner:
             ConfigError: If the settings do not fit the model.
             RunStopped: If a signal stops the run.
         """
-        trainer = self._trainer
+        trainer = self.trainer
         content: Any
         if trainer.world_size == 1:
             content = self._make().to_dict()
@@ -179,12 +156,12 @@ class Planner:
 
     def _make(self, splits: FSDP2Strategy | None = None) -> AdapterPlan:
         """The plan, with scores by all ranks of a strategy that splits the model, or by this process alone."""
-        planning, model = self._planning, model_of(self._module)
+        planning, model = self.planning, model_of(self.module)
         if splits is None:
-            model.to(self._trainer.strategy.root_device)
-        digest = self._module.base_digest if isinstance(self._module, AdaptedModule) else model_digest(model)
+            model.to(self.trainer.strategy.root_device)
+        digest = self.module.base_digest if isinstance(self.module, AdaptedModule) else model_digest(model)
         candidates = planning.candidates(model)
-        ranks, arguments = planning.ranks(candidates), self._module.hparams
+        ranks, arguments = planning.ranks(candidates), self.module.hparams
         if planning.budget.share < 1:
             check_lora_modules(model, (name for name, rank in ranks.items() if rank))
         scores = ModuleScores(seed=arguments.get("seed"))
@@ -198,25 +175,25 @@ class Planner:
     def _score(
         self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], digest: str, splits: FSDP2Strategy | None
     ) -> ModuleScores:
-        if not self._planning.scorer.needs_calibration:
+        if not self.planning.scorer.needs_calibration:
             splits = None  # the weights alone, which every rank has, or not even these
-        folder = self._folder / SCORING if self._folder is not None and self._trainer.is_global_zero else None
+        folder = self.folder / SCORING if self.folder is not None and self.trainer.is_global_zero else None
         kind = ScoringProgress if splits is None else SharedProgress
-        progress = kind(folder, self._earlier, None if self._language is None else self._language.signals)
-        progress.require({"model": digest, "modules": list(candidates), **self._settings})
+        progress = kind(folder, self.earlier, None if self._language is None else self._language.signals)
+        progress.require({"model": digest, "modules": list(candidates), **self.settings})
         if splits is None or self._language is None:
             together: Any = nullcontext(ScoringProcess(progress))
         else:
             together = scored_together(self._language, splits, candidates, progress)
         with together as process:
-            if self._trainer.precision == "16-mixed":
+            if self.trainer.precision == "16-mixed":
                 process.loss_scale = _LOSS_SCALE
             return self._score_with(process, candidates, ranks)
 
     def _score_with(self, process: ScoringProcess, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> ModuleScores:
         from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
-        planning, scorer, model = self._planning, self._planning.scorer, model_of(self._module)
+        planning, scorer, model = self.planning, self.planning.scorer, model_of(self.module)
         # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
         use_fused_layers(model, Backend() if self._language is None else self._language.engine.backend)
         losses: Any = []
@@ -238,18 +215,18 @@ class Planner:
             total = None if total is None else turns * total
             if process.is_first:
                 say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {most:,} weights")
-        with evaluation_mode(model), progress_bar(self._trainer, "Scoring modules", total) as advance:
+        with evaluation_mode(model), progress_bar(self.trainer, "Scoring modules", total) as advance:
             process.on_loss = lambda seen: advance(seen, None)
             scores = Scoring(model, candidates, losses, scorer, ranks, planning.gradients, steps).run(process)
-        return ModuleScores(scores, scorer, info, self._module.hparams.get("seed"))
+        return ModuleScores(scores, scorer, info, self.module.hparams.get("seed"))
 
     def _losses(self, progress: ScoringProgress) -> Any:
         """The module's calibration losses; a language model saves the rollouts behind them, and shows how they are made."""
-        count, scorer, language = self._planning.calibration_prompts, self._planning.scorer, self._language
+        count, scorer, language = self.planning.calibration_prompts, self.planning.scorer, self._language
         if language is None:
-            assert isinstance(self._module, Adaptable)
-            return self._module.calibration_losses(count)
-        with progress_bar(self._trainer, "Calibration rollouts", None) as advance:
+            assert isinstance(self.module, Adaptable)
+            return self.module.calibration_losses(count)
+        with progress_bar(self.trainer, "Calibration rollouts", None) as advance:
             language.generation_listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
             try:
                 steps = {"steps": scorer.steps} if scorer.needs_update else {}
@@ -259,7 +236,7 @@ class Planner:
 
     def _make_optimizer(self, stand_ins: list[nn.Parameter]) -> Optimizer:
         """The run's optimizer at the rate of fully trained modules; of a module that does not say which, AdamW."""
-        if not isinstance(self._module, AdaptedModule):
+        if not isinstance(self.module, AdaptedModule):
             return AdamW(stand_ins)
-        groups = [{"params": stand_ins, "lr": self._module.rates["full"], "name": "full"}]
-        return make_optimizer(self._module.optimizer_class, groups)
+        groups = [{"params": stand_ins, "lr": self.module.rates["full"], "name": "full"}]
+        return make_optimizer(self.module.optimizer_class, groups)

@@ -116,14 +116,12 @@ class RunSummary(Callback):
             self._print(summary, curves, page)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        plan = applied_plan(pl_module)
+        plan, now = applied_plan(pl_module), time.perf_counter()
         trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         base = sum(parameter.numel() for parameter in pl_module.parameters())
         base = pl_module.base_parameters if isinstance(pl_module, LanguageModule) else base
         checkpoint = trainer.checkpoint_callback
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-        folder = run_folder(trainer)
-        now = time.perf_counter()
         # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = _eval_samples(pl_module)
@@ -151,7 +149,7 @@ class RunSummary(Callback):
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "verdict": verdict,
             "try": tries,
-            "run_folder": str(folder),
+            "run_folder": str(run_folder(trainer)),
             "checkpoint": str(last),
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
         }
@@ -167,8 +165,13 @@ class RunSummary(Callback):
     def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
-        for name, value in _loss_changes(summary["validation"]["before"], summary["validation"]["after"]).items():
-            table.add_row(name, value)
+        before, after = (summary["validation"][when] for when in ("before", "after"))
+        if "val/loss" in after:
+            first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
+            table.add_row("held-out loss", f"{first} -> {after['val/loss']:.4f}")
+        if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
+            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
+            table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
             table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
@@ -244,17 +247,6 @@ def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float
 def _change(before: float | None, after: float | None) -> str:
     shown = " -> ".join("not measured" if value is None else f"{value:.1%}" for value in (before, after))
     return shown if before is None or after is None else f"{shown} ({100 * (after - before):+.1f} points)"
-
-
-def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str, str]:
-    """Changes for training on given completions: the held-out loss, and the share of pairs whose chosen one is preferred."""
-    changes = {}
-    if "val/loss" in after:
-        first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
-        changes["held-out loss"] = f"{first} -> {after['val/loss']:.4f}"
-    if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
-        changes["preferred as chosen"] = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
-    return changes
 
 
 def _time(summary: dict[str, Any]) -> str:

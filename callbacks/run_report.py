@@ -215,7 +215,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
     """All options, and those that differ from their defaults: of the config, or as a run from Python is resumed."""
     adapter = find_callback(trainer, HybridAdapterSetup)
     saved: dict[str, Any] = {} if adapter is None else adapter.resume.state()["settings"]
-    found, defaults = {name: saved[name] for name in ("model", "data", "adapter") if name in saved}, {}
+    found, defaults = {name: value for name, value in saved.items() if name in ("model", "data", "adapter")}, {}
     path, saver = saved_config(trainer), find_callback(trainer, SaveConfigCallback)
     if path is not None and saver is not None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -198,7 +198,7 @@ def _others(policy: LanguageModule, prompt: Prompt) -> list[str]:
 
 def _written(parts: Any, answer: str) -> str:
     """A short text that a parsed regular expression matches, with an answer in the place of its group."""
-    return "".join(_of_part(*part, answer) for part in parts)
+    return "".join(_of_part(kind, value, answer) for kind, value in parts)
 
 
 def _of_part(kind: Any, value: Any, answer: str) -> str:

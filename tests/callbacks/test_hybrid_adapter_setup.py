@@ -84,14 +84,12 @@ def test_a_policy_that_is_adapted_already_brings_its_plan_into_the_run_folder(su
 
 
 def test_setup_again_changes_nothing(model, sums, tmp_path):
-    policy = build_policy(model)
-    data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
+    policy, data = build_policy(model), build_data(sums, validation_fraction=0.2, test_fraction=0.2)
     trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
     trainer.fit(policy, datamodule=data)
     plan, weights = policy.plan, {name: p.detach().clone() for name, p in policy.named_parameters()}
-    trainer.validate(policy, datamodule=data, verbose=False)
-    trainer.test(policy, datamodule=data, verbose=False)
-    trainer.predict(policy, datamodule=data)
+    for command in (trainer.validate, trainer.test, trainer.predict):
+        command(policy, datamodule=data)
     assert policy.plan is plan
     assert all(torch.equal(p, weights[name]) for name, p in policy.named_parameters())
     trainer.fit_loop.epoch_loop.max_steps = 2

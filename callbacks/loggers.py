@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,36 +31,29 @@ _SQLITE = "sqlite:///"
 # ---- where a logger keeps its files
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a logger keeps the files of its runs."""
-
-    parent: Path  # folder with one folder for each run
-    version: int | str | None  # the version that was given in the logger's arguments
-    has_versions: bool  # whether the logger writes into `parent/version_N`
-
-
 def keeps_files_in_a_version(logger: Logger) -> bool:
     """Whether a logger writes into a folder ROOT/NAME/version_N."""
     return isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in str(logger.save_dir)
 
 
-def logger_place(logger: Logger, fallback: Path) -> Place:
-    """Where a logger keeps its files; below `fallback` if it has no folder on this machine."""
+def given_version(logger: Logger) -> int | str | None:
+    """The version that was given to a logger which has versions; its property `version` would choose one."""
+    return logger._version if keeps_files_in_a_version(logger) else None  # type: ignore[attr-defined]
+
+
+def logger_root(logger: Logger, fallback: Path) -> Path:
+    """The folder with one folder for each run of a logger; below `fallback` if it has no folder on this machine."""
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
-        parent = Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
-        return Place(parent, logger._version, True)  # reading the property `version` would choose one
+        return Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
     root = logger.save_dir
     local = fallback if root in (None, ".") or "://" in str(root) else Path(str(root))  # "." is the default of WandbLogger
-    return Place(local / (_project(logger) or "default").replace("/", "_"), None, False)
-
-
-def _project(logger: Logger) -> str | None:
     if isinstance(logger, MLFlowLogger):
-        return logger._experiment_name  # the property `name` is a number, for which the logger asks the store
-    if isinstance(logger, WandbLogger) and logger.name == "lightning_logs":  # the default if no project is given
-        return logger._name or logger.name
-    return logger.name if isinstance(logger.name, str) else None
+        name: Any = logger._experiment_name  # the property `name` is a number, for which the logger asks the store
+    else:
+        name = logger.name
+        if isinstance(logger, WandbLogger) and name == "lightning_logs":  # the default if no project is given
+            name = logger._name or name
+    return local / (name if name and isinstance(name, str) else "default").replace("/", "_")
 
 
 def has_begun(logger: Logger) -> bool:

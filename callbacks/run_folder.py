@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from hybrid_lightning.adapters.scoring_progress import SCORING, SETTINGS
-from hybrid_lightning.callbacks.loggers import has_begun, keeps_files_in_a_version, logger_place, write_into_version
+from hybrid_lightning.callbacks.loggers import given_version, has_begun, keeps_files_in_a_version, logger_root, write_into_version
 from hybrid_lightning.errors import ConfigError
 
 Version = int | str
@@ -130,11 +130,12 @@ def find_callback(trainer: Trainer, kind: type[_C]) -> _C | None:
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
     """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
-    root = _root(trainer)
-    places = [logger_place(logger, fallback=root) for logger in trainer.loggers]
-    parents = [place.parent for place in places[:1]] or [root / "default" if root == Path("runs") else root]
-    parents += [place.parent for place in places if place.has_versions and place.parent not in parents]
-    return parents, next((place.version for place in places if place.version not in (None, "")), None)
+    root = Path(trainer.default_root_dir)
+    root = Path("runs") if root == Path.cwd() else root
+    own = [logger for number, logger in enumerate(trainer.loggers) if number == 0 or keeps_files_in_a_version(logger)]
+    parents = list(dict.fromkeys(logger_root(logger, fallback=root) for logger in own))
+    version = next((version for logger in own if (version := given_version(logger)) not in (None, "")), None)
+    return parents or [root / "default" if root == Path("runs") else root], version
 
 
 def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Version]:
@@ -213,17 +214,11 @@ def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
     """The folder that the first logger has already made, if it contains only a log; otherwise it may be another run's."""
     if not loggers or not keeps_files_in_a_version(loggers[0]) or not has_begun(loggers[0]):
         return None
-    place = logger_place(loggers[0], fallback=Path())
-    assert place.version is not None
-    folder = place.parent / (place.version if isinstance(place.version, str) else f"version_{place.version}")
+    version = given_version(loggers[0])
+    assert version is not None
+    folder = logger_root(loggers[0], fallback=Path()) / (version if isinstance(version, str) else f"version_{version}")
     if folder.is_dir() and all(any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
         with suppress(FileExistsError):
             (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
-            return [folder], place.version
+            return [folder], version
     return None
-
-
-def _root(trainer: Trainer) -> Path:
-    """The folder for files if no logger has one."""
-    root = Path(trainer.default_root_dir)
-    return Path("runs") if root == Path.cwd() else root

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_lightning.callbacks import TensorBoardOverview
-from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints, logger_place
+from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints, logger_root
 
 SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
 FIT = ["fit", "--config", "t.yaml", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--samples.every_n_rollouts=1"]
@@ -188,7 +188,7 @@ def test_a_run_folder_has_the_name_of_the_project_of_the_first_logger(tmp_path, 
     (tmp_path / "mlflow.db").write_bytes(mlflow_store)
     named = [WandbLogger(project="my/own", save_dir=tmp_path), NamingMLFlowLogger(experiment_name="sums", save_dir=str(tmp_path))]
     named += [WandbLogger(offline=True)]  # which has neither a project nor a folder
-    places = [logger_place(logger, Path("runs")).parent for logger in named]
+    places = [logger_root(logger, Path("runs")) for logger in named]
     assert places == [tmp_path / "my_own", tmp_path / "sums", Path("runs", "lightning_logs")]
 
 

@@ -96,10 +96,8 @@ def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
 
 
 def test_settings_reach_the_plan(model, sums, tmp_path):
-    adapter = HybridAdapterSetup(
-        budget=ParameterBudget(0.5), rank=3, alpha=5.0, dropout=0.1, target_modules=["q_proj", "down_proj"], calibration_prompts=3
-    )
-    plan = planned(model, sums, tmp_path, adapter)
+    settings = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"], "calibration_prompts": 3}
+    plan = planned(model, sums, tmp_path, HybridAdapterSetup(ParameterBudget(0.5), **settings))
     assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == {"q_proj", "down_proj"}
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
     assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
@@ -108,8 +106,7 @@ def test_settings_reach_the_plan(model, sums, tmp_path):
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 4), (1000, 24)])
 def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
-    adapter = HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2, calibration_prompts=asked)
-    plan = planned(model, sums, tmp_path, adapter)
+    plan = planned(model, sums, tmp_path, build_adapter(calibration_prompts=asked))
     assert (plan.calibration["prompts"], plan.calibration["sequences"]) == (used, 4 * used)
 
 

@@ -114,8 +114,9 @@ def test_where_it_is_without_a_logger_and_with_a_version_that_may_be_taken(tmp_p
 def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path, recwarn):
     (tmp_path / "b" / "y" / "version_0").mkdir(parents=True)
     loggers = [TensorBoardLogger(tmp_path / "a", "x"), CSVLogger(tmp_path / "b", "y"), CSVLogger(tmp_path / "a", "x")]
+    loggers.append(TensorBoardLogger(tmp_path / "b", "y"))
     assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "x" / "version_1"
-    assert [logger.version for logger in loggers] == [1, 1, 1] and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
+    assert {logger.version for logger in loggers} == {1} and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
     assert not [warning for warning in recwarn if "not empty" in str(warning.message)]
     (tmp_path / "b" / "mine").mkdir(parents=True)
     loggers = [CSVLogger(tmp_path / "a", "", version="mine"), CSVLogger(tmp_path / "b", "")]
@@ -123,14 +124,17 @@ def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path,
     assert names(tmp_path / "a") == ["mine-v1", "x"] and names(tmp_path / "b") == ["mine", "mine-v1", "y"]
 
 
+def writers(export=None):
+    """All callbacks that write."""
+    writing = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder(), export)]
+    return [*writing, PredictionWriter(), ModelCheckpoint(save_last=True)]
+
+
 def train(model, sums, root, *loggers, kind=Trainer):
-    """A run with all callbacks that write."""
-    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder())]
-    callbacks.append(ModelCheckpoint())
     flags = {"max_steps": 1, "enable_checkpointing": True, "num_sanity_val_steps": -1}
     flags["logger"] = [logger(root, "x") for logger in loggers]
     data = build_data(sums, validation_fraction=0.2)
-    return fit(model, sums, root / "x", *callbacks, policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
+    return fit(model, sums, root / "x", *writers(), policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
 
 
 # Under Lightning's own Trainer two loggers of one place make themselves two folders.
@@ -242,10 +246,7 @@ def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path,
 
 
 def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_path):
-    exports = PolicyExport(folder=str(tmp_path / "mine"))
-    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), exports, PredictionWriter()]
-    callbacks.append(ModelCheckpoint(save_last=True))
-    trainer = build_trainer(tmp_path, *callbacks, fast_dev_run=True, enable_checkpointing=True)
+    trainer = build_trainer(tmp_path, *writers(str(tmp_path / "mine")), fast_dev_run=True, enable_checkpointing=True)
     data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
     trainer.fit(policy := build_policy(model, reward=StartsWithDigit()), datamodule=data)
     trainer.test(policy, datamodule=data, verbose=False)

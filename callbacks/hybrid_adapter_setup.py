@@ -109,12 +109,10 @@ class HybridAdapterSetup(Configurable, Callback):
         self.resume = Resume()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the plan and apply it. An adapter that is already applied stays unchanged.
+        """Find the plan and apply it, at every stage anew.
 
-        Raises:
-            ConfigError: If the module does not follow the protocol, or settings contradict each other.
-            CheckpointError: If the plan file, or a setting that cannot be changed, differs from the checkpoint.
-            PlanError: If the plan file is not the plan that is already applied, or belongs to another model.
+        An adapter that is already applied stays unchanged. A plan file that is not its plan, or not that of the checkpoint, is
+        refused, and so are settings that differ from the checkpoint's and cannot be changed.
         """
         folder = run_folder(trainer) if stage == "fit" else None  # made before the scoring, which may be stopped
         path = trainer.ckpt_path  # if there is no such file, Lightning says so later
@@ -163,12 +161,9 @@ class HybridAdapterSetup(Configurable, Callback):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Check that the settings fit a module, before its weights are loaded.
+        """Check that start weights are kept if the loss needs them, and that modules that are named are there.
 
-        Raises:
-            ConfigError: If its loss needs start weights that are not kept.
-            ModelError: If `target_modules` or `rank_pattern` match none of its modules.
-            PlanError: If `plan` has modules that it does not have.
+        This is done before weights are loaded.
         """
         pl_module.check_start_weights(self.keep_start_weights)
         if self.planning.target_modules is not None or self.planning.rank_pattern:

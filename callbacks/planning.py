@@ -130,10 +130,7 @@ class Planner:
     def plan(self) -> AdapterPlan:
         """Score the modules where the budget needs that, and choose. All ranks have to call it, and get the same plan.
 
-        Raises:
-            CalibrationError: If the modules cannot be scored.
-            ConfigError: If the settings do not fit the model.
-            RunStopped: If a signal stops the run.
+        Modules that cannot be scored are a CalibrationError on all, and a signal to one of them stops all.
         """
         trainer = self.trainer
         content: Any

@@ -44,12 +44,7 @@ class PolicyExport(Callback):
         self._exported_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training that the policy can be exported.
-
-        Raises:
-            ConfigError: If the form cannot hold the plan, the folder already has exports of later steps, or the strategy is
-                FSDP1.
-        """
+        """Refuse before training what could not be exported: a plan that the form cannot hold, FSDP1, another run's folder."""
         plan = applied_plan(pl_module)
         if plan is None:
             raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")

@@ -37,12 +37,7 @@ class PredictionWriter(Callback):
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the files can be written.
-
-        Raises:
-            ConfigError: If the file of any process exists, on all processes, so that none waits for another; or if the folder
-                cannot be written to.
-        """
+        """Refuse files that exist or cannot be written, of any process on all, so that none waits for another."""
         paths = _of_ranks(Path(self.path), trainer.world_size) if stage == "predict" and self.path is not None else []
         for path in paths:
             if path.exists():

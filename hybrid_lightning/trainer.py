@@ -106,16 +106,16 @@ class Trainer(LightningTrainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
             require_checkpoint(ckpt_path)
-            if not is_scoring(ckpt_path) and self.command == "score":
+            adapter, found = find_callback(self, HybridAdapterSetup), is_scoring(ckpt_path)
+            if found and self.state.fn != "fit":
+                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
+            if not found and self.command == "score":
                 raise CheckpointError(
                     f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
                 )
-            if is_scoring(ckpt_path):
-                if self.state.fn != "fit":
-                    raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
-                if (adapter := find_callback(self, HybridAdapterSetup)) is not None:
-                    adapter.earlier_scoring = Path(ckpt_path)
-                ckpt_path = None
+            if found and adapter is not None:
+                adapter.earlier_scoring = Path(ckpt_path)
+            ckpt_path = None if found else ckpt_path
         # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
         # them, or it would score the modules again.
         self._checkpoint_connector._ckpt_path = ckpt_path

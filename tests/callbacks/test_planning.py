@@ -95,13 +95,20 @@ def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
     assert f"Scoring by 3 optimizer steps that are not taken, in {len(made)} turns" in " ".join(capsys.readouterr().out.split())
 
 
-def test_settings_reach_the_plan(model, sums, tmp_path):
-    settings = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"], "calibration_prompts": 3}
-    plan = planned(model, sums, tmp_path, HybridAdapterSetup(ParameterBudget(0.5), **settings))
-    assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == {"q_proj", "down_proj"}
+def test_settings_reach_the_plan_and_ranks_by_a_pattern_the_model(model, sums, tmp_path, capsys):
+    settings = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    pattern = {"mlp": 3, "attention": 1, "o_proj": 0}
+    adapter = HybridAdapterSetup(ParameterBudget(0.5), rank_pattern=pattern, calibration_prompts=3, **settings)
+    policy = fit(model, sums, tmp_path, adapter, max_steps=0)
+    plan = policy.plan
+    assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == set(settings["target_modules"])
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
     assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
     assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 3)
+    frozen = {module.name for module in plan.candidates if module.mode == "frozen"}
+    assert frozen == {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)} - set(plan.full_modules)
+    assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == plan.trainable_parameters()
+    assert "LoRA of rank" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 4), (1000, 24)])

@@ -1,6 +1,6 @@
 """`HybridAdapterSetup`: finds the adapter plan of a run, applies it before training starts, and shows it.
 
-the checkpoint's plan, else a plan file, else a new plan (planning.py) -> adapter
+The plan is that of the checkpoint, else one of a file, else a new one (`planning.py`).
 """
 
 from collections.abc import Sequence

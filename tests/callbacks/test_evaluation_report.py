@@ -15,7 +15,7 @@ from hybrid_lightning.errors import ConfigError
 
 ROWS = ["problems", "greedy_accuracy", "greedy_reward", "avg@2", "pass@1", "pass@2", "maj@1", "maj@2"]
 ROWS += ["reward", "completion_length", "truncation_rate"]
-FIT = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+FIT = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 1}
 SHARES = {name for name in ROWS if "@" in name} | {"greedy_accuracy", "truncation_rate"}
 
 
@@ -105,7 +105,7 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
     stop = EarlyStopping("val/avg@2", patience=9, mode="max")
     callbacks = (RunSummary(), EvaluationReport(), best, stop)
     policy, measured = {"reward": StartsWithDigit()}, data(folder, split="validation")
-    fit(folder / "model", None, tmp_path, *callbacks, policy=policy, data=measured, val_check_interval=1, **FIT)
+    fit(folder / "model", None, tmp_path, *callbacks, policy=policy, data=measured, enable_checkpointing=True, **FIT)
     output = capsys.readouterr().out
     assert re.search(r"^Validation \(step 2\) *$", output, re.M), "the table"
     lines = [line for line in output.splitlines() if line.startswith("Validation (step 2):")]
@@ -120,7 +120,7 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
 
 def test_a_monitor_that_nothing_measures_is_refused_before_the_first_step(folder, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="val/avg@8", mode="max")
-    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), saver, **FIT)
+    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), saver, enable_checkpointing=True, **FIT)
     with pytest.raises(ConfigError, match=r"ModelCheckpoint .*val/avg@8.* not measure.*val/avg@2.*val/hard/avg@2.*or null"):
         trainer.fit(build_policy(folder / "model", reward=StartsWithDigit()), datamodule=data(folder, split="validation"))
     assert trainer.global_step == 0

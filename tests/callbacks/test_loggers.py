@@ -187,9 +187,9 @@ def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
 def test_a_run_folder_has_the_name_of_the_project_of_the_first_logger(tmp_path, offline, mlflow_store):
     (tmp_path / "mlflow.db").write_bytes(mlflow_store)
     named = [WandbLogger(project="my/own", save_dir=tmp_path), NamingMLFlowLogger(experiment_name="sums", save_dir=str(tmp_path))]
-    named += [WandbLogger(offline=True)]  # which has neither a project nor a folder
+    named += [WandbLogger(name="mine", offline=True), WandbLogger(offline=True)]  # which have neither a project nor a folder
     places = [logger_root(logger, Path("runs")) for logger in named]
-    assert places == [tmp_path / "my_own", tmp_path / "sums", Path("runs", "lightning_logs")]
+    assert places == [tmp_path / "my_own", tmp_path / "sums", Path("runs", "mine"), Path("runs", "lightning_logs")]
 
 
 def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, monkeypatch):

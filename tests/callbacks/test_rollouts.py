@@ -160,7 +160,7 @@ class Table(HTMLParser):
 
     def handle_data(self, data):
         if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip("\n")
 
 
 NASTY = [
@@ -191,7 +191,7 @@ def test_a_page_shows_every_text_as_it_is():
         table = Table(plugin_util.markdown_to_safe_html(page))
         assert table.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br", "em"}
         shown = re.sub(r"\n+", "\n", text.replace("\r", ""))
-        cells = [[re.sub(r"\n+", "\n", cell.strip()) for cell in row] for row in table.rows if any(cell.strip() for cell in row)]
+        cells = [[re.sub(r"\n+", "\n", cell) for cell in row] for row in table.rows if any(cell.strip() for cell in row)]
         assert cells[1] == [shown, shown, shown, "yes", "1", "+0.500"]
         assert cells[2] == [shown, shown, "(empty) (cut)", "no", "0.25", "-0.500"]
         assert html.unescape(page).count("\n") == page.count("\n") == 3

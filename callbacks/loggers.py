@@ -38,7 +38,7 @@ def keeps_files_in_a_version(logger: Logger) -> bool:
 
 def given_version(logger: Logger) -> int | str | None:
     """The version that was given to a logger which has versions; its property `version` would choose one."""
-    return logger._version if keeps_files_in_a_version(logger) else None  # type: ignore[attr-defined]
+    return logger._version if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger) else None
 
 
 def logger_root(logger: Logger, fallback: Path) -> Path:

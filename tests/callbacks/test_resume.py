@@ -87,6 +87,12 @@ def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given():
         assert said == ["model.lr_lora 0.0003 -> 0.0001", *moved]
 
 
+def test_a_limit_of_one_batch_is_not_one_of_all():
+    before, after = ({"seed_everything": 0, "trainer": {"limit_val_batches": limit}} for limit in (1, 1.0))
+    (change,) = changes_of({SETTINGS_KEY: {"settings": before}}, after)
+    assert str(change) == "trainer.limit_val_batches 1 -> 1.0"
+
+
 # ---- on the command line
 
 

@@ -63,6 +63,7 @@ def test_a_page_has_what_the_run_was(whole):
     assert found.report["changed"]["model.lr_lora"] == [0.1, 1e-4] and "model.samples_per_prompt" in found.report["changed"]
     left = {"model.credit", "adapter.dropout"}
     assert not left & found.report["changed"].keys() and left < found.report["settings"].keys()
+    assert not any(name.startswith("rewards/") for name in found.curves), "a single part is the reward"
     assert found.curves["reward"][0] == [1, 2, 3, 4, 5, 6] and found.curves["val/avg@4"][0] == [0, 4, 6]
 
 

@@ -1,12 +1,12 @@
 """Lightning callbacks. They are imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
 
-from hybrid_lightning.callbacks.adaptable import Adaptable
 from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import TensorBoardOverview
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
+from hybrid_lightning.callbacks.planning import Adaptable
 from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.rollouts import RewardDivergence, RolloutProgress, RolloutSamples

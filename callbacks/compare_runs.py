@@ -43,26 +43,25 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
             "compare needs at least two run folders; give them, as in compare runs/gspo/version_0 runs/gspo/version_1"
         )
     if html is not None and (Path(html).exists() or not Path(html).absolute().parent.is_dir()):
-        raise ConfigError(
-            f"--html={html}: {'it exists' if Path(html).exists() else 'its folder does not exist'}; give a new file"
-        )
+        problem = "it exists" if Path(html).exists() else "its folder does not exist"
+        raise ConfigError(f"--html={html}: {problem}; give a new file")
     runs = [Run.read(Path(folder)) for folder in folders]
-    head, options = ("", *(letter(number) for number in range(len(runs)))), differing_options(runs)
+    letters, options = [letter(number) for number in range(len(runs))], differing_options(runs)
     rows = [("state", *(run.state for run in runs)), ("verdict", *((run.summary or {}).get("verdict") or "-" for run in runs))]
     rows += [*results(runs), *differences(runs)]
-    for number, run in enumerate(runs):
-        say(f"{letter(number)}  {run.folder}")
-    _show("What came out", head, rows)
-    for note in (notes := notes_on(runs)):
+    for name, run in zip(letters, runs, strict=True):
+        say(f"{name}  {run.folder}")
+    _show("What came out", ("", *letters), rows)
+    for note in (notes := notes_on(runs, options)):
         say(note)
-    _show("Options that differ", ("option", *head[1:]), options) if options else say("No option differs")
+    _show("Options that differ", ("option", *letters), options) if options else say("No option differs")
     for name in charted(runs):
         say(f"\n{name}")
         for number, curve, line in text_curves(name, runs):
-            say(f"  {letter(number)}  {line}  {curve[0][1]:.4g} -> {curve[-1][1]:.4g}")
+            say(f"  {letters[number]}  {line}  {curve[0][1]:.4g} -> {curve[-1][1]:.4g}")
     if html is not None:
         parts = [result_table(runs, rows), *(Html(f"<p>{note}</p>") for note in notes), Html("<h2>Options that differ</h2>")]
-        parts += [table(("option", *head[1:]), options), Html("<h2>Curves</h2>"), charts(runs)]
+        parts += [table(("option", *letters), options), Html("<h2>Curves</h2>"), charts(runs)]
         with open(html, "x", encoding="utf-8") as file:
             file.write(page("Runs compared", parts))
         say(f"\nWritten to {html}")
@@ -79,12 +78,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def notes_on(runs: Sequence[Run]) -> list[str]:
-    """What to know when reading the numbers."""
+def notes_on(runs: Sequence[Run], options: Sequence[tuple[str, ...]]) -> list[str]:
+    """What to know when reading the numbers of runs, of which these options differ."""
     notes = []
     if not all(_same(runs[0], run) for run in runs):
         notes.append("Validation problems differ: their intervals are unpaired, and accuracies are not of the same problems")
-    if any(name.startswith("model.reward") for name, *_ in differing_options(runs)):
+    if any(name.startswith("model.reward") for name, *_ in options):
         notes.append("Rewards differ, and with them what counts as right")
     if any(run.report["state"] != "finished" for run in runs):
         notes.append("Not all runs are finished: of the others there is what they had when they last wrote it")

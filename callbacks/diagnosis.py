@@ -1,10 +1,11 @@
-"""`Diagnosis`: says while a run trains what keeps it from learning, and gives the verdict at its end; `StepLines` says each step.
+"""`Diagnosis` and `Doctor`: say what keeps a run from learning, while it trains and without it; `StepLines` says each step.
 
-What calibration and the first validation show is said before the first step, and what goes wrong later once it is seen. `doctor`
-looks for the same without a run (`callbacks/doctor.py`); what counts as a finding is in `reports/findings.py`.
+What calibration and the first validation show is said before the first step, and what goes wrong later once it is seen. What
+counts as a finding is in `reports/findings.py`.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from hybrid_lightning.callbacks.display import console, say
-from hybrid_lightning.callbacks.rollouts import OncePerRollout
+from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
+from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.reports.findings import PAGE, Finding, Watch, of_cut, of_rollouts, worse
+from hybrid_lightning.reports import findings
+from hybrid_lightning.reports.findings import PAGE, Change, Finding, Watch, worse
 from hybrid_lightning.reports.references import reference_rewards
-from hybrid_lightning.types import Rewards, Rollouts, counted_groups
+from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences, counted_groups
 
-_REFERENCES = 8  # reference answers that are tried before the first step
+_REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
 _NORMS = ("grad_norm/full", "grad_norm/lora")
+_PROMPTS, _COMPLETIONS = 4, 2  # that `Doctor` shows: prompts, and completions of each
+_ROWS = 64  # completions on which it measures the change of the policy
+_TEXT = 1_500  # characters of a prompt or completion that it shows
 
 
 class Diagnosis(OncePerRollout):
@@ -42,10 +48,9 @@ class Diagnosis(OncePerRollout):
         """Look at the first validation."""
         if isinstance(pl_module, PolicyModule) and pl_module.episodes is None:  # which also end for other reasons
             values = pl_module.last_evaluation.get("", {})
-            right = values.get(f"avg@{pl_module.eval_samples}", 0.0)
-            share = values.get("truncation_rate", 0.0)
-            at_least = share - right  # are cut and not right
-            self._say(trainer, *of_cut(share, at_least, "the first validation", pl_module.sampler.max_new_tokens))
+            share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.eval_samples}", 0.0)
+            most = pl_module.sampler.max_new_tokens
+            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", most))  # at least so many
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, if they were made."""
@@ -59,7 +64,7 @@ class Diagnosis(OncePerRollout):
         """Look at the first completions that there are, and ask the reward for reference answers."""
         self._begun = True
         credited = policy.credited(rollouts, rewards)
-        self._say(trainer, *of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens, credited))
+        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
@@ -97,8 +102,8 @@ class Diagnosis(OncePerRollout):
         self._watch = self._watch or Watch(policy.rollout_schedule.prompts_per_rollout)
         return self._watch
 
-    def _say(self, trainer: Trainer, *findings: Finding) -> None:
-        for finding in findings:
+    def _say(self, trainer: Trainer, *found: Finding) -> None:
+        for finding in found:
             if finding.level != "note" and finding.kind not in self.found:
                 self.found[finding.kind] = finding
                 if trainer.is_global_zero:
@@ -106,16 +111,14 @@ class Diagnosis(OncePerRollout):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said, so that a resumed run goes on from there."""
-        watch = None if self._watch is None else vars(self._watch)
-        return {"begun": self._begun, "found": {kind: vars(found) for kind, found in self.found.items()}, "watch": watch}
+        found = {kind: vars(finding) for kind, finding in self.found.items()}
+        return {"begun": self._begun, "found": found, "watch": self._watch and vars(self._watch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._begun = state_dict["begun"]
         self.found = {kind: Finding(**found) for kind, found in state_dict["found"].items()}
-        if state_dict["watch"] is not None:
-            self._watch = Watch(state_dict["watch"]["groups"])
-            vars(self._watch).update(state_dict["watch"])
+        self._watch = state_dict["watch"] and Watch(**state_dict["watch"])
 
     # ---- at the end
 
@@ -124,17 +127,17 @@ class Diagnosis(OncePerRollout):
 
         `samples` is the n of `val/avg@n`.
         """
-        tries, watch = [finding.advice for finding in self.found.values()], self._watch
-        if watch is not None and watch.steps and watch.idle == watch.steps:
+        tries = [finding.advice for finding in self.found.values()]
+        if self._watch is not None and 0 < self._watch.steps == self._watch.idle:
             return "nothing was learned: no step had a gradient", tries
-        name, sign = (f"val/avg@{samples}", 1) if f"val/avg@{samples}" in after else ("val/loss", -1)
+        name = f"val/avg@{samples}" if f"val/avg@{samples}" in after else "val/loss"
         if name not in before or name not in after:
             return "not measured, since there is no validation before and after", tries
         low, high = (before.get(f"{name}/{end}", before[name]) for end in (LOWER, UPPER))
         if low <= after[name] <= high:
-            text = "no change that is larger than the interval of the start"
-            return text, tries or [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
-        if (after[name] - before[name]) * sign > 0:
+            tries = tries or [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
+            return "no change that is larger than the interval of the start", tries
+        if (after[name] > before[name]) == (name != "val/loss"):
             return "learned", tries
         return "worse than at the start", tries or [worse("").advice]
 
@@ -155,18 +158,165 @@ class StepLines(Callback):
             return
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         names = ("loss", *getattr(pl_module, "shown_metrics", ()), "accuracy", "entropy", *_NORMS, "time/step_s")
-        shown = (f"{name} {value:.4g}" for name, value in _logged(trainer, dict.fromkeys(names)).items())
+        shown = (f"{name} {value:.4g}" for name, value in _logged(trainer, names).items())
         text = f"Step {trainer.global_step}{steps}: {'  '.join(shown)}"
-        if not console().is_jupyter:
-            say(text)
-            return
-        from IPython.display import display
+        if console().is_jupyter:
+            from IPython.display import display
 
-        self._shown = self._shown or display(display_id=True)  # type: ignore[no-untyped-call]
-        self._shown.update({"text/plain": text}, raw=True)
+            self._shown = self._shown or display(display_id=True)  # type: ignore[no-untyped-call]
+            self._shown.update({"text/plain": text}, raw=True)
+        else:
+            say(text)
 
 
 def _logged(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:
     """What the last optimizer step has logged under these names."""
     values = trainer.callback_metrics
     return {name: float(values[name]) for name in names if name in values}
+
+
+class Doctor(Callback):
+    """Examines a `PolicyModule` in a `fit` of one optimizer step, of a copy of the model that the command has loaded.
+
+    The rollout and the step are those of training, at the full learning rates, and nothing is written (see `Trainer.doctor`).
+
+    Attributes:
+        found: The findings, of the first rank.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Finding] = []
+        self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
+        self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
+        self._change: Change | None = None
+        self._metrics: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure the policy on some completions before the step."""
+        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None
+        self._differs = self._differs or bool(batch.advantages.any())
+        if self._before is None:
+            rollouts, rewards, _ = pl_module.last_rollout
+            sequences = pl_module.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
+            self._before = sequences, _logprobs(pl_module, sequences)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None and self._before is not None
+        sequences, before = self._before
+        after, mask = _logprobs(pl_module, sequences), sequences.sampled_mask
+        advantages = pl_module.last_rollout[2][: len(mask)]
+        reference = before if pl_module.loss.needs_reference else None
+        entropy = torch.zeros_like(after) if pl_module.loss.needs_entropy else None
+        length = float(pl_module.max_completion_tokens)
+        inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
+        with torch.no_grad():
+            measured = pl_module.loss(inputs).metrics
+        self._change = Change.between(before, after, mask, measured)
+        self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    # ---- what is said
+
+    def report(self, policy: PolicyModule, data: PromptDataModule, steps: float, validations: int, scored_prompts: int) -> None:
+        """Say everything that was seen, and collect the findings.
+
+        The run that is meant has so many optimizer `steps`, infinitely many without a limit, and `validations`, the one before
+        training included. `scored_prompts` are those whose completions score its modules, 0 if it does not score.
+        """
+        assert policy.last_rollout is not None and self._change is not None
+        rollouts, rewards, _ = policy.last_rollout
+        answers, m, change = policy.answers(rollouts), self._metrics, self._change
+        for line in _prompts(policy, rollouts, rewards, answers):
+            say(line)
+        pays = bool(rewards.of_counted().correct.any())
+        references = reference_rewards(policy, data.train_prompts, data.format, _ALL_REFERENCES, pays)
+        norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
+        rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
+        clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
+        validated = len(data.validation_prompts) * (1 + policy.eval_samples) * validations
+        values = {
+            "reference": references.note,
+            "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
+            "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
+            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at max_new_tokens="
+            f"{policy.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
+            "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
+            "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
+            f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
+            "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
+        }
+        if not any(norms.values()):
+            values["trial step"] = "not possible without a gradient"
+        for name, text in values.items():
+            say(f"{name:<16}{text}")
+        self.found += [*references.findings, *_tokens(policy, rollouts)]
+        credited, most = policy.credited(rollouts, rewards), policy.sampler.max_new_tokens
+        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
+        self.found += findings.of_answers(answers) if policy.episodes is None else []
+        self.found += findings.of_gradient(norms, equal=not self._differs)
+        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
+        self.found += findings.of_change(change, steps) if any(norms.values()) else []
+
+    def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
+        """Seconds of a step, and of the run by what one of the rollout's completions took."""
+        m, schedule = self._metrics, policy.rollout_schedule
+        step, minibatches = m.get("time/step_s", 0.0), schedule.minibatches_per_rollout
+        made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * minibatches * schedule.epochs_per_rollout
+        updated = m.get("time/update_s", 0.0) * minibatches
+        if math.isinf(steps):
+            return f"about {step:.3g} s a step; the run has no limit of steps"
+        total = steps * step + (validated * made + scored * (made + updated)) / completions
+        return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+
+
+def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
+    ((logprobs, _, _),) = policy.update.measure([sequences])
+    assert logprobs is not None
+    return logprobs
+
+
+def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers: list[str | None]) -> Iterator[str]:
+    """Some prompts as tokenised, and completions with what the reward found in them and paid, by part."""
+    samples, sequences = rollouts.samples_per_prompt, rollouts.sequences
+    for number, prompt in enumerate(rollouts.prompts[:_PROMPTS]):
+        row = number * samples
+        ids = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
+        pieces = policy.tokenizer.convert_ids_to_tokens(ids)
+        shown = " ".join(map(repr, pieces if len(pieces) <= 12 else [*pieces[:5], "...", *pieces[-6:]]))
+        count = f"{len(ids)} token{'s' * (len(ids) > 1)}"
+        yield f"Prompt {number + 1}, {count}, {prompt.place}, reference answer {_cut(prompt.answer)}"
+        yield f"  {_cut(policy.tokenizer.decode(ids, skip_special_tokens=False))}"
+        yield f"  tokens {shown}"
+        for place in range(row, row + min(samples, _COMPLETIONS)):
+            parts = ", ".join(f"{name} {float(part[place]):.3g}" for name, part in rewards.parts.items())
+            paid = f"{float(rewards.total[place]):.3g} ({parts})"
+            completion, answer = rollouts.completions[place], answers[place]
+            found = "no answer found" if answer is None else f"found {_cut(answer, 100)}"
+            if completion.episode is None:
+                yield f"  -> {_cut(str(completion))}"
+            else:
+                yield "  -> " + shown_text(completion).replace("\n", "\n     ")
+                found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
+            yield f"     {completion.num_tokens} tokens{', CUT' if findings.is_cut(completion) else ''}; {found}; paid {paid}"
+
+
+def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:
+    """Whether prompts begin with the same special token twice, as where a template and the tokenizer both write it."""
+    ids, begin = rollouts.sequences.prompt_ids[0][rollouts.sequences.prompt_mask[0]].tolist(), policy.tokenizer.bos_token_id
+    if begin is None or ids[:2] != [begin, begin]:
+        return []
+    text = f"prompts begin with {policy.tokenizer.bos_token!r} twice"
+    return [Finding("tokens", text, "leave it out of data.format or model.chat_template")]
+
+
+def _cut(text: Any, length: int = _TEXT) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= length else f"{shown[: length // 2]} ... {shown[-length // 2 :]}"
+
+
+def _duration(seconds: float) -> str:
+    """Example: 90 s, 12 min, 3.4 h."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hybrid_lightning.callbacks.loggers import from_here
 from hybrid_lightning.callbacks.run_folder import known_folder
 from hybrid_lightning.data import PromptDataModule
 
@@ -38,17 +39,14 @@ def show_table(table: Table) -> None:
     (console() if console().is_terminal else Console(width=10_000)).print(table)
 
 
-def python_command() -> str:
-    """What to type for this Python: `python`, or its path if its virtual environment is not activated, as `.venv/bin/python`."""
-    if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ:
-        return "python"
-    path = Path(sys.executable)
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
-
-
 def command_line(*arguments: str | Path) -> str:
-    """A command of this package with its arguments, quoted for a shell."""
-    return f"{python_command()} -m hybrid_lightning {shlex.join(map(str, arguments))}"
+    """A command of this package with its arguments, quoted for a shell.
+
+    It begins with `python`, or its path if its virtual environment is not activated, such as `.venv/bin/python`.
+    """
+    activated = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
+    python = "python" if activated else from_here(Path(sys.executable))
+    return shlex.join([python, "-m", "hybrid_lightning", *map(str, arguments)])
 
 
 def saved_config(trainer: Trainer) -> Path | None:
@@ -79,8 +77,8 @@ def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
     config = saved_config(trainer)
     if config is None or not Path(checkpoint).exists():
         return ""
-    for command, split in (("test", "test"), ("validate", "validation")):
-        if _has(getattr(trainer, "datamodule", None), command, split):
+    for command, loader in (("test", "test_dataloader"), ("validate", "val_dataloader")):
+        if _has(getattr(trainer, "datamodule", None), command, loader):
             return command_line(command, "--config", config, "--ckpt_path", checkpoint)
     return ""
 
@@ -106,10 +104,9 @@ def export_command(run: Path, folder: str | Path, validated: bool) -> str:
     return command_line(command, "--config", config, f"--model.model={folder}", *gone)
 
 
-def _has(datamodule: Any, command: str, split: str) -> bool:
+def _has(datamodule: Any, command: str, loader: str) -> bool:
     """Whether a data module has the data that a command needs, found out in the same way as by the command."""
     if not isinstance(datamodule, PromptDataModule):
-        loader = {"test": "test_dataloader", "validation": "val_dataloader"}[split]
         return datamodule is not None and is_overridden(loader, datamodule)
     try:
         datamodule.setup(command)

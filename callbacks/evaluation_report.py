@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, say, show_table
+from hybrid_lightning.callbacks.display import say, show_table
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
@@ -39,11 +39,6 @@ class EvaluationReport(Callback):
     def __init__(self) -> None:
         self._start = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder."""
-        if stage != "predict":
-            run_folder(trainer)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
@@ -65,17 +60,16 @@ class EvaluationReport(Callback):
         folder = run_folder(trainer)
         if not scores or not trainer.is_global_zero:
             return
-        fitting, out = trainer.state.fn == "fit", console()
+        fitting, by = trainer.state.fn == "fit", measured_by(trainer, pl_module)
         if not fitting or len(scores) > 1:
             step = f" (step {trainer.global_step})" if fitting else ""
-            table = score_table(scores, f"{split.capitalize()}{step}")
-            show_table(table)
-            out.print("Shares in percent, with 95% confidence intervals over problems", soft_wrap=True)
-            if not fitting:
-                if split == "validation":
-                    say_completions(pl_module)
-                shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())
-                say(f"Measured by {shown}: numbers compare with others of the same alone")
+            show_table(score_table(scores, f"{split.capitalize()}{step}"))
+            say("Shares in percent, with 95% confidence intervals over problems")
+        if not fitting:
+            if split == "validation":
+                say_completions(pl_module)
+            shown = ", ".join(f"{name} {value}" for name, value in by.items())
+            say(f"Measured by {shown}: numbers compare with others of the same alone")
         if folder is None or trainer.sanity_checking:
             return
         report = {
@@ -84,7 +78,7 @@ class EvaluationReport(Callback):
             "checkpoint": None if fitting or not trainer.ckpt_path else str(trainer.ckpt_path),
             "step": trainer.global_step if fitting else None,
             "seconds": round(time.perf_counter() - self._start, 2),
-            "measured_by": measured_by(trainer, pl_module),
+            "measured_by": by,
             "overall": scores[OVERALL],
             "sets": {name: values for name, values in scores.items() if name != OVERALL},
         }
@@ -105,14 +99,8 @@ def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
 def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collection[str] | None = None) -> None:
     """Refuse callbacks that monitor a metric which neither validation nor training logs.
 
-    Args:
-        trainer: Has the callbacks.
-        measured: Names that validation logs; there may be others among them.
-        trained: First parts of the names that training logs; None if they are not known, so that only names that sound like
-            results of validation are refused.
-
-    Raises:
-        ConfigError: If a callback monitors such a metric.
+    `measured` are names that validation logs, among which there may be others; `trained` are the first parts of the names that
+    training logs. Where they are not known, only names that sound like results of validation are refused.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)

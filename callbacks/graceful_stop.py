@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class GracefulStop(Callback):
         self.signals = signals or StopSignals()
         self._mine = False  # whether this callback has installed the signal handlers, and must remove them
         self._training = False
-        self._deferred: Any = None  # the context in which signals wait, once it is entered
+        self._deferred = ExitStack()  # of contexts in which signals wait
         self._taken = 0  # number of micro-batches of the unfinished optimizer step
         self._progress: dict[str, Any] | None = None  # progress of Lightning's loops after the last finished step
         self._due: dict[str, int] | None = None  # step and epoch for logging a validation that is due after that step
@@ -86,9 +87,8 @@ class GracefulStop(Callback):
         loaded, self._progress = self._progress, _progress(trainer)
         if loaded is not None:
             self._progress["epoch_progress"] = loaded["epoch_progress"]  # Lightning has already advanced its own
-        if loaded is not None and trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
-            # No batch has been trained on: without this Lightning would continue as if after a validation.
-            trainer.fit_loop.epoch_loop.restarting = False
+            if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
+                trainer.fit_loop.epoch_loop.restarting = False  # else it would continue as if after a validation
         if self._due is not None and trainer.enable_validation:
             self._validate(trainer, self._due)
 
@@ -100,7 +100,7 @@ class GracefulStop(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop with a checkpoint if a signal came with the last step, since there may be no other checkpoint of that step."""
-        self._check(trainer)
+        check_stop(self.signals, trainer.strategy.root_device)
         self._training = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,26 +109,15 @@ class GracefulStop(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
-        self._release(trainer)
-
-    def _defer(self) -> None:
-        self.signals.take_over()
-        if self._deferred is None:
-            self._deferred = self.signals.deferred()
-            self._deferred.__enter__()
-
-    def _release(self, trainer: Trainer) -> None:
-        if self._deferred is not None:
-            self._deferred.__exit__(None, None, None)
-            self._deferred = None
+        self._deferred.close()
         if self._mine:
             trainer._signal_connector.teardown()  # done now: later it would restore the handlers of this run
             self.signals.give_back()
             self._mine = False
 
-    def _check(self, trainer: Trainer) -> None:
-        """Stop if any rank has received a signal. All ranks must call this."""
-        check_stop(self.signals, trainer.strategy.root_device)
+    def _defer(self) -> None:
+        self.signals.take_over()
+        self._deferred.enter_context(self.signals.deferred())
 
     # ---- where the run is
 
@@ -145,7 +134,7 @@ class GracefulStop(Callback):
         due = trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._due = _place(trainer) if due else None
         if not hasattr(pl_module, "signals"):
-            self._check(trainer)
+            check_stop(self.signals, trainer.strategy.root_device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record that no validation is due any more."""
@@ -161,8 +150,7 @@ class GracefulStop(Callback):
         """Make the validation that the stopped run had begun or was about to begin, logged under the step of that run."""
         loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
         loop._batches_that_stepped, epochs.completed = due["step"], due["epoch"]
-        trainer.validating = True
-        loop.val_loop.restarting = False
+        trainer.validating, loop.val_loop.restarting = True, False
         loop.val_loop.run()
         trainer.training = True
         loop._batches_that_stepped, epochs.completed = before["step"], before["epoch"]
@@ -190,18 +178,19 @@ class GracefulStop(Callback):
             sys.stderr.write(message + "\n")
             exception.add_note(message)  # in Python the last line of the traceback, above which the line written here may be lost
             exception.explained = True  # type: ignore[attr-defined]  # so that the command line prints no traceback
-        stopped = isinstance(exception, RunStopped)
-        # A failure of a rollout engine is raised on all ranks together, so that all can save.
-        if (self._training and isinstance(exception, (RunStopped, RolloutError))) or _reward_failed(trainer, exception):
-            self._save(trainer, pl_module, exception)
-        elif stopped and trainer.is_global_zero:
+        saves = self._training and isinstance(exception, (RunStopped, RolloutError))  # both are raised on all ranks together
+        if isinstance(exception, RewardError) and trainer.training:
+            saves = trainer.global_step > 0 and trainer.world_size == 1
+        if saves:
+            self._save(trainer, exception)
+        elif isinstance(exception, RunStopped) and trainer.is_global_zero:
             holder = find_callback(trainer, RunFolder)
             if holder is not None and _scoring_of(trainer) is not None:
                 holder.keep()
             say(f"Stopped: {_go_on_from(trainer)}")
         if isinstance(exception, RunStopped):
             exception.explained = True
-        self._release(trainer)
+        self.teardown(trainer, pl_module, "fit")
 
     def gone_ranks(self) -> list[int]:
         """The ranks on this machine whose processes have ended; a connection breaks a moment before its process is gone."""
@@ -212,7 +201,7 @@ class GracefulStop(Callback):
             time.sleep(0.1)
         return []
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def _save(self, trainer: Trainer, exception: BaseException) -> None:
         folder = run_folder(trainer)
         if folder is None:
             say("Stopped: fast_dev_run leaves nothing to go on from")
@@ -244,10 +233,9 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
-    checkpoint = last_checkpoint(trainer)
+    checkpoint, stop = last_checkpoint(trainer), find_callback(trainer, GracefulStop)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
     remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
-    stop = find_callback(trainer, GracefulStop)
     gone = [] if stop is None else stop.gone_ranks()
     cause = " and ".join(f"rank {rank} died" for rank in gone) or "another rank was killed, has failed or hangs"
     return f"rank {trainer.global_rank} lost contact: {cause}; its own output says why; {remedy}"
@@ -255,13 +243,12 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
 
 def _lives(process: int) -> bool:
     """Whether a process of this machine runs; one that its parent has not asked for its exit code does not."""
-    try:
+    with suppress(OSError):
         if sys.platform == "linux":
             return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
         os.kill(process, 0)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _place(trainer: Trainer) -> dict[str, int]:
@@ -296,8 +283,3 @@ def _scoring_of(trainer: Trainer) -> Path | None:
     """The folder with what scoring has found in this run, if there is one. This makes no run folder."""
     folder = known_folder(trainer)
     return folder / SCORING if folder is not None and (folder / SCORING).is_dir() else None
-
-
-def _reward_failed(trainer: Trainer, exception: BaseException) -> bool:
-    """Whether a reward failed in training, after at least one step, in a run with one process."""
-    return isinstance(exception, RewardError) and trainer.training and trainer.global_step > 0 and trainer.world_size == 1

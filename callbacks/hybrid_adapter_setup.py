@@ -1,11 +1,9 @@
 """`HybridAdapterSetup`: finds the adapter plan of a run, applies it before training starts, and shows it.
 
-    the checkpoint's plan, else a plan file, else a new plan (planning.py) -> adapter
-
-It works for every LightningModule that follows the protocol `Adaptable`, not only for `PolicyModule`.
+The plan is that of the checkpoint, else one of a file, else a new one (`planning.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +16,14 @@ from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
-from hybrid_lightning.callbacks.adaptable import applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
-from hybrid_lightning.callbacks.planning import Planner, Planning
+from hybrid_lightning.callbacks.planning import Planner, Planning, applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
+from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
 from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.policy.language import LanguageModule
@@ -112,17 +109,19 @@ class HybridAdapterSetup(Configurable, Callback):
         self.resume = Resume()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the plan and apply it. An adapter that is already applied stays unchanged.
+        """Find the plan and apply it, at every stage anew.
 
-        Raises:
-            ConfigError: If the module does not follow the protocol, or settings contradict each other.
-            CheckpointError: If the plan file, or a setting that cannot be changed, differs from the checkpoint.
-            PlanError: If the plan file is not the plan that is already applied, or belongs to another model.
+        An adapter that is already applied stays unchanged. A plan file that is not its plan, or not that of the checkpoint, is
+        refused, and so are settings that differ from the checkpoint's and cannot be changed.
         """
         folder = run_folder(trainer) if stage == "fit" else None  # made before the scoring, which may be stopped
-        checkpoint = _checkpoint(trainer)
+        path = trainer.ckpt_path  # if there is no such file, Lightning says so later
+        checkpoint = read_checkpoint(path) if path and checkpoint_exists(path) else None
         # First, so that the message for another plan is not about the settings behind it.
-        saved = self._plan_of(checkpoint, trainer)
+        saved = None
+        if checkpoint is not None and (content := adapter_state(checkpoint)["plan"]) is not None:
+            saved = AdapterPlan.from_dict(content, source=str(trainer.ckpt_path))
+            self._require_same(saved, CheckpointError, "of the checkpoint", "start a new run without ckpt_path")
         if stage == "fit":
             self.resume.begin(trainer, pl_module, self)
             if checkpoint is not None:
@@ -130,10 +129,10 @@ class HybridAdapterSetup(Configurable, Callback):
         elif checkpoint is not None:
             check_evaluated(checkpoint, self)
         self.plan = applied_plan(pl_module)
-        if self.plan is not None:
-            self._check_applied(self.plan)
-        else:
+        if self.plan is None:
             self.plan = self._adapt(trainer, pl_module, saved, folder)
+        else:
+            self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
             self._show(self.plan, folder)
 
@@ -162,12 +161,9 @@ class HybridAdapterSetup(Configurable, Callback):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Check that the settings fit a module, before its weights are loaded.
+        """Check that start weights are kept if the loss needs them, and that modules that are named are there.
 
-        Raises:
-            ConfigError: If its loss needs start weights that are not kept.
-            ModelError: If `target_modules` or `rank_pattern` match none of its modules.
-            PlanError: If `plan` has modules that it does not have.
+        This is done before weights are loaded.
         """
         pl_module.check_start_weights(self.keep_start_weights)
         if self.planning.target_modules is not None or self.planning.rank_pattern:
@@ -175,27 +171,14 @@ class HybridAdapterSetup(Configurable, Callback):
         if self.given_plan is not None:
             self.given_plan.check_model(pl_module.pretrained.skeleton())
 
-    # ---- finding the plan
-
-    def _plan_of(self, checkpoint: Mapping[str, Any] | None, trainer: Trainer) -> AdapterPlan | None:
-        """The plan in a checkpoint, which must not be another one than that of the plan file."""
-        saved = None if checkpoint is None else adapter_state(checkpoint)["plan"]
-        plan = None if saved is None else AdapterPlan.from_dict(saved, source=str(trainer.ckpt_path))
-        if plan is not None and self.given_plan is not None and plan.digest != self.given_plan.digest:
-            raise CheckpointError(
-                f"adapter.plan={self.plan_path} (plan {self.given_plan.digest[:12]}) is not the plan of the checkpoint "
-                f"({plan.digest[:12]}); remove adapter.plan to resume, or start a new run without ckpt_path"
+    def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
+        """Refuse a plan file that is not the plan that the model already has or gets."""
+        given = self.given_plan
+        if given is not None and given.digest != plan.digest:
+            raise error(
+                f"adapter.plan={self.plan_path} (plan {given.digest[:12]}) is not the plan {which} ({plan.digest[:12]}); remove "
+                f"adapter.plan, or {remedy}"
             )
-        return plan
-
-    def _check_applied(self, plan: AdapterPlan) -> None:
-        if self.given_plan is not None and self.given_plan.digest != plan.digest:
-            raise PlanError(
-                f"the model is adapted by plan {plan.digest[:12]} already and cannot take adapter.plan={self.plan_path} "
-                f"(plan {self.given_plan.digest[:12]}); load the model anew, or remove adapter.plan"
-            )
-
-    # ---- applying and showing it
 
     def _adapt(
         self, trainer: Trainer, pl_module: LightningModule, saved: AdapterPlan | None, folder: Path | None
@@ -242,9 +225,3 @@ class HybridAdapterSetup(Configurable, Callback):
             say(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}")
         elif rest:
             say(f"and {more}")
-
-
-def _checkpoint(trainer: Trainer) -> dict[str, Any] | None:
-    """The content of the checkpoint that is about to be loaded, without its tensors; None also where Lightning will miss it."""
-    path = trainer.ckpt_path
-    return read_checkpoint(path) if path and checkpoint_exists(path) else None

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,36 +31,29 @@ _SQLITE = "sqlite:///"
 # ---- where a logger keeps its files
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a logger keeps the files of its runs."""
-
-    parent: Path  # folder with one folder for each run
-    version: int | str | None  # the version that was given in the logger's arguments
-    has_versions: bool  # whether the logger writes into `parent/version_N`
-
-
 def keeps_files_in_a_version(logger: Logger) -> bool:
     """Whether a logger writes into a folder ROOT/NAME/version_N."""
     return isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in str(logger.save_dir)
 
 
-def logger_place(logger: Logger, fallback: Path) -> Place:
-    """Where a logger keeps its files; below `fallback` if it has no folder on this machine."""
+def given_version(logger: Logger) -> int | str | None:
+    """The version that was given to a logger which has versions; its property `version` would choose one."""
+    return logger._version if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger) else None
+
+
+def logger_root(logger: Logger, fallback: Path) -> Path:
+    """The folder with one folder for each run of a logger; below `fallback` if it has no folder on this machine."""
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
-        parent = Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
-        return Place(parent, logger._version, True)  # reading the property `version` would choose one
+        return Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
     root = logger.save_dir
     local = fallback if root in (None, ".") or "://" in str(root) else Path(str(root))  # "." is the default of WandbLogger
-    return Place(local / (_project(logger) or "default").replace("/", "_"), None, False)
-
-
-def _project(logger: Logger) -> str | None:
     if isinstance(logger, MLFlowLogger):
-        return logger._experiment_name  # the property `name` is a number, for which the logger asks the store
-    if isinstance(logger, WandbLogger) and logger.name == "lightning_logs":  # the default if no project is given
-        return logger._name or logger.name
-    return logger.name if isinstance(logger.name, str) else None
+        name: Any = logger._experiment_name  # the property `name` is a number, for which the logger asks the store
+    else:
+        name = logger.name
+        if isinstance(logger, WandbLogger) and name == "lightning_logs":  # the default if no project is given
+            name = logger._name or name
+    return local / (name if name and isinstance(name, str) else "default").replace("/", "_")
 
 
 def has_begun(logger: Logger) -> bool:
@@ -74,7 +66,6 @@ def write_into_version(loggers: Sequence[Logger], version: int | str) -> None:
     new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not has_begun(logger)]
     for logger in new:
         logger._version = version  # type: ignore[attr-defined]
-    for logger in new:
         if isinstance(logger, CSVLogger):
             _ = logger.experiment  # begin now: it warns if there are files of other loggers in its folder
 
@@ -99,11 +90,9 @@ def log_table(
             logger.experiment.log_table(logger.run_id, content, f"{name}.json")  # appends
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir, f"{name}.csv")
-            new = not path.exists()
+            head = [] if path.exists() else [["step", *columns]]
             with path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerows([["step", *columns]] if new else [])
-                writer.writerows([step, *row] for row in rows)
+                csv.writer(file).writerows([*head, *([step, *row] for row in rows)])
 
 
 def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:
@@ -151,20 +140,16 @@ def show_hyperparameters(
 ) -> None:
     """Write TensorBoard's page of hyperparameters.
 
-    Args:
-        trainer: Has the loggers.
-        compared: Plain values for the first columns, which take the places of `others` with their names.
-        others: Further hyperparameters, which may be nested.
-        metrics: Scalars that are the results, which the page must know in advance.
+    `compared` are plain values for the first columns, which take the places of `others` with their names, which may be nested.
+    `metrics` are the scalars that are the results, which the page must know in advance.
     """
     from torch.utils.tensorboard.summary import hparams
 
     plain = {**compared, **_sanitize_params(_flatten_dict(_convert_params(dict(others)))), **compared}
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
-            writer = logger.experiment._get_file_writer()
             for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
-                writer.add_summary(summary, 0)
+                logger.experiment._get_file_writer().add_summary(summary, 0)
 
 
 def curve_hints(trainer: Trainer, folder: Path) -> list[str]:
@@ -179,17 +164,18 @@ def _hint(logger: Logger, folder: Path) -> str | None:
         return str(Path(logger.log_dir, "metrics.csv"))
     if isinstance(logger, WandbLogger):
         run = logger.experiment
-        return shlex.join(["wandb", "sync", str(_from_here(Path(run.dir).parent))]) if logger._offline else run.url
+        return shlex.join(["wandb", "sync", from_here(Path(run.dir).parent)]) if logger._offline else run.url
     if isinstance(logger, MLFlowLogger):
         uri = logger._tracking_uri
         if uri.startswith(_SQLITE):
-            uri = f"{_SQLITE}{_from_here(Path(uri.removeprefix(_SQLITE)))}"
+            uri = f"{_SQLITE}{from_here(Path(uri.removeprefix(_SQLITE)))}"
         return uri if uri.startswith("http") else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     return None
 
 
-def _from_here(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def from_here(path: Path) -> str:
+    """A path as it is typed, which is short below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _loggers(trainer: Trainer) -> Sequence[Logger]:
@@ -225,15 +211,14 @@ class NamingMLFlowLogger(MLFlowLogger):
         **arguments: Any,
     ) -> None:
         uri = tracking_uri or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
-        self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
-        if self._folder is not None and artifact_location is None:
-            artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # absolute, so that `mlflow ui` works anywhere
-        if self._folder is not None:  # absolute: MLflow keeps the store of a relative path open after the folder has changed
-            uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         given = {"tracking_uri": uri, "save_dir": save_dir, "artifact_location": artifact_location, **arguments}
+        self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is None:
             super().__init__(**given)
             return
+        # Absolute: MLflow keeps the store of a relative path open after the folder has changed, and `mlflow ui` works anywhere.
+        given["tracking_uri"] = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+        given["artifact_location"] = artifact_location or (self._folder.absolute() / "mlartifacts").as_uri()
         # Processes may start at the same time, such as the ranks of a run. The lock lets one of them make tables and experiment.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -271,9 +256,9 @@ def _mlflow_name(name: str) -> str:
 
 # TensorBoard sorts groups and cards by name, and digits come first.
 GROUP = "0_overview"
-_VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ stands for any number of samples
-_EXAMPLES = ("val/loss", "val/rewards/accuracies")  # metrics of training on given completions
-_TRAINING = (
+_SHOWN = (
+    "val/avg@",  # with any number of samples
+    "val/greedy_accuracy",
     "reward",
     "completions/mean_length",
     "completions/clipped_ratio",
@@ -283,6 +268,8 @@ _TRAINING = (
     "clip_ratio/region_mean",
     "time/step_s",
     "throughput/tokens_per_second",
+    "val/loss",  # and of training on given completions
+    "val/rewards/accuracies",
 )
 
 
@@ -295,21 +282,18 @@ class TensorBoardOverview(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Repeat the training metrics after each optimizer step."""
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._write(trainer, _TRAINING, first=len(_VALIDATION) + 1)
+            self._write(trainer, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repeat the accuracies of validations during `fit`, the one before training included."""
         if trainer.state.fn == "fit":
-            self._write(trainer, _VALIDATION, first=1)
-            self._write(trainer, _EXAMPLES, first=len(_VALIDATION) + len(_TRAINING) + 1)
+            self._write(trainer, validation=True)
 
-    def _write(self, trainer: Trainer, wanted: tuple[str, ...], first: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for number, name_or_stem in enumerate(wanted, start=first):
-            for name, value in trainer.callback_metrics.items():
-                stem = name.rstrip("0123456789") if name_or_stem.endswith("@") else name
-                if stem == name_or_stem:
-                    for writer in writers:
-                        writer.add_scalar(f"{GROUP}/{number} {name.replace('/', ' ')}", float(value), trainer.global_step)
+    def _write(self, trainer: Trainer, validation: bool) -> None:
+        writers = [logger.experiment for logger in _loggers(trainer) if isinstance(logger, TensorBoardLogger)]
+        for name, value in trainer.callback_metrics.items() if writers else ():
+            stem = re.sub(r"@\d+$", "@", name)
+            if stem in _SHOWN and name.startswith("val/") == validation:
+                card = f"{GROUP}/{_SHOWN.index(stem) + 1} {name.replace('/', ' ')}"
+                for writer in writers:
+                    writer.add_scalar(card, float(value), trainer.global_step)

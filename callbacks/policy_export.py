@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
-from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.planning import applied_plan
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import time_charged_to
@@ -43,18 +43,8 @@ class PolicyExport(Callback):
         self.every_n_steps = every_n_steps
         self._exported_step = -1
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder."""
-        if stage == "fit":
-            run_folder(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training that the policy can be exported.
-
-        Raises:
-            ConfigError: If the form cannot hold the plan, the folder already has exports of later steps, or the strategy is
-                FSDP1.
-        """
+        """Refuse before training what could not be exported: a plan that the form cannot hold, FSDP1, another run's folder."""
         plan = applied_plan(pl_module)
         if plan is None:
             raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")
@@ -66,37 +56,35 @@ class PolicyExport(Callback):
             )
         self._exported_step = trainer.global_step
         folder = self._folder(trainer)
-        if folder is None or not folder.is_dir():
-            return
-        steps = [int(path.name[5:]) for path in folder.glob("step=*") if path.name[5:].isdigit()]
-        if any(step > trainer.global_step for step in steps):
+        found = folder.glob("step=*") if folder is not None else ()
+        latest = max((int(path.name[5:]) for path in found if path.name[5:].isdigit()), default=0)
+        if latest > trainer.global_step:
             raise ConfigError(
-                f"PolicyExport: {folder} has an export of step {max(steps)} of another run, and this one begins after step "
+                f"PolicyExport: {folder} has an export of step {latest} of another run, and this one begins after step "
                 f"{trainer.global_step}; give another folder, or remove it"
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Export after every n optimizer steps."""
-        step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step > self._exported_step:
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the policy at the end of training."""
-        if trainer.global_step > self._exported_step:
-            self._export(trainer, pl_module)
+        self._export(trainer, pl_module)
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        folder = run_folder(trainer)
-        if folder is None or self.folder is None:
-            return None if folder is None else folder / "export" / self.form.name
-        return Path(self.folder)
+        """The folder of exports; None under `fast_dev_run`, which writes nothing."""
+        root = run_folder(trainer)
+        own = Path(self.folder) if self.folder is not None else None
+        return root and (own or root / "export" / self.form.name)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._exported_step = trainer.global_step
+        """Export each step once."""
         folder = self._folder(trainer)
-        if folder is None:  # under fast_dev_run, which writes nothing
+        if folder is None or trainer.global_step <= self._exported_step:
             return
+        self._exported_step = trainer.global_step
         with time_charged_to(trainer, "checkpoint"):
             policy = policy_in_training(trainer, pl_module)
             if policy is not None:

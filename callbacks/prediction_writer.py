@@ -37,16 +37,8 @@ class PredictionWriter(Callback):
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder, and check that the files can be written.
-
-        Raises:
-            ConfigError: If the file of any process exists, on all processes, so that none waits for another; or if the folder
-                cannot be written to.
-        """
-        if stage != "predict":
-            return
-        run_folder(trainer)
-        paths = [] if self.path is None else _of_ranks(Path(self.path), trainer.world_size)
+        """Refuse files that exist or cannot be written, of any process on all, so that none waits for another."""
+        paths = _of_ranks(Path(self.path), trainer.world_size) if stage == "predict" and self.path is not None else []
         for path in paths:
             if path.exists():
                 raise ConfigError(f"predictions.path: {path} exists; give another path, or remove it")
@@ -56,16 +48,15 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file before anything is generated."""
-        folder = run_folder(trainer)
+        folder, rank = run_folder(trainer), trainer.global_rank
         if self.path is not None:
-            paths = _of_ranks(Path(self.path), trainer.world_size)
+            path = _of_ranks(Path(self.path), trainer.world_size)[rank]
         elif folder is not None:
-            names = itertools.chain(["predictions"], (f"predictions-v{number}" for number in itertools.count(1)))
-            of_names = (_of_ranks(folder / f"{name}.jsonl", trainer.world_size) for name in names)
-            paths = next(paths for paths in of_names if not paths[trainer.global_rank].exists())
+            versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
+            paths = (_of_ranks(folder / f"predictions{version}.jsonl", trainer.world_size)[rank] for version in versions)
+            path = next(path for path in paths if not path.exists())
         else:
             return
-        path = paths[trainer.global_rank]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("x", encoding="utf-8")
 

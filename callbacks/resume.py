@@ -5,7 +5,7 @@ At a resume they are compared, name by name, with those of the new run, before a
 setting that differs is declared beside the option (see `Option`), and for Lightning's flags here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_settings import (
     arguments_of,
+    describe_part,
     flatten_settings,
     imported_class,
     option_above,
     settings_of,
-    settings_of_adapter,
 )
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
@@ -91,17 +91,16 @@ class Resume:
     def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         """Compare the settings with those in a checkpoint, the first time that this is called, and print what differs.
 
-        Raises:
-            CheckpointError: If a change cannot be applied.
+        A change that cannot be applied is a CheckpointError.
         """
         if self._new is not None:
             return
-        changes = changes_of(checkpoint, self._settings)
-        check_changes(changes)
+        self._new = changes_of(checkpoint, self._settings)
+        check_changes(self._new)
         earlier = checkpoint.get(SETTINGS_KEY, {}).get("changes", [])
-        self._new, self.changes = changes, [*(Change(**change) for change in earlier), *changes]
-        for change in changes:
-            _say(trainer, f"changed at this resume: {change}")
+        self.changes = [*(Change(**change) for change in earlier), *self._new]
+        for change in self._new if trainer.is_global_zero else ():
+            say(f"changed at this resume: {change}")
 
     def settings_of_scores(self, pl_module: LightningModule, scorer: Scorer) -> dict[str, Any]:
         """The settings that the scores of a module's candidates depend on: name on the command line -> value."""
@@ -118,8 +117,8 @@ class Resume:
         effects = self._effects()
         if ROLLOUT in effects:
             count = _give_up_rollout(checkpoint)
-            if count:
-                _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
+            if count and trainer.is_global_zero:
+                say(f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
@@ -153,12 +152,8 @@ class Resume:
 
 
 def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> None:
-    """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported.
-
-    Raises:
-        CheckpointError: If there are such settings; the message names them.
-    """
-    changes = changes_of(checkpoint, {"adapter": settings_of_adapter(adapter)})
+    """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported."""
+    changes = changes_of(checkpoint, {"adapter": describe_part(adapter, adapter._init_args)})
     _refuse([change for change in changes if REFUSED in change.effects and change.name != "adapter"])
 
 
@@ -176,7 +171,7 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
         for name in [name for name in before.keys() ^ after.keys() if name.startswith("trainer.")]:
             before.pop(name, None)
             after.pop(name, None)
-    differing = [name for name in dict.fromkeys([*before, *after]) if _differ(name, before.get(name), after.get(name))]
+    differing = [name for name in {**before, **after} if _differ(name, before.get(name), after.get(name))]
     # If a part has another class, the arguments of the old class are not listed.
     classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
@@ -185,10 +180,10 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
     changes = [Change(step, name, before.get(name), after.get(name), effects_of(name, after)) for name in changed]
     lora = next((change for change in changes if change.name == "model.lr_lora"), None)
     if lora is not None and before.get(_RATE_OF_FULL) is None and after.get(_RATE_OF_FULL) is None:  # it follows that of LoRA
-        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        rates = [float(group["initial_lr"]) for group in groups if group.get("name") == "full"]
-        followed = [(rate, float(f"{rate * lora.after / lora.before:.3g}")) for rate in rates]
-        changes += [Change(step, _RATE_OF_FULL, float(f"{rate:.3g}"), new) for rate, new in followed]
+        for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+            if group.get("name") == "full":
+                rate, new = group["initial_lr"], group["initial_lr"] * lora.after / lora.before
+                changes.append(Change(step, _RATE_OF_FULL, float(f"{rate:.3g}"), float(f"{new:.3g}")))
     return changes
 
 
@@ -209,19 +204,13 @@ def effects_of(name: str, settings: Mapping[str, Any]) -> Effects:
         return NOTHING if section == "data" else FIXED
     if (section, option) == ("model", "optimizer") and below and below not in _OPTIMIZER_STATE:
         return NOTHING
-    found = option_above(name, settings)
-    if found is None:  # an option of a user's own module
-        return SIZES | ACCURACY if section == "model" else NOTHING
-    return found.at_resume
+    if (found := option_above(name, settings)) is not None:
+        return found.at_resume
+    return SIZES | ACCURACY if section == "model" else NOTHING  # an option of a user's own module
 
 
-def check_changes(changes: Iterable[Change]) -> None:
-    """Refuse changes that cannot be applied to a run that continues.
-
-    Raises:
-        CheckpointError: If there are such changes; the message has each setting, its old and new value, and what to give.
-    """
-    changes = list(changes)
+def check_changes(changes: Sequence[Change]) -> None:
+    """Refuse changes that cannot be applied to a run that continues."""
     _refuse([change for change in changes if REFUSED in change.effects])
     for change in changes:
         if change.name == "trainer.max_steps" and 0 <= change.after < change.step:
@@ -269,11 +258,6 @@ def _shown(value: Any) -> str:
 
 
 # ---- applying
-
-
-def _say(trainer: Trainer, line: str) -> None:
-    if trainer.is_global_zero:
-        say(line)
 
 
 def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:

@@ -7,6 +7,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from statistics import fmean, variance
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -141,18 +142,10 @@ class RolloutSamples(OncePerRollout):
         rows: list[list[Any]] = []
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
             for row in range(number * samples, number * samples + min(samples, self.completions)):
-                rows.append(
-                    [
-                        shown_prompt(prompt),
-                        str(prompt.answer),
-                        shown_text(rollouts.completions[row]),
-                        "yes" if bool(rollouts.finished[row]) else "no",
-                        "yes" if bool(rewards.correct[row]) else "no",
-                        float(rewards.total[row]),
-                        *(float(rewards.parts[name][row]) for name in names),
-                        float(advantages[row]),
-                    ]
-                )
+                texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
+                marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]
+                values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
+                rows.append([*texts, *marks, *(float(value[row]) for value in values)])
         return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
 
     def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
@@ -254,9 +247,7 @@ class RewardDivergence(OncePerRollout):
 
     def diverging(self) -> list[str]:
         """Parts of the reward that rise while the accuracy falls, over the last `window` rollouts."""
-        if len(self._history) < self.window:
-            return []
-        if self._change("accuracy") > -self.standard_errors:
+        if len(self._history) < self.window or self._change("accuracy") > -self.standard_errors:
             return []
         return [name for name in self._history[-1] if name != "accuracy" and self._change(name) >= self.standard_errors]
 
@@ -264,14 +255,8 @@ class RewardDivergence(OncePerRollout):
         """Change of a value from the older to the newer half, in standard errors."""
         values = [entry.get(name, 0.0) for entry in self._history]
         half = self.window // 2
-        (old, old_error), (new, new_error) = _mean_and_error(values[:half]), _mean_and_error(values[half:])
-        if new == old:
+        old, new = values[:half], values[half:]
+        change, error = fmean(new) - fmean(old), math.sqrt((variance(old) + variance(new)) / half)
+        if change == 0:
             return 0.0
-        error = math.hypot(old_error, new_error)
-        return (new - old) / error if error > 0 else math.copysign(math.inf, new - old)
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+        return change / error if error > 0 else math.copysign(math.inf, change)

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from hybrid_lightning.adapters.scoring_progress import SCORING, SETTINGS
-from hybrid_lightning.callbacks.loggers import has_begun, keeps_files_in_a_version, logger_place, write_into_version
+from hybrid_lightning.callbacks.loggers import given_version, has_begun, keeps_files_in_a_version, logger_root, write_into_version
 from hybrid_lightning.errors import ConfigError
 
 Version = int | str
@@ -51,18 +51,18 @@ class RunFolder(Callback):
 
     def claim(self, trainer: Trainer) -> Path:
         """Make the folder. All processes must call this together."""
-        answer: tuple[Any, str | None] = (None, None)
+        answer: Any = None
         if trainer.is_global_zero:
             try:
                 self._own, version = _taken_over(trainer.loggers) or _new_folders(trainer, self._above)
-                answer = ((self._own[0], version), None)
+                answer = (self._own[0], version)
             except OSError as error:  # the others wait for an answer
                 _remove_empty(self._above)
-                answer = (None, _cannot_be_made(trainer, error))
-        folder, error_text = trainer.strategy.broadcast(answer)
-        if error_text is not None:
-            raise ConfigError(error_text)
-        self.path, version = folder
+                answer = _cannot_be_made(trainer, error)
+        answer = trainer.strategy.broadcast(answer)
+        if isinstance(answer, str):
+            raise ConfigError(answer)
+        self.path, version = answer
         write_into_version(trainer.loggers, version)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -80,12 +80,9 @@ class RunFolder(Callback):
 
 
 def check_run_folder(trainer: Trainer) -> None:
-    """Check that the folders of this run can be made, before anything takes long. What is made for the check is removed again.
+    """Check that the folders of this run can be made and written to, before anything takes long; all is removed again.
 
     This does not communicate with other ranks.
-
-    Raises:
-        ConfigError: If a folder cannot be made or written to.
     """
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return
@@ -94,15 +91,16 @@ def check_run_folder(trainer: Trainer) -> None:
             _try_out(parent)
     except OSError as error:
         raise ConfigError(_cannot_be_made(trainer, error)) from error
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and "://" not in str(callback.dirpath):
-            try:
-                _try_out(Path(callback.dirpath))
-            except OSError as error:
-                raise ConfigError(
-                    f"the checkpoints' folder cannot be made or written to: {error}; give --checkpoint.dirpath=FOLDER another "
-                    "one, or null for one in the run folder"
-                ) from error
+    given = (callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+    try:
+        for folder in given:
+            if folder is not None and "://" not in str(folder):
+                _try_out(Path(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"the checkpoints' folder cannot be made or written to: {error}; give --checkpoint.dirpath=FOLDER another one, or "
+            "null for one in the run folder"
+        ) from error
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -132,11 +130,12 @@ def find_callback(trainer: Trainer, kind: type[_C]) -> _C | None:
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
     """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
-    root = _root(trainer)
-    places = [logger_place(logger, fallback=root) for logger in trainer.loggers]
-    parents = [place.parent for place in places[:1]] or [root / "default" if root == Path("runs") else root]
-    parents += [place.parent for place in places if place.has_versions and place.parent not in parents]
-    return parents, next((place.version for place in places if place.version not in (None, "")), None)
+    root = Path(trainer.default_root_dir)
+    root = Path("runs") if root == Path.cwd() else root
+    own = [logger for number, logger in enumerate(trainer.loggers) if number == 0 or keeps_files_in_a_version(logger)]
+    parents = list(dict.fromkeys(logger_root(logger, fallback=root) for logger in own))
+    version = next((version for logger in own if (version := given_version(logger)) not in (None, "")), None)
+    return parents or [root / "default" if root == Path("runs") else root], version
 
 
 def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Version]:
@@ -146,28 +145,16 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
         _make(parent, made)
     for name, version in _names(asked, parents):
         new: list[Path] = []
-        try:
-            for parent in parents:
-                _make_version(parent / name, made)
-                new.append(parent / name)
-        except FileExistsError:
-            for folder in new:
-                folder.rmdir()
-            continue
-        return new, version
+        with suppress(FileExistsError):
+            while len(new) < len(parents):
+                folder = parents[len(new)] / name
+                _make(folder.parent, made)
+                with suppress(FileNotFoundError):  # another run that had done nothing has removed the empty parent folder
+                    folder.mkdir()
+                    new.append(folder)
+            return new, version
+        _remove_empty(new)
     raise AssertionError("there is no last name")
-
-
-def _make_version(folder: Path, made: list[Path]) -> None:
-    """Make the folder of a version, which must not exist."""
-    for last in (False, False, True):
-        try:
-            _make(folder.parent, made)
-            folder.mkdir()
-            return
-        except FileNotFoundError:  # another run that had done nothing may have removed the empty parent folder
-            if last:
-                raise
 
 
 def _make(folder: Path, made: list[Path]) -> None:
@@ -227,19 +214,11 @@ def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
     """The folder that the first logger has already made, if it contains only a log; otherwise it may be another run's."""
     if not loggers or not keeps_files_in_a_version(loggers[0]) or not has_begun(loggers[0]):
         return None
-    place = logger_place(loggers[0], fallback=Path())
-    assert place.version is not None
-    folder = place.parent / (place.version if isinstance(place.version, str) else f"version_{place.version}")
-    if not folder.is_dir() or any(not any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
-        return None
-    try:
-        (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
-    except FileExistsError:
-        return None
-    return [folder], place.version
-
-
-def _root(trainer: Trainer) -> Path:
-    """The folder for files if no logger has one."""
-    root = Path(trainer.default_root_dir)
-    return Path("runs") if root == Path.cwd() else root
+    version = given_version(loggers[0])
+    assert version is not None
+    folder = logger_root(loggers[0], fallback=Path()) / (version if isinstance(version, str) else f"version_{version}")
+    if folder.is_dir() and all(any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
+        with suppress(FileExistsError):
+            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
+            return [folder], version
+    return None

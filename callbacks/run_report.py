@@ -74,11 +74,6 @@ class RunReport(Callback):
         self._peaks: dict[str, float] = {}
         self._about: dict[str, Any] | None = None  # settings and machine, which do not change
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the run folder."""
-        if stage == "fit":
-            run_folder(trainer)
-
     def state_dict(self) -> dict[str, Any]:
         """What was kept, for a resumed run."""
         return {"curves": self._curves, "first": self._first, "last": self._last, "peaks": self._peaks}
@@ -106,20 +101,19 @@ class RunReport(Callback):
             self._validated(trainer, pl_module)
 
     def _validated(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._keep(trainer, validation=True)
-        self._last = {"step": trainer.global_step, **_evaluated(pl_module)}
-        self._first = self._first or self._last
-        self.write(trainer)
+        run_folder(trainer)
+        if trainer.is_global_zero:
+            self._keep(trainer, validation=True)
+            self._last = {"step": trainer.global_step, **_evaluated(pl_module)}
+            self._first = self._first or self._last
+            self.write(trainer)
 
     def _keep(self, trainer: Trainer, validation: bool) -> None:
         """Keep the metrics of a validation, or those of a step; before training none that compare with the start policy."""
         found = trainer.callback_metrics if trainer.is_global_zero else {}
-        without = {name for name in found if _PART.fullmatch(name)}
-        without = without if len(without) == 1 else set()  # a single part is the reward
-        if trainer.global_step == 0:
-            without |= shares_ahead(trainer.lightning_module)
+        parts = {name for name in found if _PART.fullmatch(name)}
+        without = shares_ahead(trainer.lightning_module) if trainer.global_step == 0 else set()
+        without |= parts if len(parts) == 1 else set()  # a single part is the reward
         for name, value in found.items():
             if name.startswith("val/") == validation and _KEPT.fullmatch(name) and name not in without:
                 steps, values = self._curves.setdefault(name, [[], []])
@@ -143,10 +137,8 @@ class RunReport(Callback):
     def write(self, trainer: Trainer, state: str = "not finished", commands: list[str] | None = None) -> Path | None:
         """Write the page, on the first process. This does not communicate with other ranks.
 
-        `state` is "finished", "not finished", or "stopped: " and why; `commands` are what to type next.
-
-        Returns:
-            The page; None if the run has not begun, leaves no files, or the page cannot be written, which is said.
+        `state` is "finished", "not finished", or "stopped: " and why; `commands` are what to type next. Returns None if the run
+        has not begun, leaves no files, or the page cannot be written, which is said.
         """
         folder = known_folder(trainer)
         if folder is None or not trainer.is_global_zero or not self._curves:
@@ -174,11 +166,8 @@ class RunReport(Callback):
             "last": self._last,
             "curves": {name: self._curves[name] for name in sorted(self._curves, key=_place)},
         }
-        text = json.dumps(report, ensure_ascii=False) + "\n"
-        _replace(folder / REPORT, text)
-        page = folder / "report.html"
-        _replace(page, report_page(Run.read(folder)))
-        return page
+        _replace(folder / REPORT, json.dumps(report, ensure_ascii=False) + "\n")
+        return _replace(folder / "report.html", report_page(Run.read(folder)))
 
 
 def shares_ahead(pl_module: LightningModule) -> set[str]:
@@ -186,11 +175,11 @@ def shares_ahead(pl_module: LightningModule) -> set[str]:
     return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str) -> Path:
     """Write a file that is complete at every moment, for those who look at it meanwhile."""
     part = unfinished_path(path)
     part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    return part.replace(path)
 
 
 def _place(name: str) -> int:
@@ -202,42 +191,37 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     if not isinstance(pl_module, LanguageModule):
         return {"problems": [], "samples": []}
     evaluation, names = pl_module.evaluation, (f"avg@{pl_module.eval_samples}", "greedy_accuracy")
-    rows = [
-        [*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)]
-        for problem, values in evaluation.by_problem.items()
-    ]
-    samples = []
-    if evaluation.greedy is not None:
-        rollouts, rewards = evaluation.greedy
-        count = len(rollouts.prompts)
-        for row in sorted({number * count // _SAMPLES for number in range(_SAMPLES)}):
-            prompt = rollouts.prompts[row]
-            samples.append(
-                {
-                    "prompt": shown_prompt(prompt),
-                    "answer": prompt.answer,
-                    "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
-                    "finished": bool(rollouts.finished[row]),
-                    "correct": bool(rewards.correct[row]),
-                    "reward": round(float(rewards.total[row]), 6),
-                }
-            )
+    rows = []
+    for problem, values in evaluation.by_problem.items():
+        rows.append([*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)])
+    samples: list[dict[str, Any]] = []
+    if evaluation.greedy is None:
+        return {"problems": rows, "samples": samples}
+    rollouts, rewards = evaluation.greedy
+    for row in sorted({number * len(rollouts.prompts) // _SAMPLES for number in range(_SAMPLES)}):
+        sample = {
+            "prompt": shown_prompt(rollouts.prompts[row]),
+            "answer": rollouts.prompts[row].answer,
+            "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
+            "finished": bool(rollouts.finished[row]),
+            "correct": bool(rewards.correct[row]),
+            "reward": round(float(rewards.total[row]), 6),
+        }
+        samples.append(sample)
     return {"problems": rows, "samples": samples}
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     """All options, and those that differ from their defaults: of the config, or as a run from Python is resumed."""
     adapter = find_callback(trainer, HybridAdapterSetup)
-    found: dict[str, Any] = {} if adapter is None else adapter.resume.state()["settings"]
-    prompts, defaults = found.get("validation prompts"), {}
+    saved: dict[str, Any] = {} if adapter is None else adapter.resume.state()["settings"]
+    found, defaults = {name: value for name, value in saved.items() if name in ("model", "data", "adapter")}, {}
     path, saver = saved_config(trainer), find_callback(trainer, SaveConfigCallback)
     if path is not None and saver is not None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         defaults = yaml.safe_load(saver.parser.dump(saver.parser.get_defaults(), skip_none=False))
-    else:
-        found = {name: value for name, value in found.items() if name in ("model", "data", "adapter")}
-    changed = {name: list(values) for name, values in changed_settings(found, defaults).items()}
-    return {"settings": {**flatten_settings(found), "validation prompts": prompts}, "changed": changed}
+    settings = {**flatten_settings(found), "validation prompts": saved.get("validation prompts")}
+    return {"settings": settings, "changed": changed_settings(found, defaults)}
 
 
 def machine(trainer: Trainer) -> dict[str, str]:

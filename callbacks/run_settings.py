@@ -23,12 +23,12 @@ _UNDIVIDED = ("adapter.rank_pattern",)
 
 def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configurable) -> dict[str, Any]:
     """All settings of a run: of module, data, adapter and Trainer, and for a run of the command line everything in its config."""
-    settings: dict[str, Any] = {"adapter": settings_of_adapter(adapter)}
+    settings: dict[str, Any] = {"adapter": describe_part(adapter, adapter._init_args)}
     if isinstance(pl_module, LanguageModule):
-        settings["model"] = _describe_part(pl_module, arguments_of(pl_module))
+        settings["model"] = describe_part(pl_module, arguments_of(pl_module))
     data = getattr(trainer, "datamodule", None)  # which Lightning's Trainer has not before it runs
     if isinstance(data, Configurable):
-        settings["data"] = _describe_part(data, data._init_args)
+        settings["data"] = describe_part(data, data._init_args)
     for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
         if prompts is not None:
@@ -46,11 +46,6 @@ def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
     return {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
 
 
-def settings_of_adapter(adapter: Configurable) -> dict[str, Any]:
-    """The settings of `HybridAdapterSetup`."""
-    return _describe_part(adapter, adapter._init_args)
-
-
 def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
     """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
 
@@ -66,7 +61,7 @@ def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
     return found
 
 
-def _describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
     arguments = {**constructor_defaults(type(instance)), **arguments}
     # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.
@@ -99,18 +94,18 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for section in settings.items() for name, value, _ in _flattened(*section)}
 
 
-def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from their defaults: name on the command line -> (value, default), of an object its class.
+def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ from their defaults: name on the command line -> [value, default], of an object its class.
 
     `defaults` are those of the command line; the arguments of a class that they do not name have those of the constructor.
     """
-    expected, found = flatten_settings(defaults), dict[str, tuple[Any, Any]]()
+    expected, found = flatten_settings(defaults), dict[str, list[Any]]()
     others: tuple[str, ...] = ()  # what the names of arguments of another class than the default one begin with
     for section in settings.items():
         for name, value, usual in _flattened(*section):
             default = usual if name.startswith(others) else expected.get(name, usual)
             if value != default:
-                found[name] = (value, default)
+                found[name] = [value, default]
                 others += (f"{name}.",)
     return found
 

@@ -9,14 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from hybrid_lightning.callbacks.adaptable import applied_plan
 from hybrid_lightning.callbacks.diagnosis import Diagnosis
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
+from hybrid_lightning.callbacks.planning import applied_plan
 from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
+from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -82,7 +83,7 @@ class RunSummary(Callback):
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
         results += ["reward"] if isinstance(pl_module, PolicyModule) else []
-        arguments = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+        arguments = arguments_of(pl_module)
         show_hyperparameters(trainer, _compared(pl_module, arguments), arguments, results)
         log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
 
@@ -115,14 +116,12 @@ class RunSummary(Callback):
             self._print(summary, curves, page)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        plan = applied_plan(pl_module)
+        plan, now = applied_plan(pl_module), time.perf_counter()
         trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         base = sum(parameter.numel() for parameter in pl_module.parameters())
         base = pl_module.base_parameters if isinstance(pl_module, LanguageModule) else base
         checkpoint = trainer.checkpoint_callback
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-        folder = run_folder(trainer)
-        now = time.perf_counter()
         # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = _eval_samples(pl_module)
@@ -150,7 +149,7 @@ class RunSummary(Callback):
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "verdict": verdict,
             "try": tries,
-            "run_folder": str(folder),
+            "run_folder": str(run_folder(trainer)),
             "checkpoint": str(last),
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
         }
@@ -166,33 +165,32 @@ class RunSummary(Callback):
     def _print(self, summary: dict[str, Any], curves: list[str], page: Path | None) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
-        for name, value in _loss_changes(summary["validation"]["before"], summary["validation"]["after"]).items():
-            table.add_row(name, value)
+        before, after = (summary["validation"][when] for when in ("before", "after"))
+        if "val/loss" in after:
+            first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
+            table.add_row("held-out loss", f"{first} -> {after['val/loss']:.4f}")
+        if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
+            preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
+            table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
             table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
-        modules = ", ".join(name.removeprefix("model.") for name in summary["full_modules"][:6])
-        more = len(summary["full_modules"]) - 6
-        table.add_row("fully trained", (modules + (f" and {more} more" if more > 0 else "")) or "none")
+        modules = [name.removeprefix("model.") for name in summary["full_modules"]]
+        more = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
+        table.add_row("fully trained", ", ".join(modules[:6]) + more or "none")
         table.add_row("LoRA", f"{summary['lora_modules']} modules")
-        table.add_row(
-            "trainable", f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
-        )
+        trainable = f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
+        table.add_row("trainable", trainable)
         table.add_row("time", _time(summary))
         if summary["throughput"]:
             table.add_row("speed", _speed(summary["throughput"]))
         console().print(table)
-        lines = [f"Run folder: {summary['run_folder']}", *(f"Curves:     {curve}" for curve in curves)]
-        if page is not None:
-            lines.append(f"Report:     {page}")
-        if summary["next_command"]:
-            lines.append(f"Next:       {summary['next_command']}")
-        elif summary["checkpoint"]:
-            lines.append(f"Checkpoint: {summary['checkpoint']}")
-        if summary["verdict"]:
-            lines += [f"Verdict:    {summary['verdict']}", *(f"Try:        {advice}" for advice in summary["try"])]
-        for line in lines:
-            say(line)
+        lines = [("Run folder", summary["run_folder"]), *(("Curves", curve) for curve in curves), ("Report", page)]
+        lines += [("Next", summary["next_command"]) if summary["next_command"] else ("Checkpoint", summary["checkpoint"])]
+        lines += [("Verdict", summary["verdict"]), *(("Try", advice) for advice in summary["try"] if summary["verdict"])]
+        for name, text in lines:
+            if text:
+                say(f"{name + ':':<12}{text}")
 
 
 def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -247,20 +245,8 @@ def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float
 
 
 def _change(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return f"{'not measured' if before is None else f'{before:.1%}'} -> {'not measured' if after is None else f'{after:.1%}'}"
-    return f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)"
-
-
-def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str, str]:
-    """Changes for training on given completions: the held-out loss, and the share of pairs whose chosen one is preferred."""
-    changes = {}
-    if "val/loss" in after:
-        first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
-        changes["held-out loss"] = f"{first} -> {after['val/loss']:.4f}"
-    if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
-        changes["preferred as chosen"] = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
-    return changes
+    shown = " -> ".join("not measured" if value is None else f"{value:.1%}" for value in (before, after))
+    return shown if before is None or after is None else f"{shown} ({100 * (after - before):+.1f} points)"
 
 
 def _time(summary: dict[str, Any]) -> str:

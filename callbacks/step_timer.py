@@ -1,5 +1,6 @@
 """`StepTimer`: measures where the time of a run goes, and its tokens per second."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -56,7 +57,7 @@ class StepTimer(Callback):
 
     def _forget(self) -> None:
         self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
-        self._tokens: dict[str, float] = {}  # tokens of all processes and steps, including those of earlier runs
+        self._tokens: dict[str, float] = defaultdict(float)  # of all processes and steps, including those of earlier runs
         self._spread = Spread()  # divides what a rollout costs among its steps
         self._rollout: dict[str, float] = {}  # metrics of the rollout that is trained on
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
@@ -85,11 +86,11 @@ class StepTimer(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Times and tokens so far, for a resumed run."""
         spread = {"amounts": self._spread.amounts, "steps": self._spread.steps}
-        return {"seconds": self.totals(), "tokens": self._tokens, "spread": spread}
+        return {"seconds": self.totals(), "tokens": dict(self._tokens), "spread": spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the times and tokens of the run that is resumed."""
-        self._earlier_seconds, self._tokens = state_dict["seconds"], state_dict["tokens"]
+        self._earlier_seconds, self._tokens = state_dict["seconds"], defaultdict(float, state_dict["tokens"])
         self._spread = Spread(**state_dict["spread"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,9 +128,7 @@ class StepTimer(Callback):
         self._stamp = now
         schedule: Any = getattr(pl_module, "rollout_schedule", None)
         tokens, begins = dict.fromkeys(_ROLLOUT_TOKENS, 0.0), spent["generate"] > 0
-        if (
-            schedule is not None and schedule.rollouts_ahead
-        ):  # others were generated meanwhile, in a time that is not that of these
+        if schedule is not None and schedule.rollouts_ahead:  # in whose time others were generated
             begins, self._rollout = batch.metrics != self._rollout, batch.metrics
             tokens["tokens"] = batch.metrics["num_tokens"] / trainer.world_size if begins else 0.0
         elif begins:
@@ -138,18 +137,15 @@ class StepTimer(Callback):
         if begins or step["generate"] > 0:
             steps = schedule.steps_per_rollout if begins else max(1, self._spread.steps)
             self._spread.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
-            self._count({name: step[name] * trainer.world_size for name in _ROLLOUT_TOKENS})
+            for name in _ROLLOUT_TOKENS:
+                self._tokens[name] += step[name] * trainer.world_size
         step |= self._spread.take()
         trained = batch.num_tokens if isinstance(batch, PolicyBatch) else 0.0
-        self._count({"trained_tokens": trained})
+        self._tokens["trained_tokens"] += trained
         tokens = {"trained_tokens": trained, **{name: step[name] * trainer.world_size for name in _ROLLOUT_TOKENS}}
         times = {f"time/{name}_s": step[name] for name in STEP_PHASES}
         rates = {f"throughput/{name}": value for name, value in _rates(tokens, step).items()}
         return {**times, "time/step_s": sum(times.values()), **rates}
-
-    def _count(self, tokens: Mapping[str, float]) -> None:
-        for name, value in tokens.items():
-            self._tokens[name] = self._tokens.get(name, 0.0) + value
 
 
 def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None]:

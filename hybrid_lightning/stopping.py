@@ -12,9 +12,8 @@ from types import FrameType
 from typing import Any
 
 # In this order from: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closed
-# terminal.
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+# terminal. Windows has not all of them.
+_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
 
 NOTHING_MADE = "nothing that a run could go on from has been made; start the command again"
 
@@ -110,25 +109,23 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested:
-            if not self.started_by_rank:
-                self._leave(number, name)
+        if self.requested and self.started_by_rank:
             return
+        if self.requested:
+            self._pass_on(getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows the latter ends a process at once
+            _say(f"\n{name}: stopped at once; {self.last_words()}\n")
+            os._exit(128 + number)
         self.requested = number
-        for process in self.started_ranks:
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
+        self._pass_on(number)
         if not self.started_by_rank:
             _say(f"\n{name}: stopping, so that the run can go on later; once more stops at once\n")
         if not self._deferred:
             raise RunStopped(number)
 
-    def _leave(self, number: int, name: str) -> None:
+    def _pass_on(self, number: int) -> None:
         for process in self.started_ranks:
             with suppress(ProcessLookupError):
-                os.kill(process, getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows the latter ends a process at once
-        _say(f"\n{name}: stopped at once; {self.last_words()}\n")
-        os._exit(128 + number)
+                os.kill(process, number)
 
 
 def _say(text: str) -> None:

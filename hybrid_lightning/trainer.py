@@ -14,9 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
-from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
+from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor, StepLines
 from hybrid_lightning.callbacks.display import console, export_command, say
-from hybrid_lightning.callbacks.doctor import Doctor
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
@@ -58,14 +57,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 CHECKPOINT_DEFAULTS: dict[str, Any] = {"save_last": True, "filename": "step={step}", "auto_insert_metric_name": False}
 LOGGER_DEFAULTS: dict[str, Any] = {"save_dir": "runs", "name": "default", "default_hp_metric": False}
-_STAGES = {
-    "fit": TrainerFn.FITTING,
-    "score": TrainerFn.FITTING,
-    "doctor": TrainerFn.FITTING,
-    "validate": TrainerFn.VALIDATING,
-    "test": TrainerFn.TESTING,
-    "predict": TrainerFn.PREDICTING,
-}
 
 
 def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> list[Callback]:
@@ -115,17 +106,16 @@ class Trainer(LightningTrainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
             require_checkpoint(ckpt_path)
-        if ckpt_path is not None and is_scoring(ckpt_path):
-            if self.state.fn != "fit":
+            adapter, found = find_callback(self, HybridAdapterSetup), is_scoring(ckpt_path)
+            if found and self.state.fn != "fit":
                 raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
-            adapter = find_callback(self, HybridAdapterSetup)
-            if adapter is not None:
+            if not found and self.command == "score":
+                raise CheckpointError(
+                    f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
+                )
+            if found and adapter is not None:
                 adapter.earlier_scoring = Path(ckpt_path)
-            ckpt_path = None
-        elif self.command == "score" and ckpt_path is not None:
-            raise CheckpointError(
-                f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
-            )
+            ckpt_path = None if found else ckpt_path
         # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
         # them, or it would score the modules again.
         self._checkpoint_connector._ckpt_path = ckpt_path
@@ -207,14 +197,15 @@ class Trainer(LightningTrainer):
         # As the command will do.
         self._data_connector.attach_data(model, datamodule=datamodule)
         self.strategy._lightning_module = model
-        self.state.fn = _STAGES[command]
+        fits = command in ("fit", "score", "doctor")
+        self.state.fn = TrainerFn.FITTING if fits else TrainerFn(command)
         try:
             model.check_settings()
             model.pretrained.check()  # asks the hub for the model, before the data is downloaded
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
             adapter = find_callback(self, HybridAdapterSetup)
-            if self.state.fn == "fit" and adapter is not None:
+            if fits and adapter is not None:
                 adapter.check(model)
                 self._check_memory(model, adapter, datamodule)
         finally:
@@ -298,8 +289,7 @@ class Trainer(LightningTrainer):
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:
-            adapter = find_callback(self, HybridAdapterSetup)
-            if adapter is not None:
+            if (adapter := find_callback(self, HybridAdapterSetup)) is not None:
                 check_evaluated(read_checkpoint(ckpt_path), adapter)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
@@ -308,8 +298,7 @@ class Trainer(LightningTrainer):
             say(written_message(policy, form, folder))
             if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
                 validated = bool(policy.training.before or policy.training.after)
-                command = export_command(Path(ckpt_path).parent.parent, folder, validated)
-                if command:
+                if command := export_command(Path(ckpt_path).parent.parent, folder, validated):
                     say(f"Next: {command}")
 
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:

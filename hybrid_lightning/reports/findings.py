@@ -6,7 +6,7 @@ holds the thresholds, whose reasons are in the docs. None of them talks to other
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -40,18 +40,12 @@ _AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, as in docs/trou
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One thing that was found."""
 
-    Attributes:
-        kind: A key of `SECTIONS`.
-        text: What was seen.
-        remedy: What to do.
-        level: "error" if nothing can be learned, "warning" if little may be, "note" for what `doctor` alone says.
-    """
-
-    kind: str
-    text: str
-    remedy: str
+    kind: str  # a key of `SECTIONS`
+    text: str  # what was seen
+    remedy: str  # what to do
+    # "error" if nothing can be learned, "warning" if little may be, "note" for what `doctor` alone says.
     level: Literal["error", "warning", "note"] = "warning"
 
     @property
@@ -66,14 +60,10 @@ class Finding:
 def of_rollouts(
     rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int, credited: Rewards | None = None
 ) -> list[Finding]:
-    """What completions and their rewards show: whether there is something to learn from, and whether they are whole.
+    """What completions of this rank and their rewards show: whether there is something to learn from, and whether they are whole.
 
-    Args:
-        rollouts: B completions, those of this rank.
-        rewards: Their rewards.
-        where: What they are, such as "the first rollout".
-        max_new_tokens: That of the sampler.
-        credited: What advantages are estimated from (see `PolicyModule.credited`); None for the rewards.
+    `where` says what they are, such as "the first rollout". Advantages are estimated from `credited` (see
+    `PolicyModule.credited`), or else from the rewards.
     """
     own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
     if not len(own.total):
@@ -84,16 +74,15 @@ def of_rollouts(
     cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
     found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
+    if equal < _EQUAL:
+        return found
+    text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
+    if equal == 1 and own.total.max() == own.total.min():
+        text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
     remedy = (
         "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
     )
-    if equal == 1 and own.total.max() == own.total.min():
-        text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
-        found.insert(0, Finding("equal", text, remedy, "error"))
-    elif equal >= _EQUAL:
-        text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
-        found.insert(0, Finding("equal", text, remedy, "error" if equal == 1 else "warning"))
-    return found
+    return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
 def is_cut(completion: Completion) -> bool:
@@ -155,22 +144,20 @@ def of_change(change: Change, steps: float) -> list[Finding]:
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
         text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
         return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
-    if change.moved * steps < _MIN_CHANGE:
-        text = (
-            f"one step moves log-probabilities by {change.moved:.1g} nats: {steps:.0f} of them in one direction would not change "
-            f"a probability by {_MIN_CHANGE:.0%}"
-        )
-        level: Literal["error", "warning"] = "error" if change.moved == 0 else "warning"
-        return [Finding("small", text, "raise model.lr_lora and model.lr_full, by ten at first", level)]
-    return []
+    if not change.moved * steps < _MIN_CHANGE:
+        return []
+    text = (
+        f"one step moves log-probabilities by {change.moved:.1g} nats: {steps:.0f} of them in one direction would not change a "
+        f"probability by {_MIN_CHANGE:.0%}"
+    )
+    remedy = "raise model.lr_lora and model.lr_full, by ten at first"
+    return [Finding("small", text, remedy, "error" if change.moved == 0 else "warning")]
 
 
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
-    """Whether there is a gradient.
+    """Whether there is a gradient, by the norms of the parameter groups before clipping.
 
-    Args:
-        norms: Parameter group -> norm of its gradient before clipping.
-        equal: Whether all rewards of each group of the step are equal; of a whole rollout that is a finding of its own.
+    Where all rewards of each group of the step are `equal`, there is none; of a whole rollout that is a finding of its own.
     """
     if equal or not norms or any(norms.values()):
         return []
@@ -185,23 +172,26 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
     return [Finding("memory", text, "see what plan says takes most")]
 
 
+@dataclass
 class Watch:
-    """Looks at rollouts, each of `groups` over all devices, and steps of a run for what went wrong since its start."""
+    """Looks at rollouts and steps of a run for what went wrong since its start."""
 
-    _GROUPS = 24  # that a window has at least, of at least 3 rollouts
+    groups: int  # of each rollout, over all devices
+    window: int = 0  # rollouts that are looked at together: at least 3, with at least 24 groups
+    rollouts: list[dict[str, float]] = field(default_factory=list)  # of the start and of now, at most twice the window
+    entropy: float | None = None  # of the first step
+    idle: int = 0  # steps in a row whose gradient was 0
+    steps: int = 0
 
-    def __init__(self, groups: int) -> None:
-        self.window, self.groups = max(3, -(-self._GROUPS // groups)), groups
-        self.rollouts: list[dict[str, float]] = []  # of the start and of now, at most twice the window
-        self.entropy: float | None = None  # of the first step
-        self.idle = self.steps = 0  # steps in a row whose gradient was 0, and all
+    def __post_init__(self) -> None:
+        self.window = max(3, -(-24 // self.groups))
 
     def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
         """Add a rollout: metrics that it logs, its lowest reward, and the standard deviation of its groups' mean rewards."""
         if "reward" not in metrics:  # no completion counts
             return []
-        row = {"reward": metrics["reward"], "equal": metrics["frac_reward_zero_std"], "worst": worst, "spread": spread}
-        row["solved"] = metrics["solve_rate/all"]
+        names = {"reward": "reward", "equal": "frac_reward_zero_std", "solved": "solve_rate/all"}
+        row = {"worst": worst, "spread": spread, **{name: metrics[metric] for name, metric in names.items()}}
         if len(self.rollouts) == 2 * self.window:
             del self.rollouts[self.window]
         self.rollouts.append(row)

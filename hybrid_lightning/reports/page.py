@@ -88,7 +88,7 @@ class Run:
         """What a run is judged by: name for people -> metric."""
         found = {name: f"accuracy ({name.removeprefix('val/')})" for name in self.curves if re.fullmatch(r"val/avg@\d+", name)}
         found |= {"val/greedy_accuracy": "greedy accuracy", "val/loss": "held-out loss"}
-        found |= {"val/rewards/accuracies": "preferred as chosen"}
+        found["val/rewards/accuracies"] = "preferred as chosen"
         return {label: name for name, label in found.items() if name in self.curves}
 
     @property
@@ -220,13 +220,12 @@ def _heat_map(path: Path) -> Html:
 
 
 def _validation(of_runs: Mapping[str, Mapping[str, float | None]]) -> Html:
-    names = [name for name in of_runs["after"] if not name.endswith((f"/{LOWER}", f"/{UPPER}"))]
-    sides = (of_runs["before"], of_runs["after"])
-    return table(("metric", "before", "after"), [(name, *(_number(side.get(name)) for side in sides)) for name in names])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    rows = []
+    for name in of_runs["after"]:
+        if not name.endswith((f"/{LOWER}", f"/{UPPER}")):
+            values = (of_runs[when].get(name) for when in ("before", "after"))
+            rows.append((name, *("-" if value is None else f"{value:.4g}" for value in values)))
+    return table(("metric", "before", "after"), rows)
 
 
 # ---- parts of pages

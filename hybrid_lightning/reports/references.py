@@ -10,7 +10,7 @@ import re._parser as parser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from hybrid_lightning.data.template import fill_template
 from hybrid_lightning.errors import HybridLightningError, shorten
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.reports.findings import Finding
-from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rewards import evaluate_reward
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
 from hybrid_lightning.types import Completion, Prompt
 
@@ -37,30 +37,20 @@ _FORMS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class References:
-    """What the reference answers of some rows earn.
+    """What the reference answers of some rows earn."""
 
-    Attributes:
-        note: One line on what was tried, or why nothing could be.
-        findings: What is wrong.
-    """
-
-    note: str
-    findings: tuple[Finding, ...] = ()
+    note: str  # one line on what was tried, or why nothing could be
+    findings: tuple[Finding, ...] = ()  # what is wrong
 
 
 def reference_rewards(
     policy: LanguageModule, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
 ) -> References:
-    """Ask the reward for the reference answers of some prompts; random states stay as they are.
+    """Ask the reward for the reference answers of `count` training prompts, evenly spread; random states stay as they are.
 
-    Args:
-        policy: Has the reward.
-        prompts: Training prompts, of which `count` are taken, evenly spread.
-        form: The data's format, whose few-shot examples say how answers are written.
-        count: Prompts to try.
-        pays: Whether a completion of the policy was right, so that the reward does pay, be it for a form that is not known here.
+    `form` is the data's format, whose few-shot examples say how answers are written. `pays` says whether a completion of the
+    policy was right, so that the reward does pay, be it for a form that is not known here.
     """
-    assert policy.reward is not None
     some = [prompts[len(prompts) * place // count] for place in range(count)] if len(prompts) > count else list(prompts)
     some = [prompt for prompt in some if prompt.completions or (prompt.answer or "").strip()]
     if policy.episodes is not None:
@@ -78,8 +68,6 @@ def reference_rewards(
 
 
 def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
-    assert policy.reward is not None
-    reward = policy.reward
     asked = [list(_asked(prompt, form)) for prompt in prompts]
     paid = _best(policy, prompts, asked)
     shown = next((text for text, earned in paid if earned), asked[0][0])
@@ -88,29 +76,23 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
     note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}"
     if not missing:
         return References(note, tuple(_paid_by_accident(policy, prompts, [text for text, _ in paid])))
-    tried = f"{missing[0].place}, {shorten(_answer(missing[0]))}"
+    tried, zero = f"{missing[0].place}, {shorten(_answer(missing[0]))}", "your reward gives the reference answer 0"
+    others = [] if earned else _best(policy, prompts, [_others(policy, prompt) for prompt in prompts])
+    elsewhere = [text for text, is_paid in others if is_paid]
+    level: Literal["error", "warning", "note"]
     if earned:
-        level: Any = "warning" if len(missing) > earned else "note"
         text = f"your reward gives the reference answers of {len(missing)} of {len(prompts)} rows nothing, first of {tried}"
-        return References(note, (Finding("reference", text, "correct these rows, or the reward's pattern", level),))
-    others = [
-        [*(make(_answer(prompt)) for make in _FORMS.values()), *_by_patterns(reward, _answer(prompt))] for prompt in prompts
-    ]
-    elsewhere = [text for text, earned in _best(policy, prompts, others) if earned]
-    if elsewhere:
-        text = (
-            f"your reward gives the reference answer 0 as the prompt asks for it, {shorten(asked[0][0])}, and pays for "
-            f"{shorten(elsewhere[0])}"
-        )
-        return References(note, (Finding("reference", text, "let the prompt ask for that form, or change the reward's pattern"),))
-    if pays:
-        text = (
-            f"your reward gives the reference answer 0 in all forms that are known here, though it pays for completions ({tried})"
-        )
-        return References(note, (Finding("reference", text, "see that the prompt asks for the form that it pays", "note"),))
-    text = f"your reward gives the reference answer 0: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
-    remedy = "correct the reward, its pattern, or the answer_column of data.source"
-    return References(note, (Finding("reference", text, remedy, "error"),))
+        remedy, level = "correct these rows, or the reward's pattern", "warning" if len(missing) > earned else "note"
+    elif elsewhere:
+        text = f"{zero} as the prompt asks for it, {shorten(asked[0][0])}, and pays for {shorten(elsewhere[0])}"
+        remedy, level = "let the prompt ask for that form, or change the reward's pattern", "warning"
+    elif pays:
+        text = f"{zero} in all forms that are known here, though it pays for completions ({tried})"
+        remedy, level = "see that the prompt asks for the form that it pays", "note"
+    else:
+        text = f"{zero}: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
+        remedy, level = "correct the reward, its pattern, or the answer_column of data.source", "error"
+    return References(note, (Finding("reference", text, remedy, level),))
 
 
 def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
@@ -119,11 +101,10 @@ def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequ
     wrong = _of_other_answers(policy, prompts, dict(enumerate(texts)))
     rows = [row for row, value in wrong.items() if value >= right[row]]
     if len(rows) > len(wrong) / 2:
-        row = rows[0]
-        first = f"{prompts[row].place}, {shorten(str(_other(prompts, row)))} for {shorten(_answer(prompts[row]))}"
+        first = prompts[rows[0]]
         text = (
             f"your reward pays the answer of another row as much as the row's own in {len(rows)} of {len(wrong)} rows (first "
-            f"{first}): it does not look at the answer"
+            f"{first.place}, {shorten(_other(prompts, rows[0]))} for {shorten(_answer(first))}): it does not look at the answer"
         )
         yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right one")
 
@@ -203,14 +184,16 @@ def _completion(policy: LanguageModule, prompt: Prompt, text: str) -> Completion
 # ---- where the reward's own pattern looks
 
 
-def _by_patterns(reward: RewardFunction, answer: str) -> Iterator[str]:
-    """The shortest texts in which the patterns of a reward's terms find an answer."""
-    for term, _ in reward.terms():
+def _others(policy: LanguageModule, prompt: Prompt) -> list[str]:
+    """The answer in all known forms, and as the shortest texts in which the patterns of the reward's terms find it."""
+    texts = [make(_answer(prompt)) for make in _FORMS.values()]
+    for term in policy.reward_terms():
         inner = getattr(term, "rewards", None)
         for one in inner.values() if isinstance(inner, dict) else (getattr(term, "reward", term),):
             pattern = getattr(one, "pattern", None)
             if pattern is not None and pattern.groups == 1:
-                yield _written(parser.parse(pattern.pattern, pattern.flags), answer)
+                texts.append(_written(parser.parse(pattern.pattern, pattern.flags), _answer(prompt)))
+    return texts
 
 
 def _written(parts: Any, answer: str) -> str:

@@ -1,11 +1,11 @@
-"""A run says what keeps it from learning, each thing once, and its summary ends with a verdict."""
+"""A run says what keeps it from learning, each thing once, and ends with a verdict; the command doctor says it without a run."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-from cli_runs import done, run
+from cli_runs import assert_refused, done, run
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import Diagnosis
@@ -15,25 +15,29 @@ GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
 BEFORE = {"val/avg@2": 0.4, "val/avg@2/ci_low": 0.3, "val/avg@2/ci_high": 0.5, "val/loss": 2.0}
 
 
-def warnings_in(text):
-    return [line.removeprefix("Warning: ") for line in text.splitlines() if line.startswith("Warning: ")]
+@pytest.fixture(scope="module", autouse=True)
+def parts(folder):
+    with (folder / "my_parts.py").open("a") as file:
+        file.write("\n\ndef nothing(completion):\n    return 0.0\n")
+        file.write("\n\nfrom tiny_runs import Talk\n")
+        file.write("\n\ndef late(completion, seen=[]):\n    seen.append(1)\n    return float(len(seen) > 8 and len(seen) % 2)\n")
 
 
 def sections(text):
-    return [re.search(r"\(docs/troubleshooting\.md#(.*)\)$", line)[1] for line in warnings_in(text)]
+    """Of the findings, each of which has a remedy."""
+    lines = [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
+    return [re.fullmatch(r".+; .+ \(docs/troubleshooting\.md#(.*)\)", line)[1] for line in lines]
 
 
 def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end(folder):
     name = "--trainer.logger.init_args.name=nothing"
     steps = ["--trainer.max_steps=14", "--trainer.val_check_interval=14", "--trainer.enable_progress_bar=null"]
-    with (folder / "my_parts.py").open("a") as file:
-        file.write("\n\ndef nothing(completion):\n    return 0.0\n")
     reward = ["--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:nothing"]
     result = done(folder, "fit", "--config", "t.yaml", name, *steps, *reward)
     first = ["completions-are-cut", "all-rewards-of-a-group-are-equal", "the-reference-answer-earns-nothing"]
     assert sections(result.out) == [*first, "no-gradient"], "each once"
     assert sections(result.out[: result.out.index("Step 1/14")]) == first
-    assert "nothing is learned from the last 6 rollouts" in warnings_in(result.out)[-1]
+    assert "nothing is learned from the last 6 rollouts" in result.out.rpartition("\nWarning: ")[2].splitlines()[0]
     *_, summary = (folder / "runs" / "nothing").rglob("summary.json")
     summary = json.loads(summary.read_text())
     assert summary["verdict"] == "nothing was learned: no step had a gradient" and len(summary["try"]) == 4
@@ -46,17 +50,12 @@ def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end
 
 
 def test_a_rate_that_is_far_too_high_is_noticed_and_one_that_fits_is_not(folder):
-    small = [
-        "--model.prompts_per_rollout=8",
-        "--adapter.budget.share=0",
-        "--trainer.max_steps=4",
-        "--trainer.val_check_interval=4",
-    ]
-    small += ["--trainer.enable_progress_bar=false", "--data.validation_prompts=16"]
+    small = ["--model.prompts_per_rollout=8", "--adapter.budget.share=0", "--trainer.max_steps=4", "--data.validation_prompts=16"]
+    small += ["--trainer.val_check_interval=4", "--trainer.enable_progress_bar=false"]
     high, fitting = (run(folder, "fit", "--config", GSPO, *small, f"--model.lr_lora={rate}") for rate in (0.3, 0.003))
     assert high.code == fitting.code == 0, high.err + fitting.err
     assert "the-policy-gets-worse" in sections(high.out) and "\nVerdict:    worse than at the start\nTry: " in high.out
-    assert warnings_in(fitting.out) == []
+    assert sections(fitting.out) == []
 
 
 def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, capsys):
@@ -95,3 +94,71 @@ def test_the_verdict(after, verdict, tried):
     diagnosis = Diagnosis()
     diagnosis.found["cut"] = Finding("cut", "seen", "raise it")
     assert diagnosis.verdict(BEFORE, after, 2)[1] == ["raise it (docs/troubleshooting.md#completions-are-cut)"]
+
+
+# ---- doctor
+
+
+def doctor(folder, *arguments):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)}
+    result = run(folder, "doctor", "--config", "t.yaml", *arguments)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in str(path)} == before
+    return result
+
+
+def values(text):
+    return dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", text, re.MULTILINE))
+
+
+def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folder):
+    result = doctor(folder, "--model.lr_lora=1e-9", "--model.lr_full=1e-9")
+    assert result.code == 0, result.err
+    assert sections(result.out).count("completions-are-cut") == sections(result.out).count("a-step-is-too-small") == 1
+    prompt = r"^Prompt (\d), 4 tokens, .*sums.jsonl row \d+, reference answer '\d+'\n  '(\d\+\d=)'\n"
+    prompts = re.findall(prompt, result.out, re.MULTILINE)
+    assert [number for number, _ in prompts] == ["1", "2", "3", "4"]
+    assert all(f"tokens {' '.join(map(repr, text))}\n" in result.out for _, text in prompts)
+    paid = re.findall(r"^     (\d) tokens(, CUT)?; found '.*'; paid ([01]) \(starts_with_digit \3\)$", result.out, re.MULTILINE)
+    assert len(paid) == 8 and all((tokens == "6") or not cut for tokens, cut, _ in paid)
+    said = values(result.out)
+    assert said["reference"].startswith("24 of 24 reference answers are paid")
+    assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
+    assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
+    assert "Fits: hybrid 10% takes up to" in said["memory"]
+
+
+def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
+    result = doctor(folder, "--model.reward=ExactMatch", "--model.reward.pattern=#(x)")
+    assert_refused(result, "nothing can be learned: your reward gives the reference answer 0: it can pay for nothing")
+    assert values(result.out)["trial step"] == "not possible without a gradient"
+    assert "Error: all 16 completions of the rollout earn the same, 0" in result.out
+    assert sections(result.out).count("the-reward-finds-no-answer") == 1
+
+
+def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_no_error(folder):
+    result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:late")
+    assert result.code == 0 and values(result.out)["trial step"] == "not possible without a gradient", result.err
+    assert values(result.out)["reward"].startswith("0.25 ") and "Error:" not in result.out
+
+
+def test_episodes_are_shown_by_their_messages(folder):
+    acting = ["--model.environment=my_parts.Talk", "--model.turn_template={content}", "--model.reward=null"]
+    result = doctor(folder, *acting, "--model.episodes.max_tokens=64")
+    assert result.code == 0, result.err
+    assert re.search(r"^  -> assistant: .*\n     user: n\d", result.out, re.MULTILINE)
+    assert re.search(r"\d turns?; paid", result.out)
+    assert values(result.out)["reference"].startswith("not applicable: what an episode earns")
+
+
+def test_training_on_examples_is_refused_before_the_model_is_loaded(folder):
+    (folder / "model" / "model.safetensors").rename(folder / "away")
+    try:
+        (folder / "sft.yaml").write_text(
+            f"model: {{class_path: SupervisedModule, init_args: {{model: {folder}/model}}}}\n"
+            f"data: {{source: {{class_path: FileSource, init_args: {{train: {folder}/sums.jsonl, answer_column: null}}}}, "
+            "format: DemonstrationFormat}\ntrainer: {accelerator: cpu}\n"
+        )
+        result = run(folder, "doctor", "--config", "sft.yaml")
+        assert_refused(result, "doctor examines rollouts .* model is a SupervisedModule; .*val/loss")
+    finally:
+        (folder / "away").rename(folder / "model" / "model.safetensors")

@@ -12,13 +12,12 @@ from stopped_runs import MOMENTS, Sent
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import GracefulStop
-from hybrid_lightning.callbacks.display import python_command
+from hybrid_lightning.callbacks.display import command_line
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-EMBEDDED = (*SHORT, "--trainer.num_sanity_val_steps=0", "--adapter.calibration_prompts=8", "--data.validation_prompts=4")
-EMBEDDED += ("--data.test_prompts=4",)
-FEW = ("--model.prompts_per_rollout=4", "--model.samples_per_prompt=4")
+EMBEDDED = ("--trainer.num_sanity_val_steps=0", "--adapter.calibration_prompts=8", "--model.examples_per_step=8")
+EMBEDDED += ("--data.validation_prompts=4", "--data.test_prompts=4")
 OWN = ("fit", "--config", "t.yaml", *SHORT)
 
 
@@ -42,8 +41,7 @@ def summary_of(result, folder):
 PLACE = ("--checkpoint.dirpath=my checkpoints", "--trainer.logger.save_dir=here and there", '--trainer.logger.name=a [red] "b"')
 LONG = ("--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8")
 RUNS = {
-    "the embedded default": ("test", ("fit", f"--config={CONFIGS}/gspo.yaml", *EMBEDDED, *FEW)),
-    "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *EMBEDDED, "--model.examples_per_step=8")),
+    "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *SHORT, *EMBEDDED)),
     "another place": ("test", (*OWN, *PLACE)),
     "no logger, and test prompts that are all too long": ("validate", (*OWN, *LONG, "--trainer.logger=false")),
 }
@@ -95,6 +93,6 @@ def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp
     for name, value in {"base_prefix": "/usr", "prefix": tmp_path / ".venv", "executable": tmp_path / ".venv/bin/python"}.items():
         monkeypatch.setattr(f"sys.{name}", str(value))
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
-    assert python_command() == "python"
+    assert command_line("fit", "a b") == "python -m hybrid_lightning fit 'a b'"
     monkeypatch.delenv("VIRTUAL_ENV")
-    assert python_command() == ".venv/bin/python"
+    assert command_line("fit").startswith(".venv/bin/python -m ")

@@ -15,6 +15,7 @@ from hybrid_lightning.errors import ConfigError
 
 ROWS = ["problems", "greedy_accuracy", "greedy_reward", "avg@2", "pass@1", "pass@2", "maj@1", "maj@2"]
 ROWS += ["reward", "completion_length", "truncation_rate"]
+FIT = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 1}
 SHARES = {name for name in ROWS if "@" in name} | {"greedy_accuracy", "truncation_rate"}
 
 
@@ -39,8 +40,7 @@ def data(folder, named=True, split="test"):
 
 
 def evaluate(folder, root, command="test", named=True, **flags):
-    logger = TensorBoardLogger(root, name="")
-    trainer = build_trainer(root, EvaluationReport(), logger=logger, **flags)
+    trainer = build_trainer(root, EvaluationReport(), logger=TensorBoardLogger(root, name=""), **flags)
     policy = build_policy(folder / "model", reward=StartsWithDigit())
     getattr(trainer, command)(policy, datamodule=data(folder, named), verbose=False)
     return json.loads((root / "version_0" / "evaluation.json").read_text())
@@ -94,7 +94,7 @@ def test_one_set_without_a_name_is_a_column_alone(folder, tmp_path, capsys):
     assert all(row == [shown(report["overall"], name)] for name, row in cells(capsys.readouterr().out).items())
 
 
-def test_numbers_do_not_depend_on_batches_and_a_limit_is_one_over_all_sets(folder, tmp_path, capsys):
+def test_a_limit_is_one_over_all_sets(folder, tmp_path):
     whole, limited = (evaluate(folder, tmp_path / str(limit), limit_test_batches=limit) for limit in (1.0, 2))
     assert limited["sets"]["easy"] == whole["sets"]["easy"], "two batches of four: all of the seven easy, one hard"
     assert limited["sets"]["hard"]["problems"] == 1
@@ -103,10 +103,9 @@ def test_numbers_do_not_depend_on_batches_and_a_limit_is_one_over_all_sets(folde
 def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsys):
     best = ModelCheckpoint(tmp_path / "best", monitor="val/hard/avg@2", mode="max")
     stop = EarlyStopping("val/avg@2", patience=9, mode="max")
-    flags = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 1}
     callbacks = (RunSummary(), EvaluationReport(), best, stop)
     policy, measured = {"reward": StartsWithDigit()}, data(folder, split="validation")
-    fit(folder / "model", None, tmp_path, *callbacks, policy=policy, data=measured, enable_checkpointing=True, **flags)
+    fit(folder / "model", None, tmp_path, *callbacks, policy=policy, data=measured, enable_checkpointing=True, **FIT)
     output = capsys.readouterr().out
     assert re.search(r"^Validation \(step 2\) *$", output, re.M), "the table"
     lines = [line for line in output.splitlines() if line.startswith("Validation (step 2):")]
@@ -121,8 +120,7 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
 
 def test_a_monitor_that_nothing_measures_is_refused_before_the_first_step(folder, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="val/avg@8", mode="max")
-    flags = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
-    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), saver, enable_checkpointing=True, **flags)
+    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), saver, enable_checkpointing=True, **FIT)
     with pytest.raises(ConfigError, match=r"ModelCheckpoint .*val/avg@8.* not measure.*val/avg@2.*val/hard/avg@2.*or null"):
         trainer.fit(build_policy(folder / "model", reward=StartsWithDigit()), datamodule=data(folder, split="validation"))
     assert trainer.global_step == 0

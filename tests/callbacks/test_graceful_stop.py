@@ -34,37 +34,24 @@ from hybrid_lightning.sharding.checkpoints import WholeFiles
 # One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which
 # goes on from what the one before has left, so that each first moment is one of a run that has not been stopped.
 CHAINS = {
-    "all parts of scoring": [
-        ("later completions for scoring", 3),
-        ("a reward for scoring", 1),
-        ("the first update", 1),
-        ("the second rollout", 1),
-        ("the middle of a later step", 3),
-        ("a validation", 1),
-    ],
-    "from the first completions": [
-        ("the first completions for scoring", 1),
-        ("the plan is written", 1),
-        ("the middle of the first step", 2),
-        ("the last update of an epoch", 10),
-    ],
-    "from the first gradients": [
-        ("a gradient for scoring", 2),
-        ("the first validation", 1),
-        ("the first step is made", 1),
-        ("the step before a validation", 3),
-        ("the first rollout of an epoch", 2),
-    ],
-    "from the first scores": [
-        ("a score", 3),
-        ("the first rollout", 1),
-        ("old log-probabilities", 2),
-        ("a checkpoint is saved", 1),
-        ("the last validation", 1),
-        ("the summary", 1),
-    ],
+    "all parts of scoring": {
+        **{"later completions for scoring": 3, "a reward for scoring": 1, "the first update": 1, "the second rollout": 1},
+        **{"the middle of a later step": 3, "a validation": 1},
+    },
+    "from the first completions": {
+        **{"the first completions for scoring": 1, "the plan is written": 1, "the middle of the first step": 2},
+        "the last update of an epoch": 10,
+    },
+    "from the first gradients": {
+        **{"a gradient for scoring": 2, "the first validation": 1, "the first step is made": 1},
+        **{"the step before a validation": 3, "the first rollout of an epoch": 2},
+    },
+    "from the first scores": {
+        **{"a score": 3, "the first rollout": 1, "old log-probabilities": 2, "a checkpoint is saved": 1},
+        **{"the last validation": 1, "the summary": 1},
+    },
 }
-assert {moment for chain in CHAINS.values() for moment, _ in chain} == set(MOMENTS)
+assert {moment for chain in CHAINS.values() for moment in chain} == set(MOMENTS)
 # Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
 ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SIGNALS = [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]
@@ -92,7 +79,7 @@ def go_on(folder: Path, result: Result) -> Result:
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_had_not_been_stopped(folder, whole, name):
     result, runs = None, []
-    for moment, call in CHAINS[name]:
+    for moment, call in CHAINS[name].items():
         number = SIGNALS[list(MOMENTS).index(moment) % len(SIGNALS)]
         with pytest.MonkeyPatch.context() as patch:
             place, function, _ = MOMENTS[moment]
@@ -150,22 +137,26 @@ def lost_trainer(saved=None, resumed=None, folder=None):
     return SimpleNamespace(global_rank=3, world_size=4, checkpoint_callback=callback, ckpt_path=resumed, callbacks=[holder])
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed", "remedy"),
-    [
-        ("runs/last.ckpt", "old.ckpt", "--ckpt_path runs/last.ckpt"),
-        ("", "old.ckpt", "--ckpt_path old.ckpt"),
-        (None, None, "no checkpoint has been saved yet"),
-        ("", None, "no checkpoint has been saved yet"),
-    ],
-)
-def test_it_names_the_cause_and_the_checkpoint_at_once_and_at_the_end_of_the_traceback(capsys, saved, resumed, remedy):
-    for text in ("[gloo/pair.cc:537] Read error: Connection reset by peer", "Watchdog caught collective operation timeout: Work"):
+def test_it_names_the_cause_and_the_checkpoint_at_once_and_at_the_end_of_the_traceback(tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    command = f" -m hybrid_lightning fit --config '{folder}/config.yaml' --ckpt_path last.ckpt"
+    texts = ("[gloo/pair.cc:537] Read error: Connection reset by peer", "Watchdog caught collective operation timeout: Work")
+    for text, trainer, remedy in (
+        (texts[0], lost_trainer("runs/last.ckpt", "old.ckpt"), "--ckpt_path runs/last.ckpt"),
+        (texts[1], lost_trainer("", "old.ckpt"), "--ckpt_path old.ckpt"),
+        (texts[0], lost_trainer(), "no checkpoint has been saved yet"),
+        (texts[1], lost_trainer("", None), "no checkpoint has been saved yet"),
+        (texts[0], lost_trainer("last.ckpt", folder=folder), command),
+    ):
         error = RuntimeError(text)
-        GracefulStop().on_exception(lost_trainer(saved, resumed), None, error)
+        GracefulStop().on_exception(trainer, None, error)
         line = capsys.readouterr().err
         assert line.startswith("rank 3 lost contact") and line.endswith(f"{remedy}\n") and line.count("\n") == 1
         assert "".join(traceback.format_exception(error)).endswith(line)
+    for error in (RuntimeError("shape mismatch"), ValueError(texts[0]), KeyboardInterrupt()):
+        assert lost_contact(lost_trainer(), error) is None, "other errors are a process's own"
 
 
 def test_it_names_the_rank_whose_process_is_gone_and_the_command_prints_no_traceback(monkeypatch, capsys):
@@ -198,16 +189,6 @@ def test_the_cause_of_a_failure_comes_before_the_checkpoint(folder, monkeypatch)
     assert (cause, saved) == ("no server; start it", "Checkpoint saved. Go on with:") and command.endswith("stopped.ckpt")
 
 
-def test_under_the_command_line_it_is_the_command(tmp_path):
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    (folder / "config.yaml").touch()
-    message = lost_contact(lost_trainer("last.ckpt", folder=folder), RuntimeError("Connection reset by peer"))
-    assert message.endswith(f" -m hybrid_lightning fit --config '{folder}/config.yaml' --ckpt_path last.ckpt")
-    for error in (RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()):
-        assert lost_contact(lost_trainer(), error) is None, "other errors are a process's own"
-
-
 # ---- in Python, bit for bit
 
 
@@ -237,8 +218,9 @@ def exact(model, sums, tmp_path_factory):
     return losses, policy, root
 
 
-def assert_goes_on(model, sums, folder, checkpoint, exact):
+def assert_goes_on(model, sums, folder, exact, checkpoint="version_0/checkpoints/stopped.ckpt"):
     """From a checkpoint to the end as the run that was not stopped."""
+    checkpoint = folder / checkpoint
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     losses, other, _ = exact
     rest, policy = fitted(model, sums, folder, ckpt=checkpoint)
@@ -252,7 +234,7 @@ def test_a_signal_within_completions_leaves_a_checkpoint_that_resumes_exactly(mo
     with monkeypatch.context() as patch:
         Sent(patch, (sampler._Decoder, "_choose", 33), signal.SIGTERM)
         first, _ = fitted(model, sums, tmp_path)
-    step = assert_goes_on(model, sums, tmp_path, tmp_path / "version_0" / "checkpoints" / "stopped.ckpt", exact)
+    step = assert_goes_on(model, sums, tmp_path, exact)
     assert 2 * step <= len(first) < len(exact[0]) and first == exact[0][: len(first)]
 
 
@@ -270,9 +252,5 @@ def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(model, sum
     with pytest.raises(RewardError, match=r"the quota is used up \(test_graceful_stop.py line \d+\)"):
         fitted(model, sums, tmp_path)
     monkeypatch.undo()
-    assert assert_goes_on(model, sums, tmp_path, tmp_path / "version_0" / "checkpoints" / "stopped.ckpt", exact) > 0
-
-
-def test_a_checkpoint_of_any_step_resumes_exactly(model, sums, tmp_path, exact):
-    """One of the second rollout; of the first one: `test_resume`."""
-    assert assert_goes_on(model, sums, tmp_path, exact[2] / "step=5.ckpt", exact) == 5
+    assert assert_goes_on(model, sums, tmp_path, exact) > 0
+    assert assert_goes_on(model, sums, tmp_path, exact, exact[2] / "step=5.ckpt") == 5, "one of the second rollout, too"

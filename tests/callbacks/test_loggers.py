@@ -17,30 +17,25 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_lightning.callbacks import TensorBoardOverview
-from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints
+from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints, logger_root
 
-NEEDED = {"wandb": ["wandb"], "mlflow": ["mlflow"], "several": ["wandb", "mlflow"]}
-TWICE = "mlflow"  # is run; test_run_folder has two runs with others
 SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
 FIT = ["fit", "--config", "t.yaml", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--samples.every_n_rollouts=1"]
 OPTIONS = {
-    "wandb": ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.project=mine"],
-    "mlflow": ["--trainer.logger=MLFlowLogger", "--trainer.logger.experiment_name=sums"],
     "none": ["--trainer.logger=false"],
     "several": ["--config", str(Path(__file__).parents[2] / "configs" / "logger" / "several.yaml")],  # of all kinds
 }
-FOLDERS = {"wandb": "mine", "mlflow": "sums", "several": "several"}  # of runs; else that of the config's logger
 
 
-def need(name):
-    if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
+def need(*packages):
+    if missing := [package for package in packages if find_spec(package) is None]:
         pytest.skip(f"needs {missing}: pip install -e '.[wandb,mlflow]'")
 
 
 @pytest.fixture(scope="module")
 def mlflow_store(tmp_path_factory):
     """A store with its tables, which take MLflow seconds to make, to be copied."""
-    need("mlflow")
+    need("wandb", "mlflow")
     root = tmp_path_factory.mktemp("store")
     NamingMLFlowLogger(save_dir=str(root))
     return (root / "mlflow.db").read_bytes()
@@ -66,27 +61,25 @@ def folder(tmp_path_factory, offline):
 
 @pytest.fixture(scope="module", params=OPTIONS)
 def runs(request, folder):
-    """A run, what its folder held when it ended, and its loggers; where these keep files elsewhere, after a second run."""
+    """The folder of a run and of a second one, what it held when the first had ended, and the first one's screen and loggers."""
     name, loggers = request.param, []
-    need(name)
     here = folder / name
     (here / "runs").mkdir(parents=True)
     (here / "t.yaml").write_text((folder / "t.yaml").read_text())
-    if "mlflow" in NEEDED.get(name, ()):
+    if name == "several":
+        need("wandb", "mlflow")
         (here / "runs" / "mlflow.db").write_bytes(request.getfixturevalue("mlflow_store"))
     results, before = [], {}
-    for number in range(1 + (name == TWICE)):
+    for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, loggers))
-            results.append(cli_runs.run(here, *FIT, *OPTIONS[name]))
-        if "wandb" in NEEDED.get(name, ()):
+            results.append(cli_runs.done(here, *FIT, *OPTIONS[name]))
+        if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
-        if number == 0:
-            # Not of W&B's own folder, in which its service goes on writing for a while, nor of MLflow's data base.
-            files = [path for path in (here / "runs").rglob("*") if path.is_file() and path.suffix != ".db"]
-            before = {path: path.read_bytes() for path in files if "wandb" not in path.relative_to(here).parts}
-    assert not any(result.code for result in results), [result.err for result in results]
-    return name, here / "runs" / FOLDERS.get(name, "default"), results[0], before, loggers
+        # Not of W&B's own folder, in which its service goes on writing for a while, nor of MLflow's data base.
+        files = [path for path in (here / "runs").rglob("*") if path.is_file() and path.suffix != ".db"]
+        before = before or {path: path.read_bytes() for path in files if "wandb" not in path.relative_to(here).parts}
+    return name, here / "runs" / ("several" if name == "several" else "default"), results[0], before, loggers
 
 
 def collect(loggers, trainer, path):
@@ -96,30 +89,25 @@ def collect(loggers, trainer, path):
 
 
 def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):
-    name, root, _, before, _ = runs
-    assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"][: 1 + (name == TWICE)]
+    name, root, result, before, _ = runs
+    assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"]
     wanted = {"config.yaml", "plan.json", "plan.png", "summary.json", "evaluation.json"}
     for folder in root.iterdir():
         assert wanted <= {path.name for path in folder.iterdir()}
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step=2.ckpt", "last.ckpt"}
-    changed = [path for path, data in before.items() if path.read_bytes() != data]
-    assert not changed
+    assert not [path for path, data in before.items() if path.read_bytes() != data]
     above = {path.name for path in root.parent.iterdir() if not path.name.startswith(".")}
-    beside = {"wandb": {"wandb"}, "mlflow": {"mlflow.db", "mlartifacts"}}
-    assert above == {root.name}.union(*(beside[package] for package in NEEDED.get(name, ())))
+    assert above == {root.name} | ({"wandb", "mlflow.db", "mlartifacts"} if name == "several" else set())
     assert {path.name for path in root.parents[1].iterdir()} == {"runs", "t.yaml"}, "nothing lies beside the runs"
-
-
-def test_the_hint_is_the_loggers_own(runs):
-    name, root, result, _, _ = runs
-    found = [line.partition("Curves:")[2].strip() for line in result.out.splitlines() if line.startswith("Curves:")]
+    hints = [line.partition("Curves:")[2].strip() for line in result.out.splitlines() if line.startswith("Curves:")]
+    if name == "none":
+        assert not hints
+        return
+    tensorboard, table, synced, mlflow = hints
     path = f"runs/{root.name}/version_0"
-    tensorboard, table = f"tensorboard --logdir {path}", f"{path}/metrics.csv"
-    mlflow, sync = "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db", "wandb sync runs/wandb/offline-run-"
-    synced = [hint.split()[-1] for hint in found if hint.startswith(sync)]
-    assert all((root.parents[1] / path).is_dir() for path in synced)
-    found = [sync if hint.startswith(sync) else hint for hint in found]
-    assert found == {"wandb": [sync], "mlflow": [mlflow], "none": [], "several": [tensorboard, table, sync, mlflow]}[name]
+    assert (tensorboard, table) == (f"tensorboard --logdir {path}", f"{path}/metrics.csv")
+    assert synced.startswith("wandb sync runs/wandb/offline-run-") and (root.parents[1] / synced.split()[-1]).is_dir()
+    assert mlflow == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 
 
 def points(folder):
@@ -181,7 +169,7 @@ def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
     name, root, _, _, loggers = runs
     folder = root / "version_0"
     summary = json.loads((folder / "summary.json").read_text())
-    assert len(loggers[0][0]) == {"none": 0, "several": 4}.get(name, 1)
+    assert len(loggers[0][0]) == {"none": 0, "several": 4}[name]
     for logger in loggers[0][0]:
         scalars = READERS[type(logger)](folder, logger, loggers[0][1])
         at, low = ("_at_", "_ci_low") if isinstance(logger, MLFlowLogger) else ("@", "/ci_low")
@@ -194,6 +182,14 @@ def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
         if not isinstance(logger, WandbLogger):
             assert len(avg) == 2 and avg[0] == pytest.approx(summary["accuracy_before"])
             assert list(scalars["reward"]) == [0, 1] and list(after) == [2]
+
+
+def test_a_run_folder_has_the_name_of_the_project_of_the_first_logger(tmp_path, offline, mlflow_store):
+    (tmp_path / "mlflow.db").write_bytes(mlflow_store)
+    named = [WandbLogger(project="my/own", save_dir=tmp_path), NamingMLFlowLogger(experiment_name="sums", save_dir=str(tmp_path))]
+    named += [WandbLogger(name="mine", offline=True), WandbLogger(offline=True)]  # which have neither a project nor a folder
+    places = [logger_root(logger, Path("runs")) for logger in named]
+    assert places == [tmp_path / "my_own", tmp_path / "sums", Path("runs", "mine"), Path("runs", "lightning_logs")]
 
 
 def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, monkeypatch):
@@ -213,12 +209,9 @@ def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, monkey
 
 
 def test_a_tracking_uri_that_is_given_is_used(tmp_path, offline, mlflow_store):
-    for name in ("given", "default"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mlflow.db").write_bytes(mlflow_store)
-    given = NamingMLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/given/mlflow.db", save_dir="other")
-    assert given.save_dir == f"{tmp_path}/given"
-    assert NamingMLFlowLogger(save_dir=f"{tmp_path}/default").save_dir == f"{tmp_path}/default"
+    (tmp_path / "mlflow.db").write_bytes(mlflow_store)
+    for given in ({"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "save_dir": "other"}, {"save_dir": str(tmp_path)}):
+        assert NamingMLFlowLogger(**given).save_dir == str(tmp_path)
 
 
 def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, offline, mlflow_store, monkeypatch):

@@ -4,12 +4,17 @@ from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
 from tiny_models import build_model, plain_logprobs
 from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, fit
+from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters import AdapterPlan, ModuleBudget, ParameterBudget, SketchedGradients, scorers
-from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
+from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.rollout.batching import join_rollouts
+from hybrid_lightning.trainer import Trainer
 
 KINDS = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
 NAMES = {f"model.layers.{layer}.{kind}" for layer in range(2) for kind in KINDS}
@@ -90,21 +95,25 @@ def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
     assert f"Scoring by 3 optimizer steps that are not taken, in {len(made)} turns" in " ".join(capsys.readouterr().out.split())
 
 
-def test_settings_reach_the_plan(model, sums, tmp_path):
-    adapter = HybridAdapterSetup(
-        budget=ParameterBudget(0.5), rank=3, alpha=5.0, dropout=0.1, target_modules=["q_proj", "down_proj"], calibration_prompts=3
-    )
-    plan = planned(model, sums, tmp_path, adapter)
-    assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == {"q_proj", "down_proj"}
+def test_settings_reach_the_plan_and_ranks_by_a_pattern_the_model(model, sums, tmp_path, capsys):
+    settings = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    pattern = {"mlp": 3, "attention": 1, "o_proj": 0}
+    adapter = HybridAdapterSetup(ParameterBudget(0.5), rank_pattern=pattern, calibration_prompts=3, **settings)
+    policy = fit(model, sums, tmp_path, adapter, max_steps=0)
+    plan = policy.plan
+    assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == set(settings["target_modules"])
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
     assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
     assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 3)
+    frozen = {module.name for module in plan.candidates if module.mode == "frozen"}
+    assert frozen == {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)} - set(plan.full_modules)
+    assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == plan.trainable_parameters()
+    assert "LoRA of rank" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 4), (1000, 24)])
 def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
-    adapter = HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2, calibration_prompts=asked)
-    plan = planned(model, sums, tmp_path, adapter)
+    plan = planned(model, sums, tmp_path, build_adapter(calibration_prompts=asked))
     assert (plan.calibration["prompts"], plan.calibration["sequences"]) == (used, 4 * used)
 
 
@@ -120,3 +129,95 @@ def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
     plan = planned(model, sums, tmp_path, build_adapter(), reward=Constant())
     assert plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
     assert "All calibration rewards of each prompt are equal" in capsys.readouterr().out
+
+
+# ---- a module that knows nothing of policies, but has the two names of the protocol
+
+DATA = torch.randint(3, 40, (16, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Supervised(LightningModule):
+    """Next-token prediction."""
+
+    adapter_attribute = "network"
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.network = build_model("llama", seed=seed, std=0.1)
+        self.asked = []
+
+    def calibration_losses(self, num_prompts):
+        self.asked.append(num_prompts)
+        return map(self.loss, DATA[:num_prompts].split(2))
+
+    def loss(self, batch):
+        return self.network(batch, labels=batch).loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def train_dataloader(self):
+        return DataLoader(DATA, batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+class NothingToAdapt(Supervised):
+    calibration_losses = None
+
+
+def trained(root, adapter=None, ckpt=None, module=None, **flags):
+    torch.manual_seed(1)
+    module = module or Supervised()
+    trainer = build_trainer(root, adapter or build_adapter(), **{"max_steps": 4, **flags})
+    trainer.fit(module, ckpt_path=ckpt)
+    return module, trainer
+
+
+def test_it_is_adapted_and_learns(tmp_path):
+    assert isinstance(Supervised(), Adaptable)
+    before = float(Supervised().loss(DATA))
+    module, _ = trained(tmp_path, HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2), max_steps=12)
+    assert float(module.loss(DATA)) < before - 0.3
+    assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("PreconditionedTail")
+    assert module.asked == [None] and module.plan.calibration == {"prompts": None}, "it chooses how much it is scored on"
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trainable == module.plan.trainable_parameters()
+    assert AdapterPlan.load(tmp_path / "version_0" / "plan.json") == module.plan
+
+
+@pytest.mark.parametrize("kind", [Trainer, LightningTrainer])
+def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tmp_path, kind):
+    whole, _ = trained(tmp_path, max_steps=8, kind=kind)
+    _, stopped = trained(tmp_path, kind=kind)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, _ = trained(tmp_path, ckpt=tmp_path / "stopped.ckpt", max_steps=8, kind=kind)
+    assert resumed.plan == whole.plan
+    assert torch.equal(resumed.eval().network(DATA).logits, whole.eval().network(DATA).logits)
+    assert bool(resumed.asked) == (kind is LightningTrainer), "Lightning's own Trainer tells the checkpoint too late"
+
+
+def test_a_checkpoint_is_evaluated_with_its_plan_which_other_weights_refuse(tmp_path):
+    module, trainer = trained(tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = Supervised()
+    (metrics,) = build_trainer(tmp_path, build_adapter()).validate(fresh, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert fresh.plan == module.plan and not fresh.asked
+    assert metrics["val_loss"] == pytest.approx(float(module.eval().loss(DATA)), rel=1e-5)
+    with pytest.raises(PlanError, match="with other weights"):
+        trained(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "version_0" / "plan.json")), module=Supervised(seed=1))
+
+
+def test_a_module_without_the_two_names_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot adapt NothingToAdapt; give it an attribute adapter_attribute"):
+        build_trainer(tmp_path, build_adapter()).fit(NothingToAdapt())
+    module = Supervised()
+    module.adapter_attribute = "model"
+    with pytest.raises(ConfigError, match=r"Supervised\.adapter_attribute is 'model', but there is no such module"):
+        build_trainer(tmp_path, build_adapter()).fit(module)

@@ -53,20 +53,17 @@ def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
     assert timer.totals()["checkpoint"] > 0
 
 
-def test_exports_of_another_run_are_found_before_training(model, sums, tmp_path):
-    folder = tmp_path / "mine"
-    (folder / "step=2").mkdir(parents=True)
+def test_a_resumed_run_exports_beside_what_is_there_and_another_run_does_not(model, sums, tmp_path):
+    def export(**options):
+        return fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(tmp_path / "mine")), **options)
+
+    export(max_steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    export(ckpt=tmp_path / "last.ckpt", max_steps=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
     with pytest.raises(ConfigError, match=r"has an export of step 2 of another run, and this one begins after step 0"):
-        fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(folder)))
-    assert exports(folder) == ["step=2"] and not any((folder / "step=2").iterdir())
-
-
-def test_a_resumed_run_exports_beside_what_is_there(model, sums, tmp_path):
-    first = fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(tmp_path / "mine")), max_steps=1)
-    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = PolicyExport(AdapterFolder(), str(tmp_path / "mine"))
-    fit(model, sums, tmp_path, again, ckpt=tmp_path / "last.ckpt", max_steps=2)
+        export()
     assert exports(tmp_path / "mine") == ["step=1", "step=2"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")} == before
 
 
 def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_path):

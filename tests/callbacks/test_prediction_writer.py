@@ -2,9 +2,11 @@ import json
 from datetime import date
 from decimal import Decimal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import PredictionWriter
@@ -12,11 +14,13 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import Sampler
 
 
-def predict(model, sums, root, writer, **flags):
-    policy = build_policy(model, reward=StartsWithDigit(), eval_samples=3)
+def predict(model, sums, root, *callbacks, times=1):
     data = build_data(sums, test_fraction=0.5)
     data.eval_batch_size = 5
-    build_trainer(root, build_adapter(), writer, **flags).predict(policy, datamodule=data, return_predictions=False)
+    trainer = build_trainer(root, build_adapter(), *callbacks)
+    for _ in range(times):
+        policy = build_policy(model, reward=StartsWithDigit(), eval_samples=3)
+        trainer.predict(policy, datamodule=data, return_predictions=False)
     return data
 
 
@@ -63,23 +67,15 @@ def test_each_process_writes_its_own_file_and_refuses_where_one_would(tmp_path, 
 
 
 def test_a_trainer_that_predicts_again_gives_the_same_in_another_file(model, sums, tmp_path):
-    trainer = build_trainer(tmp_path, build_adapter(), PredictionWriter())
-    for _ in range(2):
-        policy = build_policy(model, reward=StartsWithDigit(), eval_samples=3)
-        trainer.predict(policy, datamodule=build_data(sums, test_fraction=0.5), return_predictions=False)
+    predict(model, sums, tmp_path, PredictionWriter(), times=2)
     first, second = (read(tmp_path / "version_0" / f"{name}.jsonl") for name in ("predictions", "predictions-v1"))
     assert len(first) == 12 and first == second
 
 
-class Interrupted(PredictionWriter):
-    def on_predict_batch_end(self, *arguments):
-        super().on_predict_batch_end(*arguments)
-        raise RuntimeError("stopped")
-
-
 def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
+    stops = LambdaCallback(on_predict_batch_end=Mock(side_effect=RuntimeError("stopped")))
     with pytest.raises(RuntimeError, match="stopped"):
-        predict(model, sums, tmp_path, writer := Interrupted())
+        predict(model, sums, tmp_path, writer := PredictionWriter(), stops)
     assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 

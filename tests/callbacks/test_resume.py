@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -34,14 +35,11 @@ MODULES, SAMPLERS = (PolicyModule, SupervisedModule, PreferenceModule), (Sampler
 
 
 @pytest.mark.parametrize("kind", [*MODULES, HybridAdapterSetup, PromptDataModule, *SAMPLERS])
-def test_every_option_is_declared(kind):
+def test_every_option_and_flag_is_declared(kind):
     """So that one that is added later has to be."""
     arguments = inspect.signature(kind).parameters.values()
     required = {each.name for each in arguments if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
     assert options_of(kind).keys() == constructor_defaults(kind).keys() | required
-
-
-def test_every_flag_of_lightning_is_declared():
     assert TRAINER.keys() == inspect.signature(LightningTrainer.__init__).parameters.keys() - {"self"}
 
 
@@ -68,29 +66,31 @@ def test_an_option_of_a_part_is_as_its_class_declares_it_or_else_as_the_part():
     assert effects_of("model.loss.beta", {"model": public_path(PreferenceModule)}) == MADE_BY | ACCURACY
 
 
-@pytest.mark.parametrize(
-    ("name", "after", "message"),
-    [
+def test_changes_that_would_do_nothing_are_refused():
+    for name, after, message in (
         ("model.optimizer.lr", 1, "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
         ("trainer.max_steps", 2, "trainer.max_steps=2 is less than the 3 steps that the checkpoint has; give how many"),
-    ],
-)
-def test_changes_that_would_do_nothing_are_refused(name, after, message):
-    with pytest.raises(CheckpointError, match=message):
-        check_changes([Change(3, name, None, after)])
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check_changes([Change(3, name, None, after)])
 
 
-@pytest.mark.parametrize("given", [None, 1e-3])
-def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given(given):
-    def settings(rate):
+def test_the_rate_of_full_modules_moves_with_that_of_lora_unless_it_is_given():
+    def settings(rate, given):
         init = {"model": "m", "reward": None, "lr_lora": rate, "lr_full": given}
         return {"seed_everything": 0, "model": {"class_path": public_path(PolicyModule), "init_args": init}}
 
     groups = [{"name": "full", "lr": 1e-9, "initial_lr": 3e-5}, {"name": "lora", "lr": 1e-9, "initial_lr": 3e-4}]
-    optimizers = [{"param_groups": groups}]
-    checkpoint = {SETTINGS_KEY: {"settings": settings(3e-4)}, "global_step": 7, "optimizer_states": optimizers}
-    said = [str(change) for change in changes_of(checkpoint, settings(1e-4))]
-    assert said == ["model.lr_lora 0.0003 -> 0.0001", *(["model.lr_full 3.0e-05 -> 1.0e-05"] if given is None else [])]
+    for given, moved in ((None, ["model.lr_full 3.0e-05 -> 1.0e-05"]), (1e-3, [])):
+        checkpoint = {SETTINGS_KEY: {"settings": settings(3e-4, given)}, "optimizer_states": [{"param_groups": groups}]}
+        said = [str(change) for change in changes_of(checkpoint, settings(1e-4, given))]
+        assert said == ["model.lr_lora 0.0003 -> 0.0001", *moved]
+
+
+def test_a_limit_of_one_batch_is_not_one_of_all():
+    before, after = ({"seed_everything": 0, "trainer": {"limit_val_batches": limit}} for limit in (1, 1.0))
+    (change,) = changes_of({SETTINGS_KEY: {"settings": before}}, after)
+    assert str(change) == "trainer.limit_val_batches 1 -> 1.0"
 
 
 # ---- on the command line
@@ -208,11 +208,11 @@ class Log(tiny_runs.Log):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.denominators.append((self.seen, self.expected))
         self.seen = [0.0, 0.0]
-        groups = []
+        groups = {}
         for group in optimizer.param_groups:
-            state = [{n: v.clone() for n, v in optimizer.state[p].items()} for p in group["params"]]
-            weights = [(p.detach().clone(), p.grad.clone()) for p in group["params"]]
-            groups.append({"name": group["name"], "weights": weights, "state": state})
+            states = [{n: v.clone() for n, v in optimizer.state[p].items()} for p in group["params"]]
+            pairs = zip(group["params"], states, strict=True)
+            groups[group["name"]] = [(p.detach().clone(), p.grad.clone(), state) for p, state in pairs]
         self.steps.append((trainer.global_step, groups))
 
 
@@ -259,18 +259,16 @@ def test_updates_are_those_of_the_new_optimizer_with_the_old_moments(resumed, ch
     assert [step for step, _ in log.steps] == [*range(3, stop)]
     rates = {"full": changed.get("lr_full", 1e-3), "lora": changed.get("lr_lora", 1e-2)}
     schedule = changed.get("schedule")
-    for (step, groups), (_, after) in zip(log.steps, log.steps[1:], strict=False):
-        for group, later in zip(groups, after, strict=True):
-            rate = rates[group["name"]] * (1.0 if schedule is None else schedule.factor(step, stop))
-            weights = [torch.nn.Parameter(weight) for weight, _ in group["weights"]]
+    for (step, groups), (_, after) in itertools.pairwise(log.steps):
+        for name, parameters in groups.items():
+            rate = rates[name] * (1.0 if schedule is None else schedule.factor(step, stop))
+            weights = [torch.nn.Parameter(weight) for weight, _, _ in parameters]
             optimizer = changed.get("optimizer", torch.optim.AdamW)(weights, lr=rate)
-            for weight, (_, gradient), state in zip(weights, group["weights"], group["state"], strict=True):
-                weight.grad = gradient
-                optimizer.state[weight] = state
+            for weight, (_, gradient, state) in zip(weights, parameters, strict=True):
+                weight.grad, optimizer.state[weight] = gradient, state
                 assert float(state["step"]) == step, "moments and counters go on"
             optimizer.step()
-            for weight, (expected, _) in zip(weights, later["weights"], strict=True):
-                assert torch.equal(weight, expected)
+            assert all(torch.equal(weight, expected) for weight, (expected, *_) in zip(weights, after[name], strict=True))
 
 
 def test_bfloat16_weights_and_fused_steps_take_new_rates(model, sums, tmp_path):
@@ -298,11 +296,11 @@ def test_bfloat16_weights_and_fused_steps_take_new_rates(model, sums, tmp_path):
 )
 def test_every_later_step_is_of_whole_minibatches(resumed, tmp_path, step, changed):
     """Other numbers of micro-batches, within a rollout (odd steps) and at the end of one."""
-    flags = {"max_steps": step + 3, **changed}
-    data = build_data(write_sums(tmp_path / "sums.jsonl", flags.pop("rows", 24)))
-    _, log, trainer = resumed(step, data=data, **flags)
+    data = build_data(write_sums(tmp_path / "sums.jsonl", changed.get("rows", 24)))
+    flags = {name: value for name, value in changed.items() if name != "rows"}
+    _, log, trainer = resumed(step, data=data, max_steps=step + 3, **flags)
     assert trainer.global_step == step + 3
-    cut = flags.get("limit_train_batches")  # an epoch that ends within a step makes it of what it has
+    cut = "limit_train_batches" in changed  # an epoch that ends within a step makes it of what it has
     assert [seen == expected for seen, expected in log.denominators] == [not cut or n % 2 == 0 for n in range(3)]
 
 
@@ -332,8 +330,8 @@ def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tm
     flags = {"check_val_every_n_epoch": None, "val_check_interval": 1, "policy": {"prompts_per_rollout": 2}}
     few, more = (build_data(sums, validation_fraction=fraction) for fraction in (0.2, 0.4))
     train(model, sums, tmp_path, *callbacks(50), data=few, max_steps=2, **flags)
-    summary, stopping, best, _ = callbacks(70)
-    train(model, sums, tmp_path, summary, stopping, best, ckpt=tmp_path / "step=2.ckpt", data=more, max_steps=3, **flags)
+    summary, stopping, best, _ = changed = callbacks(70)
+    train(model, sums, tmp_path, *changed, ckpt=tmp_path / "step=2.ckpt", data=more, max_steps=3, **flags)
     assert stopping.patience == 70
     assert Path(best.best_model_path).name == "step=3.ckpt", "the best on other problems does not count"
     assert summary._before == {}
@@ -351,18 +349,15 @@ def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved
                 getattr(build_trainer(tmp_path, *callbacks), command)(build_policy(model), **data)
 
 
-def test_settings_made_in_python_are_refused_by_their_names_on_the_command_line(resumed):
+def test_settings_made_in_python_are_compared_by_lightnings_own_trainer_too(resumed):
     message = r"but it is \{mlp: 3\} now, .* give --adapter\.budget\.share=0\.2 --adapter\.rank_pattern=null --model\.seed=0, or"
     with pytest.raises(CheckpointError, match=message):
         resumed(3, adapter=build_adapter(share=0.5, rank_pattern={"mlp": 3}), policy={"seed": 1})
-
-
-def test_lightnings_own_trainer_compares_too(resumed):
+    with pytest.raises(CheckpointError, match=r"model\.optimizer=AdamW, but it is SGD now"):
+        resumed(3, kind=LightningTrainer, policy={"optimizer": torch.optim.SGD})
     resumed(3, kind=LightningTrainer, adapter=(adapter := build_adapter()), policy={"lr_lora": 1e-4}, max_steps=4)
     changes = [str(change) for change in adapter.resume.changes if change.name.startswith("model")]
     assert changes == ["model.lr_lora 0.01 -> 0.0001"]
-    with pytest.raises(CheckpointError, match=r"model\.optimizer=AdamW, but it is SGD now"):
-        resumed(3, kind=LightningTrainer, policy={"optimizer": torch.optim.SGD})
 
 
 def test_a_part_is_told_alike_however_it_was_made(resumed):

@@ -146,7 +146,7 @@ class Table(HTMLParser):
 
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
-        self.rows, self.tags, self.inside = [], set(), False
+        self.rows, self.tags = [], set()
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -155,16 +155,12 @@ class Table(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
-            self.inside = True
         elif tag == "br":
             self.rows[-1][-1] += "\n"
 
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag not in ("td", "th")
-
     def handle_data(self, data):
-        if self.inside:
-            self.rows[-1][-1] += data
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip("\n")
 
 
 NASTY = [
@@ -189,16 +185,16 @@ def page_of(prompt, *texts):
     return RolloutSamples().page(rollouts, Rewards(values, {"match": values}, first), torch.where(first, 0.5, -0.5))
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_a_page_shows_every_text_as_it_is(text):
-    page = page_of(Prompt(text=text, answer=text), text, "")
-    table = Table(plugin_util.markdown_to_safe_html(page))
-    assert table.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br", "em"}
-    shown = re.sub(r"\n+", "\n", text.replace("\r", ""))
-    cells = [[re.sub(r"\n+", "\n", cell) for cell in row] for row in table.rows if any(cell.strip() for cell in row)]
-    assert cells[1] == [shown, shown, shown, "yes", "1", "+0.500"]
-    assert cells[2] == [shown, shown, "(empty) (cut)", "no", "0.25", "-0.500"]
-    assert html.unescape(page).count("\n") == page.count("\n") == 3
+def test_a_page_shows_every_text_as_it_is():
+    for text in NASTY:
+        page = page_of(Prompt(text=text, answer=text), text, "")
+        table = Table(plugin_util.markdown_to_safe_html(page))
+        assert table.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br", "em"}
+        shown = re.sub(r"\n+", "\n", text.replace("\r", ""))
+        cells = [[re.sub(r"\n+", "\n", cell) for cell in row] for row in table.rows if any(cell.strip() for cell in row)]
+        assert cells[1] == [shown, shown, shown, "yes", "1", "+0.500"]
+        assert cells[2] == [shown, shown, "(empty) (cut)", "no", "0.25", "-0.500"]
+        assert html.unescape(page).count("\n") == page.count("\n") == 3
 
 
 def test_a_chat_shows_its_last_message_and_long_prompts_their_end():
@@ -207,10 +203,18 @@ def test_a_chat_shows_its_last_message_and_long_prompts_their_end():
     assert row[0].endswith("x2+2?") and len(row[0]) == 300 and "brief" not in row[0]
 
 
-@pytest.mark.parametrize("name", ["every_n_rollouts", "prompts", "completions"])
-def test_impossible_settings_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"samples\.{name} must be at least 1, got 0"):
-        RolloutSamples(**{name: 0})
+IMPOSSIBLE = [
+    *((RolloutSamples, {name: 0}, rf"samples\.{name} must be at least 1, got 0") for name in ("prompts", "completions")),
+    (RolloutSamples, {"every_n_rollouts": 0}, r"samples\.every_n_rollouts must be at least 1, got 0"),
+    (RewardDivergence, {"window": 7}, r"divergence\.window must be an even number of at least 4, got 7"),
+    (RewardDivergence, {"standard_errors": 0.0}, r"divergence\.standard_errors must be positive, got 0"),
+]
+
+
+def test_impossible_settings_are_refused():
+    for kind, options, message in IMPOSSIBLE:
+        with pytest.raises(ConfigError, match=message):
+            kind(**options)
 
 
 # ---- on the screen
@@ -305,12 +309,12 @@ def series(start, end, count=20, noise=0.02, seed=0):
 
 def test_each_part_is_warned_of_on_its_own():
     up = series(0.1, 0.9, 40, seed=1)
+    rose = {"ended": up, "flat": series(0.5, 0.5, 40, seed=2), "other": up}
+    fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
     for left_out in (False, True):
-        rose = {"ended": up, "flat": series(0.5, 0.5, 40, seed=2), "other": up}
         messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), left_out, **rose)
         assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
-    fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
-    assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
+        assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
 
 
 OTHERS = {
@@ -322,37 +326,19 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_nothing_else_is_warned_of(name):
-    accuracy, ended = OTHERS[name]
-    assert feed(RewardDivergence(20), accuracy, ended=ended) == []
-
-
-def test_changes_without_any_noise_count():
+def test_nothing_else_is_warned_of_and_changes_without_any_noise_count():
+    for name, (accuracy, ended) in OTHERS.items():
+        assert feed(RewardDivergence(20), accuracy, ended=ended) == [], name
     assert len(feed(RewardDivergence(4), [0.5, 0.5, 0.4, 0.4], ended=[0.0, 0.0, 1.0, 1.0])) == 1
 
 
-def test_the_window_forgets():
-    callback = RewardDivergence(10)
-    feed(callback, series(0.5, 0.1, 10), ended=series(0.1, 0.9, 10, seed=1))
-    assert callback.diverging() == ["rewards/ended"]
-    feed(callback, series(0.1, 0.1, 10), ended=series(0.9, 0.9, 10, seed=1))
-    assert callback.diverging() == []
-
-
-def test_a_resumed_run_warns_where_the_whole_would(stop=25):
+def test_the_window_forgets_and_a_resumed_run_warns_where_the_whole_would(stop=25):
     accuracy, ended = series(0.5, 0.1, 40), series(0.1, 0.9, 40, seed=1)
-    whole = feed(RewardDivergence(20), accuracy, ended=ended)
-    before = RewardDivergence(20)
+    whole, before, resumed = (RewardDivergence(20) for _ in range(3))
     messages = feed(before, accuracy[:stop], ended=ended[:stop])
-    resumed = RewardDivergence(20)
     resumed.load_state_dict(before.state_dict())
-    assert len(whole) == len(messages + feed(resumed, accuracy[stop:], ended=ended[stop:])) == 1
-    assert resumed.diverging() == ["rewards/ended"]
-
-
-def test_impossible_windows_are_refused():
-    with pytest.raises(ConfigError, match=r"divergence\.window must be an even number of at least 4, got 7"):
-        RewardDivergence(7)
-    with pytest.raises(ConfigError, match=r"divergence\.standard_errors must be positive, got 0"):
-        RewardDivergence(standard_errors=0.0)
+    messages += feed(resumed, accuracy[stop:], ended=ended[stop:])
+    assert len(feed(whole, accuracy, ended=ended)) == len(messages) == 1
+    assert resumed.diverging() == whole.diverging() == ["rewards/ended"]
+    feed(whole, series(0.1, 0.1, 20), ended=series(0.9, 0.9, 20, seed=1))
+    assert whole.diverging() == []

@@ -25,7 +25,7 @@ from hybrid_lightning.callbacks import (
     RunSummary,
 )
 from hybrid_lightning.callbacks.run_folder import check_run_folder, find_callback, run_folder
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export import AdapterFolder
 from hybrid_lightning.trainer import Trainer
 
@@ -58,8 +58,7 @@ def process(root, *loggers, rank=0, answers=None):
     )
 
 
-@pytest.mark.parametrize("kind", [TensorBoardLogger, None])
-def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch):
+def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, monkeypatch):
     (tmp_path / "name" / "version_4").mkdir(parents=True)
     start, begun, mkdir = threading.Barrier(10), set(), Path.mkdir
 
@@ -71,14 +70,14 @@ def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch
         mkdir(path, *args, **flags)
 
     def claim(_):
-        trainer = process(tmp_path / "name", *([kind(tmp_path, "name")] if kind else []))
-        return run_folder(trainer), trainer.loggers[0].log_dir if kind else None
+        trainer = process(tmp_path / "name", TensorBoardLogger(tmp_path, "name"))
+        return run_folder(trainer), Path(trainer.loggers[0].log_dir)
 
     monkeypatch.setattr(Path, "mkdir", together)
     with ThreadPoolExecutor(10) as threads:
         found = list(threads.map(claim, range(10)))
     assert sorted(path.name for path, _ in found) == sorted(f"version_{number}" for number in range(5, 15))
-    assert all(log_dir is None or log_dir == str(path) for path, log_dir in found)
+    assert all(log_dir == path for path, log_dir in found)
 
 
 def test_every_process_knows_the_folder_and_asks_once(tmp_path):
@@ -102,13 +101,10 @@ def test_every_process_ends_where_the_folder_cannot_be_made(tmp_path):
         run_folder(process(tmp_path, rank=1, answers=first.told))
 
 
-def test_where_it_is_without_a_logger(tmp_path, monkeypatch):
+def test_where_it_is_without_a_logger_and_with_a_version_that_may_be_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder(process(tmp_path / "root")) == tmp_path / "root" / "version_0"
     assert run_folder(process(tmp_path)) == Path("runs", "default", "version_0"), "the default root is the working directory"
-
-
-def test_a_version_that_is_taken_is_not_taken_again(tmp_path):
     for version, found in {3: ["version_3", "version_4"], "mine": ["mine", "mine-v1", "mine-v2"]}.items():
         for name in found:
             logger = CSVLogger(tmp_path, "name", version=version)
@@ -118,8 +114,9 @@ def test_a_version_that_is_taken_is_not_taken_again(tmp_path):
 def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path, recwarn):
     (tmp_path / "b" / "y" / "version_0").mkdir(parents=True)
     loggers = [TensorBoardLogger(tmp_path / "a", "x"), CSVLogger(tmp_path / "b", "y"), CSVLogger(tmp_path / "a", "x")]
+    loggers.append(TensorBoardLogger(tmp_path / "b", "y"))
     assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "x" / "version_1"
-    assert [logger.version for logger in loggers] == [1, 1, 1] and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
+    assert {logger.version for logger in loggers} == {1} and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
     assert not [warning for warning in recwarn if "not empty" in str(warning.message)]
     (tmp_path / "b" / "mine").mkdir(parents=True)
     loggers = [CSVLogger(tmp_path / "a", "", version="mine"), CSVLogger(tmp_path / "b", "")]
@@ -127,30 +124,30 @@ def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path,
     assert names(tmp_path / "a") == ["mine-v1", "x"] and names(tmp_path / "b") == ["mine", "mine-v1", "y"]
 
 
+def writers(export=None):
+    """All callbacks that write."""
+    writing = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder(), export)]
+    return [*writing, PredictionWriter(), ModelCheckpoint(save_last=True)]
+
+
 def train(model, sums, root, *loggers, kind=Trainer):
-    """A run with all callbacks that write."""
-    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder())]
-    callbacks.append(ModelCheckpoint())
     flags = {"max_steps": 1, "enable_checkpointing": True, "num_sanity_val_steps": -1}
     flags["logger"] = [logger(root, "x") for logger in loggers]
     data = build_data(sums, validation_fraction=0.2)
-    return fit(model, sums, root / "x", *callbacks, policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
+    return fit(model, sums, root / "x", *writers(), policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
 
 
-# Under Lightning's own Trainer two loggers of one place make themselves two folders.
-@pytest.mark.parametrize(("kind", "csv"), [(Trainer, [CSVLogger]), (LightningTrainer, [])])
-def test_a_second_run_changes_nothing_of_the_first(model, sums, tmp_path, kind, csv):
-    first = train(model, sums, tmp_path, TensorBoardLogger, *csv, kind=kind)
+def test_a_second_run_of_lightnings_own_trainer_changes_nothing_of_the_first(model, sums, tmp_path):
+    """Of our own Trainer and of other loggers: `test_loggers`."""
+    first = train(model, sums, tmp_path, TensorBoardLogger, kind=LightningTrainer)
     before = content(tmp_path)
-    second = train(model, sums, tmp_path, TensorBoardLogger, *csv, kind=kind)
+    second = train(model, sums, tmp_path, TensorBoardLogger, kind=LightningTrainer)
     assert {path: data for path, data in content(tmp_path).items() if path in before} == before
     for number, trainer in enumerate((first, second)):
         folder = run_folder(trainer)
         assert folder == tmp_path / "x" / f"version_{number}"
-        wanted = {"plan.json", "summary.json", "evaluation.json", "checkpoints", "export"}
-        assert wanted <= set(names(folder)) and names(folder / "checkpoints")
-        assert ("metrics.csv" in names(folder)) == ("samples.csv" in names(folder)) == bool(csv)
-        assert any("tfevents" in name for name in names(folder))
+        assert {"plan.json", "summary.json", "evaluation.json", "checkpoints", "export"} <= set(names(folder))
+        assert names(folder / "checkpoints") and any("tfevents" in name for name in names(folder))
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
 
 
@@ -177,24 +174,18 @@ def test_a_trainer_keeps_its_folder_which_is_its_log_dir(model, sums, tmp_path, 
     assert sum("version_0" in str(call) for call in told.call_args_list) == 1, "it is claimed once"
 
 
-@pytest.mark.parametrize(("number", "logger"), [(errno.EROFS, CSVLogger), (errno.ENOSPC, None)])
-def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, monkeypatch, number, logger):
-    trainer = process(tmp_path / "runs", *([logger(tmp_path / "runs", "x")] if logger else []))
-    check_run_folder(trainer)
-    assert not names(tmp_path), "what is tried out is removed"
-
-    refuse = Mock(side_effect=OSError(number, os.strerror(number), str(tmp_path)))
-    option = "--trainer.logger.save_dir=FOLDER" if logger else "--trainer.default_root_dir=FOLDER"
-    for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
-        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"{os.strerror(number)}.*; give .* by {option}$"):
-            patch.setattr(module, name, refuse)
-            check_run_folder(trainer)
-    assert not names(tmp_path)
-
-
-def test_the_folder_of_checkpoints_is_looked_at_too(tmp_path):
+def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, monkeypatch):
+    for loggers, option in (([CSVLogger(tmp_path / "runs", "x")], "logger.save_dir"), ([], "default_root_dir")):
+        trainer = process(tmp_path / "runs", *loggers)
+        check_run_folder(trainer)
+        assert not names(tmp_path), "what is tried out is removed"
+        message = rf"{os.strerror(errno.ENOSPC)}.*; give .* by --trainer\.{option}=FOLDER$"
+        for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
+            with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):
+                patch.setattr(module, name, Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))))
+                check_run_folder(trainer)
+        assert not names(tmp_path)
     (tmp_path / "file").touch()
-    trainer = process(tmp_path / "runs")
     trainer.checkpoint_callbacks = [ModelCheckpoint(tmp_path / "file" / "x")]
     with pytest.raises(ConfigError, match=r"checkpoints' folder .*; give --checkpoint\.dirpath=FOLDER another one, or null"):
         check_run_folder(trainer)
@@ -202,15 +193,20 @@ def test_the_folder_of_checkpoints_is_looked_at_too(tmp_path):
     assert names(tmp_path) == ["file"], "the first process alone looks"
 
 
-def test_a_folder_of_another_run_is_not_given_back(model, sums, tmp_path):
-    """Nor are those above it that were there."""
+class WritesAtTheEnd(CSVLogger):
+    """As TensorBoard's, whose file is written by a thread that may come late."""
+
+    def finalize(self, status):
+        Path(self.log_dir, "metrics.csv").write_text("the end")
+
+
+def test_a_run_that_fails_at_the_start_leaves_nothing_but_what_was_there(model, sums, tmp_path):
     kept = train(model, sums, tmp_path, CSVLogger)
     before = content(tmp_path)
-    (tmp_path / "broken.jsonl").write_text("{")
-    trainer = build_trainer(tmp_path, build_adapter(), logger=[CSVLogger(tmp_path, "x"), CSVLogger(tmp_path / "new", "y")])
-    with pytest.raises(DataError):
-        trainer.fit(build_policy(model), datamodule=build_data(tmp_path / "broken.jsonl"))
-    (tmp_path / "broken.jsonl").unlink()
+    loggers = [WritesAtTheEnd(tmp_path, "x"), CSVLogger(tmp_path / "new", "y")]
+    trainer = build_trainer(tmp_path, build_adapter(calibration_prompts=8), logger=loggers)
+    with pytest.raises(ConfigError, match="cannot be split evenly"):
+        trainer.fit(build_policy(model, minibatches_per_rollout=7), datamodule=build_data(sums))
     assert content(tmp_path) == before and names(tmp_path) == ["x"] and names(tmp_path / "x") == [Path(kept.log_dir).name]
 
 
@@ -246,25 +242,8 @@ def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path,
     assert run_folder(process(tmp_path / "runs")) == tmp_path / "runs" / "version_0"
 
 
-class WritesAtTheEnd(CSVLogger):
-    """As TensorBoard's, whose file is written by a thread that may come late."""
-
-    def finalize(self, status):
-        Path(self.log_dir, "metrics.csv").write_text("the end")
-
-
-def test_a_run_that_fails_at_the_start_leaves_nothing_and_says_why(model, sums, tmp_path):
-    trainer = build_trainer(tmp_path, build_adapter(calibration_prompts=8), logger=WritesAtTheEnd(tmp_path, "runs"))
-    with pytest.raises(ConfigError, match="cannot be split evenly"):
-        trainer.fit(build_policy(model, minibatches_per_rollout=7), datamodule=build_data(sums))
-    assert not names(tmp_path)
-
-
 def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_path):
-    exports = PolicyExport(folder=str(tmp_path / "mine"))
-    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), exports, PredictionWriter()]
-    callbacks.append(ModelCheckpoint(save_last=True))
-    trainer = build_trainer(tmp_path, *callbacks, fast_dev_run=True, enable_checkpointing=True)
+    trainer = build_trainer(tmp_path, *writers(str(tmp_path / "mine")), fast_dev_run=True, enable_checkpointing=True)
     data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
     trainer.fit(policy := build_policy(model, reward=StartsWithDigit()), datamodule=data)
     trainer.test(policy, datamodule=data, verbose=False)

@@ -1,5 +1,6 @@
 """Each run folder tells its run in one page, which needs no network and runs nothing that a run has said."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -7,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from cli_runs import done
 from cli_runs import run as run_command
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, fit
 
 from hybrid_lightning.callbacks import Diagnosis, GracefulStop, RunReport, RunSummary, StepTimer
@@ -31,8 +32,8 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def run(model, sums, root, *callbacks, reward=None, **flags):
-    policy = {"reward": reward or StartsWithDigit(), "eval_samples": 4, "lr_lora": 0.1}
+def run(model, sums, root, *callbacks, **flags):
+    policy = {"reward": StartsWithDigit(), "eval_samples": 4, "lr_lora": 0.1}
     flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
     callbacks = (StepTimer(), RunSummary(), Diagnosis(), build_adapter(), GracefulStop(), RunReport(), *callbacks)
     data = build_data(sums, validation_fraction=0.4)
@@ -62,20 +63,15 @@ def test_a_page_has_what_the_run_was(whole):
     assert found.report["changed"]["model.lr_lora"] == [0.1, 1e-4] and "model.samples_per_prompt" in found.report["changed"]
     left = {"model.credit", "adapter.dropout"}
     assert not left & found.report["changed"].keys() and left < found.report["settings"].keys()
+    assert not any(name.startswith("rewards/") for name in found.curves), "a single part is the reward"
     assert found.curves["reward"][0] == [1, 2, 3, 4, 5, 6] and found.curves["val/avg@4"][0] == [0, 4, 6]
 
 
 def test_nothing_that_a_run_says_runs_or_is_loaded(whole):
     def spoiled(value):
-        if isinstance(value, str):
-            return value + BAD
-        if isinstance(value, list):
-            return [spoiled(item) for item in value]
-        return (
-            {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
-            if isinstance(value, dict)
-            else value
-        )
+        if isinstance(value, dict):
+            return {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
+        return [spoiled(item) for item in value] if isinstance(value, list) else value + BAD if isinstance(value, str) else value
 
     found = Run.read(whole)
     clean = Tags(report_page(found)).elements
@@ -100,22 +96,17 @@ def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(model, su
     assert first["curves"] == second["curves"] and first["first"] == second["first"] and first["last"] == second["last"]
 
 
-class Failing(StartsWithDigit):
-    """Fails when it is told to."""
+def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path, monkeypatch):
+    calls, working = itertools.count(1), StartsWithDigit.__call__
 
-    def __init__(self):
-        self.left = 9  # calls: validation, what it pays for references and for wrong answers, and rollouts
-
-    def __call__(self, completions, prompts):
-        self.left -= 1
-        if not self.left:
+    def failing(self, completions, prompts):
+        if next(calls) == 9:  # after validation, what it pays for references and for wrong answers, and rollouts
             raise RuntimeError(BAD)
-        return super().__call__(completions, prompts)
+        return working(self, completions, prompts)
 
-
-def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path):
+    monkeypatch.setattr(StartsWithDigit, "__call__", failing)
     with pytest.raises(Exception, match="alert"):
-        run(model, sums, tmp_path, reward=Failing(), enable_checkpointing=True)
+        run(model, sums, tmp_path, enable_checkpointing=True)
     found = Run.read(tmp_path / "version_0")
     assert found.report["state"].startswith("stopped: ") and BAD in found.report["state"] and found.report["step"] == 2
     assert "stopped.ckpt" in found.report["commands"][0]
@@ -123,13 +114,10 @@ def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_said_and_fails_no_run(model, sums, tmp_path, capsys):
-    class Blocking(RunReport):
-        """A folder has the name of the page."""
-
-        def on_train_start(self, trainer, pl_module):
-            (tmp_path / "version_0" / "report.html" / "x").mkdir(parents=True)
-
-    fit(model, sums, tmp_path, RunSummary(), Blocking(), build_adapter(), policy={"reward": StartsWithDigit()}, max_steps=2)
+    folder = tmp_path / "version_0" / "report.html" / "x"  # a folder has the name of the page
+    blocking = LambdaCallback(on_train_start=lambda *_: folder.mkdir(parents=True))
+    callbacks = (RunSummary(), RunReport(), build_adapter(), blocking)
+    fit(model, sums, tmp_path, *callbacks, policy={"reward": StartsWithDigit()}, max_steps=2)
     said = capsys.readouterr().out
     assert re.search(r"Warning: \S+report\.html could not be written: IsADirectoryError: ", said) and "Report:" not in said
     assert (tmp_path / "version_0" / "summary.json").exists()
@@ -143,8 +131,9 @@ def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
 
 def test_compare_tells_runs_apart_by_their_problems(folder):
     name = "--trainer.logger.init_args.name=compared"
+    few = "--trainer.max_steps=2"
     for options in ([], ["--adapter.rank=1"], ["--data.source.validation_fraction=0.4"]):
-        fitted = done(folder, "fit", "--config", "t.yaml", name, *options)
+        fitted = done(folder, "fit", "--config", "t.yaml", name, few, *options)
         assert "\nReport:     runs/compared/version_" in fitted.out
     runs = [f"runs/compared/version_{number}" for number in range(3)]
     same = done(folder, "compare", *runs[:2], "--html=c.html")
@@ -158,7 +147,7 @@ def test_compare_tells_runs_apart_by_their_problems(folder):
     assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other.out) and "Validation problems differ" in other.out
     path = folder / runs[1] / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": "not finished"}))
-    assert "not finished (step 4 of 4)" in run_command(folder, "compare", *runs[:2]).out
+    assert "not finished (step 2 of 2)" in run_command(folder, "compare", *runs[:2]).out
     for arguments, message in {
         (runs[0],): "compare needs at least two run folders",
         (runs[0], "runs/none"): "runs/none is no folder; give a run folder",

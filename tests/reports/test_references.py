@@ -5,18 +5,10 @@ import random
 import pytest
 from tiny_runs import Constant, Talk, build_policy
 
+from hybrid_lightning import rewards
 from hybrid_lightning.data import FormatBySet, PlainFormat
 from hybrid_lightning.reports.references import reference_rewards
-from hybrid_lightning.rewards import (
-    CodeTests,
-    ExactMatch,
-    FormatReward,
-    MathMatch,
-    MultipleChoice,
-    RewardBySet,
-    RewardFunction,
-    WeightedSum,
-)
+from hybrid_lightning.rewards import ExactMatch, RewardBySet, RewardFunction
 from hybrid_lightning.types import Prompt
 
 BOXED = "What is it? Write it in \\boxed{}"
@@ -52,16 +44,12 @@ def found(model, reward, prompts, form=None, pays=False, **policy):
         (ExactMatch(r"\A(?:\[[\d ]*\])?(\d+)\Z"), rows(["12", "7"]), None),
         (ExactMatch(r"so: (.*)"), rows(["12", "7"]), SHOWN),
         (ExactMatch(r"so: (.*)"), rows(["12"], set_name="a"), FormatBySet({"a": SHOWN})),
-        (MathMatch(r"\\boxed\{(.*)\}"), rows(["12", r"\frac{1}{2}"], BOXED), None),
-        (MultipleChoice(), rows(["A", "C"]), None),
+        (rewards.MathMatch(r"\\boxed\{(.*)\}"), rows(["12", r"\frac{1}{2}"], BOXED), None),
+        (rewards.MultipleChoice(), rows(["A", "C"]), None),
         (ExactMatch("<answer>(.*?)</answer>"), rows(["7"], "Think in <think> </think>, write <answer> </answer>"), None),
-        (WeightedSum([ExactMatch(), FormatReward("<think>")]), rows(["7"]), None),
-        (CodeTests(), rows(["def f(x): return 2 * x"], columns={"test": "assert f(2) == 4"}), None),
-        (
-            ExactMatch(),
-            rows([None], completions=("12",), columns={}) and [Prompt(text="?", answer="12", completions=("12",))],
-            None,
-        ),
+        (rewards.WeightedSum([ExactMatch(), rewards.FormatReward("<think>")]), rows(["7"]), None),
+        (rewards.CodeTests(), rows(["def f(x): return 2 * x"], columns={"test": "assert f(2) == 4"}), None),
+        (ExactMatch(), [Prompt(text="?", answer="12", completions=("12",))], None),
         (Distance(), rows(["12", "7"]), None),
     ],
 )

@@ -92,24 +92,19 @@ class AdvantageEstimator(Configurable, ABC):
         """
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Change advantages by what only a whole rollout shows. By default nothing is changed.
+        """Change advantages by what only a whole rollout shows, [N] of all completions that count, at least 2; by default not.
 
-        Args:
-            advantages: What `estimate` returned for all completions that count, [N], at least 2.
-            rewards: Their rewards, [N].
+        `advantages` are what `estimate` returned for them.
         """
         return advantages
 
     def __call__(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None = None) -> Tensor:
-        """Compute the advantage of each completion.
+        """Compute the advantage of each completion, [B] float32 (float64 for float64 rewards), without gradient.
 
         Args:
             rewards: [B], finite where they count.
             samples_per_prompt: G; neighbouring rewards belong to the same prompt.
             counted: See `Rewards`, [B] bool or None.
-
-        Returns:
-            [B] float32 (float64 for float64 rewards), without gradient.
 
         Raises:
             ConfigError: If the rewards do not come in groups of G, or G is below 2.

@@ -102,10 +102,7 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The adapter's parameters, as (parameters of fully trained modules, parameters of LoRA), each full name -> parameter.
-
-    LoRA's include DoRA's magnitudes.
-    """
+    """The adapter's parameters by full name, of fully trained modules and of LoRA, DoRA's magnitudes included."""
     named = dict(model.named_parameters())
     full = {name: parameter for name, parameter in named.items() if f".modules_to_save.{ADAPTER}." in name}
     lora = {name: parameter for name, parameter in named.items() if ".lora_" in name and name not in full}
@@ -119,22 +116,14 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class FreedStartWeights(nn.Module):
-    """Takes the place of a fully trained module's frozen original that has been freed.
-
-    Args:
-        name: Full dotted name of the module, for the error message.
-    """
+    """Takes the place of the frozen original of a fully trained module of this name, which has been freed."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self._module = name
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to compute with the start weights.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refuse to compute with the start weights."""
         raise ConfigError(
             f"the start weights of {self._module} were freed, so the adapter cannot be disabled; set "
             "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)"
@@ -144,13 +133,12 @@ class FreedStartWeights(nn.Module):
 def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
     check_lora_modules(model, plan.lora_modules)
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    modes = {module.name: module.mode for module in plan.candidates}
-    return lora_config(modes, plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
+    return lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Take the weights out of modules whose originals will not be kept, so that PEFT does not copy them."""
-    taken: dict[str, dict[str, Tensor]] = {}
+    taken = {}
     for name in names:
         module = model.get_submodule(name)
         taken[name] = {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}

@@ -87,11 +87,7 @@ def asked_text(turns: Any) -> str:
 
 
 def answered_text(turns: Any, where: str) -> str:
-    """Text of the answer, the assistant's last turn.
-
-    Args:
-        turns: A conversation that ends with the answer, or the answer alone.
-        where: Row and column, for error messages.
+    """Text of the answer, the last turn of a conversation, or the only one; `where` says in errors where it is.
 
     Raises:
         DataError: If the last turn is not the assistant's, or an answer alone has several turns.

@@ -102,11 +102,7 @@ class PromptDataModule(Configurable, LightningDataModule):
             )
 
     def set_names(self, split: str) -> list[str]:
-        """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them.
-
-        Args:
-            split: "train", "validation" or "test".
-        """
+        """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them."""
         return list(dict.fromkeys(row.set_name for row in getattr(self._read(), split)))
 
     @property
@@ -150,15 +146,9 @@ class PromptDataModule(Configurable, LightningDataModule):
         return self._loader(self.test_prompts)
 
     def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
-        return DataLoader(
-            prompts,  # type: ignore[arg-type]
-            batch_size=self.eval_batch_size,
-            shuffle=False,
-            collate_fn=list,
-            # Each iteration draws a seed for workers: drawn from the global generator, it would change training after a
-            # validation.
-            generator=torch.Generator(),
-        )
+        # Each iteration draws a seed for workers: from the global generator it would change training after a validation.
+        options: Any = {"shuffle": False, "collate_fn": list, "generator": torch.Generator()}
+        return DataLoader(prompts, batch_size=self.eval_batch_size, **options)  # type: ignore[arg-type]
 
     def _read(self) -> Splits:
         self._splits = self._splits or self.source.load()

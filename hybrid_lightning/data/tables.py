@@ -23,14 +23,9 @@ EXACT_FLOAT = 2.0**53  # from here on, a float cannot represent every integer
 
 
 def read_table(name: str, path: str) -> Table:
-    """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked.
+    """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked. Cells of a CSV file are text, exactly as in the file.
 
-    Args:
-        name: Name of the parameter that holds the path, for error messages.
-        path: Path of the file, relative to the working directory.
-
-    Returns:
-        One dict per row. Cells of a CSV file are text, exactly as in the file.
+    `name` is that of the parameter that holds the path, which is relative to the working directory.
 
     Raises:
         DataError: If the file is missing, of another type, malformed (the message names the line) or without rows.
@@ -148,13 +143,7 @@ _READERS: dict[str, Callable[[Path, bool], Table]] = {
 
 
 def to_text(value: Any) -> str:
-    """Write a cell as text; numbers get one canonical form, which loses nothing.
-
-    Args:
-        value: Text, number or bool.
-
-    Returns:
-        Text unchanged; a number without exponent and without a fractional part of zero.
+    """Write a cell, text, number or bool, as text: numbers in one form, without exponent or a fractional part of zero.
 
     Raises:
         ValueError: If the value is missing, not finite, too large for a float to be exact, or of another type.

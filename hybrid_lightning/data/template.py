@@ -17,11 +17,7 @@ _PLACEHOLDER = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def template_fields(name: str, template: str) -> list[str]:
-    """Names of the columns that a template uses.
-
-    Args:
-        name: Name of the parameter that holds the template, for error messages.
-        template: Text with `{column}` placeholders; `{{` and `}}` stand for literal braces.
+    """Names of the columns that a template uses, which is the value of the parameter `name`.
 
     Raises:
         ConfigError: If the braces do not match, or a placeholder is more than a column or an entry of one.
@@ -45,13 +41,7 @@ def template_fields(name: str, template: str) -> list[str]:
 
 
 def fill_template(name: str, template: str, values: Mapping[str, Any], where: str) -> str:
-    """Fill a template with the columns of a row.
-
-    Args:
-        name: Name of the parameter that holds the template, for error messages.
-        template: As in `template_fields`.
-        values: Column name -> value.
-        where: Where the row comes from, for error messages.
+    """Fill a template, the value of the parameter `name`, with the columns of a row, name -> value; `where` says which row it is.
 
     Raises:
         ConfigError: If the template uses a column that the row does not have.

@@ -30,7 +30,9 @@ from hybrid_lightning.losses import functional as F
 
 
 class ImportanceCorrection(Configurable, ABC):
-    """Base class of corrections. A subclass bounds the ratio of training and sampling probabilities.
+    """Base class of corrections: weights from log pi(token) in training and log mu(token) of the sampler, both [B, T].
+
+    A subclass bounds the ratio of the two probabilities. `mask` is True on sampled tokens, [B, T] bool.
 
     Example:
         >>> class Geometric(ImportanceCorrection):
@@ -43,11 +45,7 @@ class ImportanceCorrection(Configurable, ABC):
 
     @abstractmethod
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """Weights from log(pi / mu) of each token.
-
-        Args:
-            log_ratio: Of each token, [B, T], without gradient; 0 outside the mask.
-            mask: True on sampled tokens, [B, T] bool.
+        """Weights from log(pi / mu) of each token, [B, T], which has no gradient and is 0 outside the mask.
 
         Returns:
             One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
@@ -55,15 +53,7 @@ class ImportanceCorrection(Configurable, ABC):
 
     @torch.no_grad()
     def __call__(self, logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Compute the weights of some sequences.
-
-        Args:
-            logprobs: Log pi(token), [B, T], from the training forward pass with the weights that sampled.
-            sampling_logprobs: Log mu(token), [B, T], as the sampler recorded it.
-            mask: True on sampled tokens, [B, T] bool.
-
-        Returns:
-            [B, T] or [B], without gradient.
+        """Compute the weights of some sequences, [B, T] or [B].
 
         Raises:
             ConfigError: If `weights` of a subclass returned another shape.

@@ -96,15 +96,10 @@ class PolicyLoss(Configurable, ABC):
 
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss before KL and aggregation, and the importance ratio.
+        """The loss before KL and aggregation, and the importance ratio: each of tokens, [B, T], or of sequences, [B].
 
-        Args:
-            inputs: All tensors are float32 or float64; log-probabilities are 0 where nothing was sampled.
-            old_logprobs: `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient, [B, T].
-
-        Returns:
-            The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Where nothing was sampled they may
-            hold anything.
+        All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
+        anything. `old_logprobs` are those of the inputs, or if these are None the current ones without gradient, [B, T].
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:

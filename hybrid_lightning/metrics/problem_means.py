@@ -72,8 +72,8 @@ class ProblemMeans(Metric):
         """Add P problems.
 
         Args:
-            sets: Name of the set that each problem belongs to; "" for none.
-            index: Number that identifies each problem within its set, [P] int64.
+            sets: Name of the set of each; "" for none.
+            index: Number of each within its set, [P] int64.
             values: Name -> value of each problem, [P], for every name in `draws`; nan takes part in no mean.
 
         Raises:
@@ -127,9 +127,6 @@ def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, fl
     Args:
         values: Value of each problem, from 0 to 1, as one tensor [P] per set.
         draws: Number of completions that a value is made from; a problem counts as at most so many independent trials.
-
-    Returns:
-        Lower and upper end.
 
     Example:
         >>> import torch
@@ -197,11 +194,7 @@ def _student_t(free: int) -> float:
 
 
 def check_set_name(name: str) -> None:
-    """Check that the name of a set can be used in `ProblemMeans`.
-
-    Raises:
-        DataError: If it is longer than 64 bytes.
-    """
+    """Raise DataError if the name of a set is too long for `ProblemMeans`, above 64 bytes."""
     if len(name.encode()) > _NAME_BYTES:
         raise DataError(f"the set name {name!r} is too long; give one of at most {_NAME_BYTES} bytes")
 
@@ -209,8 +202,7 @@ def check_set_name(name: str) -> None:
 def _encode_name(name: str) -> list[int]:
     """Bytes of a name, padded to a fixed length, so that ranks can gather names as tensors."""
     check_set_name(name)
-    encoded = name.encode()
-    return list(encoded) + [0] * (_NAME_BYTES - len(encoded))
+    return list(name.encode().ljust(_NAME_BYTES, b"\0"))
 
 
 def _decode_name(numbers: Sequence[int]) -> str:

@@ -21,12 +21,7 @@ NOTHING_TO_SPLIT = (
 
 
 def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
-    """Check that strategy, precision, dtype and optimizer work together.
-
-    Args:
-        trainer: The Trainer, with strategy and precision.
-        optimizer: Makes the optimizer from parameter groups.
-        dtype: Dtype of the model as it is loaded.
+    """Check that strategy, precision and dtype of a model work together, and with the optimizer that is made of parameter groups.
 
     Raises:
         ConfigError: If they do not work together.
@@ -64,11 +59,7 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
 
 
 def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -> None:
-    """Check that the state of an optimizer can be split over devices.
-
-    Args:
-        optimizer: Makes the optimizer from parameter groups.
-        strategy: Name of the strategy that splits it, for the message.
+    """Check that the state of an optimizer, which is made of parameter groups, can be split over devices by a strategy.
 
     Raises:
         ConfigError: If it cannot be split.

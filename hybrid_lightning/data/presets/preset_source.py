@@ -99,17 +99,10 @@ class PresetSource(TableSource):
 
 
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
-    """Read a split from a local copy of a data set: all files that have the split's name in theirs.
+    """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
 
-    Args:
-        path: A file or a folder.
-        subset: Subset of the data set; if the folder has a folder of this name, only that is read.
-        parameter: Name of the parameter that names the split, for error messages.
-        split: Name of the split.
-        alone: Whether no other split is asked for; then a single file is read whatever its name.
-
-    Returns:
-        Where the rows come from, and the rows.
+    They are in all files that have the split's name in theirs, in the folder of the `subset` where there is one. If no other
+    split is asked for (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.

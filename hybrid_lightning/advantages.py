@@ -219,10 +219,8 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         return centred(groups) * (samples / (samples - 1))
 
 
-class PerRewardAdvantage(_DividedAdvantage):
+class PerRewardAdvantage(GroupAdvantage):
     """GDPO's advantage: each reward of a sum normalised in its group; their weighted sum scaled by its std over the rollout."""
-
-    divides_by_group_std = True
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -232,10 +230,6 @@ class PerRewardAdvantage(_DividedAdvantage):
             checked = self._checked(part, samples_per_prompt, counted)
             total = total + rewards.weights.get(name, 1.0) * self._in_groups(checked, samples_per_prompt, counted)
         return self._over_rollout(total, whole, counted)
-
-    def estimate(self, groups: Tensor) -> Tensor:
-        """A single reward normalised in its groups, [P, G]."""
-        return centred(groups) / (groups.std(dim=1, keepdim=True) + self.eps)
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""

@@ -9,7 +9,7 @@ no linear module, so such experts are no candidates and stay frozen.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -131,23 +131,19 @@ def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int
         ModelError: If a key matches no module.
     """
     check_pattern(pattern)
-    names = list(names)
-    keys = {name: [key for key in pattern if _fits(key, name)] for name in names}
+    names, groups = list(names), get_args(Group)
+    keys = {
+        name: [key for key in pattern if (module_group(name) == key if key in groups else _ends(key, name))] for name in names
+    }
     unused = set(pattern).difference(*keys.values())
     if unused:
-        groups = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
+        there = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
         raise ModelError(
             f"rank_pattern: {next(key for key in pattern if key in unused)!r} matches no candidate module; give the end of a "
-            f"name, such as {_kinds(names)}, or a group (it has {groups})"
+            f"name, such as {_kinds(names)}, or a group (it has {there})"
         )
-    return {name: pattern[max(found, key=_parts)] if found else rank for name, found in keys.items()}
 
+    def parts(key: str) -> int:
+        return 0 if key in groups else len(key.split("."))
 
-def _fits(key: str, name: str) -> bool:
-    if key in ("attention", "mlp"):
-        return module_group(name) == key
-    return _ends(key, name)
-
-
-def _parts(key: str) -> int:
-    return 0 if key in ("attention", "mlp") else len(key.split("."))
+    return {name: pattern[max(found, key=parts)] if found else rank for name, found in keys.items()}

@@ -46,6 +46,7 @@ def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
         ([Row("1+1=", "2")], r"Mine\.read returned a list; return Splits\("),
         (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple; make it a Row\(question, answer\)"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None; give text"),
+        (Splits(train=[Row("1", "1", 4, "s"), Row("2", "2", 4, "s")]), "two train rows from 's' have the index 4; number them"),
     ],
 )
 def test_what_a_source_of_ones_own_gets_wrong_is_said(returned, message):

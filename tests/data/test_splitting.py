@@ -83,12 +83,3 @@ def test_load_without_overlap_says_nothing_and_refuses_a_split_that_is_all_overl
     assert len(splits.train) == 3 and not caplog.text
     with pytest.raises(DataError, match=r"every question of the train split \(2 rows"):
         Given(train=["a", "b"], test=["b", "a", "c"]).load()
-
-
-def test_load_refuses_repeated_indices():
-    class Repeated(PromptSource):
-        def read(self):
-            return Splits(train=[Row("a", index=4, source="s"), Row("b", index=4, source="s")])
-
-    with pytest.raises(DataError, match="two train rows from 's' have the index 4"):
-        Repeated().load()

@@ -64,15 +64,11 @@ class MATH(PresetSource):
         return cell_text(columns, "problem", "question"), _words_as_text(answer)
 
 
-class MATH500(PresetSource):
+class MATH500(MATH):
     """MATH-500, with columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`."""
 
     hub_path: ClassVar[str] = "HuggingFaceH4/MATH-500"
     splits: ClassVar[dict[str, str]] = {"test": "test"}
-
-    def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Problem and its answer."""
-        return cell_text(columns, "problem", "question"), _words_as_text(cell_text(columns, "answer"))
 
 
 class AIMESource(PresetSource):

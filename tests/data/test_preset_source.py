@@ -6,9 +6,20 @@ import pytest
 from preset_rows import ANSWERS, DAPO, DAPO_PROBLEM, REWARDS, ROWS
 from public_data import public_data
 
-from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
-from hybrid_lightning.data.presets import preset_source
-from hybrid_lightning.data.presets.preset_source import last_boxed
+from hybrid_lightning.data import (
+    AIME24,
+    AIME25,
+    AMC23,
+    GSM8K,
+    MATH,
+    MATH500,
+    DAPOMath17k,
+    HubSource,
+    LeetCode,
+    MMLUPro,
+    preset_source,
+)
+from hybrid_lightning.data.preset_source import last_boxed
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt

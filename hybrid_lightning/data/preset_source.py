@@ -24,7 +24,7 @@ class PresetSource(TableSource):
 
     Args:
         train_split: Name of the data set's split to train on; None for no training rows. Here and below "auto" is the one that
-            the data set has for this use, as listed in `data/presets/__init__.py`. It may also be any other split that it has,
+            the data set has for this use, as listed in `data/presets.py`. It may also be any other split that it has,
             such as "test", and from the hub a slice of one, such as "test[:90%]".
         validation_split: Name of the split to validate on; None for none.
         test_split: Name of the split to test on; None for none.

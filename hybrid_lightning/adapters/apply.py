@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -56,7 +56,9 @@ def apply_plan(
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
         raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
     plan.check_model(model)
-    config = _peft_config(model, plan)
+    check_lora_modules(model, plan.lora_modules)
+    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
+    config = lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     adapted = get_peft_model(model, config)
     _check_wrapped(adapted, plan)
@@ -128,12 +130,6 @@ class FreedStartWeights(nn.Module):
             f"the start weights of {self._module} were freed, so the adapter cannot be disabled; set "
             "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)"
         )
-
-
-def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
-    check_lora_modules(model, plan.lora_modules)
-    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    return lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:

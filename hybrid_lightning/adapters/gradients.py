@@ -95,6 +95,11 @@ class ModuleAccumulator:
         sums = [tensor for half in self._sums for tensor in half]
         return [*sums, self.received, self.losses]
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the sums are in the memory of the host."""
+        return all(tensor.device.type == "cpu" for half in self._sums for tensor in half)
+
     def has_signal(self) -> bool:
         """Whether any kept sum of gradients is not zero."""
         return any(bool(tensor.any()) for half in self._sums for tensor in half)

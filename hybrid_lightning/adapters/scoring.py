@@ -204,7 +204,8 @@ class Scoring:
         scorer = self._scorer
         if not scorer.concurrent or scorer.needs_update or scorer.needs_loss:
             return
-        small = [name for name, sums in self._sums.items() if _small_on_cpu(sums)]
+        # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
+        small = [name for name, sums in self._sums.items() if sums.on_cpu and min(sums.shape) <= ONE_THREAD_UP_TO]
         scores = self._process.together(lambda: dict(zip(small, map_on_workers(self._score, small), strict=True)))
         self._process.progress.keep_scores(scores)
         self._forget(small)
@@ -271,8 +272,3 @@ class Scoring:
         """Free the sums of modules that have a score."""
         for name in names:
             self._sums.pop(name, None)
-
-
-def _small_on_cpu(sums: ModuleAccumulator) -> bool:
-    """Whether the gradient is small enough for one thread, so that a float64 copy on each thread takes little memory too."""
-    return min(sums.shape) <= ONE_THREAD_UP_TO and all(tensor.device.type == "cpu" for tensor in sums.tensors())

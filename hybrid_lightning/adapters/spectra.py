@@ -83,7 +83,9 @@ def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
             tail = energy - captured
             if bound <= KRYLOV_TOLERANCE * tail:
                 return tail
-        block = _orthogonalized(product, basis[:, used])
+        block = product
+        for _ in range(2):  # which makes it orthonormal, and orthogonal to the basis, even where little is left of it
+            block = torch.linalg.qr(block - basis[:, used] @ (basis[:, used].T @ block)).Q
     return None
 
 
@@ -138,10 +140,3 @@ def _ritz(basis: Tensor, images: Tensor, rank: int) -> tuple[float, float]:
     gap = float(values[rank - 1] - values[rank] - residuals[rank])
     bound = float(residuals[:rank].square().sum()) / gap if gap > 0 else float("inf")
     return float(values[:rank].sum()), bound
-
-
-def _orthogonalized(block: Tensor, basis: Tensor) -> Tensor:
-    """Make a block's columns orthonormal and orthogonal to the basis; done twice, which is enough even for a small rest."""
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-    return block

@@ -167,7 +167,12 @@ class PromptDataModule(Configurable, LightningDataModule):
     def _short_enough(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
         if self.max_prompt_tokens is None or not prompts:
             return prompts
-        encode = self._encode or self._policy_encode()
+        encode = self._encode or getattr(self.trainer and self.trainer.lightning_module, "encode", None)
+        if encode is None:
+            raise ConfigError(
+                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
+                "trainer run a policy that has encode(prompt)"
+            )
         lengths = [len(encode(prompt)) for prompt in prompts]
         kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= self.max_prompt_tokens]
         if not kept:
@@ -179,15 +184,6 @@ class PromptDataModule(Configurable, LightningDataModule):
             dropped = f"{len(prompts) - len(kept)} of {len(prompts)} {split} prompts"
             rank_zero_info(f"dropped {dropped} longer than max_prompt_tokens={self.max_prompt_tokens}")
         return kept
-
-    def _policy_encode(self) -> Encode:
-        encode = getattr(self.trainer and self.trainer.lightning_module, "encode", None)
-        if encode is None:
-            raise ConfigError(
-                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
-                "trainer run a policy that has encode(prompt)"
-            )
-        return encode  # type: ignore[no-any-return]
 
     def _draw(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
         limit = self._limits[split]

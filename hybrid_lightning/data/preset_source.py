@@ -114,7 +114,8 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     if subset is not None and (place / subset).is_dir():
         place = place / subset
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if is_table(file) and not _hidden(file.relative_to(place)))
+        tables = sorted(file for file in place.rglob("*") if is_table(file))
+        files = [file for file in tables if not any(part.startswith(".") for part in file.relative_to(place).parts)]
     elif place.is_file():
         files = [place]
     else:
@@ -182,7 +183,3 @@ def last_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[match.end() : position].strip()
     return None
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

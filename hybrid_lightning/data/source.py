@@ -54,9 +54,7 @@ class PromptSource(Configurable, ABC):
                 rows of text.
         """
         splits = self.read()
-        _check_types(type(self).__name__, splits)
-        for name, rows in vars(splits).items():
-            _check_indices(name, rows)
+        _check(type(self).__name__, splits)
         splits, dropped = without_overlap(splits)
         for name, count in dropped.items():
             if count:
@@ -176,11 +174,12 @@ class EpisodeSource(PromptSource):
         return [Row(self.prompt, None, index, kind, {"seed": seed}, task=f"seed {seed}") for index, seed in enumerate(seeds)]
 
 
-def _check_types(name: str, splits: Any) -> None:
+def _check(name: str, splits: Any) -> None:
     """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
     if not isinstance(splits, Splits):
         raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():
+        seen: set[tuple[str, int]] = set()
         for position, row in enumerate(rows):
             if not isinstance(row, Row):
                 raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}; make it a Row(question, answer)")
@@ -188,11 +187,6 @@ def _check_types(name: str, splits: Any) -> None:
                 value = getattr(row, field)
                 if not isinstance(value, allowed):
                     raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}; give text, as in str(...)")
-
-
-def _check_indices(name: str, rows: list[Row]) -> None:
-    seen: set[tuple[str, int]] = set()
-    for row in rows:
-        if (row.set_name, row.index) in seen:
-            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}; number them apart")
-        seen.add((row.set_name, row.index))
+            if (row.set_name, row.index) in seen:
+                raise DataError(f"two {split} rows from {row.source!r} have the index {row.index}; number them apart")
+            seen.add((row.set_name, row.index))

@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
@@ -102,24 +102,21 @@ def _read_csv(file: Path, packed: bool) -> Table:
     with _open(file, packed) as stream:
         lines = csv.reader(stream, strict=True)
         try:
-            return list(_csv_rows(file, lines))
+            header: list[str] = next(lines, [])
+            repeated = {column for column in header if header.count(column) > 1}
+            if repeated:
+                raise DataError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}; rename one of them")
+            rows = []
+            for cells in filter(None, lines):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{file}, line {lines.line_num} has {len(cells)} fields, but the first line names {len(header)} columns; "
+                        "put text with commas in double quotes"
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             raise DataError(f"{file}, line {lines.line_num} is no valid CSV: {error}; correct it") from error
-
-
-def _csv_rows(file: Path, lines: Any) -> Iterator[dict[str, str]]:
-    header: list[str] = next(lines, [])
-    repeated = {column for column in header if header.count(column) > 1}
-    if repeated:
-        raise DataError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}; rename one of them")
-    for cells in lines:
-        if cells and len(cells) != len(header):
-            raise DataError(
-                f"{file}, line {lines.line_num} has {len(cells)} fields, but the first line names {len(header)} columns; "
-                "put text with commas in double quotes"
-            )
-        if cells:
-            yield dict(zip(header, cells, strict=True))
+    return rows
 
 
 def _read_parquet(file: Path, packed: bool) -> Table:

@@ -61,7 +61,9 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
                 "(write {{ and }} for braces that are no placeholder)"
             )
         try:
-            text.append(_text_of(_entry(values[column], match["keys"])))
+            value = _entry(values[column], match["keys"])
+            is_options = isinstance(value, (list, tuple, dict))  # which are written one per line
+            text.append(lettered_options(options_of(value)[0]) if is_options else to_text(value))
         except ValueError as error:
             remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"
             raise DataError(f"{where}: column {column!r}, which {name} uses, {error}; {remedy}") from error
@@ -85,8 +87,3 @@ def _entry(value: Any, keys: str) -> Any:
         else:
             raise ValueError(f"is no list of which [{key}] could be taken: {shorten(value)}")
     return value
-
-
-def _text_of(value: Any) -> str:
-    """A value as text, lists of options one per line."""
-    return lettered_options(options_of(value)[0]) if isinstance(value, (list, tuple, dict)) else to_text(value)

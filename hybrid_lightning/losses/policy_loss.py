@@ -145,7 +145,10 @@ class PolicyLoss(Configurable, ABC):
         plain = ratio.detach()
         metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
         if self.needs_reference:
-            kl = self._kl(inputs, ratio)
+            assert inputs.ref_logprobs is not None, "checked before"
+            kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
+            if self.kl_importance_weight:
+                kl = kl * F.per_token(ratio, inputs.sampled_mask)
             per_token_loss = per_token_loss + self.kl_coef * kl
             metrics["kl"] = F.mean_over_tokens(kl, inputs.sampled_mask, inputs.num_tokens)
         loss = self.aggregate(per_token_loss, inputs)
@@ -174,12 +177,6 @@ class PolicyLoss(Configurable, ABC):
         if value.shape not in allowed:
             shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
             raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}; return {shapes}")
-
-    def _kl(self, inputs: LossInputs, ratio: Tensor) -> Tensor:
-        """KL to the start policy, [B, T]."""
-        assert inputs.ref_logprobs is not None, "checked before"
-        kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
-        return kl * F.per_token(ratio, inputs.sampled_mask) if self.kl_importance_weight else kl
 
 
 class ClippedLoss(PolicyLoss):

@@ -79,7 +79,11 @@ class ProblemMeans(Metric):
         Raises:
             DataError: If the name of a set is longer than 64 bytes.
         """
-        names = torch.tensor([_encode_name(name) for name in sets], dtype=torch.long, device=index.device)
+        for name in sets:
+            check_set_name(name)
+        # Bytes, padded to a fixed length, so that ranks can gather names as tensors.
+        encoded = [list(name.encode().ljust(_NAME_BYTES, b"\0")) for name in sets]
+        names = torch.tensor(encoded, dtype=torch.long, device=index.device)
         self.identity.append(torch.cat((names, index.long()[:, None]), dim=1))
         self.rows.append(torch.stack([values[name].double() for name in self.draws], dim=1))
 
@@ -98,7 +102,7 @@ class ProblemMeans(Metric):
         first = torch.full((len(problems),), len(identity), device=identity.device)
         first = first.scatter_reduce(0, inverse, torch.arange(len(identity), device=identity.device), "amin")
         values = rows[first].cpu()
-        names = [_decode_name(name) for name in problems[:, :-1].tolist()]
+        names = [bytes(name).rstrip(b"\0").decode() for name in problems[:, :-1].tolist()]
         keys = zip(names, problems[:, -1].tolist(), strict=True)
         self.by_problem = {key: dict(zip(self.draws, row, strict=True)) for key, row in zip(keys, values.tolist(), strict=True)}
         sets: dict[str, list[int]] = {}
@@ -197,13 +201,3 @@ def check_set_name(name: str) -> None:
     """Raise DataError if the name of a set is too long for `ProblemMeans`, above 64 bytes."""
     if len(name.encode()) > _NAME_BYTES:
         raise DataError(f"the set name {name!r} is too long; give one of at most {_NAME_BYTES} bytes")
-
-
-def _encode_name(name: str) -> list[int]:
-    """Bytes of a name, padded to a fixed length, so that ranks can gather names as tensors."""
-    check_set_name(name)
-    return list(name.encode().ljust(_NAME_BYTES, b"\0"))
-
-
-def _decode_name(numbers: Sequence[int]) -> str:
-    return bytes(numbers).rstrip(b"\0").decode()

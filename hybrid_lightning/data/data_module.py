@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +78,6 @@ class PromptDataModule(Configurable, LightningDataModule):
         self.seed = seed
         self._limits = {"train": None, "validation": validation_prompts, "test": test_prompts}
         self._encode: Encode | None = None
-        self._splits: Splits | None = None
         self._prompts: dict[str, list[Prompt]] = {}
 
     def setup(self, stage: str | None = None, encode: Encode | None = None) -> None:
@@ -103,7 +103,7 @@ class PromptDataModule(Configurable, LightningDataModule):
 
     def set_names(self, split: str) -> list[str]:
         """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them."""
-        return list(dict.fromkeys(row.set_name for row in getattr(self._read(), split)))
+        return list(dict.fromkeys(row.set_name for row in getattr(self._splits, split)))
 
     @property
     def train_prompts(self) -> list[Prompt]:
@@ -150,13 +150,13 @@ class PromptDataModule(Configurable, LightningDataModule):
         options: Any = {"shuffle": False, "collate_fn": list, "generator": torch.Generator()}
         return DataLoader(prompts, batch_size=self.eval_batch_size, **options)  # type: ignore[arg-type]
 
-    def _read(self) -> Splits:
-        self._splits = self._splits or self.source.load()
-        return self._splits
+    @cached_property
+    def _splits(self) -> Splits:
+        return self.source.load()
 
     def _formatted(self, split: str) -> list[Prompt]:
         if split not in self._prompts:
-            prompts = [self.format.format(row) for row in getattr(self._read(), split)]
+            prompts = [self.format.format(row) for row in getattr(self._splits, split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
             if check is not None:  # finds rows that the reward cannot score now, not when one is drawn after hours of training

@@ -38,11 +38,7 @@ class Gradient(ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """G itself, [m, n].
-
-        Raises:
-            ConfigError: If only a sketch of G was kept.
-        """
+        """G itself, [m, n]; ConfigError if only a sketch of G was kept."""
 
     @abstractmethod
     def preconditioned(self) -> "Gradient":

@@ -72,11 +72,7 @@ def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Map
 
 
 def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Check that a saved state has the same parameters as an optimizer, in the same order.
-
-    Raises:
-        CheckpointError: If it does not.
-    """
+    """Check that a saved state has the same parameters as an optimizer, in the same order; CheckpointError if it does not."""
     saved = [list(group["params"]) for group in state["param_groups"]]
     mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if saved != mine:

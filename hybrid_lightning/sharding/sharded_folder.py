@@ -71,11 +71,7 @@ def is_sharded_checkpoint(path: Any) -> bool:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Read everything except the tensors.
-
-    Raises:
-        CheckpointError: If it is not a sharded checkpoint, or incomplete.
-    """
+    """Read everything except the tensors; CheckpointError if it is not a sharded checkpoint, or incomplete."""
     try:
         content = torch.load(path / _META, map_location="cpu", weights_only=True)
         _check_files(path, _metadata(path))

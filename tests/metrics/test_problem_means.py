@@ -21,6 +21,10 @@ def means(*updates, sets=SETS):
     metric = ProblemMeans({"share": 4, "length": None})
     for rows in updates:
         metric.update([sets[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
+    return values_of(metric)
+
+
+def values_of(metric):
     return {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
 
 
@@ -47,6 +51,16 @@ def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
     assert list(found) == [""] and found[""]["problems"] == 4
     assert found[""]["share"] == pytest.approx(float(SHARE[1:].mean()))
     assert list(means([0, 1], sets=["a", ""])) == ["", "unnamed", "a"], "beside sets with a name they get one"
+    # On two ranks, of which none sees all problems, and both see one.
+    states = {}
+    gather = {"dist_sync_fn": lambda state, group: states[state.dtype], "distributed_available_fn": lambda: True}
+    ranks = [ProblemMeans({"share": 4, "length": None}, **gather) for _ in range(2)]
+    for rank, rows in zip(ranks, ([0, 1, 2, 1], [1, 2, 4]), strict=True):
+        rank.update([SETS[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
+        for state in (*rank.identity, *rank.rows):
+            states.setdefault(state.dtype, []).append(state)
+    for rank in ranks:
+        assert values_of(rank) == means([0, 1, 2, 4])
     metric = ProblemMeans({"share": 4})
     metric.update(["b", "a", "b"], torch.tensor([3, 1, 3]), {"share": torch.tensor([0.5, 1.0, 0.5])})
     metric.compute()
@@ -58,7 +72,7 @@ def test_problems_without_a_value_are_in_no_mean():
     share, length = SHARE.clone(), LENGTH.clone()
     share[[1, 3]], length[3] = torch.nan, torch.nan
     metric.update(SETS, INDEX, {"share": share, "length": length})
-    found = {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
+    found = values_of(metric)
     assert (found["easy"]["share"], found["easy"]["length"], found["easy"]["problems"]) == (0.75, 20.0, 3)
     assert (found["hard"]["share"], found["hard"]["length"], found["hard"]["problems"]) == (0.0, 40.0, 1)
     low, high = confidence_interval([share[[2, 4]].double()], 4)

@@ -69,19 +69,19 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
     assert "validation prompts" not in caplog.text
 
 
-def test_prompts_that_are_all_too_long_or_cannot_be_counted_are_refused():
+def test_prompts_that_are_too_long_or_cannot_be_counted_impossible_limits_and_stages_without_rows_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
     message = "all 3 train prompts are longer than max_prompt_tokens=4; raise it, the shortest has 5 tokens and the longest 7"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
-
-
-@pytest.mark.parametrize("stage", ["validate", "predict"])
-def test_stage_without_rows(stage):
-    with pytest.raises(DataError, match=rf"Words has no (validation|test) rows, which {stage} needs"):
-        PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
+    for name in ("max_prompt_tokens", "eval_batch_size"):
+        with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
+            PromptDataModule(Words(), PlainFormat(), **{name: 0})
+    for stage, split in (("validate", "validation"), ("predict", "test")):
+        with pytest.raises(DataError, match=f"Words has no {split} rows, which {stage} needs"):
+            PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
 
 
 def test_limits_draw_by_seed_and_keep_the_index():
@@ -96,9 +96,3 @@ def test_limits_draw_by_seed_and_keep_the_index():
     other = PromptDataModule(source, PlainFormat(), validation_prompts=10, seed=2)
     assert other.validation_prompts != data.validation_prompts
     assert [len(batch) for batch in data.val_dataloader()] == [10]
-
-
-@pytest.mark.parametrize("name", ["max_prompt_tokens", "eval_batch_size"])
-def test_limits_are_positive(name):
-    with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
-        PromptDataModule(Words(), PlainFormat(), **{name: 0})

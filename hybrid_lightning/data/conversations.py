@@ -62,12 +62,9 @@ class ConversationFormat(PromptFormat):
 
 def is_conversation(value: Any) -> bool:
     """Whether a cell is a conversation: a list of turns, each with a role and a text."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
-        and all(isinstance(turn.get("content"), str) for turn in value)
-    )
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in value)
 
 
 def asked_turns(turns: Any) -> tuple[Turn, ...]:

@@ -59,7 +59,8 @@ def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: 
         RunStopped: If one was asked to stop.
         CalibrationError: If it failed on another rank alone; where it failed, its own error is raised.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: Exception | None = None
     try:
         result = function()
     except RunStopped:

@@ -133,11 +133,11 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "optimizer_states" in content:  # and not weights only
         rest["optimizer_states"] = [{**state, "state": {}} for state in content["optimizer_states"]]
     for number, state in enumerate(content.get("optimizer_states", [])):
-        part = tensors[f"optimizer_{number}"] = {"state": {name: {} for name in state["state"]}}
-        others = rest["optimizer_states"][number]["state"] = {name: {} for name in state["state"]}
+        parts, others = ({name: dict[str, Any]() for name in state["state"]} for _ in range(2))
+        tensors[f"optimizer_{number}"], rest["optimizer_states"][number]["state"] = {"state": parts}, others
         for name, entry in state["state"].items():
             for key, value in entry.items():
-                (part["state"] if isinstance(value, Tensor) else others)[name][key] = value
+                (parts if isinstance(value, Tensor) else others)[name][key] = value
     return tensors, rest
     rest["optimizer_states"] = []
     for number, state in enumerate(content["optimizer_states"]):

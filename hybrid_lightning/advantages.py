@@ -92,24 +92,19 @@ class AdvantageEstimator(Configurable, ABC):
         """
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
-        """Change advantages by what only a whole rollout shows. By default nothing is changed.
+        """Change advantages by what only a whole rollout shows, [N] of all completions that count, at least 2; by default not.
 
-        Args:
-            advantages: What `estimate` returned for all completions that count, [N], at least 2.
-            rewards: Their rewards, [N].
+        `advantages` are what `estimate` returned for them.
         """
         return advantages
 
     def __call__(self, rewards: Tensor, samples_per_prompt: int, counted: Tensor | None = None) -> Tensor:
-        """Compute the advantage of each completion.
+        """Compute the advantage of each completion, [B] float32 (float64 for float64 rewards), without gradient.
 
         Args:
             rewards: [B], finite where they count.
             samples_per_prompt: G; neighbouring rewards belong to the same prompt.
             counted: See `Rewards`, [B] bool or None.
-
-        Returns:
-            [B] float32 (float64 for float64 rewards), without gradient.
 
         Raises:
             ConfigError: If the rewards do not come in groups of G, or G is below 2.
@@ -224,10 +219,8 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         return centred(groups) * (samples / (samples - 1))
 
 
-class PerRewardAdvantage(_DividedAdvantage):
+class PerRewardAdvantage(GroupAdvantage):
     """GDPO's advantage: each reward of a sum normalised in its group; their weighted sum scaled by its std over the rollout."""
-
-    divides_by_group_std = True
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -237,10 +230,6 @@ class PerRewardAdvantage(_DividedAdvantage):
             checked = self._checked(part, samples_per_prompt, counted)
             total = total + rewards.weights.get(name, 1.0) * self._in_groups(checked, samples_per_prompt, counted)
         return self._over_rollout(total, whole, counted)
-
-    def estimate(self, groups: Tensor) -> Tensor:
-        """A single reward normalised in its groups, [P, G]."""
-        return centred(groups) / (groups.std(dim=1, keepdim=True) + self.eps)
 
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -56,7 +56,9 @@ def apply_plan(
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
         raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
     plan.check_model(model)
-    config = _peft_config(model, plan)
+    check_lora_modules(model, plan.lora_modules)
+    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
+    config = lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     adapted = get_peft_model(model, config)
     _check_wrapped(adapted, plan)
@@ -102,10 +104,7 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The adapter's parameters, as (parameters of fully trained modules, parameters of LoRA), each full name -> parameter.
-
-    LoRA's include DoRA's magnitudes.
-    """
+    """The adapter's parameters by full name, of fully trained modules and of LoRA, DoRA's magnitudes included."""
     named = dict(model.named_parameters())
     full = {name: parameter for name, parameter in named.items() if f".modules_to_save.{ADAPTER}." in name}
     lora = {name: parameter for name, parameter in named.items() if ".lora_" in name and name not in full}
@@ -119,38 +118,23 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class FreedStartWeights(nn.Module):
-    """Takes the place of a fully trained module's frozen original that has been freed.
-
-    Args:
-        name: Full dotted name of the module, for the error message.
-    """
+    """Takes the place of the frozen original of a fully trained module of this name, which has been freed."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self._module = name
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to compute with the start weights.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refuse to compute with the start weights."""
         raise ConfigError(
             f"the start weights of {self._module} were freed, so the adapter cannot be disabled; set "
             "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)"
         )
 
 
-def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
-    check_lora_modules(model, plan.lora_modules)
-    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    modes = {module.name: module.mode for module in plan.candidates}
-    return lora_config(modes, plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
-
-
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """Take the weights out of modules whose originals will not be kept, so that PEFT does not copy them."""
-    taken: dict[str, dict[str, Tensor]] = {}
+    taken = {}
     for name in names:
         module = model.get_submodule(name)
         taken[name] = {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}

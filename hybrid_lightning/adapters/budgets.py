@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import linear_shape, ranks_by_pattern
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule, plain
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
 
@@ -66,11 +65,7 @@ class Budget(Configurable, ABC):
 
 
 class ModuleBudget(Budget):
-    """A share of the candidate modules, as in the paper (10%): share times their number, rounded half up, at least one.
-
-    Args:
-        share: Share of the modules: 0 is plain LoRA, 1 full fine-tuning of all candidates.
-    """
+    """A share of the candidate modules, as in the paper (10%): share times their number, rounded half up, at least one."""
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
         number = max(1, int(self.share * len(modules) + 0.5))
@@ -82,9 +77,6 @@ class ParameterBudget(Budget):
 
     Modules are ordered by score per extra trainable parameter (the parameters of the module minus those that LoRA would add to
     it) and taken until the first that no longer fits.
-
-    Args:
-        share: Share of the parameters: 0 is plain LoRA, 1 full fine-tuning of all candidates.
     """
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
@@ -137,24 +129,19 @@ def make_plan(
         budget: Chooses the fully trained modules.
         lora: LoRA settings of the other modules.
         scores: Scores of all candidates; None only where the budget does not need any (`Budget.needs_scores`).
-        ranks: Full dotted name -> LoRA rank, for modules whose rank is not that of `lora`; 0 freezes a module that is not fully
-            trained.
+        ranks: Full dotted name -> LoRA rank where it is not that of `lora`; 0 freezes a module that is not fully trained.
 
     Raises:
         ConfigError: If the budget needs scores that are missing, or is too small for any module.
     """
     scores, ranks = scores or ModuleScores(), ranks or {}
-    modules = [
-        PlannedModule(
-            name=name,
-            shape=linear_shape(module),
-            parameters=_count_parameters(module),
-            score=None if name not in scores.values else float(scores.values[name]),
-            mode="lora" if ranks.get(name, lora.rank) else "frozen",
-            rank=rank if (rank := ranks.get(name)) != lora.rank else None,
-        )
-        for name, module in candidates.items()
-    ]
+    modules = []
+    for name, module in candidates.items():
+        rank, (outputs, inputs) = ranks.get(name, lora.rank), linear_shape(module)
+        bias = 0 if getattr(module, "bias", None) is None else outputs
+        score = None if name not in scores.values else float(scores.values[name])
+        shape, own = (outputs, inputs), None if rank == lora.rank else rank
+        modules.append(PlannedModule(name, shape, outputs * inputs + bias, score, "lora" if rank else "frozen", own))
     full = budget.choose(modules, lora)
     return AdapterPlan(
         model=base.model,
@@ -167,7 +154,7 @@ def make_plan(
         lora=lora,
         budget=config_with_defaults(budget),
         scorer=None if scores.scorer is None else config_with_defaults(scores.scorer),
-        calibration=plan_json.plain(to_plain(dict(scores.calibration))),
+        calibration=plain(to_plain(dict(scores.calibration))),
         seed=scores.seed,
     )
 
@@ -185,15 +172,10 @@ def config_with_defaults(part: Configurable) -> dict[str, Any]:
     """Like `Configurable.to_config`, but with arguments left at their defaults written out too, in plain types."""
     config = part.to_config()
     config["init_args"] = to_plain({**constructor_defaults(type(part)), **config["init_args"]})
-    plain: dict[str, Any] = plan_json.plain(config)
-    return plain
+    found: dict[str, Any] = plain(config)
+    return found
 
 
 def _score(module: PlannedModule) -> float:
     assert module.score is not None
     return module.score
-
-
-def _count_parameters(module: nn.Module) -> int:
-    outputs, inputs = linear_shape(module)
-    return outputs * inputs + (0 if getattr(module, "bias", None) is None else outputs)

@@ -9,7 +9,7 @@ no linear module, so such experts are no candidates and stay frozen.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,10 +24,7 @@ _MLP_MODULES = frozenset({"fc1", "fc2"})  # of families that have no module for 
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Shape of a linear module as (outputs, inputs), however its weight is stored.
-
-    GPT-2's `Conv1D` stores the weight transposed, and a 4-bit linear module stores it packed.
-    """
+    """Shape of a linear module as (outputs, inputs), also of a transposed `Conv1D` of GPT-2, and of packed 4-bit weights."""
     if isinstance(module, Conv1D):
         inputs, outputs = module.weight.shape
         return outputs, inputs
@@ -83,16 +80,13 @@ def _matching(candidates: Mapping[str, LinearLike], patterns: Sequence[str], arg
         raise ModelError(f"{argument}={patterns!r}; give a list of module names such as ['q_proj', 'v_proj']")
     found: set[str] = set()
     for pattern in patterns:
-        fits = _within if argument == "exclude" else _ends
-        names = {name for name in candidates if fits(pattern, name)}
+        names = {
+            name for name in candidates if (f".{pattern}." in f".{name}." if argument == "exclude" else _ends(pattern, name))
+        }
         if not names:
             raise ModelError(f"{argument}: {pattern!r} matches no candidate module; give one of {_kinds(candidates)}")
         found |= names
     return found
-
-
-def _within(part: str, name: str) -> bool:
-    return f".{part}." in f".{name}."
 
 
 def _ends(end: str, name: str) -> bool:
@@ -108,11 +102,7 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def module_group(name: str) -> Group | None:
-    """Whether a module belongs to the attention of its decoder block or to the MLP, by its name; None if to neither.
-
-    Args:
-        name: Full dotted name.
-    """
+    """Whether a module of this full dotted name belongs to the attention of its decoder block or to the MLP; None: neither."""
     parts = name.lower().split(".")
     if any(word in part for part in parts for word in _ATTENTION):
         return "attention"
@@ -122,11 +112,7 @@ def module_group(name: str) -> Group | None:
 
 
 def check_pattern(pattern: Mapping[str, int]) -> None:
-    """Check the ranks of a pattern.
-
-    Raises:
-        ConfigError: If one is no whole number, or negative.
-    """
+    """Raise ConfigError if a rank of a pattern is no whole number, or negative."""
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
@@ -135,41 +121,29 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
 
 
 def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int) -> dict[str, int]:
-    """The rank of each module.
+    """The rank of each candidate by its full dotted name; 0 is no LoRA, and `rank` that of modules that no key matches.
 
     A key is `attention`, `mlp`, or the end of module names, in whole dotted parts such as `q_proj` or `0.mlp.down_proj`. Of the
     keys that match a module the longest name decides, and any name before the two groups.
-
-    Args:
-        names: Full dotted names of the candidates.
-        pattern: Key -> rank; 0 is no LoRA.
-        rank: Of modules that no key matches.
-
-    Returns:
-        Full dotted name -> rank.
 
     Raises:
         ConfigError: If a rank is impossible.
         ModelError: If a key matches no module.
     """
     check_pattern(pattern)
-    names = list(names)
-    keys = {name: [key for key in pattern if _fits(key, name)] for name in names}
+    names, groups = list(names), get_args(Group)
+    keys = {
+        name: [key for key in pattern if (module_group(name) == key if key in groups else _ends(key, name))] for name in names
+    }
     unused = set(pattern).difference(*keys.values())
     if unused:
-        groups = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
+        there = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
         raise ModelError(
             f"rank_pattern: {next(key for key in pattern if key in unused)!r} matches no candidate module; give the end of a "
-            f"name, such as {_kinds(names)}, or a group (it has {groups})"
+            f"name, such as {_kinds(names)}, or a group (it has {there})"
         )
-    return {name: pattern[max(found, key=_parts)] if found else rank for name, found in keys.items()}
 
+    def parts(key: str) -> int:
+        return 0 if key in groups else len(key.split("."))
 
-def _fits(key: str, name: str) -> bool:
-    if key in ("attention", "mlp"):
-        return module_group(name) == key
-    return _ends(key, name)
-
-
-def _parts(key: str) -> int:
-    return 0 if key in ("attention", "mlp") else len(key.split("."))
+    return {name: pattern[max(found, key=parts)] if found else rank for name, found in keys.items()}

@@ -33,12 +33,7 @@ class GradientForm(ABC):
 
 
 class ExactForm(GradientForm):
-    """Keeps the whole gradient.
-
-    Args:
-        shape: (m, n).
-        device: Where sums are kept.
-    """
+    """Keeps the whole gradient, [m, n]."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
         self._shape, self._device = shape, device
@@ -58,13 +53,7 @@ class GradientMode(Configurable, ABC):
 
     @abstractmethod
     def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:
-        """Choose how the gradient of one module is kept.
-
-        Args:
-            name: Full dotted name of the module.
-            weight: Weight of the module, [m, n].
-            rank: LoRA rank at which the module will be scored; 0 if it would have no LoRA.
-        """
+        """Choose how the gradient of a weight [m, n] is kept that is scored at this LoRA rank; 0 is one without LoRA."""
 
 
 class ExactGradients(GradientMode):
@@ -82,13 +71,7 @@ class ExactGradients(GradientMode):
 
 
 class ModuleAccumulator:
-    """Sums of one module's gradients over the calibration losses.
-
-    Args:
-        form: How gradients are kept.
-        shape: (m, n).
-        halves: Whether to keep even and odd losses apart, as `noise` needs.
-    """
+    """Sums of one module's gradients [m, n] over the calibration losses; if `halves`, of even and odd ones, as `noise` needs."""
 
     def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool) -> None:
         self._form, self.shape = form, shape
@@ -111,6 +94,11 @@ class ModuleAccumulator:
         """All sums and counts, as they are saved and restored in place."""
         sums = [tensor for half in self._sums for tensor in half]
         return [*sums, self.received, self.losses]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the sums are in the memory of the host."""
+        return all(tensor.device.type == "cpu" for half in self._sums for tensor in half)
 
     def has_signal(self) -> bool:
         """Whether any kept sum of gradients is not zero."""

@@ -60,11 +60,7 @@ class LoraSettings:
         return replace(self, rank=rank, alpha=self.alpha if self.use_rslora else self.alpha * rank / self.rank)
 
     def parameters(self, shape: tuple[int, int]) -> int:
-        """Number of trainable parameters that LoRA adds to a module.
-
-        Args:
-            shape: Shape of the module, (outputs, inputs).
-        """
+        """Number of trainable parameters that LoRA adds to a module of shape (outputs, inputs)."""
         outputs, inputs = shape
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 
@@ -74,11 +70,8 @@ def lora_config(
 ) -> "LoraConfig":
     """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
 
-    Args:
-        modes: Full module name -> `full`, `lora` or `frozen`.
-        lora: LoRA settings.
-        ranks: Full name of each LoRA module with a rank of its own -> that rank.
-        fan_in_fan_out: Whether the LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
+    Modules go by their full names; `ranks` are those of LoRA modules with a rank of their own. `fan_in_fan_out` says that the
+    LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
 
     Raises:
         PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
@@ -115,10 +108,6 @@ def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
     Of models with experts PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they
     belong to a dense layer or to shared experts (`convert_peft_config_for_transformers`). Of state space layers, as of Mamba, it
     refuses `out_proj`, whose weight their kernels read themselves.
-
-    Args:
-        model: Base model.
-        names: Full dotted names of modules.
 
     Raises:
         ModelError: If there are such modules.

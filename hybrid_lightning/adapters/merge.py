@@ -24,17 +24,11 @@ class LowRankUpdate:
 
 @torch.no_grad()
 def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False) -> None:
-    """Write rows of a weight with its update merged into it; each number is computed in float32 and rounded once.
+    """Write rows of a weight, from the number `first` on, with its update merged into it; None copies the weight.
 
-    Beside the destination this allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer. If
-    the destination is float32 and on the weight's device, no second copy is made.
-
-    Args:
-        destination: [rows, ...] of any dtype and device.
-        first: Number of the first row.
-        weight: The weight before the update, [outputs, inputs], or any shape if there is no update.
-        update: None copies the weight.
-        transposed: Whether the weight is [inputs, outputs], as in GPT-2's `Conv1D`.
+    Each number is computed in float32 and rounded once. Beside the destination, [rows, ...] of any dtype and device, this
+    allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer; a float32 destination on the
+    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`.
     """
     if update is None:
         destination.copy_(weight[first : first + len(destination)])

@@ -9,16 +9,17 @@ and delete the line with the digest (or make it null): a file that has a digest 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["full", "lora", "frozen"]
 SAMPLES_PER_PARAMETER = 1024  # values that are hashed
+FORMAT = 1  # version of the fields; a plan of another one is refused
+_OPTIONAL = {"digest", "rank"}  # fields that a plan may lack
 _NEW_PLAN = "make a new plan for this model with the score command"
 
 
@@ -72,7 +75,7 @@ class AdapterPlan:
 
     def __post_init__(self) -> None:
         names = [module.name for module in self.candidates]
-        double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        double = next((name for name, count in Counter(names).items() if count > 1), None)
         if double is not None:
             raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
@@ -81,7 +84,7 @@ class AdapterPlan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the plan's whole content."""
-        return plan_json.content_digest(self._content())
+        return _digest(self._content())
 
     @property
     def is_scored(self) -> bool:
@@ -108,6 +111,10 @@ class AdapterPlan:
     def lora_of(self, module: PlannedModule) -> LoraSettings:
         """LoRA settings of a module, at the rank that it has."""
         return module.lora(self.lora)
+
+    def modes(self) -> dict[str, Mode]:
+        """Full name of each module -> its mode."""
+        return {module.name: module.mode for module in self.candidates}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -149,7 +156,7 @@ class AdapterPlan:
         """
         given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
-        return lora_config({module.name: module.mode for module in self.candidates}, settings, {} if rank else self.own_ranks())
+        return lora_config(self.modes(), settings, {} if rank else self.own_ranks())
 
     def own_ranks(self) -> dict[str, int]:
         """Full name of each LoRA module with a rank of its own -> that rank."""
@@ -187,7 +194,7 @@ class AdapterPlan:
             )
 
     def _content(self) -> dict[str, Any]:
-        content = plan_json.plain({"format": plan_json.FORMAT, **asdict(self)})
+        content = plain({"format": FORMAT, **asdict(self)})
         for module in content["candidates"]:
             if module["rank"] is None:
                 del module["rank"]
@@ -200,25 +207,19 @@ class AdapterPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "the adapter plan") -> "AdapterPlan":
-        """Build a plan from what `to_dict` returned.
-
-        Args:
-            data: The plan in plain types.
-            source: Where it comes from, for error messages.
+        """Build a plan from what `to_dict` returned; `source` says in error messages where it comes from.
 
         Raises:
             PlanError: If fields are missing, unknown or of the wrong type, or the digest does not fit.
         """
-        content = plan_json.checked(data, cls, source, {"digest": (str, type(None)), "format": (int,)})
+        content = _checked(data, cls, source, {"digest": (str, type(None)), "format": (int,)})
         try:
-            lora = LoraSettings(**plan_json.checked(content["lora"], LoraSettings, f"{source}: lora"))
+            lora = LoraSettings(**_checked(content["lora"], LoraSettings, f"{source}: lora"))
         except ConfigError as error:
             raise PlanError(f"{source}: lora: {error}") from error
-        candidates = tuple(
-            _planned_module(item, f"{source}: candidates[{index}]") for index, item in enumerate(content["candidates"])
-        )
+        candidates = [_planned_module(item, f"{source}: candidates[{index}]") for index, item in enumerate(content["candidates"])]
         digest, _ = content.pop("digest", None), content.pop("format")
-        plan = cls(**{**content, "lora": lora, "candidates": candidates})
+        plan = cls(**{**content, "lora": lora, "candidates": tuple(candidates)})
         if digest is not None and digest != plan.digest:
             raise PlanError(
                 f"{source} was changed after it was written (its digest does not fit); if that was on purpose, delete "
@@ -228,7 +229,7 @@ class AdapterPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, one module per line."""
-        Path(path).write_text(plan_json.dumps(self.to_dict()), encoding="utf-8")
+        Path(path).write_text(_dumps(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "AdapterPlan":
@@ -247,16 +248,10 @@ class AdapterPlan:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Fingerprint a base model, before it is adapted, quantized or sharded.
+    """Fingerprint a base model with real weights, not adapted, quantized or sharded yet: SHA-256 in hexadecimal digits.
 
     It hashes the name, shape and dtype of every parameter and at most 1024 of its values at a fixed stride, so that it takes
     seconds for a model of any size and does not depend on the device.
-
-    Args:
-        model: Base model, with real weights.
-
-    Returns:
-        The SHA-256 as 64 hexadecimal digits.
 
     Raises:
         ModelError: If weights are on the meta device.
@@ -266,19 +261,15 @@ def model_digest(model: nn.Module) -> str:
         if parameter.is_meta:
             raise ModelError(f"parameter {name} has no values yet (meta device); load the weights before the digest")
         sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        sha.update(_sample_bytes(parameter))
+        flat = parameter.detach().reshape(-1)
+        # The stride is odd: an even one would take the same few columns of every row of a matrix.
+        stride = math.ceil(flat.numel() / SAMPLES_PER_PARAMETER) | 1
+        sha.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
-def _sample_bytes(parameter: torch.Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    # The stride is odd: an even one would take the same few columns of every row of a matrix.
-    stride = math.ceil(flat.numel() / SAMPLES_PER_PARAMETER) | 1
-    return flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
 def _planned_module(data: Any, source: str) -> PlannedModule:
-    content = plan_json.checked(data, PlannedModule, source)
+    content = _checked(data, PlannedModule, source)
     shape = content["shape"]
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise PlanError(f"{source}: shape is {shape}; it must be two positive numbers, outputs and inputs")
@@ -288,3 +279,76 @@ def _planned_module(data: Any, source: str) -> PlannedModule:
     if rank is not None and rank < 1:
         raise PlanError(f'{source}: rank is {rank}; it must be at least 1; for no LoRA make the mode "frozen"')
     return PlannedModule(**{**content, "shape": (shape[0], shape[1])})
+
+
+# ---- JSON: the types of the fields, and a layout that a person can read and edit
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to JSON's types, as it would be read back from a file; PlanError if a number is not finite."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False, default=str))
+    except ValueError as error:
+        raise PlanError(f"a plan cannot hold infinite numbers or nan ({error}); look for them in its scores") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a plan in plain types, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(data: Any, kind: type, source: str, more: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """A copy of a JSON object that has the fields of a data class, and `more` (name -> allowed types).
+
+    Raises:
+        PlanError: If a field's name or type is wrong; the message names the first, and where the object comes from.
+    """
+    fields = {**(more or {}), **{name: _json_types(hint) for name, hint in get_type_hints(kind).items()}}
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{source} is a {type(data).__name__}; it must be a JSON object")
+    for name in fields:
+        if name not in data and name not in _OPTIONAL:
+            raise PlanError(f'{source} lacks the field "{name}", which every plan has; make it anew')
+    for name, value in data.items():
+        if name not in fields:
+            raise PlanError(f'{source} has an unknown field "{name}"; remove it (known are {", ".join(fields)})')
+        if not _has_type(value, fields[name]):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in fields[name])
+            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}; it must be {expected}')
+    if "format" in fields and data["format"] != FORMAT:
+        raise PlanError(f"{source} has format {data['format']}, and this version reads {FORMAT}; make the plan anew")
+    return dict(data)
+
+
+def _dumps(content: Mapping[str, Any]) -> str:
+    """Write a plan as JSON with one line for each field and for each entry of a list."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            lines.append(f"  {json.dumps(name)}: [\n{entries}\n  ]")
+        else:
+            lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """Types of JSON's values for a type of Python."""
+    origin = get_origin(hint)
+    if origin is UnionType:
+        return tuple(kind for part in get_args(hint) for kind in _json_types(part))
+    if origin is tuple:
+        return (list,)
+    if origin is Literal:
+        return (str,)
+    if is_dataclass(hint) or origin is dict:
+        return (dict,)
+    return (int, float) if hint is float else (hint,)
+
+
+def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):  # bool is a subclass of int
+        return bool in kinds
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, kinds)

@@ -7,7 +7,6 @@ without pyplot, so that no global state changes and no window opens.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps
@@ -80,25 +79,31 @@ def draw_heatmap(plan: AdapterPlan) -> Figure:
     Returns:
         A figure, ready for `savefig` or TensorBoard's `add_figure`.
     """
-    grid = _Grid.of(plan.candidates)
+    rows, columns, cells = _grid(plan.candidates)
+    scores = np.full((len(rows), len(columns)), np.nan)
+    for place, module in cells.items():
+        scores[place] = np.nan if module.score is None else module.score
     show_values = len(plan.candidates) <= VALUES_UP_TO
-    cell = (0.74, 0.42) if show_values else (max(0.17, min(0.5, 11.0 / len(grid.columns))), 0.32)
-    width = max(cell[0] * len(grid.columns) + 3.4, 7.0)
-    height = cell[1] * len(grid.rows) + 1.9
-    figure = Figure(figsize=(min(width, 24.0), min(max(height, 3.0), 40.0)), dpi=150, layout="constrained")
+    cell = (0.74, 0.42) if show_values else (max(0.17, min(0.5, 11.0 / len(columns))), 0.32)
+    width, height = max(cell[0] * len(columns) + 3.4, 7.0), max(cell[1] * len(rows) + 1.9, 3.0)
+    figure = Figure(figsize=(min(width, 24.0), min(height, 40.0)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    scores = grid.scores()
     axes.set_facecolor("white")
     norm = _color_norm(scores)
     mesh = axes.pcolormesh(scores, cmap=COLORMAP, norm=norm, edgecolors="white", linewidth=0.8)
-    for (row, column), module in grid.cells.items():
+    for (row, column), module in cells.items():
         _draw_cell(axes, row, column, module, norm, show_values)
-    _label_axes(axes, grid)
-    _draw_title(figure, axes, plan)
+    _label_axes(axes, rows, columns)
+    headline, parameters = plan_title(plan).split("; ")
+    figure.suptitle(headline, x=0.01, ha="left", fontsize=11, color=INK)
+    model = plan.model if len(plan.model) <= 60 else f"...{plan.model[-57:]}"
+    axes.set_title(f"{parameters}, {model}", loc="left", fontsize=9, color=FAINT_INK)
     _draw_legend(figure, plan)
     if bool(np.isfinite(scores).any()):
-        figure.colorbar(mesh, ax=axes, label=_colorbar_label(plan, norm), pad=0.015, aspect=22).outline.set_visible(False)  # type: ignore[operator]
+        scorer = "score" if plan.scorer is None else plan.scorer["class_path"].rsplit(".", 1)[-1]
+        label = f"{scorer} (log scale)" if isinstance(norm, LogNorm) else scorer
+        figure.colorbar(mesh, ax=axes, label=label, pad=0.015, aspect=22).outline.set_visible(False)  # type: ignore[operator]
     return figure
 
 
@@ -130,42 +135,20 @@ def _cells(module: PlannedModule) -> tuple[str, ...]:
     return (module.name, f"{outputs} x {inputs}", f"{module.parameters:,}", score, mode)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Where each module goes in the heat map."""
-
-    rows: list[str]  # kinds of modules, top to bottom
-    columns: list[str]  # layer numbers in order, then `OTHER`
-    cells: dict[tuple[int, int], PlannedModule]  # (row, column) -> module
-
-    @classmethod
-    def of(cls, modules: Sequence[PlannedModule]) -> "_Grid":
-        places = [_place(module.name) for module in modules]
-        stacks = {stack for stack, layer, _ in places if layer is not None}
-        columns = [str(layer) for layer in sorted({layer for _, layer, _ in places if layer is not None})]
-        if any(layer is None for _, layer, _ in places):
-            columns.append(OTHER)
-        rows: dict[str, int] = {}
-        cells = {}
-        for module, (stack, layer, kind) in zip(modules, places, strict=True):
-            several_stacks = layer is not None and len(stacks) > 1  # such as an encoder's and a decoder's
-            row = rows.setdefault(f"{stack}: {kind}" if several_stacks else kind, len(rows))
-            cells[row, columns.index(OTHER if layer is None else str(layer))] = module
-        return cls(list(rows), columns, cells)
-
-    def scores(self) -> NDArray[np.float64]:
-        """Scores by cell, [rows, columns]; nan where there is no module or no score."""
-        scores = np.full((len(self.rows), len(self.columns)), np.nan)
-        for place, module in self.cells.items():
-            if module.score is not None:
-                scores[place] = module.score
-        return scores
-
-
-def _place(name: str) -> tuple[str, int | None, str]:
-    """Split a module's name into its stack of layers, the number of its layer, and the rest."""
-    match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
-    return (match[1], int(match[2]), match[3]) if match else ("", None, name)
+def _grid(modules: Sequence[PlannedModule]) -> tuple[list[str], list[str], dict[tuple[int, int], PlannedModule]]:
+    """Rows of a heat map (kinds of modules, top to bottom), columns (layers, then `OTHER`), and the module of each cell."""
+    matches = [re.match(r"(.*?)\.(\d+)\.(.+)$", module.name) for module in modules]  # stack of layers, layer, kind
+    stacks = {match[1] for match in matches if match}
+    layers = sorted({int(match[2]) for match in matches if match})
+    columns = [*map(str, layers), *([OTHER] if None in matches else [])]
+    rows: dict[str, int] = {}
+    cells = {}
+    for module, match in zip(modules, matches, strict=True):
+        kind = match[3] if match else module.name
+        if match and len(stacks) > 1:  # such as an encoder's and a decoder's
+            kind = f"{match[1]}: {kind}"
+        cells[rows.setdefault(kind, len(rows)), columns.index(str(int(match[2])) if match else OTHER)] = module
+    return list(rows), columns, cells
 
 
 def _color_norm(scores: NDArray[np.float64]) -> Normalize:
@@ -184,19 +167,12 @@ def _draw_cell(axes: Axes, row: int, column: int, module: PlannedModule, norm: N
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=FAINT_INK, linewidth=0))
     if module.mode == "full":
         # Inside the cell, so that the frames of neighbours do not touch.
-        inset = Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=FRAME_COLOR, linewidth=2.4)
-        axes.add_patch(inset)
+        place = (column + 0.06, row + 0.06)
+        axes.add_patch(Rectangle(place, 0.88, 0.88, fill=False, edgecolor=FRAME_COLOR, linewidth=2.4))
     if show_value and module.score is not None:
         dark = module.score > 0 and float(norm(max(module.score, float(norm.vmin or 0.0)))) > 0.55
-        axes.text(
-            column + 0.5,
-            row + 0.5,
-            _short_number(module.score),
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="white" if dark else INK,
-        )
+        x, y, color = column + 0.5, row + 0.5, "white" if dark else INK
+        axes.text(x, y, _short_number(module.score), ha="center", va="center", fontsize=7.5, color=color)
 
 
 def _short_number(score: float) -> str:
@@ -207,23 +183,16 @@ def _short_number(score: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _label_axes(axes: Axes, grid: _Grid) -> None:
+def _label_axes(axes: Axes, rows: list[str], columns: list[str]) -> None:
     axes.invert_yaxis()
-    axes.set_yticks([row + 0.5 for row in range(len(grid.rows))], grid.rows, fontsize=9)
-    every = max(1, round(len(grid.columns) / 40))
-    shown = [column for column, name in enumerate(grid.columns) if column % every == 0 or name == OTHER]
-    axes.set_xticks([column + 0.5 for column in shown], [grid.columns[column] for column in shown], fontsize=9)
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows, fontsize=9)
+    every = max(1, round(len(columns) / 40))
+    shown = [column for column, name in enumerate(columns) if column % every == 0 or name == OTHER]
+    axes.set_xticks([column + 0.5 for column in shown], [columns[column] for column in shown], fontsize=9)
     axes.set_xlabel("layer")
     axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _draw_title(figure: Figure, axes: Axes, plan: AdapterPlan) -> None:
-    headline, parameters = plan_title(plan).split("; ")
-    figure.suptitle(headline, x=0.01, ha="left", fontsize=11, color=INK)
-    model = plan.model if len(plan.model) <= 60 else f"...{plan.model[-57:]}"
-    axes.set_title(f"{parameters}, {model}", loc="left", fontsize=9, color=FAINT_INK)
 
 
 def _draw_legend(figure: Figure, plan: AdapterPlan) -> None:
@@ -237,8 +206,3 @@ def _draw_legend(figure: Figure, plan: AdapterPlan) -> None:
     if any(module.score is None for module in plan.candidates) and not unscored:
         handles.append(Patch(facecolor=UNSCORED_COLOR, label="not scored"))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9)
-
-
-def _colorbar_label(plan: AdapterPlan, norm: Normalize) -> str:
-    scorer = "score" if plan.scorer is None else plan.scorer["class_path"].rsplit(".", 1)[-1]
-    return f"{scorer} (log scale)" if isinstance(norm, LogNorm) else scorer

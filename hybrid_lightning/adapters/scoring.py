@@ -116,15 +116,12 @@ class Scoring:
     # ---- collecting gradients
 
     def collect_gradients(self) -> Mapping[str, ModuleAccumulator]:
-        """Add up the gradients of all losses, module by module, each freed before the next is there.
+        """Add up the gradients of all losses, by the name of each module without a score that this process scores.
 
         Meanwhile the model is in eval mode (no dropout). transformers does gradient checkpointing in train mode only, so blocks
         with gradient checkpointing are put in train mode themselves, but not the modules inside them, which hold the dropout.
         Losses in the saved sums of a stopped run are skipped if they follow `CalibrationState`; others are computed again,
         without a backward pass.
-
-        Returns:
-            Full dotted name -> sums, of the modules without a score that this process scores.
         """
         process, unscored = self._process, self._unscored()
         for name, module in self._candidates.items():
@@ -143,7 +140,6 @@ class Scoring:
         for sums in self._sums.values():
             sums.count_losses(self._seen)
         self._check_signal(len(unscored))
-        self._warn_unused()
         return self._sums
 
     def _add(self, name: str, gradient: Tensor, index: int) -> None:
@@ -179,24 +175,21 @@ class Scoring:
         if not self._seen:
             raise CalibrationError("there are no calibration losses or no candidates; give at least one of each")
 
-        def check_finite() -> dict[str, None]:
+        def without_gradient() -> dict[str, None]:
             for name, sums in self._sums.items():
                 if not all(bool(torch.isfinite(tensor).all()) for tensor in sums.tensors()):
                     raise CalibrationError(
                         f"the calibration gradient of {name} is not finite; use bfloat16 or float32 for scoring, or look for "
                         "inf or nan in the calibration data"
                     )
-            return {}
+            return {name: None for name, sums in self._sums.items() if not sums.received}
 
-        self._process.together(check_finite)
+        unused = list(self._process.together(without_gradient))
         if not self._process.any(any(sums.has_signal() for sums in self._sums.values())):
             raise CalibrationError(
                 f"the calibration gradient is zero in all {candidates} candidate modules, as when all rewards of each prompt are "
                 "equal; use more prompts, prompts that are solved sometimes, more samples per prompt, or reference answers"
             )
-
-    def _warn_unused(self) -> None:
-        unused = list(self._process.together(lambda: {name: None for name, sums in self._sums.items() if not sums.received}))
         if unused and self._process.is_first:
             warnings.warn(
                 f"{len(unused)} of {len(self._candidates)} candidate modules got no gradient from the calibration losses and "
@@ -209,8 +202,10 @@ class Scoring:
     def _score_small(self) -> None:
         """Score the modules whose gradients are small side by side, where the scorer allows that."""
         scorer = self._scorer
-        concurrent = scorer.concurrent and not scorer.needs_update and not scorer.needs_loss
-        small = [name for name, sums in self._sums.items() if concurrent and _small_on_cpu(sums)]
+        if not scorer.concurrent or scorer.needs_update or scorer.needs_loss:
+            return
+        # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
+        small = [name for name, sums in self._sums.items() if sums.on_cpu and min(sums.shape) <= ONE_THREAD_UP_TO]
         scores = self._process.together(lambda: dict(zip(small, map_on_workers(self._score, small), strict=True)))
         self._process.progress.keep_scores(scores)
         self._forget(small)
@@ -248,13 +243,9 @@ class Scoring:
     def _score(
         self, name: str, update: Gradient | None = None, weight: Tensor | None = None, loss: Callable[[], float] | None = None
     ) -> float:
-        """The score of one module.
+        """The score of one module, by its update for a scorer of updates.
 
-        Args:
-            name: Full dotted name.
-            update: What optimizer steps would change, for a scorer of updates.
-            weight: The weight [m, n] that the scorer may change; None takes the module's own.
-            loss: Measures the mean loss with that weight, for a scorer that needs it.
+        A scorer that needs the loss may change the weight [m, n], and measures the mean loss with it; None is the module's own.
         """
         sums, module, scorer = self._sums.get(name), self._candidates[name], self._scorer
         if sums is not None and not sums.received:
@@ -281,8 +272,3 @@ class Scoring:
         """Free the sums of modules that have a score."""
         for name in names:
             self._sums.pop(name, None)
-
-
-def _small_on_cpu(sums: ModuleAccumulator) -> bool:
-    """Whether the gradient is small enough for one thread, so that a float64 copy on each thread takes little memory too."""
-    return min(sums.shape) <= ONE_THREAD_UP_TO and all(tensor.device.type == "cpu" for tensor in sums.tensors())

@@ -86,17 +86,10 @@ class ScoringProcess:
         function: Callable[[Tensor, Callable[[], float]], Result],
         losses: Iterable[Tensor],
     ) -> dict[str, Result]:
-        """Call a function that changes a candidate's weight and looks at the loss.
+        """Call a function that changes a candidate's weight and looks at the loss; what it returned, by the candidate's name.
 
-        Args:
-            name: Full dotted name of the candidate.
-            module: The candidate.
-            function: Called where the candidate is scored, with its weight [m, n], which it may change until it returns, and with
-                what measures the mean loss at the changed weight.
-            losses: Scalar losses, computed anew each time that they are iterated over.
-
-        Returns:
-            The name, and what the function returned.
+        It is called where the candidate is scored, with the weight [m, n], which it may change until it returns, and with what
+        measures the mean of the scalar losses at the changed weight, which are computed anew each time.
         """
         return self.together(lambda: {name: function(self.weight(name, module), partial(_mean_loss, losses))})
 
@@ -123,14 +116,10 @@ class ScoringProcess:
         seen: int,
         some: bool = False,
     ) -> Iterator[int]:
-        """Run the backward pass of each unseen loss, and free each gradient once it has been taken.
+        """Run the backward pass of each scalar loss after those that have been `seen`, and free each gradient once it is taken.
 
-        Args:
-            candidates: Full dotted name -> linear module, whose weights alone have gradients.
-            take: Called with the name of a module, its gradient [m, n] and the number of the loss, counted from 0.
-            losses: Scalar losses.
-            seen: How many of them have been seen.
-            some: Whether these are some of the candidates, of which a loss need not use any.
+        Only the candidates' weights have gradients. `take` is called with the name of a candidate, its gradient [m, n] and the
+        number of the loss, counted from 0. `some` says that there are other candidates, so that a loss need not use any of these.
 
         Yields:
             The number of losses seen. A signal stops the run between losses, after what is done at the `yield`.

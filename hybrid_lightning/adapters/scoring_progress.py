@@ -68,10 +68,7 @@ class ScoringProgress:
         self._next_save = time.monotonic() + _EVERY_S
 
     def require(self, settings: Mapping[str, Any]) -> None:
-        """Record settings that the scores depend on, and compare them with those of the saved progress.
-
-        Args:
-            settings: Name -> plain value.
+        """Record settings that the scores depend on, name -> plain value, and compare them with those of the saved progress.
 
         Raises:
             CheckpointError: If the saved progress was made with another value.
@@ -89,12 +86,7 @@ class ScoringProgress:
     def recall(
         self, names: Sequence[str], make: Callable[[Sequence[str]], Sequence[dict[str, Any]]]
     ) -> dict[str, dict[str, Any]]:
-        """Load what was saved under some names; make what is missing, and save it.
-
-        Args:
-            names: Names of files, without `.pt`.
-            make: Called with those that are missing, if any; returns plain data and tensors for each.
-        """
+        """Load what was saved under these names; make what is missing, plain data and tensors, and save it as NAME.pt."""
         found = {name: saved for name in names if (saved := self._read(f"{name}.pt")) is not None}
         if missing := [name for name in names if name not in found]:
             for name, state in zip(missing, make(missing), strict=True):
@@ -112,12 +104,7 @@ class ScoringProgress:
         return time.monotonic() > self._next_save
 
     def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
-        """Save sums of gradients, if the last save is long enough ago or the run is being stopped.
-
-        Args:
-            make: Returns plain data and tensors.
-            stopped: Whether the run is being stopped, so that this is the last occasion.
-        """
+        """Save sums of gradients, plain data and tensors, if the last save is long enough ago or the run is being stopped."""
         begin = time.monotonic()
         if stopped or self.is_due:
             self._write(_GRADIENTS, lambda path: torch.save(make(), path))
@@ -125,12 +112,7 @@ class ScoringProgress:
             self._next_save = now + max(_EVERY_S, (now - begin) / _SHARE)
 
     def keep_scores(self, scores: Mapping[str, float], last: bool = False) -> None:
-        """Add scores to the saved ones.
-
-        Args:
-            scores: Module name -> score.
-            last: Whether all modules now have a score, so that the sums of gradients are no longer needed.
-        """
+        """Add scores to the saved ones; after the last ones the sums of gradients are no longer needed."""
         self.scores = {**self.scores, **scores}
         self._write_json(_SCORES, self.scores)
         if last and self.folder is not None:
@@ -141,8 +123,8 @@ class ScoringProgress:
         path = None if self._source is None else self._source / name
         if path is None or not path.is_file():
             return None
+        is_json = path.suffix == ".json"
         try:
-            is_json = path.suffix == ".json"
             found: dict[str, Any] = json.loads(path.read_text("utf-8")) if is_json else torch.load(path, "cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
             remedy = "start a new run without ckpt_path" if is_json else "remove it, so that it is made again"

@@ -55,16 +55,10 @@ class SketchedGradients(GradientMode):
 
 
 class SketchForm(GradientForm):
-    """Keeps the range and co-range sketch of one module's gradient.
+    """Keeps the range and co-range sketch of one module's gradient [m, n] on its device, with k columns (`size`).
 
-    The test matrices are drawn again for each use: that costs little compared with the products, and halves the memory.
-
-    Args:
-        name: Full dotted name of the module; each module has test matrices of its own.
-        shape: (m, n).
-        device: Device of the gradient, where the sketches are kept too.
-        size: Columns k of the range sketch.
-        seed: Seed of the test matrices, together with the name.
+    The test matrices are those of the seed and the module's name. They are drawn again for each use: that costs little compared
+    with the products, and halves the memory.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], device: torch.device, size: int, seed: int) -> None:

@@ -41,23 +41,14 @@ KRYLOV_FEWEST_STEPS = 8  # where the matrix has no room for so many steps, all e
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
-    """All squared singular values of a matrix in descending order, [min(m, n)] float64.
-
-    Args:
-        matrix: [m, n], any floating dtype.
-    """
+    """All squared singular values of a matrix [m, n] in descending order, [min(m, n)] float64."""
     gram = _lower_gram(matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T)
     with few_threads(len(gram)):
         return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
 
 
 def best_low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """Best approximation of a matrix by one of the given rank, [m, n] float64.
-
-    Args:
-        matrix: [m, n], any floating dtype.
-        rank: Rank of the approximation, at most min(m, n).
-    """
+    """Best approximation of a matrix [m, n] by one of a rank of at most min(m, n), float64."""
     if matrix.shape[0] > matrix.shape[1]:
         return best_low_rank(matrix.T, rank).T
     matrix = matrix.double()
@@ -67,16 +58,10 @@ def best_low_rank(matrix: Tensor, rank: int) -> Tensor:
 
 
 def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
-    """Tail energy T_r(G) by block Lanczos (see the top of this file).
+    """Tail energy T_r(G) of G [m, n] without its r leading singular values, by block Lanczos (see the top of this file).
 
-    The random start is fixed, so that the same matrix always gives the same number.
-
-    Args:
-        matrix: G, [m, n], any floating dtype.
-        rank: Number r of leading singular values left out.
-
-    Returns:
-        T_r(G), or None if the matrix is too small or its spectrum too flat for the error to get below the tolerance.
+    None if the matrix is too small, or its spectrum too flat for the error to get below the tolerance. The random start is fixed,
+    so that the same matrix always gives the same number.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return krylov_tail_energy(matrix.T, rank)
@@ -98,19 +83,18 @@ def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:
             tail = energy - captured
             if bound <= KRYLOV_TOLERANCE * tail:
                 return tail
-        block = _orthogonalized(product, basis[:, used])
+        block = product
+        for _ in range(2):  # which makes it orthonormal, and orthogonal to the basis, even where little is left of it
+            block = torch.linalg.qr(block - basis[:, used] @ (basis[:, used].T @ block)).Q
     return None
 
 
 @contextmanager
 def few_threads(size: int) -> Iterator[None]:
-    """Let torch use one thread within this context if the matrix to be decomposed is small.
+    """Let torch use one thread within this context if the matrix to be decomposed is small, by the number of its rows.
 
     LAPACK's threads gain little on small matrices and wait for each other at every step: on two cores that another process used
     as well, the eigenvalues of a 576 x 576 matrix took 12 s instead of 0.06 s.
-
-    Args:
-        size: Rows of the matrix.
     """
     threads = torch.get_num_threads()
     if size <= ONE_THREAD_UP_TO:
@@ -122,18 +106,11 @@ def few_threads(size: int) -> Iterator[None]:
 
 
 def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-    """Call a function for each item, on as many threads as torch may use.
+    """What a function, safe on several threads, returns for each item, in their order, on as many threads as torch may use.
 
     Many small decompositions run faster side by side than one after another on LAPACK's own threads, from which LAPACK gains
     little. Within the function torch uses one thread, so that results do not depend on the number of threads. torch releases
     the interpreter's lock meanwhile. After the first error no further call is started.
-
-    Args:
-        function: Safe to call from several threads.
-        items: Its arguments, one for each call.
-
-    Returns:
-        The results, in the order of the items.
     """
     threads = torch.get_num_threads()
     try:
@@ -163,10 +140,3 @@ def _ritz(basis: Tensor, images: Tensor, rank: int) -> tuple[float, float]:
     gap = float(values[rank - 1] - values[rank] - residuals[rank])
     bound = float(residuals[:rank].square().sum()) / gap if gap > 0 else float("inf")
     return float(values[:rank].sum()), bound
-
-
-def _orthogonalized(block: Tensor, basis: Tensor) -> Tensor:
-    """Make a block's columns orthonormal and orthogonal to the basis; done twice, which is enough even for a small rest."""
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-    return block

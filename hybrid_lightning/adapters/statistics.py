@@ -38,11 +38,7 @@ class Gradient(ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """G itself, [m, n].
-
-        Raises:
-            ConfigError: If only a sketch of G was kept.
-        """
+        """G itself, [m, n]; ConfigError if only a sketch of G was kept."""
 
     @abstractmethod
     def preconditioned(self) -> "Gradient":
@@ -51,11 +47,7 @@ class Gradient(ABC):
     def tail_energy(self, rank: int) -> float:
         """Energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
 
-        Args:
-            rank: LoRA rank r.
-
-        Returns:
-            T_r(G), never negative, exactly 0 where r >= min(m, n), and the whole energy where r = 0.
+        Never negative, exactly 0 where r >= min(m, n), and the whole energy where r = 0.
         """
         if rank >= min(self.shape):
             return 0.0
@@ -63,11 +55,7 @@ class Gradient(ABC):
 
 
 class ExactGradient(Gradient):
-    """Mean gradient of which all entries are kept.
-
-    Args:
-        matrix: G, [m, n], any floating dtype.
-    """
+    """Mean gradient of which all entries are kept, [m, n] of any floating dtype."""
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
@@ -98,14 +86,9 @@ class ExactGradient(Gradient):
 
 
 def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the rows and columns of G that divide each entry by the root of its second moment of rank one.
+    """Factors of the rows [m] and columns [n] of G that divide each entry by the root of its second moment of rank one.
 
-    Args:
-        rows: Mean square of each row, [m] float64.
-        columns: Mean square of each column, [n] float64.
-
-    Returns:
-        Row factors [m] and column factors [n]; 0 for a row or column that is all zero.
+    `rows` and `columns` are their mean squares, in float64; the factor of a row or column that is all zero is 0.
     """
 
     def inverse_root(moments: Tensor) -> Tensor:
@@ -128,11 +111,7 @@ class ModuleStatistics:
 
 
 def require(value: T | None, what: str, scorer: object) -> T:
-    """Return `value`, which the scorer needs, unless it is missing.
-
-    Raises:
-        ConfigError: If the value is None.
-    """
+    """`value`, which the scorer needs; ConfigError if it is None."""
     if value is None:
         raise ConfigError(f"{type(scorer).__name__} needs {what}; give `Scoring` what makes it, or choose another scorer")
     return value

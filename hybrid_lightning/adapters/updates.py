@@ -29,15 +29,10 @@ from hybrid_lightning.errors import CalibrationError
 
 @dataclass(frozen=True)
 class OptimizerSteps:
-    """The steps of which an update is the sum.
+    """The steps of which an update is the sum."""
 
-    Args:
-        make_optimizer: Makes the run's optimizer of the stand-ins, [m, n] in float32 each.
-        most: Most weights of a turn: as many as the training that follows trains.
-    """
-
-    make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
-    most: int
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer]  # makes the run's optimizer of stand-ins, [m, n] float32 each
+    most: int  # weights of a turn: as many as the training that follows trains
 
 
 @runtime_checkable
@@ -48,12 +43,7 @@ class StepLosses(Protocol):
 
 
 def turns_of(candidates: Mapping[str, nn.Module], most: int) -> list[list[str]]:
-    """Divide candidates into turns, in their order.
-
-    Args:
-        candidates: Full dotted name -> linear module.
-        most: Most weights of a turn; a larger module has a turn of its own.
-    """
+    """Divide candidates into turns of at most so many weights, in their order; a larger module has a turn of its own."""
     turns: list[list[str]] = []
     room = 0
     for name, module in candidates.items():
@@ -73,14 +63,9 @@ def updates_in_turns(
     steps: OptimizerSteps,
     process: ScoringProcess,
 ) -> Iterator[dict[str, Gradient]]:
-    """Sum up the steps that an optimizer would make at the start policy.
+    """Sum up the steps that an optimizer would make at the start policy, which is unchanged afterwards.
 
-    Args:
-        model: The start policy; unchanged afterwards.
-        candidates: Full dotted name -> linear module.
-        losses: Scalar losses, computed anew each time that they are iterated over; `StepLosses` say where steps end.
-        steps: The optimizer, and the size of a turn.
-        process: Runs the backward passes, perhaps together with other processes.
+    The losses are computed anew each time that they are iterated over; `StepLosses` say where steps end.
 
     Yields:
         For those candidates of each turn that this process scores: full dotted name -> sum of the steps, [m, n]; emptied when the

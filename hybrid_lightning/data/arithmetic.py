@@ -24,7 +24,6 @@ class OperandSource(PromptSource):
     """Base of the arithmetic tasks: problems `a OP b=`, whose split is fixed by a hash of the operands, whatever the seed.
 
     A model that was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
-    Arguments and errors are those of its subclasses.
     """
 
     sign: ClassVar[str]  # OP

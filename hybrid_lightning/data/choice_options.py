@@ -12,6 +12,7 @@ In a CSV file such a cell is text, either JSON or a Python literal.
 import ast
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from hybrid_lightning.data.tables import to_text
@@ -29,16 +30,14 @@ def parse_cell(cell: Any) -> Any:
     """
     if not isinstance(cell, str) or cell.strip()[:1] not in ("[", "{"):
         return cell
-    try:
-        return json.loads(cell)
-    except ValueError:
-        pass
-    try:
-        value = ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError):
-        return cell
-    # numpy writes ['a' 'b'], which Python would read as ['ab'].
-    return value if isinstance(value, (list, dict)) and repr(value) == cell.strip() else cell
+    text = cell.strip()
+    with suppress(ValueError):
+        return json.loads(text)
+    with suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        if isinstance(value, (list, dict)) and repr(value) == text:  # numpy writes ['a' 'b'], which Python would read as ['ab']
+            return value
+    return cell
 
 
 def options_of(cell: Any) -> tuple[list[str], list[str] | None]:

@@ -115,9 +115,7 @@ class TableSource(PromptSource):
         return rows
 
     def _check_columns(self, source: str, table: Table) -> None:
-        existing: dict[str, None] = {}
-        for columns in table:
-            existing.update(dict.fromkeys(columns))
+        existing = dict.fromkeys(column for columns in table for column in columns)
         named = (("answer_column", self.answer_column), ("options_column", self.options_column))
         wanted = [(name, column) for name, column in named if column is not None]
         wanted += [("template", column) for column in self._used] or [("question_column", self.question_column)]
@@ -165,11 +163,7 @@ class TableSource(PromptSource):
 
 @contextmanager
 def row_error(place: str) -> Iterator[None]:
-    """Turn a ValueError about a cell into a DataError that says where it is and what to do.
-
-    Args:
-        place: The row, with its column or the class that reads it; the error's message follows it.
-    """
+    """Turn a ValueError about a cell into a DataError that says at which place (a row, with column or class) and what to do."""
     try:
         yield
     except ValueError as error:
@@ -184,14 +178,7 @@ def _cell_text(cell: Any) -> str:
 
 
 def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Keep the splits that are not None; at least one is needed.
-
-    Args:
-        splits: Pairs of the parameter that gives a split, and its value.
-
-    Raises:
-        ConfigError: If all are None.
-    """
+    """The pairs of a parameter that gives a split and its value which are not None; ConfigError if all are."""
     given = [(split, value) for split, value in splits if value is not None]
     if not given:
         names = [split for split, _ in splits]

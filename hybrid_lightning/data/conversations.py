@@ -62,12 +62,9 @@ class ConversationFormat(PromptFormat):
 
 def is_conversation(value: Any) -> bool:
     """Whether a cell is a conversation: a list of turns, each with a role and a text."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
-        and all(isinstance(turn.get("content"), str) for turn in value)
-    )
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in value)
 
 
 def asked_turns(turns: Any) -> tuple[Turn, ...]:
@@ -87,11 +84,7 @@ def asked_text(turns: Any) -> str:
 
 
 def answered_text(turns: Any, where: str) -> str:
-    """Text of the answer, the assistant's last turn.
-
-    Args:
-        turns: A conversation that ends with the answer, or the answer alone.
-        where: Row and column, for error messages.
+    """Text of the answer, the last turn of a conversation, or the only one; `where` says in errors where it is.
 
     Raises:
         DataError: If the last turn is not the assistant's, or an answer alone has several turns.

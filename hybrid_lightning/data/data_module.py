@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +78,6 @@ class PromptDataModule(Configurable, LightningDataModule):
         self.seed = seed
         self._limits = {"train": None, "validation": validation_prompts, "test": test_prompts}
         self._encode: Encode | None = None
-        self._splits: Splits | None = None
         self._prompts: dict[str, list[Prompt]] = {}
 
     def setup(self, stage: str | None = None, encode: Encode | None = None) -> None:
@@ -102,12 +102,8 @@ class PromptDataModule(Configurable, LightningDataModule):
             )
 
     def set_names(self, split: str) -> list[str]:
-        """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them.
-
-        Args:
-            split: "train", "validation" or "test".
-        """
-        return list(dict.fromkeys(row.set_name for row in getattr(self._read(), split)))
+        """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them."""
+        return list(dict.fromkeys(row.set_name for row in getattr(self._splits, split)))
 
     @property
     def train_prompts(self) -> list[Prompt]:
@@ -150,23 +146,17 @@ class PromptDataModule(Configurable, LightningDataModule):
         return self._loader(self.test_prompts)
 
     def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
-        return DataLoader(
-            prompts,  # type: ignore[arg-type]
-            batch_size=self.eval_batch_size,
-            shuffle=False,
-            collate_fn=list,
-            # Each iteration draws a seed for workers: drawn from the global generator, it would change training after a
-            # validation.
-            generator=torch.Generator(),
-        )
+        # Each iteration draws a seed for workers: from the global generator it would change training after a validation.
+        options: Any = {"shuffle": False, "collate_fn": list, "generator": torch.Generator()}
+        return DataLoader(prompts, batch_size=self.eval_batch_size, **options)  # type: ignore[arg-type]
 
-    def _read(self) -> Splits:
-        self._splits = self._splits or self.source.load()
-        return self._splits
+    @cached_property
+    def _splits(self) -> Splits:
+        return self.source.load()
 
     def _formatted(self, split: str) -> list[Prompt]:
         if split not in self._prompts:
-            prompts = [self.format.format(row) for row in getattr(self._read(), split)]
+            prompts = [self.format.format(row) for row in getattr(self._splits, split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
             if check is not None:  # finds rows that the reward cannot score now, not when one is drawn after hours of training
@@ -177,7 +167,12 @@ class PromptDataModule(Configurable, LightningDataModule):
     def _short_enough(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
         if self.max_prompt_tokens is None or not prompts:
             return prompts
-        encode = self._encode or self._policy_encode()
+        encode = self._encode or getattr(self.trainer and self.trainer.lightning_module, "encode", None)
+        if encode is None:
+            raise ConfigError(
+                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
+                "trainer run a policy that has encode(prompt)"
+            )
         lengths = [len(encode(prompt)) for prompt in prompts]
         kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= self.max_prompt_tokens]
         if not kept:
@@ -189,15 +184,6 @@ class PromptDataModule(Configurable, LightningDataModule):
             dropped = f"{len(prompts) - len(kept)} of {len(prompts)} {split} prompts"
             rank_zero_info(f"dropped {dropped} longer than max_prompt_tokens={self.max_prompt_tokens}")
         return kept
-
-    def _policy_encode(self) -> Encode:
-        encode = getattr(self.trainer and self.trainer.lightning_module, "encode", None)
-        if encode is None:
-            raise ConfigError(
-                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer; call setup(encode=policy.encode), or let a "
-                "trainer run a policy that has encode(prompt)"
-            )
-        return encode  # type: ignore[no-any-return]
 
     def _draw(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
         limit = self._limits[split]

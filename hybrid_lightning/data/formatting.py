@@ -106,12 +106,6 @@ class PlainFormat(PromptFormat):
 class ChatFormat(PromptFormat):
     """Prompts of chat messages, which the policy renders with its chat template; examples become earlier turns.
 
-    Args:
-        template: As in `PromptFormat`.
-        system_prompt: As in `PromptFormat`.
-        few_shot: As in `PromptFormat`.
-        answer_template: Template of the assistant's turn in an example.
-
     Example:
         >>> ChatFormat(system_prompt="Add.").format(Row("3+4", "7")).messages
         ({'role': 'system', 'content': 'Add.'}, {'role': 'user', 'content': '3+4'})

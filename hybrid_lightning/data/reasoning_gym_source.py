@@ -50,7 +50,15 @@ class ReasoningGymSource(PromptSource):
         # The columns hold what the reward needs to generate the same entry again, in any process. The entry itself may hold
         # tuples and other objects that JSON would change.
         config = {**self.config, "seed": self.seed, "size": sum(self.sizes)}
-        dataset = self._create(config)
+        factory = library(type(self).__name__)
+        if self.task not in factory.DATASETS:
+            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(factory.DATASETS))}")
+        try:
+            dataset = factory.create_dataset(self.task, **config)
+        except Exception as error:
+            raise ConfigError(
+                f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"
+            ) from error
         rows = []
         for item in range(sum(self.sizes)):
             try:
@@ -66,14 +74,3 @@ class ReasoningGymSource(PromptSource):
             )
         held_out, test = self.sizes[0], self.sizes[0] + self.sizes[1]
         return Splits(train=rows[:held_out], validation=rows[held_out:test], test=rows[test:])
-
-    def _create(self, config: dict[str, Any]) -> Any:
-        factory = library(type(self).__name__)
-        if self.task not in factory.DATASETS:
-            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(factory.DATASETS))}")
-        try:
-            return factory.create_dataset(self.task, **config)
-        except Exception as error:
-            raise ConfigError(
-                f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}; correct it"
-            ) from error

@@ -1,9 +1,10 @@
 """`PromptSource`: where problems come from, the class that a config swaps to train on other data.
 
-`Mixture` joins several sources, each as a named set.
+`Mixture` joins several sources, each as a named set. `EpisodeSource` has rows for environments that draw their own tasks.
 """
 
 import math
+import random
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.splitting import Row, Splits, without_overlap
 from hybrid_lightning.errors import ConfigError, DataError
+
+_SPLITS = ("train", "validation", "test")
+_SEEDS = 2**31 // len(_SPLITS)  # of each split; an environment's seeds are below 2^31
 
 
 class PromptSource(Configurable, ABC):
@@ -50,9 +54,7 @@ class PromptSource(Configurable, ABC):
                 rows of text.
         """
         splits = self.read()
-        _check_types(type(self).__name__, splits)
-        for name, rows in vars(splits).items():
-            _check_indices(name, rows)
+        _check(type(self).__name__, splits)
         splits, dropped = without_overlap(splits)
         for name, count in dropped.items():
             if count:
@@ -104,7 +106,7 @@ class Mixture(PromptSource):
         Raises:
             DataError: If a set with training rows has no weight, or a set without training rows has one.
         """
-        splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+        splits: dict[str, list[Row]] = {split: [] for split in _SPLITS}
         for name, source in self.sources.items():
             for split, rows in vars(source.load()).items():
                 weight = self._weight(name, bool(rows)) if split == "train" else None
@@ -122,11 +124,62 @@ class Mixture(PromptSource):
         return weight
 
 
-def _check_types(name: str, splits: Any) -> None:
+class EpisodeSource(PromptSource):
+    """Tasks that an environment draws from a seed: the rows differ in the column `seed` alone, from which episodes begin.
+
+    No seed of a split is in another one, whatever `seed` and the numbers of rows are. Two seeds may still give the same task,
+    where the environment has few of them.
+
+    Args:
+        count: Number of training tasks.
+        seed: Seed from which the seeds are drawn.
+        validation_count: Number of validation tasks.
+        test_count: Number of test tasks.
+        prompt: What the policy is asked in front of what the environment says.
+
+    Raises:
+        ConfigError: If a number is negative, or there is no task.
+
+    Example:
+        >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()
+        >>> [(row.question, row.columns) for row in splits.train]
+        [('Guess the number.', {'seed': 1657007793}), ('Guess the number.', {'seed': 1567570662})]
+    """
+
+    def __init__(
+        self,
+        count: int = 1000,
+        seed: int = 0,
+        validation_count: int = 100,
+        test_count: int = 100,
+        prompt: str = "Play the game.",
+    ) -> None:
+        counts = {"count": count, "validation_count": validation_count, "test_count": test_count}
+        for name, value in counts.items():
+            if not 0 <= value <= _SEEDS:
+                raise ConfigError(f"EpisodeSource: {name}={value}; give 0 to {_SEEDS} tasks")
+        if not sum(counts.values()):
+            raise ConfigError("EpisodeSource: count, validation_count and test_count are all 0; ask for at least one task")
+        self.seed, self.prompt = seed, prompt
+        self._counts = dict(zip(_SPLITS, counts.values(), strict=True))
+
+    def read(self) -> Splits:
+        """Draw the seeds of each split."""
+        return Splits(**{split: self._rows(split, number) for number, split in enumerate(_SPLITS)})
+
+    def _rows(self, split: str, number: int) -> list[Row]:
+        drawn = random.Random(f"{self.seed} {split}").sample(range(_SEEDS), self._counts[split])
+        seeds = [len(_SPLITS) * value + number for value in drawn]
+        kind = type(self).__name__
+        return [Row(self.prompt, None, index, kind, {"seed": seed}, task=f"seed {seed}") for index, seed in enumerate(seeds)]
+
+
+def _check(name: str, splits: Any) -> None:
     """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
     if not isinstance(splits, Splits):
         raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():
+        seen: set[tuple[str, int]] = set()
         for position, row in enumerate(rows):
             if not isinstance(row, Row):
                 raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}; make it a Row(question, answer)")
@@ -134,11 +187,6 @@ def _check_types(name: str, splits: Any) -> None:
                 value = getattr(row, field)
                 if not isinstance(value, allowed):
                     raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}; give text, as in str(...)")
-
-
-def _check_indices(name: str, rows: list[Row]) -> None:
-    seen: set[tuple[str, int]] = set()
-    for row in rows:
-        if (row.set_name, row.index) in seen:
-            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}; number them apart")
-        seen.add((row.set_name, row.index))
+            if (row.set_name, row.index) in seen:
+                raise DataError(f"two {split} rows from {row.source!r} have the index {row.index}; number them apart")
+            seen.add((row.set_name, row.index))

@@ -97,11 +97,7 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions of validation and test that are not possible.
-
-    Raises:
-        ConfigError: If one is not a share, or both leave nothing to train on.
-    """
+    """Raise ConfigError if a fraction is not a share, or both leave nothing to train on."""
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value}; give a share of the rows between 0 and 1, such as 0.1")
@@ -114,9 +110,6 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
     """Drop training rows whose question is also in validation or test, and validation rows whose question is also in test.
-
-    Args:
-        splits: Splits that may share problems.
 
     Returns:
         Splits without shared problems, and the number of rows dropped from `train` and from `validation`.

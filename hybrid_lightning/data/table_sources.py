@@ -92,15 +92,9 @@ class HubSource(TableSource):
 def read_hub_split(
     parameter: str, split: str, path: str, name: str | None = None, revision: str | None = None, max_rows: int | None = None
 ) -> Table:
-    """Read one split of a data set, from the hub or its cache.
+    """Read one split of a data set, or a slice of one, from a local folder, the hub or its cache.
 
-    Args:
-        parameter: Name of the parameter that names the split, for error messages.
-        split: Name of the split, or a slice of it.
-        path: Hub id or local folder.
-        name: Configuration of the data set; None if it has only one.
-        revision: Branch, tag or commit; None for the newest.
-        max_rows: Read only this many rows, the first ones; None for all.
+    `parameter` names the split in error messages; the others are arguments of `HubSource`.
 
     Raises:
         DataError: If the split cannot be loaded, or has no rows.

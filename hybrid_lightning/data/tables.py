@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
@@ -23,14 +23,9 @@ EXACT_FLOAT = 2.0**53  # from here on, a float cannot represent every integer
 
 
 def read_table(name: str, path: str) -> Table:
-    """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked.
+    """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked. Cells of a CSV file are text, exactly as in the file.
 
-    Args:
-        name: Name of the parameter that holds the path, for error messages.
-        path: Path of the file, relative to the working directory.
-
-    Returns:
-        One dict per row. Cells of a CSV file are text, exactly as in the file.
+    `name` is that of the parameter that holds the path, which is relative to the working directory.
 
     Raises:
         DataError: If the file is missing, of another type, malformed (the message names the line) or without rows.
@@ -107,24 +102,21 @@ def _read_csv(file: Path, packed: bool) -> Table:
     with _open(file, packed) as stream:
         lines = csv.reader(stream, strict=True)
         try:
-            return list(_csv_rows(file, lines))
+            header: list[str] = next(lines, [])
+            repeated = {column for column in header if header.count(column) > 1}
+            if repeated:
+                raise DataError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}; rename one of them")
+            rows = []
+            for cells in filter(None, lines):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{file}, line {lines.line_num} has {len(cells)} fields, but the first line names {len(header)} columns; "
+                        "put text with commas in double quotes"
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             raise DataError(f"{file}, line {lines.line_num} is no valid CSV: {error}; correct it") from error
-
-
-def _csv_rows(file: Path, lines: Any) -> Iterator[dict[str, str]]:
-    header: list[str] = next(lines, [])
-    repeated = {column for column in header if header.count(column) > 1}
-    if repeated:
-        raise DataError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}; rename one of them")
-    for cells in lines:
-        if cells and len(cells) != len(header):
-            raise DataError(
-                f"{file}, line {lines.line_num} has {len(cells)} fields, but the first line names {len(header)} columns; "
-                "put text with commas in double quotes"
-            )
-        if cells:
-            yield dict(zip(header, cells, strict=True))
+    return rows
 
 
 def _read_parquet(file: Path, packed: bool) -> Table:
@@ -148,13 +140,7 @@ _READERS: dict[str, Callable[[Path, bool], Table]] = {
 
 
 def to_text(value: Any) -> str:
-    """Write a cell as text; numbers get one canonical form, which loses nothing.
-
-    Args:
-        value: Text, number or bool.
-
-    Returns:
-        Text unchanged; a number without exponent and without a fractional part of zero.
+    """Write a cell, text, number or bool, as text: numbers in one form, without exponent or a fractional part of zero.
 
     Raises:
         ValueError: If the value is missing, not finite, too large for a float to be exact, or of another type.

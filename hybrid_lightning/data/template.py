@@ -17,11 +17,7 @@ _PLACEHOLDER = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def template_fields(name: str, template: str) -> list[str]:
-    """Names of the columns that a template uses.
-
-    Args:
-        name: Name of the parameter that holds the template, for error messages.
-        template: Text with `{column}` placeholders; `{{` and `}}` stand for literal braces.
+    """Names of the columns that a template uses, which is the value of the parameter `name`.
 
     Raises:
         ConfigError: If the braces do not match, or a placeholder is more than a column or an entry of one.
@@ -45,13 +41,7 @@ def template_fields(name: str, template: str) -> list[str]:
 
 
 def fill_template(name: str, template: str, values: Mapping[str, Any], where: str) -> str:
-    """Fill a template with the columns of a row.
-
-    Args:
-        name: Name of the parameter that holds the template, for error messages.
-        template: As in `template_fields`.
-        values: Column name -> value.
-        where: Where the row comes from, for error messages.
+    """Fill a template, the value of the parameter `name`, with the columns of a row, name -> value; `where` says which row it is.
 
     Raises:
         ConfigError: If the template uses a column that the row does not have.
@@ -71,7 +61,9 @@ def fill_template(name: str, template: str, values: Mapping[str, Any], where: st
                 "(write {{ and }} for braces that are no placeholder)"
             )
         try:
-            text.append(_text_of(_entry(values[column], match["keys"])))
+            value = _entry(values[column], match["keys"])
+            is_options = isinstance(value, (list, tuple, dict))  # which are written one per line
+            text.append(lettered_options(options_of(value)[0]) if is_options else to_text(value))
         except ValueError as error:
             remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"
             raise DataError(f"{where}: column {column!r}, which {name} uses, {error}; {remedy}") from error
@@ -95,8 +87,3 @@ def _entry(value: Any, keys: str) -> Any:
         else:
             raise ValueError(f"is no list of which [{key}] could be taken: {shorten(value)}")
     return value
-
-
-def _text_of(value: Any) -> str:
-    """A value as text, lists of options one per line."""
-    return lettered_options(options_of(value)[0]) if isinstance(value, (list, tuple, dict)) else to_text(value)

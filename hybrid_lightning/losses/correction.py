@@ -20,6 +20,7 @@ With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sam
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ from hybrid_lightning.losses import functional as F
 
 
 class ImportanceCorrection(Configurable, ABC):
-    """Base class of corrections. A subclass bounds the ratio of training and sampling probabilities.
+    """Base class of corrections: weights from log pi(token) in training and log mu(token) of the sampler, both [B, T].
+
+    A subclass bounds the ratio of the two probabilities. `mask` is True on sampled tokens, [B, T] bool.
 
     Example:
         >>> class Geometric(ImportanceCorrection):
@@ -43,11 +46,7 @@ class ImportanceCorrection(Configurable, ABC):
 
     @abstractmethod
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """Weights from log(pi / mu) of each token.
-
-        Args:
-            log_ratio: Of each token, [B, T], without gradient; 0 outside the mask.
-            mask: True on sampled tokens, [B, T] bool.
+        """Weights from log(pi / mu) of each token, [B, T], which has no gradient and is 0 outside the mask.
 
         Returns:
             One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
@@ -55,15 +54,7 @@ class ImportanceCorrection(Configurable, ABC):
 
     @torch.no_grad()
     def __call__(self, logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Compute the weights of some sequences.
-
-        Args:
-            logprobs: Log pi(token), [B, T], from the training forward pass with the weights that sampled.
-            sampling_logprobs: Log mu(token), [B, T], as the sampler recorded it.
-            mask: True on sampled tokens, [B, T] bool.
-
-        Returns:
-            [B, T] or [B], without gradient.
+        """Compute the weights of some sequences, [B, T] or [B].
 
         Raises:
             ConfigError: If `weights` of a subclass returned another shape.
@@ -78,7 +69,7 @@ class ImportanceCorrection(Configurable, ABC):
 
 
 class BoundedCorrection(ImportanceCorrection):
-    """Base class of the four corrections, with the bounds of the ratio.
+    """Base class of the four corrections, with the bounds of the ratio. A subclass says of what it is, and what bounds it.
 
     Args:
         cap: Largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
@@ -88,6 +79,9 @@ class BoundedCorrection(ImportanceCorrection):
         ConfigError: If the bounds exclude a ratio of 1, where sampler and training agree.
     """
 
+    of_sequences: ClassVar[bool]  # whether the ratio is the product over a sequence, [B], or that of each token, [B, T]
+    discards: ClassVar[bool]  # whether a ratio outside of the bounds becomes 0, or the nearer bound
+
     def __init__(self, cap: float = 2.0, floor: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(cap) and cap > 1):
@@ -96,42 +90,33 @@ class BoundedCorrection(ImportanceCorrection):
             raise ConfigError(f"{name}: floor={floor} must be at least 0 and below 1, the ratio where nothing differs; set 0")
         self.cap, self.floor = cap, floor
 
-    def truncated(self, ratio: Tensor) -> Tensor:
-        """The ratio, set to the nearer bound where it lies outside of the bounds."""
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """The bounded ratios."""
+        ratio = (log_ratio.sum(dim=1) if self.of_sequences else log_ratio).exp()
+        if self.discards:
+            return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
         return ratio.clamp(self.floor, self.cap)
-
-    def discarded(self, ratio: Tensor) -> Tensor:
-        """The ratio, set to 0 where it lies outside of the bounds."""
-        return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
 
 
 class TokenTruncation(BoundedCorrection):
     """The ratio of each token, truncated: little variance, but biased where it is cut. The correction to try first."""
 
-    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight for each token, [B, T]."""
-        return self.truncated(log_ratio.exp())
+    of_sequences, discards = False, False
 
 
 class TokenMask(BoundedCorrection):
     """The ratio of each token; a token outside of the bounds has weight 0."""
 
-    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight for each token, [B, T]."""
-        return self.discarded(log_ratio.exp())
+    of_sequences, discards = False, True
 
 
 class SequenceTruncation(BoundedCorrection):
     """The ratio of each sequence, truncated: unbiased below `cap`, with a variance that grows with the length."""
 
-    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight for each sequence, [B]."""
-        return self.truncated(log_ratio.sum(dim=1).exp())
+    of_sequences, discards = True, False
 
 
 class SequenceMask(BoundedCorrection):
     """The ratio of each sequence; a sequence outside of the bounds has weight 0. TRL's default."""
 
-    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight for each sequence, [B]."""
-        return self.discarded(log_ratio.sum(dim=1).exp())
+    of_sequences, discards = True, True

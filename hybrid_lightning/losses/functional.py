@@ -1,10 +1,15 @@
 """Pure functions from which policy losses are built: ratios, clipping, KL, and means with explicit denominators.
 
-Axes: B sequences, T completion tokens (right-padded). Values are per token, [B, T], or per sequence, [B].
+Axes: B sequences, T completion tokens (right-padded). Throughout:
 
-Every function that reads log-probabilities takes the mask of sampled tokens and ignores everything outside of it: padding, and
-what an environment added within a completion, may hold inf, nan or garbage, and contributes neither values nor gradients. It is
-replaced by `torch.where` before the arithmetic, not multiplied by 0 afterwards, since `0 * inf` is nan.
+- `logprobs`, `old_logprobs`, `ref_logprobs`, [B, T]: log pi(token) of the policy being trained, of the one that sampled, and of
+  the reference policy.
+- `mask`, [B, T] bool: True on sampled tokens. What is outside of it, padding and what an environment added within a completion,
+  may hold inf, nan or garbage, and contributes neither values nor gradients: `torch.where` replaces it before the arithmetic,
+  since a product of 0 and inf is nan.
+- `values`: per token, [B, T], or per sequence, [B].
+- A mean is the share of these sequences in it, a scalar: the shares of all micro-batches and ranks add up to the mean, whose
+  denominators (`num_sequences`, `num_tokens`, `max_tokens`, ...) count all of them. None counts those that are here.
 """
 
 import torch
@@ -16,37 +21,19 @@ The square of exp(40) still fits float32, as gradient norms require. TRL has no 
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Log of the importance ratio of each token, l - l_old.
-
-    Args:
-        logprobs: Log pi(token) of the policy being trained, [B, T].
-        old_logprobs: The same of the policy that sampled, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-
-    Returns:
-        [B, T], 0 outside the mask.
-    """
+    """Log of the importance ratio of each token, l - l_old, [B, T]; 0 outside the mask."""
     return torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs, 0.0)
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Importance ratio of each token, r = exp(l - l_old) (PPO, GRPO).
-
-    Arguments are those of `log_ratio`.
-
-    Returns:
-        [B, T], 1 outside the mask.
-    """
+    """Importance ratio of each token, r = exp(l - l_old) (PPO, GRPO), [B, T]; 1 outside the mask."""
     return log_ratio(logprobs, old_logprobs, mask).clamp(max=MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Length-normalised importance ratio of each sequence, s = exp(sum m (l - l_old) / |o|) (GSPO, equation 7).
+    """Length-normalised importance ratio of each sequence, s = exp(sum m (l - l_old) / |o|) (GSPO, equation 7), [B].
 
-    Arguments are those of `log_ratio`.
-
-    Returns:
-        [B], 1 for a sequence without tokens.
+    It is 1 for a sequence without tokens.
     """
     means = sequence_means(log_ratio(logprobs, old_logprobs, mask), mask)
     return means.clamp(max=MAX_LOG_RATIO).exp()
@@ -55,7 +42,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tens
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
-    """Clipped policy objective as a loss, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+    """Clipped policy objective as a loss, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), in the shape of `ratio`.
 
     Args:
         ratio: Importance ratio r, [B, T] or [B].
@@ -64,9 +51,6 @@ def clipped_surrogate(
         clip_high: The ratio is clipped at 1 + clip_high from above.
         dual_clip: Largest value of the unclipped ratio, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's `delta`);
             None for no bound.
-
-    Returns:
-        The loss, in the shape of `ratio`.
     """
     advantages = per_sequence_as(ratio, advantages)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -76,105 +60,46 @@ def clipped_surrogate(
 
 
 def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Find where the clip of `clipped_surrogate` stops the gradient.
-
-    Args:
-        ratio: Importance ratio r, [B, T] or [B].
-        advantages: As in `clipped_surrogate`.
-        clip_low: As in `clipped_surrogate`.
-        clip_high: As in `clipped_surrogate`.
-
-    Returns:
-        Two bool tensors in the shape of `ratio`: clipped below (A < 0) and clipped above (A > 0).
-    """
+    """Where the clip of `clipped_surrogate` stops the gradient: below (A < 0) and above (A > 0), bool in the shape of `ratio`."""
     advantages = per_sequence_as(ratio, advantages)
     return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Estimate KL(policy || reference) of each token, k3 = exp(d) - d - 1 with d = l_ref - l.
+    """Estimate KL(policy || reference) of each token, k3 = exp(d) - d - 1 with d = l_ref - l, [B, T]; 0 outside the mask.
 
     Never negative, and unbiased where the tokens come from the policy itself (Schulman,
     http://joschu.net/blog/kl-approx.html; GRPO, equation 4).
-
-    Args:
-        logprobs: Log pi(token) of the policy being trained, [B, T].
-        ref_logprobs: The same of the reference policy, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-
-    Returns:
-        [B, T], 0 outside the mask.
     """
     difference = log_ratio(ref_logprobs, logprobs, mask).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(difference) - difference  # exp(d) - 1 would round all of a small d away
 
 
 def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each sequence.
-
-    Args:
-        values: Value of each token, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-
-    Returns:
-        [B], 0 (with a zero gradient) for a sequence without tokens.
-    """
+    """Mean over the tokens of each sequence, [B]; 0, with a zero gradient, for a sequence without tokens."""
     return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> Tensor:
-    """Share of these sequences in a mean over sequences.
-
-    Args:
-        values: Value of each sequence, [B].
-        num_sequences: Number of sequences in the whole mean; None takes the B sequences here, empty ones included.
-
-    Returns:
-        Scalar. The shares of all micro-batches and ranks add up to the mean.
-    """
+    """Mean over sequences, empty ones included, of a value of each, [B]."""
     return values.sum() / _denominator(num_sequences, len(values))
 
 
 def mean_of_sequence_means(values: Tensor, mask: Tensor, num_sequences: float | None = None) -> Tensor:
-    """Share of these sequences in a mean over sequences of the mean over tokens (GRPO).
-
-    Args:
-        values: Value of each token, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-        num_sequences: As in `mean_over_sequences`.
-
-    Returns:
-        Scalar. The shares of all micro-batches and ranks add up to the mean.
-    """
+    """Mean over sequences of the mean over tokens (GRPO)."""
     return mean_over_sequences(sequence_means(values, mask), num_sequences)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = None) -> Tensor:
-    """Share of these tokens in a mean over all tokens (DAPO).
-
-    Args:
-        values: Value of each token, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-        num_tokens: Number of tokens in the whole mean; None takes the tokens here.
-
-    Returns:
-        Scalar. The shares of all micro-batches and ranks add up to the mean.
-    """
+    """Mean over all tokens (DAPO)."""
     total = torch.where(mask, values, 0.0).sum()
     return total / (mask.sum().clamp(min=1) if num_tokens is None else _denominator(num_tokens, 1))
 
 
 def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_sequences: float | None = None) -> Tensor:
-    """Share of these tokens in a mean over all positions that a completion could fill (Dr. GRPO).
+    """Mean over all positions that a completion could fill (Dr. GRPO).
 
-    Args:
-        values: Value of each token, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-        max_tokens: Positions of a sequence, which may be more than T; positions without a token count as 0.
-        num_sequences: As in `mean_over_sequences`.
-
-    Returns:
-        Scalar. The shares of all micro-batches and ranks add up to the mean.
+    `max_tokens` positions of a sequence may be more than T; those without a token count as 0.
     """
     return mean_over_sequences(torch.where(mask, values, 0.0).sum(dim=1), num_sequences) / _denominator(max_tokens, 1)
 
@@ -182,17 +107,7 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
 def mean_of_micro_batch_means(
     values: Tensor, mask: Tensor, micro_batch_tokens: float | None = None, num_micro_batches: float | None = None
 ) -> Tensor:
-    """Share of these tokens in a mean over micro-batches of the mean over a micro-batch's tokens (TRL's "bnpo").
-
-    Args:
-        values: Value of each token, [B, T].
-        mask: True on sampled tokens, [B, T] bool.
-        micro_batch_tokens: Number of tokens in the micro-batch to which these rows belong; None takes the tokens here.
-        num_micro_batches: Number of micro-batches in the whole mean; None for 1.
-
-    Returns:
-        Scalar. The shares of the parts of a micro-batch, and of all micro-batches and ranks, add up to the mean.
-    """
+    """Mean over micro-batches (None: one) of the mean over the tokens of one, of which these rows are a part (TRL's "bnpo")."""
     return mean_over_tokens(values, mask, micro_batch_tokens) / _denominator(num_micro_batches, 1)
 
 

@@ -96,15 +96,10 @@ class PolicyLoss(Configurable, ABC):
 
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss before KL and aggregation, and the importance ratio.
+        """The loss before KL and aggregation, and the importance ratio: each of tokens, [B, T], or of sequences, [B].
 
-        Args:
-            inputs: All tensors are float32 or float64; log-probabilities are 0 where nothing was sampled.
-            old_logprobs: `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient, [B, T].
-
-        Returns:
-            The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Where nothing was sampled they may
-            hold anything.
+        All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
+        anything. `old_logprobs` are those of the inputs, or if these are None the current ones without gradient, [B, T].
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -150,7 +145,10 @@ class PolicyLoss(Configurable, ABC):
         plain = ratio.detach()
         metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
         if self.needs_reference:
-            kl = self._kl(inputs, ratio)
+            assert inputs.ref_logprobs is not None, "checked before"
+            kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
+            if self.kl_importance_weight:
+                kl = kl * F.per_token(ratio, inputs.sampled_mask)
             per_token_loss = per_token_loss + self.kl_coef * kl
             metrics["kl"] = F.mean_over_tokens(kl, inputs.sampled_mask, inputs.num_tokens)
         loss = self.aggregate(per_token_loss, inputs)
@@ -179,12 +177,6 @@ class PolicyLoss(Configurable, ABC):
         if value.shape not in allowed:
             shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
             raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}; return {shapes}")
-
-    def _kl(self, inputs: LossInputs, ratio: Tensor) -> Tensor:
-        """KL to the start policy, [B, T]."""
-        assert inputs.ref_logprobs is not None, "checked before"
-        kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
-        return kl * F.per_token(ratio, inputs.sampled_mask) if self.kl_importance_weight else kl
 
 
 class ClippedLoss(PolicyLoss):

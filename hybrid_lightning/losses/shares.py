@@ -45,11 +45,7 @@ def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
 def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join the metrics of several parts of an optimizer step: extremes for names in "/max" or "/min", sums for all others.
 
-    Args:
-        parts: The `LossOutput.metrics` of each part, computed with the step's denominators.
-
-    Returns:
-        The metrics of all parts together, which are a share again if the step has more parts.
+    The parts were computed with the step's denominators; what is returned is a share again if the step has more of them.
 
     Example:
         >>> parts = [{"kl": torch.tensor(0.5), "ratio/max": torch.tensor(2.0)}, {"kl": torch.tensor(0.25)}]

@@ -35,18 +35,15 @@ def completion_values(
     finished: Tensor,
     counted: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Metrics of each prompt from its n completions.
+    """Metrics of each prompt from its n completions that count: name -> [P] float64, nan where these are too few.
 
     Args:
-        correct: Whether each completion is correct, [P, n] bool.
-        answers: Answer of each completion, P times n; None for completions without one.
-        reward: Reward of each completion, [P, n] float.
-        length: Length of each completion in tokens, [P, n].
-        finished: Whether each completion ended by itself, [P, n] bool; False for those cut at the maximum length.
+        correct: [P, n] bool.
+        answers: P times n; None for completions without one.
+        reward: [P, n] float.
+        length: In tokens, [P, n].
+        finished: Whether a completion ended by itself, [P, n] bool; False for those cut at the maximum length.
         counted: False for completions that are left out, [P, n] bool; None: all count.
-
-    Returns:
-        Name -> value of each prompt, [P] float64, from its completions that count; nan where these are too few.
     """
     samples = correct.shape[1]
     missing = torch.full((len(correct),), torch.nan, dtype=torch.float64, device=correct.device)
@@ -73,13 +70,7 @@ def completion_values(
 
 
 def completion_draws(samples: int) -> dict[str, int | None]:
-    """Names of `completion_values`, with the number of completions behind each, as `ProblemMeans` takes them.
-
-    Args:
-        samples: Number n of completions per prompt.
-
-    Returns:
-        Name -> n for shares from 0 to 1, None for other values.
+    """Names of `completion_values` from n completions per prompt, as `ProblemMeans` takes them: n for shares, None for others.
 
     Raises:
         ConfigError: If n is above 1000.
@@ -102,15 +93,12 @@ def numbers_of_voters(samples: int) -> list[int]:
 
 
 def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
-    """Unbiased estimate of pass@k, 1 - C(n - c, k) / C(n, k), computed as a product so that nothing overflows.
+    """Unbiased estimate of pass@k, 1 - C(n - c, k) / C(n, k), [P] float64, computed as a product so that nothing overflows.
 
     Args:
-        samples: Number n of completions per prompt, at least k.
+        samples: Number n of completions per prompt.
         correct: Number c of correct completions of each prompt, [P].
         k: Number of completions of which at least one has to be correct.
-
-    Returns:
-        pass@k of each prompt, [P] float64.
 
     Raises:
         ValueError: If k is not between 1 and n.
@@ -129,16 +117,13 @@ def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
 
 
 def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequence[int]) -> list[float]:
-    """Unbiased estimates of maj@k for one prompt.
+    """Unbiased estimates of maj@k for one prompt, one for each k.
 
     Args:
         answers: Answer of each of n completions, at most 1000; None for completions without one.
         correct: Whether each completion is correct. Completions with the same answer may differ, where more than the answer is
             rewarded; the answer then counts as correct to the share of its completions that are.
         ks: Numbers of voters k, each from 1 to n.
-
-    Returns:
-        maj@k for each k, from 0 to 1.
 
     Raises:
         ValueError: If a k is not between 1 and n.

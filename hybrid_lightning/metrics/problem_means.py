@@ -72,14 +72,18 @@ class ProblemMeans(Metric):
         """Add P problems.
 
         Args:
-            sets: Name of the set that each problem belongs to; "" for none.
-            index: Number that identifies each problem within its set, [P] int64.
+            sets: Name of the set of each; "" for none.
+            index: Number of each within its set, [P] int64.
             values: Name -> value of each problem, [P], for every name in `draws`; nan takes part in no mean.
 
         Raises:
             DataError: If the name of a set is longer than 64 bytes.
         """
-        names = torch.tensor([_encode_name(name) for name in sets], dtype=torch.long, device=index.device)
+        for name in sets:
+            check_set_name(name)
+        # Bytes, padded to a fixed length, so that ranks can gather names as tensors.
+        encoded = [list(name.encode().ljust(_NAME_BYTES, b"\0")) for name in sets]
+        names = torch.tensor(encoded, dtype=torch.long, device=index.device)
         self.identity.append(torch.cat((names, index.long()[:, None]), dim=1))
         self.rows.append(torch.stack([values[name].double() for name in self.draws], dim=1))
 
@@ -98,7 +102,7 @@ class ProblemMeans(Metric):
         first = torch.full((len(problems),), len(identity), device=identity.device)
         first = first.scatter_reduce(0, inverse, torch.arange(len(identity), device=identity.device), "amin")
         values = rows[first].cpu()
-        names = [_decode_name(name) for name in problems[:, :-1].tolist()]
+        names = [bytes(name).rstrip(b"\0").decode() for name in problems[:, :-1].tolist()]
         keys = zip(names, problems[:, -1].tolist(), strict=True)
         self.by_problem = {key: dict(zip(self.draws, row, strict=True)) for key, row in zip(keys, values.tolist(), strict=True)}
         sets: dict[str, list[int]] = {}
@@ -127,9 +131,6 @@ def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, fl
     Args:
         values: Value of each problem, from 0 to 1, as one tensor [P] per set.
         draws: Number of completions that a value is made from; a problem counts as at most so many independent trials.
-
-    Returns:
-        Lower and upper end.
 
     Example:
         >>> import torch
@@ -197,21 +198,6 @@ def _student_t(free: int) -> float:
 
 
 def check_set_name(name: str) -> None:
-    """Check that the name of a set can be used in `ProblemMeans`.
-
-    Raises:
-        DataError: If it is longer than 64 bytes.
-    """
+    """Raise DataError if the name of a set is too long for `ProblemMeans`, above 64 bytes."""
     if len(name.encode()) > _NAME_BYTES:
         raise DataError(f"the set name {name!r} is too long; give one of at most {_NAME_BYTES} bytes")
-
-
-def _encode_name(name: str) -> list[int]:
-    """Bytes of a name, padded to a fixed length, so that ranks can gather names as tensors."""
-    check_set_name(name)
-    encoded = name.encode()
-    return list(encoded) + [0] * (_NAME_BYTES - len(encoded))
-
-
-def _decode_name(numbers: Sequence[int]) -> str:
-    return bytes(numbers).rstrip(b"\0").decode()

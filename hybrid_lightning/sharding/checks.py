@@ -21,12 +21,7 @@ NOTHING_TO_SPLIT = (
 
 
 def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
-    """Check that strategy, precision, dtype and optimizer work together.
-
-    Args:
-        trainer: The Trainer, with strategy and precision.
-        optimizer: Makes the optimizer from parameter groups.
-        dtype: Dtype of the model as it is loaded.
+    """Check that strategy, precision and dtype of a model work together, and with the optimizer that is made of parameter groups.
 
     Raises:
         ConfigError: If they do not work together.
@@ -40,11 +35,13 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
         )
     if not isinstance(strategy, _OURS):
         return
-    for folder in _remote_folders(trainer) if strategy.writes_folders else ():
-        raise ConfigError(
-            f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; give a "
-            "folder in a file system that all devices share, or write full checkpoints"
-        )
+    for callback in trainer.checkpoint_callbacks if strategy.writes_folders else ():
+        folder = getattr(callback, "dirpath", None)
+        if folder is not None and not _is_local_file_protocol(folder):
+            raise ConfigError(
+                f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; "
+                "give a folder in a file system that all devices share, or write full checkpoints"
+            )
     if isinstance(strategy, FSDP1Strategy) and trainer.world_size == 1:
         raise ConfigError(NOTHING_TO_SPLIT)
     if isinstance(strategy, FSDP1Strategy) and dtype != "float32" and str(trainer.precision) != "bf16-true":
@@ -64,11 +61,7 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
 
 
 def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -> None:
-    """Check that the state of an optimizer can be split over devices.
-
-    Args:
-        optimizer: Makes the optimizer from parameter groups.
-        strategy: Name of the strategy that splits it, for the message.
+    """Check that the state of an optimizer, which is made of parameter groups, can be split over devices by a strategy.
 
     Raises:
         ConfigError: If it cannot be split.
@@ -80,9 +73,3 @@ def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -
             f"model.optimizer={kind.__name__} cannot hold the state of weights that {strategy} splits over devices; use "
             "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
         )
-
-
-def _remote_folders(trainer: Trainer) -> list[str]:
-    """Checkpoint folders that are not in a local file system."""
-    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return [str(folder) for folder in folders if folder is not None and not _is_local_file_protocol(folder)]

@@ -186,39 +186,30 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
 
 class _Precision(FSDPPrecision):
-    """Lightning's refuses to clip by norm, since it does not know the root, casts and scales on CUDA only, and takes no frozen
-    batch.
-    """
+    # Lightning's refuses to clip by norm, not knowing the root; casts and scales on CUDA only; and takes no frozen batch.
 
     def __init__(self, strategy: FSDP1Strategy, precision: Any) -> None:
         super().__init__(precision)
         self.strategy = strategy
 
     def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> tuple[Any, Any, Any]:
-        """Scale losses on the device that there is, which is known by now; all ranks leave out a step together."""
-        if self.scaler is not None:
+        if self.scaler is not None:  # of the device that there is, which is known by now; all ranks leave out a step together
             self.scaler = ShardedGradScaler(self.strategy.root_device.type)
         return super().connect(model, optimizers, lr_schedulers)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip by the norm over all ranks."""
         for part in self.strategy.module.modules():
             if isinstance(part, FullyShardedDataParallel) and part.check_is_root():
                 part.clip_grad_norm_(clip_val)
 
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Weights have their dtype, and buffers such as the frequencies of positions keep theirs."""
+    def convert_module(self, module: nn.Module) -> nn.Module:  # buffers, such as the frequencies of positions, keep their dtype
         return module
 
     def forward_context(self) -> AbstractContextManager:
-        """Autocast, where the precision is mixed."""
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
         return torch.autocast(self.strategy.root_device.type, dtype=dtype, enabled=self.precision.endswith("mixed"))
 
-    def convert_input(self, data: Any) -> Any:
-        """Rollouts are float32 where they are floating-point numbers."""
+    def convert_input(self, data: Any) -> Any:  # float32 already, as losses are
         return data
 
-    def convert_output(self, data: Any) -> Any:
-        """So are losses."""
-        return data
+    convert_output = convert_input

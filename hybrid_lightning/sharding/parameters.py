@@ -18,11 +18,6 @@ from hybrid_lightning.errors import CheckpointError, ModelError
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks of a model, which are the units of sharding: the modules in its outermost `ModuleList`s.
 
-    The weights of a block are gathered, used and released together.
-
-    Args:
-        model: A language model, adapted or not.
-
     Raises:
         ModelError: If the model has none.
     """
@@ -63,12 +58,9 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """Replace the numbers of parameters in an optimizer state by their names.
+    """Replace the numbers of parameters in an optimizer's `state_dict` by their names.
 
-    Args:
-        state: The state from `optimizer.state_dict()`; it may already be by name, or empty on a rank that does not save.
-        optimizer: The optimizer.
-        names: Parameter -> name.
+    It may be by name already, or empty on a rank that does not save.
     """
     if not state or any(isinstance(number, str) for group in state["param_groups"] for number in group["params"]):
         return state
@@ -80,11 +72,7 @@ def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Map
 
 
 def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Check that a saved state has the same parameters as an optimizer, in the same order.
-
-    Raises:
-        CheckpointError: If it does not.
-    """
+    """Check that a saved state has the same parameters as an optimizer, in the same order; CheckpointError if it does not."""
     saved = [list(group["params"]) for group in state["param_groups"]]
     mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if saved != mine:

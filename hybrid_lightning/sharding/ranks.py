@@ -51,15 +51,9 @@ def first_rank_does(function: Callable[[], None]) -> None:
 
 
 def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: str) -> list[Result]:
-    """Call a function on every rank, where one may fail or be asked to stop.
+    """What a function returns on each rank (picklable, with tensors on the CPU), where it may fail or be asked to stop.
 
-    Args:
-        function: Returns what can be pickled, with tensors on the CPU.
-        signals: Signals that stop the run.
-        purpose: What it is for, in words that follow "could not".
-
-    Returns:
-        What it returned on each rank.
+    `purpose` is what it is for, in words that follow "could not".
 
     Raises:
         RunStopped: If one was asked to stop.
@@ -85,16 +79,10 @@ def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: 
 
 
 def deal(piece: Tensor | None, like: Tensor, owner: int, there: Sequence[bool]) -> list[Tensor | None] | None:
-    """Send one rank the tensors of all ranks.
+    """Send the rank `owner` the tensors of all ranks: those of each rank where this is the owner, and None elsewhere.
 
-    Args:
-        piece: That of this rank, contiguous; None if it has none.
-        like: A tensor of the same size, shape, dtype and device.
-        owner: The rank that gets them.
-        there: Which ranks have one.
-
-    Returns:
-        Those of each rank, on the device, where this is the owner; None elsewhere.
+    `piece` is that of this rank, contiguous, or None if it has none; `like` has its size, shape, dtype and device, on which those
+    of all are; `there` says which ranks have one.
     """
     # As bytes, which all backends can send.
     mine = (torch.empty_like(like) if piece is None else piece.to(like.device)).view(torch.uint8).flatten()
@@ -107,12 +95,7 @@ def deal(piece: Tensor | None, like: Tensor, owner: int, there: Sequence[bool]) 
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
-    """The numbers of all ranks.
-
-    Args:
-        count: The number of this rank.
-        device: The device on which the ranks train.
-    """
+    """The numbers of all ranks; `device` is the one on which the ranks train."""
     ranks = world_size()
     if ranks == 1:
         return [count]
@@ -123,26 +106,14 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def check_stop(signals: StopSignals, device: torch.device) -> None:
-    """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it.
-
-    Args:
-        signals: Those of this rank's process.
-        device: The device on which the ranks train.
-    """
+    """Raise `RunStopped` on all ranks if one of them has been asked to stop; `device` is the one on which the ranks train."""
     number = max(gather_counts(signals.requested, device))
     if number:
         raise RunStopped(number, together=True)
 
 
 def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate the rows of all ranks.
-
-    Args:
-        columns: Name -> [B]; the names and B must be the same on every rank.
-
-    Returns:
-        Name -> [ranks * B], in the dtype of each column.
-    """
+    """Concatenate the rows of all ranks: name -> [B], the same names and B on every rank, becomes name -> [ranks * B]."""
     ranks = world_size()
     if ranks == 1:
         return dict(columns)
@@ -180,9 +151,7 @@ def largest_over_ranks(values: Tensor) -> Tensor:
 def send_trained_weights(model: nn.Module, device: torch.device) -> None:
     """Give every rank the trained weights of rank 0, since each rank may have initialized LoRA with other random numbers.
 
-    Args:
-        model: A model that is the same on all ranks, except for the values of its trained weights.
-        device: The device on which the ranks train.
+    All other weights are the same on all ranks. `device` is the one on which the ranks train.
     """
     if world_size() == 1:
         return

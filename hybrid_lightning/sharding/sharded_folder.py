@@ -34,10 +34,8 @@ leaves it out."""
 def write_folder(content: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint on all ranks together. An existing file or folder of this name is replaced once the new one is safe.
 
-    Args:
-        content: The content of a checkpoint file, except that the tensors in `state_dict` and `optimizer_states` are the parts of
-            this rank. Everything that is not split is taken from the first rank.
-        path: The folder to write, in a file system that all ranks share.
+    The content is that of a checkpoint file, except that the tensors in `state_dict` and `optimizer_states` are the parts of this
+    rank; what is not split is taken from the first rank. All ranks have to share the file system of the path.
 
     Raises:
         CheckpointError: If it could not be written, on all ranks; the existing one stays.
@@ -64,8 +62,7 @@ def write_folder(content: Mapping[str, Any], path: Path) -> None:
             distributed_checkpoint.save(tensors, checkpoint_id=part)
         first_rank_does(end)
     except (distributed_checkpoint.CheckpointException, CheckpointError) as error:
-        cause = _cause(error)
-        raise CheckpointError(f"{path} could not be written: {cause}; what was there before is as it was") from error
+        raise CheckpointError(f"{path} could not be written: {_cause(error)}; what was there before is as it was") from error
 
 
 def is_sharded_checkpoint(path: Any) -> bool:
@@ -74,11 +71,7 @@ def is_sharded_checkpoint(path: Any) -> bool:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Read everything except the tensors.
-
-    Raises:
-        CheckpointError: If it is not a sharded checkpoint, or incomplete.
-    """
+    """Read everything except the tensors; CheckpointError if it is not a sharded checkpoint, or incomplete."""
     try:
         content = torch.load(path / _META, map_location="cpu", weights_only=True)
         _check_files(path, _metadata(path))
@@ -94,10 +87,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 def read_folder(path: Path, target: Target | None = None, together: bool = False) -> dict[str, Any]:
     """Read a checkpoint into the form that a checkpoint file has.
 
-    Args:
-        path: The folder.
-        target: Chooses the tensor to read each tensor into; None reads all tensors whole, on the CPU.
-        together: True if all ranks read together, each into its own parts; False if this rank reads by itself.
+    `target` chooses the tensor to read each tensor into; None reads all tensors whole, on the CPU. If `together`, all ranks read
+    at once, each into its own parts; otherwise this rank reads by itself.
 
     Raises:
         CheckpointError: If it is not a sharded checkpoint, or incomplete.
@@ -123,11 +114,7 @@ def read_folder(path: Path, target: Target | None = None, together: bool = False
 
 
 def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Read a checkpoint with whole weights on the CPU, without the tensors of optimizers.
-
-    Args:
-        path: The folder.
-        wanted: Whether to read the weight of a name.
+    """Read a checkpoint with whole weights on the CPU, those whose names are `wanted`, without the tensors of optimizers.
 
     Raises:
         CheckpointError: If it is not a sharded checkpoint, or incomplete.
@@ -143,8 +130,15 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate the content of a checkpoint into the tensors of weights and optimizers, and the rest."""
     rest = {name: value for name, value in content.items() if name != "state_dict"}
     tensors: dict[str, Any] = {"state_dict": content["state_dict"]}
-    if "optimizer_states" not in content:  # a checkpoint with weights only
-        return tensors, rest
+    if "optimizer_states" in content:  # and not weights only
+        rest["optimizer_states"] = [{**state, "state": {}} for state in content["optimizer_states"]]
+    for number, state in enumerate(content.get("optimizer_states", [])):
+        parts, others = ({name: dict[str, Any]() for name in state["state"]} for _ in range(2))
+        tensors[f"optimizer_{number}"], rest["optimizer_states"][number]["state"] = {"state": parts}, others
+        for name, entry in state["state"].items():
+            for key, value in entry.items():
+                (parts if isinstance(value, Tensor) else others)[name][key] = value
+    return tensors, rest
     rest["optimizer_states"] = []
     for number, state in enumerate(content["optimizer_states"]):
         entries = state["state"].items()
@@ -174,11 +168,7 @@ def _metadata(path: Path) -> Metadata:
 
 
 def _check_files(path: Path, stored: Metadata) -> None:
-    """Check quickly that every file is there and not too short.
-
-    Raises:
-        CheckpointError: If a file is missing or too short.
-    """
+    """Raise CheckpointError if a file is missing or too short, which is quickly seen."""
     ends: dict[str, int] = {}
     for place in stored.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

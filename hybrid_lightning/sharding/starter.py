@@ -19,10 +19,7 @@ def end_with_starter() -> bool:
     """In a started rank, watch the process that started it until all ranks are connected; in the first rank, note its id.
 
     Must be called before anything takes time. If the starter ends, the watching thread ends this process with exit code 1 and
-    one line of explanation.
-
-    Returns:
-        Whether another rank started this process.
+    one line of explanation. Returns whether another rank started this process.
     """
     starter = os.environ.get(_STARTER)
     if os.environ.get("LOCAL_RANK", "0") == "0" or starter != str(os.getppid()):

@@ -24,28 +24,23 @@ class Weights:
     passes_together = False  # whether ranks gather weights in each pass `in_passes`, and so have to make the same number of them
 
     def as_forward(self, function: Callable[[], Result]) -> Result:
-        """Call a function as if it were the model's forward pass.
+        """Call a function, which computes with the model's parts, as if it were the model's forward pass.
 
-        Args:
-            function: Computes with the model's parts. Tensors with gradient must be in what it returns, alone or in a tuple.
+        Tensors with gradient must be in what it returns, alone or in a tuple.
         """
         return function()
 
     def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
-        """Call a function while every rank holds all weights, so that ranks may compute different things, and differently often.
+        """Call a function, without gradient, while every rank holds all weights, so that ranks may compute different things.
 
-        Args:
-            function: Computes without gradient.
-            as_trained: Round as a training pass does, where that may differ.
+        They may also do so differently often. `as_trained` rounds as a training pass does, where that may differ.
         """
         return function()
 
     def in_passes(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
-        """Call a function that makes whole passes, for which weights are gathered as in training where that is possible.
+        """Call a function that makes whole passes, without gradient, and gather weights for them as in training where possible.
 
-        Args:
-            function: Computes without gradient; with as many passes on every rank where `passes_together`.
-            as_trained: See `gathered`.
+        Where `passes_together` it makes as many passes on every rank. `as_trained` is that of `gathered`.
         """
         return self.gathered(function, as_trained)
 
@@ -92,14 +87,10 @@ class _OrFunction(ActivationWrapper):
 
 
 def split_by_fsdp1(model: nn.Module, blocks: Collection[nn.Module], **options: Any) -> FSDP1Unit:
-    """Split a model into units of FSDP1, such that `weights_of` can compute with it.
+    """Split a model that every rank has in full into units of FSDP1, such that `weights_of` can compute with it.
 
-    FSDP1's own wrapping policies would make the units of its own class.
-
-    Args:
-        model: That every rank has in full; the blocks in it are replaced.
-        blocks: Modules that become units. What is outside of them is one more.
-        **options: Of `FullyShardedDataParallel`, for each unit.
+    The blocks in it are replaced by units, and what is outside of them is one more; FSDP1's own wrapping policies would make
+    units of its own class. `options` are those of `FullyShardedDataParallel`, for each unit.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -117,9 +108,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 class _ShardedWeights(Weights):
     sharded = True
-
-    def __init__(self) -> None:
-        self._within = False  # a forward pass, for which weights have been gathered
+    _within = False  # a forward pass, for which weights have been gathered
 
     @contextmanager
     def _gathered_once(self) -> Iterator[None]:
@@ -136,7 +125,6 @@ class _Weights2(_ShardedWeights):
     passes_together = True
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
         self._model = model
         model.computed = _call
         register_fsdp_forward_method(model, "computed")
@@ -182,7 +170,6 @@ class _Weights1(_ShardedWeights):
     """Of FSDP1, whose outermost unit calls a function in the place of the model where it is handed one."""
 
     def __init__(self, model: FSDP1Unit) -> None:
-        super().__init__()
         self._model = model
         self._owners: dict[nn.Module, nn.Module] = {}
 

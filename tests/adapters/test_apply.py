@@ -42,12 +42,10 @@ def train(model: nn.Module, batches, dtype: torch.dtype = torch.float32, steps: 
 @pytest.mark.parametrize(
     ("family", "dtype", "settings", "share"),
     [
-        ("qwen2", torch.float32, "lora", 0),
         ("qwen2", torch.bfloat16, "dora", 0.3),
         ("qwen2", torch.float32, "rslora", 1),
         ("llama", torch.bfloat16, "rslora", 0),
         ("llama", torch.bfloat16, "lora", 1),
-        ("gpt2", torch.float32, "dora", 0),
         ("gpt2", torch.float32, "rslora", 0.3),
         ("qwen3", torch.float32, "lora", 0.3),
         ("gemma", torch.float32, "dora", 0.3),
@@ -155,16 +153,12 @@ def test_disabling_restores_flags_also_after_an_error(make_model, plan_for, batc
 
 def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):
     """From there on PEFT shortens the names."""
-    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 48}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=11))
-    base = copy.deepcopy(model)
-    plan = plan_for(model, ModuleBudget(0.3), seed=3)
-    adapted = apply_plan(model, plan)
+    base, adapted = copy.deepcopy(model), apply_plan(model, plan_for(model, ModuleBudget(0.3), seed=3))
     train(adapted, batches)
     adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(logits(loaded, batches), logits(adapted, batches))
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path).eval(), batches), logits(adapted, batches))
 
 
 # ---- refused

@@ -60,9 +60,7 @@ def test_budgets_say_what_they_need():
     assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
     assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}
 
-
-def test_a_budget_of_ones_own():
-    class FirstLayer(Budget):
+    class FirstLayer(Budget):  # one's own
         def _choose(self, modules, lora):
             return [m.name for m in modules if ".0." in m.name]
 

@@ -25,7 +25,7 @@ def test_all_linear_modules_of_the_blocks_and_nothing_else(make_model, family):
         assert linear_shape(nn.Linear(5, 3)) == (3, 5)
 
 
-def test_target_modules_match_ends_of_names_at_a_dot(make_model):
+def test_target_modules_match_ends_of_names_at_a_dot_and_exclude_whole_parts_anywhere(make_model):
     model = make_model("llama")
     expected = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
     assert list(find_candidates(model, ["q_proj", "mlp.up_proj"])) == expected
@@ -33,19 +33,15 @@ def test_target_modules_match_ends_of_names_at_a_dot(make_model):
         find_candidates(model, ["q_proj", "proj"])
     with pytest.raises(ModelError, match="lm_head"):
         find_candidates(model, ["lm_head"])
-    for no_list in ("q_proj", []):
-        with pytest.raises(ModelError, match="give a list"):
-            find_candidates(model, no_list)
-
-
-def test_exclude_matches_whole_parts_anywhere(make_model):
-    model = make_model("llama")
     names = find_candidates(model, exclude=["layers.0", "down_proj"])
     assert len(names) == 6 and all(".layers.1." in name and "down" not in name for name in names)
     with pytest.raises(ModelError, match=r"exclude: 'layers\.7' matches no"):
         find_candidates(model, exclude=["layers.7"])
     with pytest.raises(ModelError, match="leave no module"):
         find_candidates(model, ["q_proj"], exclude=["q_proj"])
+    for no_list in ("q_proj", []):
+        with pytest.raises(ModelError, match="give a list"):
+            find_candidates(model, no_list)
 
 
 def test_shared_weights_are_no_candidates_and_a_model_without_any_or_with_an_adapter_is_refused():

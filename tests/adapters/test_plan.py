@@ -101,21 +101,16 @@ def test_what_is_wrong_is_named(plan, edit, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"cannot be read \(No such"),
-        (b"{,}", "is no JSON"),
-        (b"\xff\xfe\x00", "is no JSON"),
-        (b"[]", "is a list; it must be a JSON"),
-    ],
-)
-def test_files_that_are_no_plans(tmp_path, content, message):
-    path = tmp_path / "plan.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(PlanError, match=rf"plan\.json {message}"):
-        AdapterPlan.load(path)
+def test_files_that_are_no_plans(tmp_path):
+    path, contents = (
+        tmp_path / "plan.json",
+        {None: r"cannot be read \(No such", b"{,}": "is no JSON", b"\xff\xfe\x00": "is no JSON"},
+    )
+    for content, message in {**contents, b"[]": "is a list; it must be a JSON"}.items():
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(PlanError, match=rf"plan\.json {message}"):
+            AdapterPlan.load(path)
 
 
 # ---- models
@@ -207,14 +202,7 @@ def test_a_bare_loop_trains_like_ours(make_model, plan_for, batches, tmp_path, f
         assert not torch.equal(weight, start[name]), f"{name} was trained"
 
 
-@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("alpha", 0.0), ("dropout", 1.0)])
-def test_lora_settings_are_checked(plan, name, value):
-    for build in (LoraSettings, plan.to_peft_config):
-        with pytest.raises(ConfigError, match=f"{name}={value}"):
-            build(**{name: value})
-
-
-def test_settings_are_the_plans_unless_given(make_model, plan_for):
+def test_settings_are_the_plans_unless_given_and_checked(make_model, plan_for):
     lora = LoraSettings(rank=4, alpha=6.0, dropout=0.1, use_rslora=True)
     plan = plan_for(make_model("llama"), lora=lora, ranks={"mlp": 3})
     config = plan.to_peft_config()
@@ -223,6 +211,10 @@ def test_settings_are_the_plans_unless_given(make_model, plan_for):
     config = plan.to_peft_config(rank=8, alpha=1.0, dropout=0.0, use_dora=True, use_rslora=False)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.use_rslora) == (8, 1.0, 0.0, True, False)
     assert config.rank_pattern == {}, "a rank that is given is that of all modules"
+    for name, value in (("rank", 0), ("alpha", 0.0), ("dropout", 1.0)):
+        for build in (LoraSettings, plan.to_peft_config):
+            with pytest.raises(ConfigError, match=f"{name}={value}"):
+                build(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -38,35 +38,28 @@ def frames(figure) -> list[tuple[int, int]]:
     return [(int(p.get_x()), int(p.get_y())) for p in patches if p.get_edgecolor() == color]
 
 
+def labels(ticks) -> list[str]:
+    return [label.get_text() for label in ticks]
+
+
 @pytest.mark.parametrize("count", [2, 30])
 def test_every_module_stands_in_its_cell(count):
     figure = draw_heatmap(plan_of(layers(count)))
-    values = mesh(figure).get_array()
-    assert values.shape == (3, count)
-    np.testing.assert_array_equal(values, np.arange(1, 3 * count + 1.0).reshape(count, 3).T)
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == KINDS
-    assert axes.get_xticklabels()[1].get_text() == "1"
-    assert frames(figure) == [(0, 0), (0, 1)]
-    assert bool(axes.texts) == (3 * count <= VALUES_UP_TO)
+    np.testing.assert_array_equal(mesh(figure).get_array(), np.arange(1, 3 * count + 1.0).reshape(count, 3).T)
+    assert labels(axes.get_yticklabels()) == KINDS and axes.get_xticklabels()[1].get_text() == "1"
+    assert frames(figure) == [(0, 0), (0, 1)] and bool(axes.texts) == (3 * count <= VALUES_UP_TO)
 
 
-def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
+def test_layers_are_ordered_and_second_stacks_and_modules_outside_stand_apart_and_wide_spans_are_logarithmic():
+    axes = draw_heatmap(plan_of(["encoder.layers.0.fc", "decoder.layers.0.fc", "project"])).axes[0]
+    assert labels(axes.get_yticklabels()) == ["encoder.layers: fc", "decoder.layers: fc", "project"]
+    assert labels(axes.get_xticklabels()) == ["0", "other"]
+    np.testing.assert_array_equal(mesh(draw_heatmap(plan_of([f"h.{n}.fc" for n in (10, 2, 0)]))).get_array(), [[3, 2, 1]])
     wide = mesh(draw_heatmap(plan_of(layers(2), lambda index: 0.0 if index == 0 else 10.0**-index)))
-    assert isinstance(wide.norm, LogNorm) and wide.norm.vmin == pytest.approx(1e-5)
-    assert float(wide.norm(0.0)) == 0
+    assert isinstance(wide.norm, LogNorm) and wide.norm.vmin == pytest.approx(1e-5) and float(wide.norm(0.0)) == 0
     narrow = mesh(draw_heatmap(plan_of(layers(2), lambda index: -1.0 + index)))
     assert not isinstance(narrow.norm, LogNorm) and narrow.norm.vmin == -1
-
-
-def test_layers_are_ordered_and_second_stacks_and_modules_outside_stand_apart():
-    names = ["encoder.layers.0.fc", "decoder.layers.0.fc", "project"]
-    figure = draw_heatmap(plan_of(names))
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.layers: fc", "decoder.layers: fc", "project"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "other"]
-    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
-    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
 
 
 @pytest.mark.parametrize(
@@ -90,30 +83,21 @@ def test_the_picture_is_legible_and_leaves_no_global_state(count, score):
 # ---- tables
 
 
-@pytest.fixture
-def plan(make_model, plan_for) -> AdapterPlan:
-    return plan_for(make_model("qwen2"))
-
-
-def test_tables_list_all_modules_by_score_and_ranks_that_differ(plan):
+def test_tables_list_all_modules_by_score_and_ranks_that_differ_or_the_full_ones_and_the_next_few(make_model, plan_for):
+    plan = plan_for(make_model("qwen2"))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(plan_table(plan))
     text = console.export_text()
     names = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
     for table in (text, plan_markdown(plan)):
         places = [table.index(f"{name} " if table is text else name) for name in names]
-        assert places == sorted(places)
-        assert "3 fully trained, 11 with LoRA of rank 4" in table
+        assert places == sorted(places) and "3 fully trained, 11 with LoRA of rank 4" in table
     assert f"| **{names[0]}** |" in plan_markdown(plan)
+    full = set(plan.full_modules)
+    others = [name for name in names if name not in full][:2]
+    assert list(plan_table(plan, 2).columns[0].cells) == [name for name in names if name in full or name in others]
     first, *others = plan.candidates
     plan = dataclasses.replace(plan, candidates=(dataclasses.replace(first, mode="lora", rank=1), *others))
     assert "LoRA of ranks 1 to 4" in plan_title(plan) and "| lora, rank 1 |" in plan_markdown(plan)
-
-
-def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
-    by_score = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
-    (names, *_), full = plan_table(plan, 2).columns, set(plan.full_modules)
-    others = [name for name in by_score if name not in full][:2]
-    assert list(names.cells) == [name for name in by_score if name in full or name in others]
     everything = plan_of([f"h.{layer}.fc" for layer in range(42)], full=42)
     assert plan_table(everything, 10).row_count == 30 and plan_table(everything).row_count == 42

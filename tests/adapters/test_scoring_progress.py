@@ -105,7 +105,7 @@ def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model,
     assert seen[0] == 4
 
 
-def test_what_was_made_is_made_once(tmp_path):
+def test_what_was_made_is_made_once_and_what_another_setting_or_format_found_is_refused(tmp_path):
     made = []
 
     def make(missing):
@@ -114,31 +114,26 @@ def test_what_was_made_is_made_once(tmp_path):
 
     kept = ScoringProgress(tmp_path / "a")
     first = kept.recall(["one", "two"], make)
-    kept.require({"model.seed": 0})
-    again = ScoringProgress(tmp_path / "b", tmp_path / "a").recall(["two", "three"], make)
+    kept.require({"adapter.rank": 8, "modules": ["q", "k"]})
+    resumed = ScoringProgress(tmp_path / "b", tmp_path / "a")
+    again = resumed.recall(["two", "three"], make)
     assert made == ["one", "two", "three"] and list(again) == ["two", "three"]
     assert torch.equal(first["two"]["tokens"], again["two"]["tokens"]) and again["two"]["text"] == "two"
     assert is_scoring(tmp_path / "b") and not is_scoring(tmp_path)
-
-
-def test_what_another_setting_or_format_found_is_refused(tmp_path):
-    ScoringProgress(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
-    kept = ScoringProgress(tmp_path / "b", tmp_path / "a")
-    kept.require({"adapter.rank": 8})
+    resumed.require({"adapter.rank": 8})
     with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now; give the same, or start"):
-        kept.require({"adapter.rank": 4})
+        resumed.require({"adapter.rank": 4})
     (tmp_path / "a" / "settings.json").write_text('{"adapter.rank": 8}')
     with pytest.raises(CheckpointError, match="a has format None, and this version reads 1; go on with the version that"):
         ScoringProgress(tmp_path / "c", tmp_path / "a")
     assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("name", ["scores.json", "settings.json", "gradients.pt"])
-def test_a_damaged_file_is_named(tmp_path, name):
-    ScoringProgress(tmp_path / "a").require({"adapter.rank": 8})
-    (tmp_path / "a" / name).write_text("{")
-    with pytest.raises(CheckpointError, match=rf"a.{name} cannot be read|b.{name} cannot be read"):
-        ScoringProgress(tmp_path / "b", tmp_path / "a").sums()
+    for name in ("scores.json", "settings.json", "gradients.pt"):
+        (tmp_path / "b" / name).write_text("{")
+        with pytest.raises(CheckpointError, match=rf"(b|{name}).{name} cannot be read"):
+            ScoringProgress(tmp_path / name, tmp_path / "b").sums()
+        (tmp_path / "b" / name).unlink()
+        if name == "settings.json":
+            (tmp_path / "b" / name).write_text('{"format": 1}')
 
 
 def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path, monkeypatch):

@@ -52,32 +52,26 @@ def test_adams_step_is_told_from_sketches_of_the_gradient():
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
 
 
-def test_linear_in_the_gradient():
-    form = SketchForm("layer", (ROWS, COLUMNS), torch.device("cpu"), 6, 3)
-    a, b = decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)
-    for together, part_a, part_b in zip(form.compress(a + b), form.compress(a), form.compress(b), strict=True):
-        torch.testing.assert_close(together, part_a + part_b, rtol=1e-4, atol=1e-4)
-
-
-def test_size_and_seed_and_what_is_kept_exactly():
+def test_what_is_kept_of_a_gradient_and_what_cannot_be():
     weight = torch.empty(ROWS, COLUMNS)
     mode = SketchedGradients(seed=1)
     first, again = (mode.form("a", weight, 4).compress(decaying_matrix(1.0)) for _ in range(2))
     other = mode.form("b", weight, 4).compress(decaying_matrix(1.0))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
+    form, parts = mode.form("a", weight, 4), [decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)]
+    for whole, a, b in zip(form.compress(sum(parts)), *map(form.compress, parts), strict=True):  # linear in the gradient
+        torch.testing.assert_close(whole, a + b, rtol=1e-4, atol=1e-4)
     assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
     kept = sum(tensor.numel() for tensor in SketchedGradients().form("a", torch.empty(2048, 2048), 16).zeros())
     assert kept < 0.07 * 2048**2
     assert isinstance(SketchedGradients().form("a", torch.empty(32, 32), 8), ExactForm)
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
     assert estimate.energy() == 0 and estimate.tail_energy(2) == 0
-
-
-def test_errors():
-    with pytest.raises(ConfigError, match="size=0"):
-        SketchedGradients(size=0)
-    with pytest.raises(ConfigError, match="not above the LoRA rank 8"):
-        SketchedGradients(size=8).form("a", torch.empty(ROWS, COLUMNS), 8)
-    with pytest.raises(ConfigError, match="needs whole gradients"):
-        sketch(decaying_matrix(1.0), 6).matrix()
+    for make, message in (
+        (lambda: SketchedGradients(size=0), "size=0"),
+        (lambda: SketchedGradients(size=8).form("a", weight, 8), "not above the LoRA rank 8"),
+        (estimate.matrix, "needs whole gradients"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()

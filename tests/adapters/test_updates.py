@@ -40,6 +40,16 @@ class Losses:
             yield self.model(tokens, labels=tokens).loss
 
 
+class Both(Scorer):
+    """Needs gradients as well."""
+
+    needs_update = True
+    steps = 6
+
+    def score(self, statistics, rank):
+        return float((statistics.gradient.matrix() * statistics.update.matrix()).sum())
+
+
 def scored(model, losses, scorer=None, steps=None, process=None):
     scorer = scorer or UpdateTail(tail_rank=1)
     return Scoring(model, find_candidates(model), losses, scorer, RANK, steps=steps or steps_of(5000)).run(process)
@@ -138,23 +148,12 @@ def test_the_score_is_the_tail_of_the_update_and_nothing_is_changed(make_model, 
         for name, update in updates.items():
             tail = float(torch.linalg.svdvals(update.double())[3:].square().sum())
             assert scores[name] == pytest.approx(tail / (update.numel() if per_parameter else 1), rel=1e-6)
+    scores = scored(model, Losses(model, batches), Both(), steps_of(20_000))
+    assert max(scores.values()) < 0, "steps go against the gradient"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and torch.equal(torch.get_rng_state(), random)
     for parameter, (flag, gradient) in zip(model.parameters(), flags, strict=True):
         assert parameter.requires_grad == flag and parameter.grad is gradient
-
-
-def test_a_scorer_may_need_gradients_as_well(make_model, batches):
-    class Both(Scorer):
-        needs_update = True
-        steps = 6
-
-        def score(self, statistics, rank):
-            return float((statistics.gradient.matrix() * statistics.update.matrix()).sum())
-
-    model = make_model("llama")
-    scores = scored(model, Losses(model, batches), Both(), steps_of(20_000))
-    assert max(scores.values()) < 0, "steps go against the gradient"
 
 
 def test_stopped_scoring_goes_on_with_the_turns_that_are_left(make_model, batches, tmp_path):
@@ -195,19 +194,18 @@ def test_a_module_that_no_loss_uses_scores_nothing():
 def test_what_cannot_be_scored_says_why(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
-    for name, value in (("steps", 0), ("tail_rank", -1)):
-        with pytest.raises(ConfigError, match=f"{name}={value}"):
-            UpdateTail(**{name: value})
-    with pytest.raises(ConfigError, match="UpdateTail needs steps, the optimizer"):
-        Scoring(model, candidates, Losses(model, batches), UpdateTail(), RANK)
-    still = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=0.0))
-    with pytest.raises(CalibrationError, match=r"would move none of 14 candidate modules.*positive model\.lr_full"):
-        scored(model, Losses(model, batches), steps=still)
-    wild = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=float("inf")))
-    with pytest.raises(CalibrationError, match=r"the update of model\.layers\.0.* is not finite"):
-        scored(model, Losses(model, batches), steps=wild)
-    with pytest.raises(CalibrationError, match="can be iterated over only once"):
-        scored(model, iter(Losses(model, batches)))
+    losses, sgd = Losses(model, batches), torch.optim.SGD
+    still, wild = (steps_of(make=lambda stand_ins, lr=lr: sgd(stand_ins, lr=lr)) for lr in (0.0, float("inf")))
+    for call, error, message in (
+        (lambda: UpdateTail(steps=0), ConfigError, "steps=0"),
+        (lambda: UpdateTail(tail_rank=-1), ConfigError, "tail_rank=-1"),
+        (lambda: Scoring(model, candidates, losses, UpdateTail(), RANK), ConfigError, "UpdateTail needs steps, the optimizer"),
+        (lambda: scored(model, losses, steps=still), CalibrationError, r"move none of 14 candidate.*positive model\.lr_full"),
+        (lambda: scored(model, losses, steps=wild), CalibrationError, r"the update of model\.layers\.0.* is not finite"),
+        (lambda: scored(model, iter(losses)), CalibrationError, "can be iterated over only once"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="score the model before it is quantized"):
         list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProcess()))

@@ -66,9 +66,6 @@ def test_impossible_values_are_refused_at_once(arguments, named):
     with pytest.raises(ConfigError, match=named) as error:
         ArithmeticSource(**arguments)
     assert "\n" not in str(error.value)
-
-
-def test_more_problems_than_there_are_is_refused_with_their_number():
     available = sum(ArithmeticSource().split_of(a, b) == "validation" for a in range(10, 20) for b in range(10, 20))
     with pytest.raises(ConfigError, match=f"validation_size=200, .* give {available} validation problems"):
         ArithmeticSource(high=19).load()

@@ -14,6 +14,10 @@ def test_plain_keeps_the_row_and_may_begin_with_examples():
     plain = PlainFormat("Q: {question} ({n})\nA:", "Solve.", [{**shot, "n": 1} for shot in SHOTS], separator="\n--\n")
     want = "Solve.\n--\nQ: 1+1 (1)\nA: 2\n--\nQ: 2+2 (1)\nA: 4\n--\nQ: How many {birds}? (3)\nA:"
     assert plain.format(ROW).text == want
+    with pytest.raises(ConfigError, match=r"uses \{level\}, which zoo.jsonl, row 7 does not have; it has hint, n, question"):
+        PlainFormat("{question} {level}").format(ROW)
+    with pytest.raises(DataError, match=r"zoo\.jsonl, row 7: column 'hint', which template uses, is missing"):
+        PlainFormat("{question} {hint}").format(Row("q", "1", 7, "zoo.jsonl", {"hint": None}))
 
 
 def test_chat_few_shot_from_a_file(tmp_path):
@@ -44,10 +48,3 @@ def test_bad_templates(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         PlainFormat(**arguments)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_and_missing_columns_of_a_row():
-    with pytest.raises(ConfigError, match=r"uses \{level\}, which zoo.jsonl, row 7 does not have; it has hint, n, question"):
-        PlainFormat("{question} {level}").format(ROW)
-    with pytest.raises(DataError, match=r"zoo\.jsonl, row 7: column 'hint', which template uses, is missing"):
-        PlainFormat("{question} {hint}").format(Row("q", "1", 7, "zoo.jsonl", {"hint": None}))

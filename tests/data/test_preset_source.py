@@ -6,9 +6,20 @@ import pytest
 from preset_rows import ANSWERS, DAPO, DAPO_PROBLEM, REWARDS, ROWS
 from public_data import public_data
 
-from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
-from hybrid_lightning.data.presets import preset_source
-from hybrid_lightning.data.presets.preset_source import last_boxed
+from hybrid_lightning.data import (
+    AIME24,
+    AIME25,
+    AMC23,
+    GSM8K,
+    MATH,
+    MATH500,
+    DAPOMath17k,
+    HubSource,
+    LeetCode,
+    MMLUPro,
+    preset_source,
+)
+from hybrid_lightning.data.preset_source import last_boxed
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt
@@ -85,8 +96,8 @@ def test_a_clone_of_the_repository(tmp_path):
 @pytest.mark.parametrize("whole", ["", "data/"])
 def test_subsets_in_a_clone_do_not_repeat_the_whole(tmp_path, whole):
     rows = [{"problem": f"p{n}", "solution": rf"\boxed{{{n}}}"} for n in range(4)]
-    write(tmp_path, f"{whole}train.jsonl", *rows)
-    write(tmp_path, "algebra/train.jsonl", *rows[:2])
+    for name, some in ((f"{whole}train.jsonl", rows), ("algebra/train.jsonl", rows[:2])):
+        write(tmp_path, name, *some)
     assert len(MATH(local_path=str(tmp_path), test_split=None).load().train) == 4
 
 
@@ -169,19 +180,11 @@ def test_what_cannot_be_found(arguments, error, message, tmp_path, monkeypatch):
         GSM8K(**arguments).load()
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"\boxed{1} and \boxed{2}", "2"),
-        (r"$\boxed{\left\{\frac{1}{2}\right\}}$", r"\left\{\frac{1}{2}\right\}"),
-        (r"$\boxed 7$.", "7"),
-        (r"\fbox{ 3 }", "3"),
-        (r"\boxed{1} \boxed{2", "1"),
-        ("none", None),
-    ],
-)
-def test_the_last_box(text, answer):
-    assert last_boxed(text) == answer
+def test_the_last_box():
+    nested = r"\left\{\frac{1}{2}\right\}"
+    boxes = {r"\boxed{1} and \boxed{2}": "2", rf"$\boxed{{{nested}}}$": nested, r"$\boxed 7$.": "7", r"\fbox{ 3 }": "3"}
+    for text, answer in {**boxes, r"\boxed{1} \boxed{2": "1", "none": None}.items():
+        assert last_boxed(text) == answer
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ def test_fractions_split_from_train(tmp_path):
     other = jsonl(tmp_path, numbered(3, start=50), "test.jsonl")
     splits = FileSource(path, test=other, validation_fraction=0.1).load()
     assert [len(part) for part in vars(splits).values()] == [18, 2, 3]
+    with pytest.raises(ConfigError, match=r"test_fraction=0\.2, but a test split is given"):
+        FileSource(path, test=other, test_fraction=0.2).load()
+    with pytest.raises(ConfigError, match="needs training rows"):
+        FileSource(test=path, validation_fraction=0.2).load()
 
 
 def test_template_pattern_and_max_rows(tmp_path):
@@ -89,14 +93,6 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_fraction_and_file_for_one_split_contradict(tmp_path):
-    path = jsonl(tmp_path, numbered(5))
-    with pytest.raises(ConfigError, match=r"test_fraction=0\.2, but a test split is given"):
-        FileSource(path, test=path, test_fraction=0.2).load()
-    with pytest.raises(ConfigError, match="needs training rows"):
-        FileSource(test=path, validation_fraction=0.2).load()
-
-
 def test_gsm8k_and_mawps():
     rows = FileSource(public_data("mawps/singleop.jsonl"), question_column="input", answer_column="target").load().train
     assert len(rows) == 562 and rows[0].answer == "14" and all(row.question and row.answer for row in rows)
@@ -115,7 +111,7 @@ def data_set(tmp_path, monkeypatch):
     data.mkdir()
     for split, numbers in (("train", range(8)), ("test", range(100, 103))):
         rows = [{"question": f"what is {n}?", "answer": f"It is <<{n}>>.\n#### {n}"} for n in numbers]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        jsonl(data, rows, f"{split}.jsonl")
     return str(data)
 
 
@@ -136,17 +132,11 @@ def test_splits_and_slices_of_a_data_set(data_set):
         ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test; correct test_split"),
         ({"name": "main"}, "has no configuration name='main'; give one of default"),
         ({"question_column": "q"}, "has no column 'q'"),
+        ({"path": "./nobody"}, r"path='\./nobody' does not exist \(looked for /.*/nobody\); correct it"),
+        ({"train_split": None}, "at least one of train_split"),
     ],
 )
 def test_errors_of_the_hub_are_one_line(data_set, arguments, message):
-    with pytest.raises(DataError, match=message) as caught:
-        HubSource(data_set, **arguments).load()
+    with pytest.raises((DataError, ConfigError), match=message) as caught:
+        HubSource(**{"path": data_set, **arguments}).load()
     assert "\n" not in str(caught.value)
-
-
-def test_no_hub_id_and_no_split_at_all_are_refused(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=rf"path='\./nobody' does not exist \(looked for {tmp_path}/nobody\); correct it"):
-        HubSource("./nobody").load()
-    with pytest.raises(ConfigError, match="at least one of train_split"):
-        HubSource("x/y", train_split=None)

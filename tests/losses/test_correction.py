@@ -37,22 +37,12 @@ def test_weights_equal_a_scalar_loop(cls, bounds):
     assert 0 < sum(value in (0.0, *bounds.values()) for value in found) < len(found), "some are bounded, and some are not"
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_padding_is_not_looked_at_and_agreement_is_a_weight_of_one(cls):
-    inputs = make_inputs(b=6)
-    mask = inputs.sampled_mask.clone()
-    mask[0] = False
-    dirty = torch.where(mask, inputs.logprobs.detach(), math.nan)
-    weights = cls()(dirty, torch.where(mask, dirty, -math.inf), mask)
-    assert (weights == 1).all()
-
-
 @pytest.mark.parametrize("cls", [losses.TokenTruncation, losses.SequenceMask])
-def test_ratios_that_overflow_are_bounded_too(cls):
-    logprobs, sampled = torch.zeros(1, 1), torch.tensor([[-1000.0]])
-    above = 2.0 if cls is losses.TokenTruncation else 0.0
-    assert cls()(logprobs, sampled, torch.ones(1, 1, dtype=torch.bool)).item() == above
-    assert cls()(sampled, logprobs, torch.ones(1, 1, dtype=torch.bool)).item() == 0
+def test_ratios_that_overflow_are_bounded_too_and_padding_is_not_looked_at(cls):
+    mask, above = torch.tensor([[True, False]]), 2.0 if cls is losses.TokenTruncation else 0.0
+    logprobs, sampled = torch.tensor([[0.0, math.nan]]), torch.tensor([[-1000.0, -math.inf]])
+    for one, other, weight in ((logprobs, sampled, above), (sampled, logprobs, 0.0), (logprobs, logprobs, 1.0)):
+        assert F.per_token(cls()(one, other, mask), mask)[mask].item() == weight
 
 
 @pytest.mark.parametrize(("cls", "options"), [(losses.TokenMask, {"cap": math.nan}), (losses.SequenceMask, {"floor": 1.0})])

@@ -5,8 +5,6 @@ import torch
 
 from hybrid_lightning.losses import functional as F
 
-MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
-
 
 def test_k3_is_accurate_where_the_policies_hardly_differ_and_absurd_ratios_stay_finite():
     new = torch.full((1, 1), -2.0)
@@ -18,9 +16,3 @@ def test_k3_is_accurate_where_the_policies_hardly_differ_and_absurd_ratios_stay_
         loss = F.clipped_surrogate(ratio, advantages, 0.2, 0.2).sum() + F.k3_kl(old, new, mask).sum()
         (gradient,) = torch.autograd.grad(loss, new, retain_graph=True)
         assert torch.isfinite(loss) and torch.isfinite(gradient).all()
-
-
-def test_per_token_gives_every_token_the_value_of_its_sequence():
-    assert F.per_token(torch.tensor([1.0, 2.0, 3.0]), MASK).tolist() == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
-    values = torch.rand(3, 3)
-    assert F.per_token(values, MASK) is values

@@ -21,6 +21,10 @@ def means(*updates, sets=SETS):
     metric = ProblemMeans({"share": 4, "length": None})
     for rows in updates:
         metric.update([sets[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
+    return values_of(metric)
+
+
+def values_of(metric):
     return {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
 
 
@@ -47,6 +51,20 @@ def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
     assert list(found) == [""] and found[""]["problems"] == 4
     assert found[""]["share"] == pytest.approx(float(SHARE[1:].mean()))
     assert list(means([0, 1], sets=["a", ""])) == ["", "unnamed", "a"], "beside sets with a name they get one"
+    # On two ranks, of which none sees all problems, and both see one.
+    states = {}
+    gather = {"dist_sync_fn": lambda state, group: states[state.dtype], "distributed_available_fn": lambda: True}
+    ranks = [ProblemMeans({"share": 4, "length": None}, **gather) for _ in range(2)]
+    for rank, rows in zip(ranks, ([0, 1, 2, 1], [1, 2, 4]), strict=True):
+        rank.update([SETS[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
+        for state in (*rank.identity, *rank.rows):
+            states.setdefault(state.dtype, []).append(state)
+    for rank in ranks:
+        assert values_of(rank) == means([0, 1, 2, 4])
+    metric = ProblemMeans({"share": 4})
+    metric.update(["b", "a", "b"], torch.tensor([3, 1, 3]), {"share": torch.tensor([0.5, 1.0, 0.5])})
+    metric.compute()
+    assert metric.by_problem == {("b", 3): {"share": 0.5}, ("a", 1): {"share": 1.0}}
 
 
 def test_problems_without_a_value_are_in_no_mean():
@@ -54,7 +72,7 @@ def test_problems_without_a_value_are_in_no_mean():
     share, length = SHARE.clone(), LENGTH.clone()
     share[[1, 3]], length[3] = torch.nan, torch.nan
     metric.update(SETS, INDEX, {"share": share, "length": length})
-    found = {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
+    found = values_of(metric)
     assert (found["easy"]["share"], found["easy"]["length"], found["easy"]["problems"]) == (0.75, 20.0, 3)
     assert (found["hard"]["share"], found["hard"]["length"], found["hard"]["problems"]) == (0.0, 40.0, 1)
     low, high = confidence_interval([share[[2, 4]].double()], 4)
@@ -62,18 +80,15 @@ def test_problems_without_a_value_are_in_no_mean():
     assert (found[""]["share"], found[""]["length"], found[""]["problems"]) == (0.375, 30.0, 4)
 
 
-def test_nothing_seen_gives_nothing_also_after_a_reset():
+def test_nothing_seen_gives_nothing_also_after_a_reset_and_a_name_has_an_end():
     metric = ProblemMeans({"share": 1})
     metric.update(["ä"], INDEX[:1], {"share": SHARE[:1]})
     assert "ä" in metric.compute() and metric.state_dict() == {}
     metric.reset()
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert metric.compute() == {}
-
-
-def test_a_name_has_an_end():
     with pytest.raises(DataError, match="at most 64 bytes"):
-        ProblemMeans({"share": 1}).update(["n" * 65], INDEX[:1], {"share": SHARE[:1]})
+        metric.update(["n" * 65], INDEX[:1], {"share": SHARE[:1]})
 
 
 # ---- intervals
@@ -94,20 +109,15 @@ def test_with_one_completion_a_problem_it_is_wilsons(successes, trials):
     assert confidence_interval([values], 1) == pytest.approx(wilson(successes, trials), abs=1e-12)
 
 
-def test_completions_of_a_problem_are_no_problems():
+def test_completions_of_a_problem_are_no_problems_and_a_mean_of_all_or_none_is_an_end():
     """Eight completions that all agree are worth one; eight that are drawn alike everywhere at most eight."""
     agreeing = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
     assert confidence_interval([agreeing], 8) == confidence_interval([agreeing], 1)
-    alike = torch.full((4,), 0.5, dtype=torch.float64)
-    assert confidence_interval([alike], 8) == pytest.approx(wilson(16, 32))
+    assert confidence_interval([torch.full((4,), 0.5, dtype=torch.float64)], 8) == pytest.approx(wilson(16, 32))
     assert confidence_interval([torch.ones(4)], 8) == pytest.approx(wilson(4, 4)), "all solved may be luck"
-
-
-@pytest.mark.parametrize("problems", [1, 30])
-def test_where_all_or_none_are_solved_the_mean_is_an_end(problems):
-    for solved in (0.0, 1.0):
-        ends = confidence_interval([torch.full((problems,), solved, dtype=torch.float64)], 8)
-        assert ends[int(solved)] == solved and 0 < ends[1] - ends[0] < 1
+    for problems, solved in ((1, 0), (30, 0), (1, 1), (30, 1)):
+        ends = confidence_interval([torch.full((problems,), float(solved), dtype=torch.float64)], 8)
+        assert ends[solved] == solved and 0 < ends[1] - ends[0] < 1
 
 
 def test_of_several_sets_the_small_one_decides():
@@ -155,10 +165,3 @@ def test_the_sets_of_a_difference_have_the_same_weight():
     value, low, high, count = difference(before, after, paired=True)
     assert value == 0.375 and count == 10, "the mean of 0 and 0.75"
     assert (high - low) / 2 == pytest.approx(2.306 * sqrt(0.125 / 2 / 4), rel=1e-3), "t with 8 degrees of freedom"
-
-
-def test_the_values_of_each_problem_are_kept_once():
-    metric = ProblemMeans({"share": 4})
-    metric.update(["b", "a", "b"], torch.tensor([3, 1, 3]), {"share": torch.tensor([0.5, 1.0, 0.5])})
-    metric.compute()
-    assert metric.by_problem == {("b", 3): {"share": 0.5}, ("a", 1): {"share": 1.0}}

@@ -121,8 +121,5 @@ def test_what_is_removed_is_gone(tmp_path, kind, monkeypatch):
     with pytest.raises(Killed):
         remove(path)
     assert not path.exists() and read(unfinished_path(path)) == "old"
-
-
-def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError):  # an error of the disk, and not a system that cannot exchange names
         atomic._exchange(tmp_path / "a", tmp_path / "b")

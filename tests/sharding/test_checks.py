@@ -23,17 +23,17 @@ FOLDERS = partial(FSDP2Strategy, save_distributed_checkpoint=True), partial(FSDP
 PREDICTION = {"fn": "predict", "datamodule": SimpleNamespace(test_prompts=[1, 2])}
 
 
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
     ("strategy", "run"),
     [
         (partial(SingleDeviceStrategy, "cpu"), {}),
         (DDPStrategy, {"precision": "16-mixed"}),
-        (FSDP2Strategy, {"precision": "bf16-mixed", "dtype": "bfloat16"}),
-        (FSDP2Strategy, {"precision": "16-mixed", "dtype": "float16"}),
+        (FSDP2Strategy, {"precision": "bf16-mixed", "devices": 1, "checkpoint_callbacks": REMOTE, **BFLOAT16}),
         (FSDP1Strategy, {"precision": "bf16-mixed"}),
-        (FSDP1Strategy, {"precision": "bf16-true", "dtype": "bfloat16"}),
-        (FSDP2Strategy, {"devices": 1}),
-        (FSDP2Strategy, {"checkpoint_callbacks": REMOTE}),
+        (FSDP1Strategy, {"precision": "bf16-true", **BFLOAT16}),
         *((strategy, {"checkpoint_callbacks": LOCAL}) for strategy in FOLDERS),
         (FSDP2Strategy, PREDICTION),
     ],
@@ -56,11 +56,7 @@ def test_what_works_is_let_through_and_looked_at(strategy, run):
         (FSDPStrategy, {}, r"FSDPStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
         (ModelParallelStrategy, {}, r"ModelParallelStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
         (FSDP1Strategy, {"devices": 1}, r"FSDP1Strategy has nothing to split on one device.*strategy=auto"),
-        (
-            FSDP1Strategy,
-            {"precision": "bf16-mixed", "dtype": "bfloat16"},
-            r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml",
-        ),
+        (FSDP1Strategy, {"precision": "bf16-mixed", **BFLOAT16}, r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml"),
         *((strategy, {"checkpoint_callbacks": REMOTE}, "memory://run cannot take sharded checkpoints") for strategy in FOLDERS),
         (FSDP2Strategy, {**PREDICTION, "devices": 3}, r"2 prompts cannot be predicted on 3 devices.*fewer devices"),
         (partial(FSDP1Strategy, state_dict_type="split"), {}, "state_dict_type must be full or sharded, got 'split'"),

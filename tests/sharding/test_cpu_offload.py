@@ -106,32 +106,25 @@ def on(kind, strategy, backend=None):
     return made
 
 
-def test_collectives_are_there_for_the_host_and_the_device():
-    assert on("cuda", FSDP2Strategy)._get_process_group_backend() == "cpu:gloo,cuda:nccl"
-    assert on("cuda", FSDP2Strategy, "cuda:nccl,cpu:mpi")._get_process_group_backend() == "cuda:nccl,cpu:mpi"
+def test_collectives_are_there_for_the_host_and_the_device_and_the_group_is_bound_to_none(monkeypatch):
+    backends = {None: "cpu:gloo,cuda:nccl", "cuda:nccl,cpu:mpi": "cuda:nccl,cpu:mpi"}
+    assert {name: on("cuda", FSDP2Strategy, name)._get_process_group_backend() for name in backends} == backends
     assert on("cpu", FSDP2Strategy)._get_process_group_backend() == "gloo"
-    assert FSDP2Strategy.offloads.fget(on("cuda", FSDP2Strategy)) and not on("cpu", FSDP2Strategy).offloads
-    # FSDP1 gathers on the device alone.
-    assert on("cuda", FSDP1Strategy)._get_process_group_backend() == "nccl"
-    assert on("cuda", FSDP1Strategy).offloads and not on("cpu", FSDP1Strategy).offloads
-    # Those for the device alone are refused.
+    assert on("cuda", FSDP1Strategy)._get_process_group_backend() == "nccl", "FSDP1 gathers on the device alone"
+    for strategy in (FSDP1Strategy, FSDP2Strategy):
+        assert on("cuda", strategy).offloads and not on("cpu", strategy).offloads
     with pytest.raises(ConfigError, match=r"process_group_backend=nccl does not work with cpu_offload.*give cpu:gloo,cuda:nccl"):
         on("cuda", FSDP2Strategy, "nccl")._get_process_group_backend()
-
-
-def test_the_group_is_bound_to_no_device(monkeypatch):
     group = SimpleNamespace(bound_device_id=torch.device("cuda", 0))
     monkeypatch.setattr(ModelParallelStrategy, "_setup_distributed", lambda strategy: None)
     monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=group))
-    on("cpu", FSDP2Strategy)._setup_distributed()
-    assert group.bound_device_id is not None
-    on("cuda", FSDP2Strategy)._setup_distributed()
-    assert group.bound_device_id is None
+    for kind, bound in (("cpu", torch.device("cuda", 0)), ("cuda", None)):
+        on(kind, FSDP2Strategy)._setup_distributed()
+        assert group.bound_device_id == bound
 
 
 def test_only_what_is_not_split_moves_to_the_device():
     strategy = on("meta", FSDP2Strategy)
     strategy.model = nn.ModuleDict({"linear": nn.Linear(2, 2), "metric": MeanMetric()})
     strategy.model_to_device()
-    assert strategy.model["linear"].weight.device.type == "cpu"
-    assert strategy.model["metric"].device.type == "meta"
+    assert strategy.model["linear"].weight.device.type == "cpu" and strategy.model["metric"].device.type == "meta"

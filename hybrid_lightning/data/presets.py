@@ -1,7 +1,22 @@
-"""Data sets of mathematics problems, for the reward `MathMatch`, and of programming problems and knowledge questions.
+"""Data sets by name: where they are on the hub, and which of their columns hold question and answer.
+
+| class | hub id | training | validation | test |
+|---|---|---|---|---|
+| `GSM8K` | openai/gsm8k, main | train, 7,473 rows | | test, 1,319 |
+| `MATH` | DigitalLearningGmbH/MATH-lighteval | train, 7,500 | | test, 5,000 |
+| `MATH500` | HuggingFaceH4/MATH-500 | | | test, 500 |
+| `DAPOMath17k` | open-r1/DAPO-Math-17k-Processed | train, about 17,000 | | |
+| `AIME24` | HuggingFaceH4/aime_2024 | | | train, 30 |
+| `AIME25` | math-ai/aime25 | | | test, 30 |
+| `AMC23` | math-ai/amc23 | | | test, 40 |
+| `MMLUPro` | TIGER-Lab/MMLU-Pro | | validation, 70 | test, 12,032 |
+| `LeetCode` | newfacade/LeetCodeDataset | train, 2,641 | | test, 228 |
+
+The table gives each class's default: the data set's split that is used for each purpose, and its rows. Other splits can be
+named, and a local copy used instead of the hub (see `PresetSource`). All but the last two are of mathematics, for `MathMatch`.
 
 - GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems whose answers are whole numbers.
-- MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of mathematics competitions with answers in LaTeX. The original,
+- MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of competitions with answers in LaTeX. The original,
   hendrycks/competition_math, was taken down; this is the copy that verl trains on.
 - MATH-500: the problems of MATH's test split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate. Whoever tests on it may
   also train on the other 4,500: a `Mixture` of MATH and MATH-500 drops what they have in common from training.
@@ -21,7 +36,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from hybrid_lightning.data.choice_options import lettered_options, option_letter, options_of
 from hybrid_lightning.data.conversations import is_conversation
-from hybrid_lightning.data.presets.preset_source import PresetSource, boxed_answer, cell_text
+from hybrid_lightning.data.preset_source import PresetSource, boxed_answer, cell_text
 from hybrid_lightning.data.splitting import Row, Splits, problem_key
 from hybrid_lightning.data.tables import to_text
 from hybrid_lightning.errors import ConfigError, shorten
@@ -64,15 +79,11 @@ class MATH(PresetSource):
         return cell_text(columns, "problem", "question"), _words_as_text(answer)
 
 
-class MATH500(PresetSource):
+class MATH500(MATH):
     """MATH-500, with columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`."""
 
     hub_path: ClassVar[str] = "HuggingFaceH4/MATH-500"
     splits: ClassVar[dict[str, str]] = {"test": "test"}
-
-    def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Problem and its answer."""
-        return cell_text(columns, "problem", "question"), _words_as_text(cell_text(columns, "answer"))
 
 
 class AIMESource(PresetSource):

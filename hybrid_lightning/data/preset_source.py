@@ -24,7 +24,7 @@ class PresetSource(TableSource):
 
     Args:
         train_split: Name of the data set's split to train on; None for no training rows. Here and below "auto" is the one that
-            the data set has for this use, as listed in `data/presets/__init__.py`. It may also be any other split that it has,
+            the data set has for this use, as listed in `data/presets.py`. It may also be any other split that it has,
             such as "test", and from the hub a slice of one, such as "test[:90%]".
         validation_split: Name of the split to validate on; None for none.
         test_split: Name of the split to test on; None for none.
@@ -99,17 +99,10 @@ class PresetSource(TableSource):
 
 
 def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
-    """Read a split from a local copy of a data set: all files that have the split's name in theirs.
+    """Read a split from a local copy of a data set, a file or a folder: where its rows come from, and the rows.
 
-    Args:
-        path: A file or a folder.
-        subset: Subset of the data set; if the folder has a folder of this name, only that is read.
-        parameter: Name of the parameter that names the split, for error messages.
-        split: Name of the split.
-        alone: Whether no other split is asked for; then a single file is read whatever its name.
-
-    Returns:
-        Where the rows come from, and the rows.
+    They are in all files that have the split's name in theirs, in the folder of the `subset` where there is one. If no other
+    split is asked for (`alone`), a single file is read whatever its name. `parameter` names the split in error messages.
 
     Raises:
         ConfigError: If the split is a slice.
@@ -121,7 +114,8 @@ def read_local_split(path: str, subset: str | None, parameter: str, split: str, 
     if subset is not None and (place / subset).is_dir():
         place = place / subset
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if is_table(file) and not _hidden(file.relative_to(place)))
+        tables = sorted(file for file in place.rglob("*") if is_table(file))
+        files = [file for file in tables if not any(part.startswith(".") for part in file.relative_to(place).parts)]
     elif place.is_file():
         files = [place]
     else:
@@ -189,7 +183,3 @@ def last_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[match.end() : position].strip()
     return None
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -321,13 +321,6 @@ def test_every_class_that_is_named_exists(generate):
         assert named <= public | theirs, f"{page} names {sorted(named - public - theirs)}"
 
 
-def test_every_section_of_a_config_is_in_the_reference(generate):
-    sections = set(yaml.safe_load((ROOT / "configs" / "gspo.yaml").read_text())) - {"seed_everything"}
-    titles = set(re.findall(r"^## (\w+)$", PAGES["docs/reference/configuration.md"], re.MULTILINE))
-    assert titles >= {"model", "data", *generate.added().parts} - {"checkpoint"}, "what the command line adds"
-    assert sections - {"trainer", "checkpoint"} <= titles
-
-
 def test_the_checks_of_style_are_those_before_a_commit():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert all(repository["repo"] == "local" for repository in config["repos"]), "it needs no network"

@@ -100,9 +100,9 @@ def simulated(tmp_path_factory):
     """Exit code and folder by system."""
     for name in fork_server.IMPORTED:
         importlib.import_module(name)
-    known = list(sys.modules.items())
-    places = {name: str(getattr(module, "__file__", "")) for name, module in known if not name.startswith("hybrid_lightning")}
-    libraries = [name for name, place in places.items() if name != "__main__" and str(ROOT) not in place]
+    ours, tests = {"hybrid_lightning", "benchmarks", "__main__"}, str(ROOT / "tests")
+    places = {name: str(getattr(module, "__file__", "")) for name, module in list(sys.modules.items())}
+    libraries = [name for name, place in places.items() if name.partition(".")[0] not in ours and tests not in place]
     folder = tmp_path_factory.mktemp("systems")
     environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 300, "check": True}

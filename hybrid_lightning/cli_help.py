@@ -152,15 +152,15 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
 def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
     key, _, name = asked.replace(".init_args.", ".").partition("=")
     found = {section.key: section for section in sections(parser, config)}
-    options = {action.dest: action for section in found.values() for action in section.options()}
-    classes = {dest: classes for dest, action in options.items() if (classes := known_classes(type_of(action)))}
-    classes |= {key: known_classes(base) for key, base in parser.parts.items() if found[key].part is not base}
-    if key not in found and key not in classes:
-        near = suggestion(key, [*found, *classes], "--{}.help") or f"; {parser.command} --help shows all that is there"
+    kinds = {action.dest: type_of(action) for section in found.values() for action in section.options()}
+    kinds |= {key: base for key, base in parser.parts.items() if found[key].part is not base}
+    section, known = found.get(key), known_classes(kinds.get(key))
+    if section is None and not known:
+        others = [*found, *(name for name, kind in kinds.items() if known_classes(kind))]
+        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help shows all that is there"
         raise ConfigError(f"--{key}.help: there is no class {key}{near}")
-    section, known = found.get(key), classes.get(key, {})
     if name:
-        named = _named(key, name, known, type_of(options.get(key)))
+        named = _named(key, name, known, kinds.get(key))
         section = section if section is not None and section.part is named.part else named
     shown = _new_parser(parser, config if section is found.get(key) else {})
     if section is not None:
@@ -183,7 +183,8 @@ def _named(key: str, name: str, known: Mapping[str, type], kind: Any) -> Section
 
 
 def _in_a_config(section: Section, required: list[str]) -> list[str]:
-    spec: dict[str, Any] = {"class_path": _path(section.part)}
+    part = section.part
+    spec: dict[str, Any] = {"class_path": part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"}
     if required:
         spec["init_args"] = dict.fromkeys(required, "...")
     for name in reversed(section.key.split(".")):
@@ -292,10 +293,6 @@ def _is_of_a_library(part: type) -> bool:
     """Whether the constructor of a class is a library's, like that of our Trainer, which is Lightning's."""
     maker = next(base for base in part.__mro__ if "__init__" in vars(base))
     return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
-
-
-def _path(part: type) -> str:
-    return part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"
 
 
 def _imported(path: str) -> Any:

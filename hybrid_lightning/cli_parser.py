@@ -223,16 +223,12 @@ class Parser(LightningArgumentParser):
         """A hint at the option that was meant, which is spelled or ends similarly."""
         if theirs := _of_trl(name.rpartition(".")[2]):
             return theirs
-        ends = {end: full for full in reversed(self._names()) for end in _ends(full)}
-        near = get_close_matches(name, ends, n=1, cutoff=0.75)
-        return f"; did you mean --{ends[near[0]]}?" if near else f"; {self.command} --help lists all options"
-
-
-def _ends(name: str) -> Iterator[str]:
-    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
+        names = self._names()
+        near = [full for full in names if full.endswith(f".{name}")]
+        if not near:
+            ends = {full if "." in name else full.rpartition(".")[2]: full for full in reversed(names)}
+            near = [ends[end] for end in get_close_matches(name, ends, n=1, cutoff=0.75)]
+        return f"; did you mean --{near[0]}?" if near else f"; {self.command} --help lists all options"
 
 
 def _of_trl(name: str) -> str:

@@ -105,14 +105,11 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        arguments = arguments if isinstance(arguments, list) else None
-        check_whole_configs(arguments or [])
-        first = arguments[0] if arguments else None
-        # Building the options of a command takes long, so only those of the given command are built. It is nearly always the
-        # first argument; after an option such as --config it may be any of the following ones.
-        behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
-        anywhere = behind or arguments is None
-        self._made = {name for name in self.subcommands() if anywhere or name == first}
+        # Building the options of a command takes long, so only those of a command that is given are built.
+        self._made = set(self.subcommands())
+        if isinstance(arguments, list):
+            check_whole_configs(arguments)
+            self._made &= set(arguments)
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -188,8 +185,7 @@ class HybridLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Answer --help after all other arguments, because these decide which classes the help is about."""
         given = sys.argv[1:] if args is None else args
-        command = isinstance(given, list) and any(name in given for name in self.subcommands())
-        asked = help_asked_last(given) if command else given
+        asked = help_asked_last(given) if isinstance(given, list) and self._made else given
         if asked == given:
             super().parse_arguments(parser, args)
         else:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Self, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from docstring_parser import parse
@@ -80,12 +80,7 @@ class Section:
     key: str  # such as model.loss
     part: type
     values: Mapping[str, Any]  # argument -> value in the config
-    positional: int = 0  # number of arguments that do not come from the config
-
-    @classmethod
-    def of(cls, key: str, part: type, values: Any, kind: Any = None) -> Self:
-        """A section for an option. Its type may be such as `Callable[[Iterable], Optimizer]`, which is called with parameters."""
-        return cls(key, part, values or {}, len(get_args(kind)[0]) if get_origin(kind) is Callable else 0)
+    kind: Any = None  # type of the option that it is given for
 
     def options(self) -> list[argparse.Action]:
         """One option for each argument of the class, by its whole name."""
@@ -96,7 +91,8 @@ class Section:
         group = parser.add_argument_group(title, description)
         if base is not None:
             group.add_argument(f"--{self.key}", type=base, help="Its class.")
-        skip: set[str | int] = {self.positional} if self.positional else set()
+        called_with = get_args(self.kind)[0] if get_origin(self.kind) is Callable else ()  # such as parameters for an optimizer
+        skip: set[str | int] = {len(called_with)} if called_with else set()
         names = group.add_class_arguments(self.part, self.key, as_group=False, fail_untyped=False, skip=skip)
         actions = [action for action in parser._actions if action.dest in names]
         for action in actions:
@@ -109,22 +105,21 @@ def sections(parser: Parser, config: Mapping[str, Any]) -> list[Section]:
     found: list[Section] = []
     for key in sorted(parser.parts, key=lambda key: key == "trainer"):
         value = config.get(key)
-        found += _with_inner(key, value, None) if _is_spec(value) else _and_inner(Section.of(key, parser.parts[key], value))
+        found += _of_spec(key, value) if _is_spec(value) else _and_inner(Section(key, parser.parts[key], value or {}))
     return found
 
 
-def _with_inner(key: str, spec: Any, kind: Any) -> Iterator[Section]:
+def _of_spec(key: str, spec: Any, kind: Any = None) -> Iterator[Section]:
     part = _imported(spec["class_path"])
     if isinstance(part, type):
-        yield from _and_inner(Section.of(key, part, spec.get("init_args"), kind))
+        yield from _and_inner(Section(key, part, spec.get("init_args") or {}, kind))
 
 
 def _and_inner(section: Section) -> Iterator[Section]:
     yield section
     for action in section.options():
-        value = section.values.get(action.dest.rpartition(".")[2])
-        for key, spec in _specs(action.dest, value):
-            yield from _with_inner(key, spec, type_of(action))
+        for key, spec in _specs(action.dest, section.values.get(action.dest.rpartition(".")[2])):
+            yield from _of_spec(key, spec, type_of(action))
 
 
 def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -157,15 +152,15 @@ def _overview(parser: Parser, config: Mapping[str, Any]) -> str:
 def _help_on(parser: Parser, config: Mapping[str, Any], asked: str) -> str:
     key, _, name = asked.replace(".init_args.", ".").partition("=")
     found = {section.key: section for section in sections(parser, config)}
-    options = {action.dest: action for section in found.values() for action in section.options()}
-    classes = {dest: classes for dest, action in options.items() if (classes := known_classes(type_of(action)))}
-    classes |= {key: known_classes(base) for key, base in parser.parts.items() if found[key].part is not base}
-    if key not in found and key not in classes:
-        near = suggestion(key, [*found, *classes], "--{}.help") or f"; {parser.command} --help shows all that is there"
+    kinds = {action.dest: type_of(action) for section in found.values() for action in section.options()}
+    kinds |= {key: base for key, base in parser.parts.items() if found[key].part is not base}
+    section, known = found.get(key), known_classes(kinds.get(key))
+    if section is None and not known:
+        others = [*found, *(name for name, kind in kinds.items() if known_classes(kind))]
+        near = suggestion(key, others, "--{}.help") or f"; {parser.command} --help shows all that is there"
         raise ConfigError(f"--{key}.help: there is no class {key}{near}")
-    section, known = found.get(key), classes.get(key, {})
     if name:
-        named = _named(key, name, known, type_of(options.get(key)))
+        named = _named(key, name, known, kinds.get(key))
         section = section if section is not None and section.part is named.part else named
     shown = _new_parser(parser, config if section is found.get(key) else {})
     if section is not None:
@@ -184,11 +179,12 @@ def _named(key: str, name: str, known: Mapping[str, type], kind: Any) -> Section
     if not isinstance(part, type):
         near = suggestion(name, known, f"--{key}.help={{}}") or f"; give one of {', '.join(known)}, or module.Class"
         raise ConfigError(f"--{key}.help={name}: unknown class {name}{near}")
-    return Section.of(key, part, {}, kind)
+    return Section(key, part, {}, kind)
 
 
 def _in_a_config(section: Section, required: list[str]) -> list[str]:
-    spec: dict[str, Any] = {"class_path": _path(section.part)}
+    part = section.part
+    spec: dict[str, Any] = {"class_path": part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"}
     if required:
         spec["init_args"] = dict.fromkeys(required, "...")
     for name in reversed(section.key.split(".")):
@@ -297,10 +293,6 @@ def _is_of_a_library(part: type) -> bool:
     """Whether the constructor of a class is a library's, like that of our Trainer, which is Lightning's."""
     maker = next(base for base in part.__mro__ if "__init__" in vars(base))
     return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
-
-
-def _path(part: type) -> str:
-    return part.__name__ if is_ours(part) else f"{part.__module__}.{part.__qualname__}"
 
 
 def _imported(path: str) -> Any:

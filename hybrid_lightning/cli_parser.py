@@ -29,8 +29,7 @@ _REWRITES = (
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
     (
         r'expected "subcommand" to be one of .*',
-        "no command is given; there are fit, validate, test, predict, score, export, plan, doctor and compare, as in python -m "
-        "hybrid_lightning fit --config FILE; --help says what each does",
+        "no command is given, such as python -m hybrid_lightning fit --config FILE; --help lists all and says what each does",
     ),
     (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
@@ -40,7 +39,6 @@ _REWRITES = (
         r"the following arguments are required: (loss)$",
         r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
     ),
-    (r"^Unexpected config: ", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (
         r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"
         r".*Given value: (\S+)",
@@ -172,44 +170,36 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
     def _readable(self, message: str, ex: Exception | None) -> str:
-        if unknown := re.match(r"unrecognized arguments: (--)?([\w./-]+)", message):
-            if not unknown[1] and unknown[2].endswith((".yaml", ".yml", ".json")):
-                return f"{message}; a config is given as --config {unknown[2]}"
-            near = self._near(unknown[2], "--{}") if unknown[1] else ""
-            return message + (near or f"; {self.command} --help lists all options")
+        if unknown := re.match(r"unrecognized arguments: (\S+\.(?:ya?ml|json))$", message):
+            return f"{message}; a config is given as --config {unknown[1]}"
+        if unknown := re.match(r"unrecognized arguments: --([\w.]+)", message):
+            return message + self._near(unknown[1])
         if unknown := re.match(r"Subcommand '(\w+)' does not accept option '(\S+)'", message):
-            command = getattr(ex, "subcommand_parser", self)
-            where = self._where(unknown[2])
-            near = command._near(unknown[2], "{}") or f"; {command.command} --help lists all options"
-            return f"{where or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
+            near = getattr(ex, "subcommand_parser", self)._near(unknown[2])
+            return f"{self._where(unknown[2]) or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
         if unknown := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
             return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
-        if unknown := re.search(r'Parser key "(\S+)":.*Expected a dot import path string: (\S+)', message, re.DOTALL):
-            known = self._classes_of(unknown[1])
-            near = suggestion(unknown[2], known) or f"; give one of {', '.join(known)}, or module.Class"
-            return f"{unknown[1]}: unknown class {unknown[2]}{near}"
         if unknown := re.search(
-            r'Parser key "(\S+)":.*Expected an instantiatable class, but \S*?(\w+) is abstract', message, re.DOTALL
+            r'Parser key "(\S+)":.*Expected (a dot import path string: |an instantiatable class, but )(\S+)', message, re.DOTALL
         ):
-            return _which(unknown[1], unknown[2], self._classes_of(unknown[1]))
+            known = known_classes(next((type_of(action) for action in self._actions if action.dest == unknown[1]), None))
+            if unknown[2].startswith("an"):
+                return _which(unknown[1], unknown[3].rpartition(".")[2], known)
+            near = suggestion(unknown[3], known) or f"; give one of {', '.join(known)}, or module.Class"
+            return f"{unknown[1]}: unknown class {unknown[3]}{near}"
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
         if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
             message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
         return message
 
-    def _classes_of(self, key: str) -> dict[str, type]:
-        return known_classes(next((type_of(action) for action in self._actions if action.dest == key), None))
-
     def _placed(self, refusal: Refusal) -> str:
         where = self._where(refusal.name)
-        key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0]
+        key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0] or "KEY"
         if inspect.isabstract(refusal.part):
-            return _which(key or "KEY", refusal.part.__name__, known_classes(refusal.part))
-        near = _of_trl(refusal.name) or suggestion(
-            refusal.name, refusal.names, f"--{key}.{{}}" if where.startswith("--") else "{}"
-        )
-        near = near or f"; --{key or 'KEY'}.help={refusal.part.__name__} lists those that it has"
+            return _which(key, refusal.part.__name__, known_classes(refusal.part))
+        near = _of_trl(refusal.name) or suggestion(refusal.name, refusal.names, f"--{key}.{{}}")
+        near = near or f"; --{key}.help={refusal.part.__name__} lists those that it has"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
     def _where(self, name: str) -> str:
@@ -220,34 +210,30 @@ class Parser(LightningArgumentParser):
             with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
                 keys = _keys(yaml.safe_load(text))
                 places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
-        known = set(self._names())
-        return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
+        if len(places) > 1:  # elsewhere the same name may be right
+            known = set(self._names())
+            places = {key: place for key, place in places.items() if _plain(key) not in known} or places
+        return next(iter(places.values()), "")
 
     def _names(self) -> list[str]:
         own = [option.removeprefix("--") for option in self._option_string_actions if not option.endswith((".help", "+"))]
         return [*own, *_of_known_classes(self.parts)]
 
-    def _near(self, name: str, shown: str) -> str:
-        """A hint at the option that was meant: one that ends with this name, is spelled similarly, or has a similar end."""
-        if theirs := _of_trl(name.rpartition(".")[2], shown):
+    def _near(self, name: str) -> str:
+        """A hint at the option that was meant, which is spelled or ends similarly."""
+        if theirs := _of_trl(name.rpartition(".")[2]):
             return theirs
         names = self._names()
-        root, dot, rest = name.partition(".")
-        same_end = [full for full in names if full.endswith(f".{name}")]
-        if same_end:
-            return f"; did you mean {shown.format(same_end[0])}?"
-        if dot and root not in self.parts and (near := get_close_matches(root, self.parts, n=1)):
-            name = f"{near[0]}.{rest}"
-        leaves = {full.rpartition(".")[2]: full for full in reversed(names)}
-        near_leaf = get_close_matches(name, leaves, n=1, cutoff=0.75)
-        if not dot and near_leaf:
-            return f"; did you mean {shown.format(leaves[near_leaf[0]])}?"
-        return suggestion(name, names, shown)
+        near = [full for full in names if full.endswith(f".{name}")]
+        if not near:
+            ends = {full if "." in name else full.rpartition(".")[2]: full for full in reversed(names)}
+            near = [ends[end] for end in get_close_matches(name, ends, n=1, cutoff=0.75)]
+        return f"; did you mean --{near[0]}?" if near else f"; {self.command} --help lists all options"
 
 
-def _of_trl(name: str, shown: str = "--{}") -> str:
+def _of_trl(name: str) -> str:
     """What TRL's name is called here, and where the others are; empty if it is none."""
-    return f"; TRL's {name} is {shown.format(TRL_NAMES[name])} here (docs/trl.md)" if name in TRL_NAMES else ""
+    return f"; TRL's {name} is --{TRL_NAMES[name]} here (docs/trl.md)" if name in TRL_NAMES else ""
 
 
 def _which(key: str, base: str, known: Iterable[str]) -> str:
@@ -257,23 +243,15 @@ def _which(key: str, base: str, known: Iterable[str]) -> str:
 def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
     """Options of our classes under each key, and options of the classes that they take as arguments."""
     for key, base in parts.items():
-        for part in known_classes(base).values():
-            if not is_ours(part):
-                continue
+        for part in filter(is_ours, known_classes(base).values()):
             parser = jsonargparse.ArgumentParser()
             parser.add_class_arguments(part, key, as_group=False, fail_untyped=False)
             for action in [action for action in parser._actions if type_of(action) is not None]:
                 yield action.dest
-                for inner in known_classes(type_of(action)).values():
-                    if is_ours(inner):
-                        yield from (f"{action.dest}.{name}" for name in _arguments_of(inner))
-
-
-def _arguments_of(kind: type) -> list[str]:
-    """Names of what a class takes, with those that it hands on by `**kwargs`."""
-    own = inspect.signature(kind).parameters.values()
-    named = [entry.name for entry in own if entry.kind is not inspect.Parameter.VAR_KEYWORD]
-    return list(dict.fromkeys([*named, *constructor_defaults(kind)]))
+                for inner in filter(is_ours, known_classes(type_of(action)).values()):
+                    own = inspect.signature(inner).parameters.values()
+                    named = [entry.name for entry in own if entry.kind is not inspect.Parameter.VAR_KEYWORD]
+                    yield from (f"{action.dest}.{name}" for name in [*named, *constructor_defaults(inner)])
 
 
 def _plain(key: str) -> str:

@@ -99,17 +99,21 @@ def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(name: str, value: Any) -> Any:
     if isinstance(value, Configurable):
-        return _describe(name, value.to_config())
-    if isinstance(value, type):
-        _check_importable(name, value.__qualname__)
-        return {"class_path": public_path(value), "init_args": {}}
-    if isinstance(value, functools.partial):
+        value = value.to_config()
+    elif isinstance(value, type):
+        value = {"class_path": public_path(value), "init_args": {}}
+    elif isinstance(value, functools.partial):
         # jsonargparse, which rebuilds a module from a checkpoint, has the class among the positional arguments.
         classes = [item for item in (value.func, *value.args) if isinstance(item, type)]
         if len(classes) == 1:
-            return {**_describe(name, classes[0]), "init_args": describe_arguments(value.keywords)}
+            value = {"class_path": public_path(classes[0]), "init_args": value.keywords}
     if isinstance(value, dict):
-        _check_importable(name, str(value.get("class_path")))
+        path = str(value.get("class_path"))
+        if "<locals>" in path:
+            raise ConfigError(
+                f"{name}: the class {path} cannot be written into a checkpoint, since it is defined within a function; define it "
+                "at the top level of a module"
+            )
         return {key: _describe(name, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_describe(name, item) for item in to_plain(value)]
@@ -119,14 +123,6 @@ def _describe(name: str, value: Any) -> Any:
         f"{name}={value!r} cannot be written into a checkpoint; give a class, functools.partial(Class, ...), a subclass of "
         "hybrid_lightning.configurable.Configurable, or plain numbers and strings"
     )
-
-
-def _check_importable(name: str, path: str) -> None:
-    if "<locals>" in path:
-        raise ConfigError(
-            f"{name}: the class {path} cannot be written into a checkpoint, since it is defined within a function; define it at "
-            "the top level of a module"
-        )
 
 
 def public_path(kind: type) -> str:

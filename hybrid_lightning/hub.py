@@ -5,7 +5,6 @@ half a minute for each file. So this file asks once whether the hub answers; if 
 """
 
 import functools
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,11 +73,6 @@ class HubRepository:
     revision_option: str  # name of the option for the revision
     cache: str  # folder of the cache
 
-    @property
-    def page(self) -> str:
-        """Its web page."""
-        return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.id}"
-
     def explain(self, error: BaseException) -> str | None:
         """What an error while reading it means; None if the error has nothing to do with the hub."""
         for cause in _chain(error):
@@ -93,14 +87,21 @@ class HubRepository:
     def _refused(self, error: HfHubHTTPError) -> str:
         status = error.response.status_code
         if isinstance(error, GatedRepoError):
-            return self.gated(nobody_logged_in=status == 401)
+            return self.gated()
         if isinstance(error, RevisionNotFoundError):
             return self.no_revision()
         if "Invalid credentials" in str(error) or "is expired" in str(error):
-            return self._token_refused()
+            return (
+                "the hub refuses the token of HF_TOKEN or 'hf auth login', which is revoked, expired or mistyped; give a new one "
+                "of https://huggingface.co/settings/tokens, or unset it ('hf auth logout'), since what is public needs none"
+            )
         if isinstance(error, RepositoryNotFoundError) or status == 401:
             return self.not_found()
         return f"the hub answers {status} for the {self.kind} {self.id!r}: {one_line(error, 200)}; try again later"
+
+    @property
+    def _page(self) -> str:
+        return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.id}"
 
     def not_found(self) -> str:
         """Message: it does not exist, or this user may not see it."""
@@ -110,26 +111,18 @@ class HubRepository:
             "'hf auth login' or HF_TOKEN"
         )
 
-    def gated(self, nobody_logged_in: bool) -> str:
-        """Message: its terms must be accepted first.
-
-        Args:
-            nobody_logged_in: True if there is no login; False if the login has no access.
-        """
-        if nobody_logged_in:
-            return (
-                f"the {self.kind} {self.id!r} is gated; accept its terms at {self.page} and log in by 'hf auth login' or HF_TOKEN"
-            )
+    def gated(self) -> str:
+        """Message: its terms must be accepted first, by who is logged in."""
         return (
-            f"the {self.kind} {self.id!r} is gated, and this login has no access to it; accept its terms at {self.page}, let a "
-            "fine-grained token read gated repositories, or log in otherwise by 'hf auth login' or HF_TOKEN"
+            f"the {self.kind} {self.id!r} is gated, and you have no access to it; accept its terms at {self._page} and log in by "
+            "'hf auth login' or HF_TOKEN; a fine-grained token must be allowed to read gated repositories"
         )
 
     def no_revision(self) -> str:
         """Message: it has no such revision."""
         return (
             f"the {self.kind} {self.id!r} has no revision {self.revision!r}; give {self.revision_option} a branch, tag or commit "
-            f"of {self.page}/commits/main, or leave it out for the newest"
+            f"of {self._page}/commits/main, or leave it out for the newest"
         )
 
     def not_in_cache(self) -> str:
@@ -141,17 +134,6 @@ class HubRepository:
         return (
             f"{lacks}, and the hub {constants.ENDPOINT} cannot be reached; check the network, HTTPS_PROXY for a proxy and "
             "HF_ENDPOINT for a mirror, or give a folder that has it"
-        )
-
-    @staticmethod
-    def _token_refused() -> str:
-        if os.environ.get("HF_TOKEN"):
-            token, renew, without = "HF_TOKEN", "set HF_TOKEN to", "unset it"
-        else:
-            token, renew, without = "the token of 'hf auth login'", "log in by", "'hf auth logout'"
-        return (
-            f"the hub refuses {token}, which is revoked, expired or mistyped; {renew} a new one of "
-            f"https://huggingface.co/settings/tokens, or {without}, since what is public needs none"
         )
 
 

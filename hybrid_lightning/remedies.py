@@ -5,7 +5,8 @@
 
 import errno
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from hybrid_lightning.errors import ConfigError
 
-# Pattern in Lightning's messages about the Trainer's flags -> what to do, which is put behind the message.
+# Pattern in a message about the Trainer's flags, a disk or a file -> what to do, which is put behind the message.
 _REMEDIES = (
     (
         r"No supported gpu backend|can not run on your system|Requirement 'torch_xla",
@@ -29,12 +30,18 @@ _REMEDIES = (
         r"`enable_checkpointing=False` but found",
         "for no checkpoints give --checkpoint.save_last=false --checkpoint.save_top_k=0 instead",
     ),
+    (
+        r"^\[Errno.*(?:No space left on device|Disk quota exceeded)",
+        "make room, or give another place by --trainer.logger.save_dir=FOLDER",
+    ),
+    (
+        r"^\[Errno \d+\] (?:Permission denied|Operation not permitted|Read-only file system)",
+        "give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER",
+    ),
 )
 # Errors that no change of the code would fix: of a disk, which name no file, and of a file or folder.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-_NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
-_NOT_WRITABLE = re.compile(r"\[Errno \d+\] (?:Permission denied|Operation not permitted|Read-only file system)")
 # Modules for different kinds of training: a config is for one of them only.
 _KINDS = ("PolicyModule", "SupervisedModule", "PreferenceModule")
 _WHOLE = {"model", "data", "trainer"}  # a config with these sections is complete by itself
@@ -45,11 +52,6 @@ def with_remedy(message: str) -> str:
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, message) and remedy not in message:
             return f"{message.strip().rstrip('.!')}; {remedy}"
-    if message.startswith("[Errno"):
-        if _NO_ROOM.search(message):
-            return f"{message}; make room, or give another place by --trainer.logger.save_dir=FOLDER"
-        if _NOT_WRITABLE.match(message):
-            return f"{message}; give a place that can be written to, such as by --trainer.logger.save_dir=FOLDER"
     return message
 
 
@@ -66,26 +68,22 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: If there are two such configs.
     """
-    first: tuple[str, str] | None = None
+    first = None
     for path in config_paths(arguments):
         kind = _kind(path)
-        if kind is None:
-            continue
-        if first is not None and kind != first[1]:
+        first = first or (kind and (path, kind))
+        if first and kind and kind != first[1]:
             raise ConfigError(
                 f"--config {first[0]} trains a {first[1]} and --config {path} a {kind}: neither lies on top of the other; give "
                 "one of the two, and what is to differ from it as options or in a config without model.class_path"
             )
-        first = first or (path, kind)
 
 
-def config_paths(arguments: Sequence[str]) -> Iterator[str]:
+def config_paths(arguments: Sequence[str]) -> list[str]:
     """Paths of the configs among arguments of the command line."""
-    for number, word in enumerate(arguments):
-        if word.startswith("--config="):
-            yield word.removeprefix("--config=")
-        elif word in ("--config", "-c"):
-            yield from arguments[number + 1 : number + 2]
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[], nargs="?")
+    return [path for path in parser.parse_known_args(arguments)[0].config if path]
 
 
 def _kind(path: str) -> str | None:

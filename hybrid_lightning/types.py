@@ -93,13 +93,14 @@ class _TensorContainer:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
         """A copy with every tensor on `device`."""
-        moved = {}
-        for entry in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            moved[entry.name] = value.to(device, **kwargs) if isinstance(value, (Tensor, _TensorContainer)) else value
+
+        def moved(value: Any) -> Any:
             if isinstance(value, dict):
-                moved[entry.name] = {k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in value.items()}
-        return type(self)(**moved)
+                return {name: moved(item) for name, item in value.items()}
+            return value.to(device, **kwargs) if isinstance(value, (Tensor, _TensorContainer)) else value
+
+        entries = fields(self)  # type: ignore[arg-type]
+        return type(self)(**{entry.name: moved(getattr(self, entry.name)) for entry in entries})
 
 
 @dataclass(frozen=True)
@@ -297,14 +298,14 @@ class PolicyBatch(_TensorContainer):
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
 
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[index][:, :width]
+        def cut(values: Tensor | None) -> Any:
+            return values if values is None else values[index] if values.dim() == 1 else values[index][:, :width]
 
         return replace(
             self,
             sequences=sequences,
-            advantages=self.advantages[index] if self.advantages.dim() == 1 else self.advantages[index][:, :width],
-            sampling_logprobs=self.sampling_logprobs[index][:, :width],
+            advantages=cut(self.advantages),
+            sampling_logprobs=cut(self.sampling_logprobs),
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
             policy_mask=cut(self.policy_mask),

@@ -8,7 +8,6 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
-from hub_server import Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -188,49 +187,3 @@ def write_data_sets(folder: Path) -> dict[str, Path]:
         if id not in WITHOUT_CARD:
             (folder / id / "README.md").write_text(f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n\n# A data set\n")
     return {id: folder / id for id in DATA_SETS}
-
-
-def fill(hub: Hub, folder: Path) -> Hub:
-    """Make everything and put it on a hub."""
-    qwen3 = write_model(folder / "models" / "qwen3", "qwen3")
-    for id in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"):
-        hub.add(id, "models", qwen3)
-    hub.add("meta-llama/Llama-3.2-1B-Instruct", "models", write_model(folder / "models" / "llama", "llama"), gated=True)
-    hub.add("google/gemma-2-2b-it", "models", write_model(folder / "models" / "gemma2", "gemma2"), gated=True)
-    for id, repository in write_data_sets(folder / "datasets").items():
-        hub.add(id, "datasets", repository)
-    return hub
-
-
-def fill_with_faults(hub: Hub, folder: Path) -> Hub:
-    """Add what a user may run into: models that cannot be trained, and data sets that are closed, empty or programs."""
-
-    def repository(kind: str, name: str, files: dict[str, str], **more: Any) -> None:
-        place = folder / kind / "me" / name
-        place.mkdir(parents=True)
-        for file, text in files.items():
-            (place / file).write_text(text)
-        hub.add(f"me/{name}", kind, place, **more)
-
-    base = write_model(folder / "models" / "base", "llama", template=False)
-    hub.add("me/base", "models", base)
-    hub.add("me/strict", "models", folder / "models" / "gemma2")
-    hub.add("me/seen", "models", folder / "models" / "qwen3")
-    hub.add("me/private", "models", base, private=True)
-    hub.add("me/gated", "models", base, gated=True)
-    cut = write_model(folder / "models" / "cut", "qwen3")
-    sorted(cut.glob("*.safetensors"))[1].unlink()
-    hub.add("me/cut", "models", cut)
-    packed = {**json.loads((base / "config.json").read_text()), "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    tokenizer = {
-        path.name: path.read_text()
-        for path in (folder / "models" / "qwen3").iterdir()
-        if "token" in path.name or "chat" in path.name
-    }
-    repository("models", "packed", {"config.json": json.dumps(packed), "model.safetensors": "", **tokenizer})
-    repository("models", "encoder", {"config.json": '{"model_type": "t5"}', "model.safetensors": "", **tokenizer})
-    repository("models", "gguf", {"README.md": "---\nlicense: mit\n---\n", "tiny.Q8_0.gguf": "GGUF"})
-    hub.add("me/gated", "datasets", folder / "datasets" / "math-ai/amc23", gated=True)
-    repository("datasets", "program", {"program.py": "import datasets\n"})
-    repository("datasets", "empty", {"README.md": "# Nothing yet\n"})
-    return hub

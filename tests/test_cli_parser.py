@@ -1,78 +1,63 @@
 """A mistake on the command line or in a config: what was meant is said, and soon."""
 
-import compileall
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import run
+from cli_runs import assert_refused, run
 
 from hybrid_lightning.cli_parser import TRL_NAMES
 
 ROOT = Path(__file__).parents[1]
 
 
-def assert_said(result, message):
-    lines = result.err.splitlines()
-    assert result.code == 2 and re.search(message, lines[-1]), result.err
-    assert lines[-1].startswith("error: ") and "Traceback" not in result.err and "usage" not in result.err
+# Command, what a config of it says, and the last line.
+MISTAKES = [
+    # of the command, of a class of the config, of one inside of that, of one on the command line
+    ("fit --config t.yaml --trainer.max_step=3", {}, r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
+    ("fit --config t.yaml --model.lr_lorra=1", {}, r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
+    ("fit --config t.yaml --data.source.init_args.trian=a", {}, r"did you mean --data\.source\.train\?$"),
+    ("fit --model.loss=SAPOLoss --model.loss.clip_low=1", {}, r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss "),
+    # the key in front is wrong, or missing
+    ("fit --modle.loss.clip_low=1", {}, r"did you mean --model\.loss\.clip_low\?$"),
+    ("fit --loss.clip_low=3", {}, r"did you mean --model\.loss\.clip_low\?$"),
+    ("fit --temprature=3", {}, r"did you mean --model\.sampler\.temperature\?$"),
+    ("fit --wholly_unknown=3", {}, r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
+    ("fit t.yaml", {}, r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
+    # TRL's names
+    ("fit --config t.yaml --model.num_generations=4", {}, r"TRL's num_generations is --model\.samples_per_prompt here"),
+    ("fit --learning_rate=1e-5", {}, r"TRL's learning_rate is --model\.lr_lora here \(docs/trl\.md\)$"),
+    # classes
+    ("fit --config t.yaml --trainer.callbacks=PolicyExpor", {}, r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
+    ("fit --config t.yaml --model.sampler=Zzz", {}, r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
+    ("fit --model.optimizer=torch.optim.AdamWW", {}, r"has no attribute 'AdamWW'.*; did you mean torch\.optim\.AdamW\?$"),
+    ("fit --model.loss.clip_low=1", {}, r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),
+    # commands
+    ("fitt --config t.yaml", {}, r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
+    # keys of a config
+    ("fit --config t.yaml", {"model": {"lr_lorra": 1}}, r"o\.yaml: model\.lr_lorra: PolicyModule has no .* --model\.lr_lora\?$"),
+    ("fit --config t.yaml", {"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=Pol"),
+    ("fit --config t.yaml", {"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no .* --trainer\.max_steps\?$"),
+    (
+        "fit --config t.yaml",
+        {"model": {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": [{"class_path": "ExactMatc"}]}}}},
+        r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
+    ),
+    ("fit --config t.yaml --model.loss=more.MinLoss", {}, r"module 'more' has no .* 'MinLoss'; did you mean more\.MineLoss\?$"),
+]
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        # of the command, of a class of the config, of one inside of that, of one on the command line
-        ("fit --config t.yaml --trainer.max_step=3", r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
-        ("fit --config t.yaml --model.lr_lorra=1", r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
-        ("fit --config t.yaml --model.loss.clip_hi=1", r"GRPOLoss has no option clip_hi; .* --model\.loss\.clip_high\?$"),
-        ("fit --config t.yaml --data.source.init_args.trian=a", r"did you mean --data\.source\.train\?$"),
-        ("fit --model.loss=SAPOLoss --model.loss.clip_low=1", r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss "),
-        # the key in front is wrong, or missing
-        ("fit --modle.loss.clip_low=1", r"did you mean --model\.loss\.clip_low\?$"),
-        ("fit --loss.clip_low=3", r"did you mean --model\.loss\.clip_low\?$"),
-        ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
-        ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
-        ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
-        # TRL's names
-        ("fit --config t.yaml --model.num_generations=4", r"TRL's num_generations is --model\.samples_per_prompt here"),
-        ("fit --learning_rate=1e-5", r"TRL's learning_rate is --model\.lr_lora here \(docs/trl\.md\)$"),
-        # classes
-        ("fit --config t.yaml --trainer.callbacks=PolicyExpor", r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
-        ("fit --config t.yaml --model.sampler=Zzz", r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
-        ("fit --model.optimizer=torch.optim.AdamWW", r"has no attribute 'AdamWW'.*; did you mean torch\.optim\.AdamW\?$"),
-        ("fit --model.loss.clip_low=1", r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),
-        # commands
-        ("fitt --config t.yaml", r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
-    ],
+    ("command", "config", "message"), MISTAKES, ids=[f"{command} {config}" for command, config, _ in MISTAKES]
 )
-def test_what_was_meant_is_said(folder, command, message):
-    assert_said(run(folder, *command.split()), message)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model": {"lr_lorra": 1}}, r"o\.yaml: model\.lr_lorra: PolicyModule has no option lr_lorra; did you mean lr_lora\?$"),
-        (
-            {"model": {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": [{"class_path": "ExactMatc"}]}}}},
-            r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
-        ),
-        ({"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no option .* did you mean trainer\.max_steps\?$"),
-        ({"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=PolicyModule lists"),
-    ],
-)
-def test_a_key_of_a_config_is_found_and_corrected(folder, config, message):
-    (folder / "o.yaml").write_text(yaml.safe_dump(config))
-    assert_said(run(folder, "fit", "--config", "t.yaml", "--config=o.yaml"), message)
-
-
-def test_a_class_of_ones_own_is_suggested_where_it_is(folder):
+def test_what_was_meant_is_said(folder, command, config, message):
     (folder / "more.py").write_text("from hybrid_lightning.losses import GRPOLoss\nclass MineLoss(GRPOLoss): pass\n")
-    result = run(folder, "fit", "--config", "t.yaml", "--model.loss=more.MinLoss")
-    assert_said(result, r"module 'more' has no attribute 'MinLoss'; did you mean more\.MineLoss\?$")
+    (folder / "o.yaml").write_text(yaml.safe_dump(config))
+    result = run(folder, *command.split(), *(["--config=o.yaml"] if config else []))
+    assert_refused(result, message)
+    assert result.code == 2 and "usage" not in result.err
 
 
 # What takes long to import, of which neither a help nor a mistake needs anything.
@@ -105,8 +90,6 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
         f"fit --config {ROOT}/configs/qwen3.yaml --model.lr_lorra=1": "did you mean --model.lr_lora",
     }
     command = [sys.executable, "-c", PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)]
-    for folder in ("hybrid_lightning", "callbacks"):
-        compileall.compile_dir(ROOT / folder, quiet=2)  # or the first start would do so
     shares = []
     for _ in range(3):  # another process may be in the way
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -119,18 +102,15 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
     raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")
 
 
-def test_what_trl_calls_otherwise_is_there(folder):
-    result = run(folder, "fit", "--config", "t.yaml", "--print_config")
+def test_the_printed_config_has_all_options_and_keeps_texts(folder, tmp_path):
+    """Also those that are TRL's by another name; texts of few-shot examples are not read as YAML a second time."""
+    rows = [{"question": "Reverse these words: cat door", "answer": "95", "choices": ["a: b", 3, None]}]
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"data": {"format": {"init_args": {"few_shot": rows}}}}))
+    printed = yaml.safe_load(run(folder, "fit", "--config", "t.yaml", "--config", tmp_path / "rows.yaml", "--print_config").out)
+    assert printed["data"]["init_args"]["format"]["init_args"]["few_shot"] == rows
     for theirs, ours in TRL_NAMES.items():
-        found = yaml.safe_load(result.out)
+        found = printed
         for key in ours.split("."):
             found = found.get("init_args", found)
             assert key in found, f"{theirs} is not {ours}"
             found = found[key] if isinstance(found[key], dict) else {}
-
-
-def test_texts_of_few_shot_stay_texts(folder, tmp_path):
-    rows = [{"question": "Reverse these words: cat door", "answer": "95", "choices": ["a: b", 3, None]}]
-    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"data": {"format": {"init_args": {"few_shot": rows}}}}))
-    result = run(folder, "fit", "--config", "t.yaml", "--config", tmp_path / "rows.yaml", "--print_config")
-    assert yaml.safe_load(result.out)["data"]["init_args"]["format"]["init_args"]["few_shot"] == rows

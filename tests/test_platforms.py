@@ -1,5 +1,6 @@
 """Other systems, by simulation: a process that lacks what macOS and Windows lack. No run on them is replaced by that."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,16 +29,8 @@ SMALL = [
     *("--model.eval_samples=2", "--checkpoint.monitor=null"),
 ]
 SYSTEMS = ("darwin", "win32")
-# What a run imports of other libraries: these look at the system when they are imported, and are those of this one.
-RUN = """
-import json, sys
-from hybrid_lightning.cli import main
-sys.argv[1:] = json.loads(sys.argv[1])
-main()
-places = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items() if name != "__main__"}
-print(json.dumps(places), file=sys.stderr)
-"""
-# They are imported once, and then there is a process for each system, in a folder and with output of its own.
+# What a run imports of other libraries is imported once, since these look at the system as they are imported. Then there is a
+# process for each system, in a folder and with output of its own.
 SIMULATED = """
 import contextlib, ctypes, importlib, json, os, platform, select, signal, sys
 systems, libraries, commands = json.loads(sys.stdin.read())
@@ -102,24 +95,20 @@ COMMANDS = [
 ]
 
 
-def process(start, code, folder, *arguments, text=None):
-    environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    options = {"env": environment, "cwd": folder, "input": text, "capture_output": True, "text": True, "timeout": 300}
-    return start([sys.executable, "-c", code, *arguments], check=True, **options)
-
-
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """Exit code and folder by system."""
-    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
-    done = process(fork_server.run, RUN, here, json.dumps(["fit", *SMALL]))
-    libraries = [
-        name
-        for name, place in json.loads(done.stderr.splitlines()[-1]).items()
-        if not name.startswith("hybrid_lightning") and str(ROOT / "tests") not in place
-    ]
-    done = process(subprocess.run, SIMULATED, there, text=json.dumps([SYSTEMS, libraries, COMMANDS]))
-    return {system: (code, there / system) for system, code in zip(SYSTEMS, done.stdout.split(), strict=True)}
+    for name in fork_server.IMPORTED:
+        importlib.import_module(name)
+    ours, tests = {"hybrid_lightning", "benchmarks", "__main__"}, str(ROOT / "tests")
+    places = {name: str(getattr(module, "__file__", "")) for name, module in list(sys.modules.items())}
+    libraries = [name for name, place in places.items() if name.partition(".")[0] not in ours and tests not in place]
+    folder = tmp_path_factory.mktemp("systems")
+    environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 300, "check": True}
+    given = json.dumps([SYSTEMS, libraries, COMMANDS])
+    codes = subprocess.run([sys.executable, "-c", SIMULATED], input=given, **options).stdout.split()
+    return {system: (code, folder / system) for system, code in zip(SYSTEMS, codes, strict=True)}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

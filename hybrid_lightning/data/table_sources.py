@@ -171,7 +171,7 @@ def _explain(error: Exception, parameter: str, split: str, path: str, name: str 
     if hub is not None and type(error).__name__ == "DatasetNotFoundError":
         explained = hub.not_found()
         if "gated" in text:
-            explained = hub.gated(nobody_logged_in="must be authenticated" in text)
+            explained = hub.gated()
         elif text.startswith("Revision"):
             explained = hub.no_revision()
     elif hub is not None:

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 
 
 class AdapterFolder(ExportForm):
@@ -29,13 +29,20 @@ class AdapterFolder(ExportForm):
         """Write the adapter and the tokenizer.
 
         Raises:
+            ConfigError: If the base model is an adapter itself.
             PlanError: If the base model lacks modules of the plan.
         """
-        skeleton = policy.base.skeleton()
+        source, skeleton = policy.base.source, policy.base.skeleton()
+        if source.adapter is not None:
+            raise ConfigError(
+                f"form=AdapterFolder: the run started from the adapter {policy.base.model!r}, and PEFT puts no adapter on "
+                "another; export form=MergedModel"
+            )
         policy.plan.check_model(skeleton)
         config = policy.plan.to_peft_config()
         config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in policy.plan.lora_modules)
-        config.base_model_name_or_path = _location(policy.base)
+        path = Path(source.location)  # absolute, since an adapter may be loaded from any working directory
+        config.base_model_name_or_path = str(path.absolute()) if path.exists() else source.location
         config.revision = policy.base.revision
         config.inference_mode = True  # a loaded adapter is frozen, unless it is loaded as trainable
         config.save_pretrained(str(folder))
@@ -79,14 +86,3 @@ class LoraFolder(AdapterFolder):
             )
         if plan.lora.use_dora:
             raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM refuses; export form=MergedModel to serve it")
-
-
-def _location(base: BaseModel) -> str:
-    """Hub id or absolute path of the base model: absolute, since an adapter may be loaded from any working directory."""
-    if base.source.adapter is not None:
-        raise ConfigError(
-            f"form=AdapterFolder: the run started from the adapter {base.model!r}, and PEFT puts no adapter on another; export "
-            "form=MergedModel"
-        )
-    location = base.source.location
-    return str(Path(location).absolute()) if Path(location).exists() else location

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
@@ -106,17 +105,15 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
                     raise CheckpointError(f"the trained weight {prefix + part!r} is missing; give a checkpoint that is whole")
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
-            yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora_of(planned), policy.weights, prefix)
-
-
-def _lora_merged(module: nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """Weight with LoRA merged into it in float32, [outputs, inputs], or transposed where the module stores its weight so."""
-    weight = module.get_parameter("weight").detach()
-    magnitudes = weights[f"{prefix}lora_magnitude_vector"] if settings.use_dora else None
-    update = LowRankUpdate(weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes)
-    merged = torch.empty(weight.shape, dtype=torch.float32)
-    write_merged(merged, 0, weight, update, transposed=isinstance(module, Conv1D))
-    return merged
+            settings, weights = policy.plan.lora_of(planned), policy.weights
+            weight = module.get_parameter("weight").detach()
+            magnitudes = weights[f"{prefix}lora_magnitude_vector"] if settings.use_dora else None
+            update = LowRankUpdate(
+                weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes
+            )
+            merged = torch.empty(weight.shape, dtype=torch.float32)  # [outputs, inputs], or transposed where it is stored so
+            write_merged(merged, 0, weight, update, transposed=isinstance(module, Conv1D))
+            yield f"{planned.name}.weight", merged
 
 
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained_with: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -71,25 +71,19 @@ def policy_of_module(
     Raises:
         ConfigError: If the module has no adapter, or does not name its base model.
     """
+    from hybrid_lightning.adapters.apply import trainable_state  # PEFT is slow to import
+
     plan = getattr(module, "plan", None)
     if plan is None:
         raise ConfigError("cannot export: the module has no adapter, so nothing was trained; give ckpt_path, or fit first")
     arguments: dict[str, Any] = dict(module.hparams)
     base = base_model_of(arguments)
-    state = _gathered(getattr(module, str(module.adapter_attribute)), keep)
-    if not keep:
-        return None
-    return TrainedPolicy(plan, peft_weights(state, plan, "the module"), base, training_of(steps, arguments, summary, datamodule))
-
-
-def _gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Whole trained weights on the CPU, by their names in the model's state dict; empty without `keep`."""
-    from hybrid_lightning.adapters.apply import trainable_state  # PEFT is slow to import
-
     state: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, weight in trainable_state(model).items():
+        for name, weight in trainable_state(getattr(module, str(module.adapter_attribute))).items():
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             if keep:
                 state[name] = whole.cpu()
-    return state
+    if not keep:
+        return None
+    return TrainedPolicy(plan, peft_weights(state, plan, "the module"), base, training_of(steps, arguments, summary, datamodule))

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
+from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.policy.prompts import chosen_template
@@ -67,8 +67,12 @@ class BaseModel:
             return self.dtype
         counts: Counter[str] = Counter()
         for path in _weight_files(source):
-            counts.update(_parameters_by_dtype(path))
-        dtype = counts.most_common(1)[0][0] if counts else _dtype_of_config(source)
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no dict)
+                    weight = file.get_slice(name)
+                    counts[weight.get_dtype()] += math.prod(weight.get_shape())
+        stored = counts.most_common(1)[0][0] if counts else str(read_config(source).dtype).removeprefix("torch.")
+        dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored, stored)
         return dtype if dtype in DTYPES else self.dtype
 
     def skeleton(self) -> PreTrainedModel:
@@ -220,33 +224,12 @@ def _expected(plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
 def _weight_files(source: ModelSource) -> list[str]:
     """Paths of a model's safetensors files, which are on this machine since the model has been loaded here."""
 
-    def find(name: str) -> str | None:
+    def find(name: str) -> list[str]:
         try:
-            found: str | None = cached_file(source.location, name, local_files_only=True, **source.arguments)
+            return [str(cached_file(source.location, name, local_files_only=True, **source.arguments))]
         except OSError:
-            return None
-        return found
+            return []
 
-    if (single := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [single]
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
-    names = [] if index is None else sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for name in names if (path := find(name)) is not None]
-
-
-def _dtype_of_config(source: ModelSource) -> str:
-    try:
-        config = read_config(source)
-    except ModelError:  # the hub cannot be reached
-        return ""
-    return str(config.dtype).removeprefix("torch.")
-
-
-def _parameters_by_dtype(path: str) -> Counter[str]:
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    counts: Counter[str] = Counter()
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (no dict)
-            weight = file.get_slice(name)
-            counts[names.get(weight.get_dtype(), weight.get_dtype())] += math.prod(weight.get_shape())
-    return counts
+    indices = [json.loads(Path(path).read_text(encoding="utf-8")) for path in find(SAFE_WEIGHTS_INDEX_NAME)]
+    shards = {name for index in indices for name in index["weight_map"].values()}
+    return find(SAFE_WEIGHTS_NAME) or [path for name in shards for path in find(name)]

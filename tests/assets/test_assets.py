@@ -34,12 +34,6 @@ def policy():
     return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    rng = random.Random(0)
-    return [corpus_line(rng) for _ in range(10_000)]
-
-
 def split_line(question, answer):
     """Operands, cue, partial products (None for a direct answer) and result of a line, read without the code that made it."""
     a, rest = question.split("*")
@@ -69,24 +63,21 @@ def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(mod
     assert tokenizer.padding_side == "left" and model in EMBEDDED
 
 
-@pytest.mark.parametrize("text", [CHARACTERS, "347*6=", "[42 28 20]2082", "10*2:[00 02]20"])
-def test_text_survives_the_tokenizer(policy, text):
+def test_text_survives_the_tokenizer_and_a_character_that_it_does_not_know_is_an_error(policy):
     _, tokenizer = policy
-    ids = tokenizer(text).input_ids
-    assert len(ids) == len(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([tokenizer.pad_token_id, *ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
-
-
-def test_a_character_that_the_policy_does_not_know_is_an_error(policy):
+    for text in (CHARACTERS, "347*6=", "[42 28 20]2082", "10*2:[00 02]20"):
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text) and tokenizer.decode(ids) == text
+        assert tokenizer.decode([tokenizer.pad_token_id, *ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
     with pytest.raises(Exception, match="WordLevel"):
-        policy[1]("3+4=")
+        tokenizer("3+4=")
 
 
-def test_every_line_of_the_corpus_is_right(corpus):
-    for question, answer in corpus:
-        a, b, _, partial_products, result = split_line(question, answer)
-        assert result == a * b
+def test_the_corpus_is_right_has_the_shares_that_it_says_and_nothing_that_is_held_out():
+    rng, product = random.Random(0), ProductSource()
+    lines = [split_line(*corpus_line(rng)) for _ in range(10_000)]
+    for a, b, _, partial_products, result in lines:
+        assert result == a * b and product.split_of(a, b) == "train"
         if partial_products is None:
             continue
         carry = 0
@@ -95,19 +86,12 @@ def test_every_line_of_the_corpus_is_right(corpus):
             carry = int(partial) // 10
         # The answer can be read off the working: the last partial product, and the units of those before.
         assert int("".join([partial_products[-1], *(p[1] for p in partial_products[-2::-1])])) == result
-
-
-def test_no_line_of_the_corpus_is_held_out_and_it_has_the_shares_that_it_says(corpus):
-    asked = {split_line(*line)[:2] for line in corpus}
-    assert all(ProductSource().split_of(a, b) == "train" for a, b in asked)
     held_out = ProductSource(seed=7).load()
-    assert not asked & {(row.columns["a"], row.columns["b"]) for row in held_out.validation + held_out.test}
-    lines = [split_line(*line) for line in corpus]
-    with_cue = [line for line in lines if line[2] == ":"]
-    without = [line for line in lines if line[2] == "="]
-    assert len(with_cue) / len(lines) == pytest.approx(0.6, abs=0.02)
-    assert all(line[3] is not None for line in with_cue)
-    assert sum(line[3] is not None for line in without) / len(without) == pytest.approx(0.3, abs=0.02)
+    asked = {(row.columns["a"], row.columns["b"]) for row in held_out.validation + held_out.test}
+    assert not asked & {line[:2] for line in lines}
+    worked = {cue: [line[3] is not None for line in lines if line[2] == cue] for cue in ":="}
+    assert len(worked[":"]) / len(lines) == pytest.approx(0.6, abs=0.02) and all(worked[":"])
+    assert sum(worked["="]) / len(worked["="]) == pytest.approx(0.3, abs=0.02)
 
 
 def test_all_answers_fit_into_the_config_and_earn_the_reward():

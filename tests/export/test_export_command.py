@@ -76,8 +76,9 @@ def test_the_printed_command_gives_the_runs_own_numbers(folder, run_and_number, 
 
 
 def test_of_a_run_without_test_problems_it_is_the_validation(folder, tmp_path):
-    without = ["--data.source.init_args.test_fraction=0", "--trainer.logger.init_args.name=untested", "--trainer.max_steps=2"]
-    fit = run(folder, "fit", "--config", "t.yaml", *without)
+    without = ["--data.source.init_args.test_fraction=0", "--trainer.logger.init_args.name=untested", "--adapter.scorer=Random"]
+    short = ["--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.val_check_interval=1"]
+    fit = run(folder, "fit", "--config", "t.yaml", *without, *short)
     root = folder / "runs" / "untested" / "version_0"
     own = json.loads((root / "summary.json").read_text())["accuracy_after"]
     (root / "summary.json").unlink()  # a run that is stopped has none

@@ -52,18 +52,14 @@ def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
     assert "| `val/avg@2` | 0.2500 | 0.5000 |" in card and "| `val/reward` | - | 1.0000 |" in card
 
 
-@pytest.mark.parametrize("form", [MergedModel(), AdapterFolder()], ids=lambda form: form.name)
-def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path, form):
-    reward = {
-        "class_path": "FunctionReward",
-        "init_args": {"function": str(tmp_path / "pays.py:score"), "pattern": r"/\d+/(\w+)"},
-    }
-    training = Training(
-        1, {"reward": reward, "loss": {"class_path": "GRPOLoss"}}, FileSource(str(tmp_path / "a b.jsonl")).to_config()
-    )
-    card = model_card(train(training=training).policy, form)
-    assert str(tmp_path) not in card and "# base-llama, post-trained" in card and "`base-llama` after 1" in card
-    assert "train: a b.jsonl" in card and "function: pays.py:score" in card and r"/\d+/(\w+)" in card
+def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path):
+    init_args = {"function": str(tmp_path / "pays.py:score"), "pattern": r"/\d+/(\w+)"}
+    arguments = {"reward": {"class_path": "FunctionReward", "init_args": init_args}, "loss": {"class_path": "GRPOLoss"}}
+    policy = train(training=Training(1, arguments, FileSource(str(tmp_path / "a b.jsonl")).to_config())).policy
+    for form in (MergedModel(), AdapterFolder()):
+        card = model_card(policy, form)
+        assert str(tmp_path) not in card and "# base-llama, post-trained" in card and "`base-llama` after 1" in card
+        assert "train: a b.jsonl" in card and "function: pays.py:score" in card and r"/\d+/(\w+)" in card
 
 
 def test_what_is_not_known_is_said_to_be_unknown(train):
@@ -77,7 +73,7 @@ def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     policy = type(policy)(policy.plan, policy.weights, BaseModel("Qwen/Qwen3-0.6B", "main"), policy.training)
     monkeypatch.setattr("hybrid_lightning.export.model_card.base_licence", lambda base: "apache-2.0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for form, relation in ((MergedModel(), "finetune"), (AdapterFolder(), "adapter")):
+    for form, relation in ((MergedModel("float32"), "finetune"), (AdapterFolder(), "adapter")):
         fields = header(model_card(policy, form))
         assert (fields["base_model"], fields["base_model_relation"]) == ("Qwen/Qwen3-0.6B", relation)
         assert "# Qwen3-0.6B, post-trained" in model_card(policy, form)

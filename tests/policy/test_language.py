@@ -111,7 +111,7 @@ def test_examples_without_a_loss_are_refused(model):
     ],
 )
 def test_what_cannot_work_is_refused_at_once(model, sums, tmp_path, monkeypatch, policy, message):
-    """And more, by the command line: `test_checked_before_loading`."""
+    """And more, by the command line: `test_cli_errors`."""
     monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(ConfigError, match=message):
         fit(model, sums, tmp_path, policy=policy)

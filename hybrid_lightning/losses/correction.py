@@ -20,7 +20,6 @@ With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sam
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class ImportanceCorrection(Configurable, ABC):
 
 
 class BoundedCorrection(ImportanceCorrection):
-    """Base class of the four corrections, with the bounds of the ratio. A subclass says of what it is, and what bounds it.
+    """Base class of the four corrections, with the bounds of the ratio.
 
     Args:
         cap: Largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
@@ -79,9 +78,6 @@ class BoundedCorrection(ImportanceCorrection):
         ConfigError: If the bounds exclude a ratio of 1, where sampler and training agree.
     """
 
-    of_sequences: ClassVar[bool]  # whether the ratio is the product over a sequence, [B], or that of each token, [B, T]
-    discards: ClassVar[bool]  # whether a ratio outside of the bounds becomes 0, or the nearer bound
-
     def __init__(self, cap: float = 2.0, floor: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(cap) and cap > 1):
@@ -90,33 +86,42 @@ class BoundedCorrection(ImportanceCorrection):
             raise ConfigError(f"{name}: floor={floor} must be at least 0 and below 1, the ratio where nothing differs; set 0")
         self.cap, self.floor = cap, floor
 
-    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """The bounded ratios."""
-        ratio = (log_ratio.sum(dim=1) if self.of_sequences else log_ratio).exp()
-        if self.discards:
-            return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
+    def truncated(self, ratio: Tensor) -> Tensor:
+        """The ratio, set to the nearer bound where it lies outside of the bounds."""
         return ratio.clamp(self.floor, self.cap)
+
+    def discarded(self, ratio: Tensor) -> Tensor:
+        """The ratio, set to 0 where it lies outside of the bounds."""
+        return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
 
 
 class TokenTruncation(BoundedCorrection):
     """The ratio of each token, truncated: little variance, but biased where it is cut. The correction to try first."""
 
-    of_sequences, discards = False, False
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight for each token, [B, T]."""
+        return self.truncated(log_ratio.exp())
 
 
 class TokenMask(BoundedCorrection):
     """The ratio of each token; a token outside of the bounds has weight 0."""
 
-    of_sequences, discards = False, True
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight for each token, [B, T]."""
+        return self.discarded(log_ratio.exp())
 
 
 class SequenceTruncation(BoundedCorrection):
     """The ratio of each sequence, truncated: unbiased below `cap`, with a variance that grows with the length."""
 
-    of_sequences, discards = True, False
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight for each sequence, [B]."""
+        return self.truncated(log_ratio.sum(dim=1).exp())
 
 
 class SequenceMask(BoundedCorrection):
     """The ratio of each sequence; a sequence outside of the bounds has weight 0. TRL's default."""
 
-    of_sequences, discards = True, True
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight for each sequence, [B]."""
+        return self.discarded(log_ratio.sum(dim=1).exp())

@@ -38,7 +38,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "a gradient for scoring": (ScoringProcess, "check_loss", 2),
     "a score": (Scoring, "_score", 3),
     "the plan is written": (AdapterPlan, "save", 1),
-    "the first validation": (evaluation, "_sample", 1),
+    "the first validation": (evaluation, "evaluation_draws", 1),
     "the first rollout": (PolicyModule, "roll_out", 1),
     "the first update": (PolicyModule, "chunk_loss", 1),
     "the middle of the first step": (PolicyModule, "training_step", 2),
@@ -47,11 +47,11 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the second rollout": (PolicyModule, "roll_out", 2),
     "the middle of a later step": (PolicyModule, "training_step", 6),
     "the step before a validation": (PolicyModule, "on_before_optimizer_step", 4),
-    "a validation": (evaluation, "_sample", 2),
+    "a validation": (evaluation, "evaluation_draws", 2),
     "a checkpoint is saved": (WholeFiles, "save_checkpoint", 1),
     "the last update of an epoch": (PolicyModule, "training_step", 12),
     "the first rollout of an epoch": (PolicyModule, "roll_out", 4),
-    "the last validation": (evaluation, "_sample", 3),
+    "the last validation": (evaluation, "evaluation_draws", 3),
     "the summary": (RunSummary, "_summary", 1),
 }
 

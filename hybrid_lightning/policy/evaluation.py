@@ -227,8 +227,8 @@ def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[R
     """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
     of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, policy.eval_samples)
     try:
-        draws = evaluation_draws(prompts, policy.eval_samples, policy.seed)
         greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
+        draws = evaluation_draws(prompts, policy.eval_samples, policy.seed)
         sampled = policy.generate(prompts, policy.eval_samples, draws, on_completion=of_sampled.on_completion)
         return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
     except BaseException:

@@ -259,7 +259,10 @@ class PolicyModule(LanguageModule):
         with self.stopping_together(), self.clock.phase("generate"):
             self.generation.update(ahead=True)
             arriving = self.arriving(prompts, samples)
-            begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
+            if self.sampler.completes_elsewhere:
+                begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
+            else:
+                begun = Begun(lambda: self.generate(prompts, samples, draws, on_completion=arriving.on_completion))
 
         def finish() -> tuple[Rollouts, Rewards]:
             try:

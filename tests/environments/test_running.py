@@ -142,7 +142,7 @@ class Faulty(Environment):
         if self.turn == 2 and message["content"] == "go":
             self.fail("step")
             if self.when == "exit":
-                sys.exit(3)
+                raise SystemExit(3)  # and not sys.exit, which W&B replaces where it has been imported
             if self.when == "interrupt":
                 raise KeyboardInterrupt
             if self.when == "stop iteration":

@@ -106,7 +106,7 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\text\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}", r"\1"),  # \text{18 dollars}
     (r"(?:\bUSD?\s?)?\\\$\s*(?=[\d.])|\bUSD?\s?(?=\$)", ""),  # \$5, US$5
     (r"(?<![\w$])-\s*[$\u20ac\u00a3\u00a5](?=[\d,.]+(?:\s|$))", "-"),  # -$5
-    (r"(?<![\w)}.])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
+    (r"(?<![\w)}.^])\((-?[\d.]+)\)", r" \1 "),  # (5), since math-verify takes 9 (3) for 12
     # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
     # 12 or 13" is not right for 12.
     ("(?i)answer", "result"),

@@ -42,6 +42,7 @@ IMPORTED += ["torch.utils.tensorboard", "rich._emoji_codes", "matplotlib.backend
 IMPORTED += ["tiny_runs", "tiny_examples", "cli_runs", "stopped_runs"]
 IMPORTED += ["vllm.entrypoints.llm"] if find_spec("vllm") else []
 _context.set_forkserver_preload(IMPORTED)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
 
 
@@ -104,7 +105,8 @@ class Forked(subprocess.Popen):
         streams = {number: _Stream(end) for number, end in (ends | {end: end for end in given["pass_fds"]}).items()}
         environment = dict(os.environ if given["env"] is None else given["env"])
         folder = os.getcwd() if given["cwd"] is None else os.fspath(given["cwd"])
-        self._process = forked(_run, command, environment, folder, streams, given["start_new_session"], os.getpid())
+        ignored = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # which a new process inherits
+        self._process = forked(_run, command, environment, folder, streams, given["start_new_session"], os.getpid(), ignored)
         self.pid = self._process.pid
         self._child_created = True
         self._close_pipe_fds(*(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
@@ -139,6 +141,7 @@ def _run(
     streams: Mapping[int, Any],
     new_session: bool,
     parent: int,
+    ignored: Sequence[int],
 ) -> None:
     """Become the process that was asked for."""
     os.getppid = lambda: parent
@@ -155,9 +158,9 @@ def _run(
     current_process()._config["daemon"] = False  # may have processes of its own
     if new_session:
         os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a new process inherits it
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in _SIGNALS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored else default)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -39,6 +39,12 @@ def said(text):
     return {"role": "assistant", "content": text}
 
 
+@pytest.fixture(autouse=True)
+def only_what_we_say(caplog):
+    """Python reports tasks of loops that environments have stopped when it collects them, in whichever test that is."""
+    caplog.set_level(logging.CRITICAL, "asyncio")
+
+
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
     """The texts of the answers to the start and to each turn, by episode; all of them say the same, or a text each."""
     episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=share, workers=workers, step_timeout_s=timeout_s))

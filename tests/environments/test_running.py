@@ -40,9 +40,9 @@ def said(text):
 
 
 @pytest.fixture(autouse=True)
-def only_what_we_say(caplog):
+def only_what_we_say(monkeypatch):
     """Python reports tasks of loops that environments have stopped when it collects them, in whichever test that is."""
-    caplog.set_level(logging.CRITICAL, "asyncio")
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)
 
 
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):

@@ -252,7 +252,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The rewards that the reward is the weighted sum of; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
-    def teardown(self, stage: str) -> None:  # noqa: D102
+    def teardown(self, stage: str) -> None:
+        """See `end_generation`."""
         self.end_generation()
         super().teardown(stage)
 
@@ -406,13 +407,16 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Start the clock's phase "update", after the callbacks' hooks of this name; `StepTimer` ends it."""
         self.clock.switch("update")
 
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch (see `Update.micro_batch`)."""
         return self.update.micro_batch(batch, batch_idx)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear old gradients, unless the update has done so."""
         self.update.clear_gradients(optimizer)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each parameter group before clipping; TrainingError if one is not finite."""
         self.update.log_gradient_norms(optimizer)
 
     # ---- evaluation
@@ -423,7 +427,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:  # noqa: D102
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Complete and score a batch of prompts, greedily and by sampling."""
         # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
             self.evaluation.add(self, "val", batch)
@@ -433,10 +438,12 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.sampler.release_memory()
         self.last_evaluation = self.evaluation.end(self, "val")
 
-    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:  # noqa: D102
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Complete and score a batch of prompts, greedily and by sampling."""
         self.evaluation.add(self, "test", batch)
 
-    def on_test_epoch_end(self) -> None:  # noqa: D102
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
         self.last_evaluation = self.evaluation.end(self, "test")
 
     def on_predict_epoch_start(self) -> None:

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.policy.prompts import chosen_template
@@ -71,7 +72,10 @@ class BaseModel:
                 for name in file.keys():  # noqa: SIM118  (no dict)
                     weight = file.get_slice(name)
                     counts[weight.get_dtype()] += math.prod(weight.get_shape())
-        stored = counts.most_common(1)[0][0] if counts else str(read_config(source).dtype).removeprefix("torch.")
+        stored = counts.most_common(1)[0][0] if counts else ""
+        if not counts:
+            with suppress(ModelError):  # the hub cannot be reached
+                stored = str(read_config(source).dtype).removeprefix("torch.")
         dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored, stored)
         return dtype if dtype in DTYPES else self.dtype
 
@@ -231,5 +235,5 @@ def _weight_files(source: ModelSource) -> list[str]:
             return []
 
     indices = [json.loads(Path(path).read_text(encoding="utf-8")) for path in find(SAFE_WEIGHTS_INDEX_NAME)]
-    shards = {name for index in indices for name in index["weight_map"].values()}
+    shards = sorted({name for index in indices for name in index["weight_map"].values()})
     return find(SAFE_WEIGHTS_NAME) or [path for name in shards for path in find(name)]

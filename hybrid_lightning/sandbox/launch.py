@@ -41,10 +41,11 @@ class Limits:
     threads: int = 32  # number of threads
 
     def __post_init__(self) -> None:
-        least = (1, 0.1, 128 * 2**20, 2**10, 2**16, 1)
-        for (name, value), smallest in zip(asdict(self).items(), least, strict=True):
-            if isinstance(value, bool) or not smallest <= value < float("inf"):
-                raise ConfigError(f"{name}={value}; give a number of at least {smallest}")
+        least = {"cpu_seconds": 1, "wall_seconds": 0.1, "memory_bytes": 128 * 2**20}
+        least |= {"file_bytes": 2**10, "temporary_bytes": 2**16, "threads": 1}
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not least[name] <= value < float("inf"):
+                raise ConfigError(f"{name}={value}; give a number of at least {least[name]}")
             if name != "wall_seconds" and value != int(value):
                 raise ConfigError(f"{name}={value}; give a whole number")
 

@@ -92,12 +92,6 @@ class TurnEncoder:
                 found.update([token for token in end if token in special][:1])
         return sorted(found)
 
-    def uses_tools(self, prompt: Prompt) -> bool:
-        """Whether the chat template shows the tools to the policy; where not, a message has to."""
-        if prompt.messages is None or not self.tools or not self._encoder.has_template:
-            return False
-        return self._encoder.apply_template([ASKED], self.tools) != self._encoder.apply_template([ASKED])
-
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Try how messages are added to the prompts of a run, before time is spent on it.
 

@@ -139,15 +139,6 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             for key, value in entry.items():
                 (parts if isinstance(value, Tensor) else others)[name][key] = value
     return tensors, rest
-    rest["optimizer_states"] = []
-    for number, state in enumerate(content["optimizer_states"]):
-        entries = state["state"].items()
-        tensors[f"optimizer_{number}"] = {
-            "state": {name: {key: value for key, value in entry.items() if isinstance(value, Tensor)} for name, entry in entries}
-        }
-        others = {name: {key: value for key, value in entry.items() if not isinstance(value, Tensor)} for name, entry in entries}
-        rest["optimizer_states"].append({**state, "state": others})
-    return tensors, rest
 
 
 def _join(rest: dict[str, Any], tensors: Mapping[tuple[str, ...], Tensor]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def gspo(day: Day) -> Iterator[Found]:
     from hybrid_lightning.cli import HybridLightningCLI
 
     small = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
-    small |= {"data.validation_prompts": 8, "adapter.calibration_prompts": 8}
+    small |= {"model.prompts_per_rollout": 8, "data.validation_prompts": 8, "adapter.calibration_prompts": 8}
     for device in dict.fromkeys((day.device, "cpu")):
         curve, begin = Curve(), time.perf_counter()
         options = {**QUIET, "trainer.accelerator": device, "trainer.default_root_dir": str(day.folder)}

@@ -9,26 +9,13 @@ from tiny_runs import DigitShare, build_adapter, build_policy, fit, write_model
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.losses import PolicyLoss, TokenTruncation
-from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
-
-
-class Reinforce(PolicyLoss):
-    """A loss of one's own."""
-
-    def __init__(self, scale: float, kl_coef: float = 0.0) -> None:
-        super().__init__(kl_coef)
-        self.scale = scale
-
-    def policy_term(self, inputs, old_logprobs):
-        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
-        return -self.scale * ratio * inputs.advantages[:, None], ratio
 
 
 class LengthPenalty(DigitShare):
@@ -63,25 +50,24 @@ def assert_same_policy(loaded, module):
 
 def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
     reward = WeightedSum([DigitShare(), LengthPenalty(per_character=0.25), FormatReward("[0-9]", name="digit")], [1.0, 0.5, 0.1])
-    policy = {"loss": Reinforce(0.5, kl_coef=0.01), "reward": reward, "sampler": Sampler(6, temperature=0.7, stop=["#"])}
+    policy = {"loss": GSPOLoss(kl_coef=0.01), "reward": reward, "sampler": Sampler(6, temperature=0.7, stop=["#"])}
     policy |= {"correction": TokenTruncation(cap=3.0), "schedule": LinearSchedule(1, final_factor=0.5)}
     policy |= {"optimizer": partial(torch.optim.AdamW, betas=(0.8, 0.9)), "kind": partial(Patient, 7)}
     module, path = save(model, sums, tmp_path, policy=policy)
     loaded = Patient.load_from_checkpoint(path)
     assert loaded.patience == 7
     assert_same_policy(loaded, module)
-    assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
     for part in ("loss", "reward", "sampler", "correction", "schedule"):
         assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
     terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.reward, reward))
     assert terms == expected
+    assert loaded.rates == module.rates and loaded.rollout_schedule == module.rollout_schedule
     assert loaded.optimizer_class([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
-    assert loaded.lr_lora == module.lr_lora and loaded.rollout_schedule == module.rollout_schedule
 
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"share": 0.0}, {"share": 1.0}, {"use_dora": True, "dropout": 0.1}, {"use_rslora": True, "keep_start_weights": False}],
+    [{"share": 0.0, "use_dora": True, "dropout": 0.1}, {"share": 1.0}, {"use_rslora": True, "keep_start_weights": False}],
     ids=str,
 )
 def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
@@ -92,19 +78,6 @@ def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
     content = torch.load(path, weights_only=True)
     assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
     assert content[CHECKPOINT_KEY]["plan"]["digest"] == module.plan.digest
-
-
-@pytest.fixture(scope="module")
-def saved(model, sums, tmp_path_factory):
-    """A policy with nothing of one's own, and its checkpoint."""
-    return save(model, sums, tmp_path_factory.mktemp("saved"))
-
-
-def test_arguments_can_be_replaced_while_loading(saved):
-    module, path = saved
-    loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
-    assert_same_policy(loaded, module)
-    assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
 
 
 def test_what_cannot_be_written_is_refused_at_once(model):
@@ -119,14 +92,17 @@ def test_what_cannot_be_written_is_refused_at_once(model):
             build_policy(model, reward=reward)
 
 
-def test_another_base_model_and_lacking_or_unknown_weights_are_refused(saved, tmp_path):
-    _, path = saved
+def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weights(model, sums, tmp_path):
+    module, path = save(model, sums, tmp_path)
+    loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
+    assert_same_policy(loaded, module)
+    assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
         PolicyModule.load_from_checkpoint(path, model=str(other))
     with pytest.raises(CheckpointError, match=r"model\.dtype as in the run's config\.yaml"):
         PolicyModule.load_from_checkpoint(path, dtype="bfloat16")
-    content = torch.load(saved[1], weights_only=True)
+    content = torch.load(path, weights_only=True)
     first, *others = weights = content["state_dict"]
     for changed, message in (
         ({name: weights[name] for name in others}, "lacks 1 trainable weights, such as"),

@@ -8,7 +8,7 @@ from hybrid_lightning.policy.evaluation import add_prompts, evaluation_means, pr
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
-ANSWERS = {0: ["7", "7", "5", "6"], 1: ["5", None, "5", "6"], 2: ["9"] * 4}
+ANSWERS = ["7", "7", "5", "6", "5", None, "5", "6"]
 
 
 def build(indices, correct, lengths, sets=""):
@@ -27,67 +27,33 @@ def build(indices, correct, lengths, sets=""):
     return rollouts, Rewards(values / 2, {"match": values, "half": values / 2}, torch.tensor(flat))
 
 
-BATCHES = [
-    (([0, 1], [[1], [0]], [[3], [3]]), ([0, 1], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 2, 3, 4], [2, 2, 2, 5]])),
-    (([2], [[1]], [[3]]), ([2], [[1, 1, 1, 1]], [[4, 4, 4, 4]])),
-]
-EXPECTED = {
-    "problems": 3,
-    "greedy_accuracy": 2 / 3,
-    "greedy_reward": 1 / 3,
-    "avg@4": 0.5,
-    "pass@1": 0.5,
-    "pass@2": (5 / 6 + 0 + 1) / 3,
-    "pass@4": 2 / 3,
-    "maj@1": 0.5,
-    "maj@2": (1 / 6 + 4 / 6 * 0.5 + 0 + 1) / 3,
-    "maj@4": 2 / 3,
-    "reward": 0.25,
-    "completion_length": (2.5 + 2.75 + 4) / 3,
-    "truncation_rate": 1 / 12,
-}
+def test_metrics_are_of_greedy_and_sampled_completions_and_those_that_do_not_count_are_as_if_they_were_not_there():
+    _, of_greedy = build([0, 1], [[True], [False]], [[3], [3]])
+    right = [[True, True, False, False], [False] * 4]
+    rollouts, of_sampled = build([0, 1], right, [[1, 2, 3, 4], [2, 2, 2, 5]], "quiz")
 
+    def values(greedy, sampled):
+        metrics = evaluation_means(4)
+        add_prompts(metrics, greedy, (rollouts, sampled), ANSWERS)
+        found = metrics.compute()
+        assert list(found) == ["", "quiz"]
+        return {key: float(value) for key, value in found["quiz"].items() if "/" not in key}
 
-def evaluate(batches, sets=""):
-    metrics = evaluation_means(4)
-    for parts in batches:
-        greedy, sampled = (build(i, [[bool(c) for c in row] for row in correct], n, sets) for i, correct, n in parts)
-        add_prompts(metrics, greedy[1], sampled, [answer for index in parts[1][0] for answer in ANSWERS[index]])
-    return metrics
-
-
-def values_of(metrics, name=""):
-    return {key: float(value) for key, value in metrics.compute()[name].items() if "/" not in key}
-
-
-def test_metrics_are_over_all_prompts_of_a_set_each_once_and_not_over_batches():
-    assert values_of(evaluate(BATCHES)) == values_of(evaluate([*BATCHES, BATCHES[1]])) == pytest.approx(EXPECTED)
-    metrics = evaluate(BATCHES, sets="quiz")
-    assert list(metrics.compute()) == ["", "quiz"]
-    assert values_of(metrics, "quiz") == values_of(metrics) == pytest.approx(EXPECTED)
-
-
-def test_completions_that_do_not_count_are_as_if_they_were_not_there():
-    (_, of_greedy), (rollouts, of_sampled) = (
-        build(i, [[bool(c) for c in row] for row in right], n) for i, right, n in BATCHES[0]
-    )
+    every = values(of_greedy, of_sampled)
+    assert every == values(replace(of_greedy, counted=torch.ones(2) > 0), replace(of_sampled, counted=torch.ones(8) > 0))
+    assert (every["greedy_accuracy"], every["avg@4"], every["maj@4"], every["pass@2"]) == (0.5, 0.25, 0.5, pytest.approx(5 / 12))
     counted = torch.tensor([True, False, True, True, True, True, True, True])
     of_greedy = replace(of_greedy, counted=torch.tensor([False, True]))
     of_sampled = replace(of_sampled, total=torch.where(counted, of_sampled.total, torch.nan), counted=counted)
-    metrics = evaluation_means(4)
-    add_prompts(metrics, of_greedy, (rollouts, of_sampled), [*ANSWERS[0], *ANSWERS[1]])
     # Of the first prompt three count: right with 7, wrong with 5 and with 6; pass@4 and maj@4 of it are not known.
-    assert values_of(metrics) == pytest.approx(
+    assert values(of_greedy, of_sampled) == pytest.approx(
         {
             **{"problems": 2, "greedy_accuracy": 0, "greedy_reward": 0, "avg@4": 1 / 6},
             **{"pass@1": 1 / 6, "pass@2": 1 / 3, "pass@4": 0, "maj@1": 1 / 6, "maj@2": 1 / 6, "maj@4": 0},
             **{"reward": 1 / 12, "completion_length": (8 / 3 + 2.75) / 2, "truncation_rate": 1 / 8},
         }
     )
-    nothing = replace(of_sampled, counted=torch.zeros_like(counted))
-    metrics = evaluation_means(4)
-    add_prompts(metrics, replace(of_greedy, counted=torch.zeros(2, dtype=torch.bool)), (rollouts, nothing), [None] * 8)
-    found = values_of(metrics)
+    found = values(*(replace(rewards, counted=torch.zeros_like(rewards.counted)) for rewards in (of_greedy, of_sampled)))
     assert found.pop("problems") == 0 and all(value != value for value in found.values()), "no value, and not 0"
 
 

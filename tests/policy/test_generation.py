@@ -13,10 +13,10 @@ from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trai
 
 from hybrid_lightning.engine import Engine, token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
 from hybrid_lightning.policy.episodes_ahead import EpisodesAhead
-from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun
@@ -28,15 +28,15 @@ class Elsewhere(Sampler):
 
     has_own_weights = completes_elsewhere = True
 
-    def __init__(self, max_new_tokens=6, fails_at=0):
+    def __init__(self, max_new_tokens=6):
         super().__init__(max_new_tokens)
         self.engine = self.own = None
-        self.fails_at, self.requests, self.running, self.at_update = fails_at, 0, 0, []
+        self.requests, self.running, self.at_update = 0, 0, []
         self.threads, self.lock, self.asking = ThreadPoolExecutor(2), threading.Lock(), threading.RLock()
         self.seeds = []  # of the rollouts that were begun
 
     def __reduce__(self):  # as of `VLLMEngine`
-        return Elsewhere, (self.max_new_tokens, self.fails_at)
+        return Elsewhere, (self.max_new_tokens,)
 
     def updating(self):
         return self.asking
@@ -61,16 +61,14 @@ class Elsewhere(Sampler):
         with self.asking:
             if engine is not self.engine and isinstance(engine, Engine):  # nothing has been trained yet
                 self.copy_of(engine)
-            own, step, self.requests = self.own, self.version.step, self.requests + 1
-            number = self.requests
-            self.running += 1
+            own, step = self.own, self.version.step
+            self.requests, self.running = self.requests + 1, self.running + 1
 
         def sample():
             with torch.no_grad(), self.lock, own.sampling():
                 own.model.eval()
-                if number == self.fails_at:
-                    raise RolloutError("the engine has died")
                 found = super(Elsewhere, self).sample(own, *arguments, **options)
+                time.sleep(0.03)  # long enough for an update that does not wait
             self.running -= 1
             made_by = torch.full_like(found.sequences.completion_ids, step)
             return replace(found, sequences=replace(found.sequences, weights_step=made_by))
@@ -139,27 +137,14 @@ class Here:
         self.begun = {}
 
 
-class OnDevice(Sampler):
-    shares_device = True
-
-
 def metrics_of(log):
-    left_out = (
-        "time/",
-        "throughput/",
-        "sampling/weights_update_s",
-        "sampling/waited_s",
-        "sampling/engine_idle_s",
-        "sampling/weights_versions",
-    )
+    """Without times, and what an engine alone has."""
+    left_out = "time/", "throughput/", "sampling/weights_up", "sampling/waited", "sampling/engine", "sampling/weights_versions"
     return [{name: value for name, value in step.items() if not name.startswith(left_out)} for step in log.metrics]
 
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
-@pytest.mark.parametrize(
-    ("ahead", "correction", "turns"),
-    [(0, None, 1), (1, None, 1), (2, SequenceMask(), 1), (1, TokenMask(), 3)],
-)
+@pytest.mark.parametrize(("ahead", "correction", "turns"), [(0, None, 1), (2, SequenceMask(), 1), (1, TokenMask(), 3)])
 def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
     model, sums, tmp_path, ahead, correction, turns, monkeypatch
 ):
@@ -173,23 +158,22 @@ def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule
             episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=int(sampler is elsewhere))
             policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
         loan = [Loan()] if turns > 1 and sampler is elsewhere else []
-        weights = trained(fit(model, sums, tmp_path, log, *loan, policy=policy, max_steps=8))
+        weights = trained(fit(model, sums, tmp_path, log, *loan, policy=policy, max_steps=6))
         return metrics_of(log), weights
 
     elsewhere = Elsewhere()
     (there, weights), (here, expected) = run(elsewhere), run(Sampler(6))
-    assert len(there) == len(here) == 8
+    assert len(there) == len(here) == 6
     for one, other in zip(there, here, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5), "rounding in float32"
-    for name, weight in expected.items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-5)
     assert ahead > 1 or not any(elsewhere.at_update), "with one ahead no completion has tokens by two versions of the weights"
     lags = [step["sampling/weights_version_lag"] for step in there]
-    assert lags == ([0, 1] * 4 if not ahead else [0, 1] + [2, 3] * 3 if ahead == 1 else [0, 1, 2, 3] + [4, 5] * 2)
+    assert lags == {0: [0, 1, 0, 1, 0, 1], 1: [0, 1, 2, 3, 2, 3], 2: [0, 1, 2, 3, 4, 5]}[ahead]
     assert max(step["sampling/logp_difference/max"] for step in here[:1]) < 1e-5
     if ahead:  # the alarm for weights that did not arrive, with the lag in it
         assert here[-1]["sampling/logp_difference/max"] > 1e-3
-    assert 4 <= elsewhere.requests <= 4 * turns, "none for a rollout that is not trained on"
+    assert 3 <= elsewhere.requests <= 3 * turns, "none for a rollout that is not trained on"
 
 
 class Seen(DigitShare):
@@ -199,6 +183,7 @@ class Seen(DigitShare):
 
     def __init__(self, overlap=True):
         self.overlap = overlap
+        self.apart.clear()
 
     def overlaps(self, prompt):
         return self.overlap
@@ -210,7 +195,7 @@ class Seen(DigitShare):
 
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:Talk gives rewards:UserWarning")
-@pytest.mark.parametrize(("engine", "ahead", "turns"), [(Sampler, 0, 1), (Elsewhere, 1, 1), (Sampler, 0, 2)])
+@pytest.mark.parametrize(("engine", "ahead", "turns"), [(Elsewhere, 1, 1), (Sampler, 0, 2)])
 def test_rewards_of_what_arrives_are_those_of_the_whole_rollout(model, sums, tmp_path, engine, ahead, turns):
     def run(reward):
         log, policy = Log(), {"sampler": engine(6), "rollouts_ahead": ahead, "reward": reward}
@@ -220,26 +205,22 @@ def test_rewards_of_what_arrives_are_those_of_the_whole_rollout(model, sums, tmp
         weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=2))
         return metrics_of(log), weights
 
-    Seen.apart.clear()
-    (found, weights), (expected, same) = run(Seen()), run(Seen(overlap=False))
+    (expected, same), (found, weights) = run(Seen(overlap=False)), run(Seen())
     assert Seen.apart.is_set()
     rounding = 0 if engine is Sampler else 1e-3  # of float32, in threads
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=rounding, abs=rounding / 100)
-    for name, weight in same.items():
-        torch.testing.assert_close(weights[name], weight, rtol=rounding, atol=rounding / 100)
+    torch.testing.assert_close(weights, same, rtol=rounding, atol=rounding / 100)
 
 
-def test_completions_are_scored_while_others_are_still_generated(model, sums, tmp_path):
-    seen = []
-    policy = fit(model, sums, tmp_path, policy={"reward": Seen(), "sampler": Sampler(12)}, max_steps=1)
+def test_completions_are_scored_while_others_are_still_generated(model):
+    seen, policy = [], build_policy(model, reward=Seen(), sampler=Sampler(12))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
 
     def listener(running, decoded, longest):
         if running < 32 and not seen:
             seen.append(Seen.apart.wait(20))
 
-    Seen.apart.clear()
     policy.generation_listeners.append(listener)
     arriving = policy.arriving(prompts, 4)
     rollouts = policy.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
@@ -252,16 +233,7 @@ def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
     policy = {"sampler": elsewhere, "rollouts_ahead": 1, "correction": TokenTruncation()}
     data = build_data(sums, validation_fraction=0.25)
     fit(model, sums, tmp_path, policy=policy, data=data, max_steps=3, val_check_interval=1)
-    assert not any(elsewhere.at_update) and len(elsewhere.at_update) == 4, (
-        "once for the rollouts of the start, and after each step"
-    )
-
-
-def test_an_engine_that_fails_ahead_ends_the_run_when_its_rollout_is_needed(model, sums, tmp_path):
-    log, policy = Log(), {"sampler": Elsewhere(fails_at=2), "rollouts_ahead": 1, "correction": TokenTruncation()}
-    with pytest.raises(RolloutError, match="has died"):
-        fit(model, sums, tmp_path, log, policy=policy, max_steps=3)
-    assert len(log.metrics) == 1, "the rollout before it was trained on"
+    assert elsewhere.at_update == [0] * 4, "once for the rollouts of the start, and after each step"
 
 
 # Of each rollout, in optimizer steps: of its first turn, and of later ones. Three are begun before the first is trained on.
@@ -308,7 +280,7 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an
         return ahead.begin(policy.engine, prompts, 2, [0], generator=draws, greedy=False, stops=stops)
 
     slow, began = begun(), time.monotonic()
-    time.sleep(1)
+    time.sleep(0.5)
     other = begun()
     ahead.shut_down()
     assert time.monotonic() - began < 4 and not [t for t in threading.enumerate() if t.name == "episodes ahead"]
@@ -316,19 +288,3 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an
         ended.wait()
         with pytest.raises(RolloutError, match="were ended"):
             ended.finish()
-
-
-@pytest.mark.parametrize(
-    ("policy", "flags", "message"),
-    [
-        ({"rollouts_ahead": -1}, {}, "rollouts_ahead must be at least 0, got -1"),
-        ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "begins each epoch anew"),
-        ({"rollouts_ahead": 1}, {"reload_dataloaders_every_n_epochs": 1}, "would drop the rollouts that were begun"),
-        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
-        ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "nothing would be done meanwhile"),
-        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers=1"),
-    ],
-)
-def test_what_cannot_be_begun_ahead_is_refused(model, sums, tmp_path, policy, flags, message):
-    with pytest.raises(ConfigError, match=message):
-        fit(model, sums, tmp_path, policy=policy, **flags)

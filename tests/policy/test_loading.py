@@ -6,18 +6,18 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 from tiny_runs import write_model
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, T5Config
 
 from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.errors import ModelError
-from hybrid_lightning.policy.loading import ModelSource, check_weights, load_model, load_tokenizer, resolve_model, stop_token_ids
+from hybrid_lightning.policy.loading import ModelSource, check_weights, load_model, load_tokenizer, resolve_model
+from hybrid_lightning.policy.pretrained import Pretrained
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_local_folder_gives_the_very_same_model_frozen_and_in_eval_mode(tmp_path, family):
-    source = resolve_model(str(write_model(tmp_path, family)))
+def test_a_local_folder_gives_the_very_same_model_frozen_and_in_eval_mode(tmp_path):
+    source = resolve_model(str(write_model(tmp_path, "gpt2")))
     model, half = load_model(source, "float32", None), load_model(source, "bfloat16", "eager")
-    expected = build_model(family, std=0.1).state_dict()
+    expected = build_model("gpt2", std=0.1).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -77,17 +77,22 @@ def test_what_is_no_model_is_refused(package, monkeypatch, name, message):
         resolve_model(name)
 
 
-def test_damaged_and_lacking_weights_are_refused(model, tmp_path):
-    shutil.copytree(model, tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
+def test_damaged_and_lacking_weights_and_encoders_are_refused(model, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    BertForMaskedLM(BertConfig(vocab_size=48, **sizes)).save_pretrained(tmp_path)  # which has a causal class
+    T5Config().save_pretrained(tmp_path / "t5")
+    for name in ("cut", "deeper"):
+        shutil.copytree(model, tmp_path / name)
+    weights, config = tmp_path / "cut" / "model.safetensors", tmp_path / "deeper" / "config.json"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="cannot load the model"):
-        load_model(resolve_model(str(tmp_path / "cut")), "float32", None)
-    shutil.copytree(model, tmp_path / "deeper")
-    config = json.loads((tmp_path / "deeper" / "config.json").read_text())
-    (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
-    with pytest.raises(ModelError, match=r"lacks \d+ weights, such as 'model\.layers\.2\."):
-        load_model(resolve_model(str(tmp_path / "deeper")), "float32", None)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3, "layer_types": None}))
+    for name, message in {
+        **dict.fromkeys((".", "t5"), "is no causal language model"),
+        "cut": "cannot load the model",
+        "deeper": r"lacks \d+ weights, such as 'model\.layers\.2\.",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            load_model(resolve_model(str(tmp_path / name)), "float32", None)
 
 
 def test_a_shard_that_is_missing_is_found_before_weights_are_read(tmp_path):
@@ -104,20 +109,12 @@ def test_a_shard_that_is_missing_is_found_before_weights_are_read(tmp_path):
         load_model(resolve_model(str(tmp_path)), "float32", None)
 
 
-def test_an_encoder_that_has_a_causal_class_is_refused(tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    BertForMaskedLM(BertConfig(vocab_size=48, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is no causal language model"):
-        load_model(resolve_model(str(tmp_path)), "float32", None)
-
-
-def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model():
-    model, tokenizer = build_model("llama"), build_tokenizer()
-    assert stop_token_ids(model.generation_config, tokenizer) == [2]
-    model.generation_config.eos_token_id = [2, 7]
-    assert stop_token_ids(model.generation_config, tokenizer) == [2, 7]
-    model.generation_config.eos_token_id = 9
-    assert stop_token_ids(model.generation_config, tokenizer) == [2, 9]
+def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model(tmp_path):
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    for given, expected in ((None, [2]), ([2, 7], [2, 7]), (9, [2, 9])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        assert Pretrained(str(tmp_path), None, "float32", None, None, None).stop_ids == expected
 
 
 # Parts of names of weights in Hugging Face format -> in GGUF.

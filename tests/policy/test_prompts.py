@@ -60,13 +60,10 @@ def test_a_template_that_fails_names_the_row(template, remedy):
         PromptEncoder(build_tokenizer(), template).encode(prompt)
 
 
-@pytest.mark.parametrize("prompt", [Prompt(text="", index=3), Prompt(messages=CHAT.messages, index=3)])
-def test_an_empty_prompt_is_refused(prompt):
-    with pytest.raises(DataError, match="prompt of the data row 3 is empty"):
-        PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)
-
-
-def test_what_the_vocabulary_lacks_is_said():
+def test_an_empty_prompt_and_what_the_vocabulary_lacks_are_refused():
+    for prompt in (Prompt(text="", index=3), Prompt(messages=CHAT.messages, index=3)):
+        with pytest.raises(DataError, match="prompt of the data row 3 is empty"):
+            PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path()))
     assert encoder.encode(Prompt(text="12*3="))
     with pytest.raises(DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*take another model"):

@@ -31,7 +31,7 @@ def inputs(dtype=torch.float32, rows=(2, 5), width=128):
     return torch.randn(*rows, width, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*((kind, torch.float32) for kind in LAYERS), (Int8Linear, torch.bfloat16)])
+@pytest.mark.parametrize(("kind", "dtype"), [(NF4Linear, torch.float32), (Int8Linear, torch.bfloat16)])
 def test_autocast_is_heeded(kind, dtype):
     linear, layer = build(kind, dtype)
     x, y = inputs(dtype), inputs(dtype)
@@ -49,7 +49,7 @@ def test_autocast_is_heeded(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_neither_generation_nor_moving_a_layer_changes_it_and_making_it_draws_no_random_number(kind):
+def test_nothing_around_a_layer_changes_it_nor_a_row_the_others_and_making_it_draws_no_random_number(kind):
     """In eval mode, as the base is while it is trained; on some CPUs bitsandbytes' own layer would lose the gradient."""
     _, layer = build(kind)
     packed = layer.weight.data.clone()
@@ -60,6 +60,10 @@ def test_neither_generation_nor_moving_a_layer_changes_it_and_making_it_draws_no
     assert torch.equal(result, first) and torch.equal(layer.weight.data, packed)
     result.square().sum().backward()
     assert_same_sums(x.grad, 2 * first @ unpacked(layer), additions=96 + 128)
+    x = inputs(rows=(6,)).detach()
+    x[3] *= 1000  # an outlier, of which bitsandbytes' own 8-bit layer takes note in all rows
+    alone = [layer(row[None])[0] for row in x]  # a list: each is as exact as its own size allows
+    assert_same_sums(list(layer(x)), alone, additions=128)
     torch.manual_seed(3)
     linear, layer = build(kind)
     state = torch.get_rng_state()
@@ -69,15 +73,3 @@ def test_neither_generation_nor_moving_a_layer_changes_it_and_making_it_draws_no
     moved = nn.Sequential(layer).to("cpu", torch.bfloat16).to(torch.float32)  # dtypes are of what floats: the bias
     torch.testing.assert_close(moved(inputs()), expected, rtol=0.01, atol=0.01)
     assert layer.weight.element_size() == 1
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
-    _, layer = build(kind)
-    x = inputs(rows=(6,)).detach()
-    x[3] *= 1000  # an outlier, of which bitsandbytes' own 8-bit layer takes note in all rows
-    alone = [layer(row[None])[0] for row in x]  # a list: each is as exact as its own size allows
-    assert_same_sums(list(layer(x)), alone, additions=128)
-    with pytest.raises(AssertionError, match="not close"):  # the fault: steps of the largest number of all rows
-        step = x.abs().max() / 127
-        assert_same_sums(list(layer((x / step).round() * step)), alone, additions=128)

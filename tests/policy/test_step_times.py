@@ -21,27 +21,16 @@ def wait(monkeypatch):
     return wait
 
 
-def test_a_phase_ends_with_an_exception_too(wait):
+def test_a_phase_ends_with_an_exception_too_and_on_an_accelerator_once_its_work_is_done(wait, monkeypatch):
     """That every moment belongs to the innermost phase is seen in runs: `tests/callbacks/test_step_timer.py`."""
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(device) or wait(3))
     clock = PhaseClock()
     with pytest.raises(KeyboardInterrupt), clock.phase("generate"):
         wait(1)
         raise KeyboardInterrupt
     wait(2)
     assert clock.seconds() == {"other": 2, "generate": 1}, "the running phase counts"
-
-
-def test_the_clock_waits_for_an_accelerator_where_a_phase_ends_and_nowhere_else(wait, monkeypatch):
-    waited = []
-
-    def synchronize(device):
-        waited.append(device)
-        wait(3)
-
-    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
-    clock = PhaseClock()
-    with clock.phase("generate"):
-        pass
     assert not waited, "the CPU has nothing to wait for"
     clock.restart("other")
     clock.device = torch.device("cuda", 1)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES
 from tiny_runs import Log, fit, write_model
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
@@ -16,7 +15,7 @@ MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
 WEIGHT = "sampling/importance_weight"
 
 
-@pytest.mark.parametrize(("family", "minibatches"), [(family, 1 + number % 2) for number, family in enumerate(FAMILIES)])
+@pytest.mark.parametrize(("family", "minibatches"), [("gpt2", 2), ("qwen3", 1)])
 def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
     log = Log()
     sampler = Sampler(max_new_tokens=8, temperature=0.8)
@@ -57,13 +56,11 @@ def test_shares_of_micro_batches_make_the_step(correction):
     assert together[f"{WEIGHT}/min"] < together[f"{WEIGHT}/mean"] < together[f"{WEIGHT}/max"]
 
 
-@pytest.mark.parametrize("correction", [None, TokenTruncation(), SequenceMask()], ids=["none", "token", "sequence"])
-def test_no_token_at_all_is_neither_far_nor_near(correction):
+@pytest.mark.parametrize(("correction", "mean"), [(TokenTruncation(), 0.0), (SequenceMask(), 1.0)])
+def test_no_token_at_all_is_neither_far_nor_near(correction, mean):
+    """The mean weight is that over no token, or over the sequences."""
     inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 6, requires_grad=True), correction)
-    expected = {MEAN: 0.0, MAX: 0.0}
-    if correction is not None:
-        mean = 1.0 if isinstance(correction, SequenceMask) else 0.0  # over the sequences, or over no token
-        expected |= {f"{WEIGHT}/mean": mean, f"{WEIGHT}/min": 1.0, f"{WEIGHT}/max": 0.0}
+    expected = {MEAN: 0.0, MAX: 0.0, f"{WEIGHT}/mean": mean, f"{WEIGHT}/min": 1.0, f"{WEIGHT}/max": 0.0}
     assert {name: float(value) for name, value in metrics.items()} == expected
     GSPOLoss()(inputs).loss.backward()
 

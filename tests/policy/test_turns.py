@@ -17,18 +17,10 @@ from hybrid_lightning.policy.prompts import KEEP_HISTORY, PromptEncoder
 from hybrid_lightning.policy.turns import TurnEncoder
 from hybrid_lightning.types import Prompt
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Add.",
-        "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
-    },
-}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
 ASKED = Prompt(messages=({"role": "user", "content": "1+2?"},))
 # Template, with which token it ends a turn, setting of model.chat_template, its variables, role of what is added.
 CASES = [
-    ("qwen2_5", "<|im_end|>", None, {}, "user"),
     ("qwen2_5", "<|im_end|>", None, {}, "tool"),
     ("qwen3", "<|im_end|>", None, {}, "tool"),
     ("qwen3", "<|im_end|>", KEEP_HISTORY, {}, "user"),
@@ -37,22 +29,13 @@ CASES = [
     ("qwen3_instruct_2507", "<|im_end|>", None, {}, "tool"),
     ("llama3", "<|eot_id|>", None, {}, "user"),
     ("llama3_1", "<|eot_id|>", None, {}, "tool"),
-    ("llama3_2", "<|eot_id|>", None, {}, "user"),
     ("gemma", "<end_of_turn>", None, {}, "user"),
-    ("gemma3", "<end_of_turn>", None, {}, "user"),
     ("gemma", "<end_of_turn>", KEEP_HISTORY, {}, "user"),
     ("phi3", "<|end|>", None, {}, "user"),
     ("smollm2", "<|im_end|>", None, {}, "user"),
 ]
-LIKE_TEMPLATES = [
-    "<|im_end|>\n<|im_start|>user\n",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "{{ messages }}",
-    "{% endif %}",
-    "<tool_call>\n{}",
-]
-texts = st.one_of(st.text(max_size=8), st.sampled_from([*LIKE_TEMPLATES, "ANSWER-OF-THE-POLICY", "NEW-CONTENT", "語🙂", ""]))
+ODD = ["<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "<end_of_turn>", "{{ messages }}", "{% endif %}", "<tool_call>\n{}"]
+texts = st.one_of(st.text(max_size=8), st.sampled_from([*ODD, "ANSWER-OF-THE-POLICY", "NEW-CONTENT", "語🙂", ""]))
 thoughts = st.sampled_from(["", "<think>\nhm\n</think>\n\n", "</think>", " \n"])
 
 
@@ -77,7 +60,7 @@ def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, sett
     stop = turns._encoder.tokenizer.convert_tokens_to_ids(end)
     turns.check([ASKED])
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(texts, st.lists(st.tuples(texts, thoughts, st.booleans(), texts), min_size=1, max_size=3))
     def holds(asked, conversation):
         prompt = Prompt(messages=({"role": "user", "content": asked},))
@@ -133,14 +116,6 @@ def test_what_an_environment_says_has_no_control_tokens(name, end, setting, vari
         assert ids == turns._encoder.tokenizer(text_of(turns, ids), add_special_tokens=False)["input_ids"]
 
 
-def test_plain_prompts_get_no_control_tokens_of_an_environment():
-    encoder = PromptEncoder(build_byte_tokenizer())
-    turns, end = TurnEncoder(encoder, [], turn_template="<|endoftext|>{role}: {content}"), encoder.tokenizer.eos_token_id
-    new = [{"role": "x<|endoftext|>", "content": "<|endoftext|>"}]
-    for ids in (turns.first(Prompt(text="1+2="), new)[0], turns.added(Prompt(text="1+2="), new, [])):
-        assert ids.count(end) == 1 and text_of(turns, ids).endswith("<|endoftext|>x<|endoftext|>: <|endoftext|>")
-
-
 def test_what_ends_a_turn_or_a_call_stops():
     def stops(name, setting=None):
         return set(turns_of(name, setting)._encoder.tokenizer.convert_ids_to_tokens(turns_of(name, setting).stop_ids))
@@ -157,17 +132,11 @@ def test_what_ends_a_turn_or_a_call_stops():
         ("qwen2_5", "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>"),
         ("gemma", "<start_of_turn>user\nTool result:\n3\n\nTool result:\n4<end_of_turn>"),
         ("phi3", "<|user|>\nTool result:\n3<|end|>\n<|user|>\nTool result:\n4<|end|>"),
-        (
-            "llama3",
-            "user<|end_header_id|>\n\nTool result:\n3<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nTool result:\n4",
-        ),
-        ("smollm2", "<|im_start|>user\nTool result:\n3<|im_end|>\n<|im_start|>user\nTool result:\n4<|im_end|>"),
     ],
 )
 def test_results_of_tools_are_the_users_where_a_template_does_not_know_tools(name, shown):
     turns = turns_of(name, tools=True)
-    assert turns.uses_tools(ASKED) == (name == "qwen2_5") == ("Add." in text_of(turns, turns.first(ASKED)[0]))
-    assert not turns.uses_tools(Prompt(text="1+2="))
+    assert ("Add." in text_of(turns, turns.first(ASKED)[0])) == (name == "qwen2_5")
     results = [{"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}]
     assert shown in text_of(turns, turns.added(ASKED, results, []))
 
@@ -189,18 +158,16 @@ CALLS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "end", "form"),
+    ("name", "end", "form", "spaces"),
     [
-        ("qwen2_5", "<|im_end|>", HermesCalls),
-        ("qwen3", "<|im_end|>", HermesCalls),
-        ("llama3", "<|eot_id|>", PlainCalls),
-        ("llama3_1", "<|eom_id|>", LlamaCalls),
-        ("gemma", "<end_of_turn>", PlainCalls),
-        ("gemma3", "<end_of_turn>", PlainCalls),
-        ("smollm2", "<|im_end|>", PlainCalls),
+        ("qwen2_5", "<|im_end|>", HermesCalls, ""),
+        ("qwen3", "<|im_end|>", HermesCalls, " \n"),
+        ("llama3", "<|eot_id|>", PlainCalls, ""),
+        ("llama3_1", "<|eom_id|>", LlamaCalls, " \n"),
+        ("gemma3", "<end_of_turn>", PlainCalls, " \n"),
+        ("smollm2", "<|im_end|>", PlainCalls, ""),
     ],
 )
-@pytest.mark.parametrize("spaces", ["", " \n"])
 def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end, form, spaces):
     tokenizer = tokenizer_with(name)
     environment = ToolEnvironment([add])
@@ -250,9 +217,8 @@ KEPT = r"set model\.chat_template=keep_history, which keeps them, also in the ex
     ("name", "variables", "cause"),
     [
         ("qwen3", {}, "drops or changes the thoughts in earlier turns once a message of role 'user' follows"),
-        ("qwen3", {"enable_thinking": False}, "drops or changes the thoughts in earlier turns"),  # its generation prompt has one
+        ("qwen3", {"enable_thinking": False}, "drops or changes the thoughts"),  # its generation prompt has one
         ("qwen3_5_think", {}, "drops or changes the thoughts"),
-        ("deepseek_r1_distill", {}, "drops or changes the thoughts"),
         ("moved", {}, "changes earlier turns once a message of role 'user' follows"),
     ],
 )
@@ -267,7 +233,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
     assert kept.encode(ASKED) == PromptEncoder(tokenizer, None, variables).encode(ASKED)
 
 
-def test_a_role_that_was_not_tried_before_is_tried_when_it_comes():
+def test_what_was_not_tried_before_is_tried_when_it_comes():
     turns = turns_of("qwen3", tools=True)
     turns.check([ASKED])  # results of tools take no thoughts away
     assert turns.added(ASKED, [{"role": "tool", "content": "3"}], [])
@@ -278,6 +244,13 @@ def test_a_role_that_was_not_tried_before_is_tried_when_it_comes():
     turns_of("qwen3_training").check([ASKED])  # an empty thought in front of an answer without one takes nothing away
     turns_of("qwen3_training", enable_thinking=False).check([ASKED])
     turns_of("qwen3_5_think", tools=True).check([ASKED])  # its generation prompt begins a thought
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = MOVED
+    turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
+    assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools "
+    tokenizer.chat_template = MOVED.replace("m.content +", "(raise_exception('too odd') if m.content == '?' else m.content) +")
+    with pytest.raises(DataError, match="refuses what the environment added to the data row 0: too odd; correct"):
+        TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), []).added(ASKED, [{"role": "user", "content": "?"}], [])
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1"])
@@ -297,28 +270,11 @@ def test_kept_history_takes_what_servers_take_out_of_a_text_and_is_exported(name
     assert exported.chat_template == kept.chat_template
 
 
-def test_a_template_may_open_turns_otherwise_where_there_are_tools():
-    tokenizer = build_byte_tokenizer()
-    tokenizer.chat_template = MOVED
-    turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
-    assert text_of(turns, turns.added(ASKED, [], [])) == "<|im_end|><|im_start|>assistant with tools "
-
-
-def test_messages_that_a_template_refuses_are_the_datas():
-    tokenizer = build_byte_tokenizer()
-    tokenizer.chat_template = MOVED.replace("m.content +", "(raise_exception('too odd') if m.content == '?' else m.content) +")
-    with pytest.raises(
-        DataError, match=r"refuses what the environment added to the data row 0: too odd; correct the environment's"
-    ):
-        TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), []).added(ASKED, [{"role": "user", "content": "?"}], [])
-
-
 def test_plain_prompts_are_continued_by_a_template_of_text():
     prompt, new = Prompt(text="1+2="), [{"role": "user", "content": "a{b"}, {"role": "tool", "content": "3"}]
     tokenizer = build_byte_tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
-    )
+    begins = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = begins
     encoder = PromptEncoder(tokenizer)
     turns = TurnEncoder(encoder, [])
     assert text_of(turns, turns.added(prompt, new, [1])) == "\na{b\n\n3\n"
@@ -328,6 +284,11 @@ def test_plain_prompts_are_continued_by_a_template_of_text():
     assert turns.first(prompt)[0] == encoder.encode(prompt)
     named = TurnEncoder(encoder, [], turn_template="[{role}] {content}{{}}")
     assert text_of(named, named.added(prompt, new, [])) == "[user] a{b{}[tool] 3{}"
+    forged, odd = "<|endoftext|>{role}: {content}", [{"role": "x<|endoftext|>", "content": "<|endoftext|>"}]
+    turns = TurnEncoder(encoder, [], turn_template=forged)
+    for ids in (turns.first(prompt, odd)[0], turns.added(prompt, odd, [])):
+        assert text_of(turns, ids).endswith("<|endoftext|>x<|endoftext|>: <|endoftext|>")
+        assert ids.count(tokenizer.eos_token_id) == 1, "the control token of the template alone"
     for wrong in ("none", "{role}", "{content} {name}", "{content!r}", "{"):
         with pytest.raises(ConfigError, match=r"model\.turn_template="):
             TurnEncoder(encoder, [], turn_template=wrong)

@@ -4,13 +4,12 @@ import csv
 import math
 
 import pytest
-import tiny_runs
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
-from tiny_runs import Constant, Log, OftenDone, build_adapter, build_data, build_policy, build_trainer, fit
+from tiny_runs import Constant, Log, OftenDone, build_adapter, build_data, build_policy, build_trainer, fit, trained
 
 from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.errors import ConfigError, TrainingError
@@ -29,17 +28,15 @@ def assert_same_gradients(found, expected):
 
 
 class Watch(Log):
-    """And rows and forward passes of each micro-batch."""
+    """And forward passes of each micro-batch."""
 
     def __init__(self):
         super().__init__()
-        self.rows, self.passes = [], []
+        self.passes = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.rows.append(len(batch.sequences))
         self.passes.append(0)
-        decoder = pl_module.model.get_base_model().model
-        self.handle = decoder.register_forward_hook(self.count)
+        self.handle = pl_module.model.get_base_model().model.register_forward_hook(self.count)
 
     def count(self, *_):
         self.passes[-1] += 1
@@ -54,25 +51,24 @@ class Watch(Log):
 def run(model, sums, root, policy=None, **flags):
     watch = Watch()
     arguments = {"optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, "minibatches_per_rollout": 2, **(policy or {})}
-    module = fit(model, sums, root, watch, policy=arguments, **{"max_steps": 4, **flags})
-    return watch, tiny_runs.trained(module)
+    module = fit(model, sums, root, watch, policy=arguments, **flags)
+    return watch, trained(module)
 
 
-MASKS = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True}
-# A policy, and flags and options of the run whose steps are split further.
+SHORT = {"max_tokens_per_micro_batch": 12}
+MASKS = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True, "sampler": OftenDone(4)}
+# A policy; micro-batches of a step, and of one that is split further; and options of the latter.
 SPLITS = {
-    "grpo-kl-2-checkpointing": ({"loss": GRPOLoss(kl_coef=0.1), "gradient_checkpointing": True}, 2, 2, 12),
-    "gspo-kl-8": ({"loss": GSPOLoss(kl_coef=0.05)}, 1, 8, None),
-    # Sequences without advantage are there for the entropy bonus.
-    "dapo-masks-2": ({"loss": DAPOLoss(entropy_coef=0.02), "sampler": OftenDone(4), **MASKS}, 1, 2, 12),
+    "grpo": ({"loss": GRPOLoss(kl_coef=0.1)}, 2, 2, {**SHORT, "gradient_checkpointing": True}),
+    "gspo": ({"loss": GSPOLoss(kl_coef=0.05)}, 1, 8, {}),
+    "dapo": ({"loss": DAPOLoss(entropy_coef=0.02), **MASKS}, 1, 2, SHORT),  # with sequences without advantage for the bonus
 }
 
 
-@pytest.mark.parametrize(("policy", "accumulate", "of_split", "budget"), SPLITS.values(), ids=SPLITS)
-def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums, tmp_path, policy, accumulate, of_split, budget):
-    whole, weights = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate, max_steps=2)
-    options = {"max_tokens_per_micro_batch": budget} if budget else {}
-    split, same = run(model, sums, tmp_path, {**policy, **options}, accumulate_grad_batches=of_split, max_steps=2)
+@pytest.mark.parametrize(("policy", "accumulate", "of_split", "options"), SPLITS.values(), ids=SPLITS)
+def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums, tmp_path, policy, accumulate, of_split, options):
+    whole, weights = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate)
+    split, same = run(model, sums, tmp_path, {**policy, **options}, accumulate_grad_batches=of_split)
     assert max(whole.passes) == 1 and len(split.passes) == 2 * of_split and sum(split.passes) > 2 * sum(whole.passes)
     steps, others = whole.metrics[accumulate - 1 :: accumulate], split.metrics[of_split - 1 :: of_split]
     for step, other in zip(steps, others, strict=True):
@@ -107,9 +103,8 @@ class NanOnceOffPolicy(GRPOLoss):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(model, sums, tmp_path):
     """The weights would be nan, and the next rollout fail on that."""
-    watch = Watch()
-    arguments = {"loss": NanOnceOffPolicy(), "minibatches_per_rollout": 2}
-    policy, trainer = build_policy(model, **arguments), build_trainer(tmp_path, build_adapter(), watch, max_steps=4)
+    policy = build_policy(model, loss=NanOnceOffPolicy(), minibatches_per_rollout=2)
+    trainer = build_trainer(tmp_path, build_adapter(scorer=Random()))
     with pytest.raises(TrainingError, match=r"gradient of step 2 is nan \(grad_norm/\w+\), so no step was made"):
         trainer.fit(policy, datamodule=build_data(sums))
     assert trainer.global_step == 1 and all(p.isfinite().all() for p in policy.parameters())
@@ -119,72 +114,40 @@ def test_a_step_without_any_advantage_has_a_gradient_of_zero_and_logs_what_other
     watch, other = Watch(), Watch()
     fit(model, sums, tmp_path, watch, policy={"reward": Constant()}, max_steps=2)
     fit(model, sums, tmp_path, other, max_steps=1)
-    assert watch.rows == [4, 4] and watch.losses == [0, 0], "a completion of each prompt is measured"
+    assert watch.losses == [0, 0]
+    assert [len(batch.sequences) for batch in watch.batches] == [4, 4], "a completion of each prompt is measured"
     assert all(not gradient.any() for step in watch.gradients for gradient in step.values()) and len(watch.gradients[0]) > 10
     assert watch.metrics[0]["ratio/mean"] == 1 and watch.metrics[0]["frac_reward_zero_std"] == 1
     constant, usual = ({name for name in log.metrics[0] if not name.startswith("rewards/")} for log in (watch, other))
     assert constant == usual and watch.metrics[0]["entropy"] > 0
 
 
-# ---- metrics of a rollout are there at every step that it is used for, although they are logged once
-
-
-class Seen(Callback):
-    """What Lightning knows after each micro-batch, and the mean reward of the rollout that it comes from."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        known = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
-        self.steps.append(([float(metrics["reward"]) for metrics in known], float(pl_module.last_rollout[1].total.mean())))
-
-
-@pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 3}], ids=["whole rollouts", "epochs that end within a rollout"])
-def test_every_step_and_a_logger_have_the_metrics_of_the_rollout(model, sums, tmp_path, flags):
-    seen, logger = Seen(), CSVLogger(tmp_path, "log", version=0)
-    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 2, **flags}
+def test_a_logger_has_the_metrics_of_the_rollout_at_every_step(model, sums, tmp_path):
+    """They are logged once a rollout, and again where an epoch has ended within it."""
+    rewards, logger = [], CSVLogger(tmp_path, "log", version=0)
+    seen = LambdaCallback(on_train_batch_end=lambda _, policy, *of: rewards.append(float(policy.last_rollout[1].total.mean())))
+    flags = {"max_steps": 6, "logger": logger, "log_every_n_steps": 1, "limit_train_batches": 3}
     fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, **flags)
-    assert len(seen.steps) == 8 and len({reward for _, reward in seen.steps}) == 4
-    for known, reward in seen.steps:
-        assert known == pytest.approx([reward] * 3)
-    logger.save()
-    with (tmp_path / "log/version_0/metrics.csv").open() as file:
-        logged = [float(row["reward"]) for row in csv.DictReader(file) if row["reward"]]
-    assert logged == pytest.approx([reward for _, reward in seen.steps[1::2]]), "at whichever step it is asked"
+    rows = csv.DictReader((tmp_path / "log/version_0/metrics.csv").open())
+    assert [float(row["reward"]) for row in rows if row["reward"]] == pytest.approx(rewards) and len(rewards) == 6
 
 
-# ---- tokens of a pass that the memory of a device has decided go into checkpoints, so that a resume splits rows alike
-
-
-GIB = 2**30
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """Lets the CPU be a device with some memory, and chooses tokens by it."""
-
-    def become(memory, tokens):
-        monkeypatch.setattr(update, "memory_of", lambda device: memory)
-        monkeypatch.setattr(update, "default_token_budget", lambda model, device: tokens)
-
-    return become
-
-
-def test_a_resume_takes_those_of_the_checkpoint_where_they_fit(model, sums, tmp_path, device, monkeypatch):
-    said, path = [], tmp_path / "first.ckpt"
+def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(model, sums, tmp_path, monkeypatch):
+    """Those that the memory of a device has decided, so that rows are split alike."""
+    said, path, gib = [], tmp_path / "first.ckpt", 2**30
     monkeypatch.setattr(update, "rank_zero_info", said.append)
-    device(80 * GIB, 24)
+    monkeypatch.setattr(update, "memory_of", lambda device: 80 * gib)  # as if the CPU were such a device
+    monkeypatch.setattr(update, "default_token_budget", lambda model, device: 24)
     fit(model, sums, tmp_path, max_steps=1).trainer.save_checkpoint(path)
-    assert torch.load(path, weights_only=True)[CHECKPOINT_KEY]["tokens_of_pass"] == {"tokens": 24, "memory": 80 * GIB}
-    for memory, taken in ((80 * GIB, 24), (141 * GIB, 24), (None, 12), (40 * GIB, 12)):
+    monkeypatch.setattr(update, "default_token_budget", lambda model, device: 12)
+    policy = fit(model, sums, tmp_path, ckpt=path, max_steps=2)
+    saved = torch.load(path, weights_only=True)[CHECKPOINT_KEY]
+    assert policy.tokens_of_pass == 24 and saved["tokens_of_pass"] == {"tokens": 24, "memory": 80 * gib}
+    for memory, given, taken in ((141, None, 24), (None, None, 12), (80, 100, 100), (40, None, 12)):
         assert not said
-        device(memory, 12)
-        assert fit(model, sums, tmp_path, ckpt=path, max_steps=2).tokens_of_pass == taken
-    assert said and all("this device has 40 GiB" in line for line in said)
-    for memory, options in ((80 * GIB, {"max_tokens_per_micro_batch": 100}), (None, {})):  # an option goes before
-        device(memory, 24)
-        policy = fit(model, sums, tmp_path, policy=options, max_steps=1)
-        policy.trainer.save_checkpoint(path)
-        assert "tokens_of_pass" not in torch.load(path, weights_only=True)[CHECKPOINT_KEY], "nor does a CPU keep any"
-        assert policy.update.token_budget() == (100 if options else 24)
+        monkeypatch.setattr(update, "memory_of", lambda device, memory=memory: memory and memory * gib)
+        policy.tokens_of_pass, policy.max_tokens_per_micro_batch = None, given
+        update.restore_pass_tokens(policy, saved)
+        assert policy.update.token_budget() == taken, "an option goes before"
+        assert bool(update.saved_pass_tokens(policy)) == bool(memory and not given), "a CPU keeps none"
+    assert len(said) == 1 and "this device has 40 GiB" in said[0]

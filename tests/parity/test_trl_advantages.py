@@ -15,12 +15,13 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 SAMPLES = 8
 WEIGHTS = {"right": 1.0, "short": 0.5, "polite": -0.2}
-CASES = {
-    "group": (advantages.GroupAdvantage(), "sum_then_normalize", "group"),
-    "batch": (advantages.BatchStdAdvantage(), "sum_then_normalize", "batch"),
-    "none": (advantages.GroupMeanAdvantage(), "sum_then_normalize", "none"),
-    "per reward": (advantages.PerRewardAdvantage(), "normalize_then_sum", "group"),
-}
+CASES = [
+    (advantages.GroupAdvantage(), "sum_then_normalize", "group", torch.float32),
+    (advantages.BatchStdAdvantage(), "sum_then_normalize", "batch", torch.float64),
+    (advantages.GroupMeanAdvantage(), "sum_then_normalize", "none", torch.float32),
+    (advantages.PerRewardAdvantage(), "normalize_then_sum", "group", torch.float32),
+    (advantages.PerRewardAdvantage(), "normalize_then_sum", "group", torch.float64),
+]
 
 
 def make(dtype):
@@ -32,10 +33,8 @@ def make(dtype):
     return Rewards(total, parts, right >= 1, WEIGHTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", CASES)
-def test_advantages_equal_trl(case, dtype):
-    estimator, aggregation, scale = CASES[case]
+@pytest.mark.parametrize(("estimator", "aggregation", "scale", "dtype"), CASES)
+def test_advantages_equal_trl(estimator, aggregation, scale, dtype):
     rewards, weights = make(dtype), torch.tensor(list(WEIGHTS.values()), dtype=dtype)
     rows = torch.stack(list(rewards.parts.values()), dim=1)
     settings = {"multi_objective_aggregation": aggregation, "scale_rewards": scale}

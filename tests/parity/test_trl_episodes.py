@@ -58,21 +58,15 @@ class Account:
 
 
 def pay(amount: int) -> str:
-    """Pay in.
-
-    Args:
-        amount: How much.
-    """
     return f"paid {amount}"
 
 
 async def wait(hours: int) -> str:
-    """Wait.
-
-    Args:
-        hours: How long.
-    """
     return "z" * hours
+
+
+TOOLS = [pay, wait]
+pay.__doc__, wait.__doc__ = Account.pay.__doc__, Account.wait.__doc__
 
 
 def turns_of(completions, **_):
@@ -110,7 +104,7 @@ def script(template, tokenizer):
     return [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in turns] for turns in texts]
 
 
-def run_trl(folder, root, said, starts, tools, options):
+def run_trl(folder, root, said, starts, functions, options):
     """What two steps of TRL's trainer on one rollout are made of."""
     found = {"losses": [], "gradients": []}
 
@@ -131,33 +125,17 @@ def run_trl(folder, root, said, starts, tools, options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("proj" in name)  # as with us
+    sizes = {"max_steps": 2, "num_iterations": 2, "steps_per_generation": 1, "per_device_train_batch_size": len(said)}
+    sizes |= {"num_generations": SAMPLES, "max_completion_length": TOKENS, "max_tool_calling_iterations": TURNS - 1}
+    plain = {"learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, "bf16": False}
+    plain |= {"use_cpu": True, "shuffle_dataset": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     trainer = Noted(
         model,
-        args=GRPOConfig(
-            output_dir=str(root),
-            use_cpu=True,
-            bf16=False,
-            max_steps=2,
-            num_iterations=2,
-            per_device_train_batch_size=len(said),
-            steps_per_generation=1,
-            num_generations=SAMPLES,
-            max_completion_length=TOKENS,
-            max_tool_calling_iterations=TURNS - 1,
-            shuffle_dataset=False,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            **options,
-        ),
+        args=GRPOConfig(str(root), **sizes, **plain, **options),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"Have {s}."}], "start": s} for s in starts]),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Gradients()],
-        **({"environment_factory": Account} if tools is None else {"tools": tools, "reward_funcs": turns_of}),
+        **({"tools": TOOLS, "reward_funcs": turns_of} if functions else {"environment_factory": Account}),
     )
     turns = [0] * len(said)
 
@@ -205,33 +183,23 @@ def run_ours(folder, root, said, environment, **options):
     """A policy after two steps on one rollout, and what was noted."""
     speaker, log = Scripted(TOKENS), Log()
     speaker.said = said
-    policy = build_policy(
-        folder,
-        sampler=speaker,
-        environment=environment,
-        episodes=EpisodeLimits(max_turns=TURNS, max_tokens=TOKENS, too_long="end"),
-        prompts_per_rollout=len(STARTS),
-        samples_per_prompt=SAMPLES,
-        epochs_per_rollout=2,
-        lr_full=RATE,
-        optimizer=torch.optim.SGD,
-        **options,
-    )
+    episodes = EpisodeLimits(max_turns=TURNS, max_tokens=TOKENS, too_long="end")
+    sizes = {"prompts_per_rollout": len(STARTS), "samples_per_prompt": SAMPLES, "epochs_per_rollout": 2}
+    options |= {"sampler": speaker, "environment": environment, "episodes": episodes, **sizes}
+    policy = build_policy(folder, lr_full=RATE, optimizer=torch.optim.SGD, **options)
     data = PromptDataModule(FileSource(str(folder / "rows.jsonl"), answer_column=None), ChatFormat())
     build_trainer(root, HybridAdapterSetup(ModuleBudget(1.0)), log).fit(policy, datamodule=data)
     return policy, log
 
 
-# Chat template, loss, and TRL's settings of it. The KL's weight has another default in TRL.
-KL, WEIGHTED = {"beta": 0.1, "use_bias_correction_kl": False}, {"beta": 0.1}
-DAPO, DR_GRPO = {"loss_type": "dapo", "epsilon_high": 0.28}, {"loss_type": "dr_grpo", "scale_rewards": "none"}
+# Chat template, loss, and TRL's settings of it.
+DAPO = {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1, "use_bias_correction_kl": False}
 GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
+WEIGHTED = {"kl_coef": 0.1, "kl_importance_weight": True}  # as TRL weighs a KL
 CASES = [
     ("qwen3", losses.GRPOLoss(), {"loss_type": "grpo"}),
-    ("llama3_1", losses.GRPOLoss(kl_coef=0.1, kl_importance_weight=True), {"loss_type": "grpo", **WEIGHTED}),
-    ("qwen2_5", losses.DAPOLoss(kl_coef=0.1), {**DAPO, **KL}),
-    ("qwen3", losses.DrGRPOLoss(kl_coef=0.1, kl_importance_weight=True), {**DR_GRPO, **WEIGHTED}),
-    ("qwen2_5", losses.BNPOLoss(kl_coef=0.1), {"loss_type": "bnpo", **KL}),
+    ("qwen2_5", losses.DAPOLoss(kl_coef=0.1), DAPO),
+    ("qwen3", losses.DrGRPOLoss(**WEIGHTED), {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.1}),
     ("llama3_1", losses.GSPOLoss(), GSPO),
 ]
 
@@ -262,7 +230,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     folder = folder_of(template)
     said = script(template, AutoTokenizer.from_pretrained(folder))
     functions = template == "llama3_1"
-    environment = ToolEnvironment([pay, wait]) if functions else TRLEnvironment(f"{__file__}:Account")
+    environment = ToolEnvironment(TOOLS) if functions else TRLEnvironment(f"{__file__}:Account")
     advantage = GroupMeanAdvantage() if isinstance(loss, losses.DrGRPOLoss) else GroupAdvantage()
     parts = {"loss": loss, "advantage": advantage, "reward": Turns() if functions else None}
     # TRL replaces Qwen3's template, which drops thoughts, by one of its own.
@@ -270,7 +238,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     policy, log = run_ours(folder, tmp_path, said, environment, **parts)
     rollouts, _, advantages = policy.last_rollout
     starts = [prompt.columns["start"] for prompt in rollouts.prompts]
-    theirs = run_trl(folder, tmp_path, said, starts, [pay, wait] if functions else None, options)
+    theirs = run_trl(folder, tmp_path, said, starts, functions, options)
 
     rollout, sequences = theirs["rollout"], rollouts.sequences
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):

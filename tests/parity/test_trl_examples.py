@@ -58,32 +58,25 @@ def trl_dpo(inputs, **arguments):
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def gradient(loss, inputs):
-    return torch.autograd.grad(loss, inputs.logprobs, retain_graph=True)[0]
+def assert_same(inputs, ours, theirs):
+    """Equal losses with equal gradients."""
+    gradients = [torch.autograd.grad(loss, inputs.logprobs, retain_graph=True)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_dpo(beta):
+@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (2.0, 0.0), (0.4, 0.3)])
+def test_dpo(beta, smoothing):
+    """Label smoothing is TRL's `robust`, ((1 - e) f(m) - e f(-m)) / (1 - 2 e), with the other sign: (1 - e) f(m) + e f(-m)."""
     inputs = make()
-    theirs, metrics = trl_dpo(inputs, loss_types=["sigmoid"], beta=beta, label_smoothing=0.0)
-    ours = DPOLoss(beta)(inputs)
-    torch.testing.assert_close(ours.loss, theirs, atol=1e-12, rtol=0)
-    torch.testing.assert_close(gradient(ours.loss, inputs), gradient(theirs, inputs), atol=1e-12, rtol=0)
+    plain, metrics = trl_dpo(inputs, loss_types=["sigmoid"], beta=beta, label_smoothing=0.0)
+    robust, _ = trl_dpo(inputs, loss_types=["robust"], beta=beta, label_smoothing=smoothing)
+    theirs = 2 * (1 - smoothing) * plain - (1 - 2 * smoothing) * robust
+    ours = DPOLoss(beta, smoothing)(inputs)
+    assert_same(inputs, ours.loss, theirs)
     assert len(ours.metrics) == 6
     for name, value in ours.metrics.items():
         assert float(value) == pytest.approx(metrics[name], abs=1e-6), name
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_label_smoothing_is_robust_dpo_with_the_other_sign(smoothing):
-    """TRL's `robust`: ((1 - e) f(m) - e f(-m)) / (1 - 2 e), where ours is (1 - e) f(m) + e f(-m)."""
-    inputs = make(1)
-    robust, _ = trl_dpo(inputs, loss_types=["robust"], beta=0.4, label_smoothing=smoothing)
-    plain, _ = trl_dpo(inputs, loss_types=["sigmoid"], beta=0.4, label_smoothing=0.0)
-    ours = DPOLoss(0.4, smoothing)(inputs).loss
-    expected = 2 * (1 - smoothing) * plain - (1 - 2 * smoothing) * robust
-    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(gradient(ours, inputs), gradient(expected, inputs), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("num_tokens", [None, 40])
@@ -100,7 +93,6 @@ def test_supervised(num_tokens):
     theirs = SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=num_tokens)
     given = replace(inputs, ref_logprobs=None, num_tokens=num_tokens and float(num_tokens))
     ours = SupervisedLoss()(given)
-    torch.testing.assert_close(ours.loss, theirs, atol=1e-12, rtol=0)
-    torch.testing.assert_close(gradient(ours.loss, inputs), gradient(theirs, inputs), atol=1e-12, rtol=0)
+    assert_same(inputs, ours.loss, theirs)
     if num_tokens is None:  # TRL's metrics are of the micro-batch
         assert float(ours.metrics["entropy"]) == pytest.approx(trainer._metrics["train"]["entropy"][-1])

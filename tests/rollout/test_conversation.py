@@ -5,7 +5,7 @@ import torch
 from test_segment_decoding import FakeGraph
 from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
 from tiny_decoders import build as build_adapted
-from tiny_models import FAMILIES, SIZES, build_model, engine_of
+from tiny_models import SIZES, build_model, engine_of
 from transformers import MistralConfig
 
 from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
@@ -59,11 +59,6 @@ def assert_of_whole_contexts(model, turns):
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
 
 
-def by_longer_prompts(sampler, *arguments, capacity):
-    """As engines do that have no other way."""
-    return Conversation(sampler, *arguments, capacity=capacity)
-
-
 def messages_of(turns):
     return [[(row, tokens, finished) for row, tokens, _, _, finished in turn] for turn in turns]
 
@@ -72,9 +67,8 @@ def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
     engine = engine_of(build_model("llama"))
     together = play(Sampler.conversation, engine, tokenizer)
     alone = play(Sampler.conversation, engine, tokenizer, [[6] if 6 in rows else [] for rows in ROWS])
-    assert [turn for turn in messages_of(alone)[1:]] == [
-        [message for message in turn if message[0] == 6] for turn in messages_of(together)[1:]
-    ]
+    of_sixth = [[message for message in turn if message[0] == 6] for turn in messages_of(together)]
+    assert messages_of(alone)[1:] == of_sixth[1:]
 
 
 def test_every_episode_has_a_limit_of_its_own(tokenizer):
@@ -90,53 +84,43 @@ def test_every_episode_has_a_limit_of_its_own(tokenizer):
     assert (lengths <= torch.tensor([[1], [6], [11]])).all() and lengths.max() > 6, "and a prompt's first messages one"
 
 
-@pytest.fixture
-def without_reading_again(monkeypatch):
-    """Whoever gives a whole context as a longer prompt fails."""
-    monkeypatch.setattr(Conversation, "_next", None)
-
-
 # Windows that hide all of a prompt, and some of it; heads for which there is a kernel.
-MODELS = {family: lambda family=family: build_model(family) for family in FAMILIES}
-MODELS |= {family: lambda family=family: special_model(SPECIAL[family]) for family in ("mistral", "gemma2", "gemma3")}
+MODELS = {family: lambda family=family: build_model(family) for family in ("llama", "qwen3", "gpt2")}
+MODELS |= {family: lambda family=family: special_model(SPECIAL[family]) for family in ("mistral", "gemma2")}
 MODELS["wide window"] = lambda: special_model(MistralConfig(**SIZES, sliding_window=16, head_dim=8))
 MODELS["heads of 32"] = lambda: build_model("llama", hidden_size=128)
 MODELS["heads of 32, window"] = lambda: special_model(MistralConfig(**{**SIZES, "hidden_size": 128}, sliding_window=16))
 
 
-@pytest.mark.usefixtures("with_and_without_kernels", "without_reading_again")
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mistral", "wide window", "heads of 32", "heads of 32, window"])
-def test_messages_are_those_of_whole_contexts_whatever_the_model(tokenizer, name):
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "wide window", "heads of 32", "heads of 32, window"])
+def test_messages_are_those_of_whole_contexts_whatever_the_model(tokenizer, name, monkeypatch):
+    monkeypatch.setattr(Conversation, "_next", None)  # no whole context as a longer prompt
     model = MODELS[name]()
     turns = play(Sampler.conversation, Engine(model), tokenizer, stop=["7", "3", "a", "z"])
     assert_of_whole_contexts(model, turns)
     assert len({len(tokens) for turn in turns for _, tokens, *_ in turn}) > 3
 
 
-@pytest.mark.usefixtures("without_reading_again")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "wide window", "mistral"])
-def test_messages_on_accelerators_too(tokenizer, name, monkeypatch):
+WAYS = [("qwen3", "segments"), ("qwen3", "graphs"), ("gpt2", "segments"), ("wide window", "segments"), ("mistral", "segments")]
+
+
+@pytest.mark.parametrize(("name", "way"), [*WAYS, ("gpt2", "cache"), ("wide window", "cache")])
+def test_messages_on_accelerators_and_by_a_cache_of_transformers_too(tokenizer, name, way, monkeypatch):
     """By segments, with and without graphs, or by a kernel with a mask where windows hide prompts."""
     monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
-    model = MODELS[name]()
-    for graphs in (False, *([True] if name == "qwen3" else [])):
-        turns = play(Sampler.conversation, Engine(model, OfAccelerator()), tokenizer, cuda_graphs=graphs)
-        assert_of_whole_contexts(model, turns)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "wide window"])
-def test_messages_by_a_cache_of_transformers_too(tokenizer, name, monkeypatch):
-    """One with a window cannot leave out columns, and is made again."""
-    monkeypatch.setattr(Engine, "packs", False)
-    if name != "wide window":
+    if way == "cache":
+        monkeypatch.setattr(Engine, "packs", False)
+    if (name, way) != ("wide window", "cache"):  # which cannot leave out columns, and is made again
         monkeypatch.setattr(Conversation, "_next", None)
     model = MODELS[name]()
-    assert_of_whole_contexts(model, play(Sampler.conversation, Engine(model), tokenizer))
+    engine = Engine(model, Backend() if way == "cache" else OfAccelerator())
+    assert_of_whole_contexts(model, play(Sampler.conversation, engine, tokenizer, cuda_graphs=way == "graphs"))
 
 
 def test_adapted_models_go_on_as_by_longer_prompts_which_any_engine_can(tokenizer):
     engine = fused(build_adapted("qwen3").model)
-    again, going_on = (play(begin, engine, tokenizer) for begin in (by_longer_prompts, Sampler.conversation))
+    again, going_on = (play(begin, engine, tokenizer) for begin in (Conversation, Sampler.conversation))
     assert messages_of(going_on) == messages_of(again)
     with torch.no_grad():
         assert_of_whole_contexts(engine.model, again)

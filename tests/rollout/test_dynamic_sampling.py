@@ -1,33 +1,15 @@
-"""Which groups teach, which are trained on, how they are dealt, and where replacements come from, by small cases in full."""
+"""Which groups teach, how they are dealt, and where replacements come from, by small cases in full."""
 
 import itertools
 import random
 
 import pytest
 import torch
-from test_loader import Source, assert_a_stop_leaves_the_position_as_if_not_begun, assert_resumes_anywhere, build
+from test_loader import Source, build
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups, useful_groups
-from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, share_groups, useful_groups
 from hybrid_lightning.rollout.prompt_order import PromptOrder
-
-
-@pytest.mark.parametrize(
-    ("useful", "sampled", "extra", "ranks", "expected"),
-    [
-        (32, 32, 0, 1, 0),  # enough
-        (16, 32, 0, 1, 32),  # half of them teach: 16 missing need 32 more
-        (31, 32, 0, 1, 8),  # a quarter of P at least
-        (24, 32, 0, 1, 16),  # 10.7, in quarters of 8
-        (25, 64, 1, 2, 24),  # 17.9
-        (25, 64, 1, 16, 32),  # that can be dealt to 16 ranks
-        (0, 32, 0, 1, 32),  # no more than P
-        (3, 96, 3, 1, 0),  # the bound
-    ],
-)
-def test_an_extra_rollout_asks_for_what_is_missing_at_the_yield_so_far(useful, sampled, extra, ranks, expected):
-    assert DynamicSampling(max_extra_rollouts=3).prompts_to_add(useful, sampled, 32, extra, ranks) == expected
 
 
 def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
@@ -40,6 +22,9 @@ def test_whatever_happens_ranks_can_share_what_is_asked_for_and_it_ends():
             assert 0 < count <= wanted and count % ranks == 0
             useful, sampled, rounds = useful + rng.randint(0, count), sampled + count, rounds + 1
         assert useful >= wanted or rounds == rule.max_extra_rollouts
+    assert DynamicSampling().prompts_to_add(31, 32, 32, 0, 1) == 8, "a quarter at least"
+    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 2) == 24, "17.9 in quarters of 8"
+    assert DynamicSampling().prompts_to_add(25, 64, 32, 1, 16) == 32, "which can be dealt to 16 ranks"
     with pytest.raises(ConfigError, match=r"max_extra_rollouts=0 must be at least 1; to replace nothing.*dynamic_sampling=null"):
         DynamicSampling(0)
 
@@ -76,14 +61,6 @@ def test_completions_that_do_not_count_judge_nothing():
     assert useful_groups(total, [total], seen, 3, counted).tolist() == [False, True, False], "nor where they alone have tokens"
 
 
-def test_the_first_that_teach_are_chosen_and_the_first_of_the_others_fill_up():
-    useful = torch.tensor([0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)
-    assert choose_groups(useful, 3).tolist() == [1, 3, 4]
-    assert choose_groups(useful, 4).tolist() == [1, 3, 4, 6]
-    assert choose_groups(useful, 5).tolist() == [0, 1, 3, 4, 6]
-    assert choose_groups(torch.zeros(3, dtype=torch.bool), 2).tolist() == [0, 1]
-
-
 def test_ranks_share_evenly_and_minibatches_keep_their_groups():
     rng = random.Random(1)
     for _ in range(300):
@@ -101,49 +78,20 @@ def test_ranks_share_evenly_and_minibatches_keep_their_groups():
 
 
 class DrawsMore(Source):
-    """Trains on its prompts and on none of up to two further draws, which random numbers decide on."""
+    """Draws two more prompts for each rollout, and trains on the first ones."""
 
-    def __init__(self, samples, fail_at=None):
-        super().__init__(samples, fail_at)
-        self.draws = []  # of each rollout
+    drawn = ()
 
     def roll_out(self, prompts, generator, draw_more=None):
-        self.draws.append([[prompt.index for prompt in prompts]])
-        for count in torch.randint(0, 3, (2,), generator=generator).tolist() if draw_more else []:
-            if count:
-                self.draws[-1].append([prompt.index for prompt in draw_more(2 * count)])
+        self.drawn += (*prompts, *(draw_more(2) if draw_more else ()))
         return super().roll_out(prompts, generator)
 
 
 def test_replacements_are_the_next_prompts_of_the_order():
-    source = DrawsMore(2)
+    source, fixed = DrawsMore(2), DrawsMore(2)
     loader = build(source=source, seed=5)
-    for _ in range(3):
-        assert len(list(loader)) == len(loader) == 6, "an epoch has as many micro-batches as ever"
-    order, number, start = PromptOrder(loader.prompts, seed=5), 0, 0
-    for drawn in itertools.chain(*source.draws):
-        if start + len(drawn) > 12:
-            number, start = number + 1, 0
-        assert drawn == order.of(number)[start : start + len(drawn)]
-        start += len(drawn)
-    assert len(source.draws) == 9 and number > 3, "three passes would be those of the rollouts alone"
-    fixed = DrawsMore(2)
+    assert len(list(loader)) == len(loader) == 6, "an epoch has as many micro-batches as ever"
+    order = PromptOrder(loader.prompts, seed=5)
+    assert [prompt.index for prompt in source.drawn] == [*order.of(0), *order.of(1)[:6]]
     list(build(source=fixed, shuffle=False))
-    assert fixed.draws == [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]], "what is to be overfitted is not replaced"
-
-
-def test_ranks_share_every_draw():
-    sources = [DrawsMore(2), DrawsMore(2), DrawsMore(2)]
-    list(build(source=sources[0], schedule=RolloutSchedule(4, 2)))
-    for rank in range(2):
-        list(build(source=sources[1 + rank], schedule=RolloutSchedule(4, 2), rank=rank, world_size=2))
-    for draws in zip(*(source.draws[0] for source in sources), strict=False):
-        whole, first, second = draws
-        assert first == whole[::2] and second == whole[1::2]
-
-
-@pytest.mark.parametrize("consumed", [1, 13])
-def test_a_run_that_draws_more_resumes_bit_for_bit(tmp_path, consumed):
-    whole, resumed = assert_resumes_anywhere(DrawsMore, tmp_path, consumed)
-    assert resumed.draws == whole.draws[-(-consumed // 2) :] and len({len(draws) for draws in whole.draws}) > 1
-    assert_a_stop_leaves_the_position_as_if_not_begun(DrawsMore)
+    assert [prompt.index for prompt in fixed.drawn] == list(range(12)), "what is to be overfitted is not replaced"

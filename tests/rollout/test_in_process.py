@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import types
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -11,12 +12,9 @@ from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
-from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm import completing, in_process
-from hybrid_lightning.rollout.vllm.completing import seeds_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred
-from hybrid_lightning.types import Prompt
 
 
 def served(device="cpu", folder="a folder", dtype=torch.float32):
@@ -94,25 +92,6 @@ def test_the_engine_reads_a_folder_or_gets_all_weights_and_on_a_gpu_the_device_t
     assert {"config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_parameters_are_those_of_the_sampler():
-    sampler = VLLMSampler(max_new_tokens=9, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop=["\n"])
-    asked = sampler._parameters([2, 3], 4, 17, greedy=False)
-    expected = {"n": 4, "seed": 17, "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
-    assert asked.items() >= {**expected, "stop": ["\n"], "stop_token_ids": [2, 3], "ignore_eos": True, "detokenize": True}.items()
-    greedy = sampler._parameters([2], 1, 17, greedy=True)
-    assert (greedy["temperature"], greedy["top_p"], greedy["top_k"], greedy["min_p"]) == (0.0, 1.0, 0, 0.0)
-
-
-def test_a_prompt_has_the_seed_of_its_own_draws_and_room_for_the_number_of_a_completion():
-    prompts = [Prompt(text="a", index=0), Prompt(text="b", index=1)]
-    draws = PromptDraws(prompts, 4, 5)
-    assert seeds_of(draws, 2) == [seed % 2**62 for seed in draws.seeds] != seeds_of(PromptDraws(prompts, 4, 6), 2)
-    assert seeds_of(PromptDraws(prompts[1:], 9, 5), 1) == seeds_of(draws, 2)[1:]
-    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert seeds_of(generators[0], 3) == seeds_of(generators[1], 3)
-    assert all(0 <= seed + 2**20 < 2**63 for seed in seeds_of(None, 100))
-
-
 def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, packages):
     def fails(**options):
         raise RuntimeError("CUDA out of memory.\nTried to allocate 4 GiB")
@@ -126,43 +105,31 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 # ---- sleep, whose effect only a GPU has
 
 
-class Recorder:
-    """In place of vLLM's `LLM`: what it was asked for."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        return lambda *arguments, **options: self.calls.append((name, *arguments, *options.items()))
-
-
 @pytest.mark.parametrize(
     ("sleep", "falls_asleep", "for_weights", "for_completions"),
     [
         ("nothing", [], [], []),
-        ("kv_cache", [("sleep", ("level", 0)), ("release_kv_cache_memory",)], [], [("wake_up", ("tags", ["kv_cache"]))]),
-        ("weights", [("sleep", ("level", 1))], [("wake_up", ("tags", ["weights"]))], [("wake_up", ("tags", ["kv_cache"]))]),
+        ("kv_cache", [call.sleep(level=0), call.release_kv_cache_memory()], [], [call.wake_up(tags=["kv_cache"])]),
+        ("weights", [call.sleep(level=1)], [call.wake_up(tags=["weights"])], [call.wake_up(tags=["kv_cache"])]),
     ],
 )
 def test_memory_is_freed_and_taken_back_for_what_needs_it(monkeypatch, sleep, falls_asleep, for_weights, for_completions):
-    awake = VLLMSampler(sleep=sleep)
-    awake._llm = Recorder()
-    awake.release_memory()
-    assert awake._llm.calls == [], "without a GPU nothing sleeps"
+    sampler = VLLMSampler(sleep=sleep)
+    sampler.release_memory()  # there is no engine yet
+    sampler._llm = Mock()
+    sampler.release_memory()
+    assert not sampler._llm.mock_calls, "without a GPU nothing sleeps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
-    sampler = VLLMSampler(sleep=sleep)
-    sampler.release_memory()  # there is no engine yet
-    sampler._llm = Recorder()
     sampler.release_memory()
     sampler.release_memory()
-    assert sampler._llm.calls == falls_asleep, "once"
+    assert sampler._llm.mock_calls == falls_asleep, "once"
     for tag, expected in (("weights", for_weights), ("kv_cache", for_completions), ("kv_cache", [])):
-        sampler._llm.calls.clear()
+        sampler._llm.reset_mock()
         sampler._wake(tag)
-        assert sampler._llm.calls == expected
+        assert sampler._llm.mock_calls == expected
     other = copy.deepcopy(sampler)
     assert other._llm is None and other.to_config() == sampler.to_config()
 
@@ -183,7 +150,7 @@ class Counted:
         destination.copy_(self.values[first : first + len(destination)])
 
 
-def test_a_deferred_weight_is_computed_once_where_it_is_copied():
+def test_a_deferred_weight_is_computed_once_where_it_is_copied_and_whatever_else_is_done_with_it_gets_its_values():
     weight = Counted()
     deferred = Deferred.of(weight)
     part = deferred.narrow(0, 2, 3)
@@ -195,23 +162,11 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied():
     assert weight.rows == 3, "vLLM counts on the meta device"
     with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
         torch.empty(5, 4).copy_(deferred)
+    for use in (lambda w: w * 2, lambda w: w[:, 1:3], lambda w: w.contiguous()):
+        result = use(deferred)
+        assert torch.equal(result.computed() if isinstance(result, Deferred) else result, use(weight.values))
 
 
-@pytest.mark.parametrize("use", [lambda w: w * 2, lambda w: w[:, 1:3], lambda w: w.contiguous()])
-def test_whatever_else_is_done_with_a_deferred_weight_gets_its_values(use):
-    weight = Counted()
-    result = use(Deferred.of(weight))
-    result = result.computed() if isinstance(result, Deferred) else result
-    assert torch.equal(result, use(weight.values))
-
-
-def test_only_completions_that_ended_are_answers():
-    output = types.SimpleNamespace(token_ids=[5, 2], finish_reason="stop", stop_reason=2, weight_versions=None)
-    output.logprobs = [{5: types.SimpleNamespace(logprob=-0.5)}, {2: types.SimpleNamespace(logprob=-0.25)}]
-    answer = in_process._answer(output)
-    assert answer.tokens == [5, 2] and answer.logprobs == [-0.5, -0.25] and answer.finished and not answer.versions
-    output.finish_reason = "length"
-    assert not in_process._answer(output).finished
-    output.finish_reason = "abort"
+def test_a_completion_that_was_aborted_is_no_answer():
     with pytest.raises(RolloutError, match="ended a completion by 'abort'"):
-        in_process._answer(output)
+        in_process._answer(types.SimpleNamespace(finish_reason="abort", stop_reason=None))

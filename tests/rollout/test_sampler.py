@@ -3,29 +3,20 @@
 import pytest
 import torch
 from tiny_models import FAMILIES, SIZES, build_model, build_tokenizer, engine_of, plain_logprobs, tokens_of
-from tiny_runs import build_policy
 from transformers import AutoModelForCausalLM, MinPLogitsWarper, Qwen3_5TextConfig, TopPLogitsWarper
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout import rollout_engine, sampler
+from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.sampler import Sampler, draw_tokens, filter_logits, sums_by_doubling
 from hybrid_lightning.types import Prompt
-
-
-def ids_of(tokenizer, *texts):
-    return [tokenizer(text).input_ids for text in texts]
-
-
-def prompts_of(*texts):
-    return [Prompt(text=text, index=i) for i, text in enumerate(texts)]
-
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=")
 
 
-def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, greedy=False, std=0.2, **settings):
+def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **settings):
+    prompts, ids = [Prompt(text=text, index=i) for i, text in enumerate(texts)], [tokenizer(text).input_ids for text in texts]
+    arguments = (engine_of(model), tokenizer, prompts, ids, samples)
     sampler, generator = Sampler(**{"max_new_tokens": 12, **settings}), torch.Generator().manual_seed(seed)
-    arguments = (engine_of(build_model(family, std=std)), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), samples)
     return sampler.sample(*arguments, generator=generator, greedy=greedy)
 
 
@@ -40,15 +31,18 @@ def assert_plain_logprobs(model, rollouts, temperature=1.0):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer, family):
     # Long enough that decoding widens what it attends to, and moves its cache.
-    rollouts = sample(tokenizer, family, temperature=0.7, max_new_tokens=40)
-    assert rollouts.sequences.completion_mask.sum(dim=1).max() > 32
-    assert_plain_logprobs(build_model(family), rollouts, 0.7)
+    model = build_model(family, std=0.1)
+    rollouts = sample(model, tokenizer, temperature=0.7, max_new_tokens=40)
+    lengths = rollouts.sequences.completion_mask.sum(dim=1)
+    assert lengths.max() > 32 and lengths.min() < 20, "rows have to leave before others, which does not change these"
+    assert_plain_logprobs(model, rollouts, 0.7)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate(tokenizer, family):
-    rollouts, model = sample(tokenizer, family, samples=1, greedy=True), build_model(family)
+    model = build_model(family)
+    rollouts = sample(model, tokenizer, samples=1, greedy=True)
     for row in range(len(TEXTS)):
         prompt, completion = tokens_of(rollouts.sequences, row)
         ids = torch.tensor([prompt])
@@ -65,36 +59,14 @@ def test_layers_that_keep_a_state_instead_of_keys_are_sampled_from(tokenizer):
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=0.2)
-    arguments = (engine_of(model), tokenizer, prompts_of(*TEXTS), ids_of(tokenizer, *TEXTS), 4)
-    rollouts = Sampler(30).sample(*arguments, generator=torch.Generator().manual_seed(0))
+    rollouts = sample(model, tokenizer, samples=4, max_new_tokens=30)
     assert rollouts.sequences.completion_mask.sum(dim=1).min() < 20, "rows have to leave before others"
     assert_plain_logprobs(model, rollouts)
 
 
-@pytest.mark.usefixtures("with_and_without_kernels")
-def test_rows_that_end_do_not_change_the_others(tokenizer):
-    """Compaction of the batch must not mix up rows."""
-    texts = tuple(f"{a}+{b}=" for a in range(4) for b in range(4))
-    rollouts = sample(tokenizer, samples=4, seed=1, texts=texts, std=0.1, max_new_tokens=30)
-    sequences = rollouts.sequences
-    lengths = sequences.completion_mask.sum(1)
-    assert lengths.min() < 15 and lengths.max() > 20, "the draw has to have short and long completions"
-    assert_plain_logprobs(build_model("llama", std=0.1), rollouts)
-    for ids, mask, finished in zip(sequences.completion_ids, sequences.completion_mask, rollouts.finished, strict=True):
-        assert [token == 2 for token in ids[mask].tolist()] == [*[False] * (int(mask.sum()) - 1), bool(finished)]
-
-
-@pytest.mark.usefixtures("with_and_without_kernels")
-def test_samples_follow_the_policy(tokenizer):
-    rollouts = sample(tokenizer, samples=4000, max_new_tokens=1, texts=("12+3=",))
-    model = build_model("llama")
-    probabilities = model(torch.tensor(ids_of(tokenizer, "12+3="))).logits[0, -1].softmax(-1)
-    frequency = torch.bincount(rollouts.sequences.completion_ids[:, 0], minlength=len(probabilities)) / 4000
-    assert (frequency - probabilities).abs().max() < 0.04  # five standard errors of the most uncertain token
-
-
 def test_the_generator_alone_decides(tokenizer):
-    first, again, other = sample(tokenizer, seed=5), sample(tokenizer, seed=5), sample(tokenizer, seed=6)
+    model = build_model("llama")
+    first, again, other = (sample(model, tokenizer, seed=seed) for seed in (5, 5, 6))
     assert first.completions == again.completions != other.completions
 
 
@@ -113,7 +85,7 @@ def test_the_generator_alone_decides(tokenizer):
 )
 def test_impossible_settings_are_refused(tokenizer, settings, message):
     with pytest.raises(ConfigError, match=message):
-        sample(tokenizer, **settings)
+        sample(build_model("llama"), tokenizer, **settings)
 
 
 def test_a_completion_knows_that_its_prompt_began_the_reasoning():
@@ -122,17 +94,8 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
     model = build_model("llama")
     model.resize_token_embeddings(len(tokenizer))
     texts = ("12+3=", "12+3=<think>\n", "12+3=<think>\n\n</think>\n\n")
-    rollouts = Sampler(max_new_tokens=3).sample(engine_of(model), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
+    rollouts = sample(model, tokenizer, samples=2, texts=texts, max_new_tokens=3)
     assert [completion.thinking for completion in rollouts.completions] == [False, False, True, True, False, False]
-
-
-def test_a_policy_makes_what_finds_stop_strings_once(model, monkeypatch):
-    made, original = [], rollout_engine.StopStringCriteria
-    monkeypatch.setattr(rollout_engine, "StopStringCriteria", lambda *parts: made.append(parts) or original(*parts))
-    policy = build_policy(model, sampler=Sampler(4, stop=["7"]))
-    for _ in range(3):
-        policy.generate(prompts_of("1+"))
-    assert len(made) == 1
 
 
 @pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])

@@ -16,9 +16,7 @@ from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, SharedPromptDecoding, compiling, decoder, decoding_of, segment_decoding
-from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.engine.segment_decoding import SegmentDecoding
+from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, segment_decoding
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -35,38 +33,19 @@ def sample(engine, tokenizer, length=24, samples=5, **settings):
     return Sampler(max_new_tokens=length, **settings).sample(engine, tokenizer, PROMPTS, ids, samples, generator=draws)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "adapted and fused"])
 def test_all_families_sample_alike(tokenizer, family):
     """Rows end early, at one of two characters, so that slots are given up again and again."""
-    model = build_model(family)
-    shared, segments = (sample(engine, tokenizer, stop=["7", "3"]) for engine in (Engine(model), Engine(model, OfAccelerator())))
+
+    def engine(backend):
+        return Engine(build_model(family), backend) if family in FAMILIES else fused(build_adapted("llama").model, backend)
+
+    shared, segments = (sample(engine(backend), tokenizer, stop=["7", "3"]) for backend in (Backend(), OfAccelerator()))
     assert torch.equal(shared.sequences.completion_ids, segments.sequences.completion_ids)
     assert torch.equal(shared.finished, segments.finished) and shared.completions == segments.completions
     lengths = segments.sequences.completion_mask.sum(1)
     assert int(lengths.min()) < 5 and len(lengths.unique()) > 4
     assert torch.allclose(shared.sampling_logprobs, segments.sampling_logprobs, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_adapted_models_and_their_fused_layers_too(tokenizer, family):
-    found = []
-    for kind in (Backend, OfAccelerator):
-        engine = fused(build_adapted(family).model, kind())
-        rollouts = sample(engine, tokenizer)
-        found.append(rollouts)
-        logprobs, _ = token_logprobs(engine, rollouts.sequences, 1.0)
-        mask = rollouts.sequences.completion_mask
-        assert torch.allclose(logprobs[mask], rollouts.sampling_logprobs[mask], atol=2e-5, rtol=0)
-    assert torch.equal(found[0].sequences.completion_ids, found[1].sequences.completion_ids)
-
-
-@pytest.mark.parametrize(("family", "length", "kind"), [("mistral", 4, SharedPromptDecoding), ("llama", 4, SegmentDecoding)])
-def test_a_window_that_hides_prompts_is_left_to_the_shared_way(tokenizer, family, length, kind):
-    model = build_adapted(family).model
-    engine = Engine(model, OfAccelerator())
-    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
-    assert type(decoding_of(engine, ids, mask, length)) is kind
-    assert sample(engine, tokenizer, 6).sequences.completion_ids.shape[1] == 6
 
 
 def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
@@ -224,16 +203,10 @@ def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeyp
     assert caplog.text.count(f"since {why}") == 1
 
 
-def test_a_graph_records_a_step_and_replays_it(monkeypatch):
-    calls = []
-
-    class Recorded:
-        def replay(self):
-            calls.append("replay")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("record")))
-    tokens = torch.zeros(3)
-    graph = segment_decoding.StepGraph(lambda read: read + 1, tokens)
-    assert graph.replay(torch.ones(3)) is graph.replay(torch.full((3,), 2.0))
-    assert calls == ["record", "replay", "replay"] and tokens.tolist() == [2.0] * 3
+def test_a_graph_is_recorded_once_and_replayed_with_other_tokens(monkeypatch):
+    graph, steps, tokens = Mock(), [], torch.zeros(3)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    step = segment_decoding.StepGraph(lambda read: steps.append(read) or read + 1, tokens)
+    assert step.replay(torch.ones(3)) is step.replay(torch.full((3,), 2.0))
+    assert len(steps) == 1 and graph.replay.call_count == 2 and tokens.tolist() == [2.0] * 3

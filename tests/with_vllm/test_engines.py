@@ -4,13 +4,12 @@ import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
-import fork_server
 import pytest
 import torch
 from ranks_of_tests import run
 from test_ranks_with_vllm import check, train
-from test_server_dies import CONFIG, command
 from tiny_runs import Talk
 from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
@@ -62,7 +61,7 @@ def tokens_of(rollouts) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(rollouts.sequences.completion_ids, masks, strict=True)]
 
 
-@pytest.mark.parametrize(("temperature", "tolerance"), [(1.0, 1e-4), (0.7, 3e-4), (1.3, 1e-4)])
+@pytest.mark.parametrize(("temperature", "tolerance"), [(1.0, 1e-4), (0.7, 3e-4)])
 def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
     sampler.temperature = temperature
     assert largest_difference(policy, complete(policy)) < tolerance
@@ -212,15 +211,10 @@ def test_completions_say_which_weights_made_them_and_follow_these(policy):
 def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
     with pytest.raises(ConfigError, match="exceed"):
         complete(policy, ("1" * 60,), samples=1)
-    calls = []
+    calls, stop = [], Mock(side_effect=KeyboardInterrupt)
     policy.generation_listeners.append(lambda running, decoded, longest: calls.append((running, decoded, longest)))
     complete(policy)
-    policy.generation_listeners.clear()
     assert calls and all(longest == 20 for *_, longest in calls)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
     policy.generation_listeners.append(stop)
     with pytest.raises(KeyboardInterrupt):
         complete(policy)
@@ -232,21 +226,14 @@ def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from
 
 
 @needs_vllm
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_ranks_train_with_one_server(tmp_path, model, server, strategy):
-    options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "urls": [server.url]}
+def test_two_ranks_train_with_one_server(tmp_path, model, server):
+    options = {"folder": model, "strategy": "fsdp2", "root": tmp_path / "run", "sampler": "server", "urls": [server.url]}
     check(run(2, tmp_path / "ranks", train, 240, **options))
 
 
 @needs_vllm
-def test_a_server_of_another_model_is_refused_before_the_first_step(tmp_path, server):
-    model = write_model(tmp_path / "model", layers=2)
-    sums = tmp_path / "sums.jsonl"
-    sums.write_text("\n".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}' for i in range(9)))
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(model=model, url=server.url, sums=sums, root=tmp_path, steps=1))
-    refused = fork_server.run(command("--config", config), capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1
-    last = refused.stderr.strip().splitlines()[-1]
-    assert server.url in last and "another model: num_hidden_layers is 3 there and 2 in the policy's config" in last
-    assert not list(tmp_path.glob("run/*/plan.json"))
+def test_a_server_of_another_model_is_refused(tmp_path, server):
+    sampler = VLLMServerSampler(max_new_tokens=8, urls=[server.url])
+    policy = policy_of(sampler, write_model(tmp_path / "model", layers=2))
+    with pytest.raises(ConfigError, match="another model: num_hidden_layers is 3 there and 2 in the policy's config"):
+        policy.generation.check()

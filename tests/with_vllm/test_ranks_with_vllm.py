@@ -5,7 +5,6 @@ import os
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from ranks_of_tests import run
 from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, write_sums
 from vllm_of_tests import needs_vllm, write_model
@@ -15,7 +14,7 @@ from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 pytestmark = needs_vllm
-STRATEGIES = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
+STRATEGIES = {"fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
 SAMPLERS = {"process": VLLMSampler, "server": VLLMServerSampler, "ours": Sampler}
 
 
@@ -53,18 +52,15 @@ def check(results):
     assert results[0]["steps"][-1]["loss"] == results[1]["steps"][-1]["loss"]
 
 
-def test_two_ranks_train_with_an_engine_each(tmp_path):
+def train_all(folder, root):
+    """Runs with an engine in each process, between two with our sampler."""
+    jobs = (("fsdp2", "ours"), ("fsdp1", "process"), ("fsdp2", "process"), ("fsdp2", "ours"))
+    return [train(folder, strategy, root / str(number), name) for number, (strategy, name) in enumerate(jobs)]
+
+
+def test_two_ranks_train_with_an_engine_each_which_leaves_no_trace_in_the_runs_that_follow_it(tmp_path):
     folder = write_model(tmp_path / "model")
-    check(run(2, tmp_path / "ranks", train, 240, folder=folder, strategy="fsdp1", root=tmp_path / "run"))
-
-
-def around(folder, root):
-    """A run with an engine in each process, between two with our sampler."""
-    return [train(folder, "fsdp2", root / str(number), name) for number, name in enumerate(("ours", "process", "ours"))]
-
-
-def test_an_engine_leaves_no_trace_in_the_runs_that_follow_it(tmp_path):
-    folder = write_model(tmp_path / "model")
-    results = run(2, tmp_path / "ranks", around, 300, folder=folder, root=tmp_path / "run")
-    check([with_vllm for _, with_vllm, _ in results])
-    assert all(before["steps"] == after["steps"] for before, _, after in results), "bit for bit"
+    results = run(2, tmp_path / "ranks", train_all, 400, folder=folder, root=tmp_path / "run")
+    check([fsdp1 for _, fsdp1, _, _ in results])
+    check([fsdp2 for _, _, fsdp2, _ in results])
+    assert all(before["steps"] == after["steps"] for before, *_, after in results), "bit for bit"

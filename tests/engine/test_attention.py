@@ -35,10 +35,12 @@ def gradients(function, parts, masks, settings):
 
 
 @pytest.mark.parametrize(
-    ("width", "scaling", "softcap"),  # weights are kept for the backward pass at 3 keys, and made again at 20
-    [(3, None, 2.0), (20, None, None), (20, 0.7, None), (20, None, 2.0)],
+    ("width", "scaling", "softcap", "on_cpu"),  # weights are kept for the backward pass at 3 keys, and made again at 20
+    [(3, None, 2.0, True), (20, None, None, True), (20, 0.7, None, True), (20, None, 2.0, True), (20, 0.7, None, False)],
 )
-def test_values_and_gradients_are_those_of_one_softmax_over_prompt_and_own_keys(width, scaling, softcap):
+def test_values_and_gradients_are_those_of_one_softmax_over_prompt_and_own_keys(width, scaling, softcap, on_cpu, monkeypatch):
+    """By products, and on accelerators by torch's kernels."""
+    monkeypatch.setattr(Backend, "is_cpu", lambda *_: on_cpu)
     length = 5
     parts, masks = tensors(length, width)
     settings = AttentionSettings(scaling=scaling, softcap=softcap)
@@ -62,23 +64,3 @@ def test_in_bfloat16_gradients_have_its_precision_and_the_inputs_dtypes():
         assert half.dtype == torch.bfloat16
         # What is rounded to bfloat16 on the way: inputs, scores, weights, and their gradients; sums are of float32.
         torch.testing.assert_close(half.float(), whole, atol=spread(6, torch.bfloat16) / 2 * float(whole.abs().max()), rtol=0)
-
-
-def test_dropout_is_drawn_anew():
-    parts, _ = tensors(5, 20)
-    outputs = [shared_attention(parts[0], None, (parts[1], parts[2]), Masks(), AttentionSettings(dropout=0.5)) for _ in "ab"]
-    assert not torch.equal(*outputs)
-
-
-def test_the_joint_mask_of_the_kernels_is_made_once_a_pass(monkeypatch):
-    """And gives what the two masks give."""
-    monkeypatch.setattr(Backend, "is_cpu", lambda *_: False)
-    parts, masks = tensors(5, 20)
-    expected = gradients(attention._by_products, parts, masks, AttentionSettings())
-    seen = []
-    original = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda *given, **named: seen.append(given[0][0].dtype) or original(*given, **named))
-    for _ in range(3):  # layers, and their backward passes, which compute the forward pass again
-        assert_same_sums(gradients(shared_attention, parts, masks, AttentionSettings()), expected, ADDITIONS)
-    assert seen.count(torch.bool) == 1
-    assert Masks().joint((2, 4, 5), 20, 5) is None

@@ -1,32 +1,11 @@
-"""What the passes of a model are computed by, and how layers find out that one runs."""
+"""What the passes of a model are computed by."""
 
 import pytest
 import torch
 from rounding import assert_same_sums
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.engine import backend as of_backend
-from hybrid_lightning.engine.backend import Backend, PlannedBackend, fakes_multiply_to_floats, product
-from hybrid_lightning.engine.cpu.build import library
-
-needs_operators = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no operators")
-
-
-@needs_operators
-def test_layers_use_operators_while_a_pass_of_their_model_runs_and_at_no_other_time():
-    x = torch.zeros(2)
-    backend, other = Backend(), Backend()
-    assert backend.usable(x) and not backend.usable_in_layers(x)
-    with backend.in_pass():
-        assert backend.usable_in_layers(x) and not other.usable_in_layers(x)
-        first, again = backend.recomputed_alike()
-        with backend.in_pass(False):
-            assert not backend.usable_in_layers(x)
-    with first:
-        assert not backend.usable_in_layers(x)
-    with again:
-        assert backend.usable_in_layers(x)
+from hybrid_lightning.engine.backend import Backend, product
 
 
 @pytest.mark.parametrize(
@@ -47,9 +26,6 @@ def test_it_needs_a_gpu_that_has_flash_attention_and_says_why_not(monkeypatch, c
     assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels of it"
     key = torch.zeros(2, dtype=torch.bfloat16)
     assert Backend().key_dtype(key) == torch.float32 and Backend().key_dtype(key.to("meta")) == torch.bfloat16
-
-
-# ---- matrix products
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "torch"])
@@ -74,20 +50,3 @@ def test_products_are_as_exact_as_their_dtype_allows_in_any_layout_and_change_no
     for part in (rows, rows[:1], rows[::2]):
         assert_same_sums(multiply(part), part @ weight.T, additions)
     assert torch.equal(weight, kept)
-
-
-def test_an_accelerator_multiplies_16_bits_to_float32():
-    names = []
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), Names():
-        rows, weight = torch.empty(3, 8, dtype=torch.bfloat16), torch.empty(5, 8, dtype=torch.bfloat16)
-        names.clear()
-        assert PlannedBackend(False).projection(weight)(rows).dtype == torch.float32
-    at_once = fakes_multiply_to_floats()
-    assert at_once or torch.__version__ < "2.10"
-    assert ("aten.mm.dtype" in names, "aten.mm.default" in names) == (at_once, not at_once)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_decoders import ALL, SOME, OfAccelerator
 from tiny_decoders import build as build_adapted
 from torch import Tensor
 
-from hybrid_lightning.engine import Engine, base_model, compiling, fused_layers, segments, use_fused_modules
+from hybrid_lightning.engine import Engine, base_model, compiling, fused_layers, use_fused_modules
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.policy.modes import checkpoint_gradients
 
@@ -22,7 +23,7 @@ def made(traced, monkeypatch):
     return traced
 
 
-def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
+def step(family, targets, checkpointing, half, case="shared"):
     """Log-probabilities of a step and its gradients, as on an accelerator."""
     model = build_adapted(family, targets).model
     engine = Engine(model, OfAccelerator())
@@ -30,7 +31,7 @@ def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
     if checkpointing:
         checkpoint_gradients(base_model(model), engine.backend)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        logprobs, _ = token_logprobs(engine, build_sequences("shared"), 1.0)
+        logprobs, _ = token_logprobs(engine, build_sequences(case), 1.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [logprobs.detach(), *torch.autograd.grad(logprobs.sum(), trained)]
 
@@ -41,15 +42,16 @@ def step(family="qwen3", targets=ALL, checkpointing=False, half=False):
     [("qwen3", ALL, False, False, 1e-5), ("llama", SOME, True, False, 1e-5), ("qwen2", ALL, True, True, 0.1)],
 )
 def test_a_step_has_the_same_numbers_and_each_part_is_compiled_once(made, family, targets, checkpointing, half, tolerance):
-    numbers = step(family, targets, checkpointing, half)
+    settings = (family, targets, checkpointing, half)
+    numbers = step(*settings)
     assert set(made) >= {"norm", "_norm_gradient", "_product_of_silu", "_silu_gradients", "joined_results"}
     assert len(made) == len(set(made)) or half, "under autocast also for the float32 of the trial"
     compiled = len(made)
-    step(family, targets, checkpointing, half)
-    assert len(made) == compiled
+    numbers += step(*settings, "interrupted")
+    assert len(made) == compiled, "for rows of any number"
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(compiling, "compiling_pays", lambda device: False)
-        expected = step(family, targets, checkpointing, half)
+        expected = step(*settings) + step(*settings, "interrupted")
     for one, other in zip(numbers, expected, strict=True):
         assert float((one - other).norm()) <= tolerance * max(1.0, float(other.norm()))
 
@@ -73,32 +75,20 @@ def _branch(x):
     return x + 1 if x.shape[0] > 500 else x - 1
 
 
-def test_one_code_joins_what_rows_of_any_number_found(made):
-    for rows, heads in ((5, 4), (12, 2), (6, 1)):
-        one, other = (segments.Attended(torch.randn(rows, heads, 8), torch.randn(heads, rows)) for _ in range(2))
-        found, expected = segments.joined(one, other), segments.joined_results.plain(*one, *other)
-        assert torch.allclose(found.result, expected[0], atol=1e-6) and torch.allclose(found.sums, expected[1], atol=1e-6)
-    assert made == ["joined_results"]
-
-
 def test_nothing_is_compiled_on_a_cpu_and_a_compiler_that_fails_is_asked_once(monkeypatch, caplog):
     """And training goes on; memory that ran out is not taken for a compiler at fault."""
-    calls, errors = [], [torch.OutOfMemoryError("full"), RuntimeError("no working compiler found")]
-
-    def fails(*given):
-        calls.append(given)
-        raise errors[len(calls) - 1]
 
     def times(x: Tensor, factor: float) -> Tensor:
         return x * factor
 
     function = compiling.OneKernel("rows", times, otherwise=lambda x, factor: x + x)
+    fails = Mock(side_effect=[torch.OutOfMemoryError("full"), RuntimeError("no working compiler found")])
     monkeypatch.setattr(compiling, "_compile", fails)
-    assert function(torch.ones(3), 2.0).tolist() == [2.0] * 3 and not calls
+    assert function(torch.ones(3), 2.0).tolist() == [2.0] * 3 and not fails.called
     monkeypatch.setattr(compiling, "compiling_pays", lambda device: True)
     with pytest.raises(torch.OutOfMemoryError):
         function(torch.ones(3), 2.0)
     with caplog.at_level(logging.WARNING):
         results = [function(torch.ones(3), 2.0).tolist() for _ in range(3)]
-    assert results == [[2.0] * 3] * 3 and len(calls) == 2
+    assert results == [[2.0] * 3] * 3 and fails.call_count == 2
     assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text

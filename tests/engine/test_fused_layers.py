@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.engine import Backend, fused_layers, use_fused_layers
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm
-from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine.fused_lora import made_like, use_fused_lora
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 
@@ -49,8 +49,7 @@ def test_values_and_gradients_are_those_of_transformers(kind, dtype):
     plain = frozen(layers()[kind].to(dtype))
     fused = fused_like(plain)
     assert type(fused) is (FusedRMSNorm if kind == "norm" else FusedMLP)
-    size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
-    x, gradient = torch.randn(2, 5, size, dtype=dtype) * 3, torch.randn(2, 5, size, dtype=dtype)
+    x, gradient = torch.randn(2, 5, 32, dtype=dtype) * 3, torch.randn(2, 5, 32, dtype=dtype)
     value, slope = result_and_gradient(plain, x, gradient)
     mine, my_slope = result_and_gradient(fused, x, gradient)
     torch.testing.assert_close(mine, value, atol=0, rtol=0)
@@ -119,28 +118,22 @@ def test_what_is_not_plain_lora_is_left_to_peft(change):
     plain, fused = adapted(**options)
     x, gradient = torch.randn(5, 32), torch.randn(5, 32)
     found = []
-    for model in (plain, fused):
+    for model in (fused, plain):
         if change == "unfrozen":
             model.base_model.model.down_proj.base_layer.weight.requires_grad_()
         torch.manual_seed(0)
         with model.disable_adapter() if change == "disabled" else contextlib.nullcontext():
-            found.append(result_and_gradient(model, x, gradient))
-    for ours, theirs in zip(*reversed(found), strict=True):
-        assert_same_sums(ours, theirs, additions=2 * (32 + 32 + 48))
-    if change == "unfrozen":
-        grads = [model.base_model.model.down_proj.base_layer.weight.grad for model in (plain, fused)]
-        assert_same_sums(*grads, additions=2 * (32 + 32 + 48))
+            results = result_and_gradient(model, x, gradient)
+        found.append([*results, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert_same_sums(*found, additions=2 * (32 + 32 + 48))
 
 
 def test_less_is_kept():
     x = torch.randn(1000, 32, requires_grad=True)
     assert kept(adapted()[1], x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4, "of a gated MLP with LoRA the product is not kept"
     for kind, share in (("norm", 0.55), ("mlp", 0.8)):
-        plain = frozen(layers()[kind].bfloat16())
-        fused = fused_like(plain)
-        size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
-        x = torch.randn(64, size, dtype=torch.bfloat16, requires_grad=True)
-        assert kept(fused, x) <= share * kept(plain, x)
+        plain, x = frozen(layers()[kind].bfloat16()), torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+        assert kept(fused_like(plain), x) <= share * kept(plain, x)
 
 
 def test_a_norm_that_is_trained_gets_its_gradient_and_one_that_somebody_watches_stays_what_it_is():
@@ -184,26 +177,16 @@ def rounded_later(self, hidden_states):
 @pytest.mark.parametrize(
     ("kind", "forward", "known"),
     [
-        *((FusedRMSNorm, reformatted, True), (FusedRMSNorm, rounded_later, False)),
-        (FusedRMSNorm, lambda self, x, residual: reformatted(self, x) + residual, False),
-        (FusedMLP, lambda self, x: self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x))), True),
-        (FusedMLP, lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x)), False),
+        *(("norm", reformatted, True), ("norm", rounded_later, False)),
+        ("norm", lambda self, x, residual: reformatted(self, x) + residual, False),
+        ("mlp", lambda self, x: self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x))), True),
+        ("mlp", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x)), False),
     ],
     ids=["reformatted", "rounded later", "wants more", "gated", "gated the other way"],
 )
 def test_a_layer_is_known_by_what_it_computes_and_not_by_its_text(kind, forward, known):
     """Of a class as transformers might have it in another file."""
-    theirs = LlamaRMSNorm if kind is FusedRMSNorm else LlamaMLP
+    plain = layers()[kind].requires_grad_(False)
     methods = {"forward": forward, "__module__": "transformers.models.other.modeling_other"}
-    layer = type(f"Other{theirs.__name__}", (torch.nn.Module,), methods)()
-    if kind is FusedRMSNorm:
-        layer.weight, layer.variance_epsilon = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-5
-    else:
-        layer.act_fn = torch.nn.SiLU()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            layer.add_module(name, torch.nn.Linear(8, 8, bias=False))
-    model = torch.nn.Sequential(layer)
-    use_fused_layers(model, Backend())
-    assert (type(model[0]) is kind) is known
-    if known and kind is FusedRMSNorm:
-        assert model[0].weight is layer.weight and model[0].variance_epsilon == 1e-5
+    layer = made_like(plain, type(f"Other{type(plain).__name__}", (torch.nn.Module,), methods))
+    assert isinstance(fused_like(layer), FusedRMSNorm if kind == "norm" else FusedMLP) is known

@@ -41,7 +41,7 @@ def plain(model, case, row, temperature):
     return chosen * sampled, -(logprobs.exp() * logprobs).sum(-1) * sampled
 
 
-def assert_gradients(model, loss, separate):
+def assert_gradients(model, loss, separate, tokens=40):
     """Of the loss of all rows together, as of what rows give one by one."""
     loss.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -50,7 +50,7 @@ def assert_gradients(model, loss, separate):
         row.backward()
     for name, gradient in together.items():
         expected = model.get_parameter(name).grad
-        assert_same_sums(gradient, expected, additions_of(model, 40, backward=True), name=name)
+        assert_same_sums(gradient, expected, additions_of(model, tokens, backward=True), name=name)
 
 
 def build(family):
@@ -73,7 +73,7 @@ def test_values_entropies_and_gradients_are_those_of_separate_unpadded_passes(fa
     sequences, before = build_sequences(case), plain(model, case, 1, 0.7)
     logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
     separate = [plain(model, case, row, 0.7) for row in range(len(sequences))]
-    assert all(map(torch.equal, separate[1], before)), "the model itself still works as before"
+    assert engine_of(model).packs and all(map(torch.equal, separate[1], before)), "the model itself still works as before"
     for row, expected in enumerate(separate):
         found = [part[row, : len(expected[0])] for part in (logprobs, entropy)]
         assert_same_sums(found, [part.detach() for part in expected], additions_of(model, 11), LOGITS)
@@ -136,9 +136,8 @@ def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padding(family):
-    model = build_model(family).requires_grad_(True)
+def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padding():
+    model = build_model("qwen3").requires_grad_(True)
     lengths = torch.tensor([3, 60, 1, 33, 58, 2, 30, 1, 64, 5])
     prompts = torch.randint(3, 30, (2, 6)).repeat_interleave(5, dim=0)
     prompt_mask = torch.ones_like(prompts, dtype=torch.bool)
@@ -146,24 +145,16 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     completions = torch.randint(3, 30, (10, 64))
     mask = torch.arange(64) < lengths[:, None]
     sequences = Sequences(prompts, prompt_mask, completions, mask)
-    weights = torch.randn(mask.shape)
+    weights = torch.randn(mask.shape) * mask
     packed = PackedSequences(sequences, Backend())
     assert len(packed.bands) > 1
     places = sum(math.prod(band.shape) for band in packed.bands)
     assert places < 1.6 * int((lengths - 1).sum()) < 10 * 63  # one rectangle would have 10 x 63
-
-    def gradients(logprobs):
-        (logprobs * weights * mask).sum().backward()
-        taken = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-        model.zero_grad()
-        return taken
-
-    together, entropy = token_logprobs(engine_of(model), sequences, 1.0)
-    found = gradients(together)
+    together = token_logprobs(engine_of(model), sequences, 1.0)
     alone = [token_logprobs(engine_of(model), sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
-    separate = [torch.cat([F.pad(parts[number], (0, 64 - parts[number].shape[1])) for parts in alone]) for number in (0, 1)]
-    assert_same_sums([together, entropy], separate, additions_of(model, 70), LOGITS)
-    assert_same_sums(found, gradients(separate[0]), additions_of(model, 700, backward=True))
+    separate = [torch.cat([F.pad(part, (0, 64 - part.shape[1])) for part in parts]) for parts in zip(*alone, strict=True)]
+    assert_same_sums(together, separate, additions_of(model, 70), LOGITS)
+    assert_gradients(model, (together[0] * weights).sum(), [(separate[0] * weights).sum()], tokens=700)
 
 
 @pytest.mark.parametrize(("packed", "frozen"), [(True, False), (True, True), (False, False)])

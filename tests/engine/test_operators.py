@@ -82,22 +82,14 @@ def test_with_low_rank(rows, size, rank, dtype):
 @pytest.mark.parametrize(("size", "temperature"), [(3, 0.7), (256, 1.0), (1000, 0.7)])
 def test_drawn_tokens_are_those_of_torch_with_their_logprobs(size, temperature, dtype):
     logits = made(64, size, dtype=dtype, scale=2)
+    logits[:32, [0, -1]] = -torch.inf
     uniform = torch.rand(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniform[0], uniform[1] = 0, 1 - 2**-53
     tokens, logprobs = kernels.draw_tokens(logits, uniform, temperature)
     exact = (logits.double() / temperature).log_softmax(dim=1)
     # Sums in another order move the edges between tokens by 1e-7 of the whole at most, and none of these numbers lies so near.
-    assert torch.equal(tokens, draw_tokens(logits.float() / temperature, uniform))
+    assert torch.equal(tokens, draw_tokens(logits.float() / temperature, uniform)) and logprobs.isfinite().all()
     assert_same_sums(logprobs, exact.gather(1, tokens[:, None])[:, 0].float(), size)
-
-
-def test_every_token_is_drawn_as_often_as_its_probability_says_and_none_of_probability_zero():
-    logits = torch.tensor([0.0, -torch.inf, 1.0, -2.0, -torch.inf])
-    count = 20_000
-    uniform = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
-    tokens, _ = kernels.draw_tokens(logits.expand(count, -1).contiguous(), uniform, 1.0)
-    torch.testing.assert_close(tokens.bincount(minlength=5) / count, logits.softmax(0), atol=1e-4, rtol=0)
-    edges = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
-    assert kernels.draw_tokens(logits.expand(2, -1).contiguous(), edges, 1.0)[0].tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,12 +163,6 @@ def test_neither_threads_nor_the_default_dtype_matter():
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(F32)
-
-
-def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
-    x = torch.zeros(2)
-    assert kernels.usable(x, x) and kernels.usable(x.bfloat16(), torch.nn.Parameter(x.bfloat16()))
-    assert not any(kernels.usable(*given) for given in ((x, x.bfloat16()), (x.double(),), (x.half(),), (x.to("meta"),)))
 
 
 def shifted(part, places):

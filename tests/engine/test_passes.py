@@ -23,19 +23,18 @@ def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes(monke
     model, small = build(**SMALL), build_model("llama")
     tokens = default_token_budget(model, OTHER)  # not on a CPU: 8 GB
     assert tokens == int(8e9 / PER_TOKEN) and default_token_budget(build(checkpointing=True, **SMALL), OTHER) > 10 * tokens
-    large = build(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
-    assert default_token_budget(large, OTHER) == 256, "never less than keeps a device busy"
+
     assert default_token_budget(small, OTHER) > 10 * default_token_budget(small, CPU)
     # Half of what 90% of an accelerator's memory leaves beside the weights, and 12 bytes more for each that is trained.
     model.requires_grad_(False)
     weights = sum(parameter.numel() for parameter in model.parameters())
     model.model.layers[0].requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    for total in (24 * 2**30, 80 * 2**30):
-        monkeypatch.setattr(passes, "memory_of", lambda device, total=total: total)
-        assert default_token_budget(model, OTHER) == int(0.5 * (0.9 * total - 4 * weights - 12 * trained) / PER_TOKEN)
-    monkeypatch.setattr(passes, "memory_of", lambda device: 1)
-    assert default_token_budget(model, OTHER) == 256, "what does not fit is for the planner to say"
+    total = 80 * 2**30
+    monkeypatch.setattr(passes, "memory_of", lambda device: total)
+    assert default_token_budget(model, OTHER) == int(0.5 * (0.9 * total - 4 * weights - 12 * trained) / PER_TOKEN)
+    total = 1
+    assert default_token_budget(model, OTHER) == 256, "never less than keeps a device busy; what fits is for the planner to say"
 
 
 def test_the_estimate_is_near_what_is_kept():

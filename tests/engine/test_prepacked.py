@@ -22,19 +22,22 @@ def logits_of(model, autocast=False):
         return model(torch.arange(5, 25).repeat(4, 1)).logits.float()
 
 
-def assert_as_exact(model, expected, exact, autocast):
-    """Sums are rounded elsewhere in bfloat16, but no worse."""
-    off = (logits_of(model, autocast) - exact).abs().mean()
-    assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
-
-
+@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
+def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast, copies, monkeypatch):
+    """Accelerators copy no weight that has the dtype of the products."""
+    monkeypatch.setattr(Backend, "copies_pay", lambda *_: copies)
     model = build()
     before = {name: p.clone() for name, p in model.state_dict().items()}
+    held = {parameter.data_ptr() for parameter in model.parameters()}
     expected, exact = logits_of(model, autocast), logits_of(model)
     with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
-        assert_as_exact(model, expected, exact, autocast)
+        # Sums are rounded elsewhere in bfloat16, but no worse.
+        off = (logits_of(model, autocast) - exact).abs().mean()
+        assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
+        found = [constant.product_factors(module) for module in model.modules() if isinstance(module, constant.FusedLora)]
+        assert len(found) == 4
+        assert copies or all((factors.weight.data_ptr() in held) is not autocast for factors in found)
         model(torch.arange(5, 25).view(2, 10)).logits.square().mean().backward()
         assert any(p.grad is not None for p in model.parameters()), "a pass with gradients takes the weights themselves"
         with model.disable_adapter():
@@ -45,18 +48,6 @@ def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
         assert not torch.equal(logits_of(model, autocast), expected), "later changes count"
         factor.div_(2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_accelerators_copy_no_weight_that_has_the_dtype_of_the_products(autocast, monkeypatch):
-    monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
-    model = build()
-    expected, exact = logits_of(model, autocast), logits_of(model)
-    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
-        assert_as_exact(model, expected, exact, autocast)
-        factors = [constant.product_factors(module) for module in model.modules() if isinstance(module, constant.FusedLora)]
-    held = {parameter.data_ptr() for parameter in model.parameters()}
-    assert len(factors) == 4 and all((found.weight.data_ptr() in held) is not autocast for found in factors)
 
 
 def same_inputs(model):

@@ -1,39 +1,28 @@
-"""Passes are traced once for all tests of a process: each takes half a second, and few settings make another one of it."""
+"""Fixtures of tests of plans."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli_runs import write_folder
 from tiny_models import build_model
 
-from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.pass_memory import Traced, Traces
-
-# What a pass depends on by the sizes in its name alone, or not at all.
-NOT_TRACED = {"config", "prompts_per_rollout", "samples_per_prompt", "micro_batches", "accumulate_grad_batches"}
-NOT_TRACED |= {"eval_prompts", "eval_samples", "calibration_prompts", "max_tokens_per_micro_batch", "optimizer", "budget", "plan"}
-NOT_TRACED |= {"scoring_copies", "scoring_steps", "sampler", "device_bytes"}
-TRACED = [field.name for field in fields(RunSettings) if field.name not in NOT_TRACED]
+from hybrid_lightning.types import Sequences
 
 
-@pytest.fixture(scope="session", autouse=True)
-def traced_once() -> Iterator[None]:
-    known: dict[Any, Traced] = {}
-    trace = Traces._by_layers
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is planned around passes: in place of a trace, which takes a second, so much for each completion."""
 
-    def remembered(self: Traces, name: Any, *how: Any) -> Traced:
-        settings = tuple(repr(getattr(self.settings, field)) for field in TRACED)
-        key = (name, self.settings.config.to_json_string(), settings)
-        if key not in known:
-            known[key] = trace(self, name, *how)
-        return known[key]
+    def update(self: Traces, rows: Sequences, share_full: float | None) -> Traced:
+        return Traced(activations=5e4 * len(rows), logits=1e4 * len(rows), backward=5e4 * len(rows))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Traces, "_by_layers", remembered)
-        yield
+    def decoding(self: Traces, prompts: int, samples: int, share_full: float | None) -> Traced:
+        return Traced(activations=1e4 * prompts * samples, logits=1e3, cache=1e5 * prompts * samples, packed=1e3)
+
+    monkeypatch.setattr(Traces, "update", update)
+    monkeypatch.setattr(Traces, "decoding", decoding)
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cli_runs import done, run
+from cli_runs import assert_refused, done, run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich import get_console
 from tiny_memory import Case
 from tiny_models import build_tokenizer
 
-from hybrid_lightning.adapters import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import FSDP2, SingleDevice, plan_memory
+from hybrid_lightning.memory import FSDP2, Components, SingleDevice
 from hybrid_lightning.memory import from_config as from_config_module
-from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, EngineShare, engine_share, misfit
+from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, engine_share, misfit
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
-from hybrid_lightning.memory.peaks import _Run, own_method, plan_method, why_not_fitting
+from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
 from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
@@ -28,8 +27,9 @@ from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("untraced")
 GIB = 2**30
-OURS = replace(Case(prompts=4, completion_tokens=20, share=0.1, validation=4).settings(), on_cpu=False)
+OURS = replace(Case(0.1, validation=4).settings(), prompts_per_rollout=4, on_cpu=False)
 OURS.config.num_hidden_layers = 1
 PARAMETERS = 217_984  # of the embedded policy with one layer
 WEIGHTS = 4 * PARAMETERS
@@ -39,21 +39,6 @@ SAMPLING, OTHERS = ("generating", "validating", "calibrating"), ("updating", "sc
 def vllm(device_gib=4.0, on_cpu=False, **arguments):
     sampler = VLLMSampler(max_new_tokens=20, **arguments)
     return replace(OURS, sampler=sampler, on_cpu=on_cpu, device_bytes=None if on_cpu else int(device_gib * GIB))
-
-
-@pytest.fixture(scope="module")
-def ours():
-    return plan_memory(OURS, SingleDevice())
-
-
-@pytest.fixture(scope="module")
-def beside():
-    return plan_memory(vllm(), SingleDevice())
-
-
-def lora(settings, sharding):
-    """This method alone, since tracing each takes long."""
-    return _Run(settings, sharding).method("LoRA", ModuleBudget(0.0))
 
 
 @pytest.mark.parametrize(("sleep", "kept"), [("nothing", int(0.25 * 4 * GIB)), ("kv_cache", WEIGHTS), ("weights", 0)])
@@ -80,37 +65,27 @@ def test_a_gpu_is_shared_with_an_engine_that_has_the_weights_with_which_the_poli
 )
 def test_on_a_cpu_the_plan_knows_the_cache_that_the_engine_is_given(max_model_len, given, cache):
     settings = vllm(on_cpu=True, max_model_len=max_model_len, engine_args=given)
-    share = engine_share(settings, PARAMETERS)
-    assert share.sampling == share.updating == WEIGHTS + cache
+    assert engine_share(settings, PARAMETERS).updating == WEIGHTS + cache
     served = ServedModel(settings.config, build_tokenizer(), "a folder", torch.float32, torch.device("cpu"))
     options = settings.sampler._options(served, "")
     assert options["kv_cache_memory_bytes"] == cache and options["max_model_len"] == (max_model_len or 64)
 
 
-def test_peaks_with_an_engine_beside_training(ours, beside):
+def test_peaks_with_an_engine_beside_training_and_with_servers():
     """While it samples: what training keeps, and the whole engine. Else: as without it, and what it keeps."""
-    for method, with_engine in zip(ours, beside, strict=True):
-        for phase, peak in with_engine.peaks.items():
-            before = method.peaks[phase]
-            if phase in SAMPLING:
-                resting = before.weights + before.gradients + before.optimizer + before.copies
-                assert peak.engine == int(0.3 * 4 * GIB) and peak.total == resting + peak.engine
-            else:
-                assert peak == replace(before, engine=WEIGHTS)
-        assert with_engine.peaks.keys() == method.peaks.keys()
-    assert {*SAMPLING, *OTHERS} == with_engine.peaks.keys()
-
-
-def test_servers_add_nothing(ours):
     elsewhere = replace(OURS, sampler=VLLMServerSampler(urls=["http://127.0.0.1:1"], max_new_tokens=20))
-    for phase, peak in lora(elsewhere, SingleDevice()).peaks.items():
-        assert peak.engine == 0 and (phase in SAMPLING or peak == ours[1].peaks[phase])
-        assert phase not in SAMPLING or peak.activations == peak.cache == peak.logits == peak.packed == 0
-        assert why_not_fitting(replace(elsewhere, device_bytes=1), lora(elsewhere, SingleDevice())) is None
+    ours, beside, served = (plan_method(settings, SingleDevice()) for settings in (OURS, vllm(), elsewhere))
+    assert ours.peaks.keys() == beside.peaks.keys() == served.peaks.keys() == {*SAMPLING, *OTHERS}
+    for phase, before in ours.peaks.items():
+        resting = Components(before.weights, before.copies, gradients=before.gradients, optimizer=before.optimizer)
+        alone = resting if phase in SAMPLING else before
+        assert beside.peaks[phase] == replace(alone, engine=int(0.3 * 4 * GIB) if phase in SAMPLING else WEIGHTS)
+        assert served.peaks[phase] == alone
+    assert why_not_fitting(replace(elsewhere, device_bytes=1), served) is None
 
 
 def test_every_device_has_an_engine_of_its_own():
-    ours, beside = (lora(settings, FSDP2(2)) for settings in (OURS, vllm()))
+    ours, beside = (plan_method(settings, FSDP2(2)) for settings in (OURS, vllm()))
     resting, before = beside.peaks["generating"], ours.peaks["generating"]
     assert resting.engine == int(0.3 * 4 * GIB) and beside.peaks["updating"].engine == WEIGHTS
     assert resting.weights == before.weights
@@ -118,7 +93,7 @@ def test_every_device_has_an_engine_of_its_own():
 
 
 def test_a_process_on_a_cpu_grows_by_the_engine_and_its_libraries():
-    ours, beside = (lora(settings, SingleDevice()) for settings in (replace(OURS, on_cpu=True), vllm(on_cpu=True)))
+    ours, beside = (plan_method(settings, SingleDevice()) for settings in (replace(OURS, on_cpu=True), vllm(on_cpu=True)))
     added = beside.growth_bytes - ours.growth_bytes
     assert added == pytest.approx(2 * WEIGHTS + 2**26 + 180 * 2**20, rel=0.1), "its weights leave a gap as they are packed"
 
@@ -126,14 +101,10 @@ def test_a_process_on_a_cpu_grows_by_the_engine_and_its_libraries():
 # ---- refused
 
 
-def given_training(resting, updating):
-    sampling = {"generating": (resting, True), "calibrating": (resting / 2, True)}
-    return {**sampling, "updating": (updating, False), "scoring": (0, False)}
-
-
 def misfit_of(device_gib, resting, updating, weights, **arguments):
     settings = vllm(device_gib, **arguments)
-    return misfit(settings, engine_share(settings, weights // 4), given_training(resting, updating))
+    phases = {"generating": (resting, True), "calibrating": (resting / 2, True), "updating": (updating, False)}
+    return misfit(settings, engine_share(settings, weights // 4), {**phases, "scoring": (0, False)})
 
 
 @pytest.mark.parametrize(
@@ -176,26 +147,6 @@ def test_who_does_as_told_fits(device, resting, updating, weights, utilization, 
         assert sizes[0] + math.floor(share) <= device * GIB - CONTEXT_BYTES and share >= sizes[2] * 0.999
 
 
-def test_nothing_is_refused_where_nothing_is_known():
-    for settings in (vllm(on_cpu=True), replace(vllm(), device_bytes=None), replace(OURS, device_bytes=1)):
-        assert misfit(settings, EngineShare(1, 1, 1, 1), given_training(100 * GIB, 100 * GIB)) is None
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1])
-def test_a_run_is_judged_by_its_own_method(share, beside):
-    settings = replace(vllm(gpu_memory_utilization=0.9), budget=ModuleBudget(share))
-    method = beside[1 if share == 0 else 2]
-    resting = max(peak.total - peak.engine for phase, peak in method.peaks.items() if phase in SAMPLING)
-    # A device on which this method just fits, by the rule 0.9 d + resting + context <= d, and one byte less.
-    device = math.ceil(10 * (resting + CONTEXT_BYTES)) + 10
-    for size, fits in ((device, True), (device - 20, False)):
-        sized = replace(settings, device_bytes=size)
-        assert own_method(sized) == method.method
-        planned = replace(method, share=engine_share(sized, method.parameters))
-        assert (why_not_fitting(sized, planned) is None) is fits
-    assert (why_not_fitting(sized, plan_method(sized, SingleDevice())) is None) is fits
-
-
 # ---- from a run
 
 
@@ -211,17 +162,12 @@ def test_a_policy_that_is_made_has_the_settings_of_its_arguments():
     assert run_settings(made, adapter, None, flags, 5) == run_settings(given, adapter, None, flags, 5)
 
 
-def test_flags_of_a_trainer_that_is_built_and_the_memory_of_a_gpu(monkeypatch):
+def test_flags_of_a_trainer_that_is_built():
     fsdp2 = {"devices": 2, "strategy": FSDP2Strategy(), "precision": "bf16-mixed", "limit_val_batches": 0}
     given = {"accelerator": "cpu", "accumulate_grad_batches": 2, **fsdp2}
     built, read = TrainerFlags.of_trainer(Trainer(logger=False, **given)), TrainerFlags.of(given)
-    assert (type(built.sharding), vars(built.sharding)) == (type(read.sharding), vars(read.sharding))
-    assert replace(built, sharding=read.sharding) == read and built.on_cpu
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": 7 + device.index}))
-    assert TrainerFlags.of({"accelerator": "gpu", "devices": 1}).device_bytes == 7
-    assert TrainerFlags.of({"accelerator": "cpu", "devices": 1}).device_bytes > 2**28, "that of this machine"
-    assert from_config_module._memory_of(torch.device("cuda", 2)) == 9
+    assert type(built.sharding) is type(read.sharding) and built.sharding.devices == 2
+    assert replace(built, sharding=read.sharding) == read and built.on_cpu and built.device_bytes > 2**28
 
 
 ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler", "--model.correction=TokenTruncation")
@@ -250,9 +196,8 @@ def test_plan_shows_the_engine_and_has_to_know_the_device(folder, monkeypatch):
     assert re.search(r"rollout engine +│ +184.3 MiB", tight.out)
     assert "it keeps nothing on the device, and its weights on the host, while the policy is updated" in tight.out
     assert "Such a run is refused: sampler.gpu_memory_utilization=0.3 does not fit" in tight.out
-    on_cpu = run(folder, "plan", *ENGINE)
-    assert re.search(r"rollout engine +│ +64.0 MiB", on_cpu.out) and "refused" not in on_cpu.out, on_cpu.err
+    on_cpu = done(folder, "plan", *ENGINE)
+    assert re.search(r"rollout engine +│ +64.0 MiB", on_cpu.out) and "refused" not in on_cpu.out
     assert "it keeps 64.0 MiB while the policy is updated." in on_cpu.out
     monkeypatch.setattr(from_config_module, "_memory_of", lambda device: None)
-    unknown = run(folder, "plan", *ENGINE, *on_gpu)
-    assert unknown.code == 1 and "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_" in unknown.last
+    assert_refused(run(folder, "plan", *ENGINE, *on_gpu), "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_")

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 from tiny_memory import Case
 
-from hybrid_lightning.adapters import ModuleBudget
 from hybrid_lightning.memory import Components, MethodMemory, SingleDevice, fitting
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
 from hybrid_lightning.memory.fitting import Fitting
 
-SETTINGS = replace(Case(prompts=64).settings(), on_cpu=False, eval_prompts=0, budget=ModuleBudget(0.1))
+SETTINGS = replace(Case(0.1, validation=0).settings(), prompts_per_rollout=64, on_cpu=False)
 
 
 def planned(settings, sharding, traces=None):

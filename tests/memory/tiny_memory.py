@@ -1,10 +1,9 @@
 """Runs of which the memory is measured and planned: completions of full length, all with an advantage."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tiny_runs import build_trainer
 
 from benchmarks.memory.probe import MemoryProbe
@@ -20,40 +19,23 @@ from hybrid_lightning.rollout import Sampler
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a run of the embedded policy."""
+    """A run of the embedded policy, on a base of 16 bits where its products have these."""
 
-    prompts: int = 8
-    samples: int = 4
-    completion_tokens: int = 20
-    micro_batches: int = 1
-    max_tokens: int | None = None
-    validation: int = 12
-    eval_samples: int = 4
     share: float = 0.0
-    keep_start_weights: bool = True
-    checkpointing: bool = False
-    dtype: str = "float32"
     precision: str = "32-true"
-    optimizer: Any = torch.optim.AdamW
+    completion_tokens: int = 20
+    validation: int = 6
+    keep_start_weights: bool = True
     scorer: Scorer | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # arguments of the policy
 
     @property
     def policy(self) -> dict[str, Any]:
         """Arguments of the policy."""
-        return {
-            "loss": GRPOLoss(),
-            "reward": HashedReward(),
-            "model": "embedded",
-            "dtype": self.dtype,
-            "sampler": Sampler(max_new_tokens=self.completion_tokens),
-            "prompts_per_rollout": self.prompts,
-            "samples_per_prompt": self.samples,
-            "minibatches_per_rollout": self.micro_batches,
-            "max_tokens_per_micro_batch": self.max_tokens,
-            "gradient_checkpointing": self.checkpointing,
-            "eval_samples": self.eval_samples,
-            "optimizer": self.optimizer,
-        }
+        parts = {"loss": GRPOLoss(), "reward": HashedReward(), "sampler": Sampler(max_new_tokens=self.completion_tokens)}
+        sizes = {"prompts_per_rollout": 8, "samples_per_prompt": 4, "eval_samples": 4}
+        dtype = "float32" if self.precision == "32-true" else "bfloat16"
+        return {**parts, **sizes, "model": "embedded", "dtype": dtype, **self.more}
 
     @property
     def adapter(self) -> HybridAdapterSetup:
@@ -71,7 +53,9 @@ class Case:
         policy = PolicyModule(**self.policy)
         policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
-        steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state
+        steps = (
+            policy.rollout_schedule.minibatches_per_rollout + 1
+        )  # to the first of the second rollout, which finds gradients and optimizer state
         # A validation drops gradients, which the next rollout would else find.
         flags = {"max_steps": steps, "val_check_interval": steps, "check_val_every_n_epoch": None}
         trainer = build_trainer(root, probe, self.adapter, precision=self.precision, **flags)

@@ -1,12 +1,12 @@
 """A tiny policy, calibration losses and a plan, shared by the adapter tests."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters import AdapterPlan, Budget, LoraSettings, ModuleBudget, Random, find_candidates, make_plan
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Random, find_candidates, make_plan
 from hybrid_lightning.adapters.budgets import ModuleScores
 from hybrid_lightning.adapters.candidates import ranks_by_pattern
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
@@ -35,23 +35,11 @@ def losses() -> Callable[[nn.Module], Iterator[Tensor]]:
 def plan_for() -> Callable[..., AdapterPlan]:
     """A plan with random scores, and ranks by a pattern."""
 
-    def build(
-        model: nn.Module,
-        budget: Budget | None = None,
-        lora: LoraSettings | None = None,
-        seed: int = 0,
-        ranks: Mapping[str, int] | None = None,
-    ) -> AdapterPlan:
+    def build(model, budget=None, lora=None, seed=0, ranks=None) -> AdapterPlan:
         candidates, lora = find_candidates(model), lora or LoraSettings(rank=4, alpha=8)
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
         scores = {name: 1.0 + place for name, place in zip(candidates, order, strict=True)}
-        return make_plan(
-            PlannedModel("tiny", model_digest(model)),
-            candidates,
-            budget or ModuleBudget(0.2),
-            lora,
-            ModuleScores(scores, Random(seed)),
-            ranks_by_pattern(candidates, ranks or {}, lora.rank),
-        )
+        own, planned = ranks_by_pattern(candidates, ranks or {}, lora.rank), PlannedModel("tiny", model_digest(model))
+        return make_plan(planned, candidates, budget or ModuleBudget(0.2), lora, ModuleScores(scores, Random(seed)), own)
 
     return build

@@ -1,14 +1,12 @@
 """Which modules budgets choose, and the plans made of scores and a budget."""
 
-import json
 from dataclasses import replace
 
 import pytest
-from tiny_models import build_model
 
 from hybrid_lightning.adapters import Budget, LoraSettings, ModuleBudget, ParameterBudget, Random, find_candidates, make_plan
 from hybrid_lightning.adapters.budgets import ModuleScores
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
+from hybrid_lightning.adapters.plan import PlannedModel, PlannedModule
 from hybrid_lightning.errors import ConfigError, PlanError
 
 BASE = PlannedModel("tiny", "0")
@@ -47,7 +45,7 @@ def test_parameter_budget_by_hand_and_with_ranks_that_differ():
     budget, lora = ParameterBudget(0.5), LoraSettings(rank=4)
     assert budget.choose([replace(small, rank=6), replace(other, rank=2)], lora) == {"small"}
     assert budget.choose([replace(small, rank=6), replace(other, rank=8)], lora) == {"other"}
-    assert budget.choose([replace(small, mode="frozen"), other], lora) == {"other"}
+    assert budget.choose([replace(small, mode="frozen", score=2.0), other], lora) == {"other"}, "it would have no LoRA"
     # Modules that cost no more than LoRA come first.
     assert budget.choose([module("tiny", 1.0, 32), module("large", 1e9, 1024)], LoraSettings(rank=8)) == {"tiny"}
 
@@ -60,10 +58,13 @@ def test_budgets_say_what_they_need():
     assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
     assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}
 
-    class FirstLayer(Budget):  # one's own
-        def _choose(self, modules, lora):
-            return [m.name for m in modules if ".0." in m.name]
 
+class FirstLayer(Budget):
+    def _choose(self, modules, lora):
+        return [m.name for m in modules if ".0." in m.name]
+
+
+def test_a_budget_of_ones_own():
     assert FirstLayer(0.5).choose([module("layers.0.q", 1.0), module("layers.1.q", 2.0)], LoraSettings()) == {"layers.0.q"}
 
 
@@ -75,24 +76,17 @@ def test_a_plan_records_settings_left_at_their_defaults(make_model):
     scores = ModuleScores(scorer=Random(), calibration={"signal": "reward"})
     plan = make_plan(BASE, candidates, ModuleBudget(1), LoraSettings(), scores)
     assert plan.scorer == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 0}}
-    assert plan.budget["init_args"] == {"share": 1}
-    assert make_plan(BASE, candidates, ModuleBudget(0), LoraSettings()).budget["init_args"] == {"share": 0}
-    assert plan.candidates[0].score is None and plan.lora_modules == ()
+    assert plan.budget["init_args"] == {"share": 1} and plan.candidates[0].score is None and plan.lora_modules == ()
     with pytest.raises(ConfigError, match="needs a score"):
         make_plan(BASE, candidates, ModuleBudget(), LoraSettings())
     with pytest.raises(PlanError, match="infinite"):
         make_plan(BASE, candidates, ModuleBudget(1), LoraSettings(), ModuleScores(calibration={"reward": float("inf")}))
 
 
-def test_a_plan_holds_the_ranks_that_differ(plan_for):
-    plan = plan_for(build_model("llama"), ranks={"attention": 1, "o_proj": 0, "gate_proj": 4})
+def test_a_plan_holds_the_ranks_that_differ(plan_for, make_model):
+    plan = plan_for(make_model("llama"), ranks={"attention": 1, "o_proj": 0, "gate_proj": 4})
     ranks = {module.name.removeprefix("model.layers."): (module.mode, module.rank) for module in plan.candidates}
-    assert ranks["0.self_attn.q_proj"] == ("lora", 1)
-    assert ranks["0.self_attn.o_proj"] == ("frozen", None)
-    assert ranks["0.mlp.gate_proj"] == ("lora", None), "that of the plan"
+    assert ranks["0.self_attn.q_proj"] == ("lora", 1) and ranks["0.self_attn.o_proj"] == ("frozen", None)
     assert ranks["1.self_attn.v_proj"] == ("full", None)
-    assert plan.ranks == (1, 4)
-    again = AdapterPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    assert again == plan and again.digest == plan.digest
-    same = plan_for(build_model("llama"), ranks={"mlp": 4, "attention": 4})
-    assert same == plan_for(build_model("llama")), "a rank of its own that is the plan's is the plan's"
+    assert ranks["0.mlp.gate_proj"] == ("lora", None) and plan.ranks == (1, 4), "the plan's own is no rank that differs"
+    assert plan_for(make_model("llama"), ranks={"mlp": 4, "attention": 4}) == plan_for(make_model("llama"))

@@ -1,6 +1,5 @@
-"""Plans as files and in checkpoints, the models that they fit, and what PEFT, a bare loop and TRL make of them."""
+"""Plans as files and in checkpoints, the models that they fit, and their configs for PEFT and TRL."""
 
-import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -9,11 +8,10 @@ import struct
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, apply_plan
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule
 from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
@@ -27,21 +25,16 @@ def plan(make_model, plan_for) -> AdapterPlan:
 # ---- files
 
 
-def test_round_trip_by_a_file_that_a_person_can_read(plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    loaded = AdapterPlan.load(tmp_path / "plan.json")
+def test_round_trip_by_a_file_that_a_person_can_read_and_edit(plan, tmp_path):
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    loaded = AdapterPlan.load(path)
     assert loaded == plan and loaded.digest == plan.digest
-    lines = (tmp_path / "plan.json").read_text().splitlines()
+    lines = path.read_text().splitlines()
     assert lines[1].startswith('  "digest": ') and len(lines) < 14 + len(plan.candidates) + 2
     assert sum('"mode": "full"' in line for line in lines) == 3
     torch.save({"plan": plan.to_dict()}, tmp_path / "checkpoint.pt")
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert AdapterPlan.from_dict(checkpoint["plan"]) == plan
-
-
-def test_editing_by_hand(plan, tmp_path):
-    path = tmp_path / "plan.json"
-    plan.save(path)
+    assert AdapterPlan.from_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["plan"]) == plan
     edited = path.read_text().replace('"mode": "lora"', '"mode": "lora", "rank": 2', 1).replace('"lora"}', '"frozen"}', 1)
     path.write_text(edited)
     with pytest.raises(PlanError, match=r'plan\.json was changed.*delete the line "digest"'):
@@ -49,8 +42,6 @@ def test_editing_by_hand(plan, tmp_path):
     path.write_text("\n".join(line for line in edited.splitlines() if '"digest"' not in line))
     changed = AdapterPlan.load(path)
     assert len(changed.lora_modules) == 10 and changed.ranks == (2, 4) and changed.digest != plan.digest
-    changed.save(path)
-    assert AdapterPlan.load(path) == changed
 
 
 def test_every_part_of_the_content_is_in_the_digest_which_does_not_change(plan):
@@ -82,13 +73,11 @@ def changed(place, **changes):
         (changed(None, format=3), "has format 3, and this version reads 1"),
         (changed(None, seed="0"), '"seed" is "0"; it must be int or null'),
         (changed(None, seed=True), '"seed" is true'),
-        (lambda data: data["lora"].update(rank=0), "lora: rank=0"),
         (changed(None, candidates=[]), "has no modules"),
         (changed(None, candidates=["layers.0"]), r"candidates\[0\] is a str; it must be a JSON object"),
         (changed(1, mode="half"), r'candidates\[1\]: mode is "half"; it must be one of full, lora, frozen'),
         (changed(1, shape=[1, 0.5]), r"candidates\[1\].* two positive numbers"),
         (changed(1, score=float("nan")), r'candidates\[1\].*"score" is NaN'),
-        (changed(1, parameters=2.0), r'candidates\[1\].*"parameters" is 2.0; it must be int'),
         (changed(1, rank=0), r'candidates\[1\].*rank is 0; it must be at least 1; for no LoRA make the mode "frozen"'),
         (changed(1, name="model.layers.0.self_attn.v_proj"), r"self_attn\.v_proj twice"),
     ],
@@ -102,13 +91,11 @@ def test_what_is_wrong_is_named(plan, edit, message):
 
 
 def test_files_that_are_no_plans(tmp_path):
-    path, contents = (
-        tmp_path / "plan.json",
-        {None: r"cannot be read \(No such", b"{,}": "is no JSON", b"\xff\xfe\x00": "is no JSON"},
-    )
-    for content, message in {**contents, b"[]": "is a list; it must be a JSON"}.items():
-        if content is not None:
-            path.write_bytes(content)
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match=r"plan\.json cannot be read \(No such"):
+        AdapterPlan.load(path)
+    for content, message in ((b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "is a list; it must be a JSON")):
+        path.write_bytes(content)
         with pytest.raises(PlanError, match=rf"plan\.json {message}"):
             AdapterPlan.load(path)
 
@@ -116,28 +103,23 @@ def test_files_that_are_no_plans(tmp_path):
 # ---- models
 
 
-def with_modules(plan, *modules):
-    return dataclasses.replace(plan, candidates=modules)
-
-
 def test_a_plan_fits_its_model_only(plan, make_model):
     model, other, first = make_model("qwen2"), make_model("qwen2", seed=5), plan.candidates[0]
     plan.check_model(other)
     plan.check_weights(model)
-    wider, norm = dataclasses.replace(plan.candidates[4], shape=(99, 32)), dataclasses.replace(first, name="model.norm")
-    for check, given, message in (
-        (plan.check_weights, other, "other weights"),
-        (plan.check_model, make_model("gpt2"), r"names model\.layers\.0\.self_attn\.q_proj; this model has no such module"),
-        (with_modules(plan, wider).check_model, model, r"gate_proj has shape \(99, 32\); here it has \(48, 32\)"),
-        (with_modules(plan, norm).check_model, model, "a Qwen2RMSNorm there, no linear module"),
+    with pytest.raises(PlanError, match="other weights"):
+        plan.check_weights(other)
+    with pytest.raises(PlanError, match=r"names model\.layers\.0\.self_attn\.q_proj; this model has no such module"):
+        plan.check_model(make_model("gpt2"))
+    for changes, message in (
+        ({"shape": (99, 32)}, r"q_proj has shape \(99, 32\); here it has \(32, 32\)"),
+        ({"name": "model.norm"}, "a Qwen2RMSNorm there, no linear module"),
     ):
         with pytest.raises(PlanError, match=message):
-            check(given)
+            dataclasses.replace(plan, candidates=(dataclasses.replace(first, **changes),)).check_model(model)
 
 
 def test_the_digest_of_a_model_is_as_documented_and_differs_by_values_dtype_shape_and_name_alone(make_model):
-    model = make_model("qwen2")
-    assert model_digest(copy.deepcopy(model)) == model_digest(model)
     linear = nn.Linear(2, 3)
     with torch.no_grad():
         linear.weight.copy_(torch.arange(6.0).reshape(3, 2))
@@ -148,69 +130,27 @@ def test_the_digest_of_a_model_is_as_documented_and_differs_by_values_dtype_shap
     with pytest.raises(ModelError, match="has no values yet"):
         model_digest(nn.Linear(2, 2, device="meta"))
     models = [make_model("qwen2"), make_model("qwen2", seed=1), make_model("qwen2").bfloat16(), make_model("qwen3")]
-    linear = nn.Linear(300, 200)
+    linear = nn.Linear(300, 200).requires_grad_(False)
     models += [nn.ModuleDict({"a": linear}), nn.ModuleDict({"b": linear})]
     digests = [model_digest(model) for model in models]
     assert len(set(digests)) == len(digests)
-    linear.requires_grad_(False)
-    linear.weight.data = linear.weight.data.T.contiguous().T
-    assert model_digest(models[-1]) == digests[-1], "requires_grad and layout do not matter"
-    linear.weight[1, 1] += 1
-    assert model_digest(models[-1]) == digests[-1], "it reads a sample only"
+    linear.requires_grad_(True).weight.data = linear.weight.data.T.contiguous().T
+    linear.weight.data[1, 1] += 1
+    assert model_digest(models[-1]) == digests[-1], "requires_grad, layout and what is not in the sample do not matter"
 
 
-# ---- a LoraConfig for code that is not ours
-
-
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # a plan does not say how GPT-2 lays out its weights
-@pytest.mark.parametrize(
-    ("family", "share", "variant", "ranks"),
-    [
-        ("llama", 0, {"use_dora": True}, {}),
-        ("gpt2", 0.2, {}, {"mlp": 3, "attention": 1}),
-        ("llama", 0.2, {"use_rslora": True, "dropout": 0.1}, {}),
-        ("llama", 1, {}, {}),
-    ],
-)
-def test_a_bare_loop_trains_like_ours(make_model, plan_for, batches, tmp_path, family, share, variant, ranks):
-    """The same steps on the model that `apply_plan` makes, and on PEFT's by a config that was saved as a file."""
-    plan = plan_for(make_model(family), ModuleBudget(share), LoraSettings(rank=4, alpha=8, **variant), ranks=ranks)
-    plan.to_peft_config().save_pretrained(tmp_path)
-    builds = (
-        lambda: get_peft_model(make_model(family), LoraConfig.from_pretrained(tmp_path)),
-        lambda: apply_plan(make_model(family), plan),
-    )
-    models, start = [], trained(builds[0]())
-    for build in builds:
-        torch.manual_seed(3)
-        model = build().train()
-        # Not Adam, which makes a step of full size of the rounding error of a gradient near zero.
-        optimizer = torch.optim.SGD(trained(model).values(), lr=0.1, momentum=0.9)
-        for tokens in batches[:3]:
-            model(tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        models.append(model)
-    theirs, ours = map(trained, models)
-    assert theirs.keys() == ours.keys() and sum(weight.numel() for weight in theirs.values()) == plan.trainable_parameters()
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
-        assert not torch.equal(weight, start[name]), f"{name} was trained"
+# ---- a LoraConfig for code that is not ours: that PEFT makes the same model by it is shown in `export/test_adapter_folder.py`
 
 
 def test_settings_are_the_plans_unless_given_and_checked(make_model, plan_for):
     lora = LoraSettings(rank=4, alpha=6.0, dropout=0.1, use_rslora=True)
     plan = plan_for(make_model("llama"), lora=lora, ranks={"mlp": 3})
+    names = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern")
     config = plan.to_peft_config()
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.use_rslora) == (4, 6.0, 0.1, False, True)
+    assert [getattr(config, name) for name in names[:-1]] == [4, 6.0, 0.1, False, True] and len(config.rank_pattern) == 4
     assert config.target_modules == set(plan.lora_modules) and config.modules_to_save == list(plan.full_modules)
     config = plan.to_peft_config(rank=8, alpha=1.0, dropout=0.0, use_dora=True, use_rslora=False)
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.use_rslora) == (8, 1.0, 0.0, True, False)
-    assert config.rank_pattern == {}, "a rank that is given is that of all modules"
+    assert [getattr(config, name) for name in names] == [8, 1.0, 0.0, True, False, {}], "a rank that is given is that of all"
     for name, value in (("rank", 0), ("alpha", 0.0), ("dropout", 1.0)):
         for build in (LoraSettings, plan.to_peft_config):
             with pytest.raises(ConfigError, match=f"{name}={value}"):
@@ -239,28 +179,25 @@ def test_names_that_peft_cannot_tell_apart_and_a_plan_that_trains_nothing_are_re
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl: pip install 'hybrid-lightning[test]'")
-@pytest.mark.parametrize("share", [0.2, 1])
-def test_trl_trains_it(plan_for, share, tmp_path):
+def test_trl_trains_it(plan_for, tmp_path):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     base = AutoModelForCausalLM.from_pretrained(embedded_policy_path())
-    plan = plan_for(base, ModuleBudget(share))
+    plan = plan_for(base, ModuleBudget(0.2))
     quiet = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     sizes = {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6}
-    # With a reference policy: the adapter switched off.
-    settings = GRPOConfig(output_dir=str(tmp_path), learning_rate=1e-3, beta=0.1, **sizes, **quiet)
-    trainer = GRPOTrainer(
+    trainer = GRPOTrainer(  # with a reference policy: the adapter switched off
         model=base,
-        args=settings,
+        args=GRPOConfig(output_dir=str(tmp_path), learning_rate=1e-3, beta=0.1, **sizes, **quiet),
         reward_funcs=lambda completions, **_: [float(text.count("1")) for text in completions],
         train_dataset=Dataset.from_dict({"prompt": [f"{n}*7=" for n in range(100, 132)]}),
         processing_class=AutoTokenizer.from_pretrained(embedded_policy_path()),
         peft_config=plan.to_peft_config(),
     )
-    start = {name: parameter.detach().clone() for name, parameter in trained(trainer.model).items()}
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     assert sum(parameter.numel() for parameter in start.values()) == plan.trainable_parameters()
     trainer.train()
-    assert trainer.state.global_step == 2
-    changed = {name for name, parameter in trained(trainer.model).items() if not torch.equal(parameter, start[name])}
-    assert {name for name in start if ".lora_A." not in name} == {name for name in changed if ".lora_A." not in name}
+    still = [name for name, parameter in trained.items() if torch.equal(parameter, start[name])]
+    assert all(".lora_A." in name for name in still), "whose gradients are 0 at first"

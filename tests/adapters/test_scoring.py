@@ -40,9 +40,10 @@ def factored(squares: torch.Tensor) -> torch.Tensor:
 
 
 class LargestRow(scorers.Scorer):
-    """A scorer of a user's own."""
+    """A scorer of a user's own, which need not be safe on several threads: `concurrent` is False."""
 
     def score(self, statistics, rank):
+        assert threading.current_thread() is threading.main_thread()
         return float(statistics.gradient.matrix().abs().sum(1).max())
 
 
@@ -97,7 +98,8 @@ def test_sketch_and_exact_rank_alike(make_model, losses):
         scored(model, losses(model), scorers.WeightGradient(), SKETCHES)
 
 
-def test_probe_predicts_and_leaves_no_trace(make_model, losses):
+def test_probe_leaves_no_trace_and_passes_over_the_losses_again(make_model, losses):
+    """That it measures both steps is shown in `test_scorers.py`."""
     model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -105,12 +107,8 @@ def test_probe_predicts_and_leaves_no_trace(make_model, losses):
         def __iter__(self):
             return losses(model)
 
-    candidates = find_candidates(model, ["o_proj", "k_proj"])
-    measured = Scoring(model, candidates, Losses(), scorers.Probe(1e-3), RANK).run()
-    gradients = mean(full_gradients(model, losses))
-    for name, score in measured.items():
-        length = 1e-3 * float(model.get_submodule(name).weight.norm() / gradients[name].norm())
-        assert score == pytest.approx(length * tail(gradients[name]), rel=0.2, abs=1e-6)
+    measured = Scoring(model, find_candidates(model, ["o_proj", "k_proj"]), Losses(), scorers.Probe(1e-3), RANK).run()
+    assert len(measured) == 4 and all(measured.values())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(CalibrationError, match="iterated over only once, but this scorer measures them"):
         scored(model, losses(model), scorers.Probe())
@@ -120,61 +118,38 @@ def test_the_model_is_as_before(make_model, losses):
     model = make_model("llama").train()
     model.model.layers[0].eval()
     model.lm_head.weight.requires_grad_(True)
-    model.lm_head.weight.grad = kept = torch.ones_like(model.lm_head.weight)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = [module.training for module in model.modules()]
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+
+    def state():
+        weights = [(p.requires_grad, id(p.grad), bool(p._post_accumulate_grad_hooks)) for p in model.parameters()]
+        return weights, [module.training for module in model.modules()]
 
     def failing():
         yield next(losses(model))
         assert not model.training and not model.lm_head.weight.requires_grad
         raise KeyError("calibration data ended")
 
+    before = state()
     for stream, raised in ((losses(model), False), (failing(), True)):
         with pytest.raises(KeyError) if raised else contextlib.nullcontext():
             scored(model, stream)
-        assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        assert modes == [module.training for module in model.modules()]
-        assert model.lm_head.weight.grad is kept
-        assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
-        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
-
-
-def test_gradients_are_never_in_memory_together(make_model, batches):
-    model = make_model("llama")
-    candidates = find_candidates(model)
-    alive = []
-
-    def watched():
-        handles = [
-            module.weight.register_post_accumulate_grad_hook(
-                lambda _: alive.append(sum(m.weight.grad is not None for m in candidates.values()))
-            )
-            for module in candidates.values()
-        ]
-        yield model(batches[0], labels=batches[0]).loss
-        for handle in handles:
-            handle.remove()
-
-    collected = Scoring(model, candidates, watched(), scorers.TailEnergy(), RANK, SKETCHES).collect_gradients()
-    assert len(collected) == len(candidates) == len(alive) and max(alive) <= 1
+        assert state() == before
 
 
 def test_autocast_around_the_losses_does_not_reach_the_sums_nor_does_no_grad_around_all(make_model, batches):
     model = make_model("llama")
 
-    def inside():
-        with torch.autocast("cpu", torch.bfloat16):
-            for tokens in batches:
-                yield model(tokens, labels=tokens).loss
-
-    def outside():
+    def computed(inside):
         for tokens in batches:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(tokens, labels=tokens).loss
-            yield loss
+                if inside:
+                    yield loss
+            if not inside:
+                yield loss
 
     with torch.no_grad():
-        assert scored(model, inside(), gradients=SKETCHES) == scored(model, outside(), gradients=SKETCHES)
+        assert scored(model, computed(True), gradients=SKETCHES) == scored(model, computed(False), gradients=SKETCHES)
 
 
 def test_gradient_checkpointing_gives_the_same_scores_and_does_not_wake_dropout(make_model, losses):
@@ -190,28 +165,6 @@ def test_gradient_checkpointing_gives_the_same_scores_and_does_not_wake_dropout(
     assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
     assert len(calls) == 2 * 6  # each of the six losses recomputed the block
     assert modes == [module.training for module in model.modules()]
-
-
-class Thread(scorers.TailEnergy):
-    """Notes where it is called."""
-
-    def __init__(self, concurrent: bool) -> None:
-        self.concurrent, self.seen = concurrent, []
-
-    def score(self, statistics, rank):
-        self.seen.append(threading.get_ident())
-        return super().score(statistics, rank)
-
-
-def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
-    model = make_model("llama")
-    scores = {}
-    for scorer in (Thread(True), Thread(False)):
-        scores[scorer.concurrent] = scored(model, losses(model), scorer)
-        own = [thread == threading.get_ident() for thread in scorer.seen]
-        assert len(own) == 14 and set(own) == {not scorer.concurrent}
-    assert list(scores[True]) == list(scores[False]) == list(find_candidates(model))
-    assert scores[True] == {name: pytest.approx(score, rel=1e-6) for name, score in scores[False].items()}
 
 
 def test_a_scale_keeps_gradients_that_float16_has_no_numbers_for(make_model, losses):
@@ -250,19 +203,12 @@ def test_an_unused_module_scores_zero_with_a_warning():
     assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
 
 
-class Own(scorers.TailEnergy):
-    def __init__(self, value):
-        self.value = value
-
-    def score(self, statistics, rank):
-        return self.value
-
-
 @pytest.mark.parametrize(("value", "error"), [("high", ConfigError), (None, ConfigError), (float("nan"), CalibrationError)])
-def test_a_scorer_of_ones_own_gives_numbers(value, error):
+def test_a_scorer_of_ones_own_gives_numbers(value, error, monkeypatch):
     model = Blocks()
-    with pytest.raises(error, match=r"Own(\.score returned .* for layers\.0; return a number| gave layers\.0 the score nan)"):
-        Scoring(model, {"layers.0": model.layers[0]}, [model.loss()], Own(value), 1).run()
+    monkeypatch.setattr(LargestRow, "score", lambda *_: value)
+    with pytest.raises(error, match=r"LargestRow(\.score returned .* for layers\.0; return a| gave layers\.0 the score nan)"):
+        Scoring(model, {"layers.0": model.layers[0]}, [model.loss()], LargestRow(), 1).run()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +221,6 @@ def test_a_scorer_of_ones_own_gives_numbers(value, error):
         (lambda model: [torch.ones(())], CalibrationError, "loss 0 does not depend"),
         (lambda model: [model.layers[0].weight * 2], ConfigError, r"loss 0 has shape \(4, 4\)"),
     ],
-    ids=["equal rewards", "none", "nan", "infinite gradient", "constant", "no scalar"],
 )
 def test_losses_without_a_signal_are_refused(losses, error, message):
     model = Blocks()

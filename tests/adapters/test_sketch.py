@@ -48,26 +48,22 @@ def test_adams_step_is_told_from_sketches_of_the_gradient():
         exact.append(ExactGradient(matrix).preconditioned().tail_energy(4))
         sketched.append(sketch(matrix, size=30, seed=number).preconditioned().tail_energy(4))
     assert sketched == pytest.approx(exact, rel=0.15)
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (exact, sketched)]
-    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
 
 
 def test_what_is_kept_of_a_gradient_and_what_cannot_be():
-    weight = torch.empty(ROWS, COLUMNS)
-    mode = SketchedGradients(seed=1)
-    first, again = (mode.form("a", weight, 4).compress(decaying_matrix(1.0)) for _ in range(2))
-    other = mode.form("b", weight, 4).compress(decaying_matrix(1.0))
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
-    form, parts = mode.form("a", weight, 4), [decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)]
+    weight, mode, matrix = torch.empty(ROWS, COLUMNS), SketchedGradients(seed=1), decaying_matrix(1.0)
+    form = mode.form("a", weight, 4)
+    first, again, other = (made.compress(matrix) for made in (form, mode.form("a", weight, 4), mode.form("b", weight, 4)))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
+    assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
+    parts = [decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)]
     for whole, a, b in zip(form.compress(sum(parts)), *map(form.compress, parts), strict=True):  # linear in the gradient
         torch.testing.assert_close(whole, a + b, rtol=1e-4, atol=1e-4)
-    assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
     kept = sum(tensor.numel() for tensor in SketchedGradients().form("a", torch.empty(2048, 2048), 16).zeros())
     assert kept < 0.07 * 2048**2
     assert isinstance(SketchedGradients().form("a", torch.empty(32, 32), 8), ExactForm)
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
-    assert estimate.energy() == 0 and estimate.tail_energy(2) == 0
+    assert estimate.energy() == estimate.tail_energy(2) == 0
     for make, message in (
         (lambda: SketchedGradients(size=0), "size=0"),
         (lambda: SketchedGradients(size=8).form("a", weight, 8), "not above the LoRA rank 8"),

@@ -1,7 +1,6 @@
 """Values against a scalar loop, gradients against finite differences, and what each loss says of itself."""
 
 import pickle
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -19,12 +18,11 @@ CASES = [
     {"kl_coef": 0.3, "kl_importance_weight": True, "dual_clip": 1.1},
 ]
 ALL = [(cls, options) for cls in SETTINGS for options in CASES if cls in CLIPPED or "dual_clip" not in options]
-each = pytest.mark.parametrize(("cls", "options"), ALL)
 each_class = pytest.mark.parametrize("cls", SETTINGS)
 
 
 @pytest.mark.parametrize("advantages", ["of sequences", "of tokens"])
-@each
+@pytest.mark.parametrize(("cls", "options"), ALL)
 def test_values_equal_a_scalar_loop(cls, options, advantages):
     inputs = make_inputs(seed=1, b=8, t=6, spread=0.3)
     loss = cls(**SETTINGS[cls], **options)
@@ -46,14 +44,6 @@ def with_token_advantages(inputs):
     """The same with an advantage of each token; where nothing was sampled it is nan."""
     of_tokens = torch.randn(inputs.logprobs.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return replace(inputs, advantages=of_tokens.masked_fill(~inputs.sampled_mask, torch.nan))
-
-
-@pytest.mark.parametrize("cls", [cls for cls in SETTINGS if cls.takes_token_advantages])
-def test_equal_advantages_of_tokens_are_that_of_the_sequence_to_the_bit(cls):
-    loss, inputs = cls(**SETTINGS[cls], kl_coef=0.3), make_inputs(seed=2, b=8, t=6, spread=0.3)
-    spread = replace(inputs, advantages=inputs.advantages[:, None].expand_as(inputs.logprobs))
-    one, other = (torch.autograd.grad(loss(some).loss, inputs.logprobs)[0] for some in (inputs, spread))
-    assert torch.equal(one, other) and loss(inputs) == loss(spread)
 
 
 # The two stop gradients of ratios: their own are those of equations in runs.
@@ -88,8 +78,7 @@ def test_a_loss_that_ignores_sequences_without_advantage_does_not_change_without
 
 
 @each_class
-def test_losses_copy_pickle_and_describe_themselves(cls):
+def test_losses_pickle_and_describe_themselves(cls):
     loss = cls(**SETTINGS[cls], kl_coef=0.1)
-    for copy in (deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert vars(copy) == vars(loss)
+    assert vars(pickle.loads(pickle.dumps(loss))) == vars(loss)
     assert loss.to_config()["init_args"] == {**SETTINGS[cls], "kl_coef": 0.1}

@@ -20,7 +20,7 @@ def test_equal_entropies_at_the_threshold_are_kept_and_nothing_keeps_nothing():
     assert TopEntropyMask(0.25).threshold(torch.zeros(0)) == math.inf
 
 
-@pytest.mark.parametrize("share", [0.0, 1.01, math.nan])
-def test_bad_share(share):
-    with pytest.raises(ConfigError, match=rf"TopEntropyMask: share={share} must be above 0 and at most 1"):
-        TopEntropyMask(share)
+def test_bad_share():
+    for share in (0.0, 1.01, math.nan):
+        with pytest.raises(ConfigError, match=rf"TopEntropyMask: share={share} must be above 0 and at most 1"):
+            TopEntropyMask(share)

@@ -50,20 +50,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples):
         assert float(pass_at_k(samples, torch.tensor([correct]), k)) == pytest.approx(expected, abs=1e-12)
 
 
-def score_of(voters, share):
-    """How right the vote of these completions is: the mean over the most frequent answers."""
-    votes = Counter(answer for answer in voters if answer is not None)
-    if not votes:
-        return 0.0
-    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return sum(share[answer] for answer in winners) / len(winners)
-
-
 def by_subsets(answers, correct, k):
+    """How right the vote of k completions is: the mean over their most frequent answers, and over all subsets."""
     groups = {answer: [c for a, c in zip(answers, correct, strict=True) if a == answer] for answer in answers}
-    share = {answer: sum(flags) / len(flags) for answer, flags in groups.items()}
-    subsets = list(itertools.combinations(answers, k))
-    return sum(score_of(subset, share) for subset in subsets) / len(subsets)
+    scores = []
+    for subset in itertools.combinations(answers, k):
+        votes = Counter(answer for answer in subset if answer is not None)
+        winners = [groups[answer] for answer, count in votes.items() if count == max(votes.values())]
+        scores.append(sum(sum(flags) / len(flags) for flags in winners) / max(1, len(winners)))
+    return sum(scores) / len(scores)
 
 
 def cases():

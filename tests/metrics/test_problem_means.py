@@ -32,35 +32,21 @@ def test_each_set_has_its_mean_and_all_sets_the_same_weight():
     found = means([0, 1, 2], [3, 4])
     assert list(found) == ["", "easy", "hard"]
     easy, hard = SHARE[[1, 2, 4]], SHARE[[0, 3]]
-    for name, parts, problems in (("easy", [easy], 3), ("hard", [hard], 2), ("", [easy, hard], 5)):
+    for name, parts, problems, length in (("easy", [easy], 3, 20.0), ("hard", [hard], 2, 50.0), ("", [easy, hard], 5, 35.0)):
         low, high = confidence_interval([part.double() for part in parts], 4)
-        expected = {
-            "problems": problems,
-            "share": sum(float(part.mean()) for part in parts) / len(parts),
-            "share/ci_low": low,
-            "share/ci_high": high,
-            "length": {"easy": 20.0, "hard": 50.0, "": 35.0}[name],
-        }
+        share = sum(float(part.mean()) for part in parts) / len(parts)
+        expected = {"problems": problems, "share": share, "share/ci_low": low, "share/ci_high": high, "length": length}
         assert found[name] == pytest.approx(expected)
 
 
 def test_what_is_repeated_counts_once_within_its_set_and_what_has_none_is_one():
+    """On ranks, of which none sees all problems, too: `sharding/test_equal_to_one_process.py`."""
     assert means([0, 1, 2, 3, 4]) == means([0], [1, 0, 2], [3], [4, 4, 2])
     assert means([0, 1])[""]["problems"] == 2, "index 3 of one set is not index 3 of the other"
     found = means([1, 2, 3, 4], sets=[""] * 5)
     assert list(found) == [""] and found[""]["problems"] == 4
     assert found[""]["share"] == pytest.approx(float(SHARE[1:].mean()))
     assert list(means([0, 1], sets=["a", ""])) == ["", "unnamed", "a"], "beside sets with a name they get one"
-    # On two ranks, of which none sees all problems, and both see one.
-    states = {}
-    gather = {"dist_sync_fn": lambda state, group: states[state.dtype], "distributed_available_fn": lambda: True}
-    ranks = [ProblemMeans({"share": 4, "length": None}, **gather) for _ in range(2)]
-    for rank, rows in zip(ranks, ([0, 1, 2, 1], [1, 2, 4]), strict=True):
-        rank.update([SETS[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
-        for state in (*rank.identity, *rank.rows):
-            states.setdefault(state.dtype, []).append(state)
-    for rank in ranks:
-        assert values_of(rank) == means([0, 1, 2, 4])
     metric = ProblemMeans({"share": 4})
     metric.update(["b", "a", "b"], torch.tensor([3, 1, 3]), {"share": torch.tensor([0.5, 1.0, 0.5])})
     metric.compute()

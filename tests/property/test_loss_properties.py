@@ -187,20 +187,6 @@ def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond)
 
 @few
 @given(inputs=loss_inputs())
-def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_denominator(inputs):
-    """On-policy all of them are REINFORCE with the advantage as reward."""
-    on_policy = replace(inputs, old_logprobs=None, importance_weights=None)
-    mask, tokens = inputs.sampled_mask, inputs.sampled_mask.sum().clamp(min=1)
-    by_length = -inputs.advantages[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
-    by_token, by_position = -inputs.advantages[:, None] * mask / tokens, -inputs.advantages[:, None] * mask / (10.0 * len(mask))
-    kinds = [(kind, by_length) for kind in (losses.GRPOLoss, losses.GSPOLoss, losses.GSPOTokenLoss, losses.SAPOLoss)]
-    kinds += [(kind, by_token) for kind in (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss)]
-    for kind, want in [*kinds, (losses.DrGRPOLoss, by_position)]:
-        assert close(evaluate(kind(), on_policy)[1], want), kind
-
-
-@few
-@given(inputs=loss_inputs())
 def test_k3_is_never_negative_and_zero_only_between_equals(inputs):
     kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
     assert (kl >= 0).all() and (kl[~inputs.sampled_mask] == 0).all()

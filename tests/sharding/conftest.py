@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks_of_tests import run
-from runs_of_tests import KILLED, train, train_each
+from runs_of_tests import train_each
 from tiny_runs import write_model, write_sums
 
 sys.path.append(str(Path(__file__).parents[1] / "rollout"))  # for the fake vLLM server
@@ -35,12 +35,6 @@ def train_on(folder, tmp_path_factory):
         return run(ranks, root / "ranks", train_each, timeout_s=300, jobs=jobs, **arguments)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def unstopped(folder, tmp_path_factory):
-    """What a run makes that others make until a rank is killed."""
-    return train(folder, tmp_path_factory.mktemp("unstopped"), **{**KILLED, "enable_checkpointing": False})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,15 +26,6 @@ STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
 ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
 
 
-# Of runs in which a rank is killed.
-KILLED = {
-    "policy": {**ADAM, "prompts_per_rollout": 4, "epochs_per_rollout": 2},
-    "enable_checkpointing": True,
-    "max_steps": 6,
-    "limit_val_batches": 0,
-}
-
-
 class ByPrompt(Sampler):
     """Draws from numbers of each prompt's own, whoever completes it; those of prompts in `short` end after two tokens."""
 
@@ -96,47 +87,20 @@ def whole(value):
 
 
 def train(
-    folder: Path,
-    root: Path,
-    strategy: Any = "auto",
-    devices: int = 1,
-    policy: dict[str, Any] | None = None,
-    adapter: dict[str, Any] | None = None,
-    callbacks: tuple[Callback, ...] = (),
-    ckpt_path: Path | None = None,
-    save: Path | None = None,
-    **flags: Any,
+    folder, root, strategy="auto", devices=1, policy=None, adapter=None, callbacks=(), ckpt_path=None, save=None, **flags
 ) -> dict[str, Any]:
     """Train, validate and say what came out."""
     torch.manual_seed(11 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks draw other starts of LoRA: that of the first counts
     torch.use_deterministic_algorithms(False)  # which a run before may have asked for
-    arguments = {
-        "loss": GSPOLoss(kl_coef=0.02),
-        "sampler": Sampler(6),
-        "prompts_per_rollout": 12,  # or what is a multiple of the ranks x minibatches: of whole prompts
-        "minibatches_per_rollout": 2,
-        "epochs_per_rollout": 1,
-        "optimizer": torch.optim.SGD,
-        "lr_full": 0.05,
-        "lr_lora": 0.1,
-        **(policy or {}),
-    }
-    log = Log()
-    module = build_policy(folder / "model", **arguments)
+    # Prompts are a multiple of the ranks x minibatches, which are of whole prompts.
+    sizes = {"prompts_per_rollout": 12, "minibatches_per_rollout": 2, "epochs_per_rollout": 1}
+    defaults = {"loss": GSPOLoss(kl_coef=0.02), "optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, **sizes}
+    log, module = Log(), build_policy(folder / "model", **{**defaults, **(policy or {})})
+    limits = {"max_steps": 4, "gradient_clip_val": 0.05, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    limits |= {"strategy": strategy() if callable(strategy) else strategy, "devices": devices}
+    # How ranks score is tested by itself.
     trainer = build_trainer(
-        root,
-        build_adapter(**{"scorer": Random(), **(adapter or {})}),  # how ranks score is tested by itself
-        log,
-        *callbacks,
-        **{
-            "strategy": strategy() if callable(strategy) else strategy,
-            "devices": devices,
-            "max_steps": 4,
-            "gradient_clip_val": 0.05,
-            "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
-            **flags,
-        },
+        root, build_adapter(**{"scorer": Random(), **(adapter or {})}), log, *callbacks, **{**limits, **flags}
     )
     trainer.fit(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2), ckpt_path=ckpt_path)
     if save is not None:
@@ -178,10 +142,3 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], case: str =
         assert one == pytest.approx(other, **metrics_of_runs()), case
     torch.testing.assert_close(found["weights"], expected["weights"], atol=1e-5, rtol=rtol, msg=lambda text: f"{case}: {text}")
     assert found["validation"] == pytest.approx(expected["validation"], abs=1e-6), case
-
-
-def assert_goes_on(folder: Path, root: Path, checkpoint: Path, steps: int, unstopped: dict[str, Any]) -> None:
-    """One process goes on from a killed run's checkpoint after so many steps, and ends as a run that was not stopped."""
-    rest = train(folder, root / "rest", **{**KILLED, "enable_checkpointing": False, "ckpt_path": checkpoint})
-    assert rest["global_step"] == 6 and len(rest["steps"]) == 6 - steps
-    torch.testing.assert_close(rest["weights"], unstopped["weights"], atol=1e-5, rtol=0)

@@ -1,7 +1,6 @@
 """A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and goes on."""
 
 import os
-import random
 import signal
 
 import pytest
@@ -9,40 +8,46 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import start, wait
-from runs_of_tests import ADAM, KILLED, STRATEGIES, assert_goes_on, train, train_each
-from test_checkpoints_cross import SHARDED
+from runs_of_tests import ADAM, STRATEGIES, train, train_each
+from test_checkpoints_cross import SHARDED, content_of
 from tiny_models import build_tokenizer
 from vllm_fake_server import MODEL, FakeServer
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.rollout import VLLMServerSampler
-from hybrid_lightning.sharding.sharded_folder import read_folder
+
+RUN = {  # two rollouts of two steps
+    "policy": {**ADAM, "prompts_per_rollout": 4},
+    "enable_checkpointing": True,
+    "max_steps": 4,
+    "limit_val_batches": 0,
+}
 
 
 class Die(Callback):
-    """Kills the process of a rank, while it generates or before an update."""
+    """Kills the process of the first rank, while it generates or before an update."""
 
-    def __init__(self, rank, batch=None, token=None):
-        self.rank, self.batch, self.token, self.batches, self.tokens = rank, batch, token, 0, 0
+    def __init__(self, batch=None, token=None):
+        self.batch, self.token, self.batches, self.tokens = batch, token, 0, 0
 
     def on_train_start(self, trainer, pl_module):
-        self.mine = trainer.global_rank == self.rank
+        self.first = trainer.global_rank == 0
         pl_module.generation_listeners.append(self.listen)
 
     def listen(self, running, decoded, total):
         self.tokens += 1
-        if self.mine and self.tokens == self.token:
+        if self.first and self.tokens == self.token:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches += 1
-        if self.mine and self.batches == self.batch:
+        if self.first and self.batches == self.batch:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 class DieWhileWriting(Callback):
-    """Kills a rank as it waits the n-th time for the disk to have what ends with this name; of a file half is there then."""
+    """Kills a rank as it waits the n-th time for the disk to have what ends with this name, of which half is there then."""
 
     def __init__(self, rank, name, time):
         self.rank, self.name, self.time = rank, name, time
@@ -53,21 +58,10 @@ class DieWhileWriting(Callback):
 
     def die(self, file):
         path = os.readlink(f"/proc/self/fd/{file}")
-        if not path.endswith(self.name):
-            return
-        self.time -= 1
+        self.time -= path.endswith(self.name)
         if self.time == 0:
-            if os.path.isfile(path):
-                os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-# Every step writes two checkpoints: the best one, and the last one in the place of that of the step before.
-MOMENTS = {
-    "part of a rank": ("fsdp2 sharded", 1, "__1_0.distcp", random.Random(1).randrange(3, 9)),
-    "what is not split": ("fsdp1 sharded", 0, "meta.pt", random.Random(2).randrange(3, 9)),
-    "names are exchanged": ("fsdp2 sharded", 0, "/saved", 2 * random.Random(3).randrange(2, 5)),
-}
 
 
 class Heard(GracefulStop):
@@ -85,30 +79,39 @@ class Heard(GracefulStop):
 
 
 def killed_run(folder, tmp_path, strategy, rank, *callbacks, **options):
-    """Let a rank be killed, and the other one hear of it and end; what it says."""
-    jobs = {"killed": {**KILLED, **options, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
+    """Let a rank be killed, and the other one hear of it and end; the checkpoint that it names, of those that are there."""
+    jobs = {"killed": {**RUN, **options, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
     wait(processes, timeout_s=50)
     assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
     heard = (tmp_path / "heard").read_text()
     assert heard.startswith(f"rank {1 - rank} lost contact: rank {rank} died")
-    return heard
+    (named,) = (path for path in (tmp_path / "saved").glob("*.ckpt") if heard.endswith(f"--ckpt_path {path}"))
+    return named
 
 
-@pytest.mark.parametrize(("strategy", "rank", "when"), [("fsdp2", 0, {"token": 10})], ids=str)
-def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
+def assert_goes_on(folder, root, checkpoint, steps, whole, **options):
+    """One process goes on from a killed run's checkpoint after so many steps, and ends as a run that was not stopped."""
+    assert 1 <= steps < whole["global_step"]
+    rest = train(folder, root / "rest", **{**RUN, **options, "enable_checkpointing": False, "ckpt_path": checkpoint})
+    assert (rest["global_step"], len(rest["steps"])) == (whole["global_step"], whole["global_step"] - steps)
+    torch.testing.assert_close(rest["weights"], whole["weights"], atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def unstopped(folder, tmp_path_factory):
+    return train(folder, tmp_path_factory.mktemp("unstopped"), **{**RUN, "enable_checkpointing": False})
+
+
+def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped):
     saver = ModelCheckpoint(
         tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"
     )
-    heard = killed_run(folder, tmp_path, STRATEGIES[strategy], rank, saver, Die(rank, **when))
-    message = (tmp_path / "ranks" / f"{1 - rank}.error").read_text().splitlines()[-1]
+    checkpoint = killed_run(folder, tmp_path, STRATEGIES["fsdp2"], 0, saver, Die(token=10))
+    message = (tmp_path / "ranks" / "1.error").read_text().splitlines()[-1]
     assert "RuntimeError" in message or "DistBackendError" in message, message
-    (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
-    assert heard.endswith(f"--ckpt_path {checkpoint}")
-    steps = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert 1 <= steps < 6
-    assert_goes_on(folder, tmp_path, checkpoint, steps, unstopped)
+    assert_goes_on(folder, tmp_path, checkpoint, torch.load(checkpoint, weights_only=True)["global_step"], unstopped)
 
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
@@ -116,29 +119,24 @@ def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begi
     server = FakeServer(build_tokenizer(), MODEL.config)
     server.delay, server.seeded = 0.2, True  # completions follow from their seeds, whatever the weights
     sampler = VLLMServerSampler(urls=[server.url], max_new_tokens=6, top_p=0.999, timeout=10, give_up_after=5)  # compares nothing
-    policy = {**ADAM, "prompts_per_rollout": 4, "minibatches_per_rollout": 1, "rollouts_ahead": 2, "sampler": sampler}
+    policy = {**RUN["policy"], "minibatches_per_rollout": 1, "rollouts_ahead": 2, "sampler": sampler}
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     try:
-        whole = train(folder, tmp_path / "whole", **{**KILLED, "policy": policy, "enable_checkpointing": False})
-        heard = killed_run(folder, tmp_path, "ddp", 0, saver, Die(0, batch=4), policy=policy)
-        (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
-        assert heard.endswith(f"--ckpt_path {checkpoint}")
-        job = {**KILLED, "policy": policy, "enable_checkpointing": False, "ckpt_path": checkpoint}
-        rest = train(folder, tmp_path / "rest", **job)
+        whole = train(folder, tmp_path / "whole", **{**RUN, "policy": policy, "max_steps": 5, "enable_checkpointing": False})
+        checkpoint = killed_run(folder, tmp_path, "ddp", 0, saver, Die(batch=3), policy=policy, max_steps=5)
+        assert_goes_on(folder, tmp_path, checkpoint, 2, whole, policy=policy, max_steps=5)
     finally:
         server.stop()
-    assert rest["global_step"] == 6 and len(rest["steps"]) == 4
-    torch.testing.assert_close(rest["weights"], whole["weights"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, moment):
-    strategy, rank, name, time = MOMENTS[moment]
+@pytest.mark.parametrize(
+    ("strategy", "rank", "name", "time"), [("fsdp2 sharded", 1, "__1_0.distcp", 5), ("fsdp1 sharded", 0, "meta.pt", 4)]
+)
+def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, strategy, rank, name, time):
+    """Every step writes two: the best one, and the last one in the place of that of the step before."""
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
-    heard = killed_run(folder, tmp_path, SHARDED[strategy], rank, saver, DieWhileWriting(rank, name, time))
-    steps = {path: read_folder(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}
-    written = time if name == "/saved" else time - 1
-    assert max(steps.values()) == (written + 1) // 2 and min(steps.values()) == written // 2
-    assert heard.rpartition("--ckpt_path ")[2] in {str(path) for path in steps}
+    killed_run(folder, tmp_path, SHARDED[strategy], rank, saver, DieWhileWriting(rank, name, time))
+    steps = {path: content_of(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}
+    assert max(steps.values()) == time // 2 and min(steps.values()) == (time - 1) // 2
     last = max(steps, key=steps.get)
     assert_goes_on(folder, tmp_path, last, steps[last], unstopped)

@@ -1,13 +1,15 @@
 """At every moment one of two files or folders is there whole, whatever is put in the place of what."""
 
+import itertools
 import os
 import shutil
+from unittest.mock import Mock
 
 import pytest
 
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.sharding import atomic
-from hybrid_lightning.sharding.atomic import put_in_place, remove, replaced_path, unfinished_path
+from hybrid_lightning.sharding.atomic import discard, put_in_place, remove, replaced_path, unfinished_path
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists
 
 
@@ -33,26 +35,10 @@ def exchanges(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("new", ["file", "folder"])
-@pytest.mark.parametrize("old", ["nothing", "file", "folder", "link"])
-def test_the_new_takes_the_name_and_the_old_goes(tmp_path, exchanges, old, new):
-    path = tmp_path / "saved" / "last.ckpt"
-    path.parent.mkdir()
-    if old == "link":  # as ModelCheckpoint(save_last="link") makes them
-        write(tmp_path / "step=1.ckpt", "folder", "linked")
-        path.symlink_to("../step=1.ckpt")
-    elif old != "nothing":
-        write(path, old, "old")
-    write(unfinished_path(path), new, "new")
-    put_in_place(path)
-    assert read(path) == "new" and not path.is_symlink()
-    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
-    assert old != "link" or read(tmp_path / "step=1.ckpt") == "linked"
-
-
-@pytest.mark.parametrize("new", ["file", "folder"])
-@pytest.mark.parametrize("old", ["file", "folder"])
-def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old, new, monkeypatch):
+@pytest.mark.parametrize(
+    ("old", "new"), [*itertools.product(("file", "folder", "link"), ("file", "folder")), ("nothing", "folder")]
+)
+def test_the_new_takes_the_name_and_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old, new, monkeypatch):
     """Before each call that changes the disk, and in the middle of removing a folder."""
     killed_at, counter = 0, 0
 
@@ -70,13 +56,17 @@ def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old,
 
     for owner, name in ((type(tmp_path), "rename"), (type(tmp_path), "replace"), (type(tmp_path), "unlink")):
         monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
-    monkeypatch.setattr(atomic, "flush", countdown(atomic.flush))
-    monkeypatch.setattr(atomic, "_exchange", countdown(atomic._exchange))
-    monkeypatch.setattr(shutil, "rmtree", countdown(shutil.rmtree))
+    for owner, name in ((atomic, "flush"), (atomic, "_exchange"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
+    linked = tmp_path / "step=1.ckpt"
+    write(linked, "folder", "old")
     for killed_at in range(1, 12):
         path = tmp_path / str(killed_at) / "last.ckpt"
         path.parent.mkdir()
-        write(path, old, "old")
+        if old == "link":  # as ModelCheckpoint(save_last="link") makes them
+            path.symlink_to("../step=1.ckpt")
+        elif old != "nothing":
+            write(path, old, "old")
         write(unfinished_path(path), new, "new")
         counter = 0
         try:
@@ -89,37 +79,42 @@ def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old,
         assert visible <= {"last.ckpt"}, "nothing else looks like a checkpoint"
         if path.exists():
             assert read(path) in ("old", "new")
-        else:
+        elif old != "nothing":
             assert not exchanges and read(replaced_path(path)) == "old"
             with pytest.raises(CheckpointError, match=r"last\.ckpt is missing, .* rename .*\.last\.ckpt\.replaced to last\.ckpt"):
                 checkpoint_exists(path)
         counter = 100  # and the next writing tidies up
-        write(path.parent / "other", new, "newest")
-        shutil.rmtree(unfinished_path(path)) if unfinished_path(path).is_dir() else unfinished_path(path).unlink(missing_ok=True)
-        (path.parent / "other").rename(unfinished_path(path))
+        discard(unfinished_path(path))
+        write(unfinished_path(path), new, "newest")
         put_in_place(path)
         assert read(path) == "newest" and os.listdir(path.parent) == ["last.ckpt"]
-    assert 2 < killed_at < 11, "the last time nothing was cut short"
+    assert 1 < killed_at < 11, "the last time nothing was cut short"
+    assert read(path) == "new" and not path.is_symlink() and os.listdir(path.parent) == ["last.ckpt"]
+    assert read(linked) == "old"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "nothing"])
-def test_what_is_removed_is_gone(tmp_path, kind, monkeypatch):
+def test_what_is_removed_is_gone(tmp_path, kind):
     path = tmp_path / "step=1.ckpt"
+    write(tmp_path / "other", "folder", "linked")
     if kind == "link":
-        write(tmp_path / "other", "folder", "linked")
         path.symlink_to("other")
     elif kind != "nothing":
         write(path, kind, "old")
     write(unfinished_path(path), "folder", "left by a process that was killed")
     remove(path)
-    assert not path.exists() and not path.is_symlink()
-    assert kind != "link" or read(tmp_path / "other") == "linked"
-    # A folder that is half removed has no name.
+    assert not path.exists() and not path.is_symlink() and read(tmp_path / "other") == "linked"
+
+
+def test_a_folder_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
     path = tmp_path / "step=2.ckpt"
     write(path, "folder", "old")
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=Killed))
     with pytest.raises(Killed):
         remove(path)
     assert not path.exists() and read(unfinished_path(path)) == "old"
-    with pytest.raises(FileNotFoundError):  # an error of the disk, and not a system that cannot exchange names
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange_names(tmp_path):
+    with pytest.raises(FileNotFoundError):
         atomic._exchange(tmp_path / "a", tmp_path / "b")

@@ -19,14 +19,9 @@ from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 # Several passes a micro-batch and several micro-batches a step: gradients add up on the host.
-POLICY = {
-    **ADAM,
-    "prompts_per_rollout": 4,
-    "loss": GRPOLoss(kl_coef=0.02),
-    "sampler": Sampler(12),
-    "max_tokens_per_micro_batch": 24,
-}
-ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2}
+POLICY = {**ADAM, "prompts_per_rollout": 4, "loss": GRPOLoss(kl_coef=0.02)}
+POLICY |= {"sampler": Sampler(12), "max_tokens_per_micro_batch": 24}
+ARGUMENTS = {"policy": POLICY, "accumulate_grad_batches": 2, "max_steps": 3}
 
 
 class FSDP1OnTheHost(FSDP1Strategy):
@@ -72,12 +67,9 @@ def single(train_on):
 def sharded(train_on, tmp_path_factory):
     """The runs of each rank; FSDP1 comes last, since it changes torch for its process."""
     root, jobs = tmp_path_factory.mktemp("offloaded"), {}
-    fused = partial(torch.optim.AdamW, eps=1e-3, fused=True)  # which is what makes the host's step fast
-    narrow = {"policy": {**ADAM, "optimizer": fused, "dtype": "bfloat16"}, "precision": "bf16-true", "max_steps": 2}
-    jobs["narrow"], jobs["narrow, offloaded"] = ({**narrow, "strategy": make} for make in (FSDP2Strategy, OFFLOADING["fsdp2"]))
     for name, strategy in OFFLOADING.items():
         path, common = root / f"{name}.ckpt", {**ARGUMENTS, "strategy": strategy, "callbacks": (Policies(),)}
-        jobs[name, "part"] = {**common, "max_steps": 2, "save": path}
+        jobs[name, "part"] = {**common, "max_steps": 1, "save": path}
         jobs[name, "rest"] = {**common, "ckpt_path": path}
     return train_on(2, jobs)
 
@@ -85,17 +77,9 @@ def sharded(train_on, tmp_path_factory):
 @pytest.mark.parametrize("strategy", OFFLOADING)
 def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(sharded, single, strategy):
     for rank in sharded:
-        first, rest = rank[strategy, "part"], rank[strategy, "rest"]
-        assert len(first["steps"]) == len(rest["steps"]) == 2
-        for found, expected in zip(first["steps"], single["steps"], strict=False):
-            assert found == pytest.approx(expected, **metrics_of_runs())
+        (first,), rest = rank[strategy, "part"]["steps"], rank[strategy, "rest"]
+        assert first == pytest.approx(single["steps"][0], **metrics_of_runs()) and len(rest["steps"]) == 2
         assert_same_run(rest, single)
-
-
-def test_weights_of_sixteen_bits_are_offloaded_too(sharded):
-    for rank in sharded:
-        plain, offloaded = (rank[name]["weights"] for name in ("narrow", "narrow, offloaded"))
-        assert all(torch.equal(weight, offloaded[name]) for name, weight in plain.items())
 
 
 def on(kind, strategy, backend=None):

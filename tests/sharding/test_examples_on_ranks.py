@@ -17,7 +17,7 @@ def train_and_predict(folder: Path, root: Path, strategies: dict[str, Any], devi
     """Kinds of examples, trained and validated, and predictions, under each strategy."""
     found: dict[str, dict[str, Any]] = {}
     for name, make in strategies.items():
-        found[name] = {"deterministic": True}
+        found[name] = {}
         for kind in UNDER.get(name, KINDS):
             flags = {"strategy": make() if callable(make) else make, "devices": devices, "max_steps": 2, "deterministic": True}
             flags |= {"gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
@@ -25,10 +25,8 @@ def train_and_predict(folder: Path, root: Path, strategies: dict[str, Any], devi
             trained = fit(kind, folder / "model", folder / "rows.jsonl", place, arguments={"examples_per_step": 12}, **flags)
             values = {metric: float(value) for metric, value in trained.trainer.callback_metrics.items()}
             found[name][kind] = {"metrics": values, "weights": weights(trained), "plan": trained.plan.to_dict()}
-            found[name]["deterministic"] &= torch.are_deterministic_algorithms_enabled()
         records = predict(folder, root / name / "predictions", make, devices, deterministic=True)
-        found[name]["deterministic"] &= torch.are_deterministic_algorithms_enabled()
-        found[name]["predictions"] = [(record["index"], record["completions"]) for record in records]
+        found[name]["predictions"] = sorted((record["index"], record["completions"]) for record in records)
     return found
 
 
@@ -50,15 +48,12 @@ def sharded(folder, single, tmp_path_factory):
 def test_it_is_the_same_run(single, sharded, strategy):
     results = [ranks[strategy] for ranks in sharded]
     for result in results:
-        assert result["deterministic"]
         for kind in UNDER.get(strategy, KINDS):
             assert result[kind]["plan"] == single[kind]["plan"], kind
             assert result[kind]["metrics"] == pytest.approx(single[kind]["metrics"], **metrics_of_runs()), kind
             torch.testing.assert_close(result[kind]["weights"], single[kind]["weights"], atol=1e-5, rtol=0)
             assert {"loss", "val/loss", "grad_norm/full"} <= result[kind]["metrics"].keys()
-    assert len(single["predictions"]) == 5, "three and two on two ranks: two batches and one"
-    # DDP's sampler repeats a prompt, so that every rank has as many.
     predicted = [prediction for result in results for prediction in result["predictions"]]
-    assert (sorted(predicted) if strategy != "ddp" else sorted({index: found for index, found in predicted}.items())) == sorted(
-        single["predictions"]
-    )
+    if strategy == "ddp":  # whose sampler repeats one of five, so that every rank has as many
+        predicted = {index: completions for index, completions in predicted}.items()
+    assert len(single["predictions"]) == 5 and sorted(predicted) == single["predictions"]

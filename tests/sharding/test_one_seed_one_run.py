@@ -61,19 +61,14 @@ class EvenShare(RewardFunction):
         return [sum(c in "02468" for c in text) / max(1, len(text)) for text in completions]
 
 
-def _policy(folder: Path) -> tuple[Any, Any]:
-    """Passes of so many tokens that threads share the work on their states, most of them with one prompt."""
+def made(kind: str, folder: Path) -> tuple[Any, Any]:
+    """Module and data; passes are of so many tokens that threads share the work on them, most with one prompt."""
+    if kind != "policy":
+        module = tiny_examples.build_module(kind, folder / "model", examples_per_step=32, **ADAM)
+        return module, tiny_examples.build_examples(kind, folder / "rows.jsonl")
     sizes = {"prompts_per_rollout": 2, "samples_per_prompt": 128, "minibatches_per_rollout": 2}
     module = build_policy(folder / "model", loss=GSPOLoss(), reward=EvenShare(), sampler=Sampler(8), **sizes, **ADAM)
     return module, build_data(folder / "products.jsonl")
-
-
-def _examples(kind: str, folder: Path) -> tuple[Any, Any]:
-    module = tiny_examples.build_module(kind, folder / "model", examples_per_step=32, **ADAM)
-    return module, tiny_examples.build_examples(kind, folder / "rows.jsonl")
-
-
-MAKERS = {"policy": _policy, "supervised": partial(_examples, "supervised"), "preference": partial(_examples, "preference")}
 
 
 def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:
@@ -84,13 +79,13 @@ def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any
 
         def train(case: str, ckpt_path: Path | None = None, kind: str = kind, times: int = times) -> dict[str, Any]:
             torch.manual_seed(11)
-            module, data = MAKERS[kind](folder)
+            module, data = made(kind, folder)
             # A resumed run takes the plan that it finds: modules are scored where a run is repeated.
             adapter = build_adapter(calibration_prompts=2, scorer=TailEnergy() if times else Random())
             saver = ModelCheckpoint(root / kind / case, filename="{step}", every_n_train_steps=1, save_top_k=-1)
             flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0, "enable_checkpointing": True}
-            made = strategy() if callable(strategy) else strategy
-            trainer = build_trainer(root / kind, adapter, saver, strategy=made, devices=devices, **flags)
+            flags |= {"strategy": strategy() if callable(strategy) else strategy, "devices": devices}
+            trainer = build_trainer(root / kind, adapter, saver, **flags)
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
             return weights(module)
 

@@ -9,21 +9,15 @@ from runs_of_tests import ADAM, STRATEGIES, Only, assert_same_run
 from tiny_runs import write_sums, write_wide_model
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-from hybrid_lightning.policy import NF4, Int8
+from hybrid_lightning.policy import NF4
 
-# dtype of the model, precision
-KINDS = [("bfloat16", "bf16-mixed"), ("float32", "bf16-mixed"), ("bfloat16", "bf16-true")]
 # Clipped far away: at GSPO's own range rounding decides which sequences are clipped, and gradient norms of a second pass over a
 # rollout differ by a half.
 LOSS = GSPOLoss(clip_low=0.09, clip_high=0.09, kl_coef=0.02)
-BFLOAT16 = {
-    f"{dtype} {precision}": {
-        "policy": {"dtype": dtype, "minibatches_per_rollout": 1, "epochs_per_rollout": 2, "loss": LOSS},
-        "precision": precision,
-        "max_steps": 3,
-        "limit_val_batches": 0,
-    }
-    for dtype, precision in KINDS
+PASSES = {"minibatches_per_rollout": 1, "epochs_per_rollout": 2, "loss": LOSS}
+BFLOAT16 = {  # by dtype of the model and precision
+    name: {"policy": {"dtype": name.split()[0], **PASSES}, "precision": name.split()[1], "max_steps": 3, "limit_val_batches": 0}
+    for name in ("bfloat16 bf16-mixed", "float32 bf16-mixed", "bfloat16 bf16-true")
 }
 ONE_DTYPE = ["float32 bf16-mixed", "bfloat16 bf16-true"]  # in a block, as FSDP1 wants
 SMALL, LARGE = 2.0**10, 2.0**22  # scales of the loss; gradients overflow with the second
@@ -43,13 +37,12 @@ class Scales(Callback):
 
 
 def in_float16(scale, strategy="auto"):
-    """A run that begins with this scale. FSDP1 scales by itself; the others by what Lightning wants of them on a CPU."""
+    """A run that begins with this scale. FSDP1 scales by itself, others by what Lightning wants of them on a CPU."""
     flags = {"precision": "16-mixed"} if strategy == "fsdp1" else {"plugins": [MixedPrecision("16-mixed", "cpu")]}
-    # Of some prompts alone completions earn different rewards, so that ranks overflow one by one. The four steps are those of
+    # Of some prompts alone completions earn different rewards, so that ranks overflow one by one. The two steps are those of
     # one rollout: of weights that differ by float16's rounding the next one may draw another token.
-    policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(tuple(range(0, 24, 3))), "epochs_per_rollout": 2}
-    flags |= {"limit_val_batches": 0, "max_steps": 4 if scale == SMALL else 2}
-    return {"policy": policy, "callbacks": (Scales(scale),), **flags}
+    policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(tuple(range(0, 24, 3)))}
+    return {"policy": policy, "callbacks": (Scales(scale),), "limit_val_batches": 0, "max_steps": 2, **flags}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +56,7 @@ def sharded(train_on):
     jobs = {}
     for name, strategy in STRATEGIES.items():
         runs = {kind: job for kind, job in BFLOAT16.items() if name != "fsdp1" or kind in ONE_DTYPE}
-        runs |= {scale: in_float16(scale, name) for scale in (SMALL, LARGE)}
+        runs |= {scale: in_float16(scale, name) for scale in (SMALL, LARGE) if name != "ddp"}  # which has whole gradients
         jobs |= {(name, kind): {**job, "strategy": strategy} for kind, job in runs.items()}
     return train_on(2, jobs)
 
@@ -94,10 +87,10 @@ def test_fsdp1_is_as_near_in_bfloat16_as_rounding_allows(sharded, kind):
         assert off < 0.003**2 * sum(theirs.square().sum() for _, theirs in pairs.values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1"])
 def test_in_float16_it_is_the_run_of_one_process_and_ranks_leave_out_the_same_steps(single, sharded, strategy):
     for found in (rank[strategy, SMALL] for rank in sharded):
-        assert found["plan"] == single["plan"] and found["held"] == single["held"] == [SMALL] * 4
+        assert found["plan"] == single["plan"] and found["held"] == single["held"] == [SMALL] * 2
         for one, other in zip(found["steps"], single["steps"], strict=True):
             assert one == pytest.approx(other, rel=5e-3, abs=1e-3)
         for name, weight in single["weights"].items():
@@ -113,9 +106,8 @@ def test_ddp_on_a_quantized_base_is_the_same_run(train_on, tmp_path):
     pytest.importorskip("bitsandbytes")
     write_wide_model(tmp_path / "model")
     write_sums(tmp_path / "sums.jsonl", 24)
-    jobs = {kind.__name__: {"policy": {"quantization": kind()}, "max_steps": 2} for kind in (NF4, Int8)}
-    (single,) = train_on(1, jobs, folder=tmp_path)
-    for rank in train_on(2, jobs, folder=tmp_path, strategy="ddp"):
-        for name, expected in single.items():
-            assert len(rank[name]["steps"]) == len(expected["steps"])
-            assert_same_run(rank[name], expected, name, rtol=1e-5)
+    arguments = {"jobs": {"nf4": {"policy": {"quantization": NF4()}, "max_steps": 2}}, "folder": tmp_path}
+    (single,) = train_on(1, **arguments)
+    for rank in train_on(2, **arguments, strategy="ddp"):
+        assert len(rank["nf4"]["steps"]) == 2
+        assert_same_run(rank["nf4"], single["nf4"], rtol=1e-5)

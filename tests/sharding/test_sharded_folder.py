@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from pprint import pformat
 
 import pytest
 import torch
@@ -23,13 +24,7 @@ def content(value=1.0):
 
 
 def assert_same(one, other):
-    assert one.keys() == other.keys() and one["global_step"] == other["global_step"]
-    torch.testing.assert_close(one["state_dict"], other["state_dict"], atol=0, rtol=0)
-    for mine, theirs in zip(one.get("optimizer_states", []), other.get("optimizer_states", []), strict=True):
-        assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
-        for name, entry in mine["state"].items():
-            assert entry.pop("kind") == theirs["state"][name].pop("kind")
-            torch.testing.assert_close(entry, theirs["state"][name], atol=0, rtol=0)
+    assert pformat(one) == pformat(other)  # in which numbers of so few digits are exact, and keys in order
 
 
 def test_everything_comes_back(tmp_path):
@@ -52,16 +47,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
+NONE = "cannot be read: it is no sharded checkpoint, or not whole"
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("__0_0.distcp", cut, "is not whole: __0_0.distcp is cut short; give another checkpoint"),
         ("__0_0.distcp", Path.unlink, "is not whole: __0_0.distcp is missing; give another checkpoint"),
-        ("meta.pt", cut, "cannot be read: it is no sharded checkpoint, or not whole"),
-        ("meta.pt", Path.unlink, "cannot be read: it is no sharded checkpoint, or not whole"),
+        ("meta.pt", cut, NONE),
+        ("meta.pt", Path.unlink, NONE),
         ("meta.pt", lambda path: torch.save([1], path), "is no checkpoint, but has a list as meta.pt"),
-        (".metadata", cut, "cannot be read: it is no sharded checkpoint, or not whole"),
-        (".metadata", Path.unlink, "cannot be read: it is no sharded checkpoint, or not whole"),
+        (".metadata", cut, NONE),
+        (".metadata", Path.unlink, NONE),
     ],
 )
 def test_what_is_not_whole_is_refused(tmp_path, name, damage, message):
@@ -71,8 +69,12 @@ def test_what_is_not_whole_is_refused(tmp_path, name, damage, message):
     for read in (read_meta, read_folder, read_weights):
         with pytest.raises(CheckpointError, match=rf"last\.ckpt {message}"):
             read(path)
+
+
+def test_a_part_that_is_damaged_inside_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
     write_folder(content(), path)
-    (path / "__0_0.distcp").write_bytes(bytes((path / "__0_0.distcp").stat().st_size))  # damaged inside
+    (path / "__0_0.distcp").write_bytes(bytes((path / "__0_0.distcp").stat().st_size))
     with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read: a part of it is damaged \(\w+\); give another one"):
         read_folder(path)
 
@@ -110,16 +112,13 @@ def test_all_ranks_hear_what_went_wrong_on_one_and_the_old_one_stays(tmp_path):
             assert left["global_step"] == 1 and torch.equal(left["state_dict"]["a"], torch.arange(10.0).reshape(5, 2))
 
 
-def interrupt(path):
+def test_ctrl_c_stays_what_it_is(tmp_path, monkeypatch):
+    """Torch takes it for a failed write."""
+
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    torch.distributed.checkpoint.filesystem._write_files_from_queue = interrupted
+    monkeypatch.setattr(torch.distributed.checkpoint.filesystem, "_write_files_from_queue", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_folder(content(), path)
-    return path.exists()
-
-
-def test_ctrl_c_stays_what_it_is(tmp_path):
-    """Torch takes it for a failed write."""
-    assert run(1, tmp_path / "process", interrupt, path=tmp_path / "last.ckpt") == [False]
+        write_folder(content(), tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists()

@@ -10,60 +10,45 @@ from pathlib import Path
 import pytest
 from cli_runs import run as run_command
 from cli_runs import write_folder
-from lightning.pytorch import Callback
 from ranks_of_tests import run, start
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
 from hybrid_lightning.adapters import AdapterPlan
+from hybrid_lightning.stopping import StopSignals
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "fsdp1": "fsdp.yaml"}
-SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
-# Runs that are stopped again and again: options, and what stops each run: the moment, which of its calls since the stop before,
-# and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been
-# stopped.
+# A run that is stopped again and again: what stops it, which is the moment, which of its calls since the stop before, and the
+# ranks that hear of it; under FSDP2 all of them score, else rank 0 alone.
 STOPS = {
-    "ddp": [([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})])],
-    "fsdp2": [
-        (
-            SHARDED,
-            [
-                ("a gradient for scoring", 1, {0}),
-                ("a score", 2, {1}),
-                ("the first rollout", 1, {1}),
-                ("the middle of a later step", 6, {0}),
-                ("the last update of an epoch", 6, {0}),
-            ],
-        )
-    ],
-    "fsdp1": [([], [("the second rollout", 2, {1})])],
+    "ddp": [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})],
+    "fsdp2": [("a score", 2, {1}), ("the middle of a later step", 6, {0}), ("the last update of an epoch", 6, {0})],
+    "fsdp1": [("the second rollout", 2, {1})],
 }
+STEPS = {"ddp": 5, "fsdp2": 7, "fsdp1": 3}  # after two begins a rollout, after four comes a validation, after six ends an epoch
 
 
 def stop_and_go_on(folder, name):
-    """On each rank: a whole run, and those of each chain of stops with the last one, which goes on to the end."""
+    """On each rank: a whole run, those that are stopped, and the last one, which goes on to the end."""
     rank = int(os.environ["LOCAL_RANK"])
     fit = [*FIT[:2], f"--config={CONFIGS / STRATEGIES[name]}", *FIT[2:], "--trainer.devices=2"]
-    if name != "fsdp2":  # whose runs alone are stopped as late as at the end of an epoch
-        fit.append("--trainer.max_steps=5")
-    whole, chains = run_command(folder, *fit), []
-    for options, stops in STOPS[name]:
-        command, results = [*fit, *options], []
-        for moment, call, ranks in stops:
-            with pytest.MonkeyPatch.context() as patch:
-                Sent(patch, (*MOMENTS[moment][:2], call), signal.SIGTERM if rank in ranks else 0)
-                results.append(run_command(folder, *command))
-            said = folder / f"{name} {len(chains)} {len(results)}"
-            if rank == 0:  # which alone prints
-                (folder / "said").write_text(results[-1].out)
-                (folder / "said").rename(said)
-            while not said.exists():
-                time.sleep(0.05)
-            commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
-            assert commands, f"{moment}: {results[-1]}"
-            command = shlex.split(commands[-1])
-        chains.append([*results, run_command(folder, *command)])
-    return whole, chains
+    fit.append(f"--trainer.max_steps={STEPS[name]}")
+    results = [run_command(folder, *fit)]
+    command = [*fit, "--trainer.strategy.save_distributed_checkpoint=true"] if name == "fsdp2" else fit
+    for number, (moment, call, ranks) in enumerate(STOPS[name]):
+        with pytest.MonkeyPatch.context() as patch:
+            Sent(patch, (*MOMENTS[moment][:2], call), signal.SIGTERM if rank in ranks else 0)
+            results.append(run_command(folder, *command))
+        said = folder / f"{name} {number}"
+        if rank == 0:  # which alone prints
+            (folder / "said").write_text(results[-1].out)
+            (folder / "said").rename(said)
+        while not said.exists():
+            time.sleep(0.05)
+        commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
+        assert commands, f"{moment}: {results[-1]}"
+        command = shlex.split(commands[-1])
+    return [*results, run_command(folder, *command)]
 
 
 @pytest.fixture(scope="module")
@@ -73,43 +58,36 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
-    (whole, chains), (other_whole, other_chains) = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
-    assert whole.code == other_whole.code == 0, whole.err[-2000:]
-    expected = points(run_of(whole, folder))
-    digest = AdapterPlan.load(str(run_of(whole, folder) / "plan.json")).digest
-    for (_, stops), *results in zip(STOPS[name], chains, other_chains, strict=True):
-        *stopped, (resumed, other) = zip(*results, strict=True)
-        for (moment, *_), both in zip(stops, stopped, strict=True):
-            assert [result.code for result in both] == [143, 143], (moment, both[0].err[-2000:], both[1].err[-2000:])
-        assert resumed.code == other.code == 0, (stops, resumed.err[-2000:])
-        runs = [run_of(result, folder) for result in results[0]]
-        assert points(*runs) == expected, stops
-        assert AdapterPlan.load(str(runs[-1] / "plan.json")).digest == digest, stops
+    results, others = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
+    codes = [0, *[143] * len(STOPS[name]), 0]
+    for code, *both in zip(codes, results, others, strict=True):
+        assert [result.code for result in both] == [code, code], (both[0].err[-2000:], both[1].err[-2000:])
+    whole, *runs = (run_of(result, folder) for result in results)
+    assert points(*runs) == points(whole)
+    assert AdapterPlan.load(str(runs[-1] / "plan.json")) == AdapterPlan.load(str(whole / "plan.json"))
+    if name == "fsdp2":  # one process tests what several have written into a folder
+        (last,) = (path for path in (runs[-1] / "checkpoints").glob("last*.ckpt"))
+        assert last.is_dir()
+        one = ["--config", runs[-1] / "config.yaml", "--trainer.strategy=auto", "--trainer.devices=1"]
+        result = run_command(folder, "test", *one, "--ckpt_path", last)
+        assert result.code == 0 and "greedy_accuracy" in result.out, result.err[-2000:]
 
 
-class Slow(Callback):
-    """Takes long where a signal must not tear the run apart, once a checkpoint is there."""
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == 4:
-            Path("slow").touch()
-            time.sleep(300)
-
-
-def fit_with(folder, callback):
-    run_command(folder, *FIT, f"--trainer.callbacks+={callback.__module__}.{callback.__name__}")
+def work_that_must_not_be_torn_apart(file):
+    signals = StopSignals()
+    signals.take_over()
+    with signals.deferred():
+        file.touch()
+        time.sleep(60)
 
 
-def test_a_second_signal_ends_the_process_where_it_is(folder, tmp_path):
-    (process,) = start(1, tmp_path, fit_with, folder=folder, callback=Slow)
+def test_a_second_signal_ends_the_process_where_it_is(tmp_path):
+    (process,) = start(1, tmp_path, work_that_must_not_be_torn_apart, file=tmp_path / "begun")
     deadline = time.monotonic() + 120
-    while not (folder / "slow").exists():
+    while not (tmp_path / "begun").exists():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
-    (folder / "slow").unlink()
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(1)
-    assert process.is_alive(), "a step that is being made is not torn apart"
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert process.exitcode == 128 + signal.SIGTERM
+    for number in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(20 if number else 0.5)
+        assert process.exitcode == (128 + signal.SIGTERM if number else None)

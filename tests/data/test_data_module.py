@@ -40,22 +40,15 @@ def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
         data.train_dataloader()
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
+def test_what_a_source_of_ones_own_gets_wrong_is_said():
+    for returned, message in (
         ([Row("1+1=", "2")], r"Mine\.read returned a list; return Splits\("),
         (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple; make it a Row\(question, answer\)"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None; give text"),
         (Splits(train=[Row("1", "1", 4, "s"), Row("2", "2", 4, "s")]), "two train rows from 's' have the index 4; number them"),
-    ],
-)
-def test_what_a_source_of_ones_own_gets_wrong_is_said(returned, message):
-    class Mine(PromptSource):
-        def read(self):
-            return returned
-
-    with pytest.raises(DataError, match=message):
-        Mine().load()
+    ):
+        with pytest.raises(DataError, match=message):
+            type("Mine", (PromptSource,), {"read": lambda self, returned=returned: returned})().load()
 
 
 def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):

@@ -10,6 +10,7 @@ from hybrid_lightning.errors import ConfigError, DataError
 
 USER, BOT = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}
 OTHER = {"role": "assistant", "content": "8"}
+TORN = {"chosen": [USER, BOT], "rejected": [{"role": "user", "content": "5+5?"}, BOT]}
 
 
 def row(**columns):
@@ -24,49 +25,38 @@ def test_a_plain_demonstration_keeps_the_row_and_uses_a_column():
         PreferenceFormat(chosen="yes")
 
 
-@pytest.mark.parametrize(
-    ("columns", "column", "completion"),
-    [({"prompt": [USER], "completion": [BOT]}, "prompt", "{completion}"), ({"messages": [USER, BOT]}, "messages", "{messages}")],
-)
-def test_conversations(columns, column, completion):
-    example = DemonstrationFormat(ConversationFormat(column), completion).format(row(**columns))
-    assert example.messages == (USER,) and example.completions == ("7",)
+def test_conversations():
+    for columns, column, completion in [
+        ({"prompt": [USER], "completion": [BOT]}, "prompt", "{completion}"),
+        ({"messages": [USER, BOT]}, "messages", "{messages}"),
+    ]:
+        example = DemonstrationFormat(ConversationFormat(column), completion).format(row(**columns))
+        assert example.messages == (USER,) and example.completions == ("7",)
 
 
-@pytest.mark.parametrize(
-    ("columns", "prompt"),
-    [
+def test_preferences():
+    for columns, prompt in (
         ({"prompt": "3+4?", "chosen": "7", "rejected": "8"}, ChatFormat("{prompt}")),
         ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, ConversationFormat("prompt")),
         ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, ConversationFormat("rejected", "Add.")),
-    ],
-)
-def test_preferences(columns, prompt):
-    example = PreferenceFormat(prompt).format(row(**columns))
-    assert example.messages[-1] == USER and example.completions == ("7", "8")
+    ):
+        example = PreferenceFormat(prompt).format(row(**columns))
+        assert example.messages[-1] == USER and example.completions == ("7", "8")
 
 
-@pytest.mark.parametrize(
-    ("format", "columns", "error", "message"),
-    [
+def test_bad_rows():
+    for format, columns, error, message in (
         (DemonstrationFormat(), {"answer": "7"}, ConfigError, "uses {completion}, which rows.jsonl, row 5 does not have; it has"),
         (DemonstrationFormat(), {"completion": "  "}, DataError, "row 5: the completion that completion=.* makes is empty"),
         (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not of 'assistant'"),
         (DemonstrationFormat(), {"completion": [BOT, USER, BOT]}, DataError, "is an answer of 3 turns; give one"),
         (DemonstrationFormat(ConversationFormat("prompt")), {"prompt": "hi"}, DataError, "must be a list of turns"),
         (DemonstrationFormat(ConversationFormat("m")), {"m": [BOT]}, DataError, "answers nothing: no turn is before it"),
-        (
-            PreferenceFormat(ConversationFormat("chosen")),
-            {"chosen": [USER, BOT], "rejected": [{**USER, "content": "5+5?"}, BOT]},
-            DataError,
-            "'rejected' answers other turns than the prompt has",
-        ),
+        (PreferenceFormat(ConversationFormat("chosen")), TORN, DataError, "'rejected' answers other turns than the prompt has"),
         (PreferenceFormat(), {"chosen": "7", "rejected": "7"}, DataError, "row 5: the chosen completion is also the rejected"),
-    ],
-)
-def test_bad_rows(format, columns, error, message):
-    with pytest.raises(error, match=message):
-        format.format(row(**columns))
+    ):
+        with pytest.raises(error, match=message):
+            format.format(row(**columns))
 
 
 def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):

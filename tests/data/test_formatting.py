@@ -34,17 +34,14 @@ def test_chat_few_shot_from_a_file(tmp_path):
         ChatFormat("{kind}: {question}", few_shot=str(path))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_templates():
+    for arguments, message in (
         ({"template": "{question} {answer}"}, "would show the reference answer"),
         ({"template": "{question} \\boxed{}"}, "write {{ and }}"),
         ({"template": "{question!r}"}, "nothing else"),
         ({"few_shot": [{"question": "a"}]}, r"answer_template=' \{answer\}' uses \{answer\}, which few_shot example 0"),
         ({"few_shot": [SHOTS[0], {"answer": "a"}]}, r"template='\{question\}' uses \{question\}, which few_shot example 1"),
-    ],
-)
-def test_bad_templates(arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        PlainFormat(**arguments)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            PlainFormat(**arguments)
+        assert "\n" not in str(caught.value)

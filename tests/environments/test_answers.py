@@ -1,5 +1,4 @@
 import itertools
-import math
 from decimal import Decimal
 from types import MappingProxyType
 
@@ -37,27 +36,20 @@ def test_messages_in_every_form_are_copies_with_all_that_they_hold():
     assert checked_messages(None) == checked_messages([]) == ()
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_what_is_no_message_is_said():
+    for value, message in (
         (3, "returned 3; it must return messages"),
         (b"hi", "returned b'hi'"),
-        (iter([USER]), "it must return messages"),
         ([3], "returned the message 3; a message has a role and a content"),
         ([{"role": "user"}], "a message has a role and a content"),
-        ([{"content": "hi"}], "a message has a role and a content"),
         ([{"role": "assistant", "content": "hi"}], "role 'assistant'; give a role such as user or tool"),
-        ([{"role": "", "content": "hi"}], "role ''"),
-        ([{"role": "user", "content": None}], "the content None; it must be text"),
-        ([{"role": "user", "content": b"hi"}], "the content b'hi'"),
+        ([{"role": "user", "content": b"hi"}], "the content b'hi'; it must be text"),
         (["\ud800"], r"with '\\ud800' at position 0, which is no character"),
         ([{**USER, "x": {1}}], r"with \{1\}; a message is made of texts"),
         ([{**USER, 3: 1}], "the key 3; it must be text"),
-    ],
-)
-def test_what_is_no_message_is_said(value, message):
-    with pytest.raises(OddAnswerError, match=message):
-        checked_messages(value)
+    ):
+        with pytest.raises(OddAnswerError, match=message):
+            checked_messages(value)
 
 
 def test_floods_are_cut():
@@ -81,31 +73,20 @@ def test_steps_in_every_form():
             assert step == Step((USER,), 1.0, True) and type(step.reward) is float and type(step.over) is bool
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_what_is_no_step_is_said():
+    for value, message in (
         (None, "returned None; it must return a Step, or a tuple of messages, reward and over"),
-        ("hi", "returned 'hi'; it must return a Step"),
-        ((), r"returned \(\); it must"),
-        (("hi", 1.0), r"returned \('hi', 1.0\)"),
         (("hi", 1.0, True, {}), "it must return a Step"),
-        (("hi", None, True), "returned reward=None; it must be a number"),
-        (("hi", "1", True), "returned reward='1'"),
-        (("hi", torch.ones(2), True), r"returned reward=tensor\(\[1., 1.\]\)"),
+        (("hi", "1", True), "returned reward='1'; it must be a number"),
         (("hi", Decimal("nan"), True), "returned reward=Decimal"),
         (([Endless(USER)], 1.0, True), "returned a message of more than 20,000 values"),
-        (("hi", math.nan, True), "returned reward=nan; it must be finite"),
         (("hi", 1e39, True), r"returned reward=1e\+39; it must be finite"),
         (("hi", 10**400, True), "returned reward=1000"),
-        (("hi", 1.0, None), "returned over=None; it must be True or False"),
-        (("hi", 1.0, 2), "returned over=2"),
+        (("hi", 1.0, 2), "returned over=2; it must be True or False"),
         ((3, 1.0, True), "returned 3; it must return messages"),
         (Step(end="won"), "returned end='won'"),
         (Step(counts=[1]), r"returned counts=\[1\]; it must be a dict of numbers"),
         (Step(counts={"calls": "2"}), r"returned counts\['calls'\]='2'; it must be a number"),
-        (Step(counts={1: 2}), "returned the key 1"),
-    ],
-)
-def test_what_is_no_step_is_said(value, message):
-    with pytest.raises(OddAnswerError, match=message):
-        checked_step(value)
+    ):
+        with pytest.raises(OddAnswerError, match=message):
+            checked_step(value)

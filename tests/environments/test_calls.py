@@ -26,61 +26,49 @@ def hermes(text):
 ADD = '{"name": "add", "arguments": {"x": 1}}'
 
 
-@pytest.mark.parametrize(
-    ("text", "calls"),
-    [
+def test_hermes():
+    for text, calls in (
         ("The answer is {1}.", []),
         (f"I add.\n{hermes(f' {ADD} ')} and {hermes(ADD)}.", [("add", {"x": 1})] * 2),
         (hermes('{"name": "f", "arguments": {"a": {"b": [{}, "}</tool_call>"]}}}'), [("f", {"a": {"b": [{}, "}</tool_call>"]}})]),
         (hermes('{"name": "add", "arguments": "{\\"x\\": 1}"}'), [("add", {"x": 1})]),
         (hermes('{"name": "now"}') + hermes('{"name": "now", "arguments": null}'), [("now", {})] * 2),
         (f"<tool_call>{ADD}", ["malformed"]),
-        ("<tool_call>", ["malformed"]),
         ("I call <tool_c", ["malformed"]),
         (hermes('{"name": "add", "arguments": {"x": 1}') + hermes(ADD), ["malformed", ("add", {"x": 1})]),
         (hermes("add(1)") + hermes('["add"]') + hermes('{"name": 3}'), ["malformed"] * 3),
         (hermes('{"name": "add", "arguments": [1]}') + hermes('{"name": "add", "arguments": "one"}'), ["malformed"] * 2),
         (hermes(ADD) * 101, [("add", {"x": 1})] * 100 + ["malformed"]),
         (hermes("[" * 100_000) + hermes("1" * 5_000), ["malformed"] * 2),
-    ],
-)
-def test_hermes(text, calls):
-    assert [short(call) for call in HermesCalls().parse(text)] == calls
+    ):
+        assert [short(call) for call in HermesCalls().parse(text)] == calls
 
 
 LLAMA = '{"name": "add", "parameters": {"x": 1}}'
 
 
-@pytest.mark.parametrize(
-    ("text", "calls"),
-    [
-        ("It is 3.", []),
+def test_llama():
+    for text, calls in (
         ('{"answer": 3}', []),
         (f" {LLAMA}\n", [("add", {"x": 1})]),
-        (f"<|python_tag|>{LLAMA};", [("add", {"x": 1})]),
         (f"Let me.<|python_tag|>{LLAMA}; {LLAMA}", [("add", {"x": 1})] * 2),
         (f'{LLAMA}; {{"name": "add"', [("add", {"x": 1}), "malformed"]),
         ("<|python_tag|>print(3)", ["malformed"]),
         ('{"parameters": {"x": 1}}', ["malformed"]),
-    ],
-)
-def test_llama(text, calls):
-    assert [short(call) for call in LlamaCalls().parse(text)] == calls
+    ):
+        assert [short(call) for call in LlamaCalls().parse(text)] == calls
 
 
-@pytest.mark.parametrize(
-    ("text", "calls"),
-    [
+def test_plain():
+    for text, calls in (
         ("It is 3 [1].", []),
         ("a [add: 1 + 1] and [search:two\nlines]", [("add", "1 + 1"), ("search", "two\nlines")]),
         ("[python: x[0] + y[z[1]]]", [("python", "x[0] + y[z[1]]")]),
         ('[add: {"x": 1, "y": [2]}]', [("add", {"x": 1, "y": [2]})]),
         ("[add: {1}] [now:]", [("add", "{1}"), ("now", {})]),
         ("[add: 1] [add: 2", [("add", "1"), "malformed"]),
-    ],
-)
-def test_plain(text, calls):
-    assert [short(call) for call in PlainCalls().parse(text)] == calls
+    ):
+        assert [short(call) for call in PlainCalls().parse(text)] == calls
 
 
 def test_plain_by_patterns():
@@ -108,13 +96,13 @@ PARTS = ["<tool_call>", "<tool_call>{", '<tool_call>["', '<tool_call>["<tool_cal
 PARTS += ["[a:", "[a", "[", "{", f"{LLAMA};", " ", "[add: 1]"]
 
 
-@pytest.mark.parametrize("form", [HermesCalls(), LlamaCalls(), PlainCalls()], ids=lambda form: type(form).__name__)
-def test_long_messages_are_read_in_time_that_grows_with_their_length_alone(form):
+def test_long_messages_are_read_in_time_that_grows_with_their_length_alone():
     for begin, part in product(("", "<|python_tag|>", "<tool_call>", "[a:"), PARTS):
-        began = time.perf_counter()
-        calls = form.parse(begin + part * (1_000_000 // len(part)))
-        assert time.perf_counter() - began < 3, part  # in quadratic time it would be half a minute and more
-        assert len(calls) <= 101
+        for form in (HermesCalls(), LlamaCalls(), PlainCalls()):
+            began = time.process_time()
+            calls = form.parse(begin + part * (300_000 // len(part)))
+            assert time.process_time() - began < 1, (form, part)  # in quadratic time it would be seconds and more
+            assert len(calls) <= 101
 
 
 def test_the_chat_template_says_which_form():

@@ -5,16 +5,14 @@ import threading
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import pytest
 
 from hybrid_lightning.environments import (
-    EpisodeLimits,
     GymEnvironment,
     OpenEnvEnvironment,
-    RunningEpisodes,
     SkyRLEnvironment,
     TextArenaEnvironment,
     TextWorldEnvironment,
@@ -55,15 +53,12 @@ def play(environment, moves, prompt=PROMPT, seed=3):
 class Gym:
     """Gymnasium's form; `old` is Gym's, `bare` returns no info from `reset` and takes no seed."""
 
-    closed: ClassVar = []
-
     def __init__(self, sizes, form="new"):
-        self.size, self.form = sizes.pop(), form  # which changes what another object must not get
+        self.size, self.form, self.closed = sizes.pop(), form, False  # which changes what another object must not get
         if form == "bare":
             self.reset = lambda: "go"
 
     def reset(self, *, seed=None, options=None):
-        self.seed = seed
         return f"seed {seed}", {}
 
     def step(self, action):
@@ -71,15 +66,12 @@ class Gym:
         return (*answer, {}) if self.form == "old" else (*answer, action == "cut", {})
 
     def close(self):
-        self.closed.append(self.seed if self.form != "bare" else -1)
+        self.closed = True
 
 
 class Odd:
     def __init__(self, said=None):
-        self.said = said
-
-    def reset(self):
-        return self.said or object()
+        self.reset = lambda: said or object()
 
     def step(self, action):
         return "text"
@@ -93,29 +85,27 @@ def test_gymnasium(form, said):
     made = environment.new()
     made.start(PROMPT, 7)
     made.close()
-    assert made.game.closed[-1] in (7, -1) and environment.game is None, "an episode has an object of its own"
+    assert made.game.closed and environment.game is None, "an episode has an object of its own"
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
+def test_what_does_not_fit_is_said_in_one_line():
+    for make, message in (
         (lambda: GymEnvironment(here("Gym"), {"size": 1}), "arguments.size: .* has no parameter 'size'"),
         (lambda: GymEnvironment("no_such_package.make"), "make='no_such_package.make': there is no module 'no_such_package'"),
         (lambda: play(GymEnvironment(here("Odd")), []), "cannot be written as text .*wrap the environment"),
         (lambda: play(GymEnvironment(here("Odd"), {"said": [{"type": "image"}]}), []), "a block of type 'image'; only texts"),
-        (lambda: read_odd(GymEnvironment), "step returned 'text', which is not what GymEnvironment takes"),
-        (lambda: read_odd(SkyRLEnvironment), "step returned 'text', which is not what SkyRLEnvironment takes"),
-        (lambda: read_odd(TextWorldEnvironment), "step returned 'text', which is not what TextWorldEnvironment takes"),
+        *(
+            (lambda kind=kind: read_odd(kind), f"step returned 'text', which is not what {kind.__name__} takes")
+            for kind in (GymEnvironment, SkyRLEnvironment, TextWorldEnvironment)
+        ),
         (lambda: play(SkyRLEnvironment(here("Rewriter")), []), "init changes the prompt of the data row 0"),
         (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
         (lambda: play(TextArenaEnvironment(here("Duel"), {"env_id": "raw"}), []), "not for one player alone .Two players"),
         (lambda: play(TextArenaEnvironment(here("Turns"), {"env_id": "raw"}), ["a"]), "alone .it is the turn of player 1"),
-    ],
-)
-def test_what_does_not_fit_is_said_in_one_line(make, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        make()
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            make()
+        assert "\n" not in str(caught.value)
 
 
 def read_odd(kind):
@@ -214,41 +204,27 @@ class Seen:
     text: str
 
 
-@dataclass
-class Result:
-    observation: object
-    reward: float | None = None
-    done: bool = False
-
-
-@dataclass
-class Move:
-    code: str
-
-
 class Client:
     """OpenEnv's form, with a typed action and observation."""
 
-    def __init__(self, base_url, **options):
+    def __init__(self, base_url, seedless=False):
         self.base_url = base_url
+        if seedless:
+            self.reset = lambda: Client.reset(self)
 
     def reset(self, seed=None):
-        return Result(Seen(f"{self.base_url} {seed}"), done=seed == 0)
+        return SimpleNamespace(observation=Seen(f"{self.base_url} {seed}"), reward=None, done=seed == 0)
 
     def step(self, action):
-        return Result(Seen(action.code), 1.0, action.code == "end")
-
-
-class SeedlessClient(Client):
-    def reset(self):
-        return super().reset()
+        return SimpleNamespace(observation=Seen(action.code), reward=1.0, done=action.code == "end")
 
 
 def test_openenv_by_a_class_of_client():
-    environment = OpenEnvEnvironment("http://x", here("Client"), "code", here("Move"), "text")
+    environment = OpenEnvEnvironment("http://x", here("Client"), "code", "types.SimpleNamespace", "text")
     assert play(environment, ["a", "end"]) == (["http://x 3", "a", "end"], [1.0, 1.0], True)
     assert play(environment, ["a"], seed=0) == (["http://x 0"], [0.0], True), "over from the start"
-    assert play(OpenEnvEnvironment("http://x", here("SeedlessClient"), observation="text"), [])[0] == ["http://x None"]
+    seedless = OpenEnvEnvironment("http://x", here("Client"), observation="text", arguments={"seedless": True})
+    assert play(seedless, [])[0] == ["http://x None"]
     assert environment.thread_safe and not TextArenaEnvironment.thread_safe and not GymEnvironment.thread_safe
 
 
@@ -274,43 +250,13 @@ def replays(environment, moves, prompt=PROMPT):
 
 def test_gem():
     real("gem")
-    guesses, any_moves = [f"\\boxed{{{n}}}" for n in range(1, 20)], ["\\boxed{1 1 1}", "\\boxed{up}"]
-    games = {"GuessTheNumber-v0-random": guesses, "Minesweeper-v0-easy": ["\\boxed{reveal 1 1}"]}
-    for game, moves in {**games, "Sudoku-v0-easy": any_moves, "Game2048-v0-easy": any_moves}.items():
+    guesses = [f"\\boxed{{{n}}}" for n in range(1, 20)]
+    for game, moves in {"GuessTheNumber-v0-random": guesses, "Game2048-v0-easy": ["\\boxed{up}"]}.items():
         said, rewards, _ = replays(GymEnvironment("gem.make", {"env_id": f"game:{game}"}), moves)
         assert len(said) == len(rewards) + 1 and all(said), game
     environment = GymEnvironment("gem.make", {"env_id": "game:GuessTheNumber-v0-easy"})
     ends = [play(environment, guesses[n : n + 1]) for n in range(10)]
     assert sorted(rewards[0] for _, rewards, over in ends if over) == [1.0] and all("guessed" in said[1] for said, _, _ in ends)
-
-
-GAMES = {
-    "gem": (GymEnvironment, {"make": "gem.make", "arguments": {"env_id": "game:Game2048-v0-easy"}}, "\\boxed{up}"),
-    "textarena": (TextArenaEnvironment, {"arguments": {"env_id": "2048-v0-raw"}}, "[up]"),
-}
-
-
-@pytest.mark.parametrize("package", GAMES)
-def test_games_that_seed_and_draw_from_the_global_generators_touch_neither_ours_nor_each_other(package):
-    """Their boards get random tiles in each turn."""
-    real(package)
-    kind, arguments, move = GAMES[package]
-    random.seed(1)
-    before = random.getstate(), np.random.get_state()[1].tolist()
-
-    def boards(seeds):
-        episodes = RunningEpisodes(kind(**arguments), EpisodeLimits())
-        said = [[messages] for messages in episodes.start([PROMPT] * len(seeds), seeds)]
-        for _ in range(4):
-            answers = episodes.step({number: {"role": "assistant", "content": move} for number in range(len(seeds))})
-            for number, answer in answers.items():
-                said[number].append(answer.messages)
-        episodes.close()
-        return said
-
-    together = boards([5, 5, 6])
-    assert together == [*boards([5]), *boards([5]), *boards([6])] and together[0] == together[1] != together[2]
-    assert before == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 @pytest.mark.parametrize("suffix", ["", "-raw", "-train"])
@@ -320,10 +266,8 @@ def test_textarena_itself(suffix):
     ends = [play(environment, [f"[{n}]"]) for n in range(1, 21)]
     won = [said[-1] for said, rewards, over in ends if over and rewards == [1.0]]
     assert len(won) == 1 and "Congratulations" in won[0]
-    assert all("higher" in said[1] or "lower" in said[1] for said, _, over in ends if not over)
     said, rewards, over = play(environment, ["foo", "foo"])
     assert over and len(rewards) == 2 and "foo" not in said[1]
-    assert suffix == "-train" or "invalid move" in said[1], "-train hides it"
     replays(TextArenaEnvironment(arguments={"env_id": "Sokoban-v0-raw"}), ["[up]"])
 
 
@@ -338,14 +282,8 @@ def test_textworld_itself(tmp_path, monkeypatch):
     real("textworld")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = {"challenge": "tw-coin_collector", "settings": {"level": 1}}
-    environment = TextWorldEnvironment(arguments=arguments)
-    began = time.perf_counter()
-    said, rewards, over = play(environment, ["look", "take coin"])
-    compiled = time.perf_counter() - began
+    said, rewards, over = replays(TextWorldEnvironment(arguments=arguments), ["look", "take coin"])
     assert over and rewards == [0.0, 1.0] and "$" not in said[0] and "coin" in said[0] and not said[1].endswith("0/1")
-    began = time.perf_counter()
-    assert play(environment, ["look", "take coin"])[0] == said and time.perf_counter() - began < compiled / 2
-    assert play(environment, [], seed=4)[0] != said[:1]
     with pytest.raises(ConfigError, match="challenge='chess' is none of TextWorld; give one of tw-"):
         play(TextWorldEnvironment(arguments={"challenge": "chess"}), [])
 
@@ -394,9 +332,8 @@ def server():
 
 def test_openenv_itself(server):
     environment = OpenEnvEnvironment(server, observation="text", arguments={"message_timeout_s": 20})
-    ends = [play(environment, [str(n)]) for n in range(1, 10)]
-    assert sorted(rewards[0] for _, rewards, _ in ends) == [0.0] * 8 + [1.0] and sum(over for _, _, over in ends) == 1
-    assert len({said[0] for said, _, _ in ends}) == 1 and ends[0][0][0] != play(environment, [], seed=4)[0][0]
+    _, rewards, over = replays(environment, [str(n) for n in range(1, 10)])
+    assert sorted(rewards) == [0.0] * 8 + [1.0] and over
     both = [OpenEnvEnvironment(server).new() for _ in range(2)]
     for number, one in enumerate(both):
         one.start(PROMPT, 3)

@@ -8,7 +8,7 @@ import torch
 from exported import logits
 from tiny_models import build_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Random, apply_plan, find_candidates, make_plan
 from hybrid_lightning.adapters.apply import trainable_state
@@ -42,7 +42,6 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         lora: LoraSettings | None = None,
         dtype: str = "float32",
         keep_start_weights: bool = True,
-        nf4: bool = False,
         training: Training | None = None,
         ranks: dict[str, int] | None = None,
         **base: str,
@@ -61,10 +60,6 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
             ModuleScores({name: hash_score(name) for name in candidates}, Random(0)),
             ranks=ranks_by_pattern(candidates, ranks or {}, lora.rank),
         )
-        if nf4:
-            skip = [*plan.full_modules, "lm_head"]
-            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
-            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=DTYPES[dtype])
         adapted = apply_plan(model, plan, keep_start_weights)
         generator = torch.Generator().manual_seed(1)
         for weight in trainable_state(adapted).values():

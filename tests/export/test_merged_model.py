@@ -7,13 +7,9 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from chat_templates import tokenizer_with
-from exported import VARIANTS, logits
-from rounding import assert_same_logits
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
-from hybrid_lightning.adapters import apply_plan
-from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
 from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel, Training
@@ -36,17 +32,6 @@ def test_sixteen_bits_are_the_exact_sum_rounded_once(train, tmp_path, base, want
         assert torch.equal(exact[f"{name}.weight"], trained.policy.weights[f"{PEFT_PREFIX}{name}.weight"])
 
 
-def test_a_quantized_run_is_merged_into_the_base_that_it_was_quantized_from(train, tmp_path):
-    trained = train(lora=VARIANTS["dora"], nf4=True)
-    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
-    base = AutoModelForCausalLM.from_pretrained(trained.policy.base.model)
-    unquantized = apply_plan(base, trained.policy.plan)
-    unquantized.load_state_dict(trainable_state(trained.model), strict=False)
-    loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
-    assert_same_logits(loaded, logits(unquantized))
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-
-
 def test_tokenizer_template_and_generation_config_come_along(train, tmp_path):
     trained = train(chat_template="{{ messages[0].content }}=")
     # as many bases have it: transformers reads a temperature without do_sample, but refuses to write it
@@ -58,9 +43,6 @@ def test_tokenizer_template_and_generation_config_come_along(train, tmp_path):
     settings = GenerationConfig.from_pretrained(folder)
     assert settings.eos_token_id == [2, 7] and settings.pad_token_id == tokenizer.pad_token_id == 0
     assert (settings.temperature, settings.top_p, settings.do_sample) == (0.6, 0.9, True)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer("1+1=", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=3).shape[0] == 1
 
 
 @pytest.mark.parametrize(("environment", "ends"), [(None, ["<|eos|>"]), ({}, ["<|eos|>", "<|eot_id|>", "<|eom_id|>"])])
@@ -103,11 +85,8 @@ def test_the_dtype_is_that_of_the_bases_files(train, tmp_path, stored):
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {getattr(torch, stored)}
     assert json.loads((folder / "config.json").read_text())["dtype"] == stored
     assert f"The weights here are {stored}." in (folder / "README.md").read_text()
-    assert written_message(trained.policy, MergedModel(), folder) == f"Policy written to {folder} in {stored}"
-    assert written_message(trained.policy, MergedModel("float16"), folder) == f"Policy written to {folder} in float16"
-    assert written_message(trained.policy, AdapterFolder(), folder) == f"Policy written to {folder} in float32"
-    if stored == "float32":
-        assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)
+    for form, dtype in ((MergedModel(), stored), (MergedModel("float16"), "float16"), (AdapterFolder(), "float32")):
+        assert written_message(trained.policy, form, folder) == f"Policy written to {folder} in {dtype}"
 
 
 def test_the_dtype_of_the_base_is_that_of_most_weights_or_else_of_its_config(train, tmp_path, make_model, monkeypatch):
@@ -120,7 +99,6 @@ def test_the_dtype_of_the_base_is_that_of_most_weights_or_else_of_its_config(tra
     assert len(shards) > 1 and base.stored_dtype() == "bfloat16"
     for path in (*shards, folder / "model.safetensors.index.json"):
         path.unlink()
-    (folder / "pytorch_model.bin").touch()
     config = json.loads((folder / "config.json").read_text())
     for said, expected in (("float16", "float16"), (None, "bfloat16"), ("float64", "bfloat16")):
         (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))

@@ -62,12 +62,6 @@ def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path):
         assert "train: a b.jsonl" in card and "function: pays.py:score" in card and r"/\d+/(\w+)" in card
 
 
-def test_what_is_not_known_is_said_to_be_unknown(train):
-    card = model_card(train(training=Training()).policy, MergedModel())
-    assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
-    assert header(card) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
-
-
 def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     policy = train(training=training_of(1, {}, datamodule=type("Data", (), {"source": HubSource("openai/gsm8k", "main")}))).policy
     policy = type(policy)(policy.plan, policy.weights, BaseModel("Qwen/Qwen3-0.6B", "main"), policy.training)
@@ -81,9 +75,12 @@ def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     assert "(revision main)" in model_card(policy, form) and "revision='main'" in model_card(policy, form)
 
 
-def test_how_a_server_takes_it(train):
-    hybrid, lora = train(share=0.2).policy, train(share=0).policy
-    assert "Servers such as vLLM load this folder" in model_card(hybrid, MergedModel())
+def test_how_a_server_takes_it_and_what_is_not_known_is_said_to_be_unknown(train):
+    hybrid, lora = train(training=Training()).policy, train(share=0).policy
+    card = model_card(hybrid, MergedModel())
+    assert "Servers such as vLLM load this folder" in card
+    assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
+    assert header(card) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
     assert "vLLM refuses adapters with fully trained modules" in model_card(hybrid, AdapterFolder())
     assert "--enable-lora --max-lora-rank 4" in model_card(lora, AdapterFolder())
     mixed = model_card(train(share=0, ranks={"attention": 1, "mlp": 5}).policy, AdapterFolder())
@@ -102,24 +99,22 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
     assert files(folder) >= {"LICENSE.txt", "NOTICE"} and (folder / "NOTICE").read_text() == "by me"
 
 
-def test_a_card_without_a_licence_and_a_hub_that_cannot_be_reached_are_no_error(train, tmp_path, monkeypatch):
-    base = train().policy.base
+def test_a_card_without_a_licence_and_a_hub_that_cannot_be_reached_are_no_error(tmp_path, monkeypatch):
+    base = BaseModel(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
     for text in ("# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n"):
-        (tmp_path / "base-llama" / "README.md").write_text(text)
+        (tmp_path / "README.md").write_text(text)
         assert base_licence(base) is None, text
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert base_licence(BaseModel("nobody/has-this-model")) is None
+    assert base_licence(BaseModel("nobody/has-this-model")) is None and base_licence(BaseModel("embedded")) == "apache-2.0"
 
 
-def test_licence_of_what_is_shipped_and_of_a_gguf_file(tmp_path):
-    assert base_licence(BaseModel("embedded")) == "apache-2.0"
+def test_licence_of_a_gguf_file(tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'hybrid-lightning[gguf]'")
     for licence in ("mit", None):
         writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
         if licence is not None:
             writer.add_license(licence)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+            write()
         assert base_licence(BaseModel(str(tmp_path / "model.gguf"))) == licence

@@ -1,17 +1,13 @@
-"""Policies of checkpoints, as files and as the folders of sharded ones, and of modules in memory."""
+"""Policies of checkpoints and of modules in memory; those that are sharded are in `sharding/test_checkpoints_cross`."""
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hybrid_lightning.adapters.apply import parameter_groups, trainable_state
+from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, policy_of_module, write_policy
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, new_state
-from hybrid_lightning.sharding.sharded_folder import write_folder
 
 
 def content_of(trained, **changes):
@@ -26,26 +22,15 @@ def content_of(trained, **changes):
     }
 
 
-def optimizer_of(state):
-    return {"state": {name: {"exp_avg": torch.ones_like(weight)} for name, weight in state.items()}, "param_groups": []}
-
-
 def assert_same(policy, trained):
     assert policy.plan == trained.policy.plan and policy.base == trained.policy.base
     assert policy.weights.keys() == trained.policy.weights.keys()
     assert all(torch.equal(policy.weights[name], weight) for name, weight in trained.policy.weights.items())
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
-    trained = train(share=0.3)
-    content = content_of(trained)
-    content["optimizer_states"] = [optimizer_of(content["state_dict"])]
-    path = tmp_path / "last.ckpt"
-    if sharded:
-        write_folder(content, path)
-    else:
-        torch.save(content, path)
+def test_plan_weights_and_what_the_card_says(train, tmp_path):
+    trained, path = train(share=0.3), tmp_path / "last.ckpt"
+    torch.save(content_of(trained), path)
     policy = policy_of_checkpoint(path)
     assert_same(policy, trained)
     assert policy_of_checkpoint(path, {"model": "moved"}).base.model == "moved"
@@ -57,7 +42,7 @@ def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
 def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
     content = content_of(train())
     state, path = content["state_dict"], tmp_path / "last.ckpt"
-    gone = "model.layers.1.mlp.up_proj.lora_A"
+    lacking = {name: weight for name, weight in state.items() if "model.layers.1.mlp.up_proj.lora_A" not in name}
     short = next(name for name in state if ".lora_B." in name)
     stray = "model.base_model.model.elsewhere.lora_A.default.weight"
 
@@ -65,24 +50,14 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
         torch.save({**content, **changes}, path)
 
     for write, message in (
-        (lambda: None, "cannot be read"),
         (lambda: path.write_text("text"), "cannot be read"),
         (lambda: torch.save([1], path), "is no checkpoint, but a list"),
         (lambda: torch.save({"state_dict": {}}, path), "not written by hybrid_lightning"),
         (lambda: save(**{CHECKPOINT_KEY: new_state(None, "x")}), "saved without an adapter"),
         (lambda: save(hyper_parameters={}), "does not say which base model"),
-        (
-            lambda: save(state_dict={name: weight for name, weight in state.items() if gone not in name}),
-            "lacks the trained weight '.*up_proj.lora_A.weight'",
-        ),
-        (
-            lambda: save(state_dict={**state, stray: torch.zeros(2, 2)}),
-            "has what is not in its plan: the trained weight 'base_model.model.elsewhere",
-        ),
-        (
-            lambda: save(state_dict={**state, short: state[short][:1]}),
-            r"lora_B\.weight has shape \(1, 4\), where the plan has",
-        ),
+        (lambda: save(state_dict=lacking), "lacks the trained weight '.*up_proj.lora_A.weight'"),
+        (lambda: save(state_dict=state | {stray: torch.zeros(2, 2)}), "has what is not in its plan: the trained weight 'base"),
+        (lambda: save(state_dict=state | {short: state[short][:1]}), r"lora_B\.weight has shape \(1, 4\), where the plan has"),
     ):
         write()
         with pytest.raises((CheckpointError, ConfigError), match=message):
@@ -103,17 +78,11 @@ class Holder(LightningModule):
         self.network, self.plan = network, plan
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
-    yield
-    distributed.destroy_process_group()
-
-
 def test_any_adaptable_module_that_names_its_base(train):
     trained = train()
     module = Holder(trained.model, trained.policy.plan, model=trained.policy.base.model, lr=0.5)
     policy = policy_of_module(module, steps=9, summary={"before": {}, "after": {"val/a": 1.0}, "validated_step": 9})
+    assert policy_of_module(module, keep=False) is None
     assert policy.base == trained.policy.base and policy.weights.keys() == trained.policy.weights.keys()
     assert (policy.training.steps, policy.training.after, policy.training.arguments["lr"]) == (9, {"val/a": 1.0}, 0.5)
 
@@ -126,22 +95,6 @@ def test_writing_changes_neither_module_nor_random_state(train, tmp_path):
         write_policy(policy_of_module(module), form, tmp_path / str(number))
     assert torch.equal(torch.get_rng_state(), state) and module.network.training
     assert all(torch.equal(weight, before[name]) for name, weight in trainable_state(module.network).items())
-
-
-def test_shards_are_gathered(train, process_group):
-    trained = train()
-    expected = trained.policy.weights
-    mesh = init_device_mesh("cpu", (1,))
-    for name in {**parameter_groups(trained.model)[0], **parameter_groups(trained.model)[1]}:
-        owner, _, attribute = name.rpartition(".")
-        module = trained.model.get_submodule(owner)
-        whole = getattr(module, attribute).detach()
-        setattr(module, attribute, nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
-    module = Holder(trained.model, trained.policy.plan, model=trained.policy.base.model)
-    policy = policy_of_module(module)
-    assert not any(isinstance(weight, DTensor) for weight in policy.weights.values())
-    assert all(torch.equal(policy.weights[name], weight) for name, weight in expected.items())
-    assert policy_of_module(module, keep=False) is None
 
 
 def test_what_cannot_be_exported_says_why(train):

@@ -53,15 +53,21 @@ def judged_together(completions, answer):
 
 
 async def awaited(completion, answer):
-    return float(completion == answer)
+    return judged(completion, answer)
 
 
 async def awaited_together(completions, answer):
-    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+    return [judged(*pair) for pair in zip(completions, answer, strict=True)]
 
 
 def careless(completion):
     return 1 / int(completion)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
 
 
 def same(one, other):
@@ -74,13 +80,9 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
     for row in (3, 1, 4):
         arriving.add(row, TEXTS[row])
         arriving.add(row, TEXTS[row])  # told twice, it is scored once
-    until = time.monotonic() + 20
-    while reward.running < 2 and time.monotonic() < until:
-        time.sleep(0.005)
+    wait_for(lambda: reward.running == 2)
     assert reward.calls == [("rewards", 1)] * 2, "as many at the same time as it allows meanwhile, each alone"
-    threading.Thread(
-        target=lambda: [time.sleep(0.01) for _ in range(2000) if reward.running < 4] + [reward.goes_on.set()]
-    ).start()
+    threading.Thread(target=lambda: [wait_for(lambda: reward.running == 4), reward.goes_on.set()]).start()
     found = evaluate_reward(reward, TEXTS, PROMPTS, arriving=arriving)
     assert same(found, evaluate_reward(reward, TEXTS, PROMPTS)) and found.total.tolist() == [1, 1, 1, 0, 0, 0]
     assert reward.most == 4 and reward.calls == [("rewards", 1)] * 6 + [("MainThread", 6)]
@@ -89,23 +91,20 @@ def test_each_completion_is_scored_when_it_arrives_and_the_others_in_the_end():
 @pytest.mark.parametrize(
     ("reward", "overlap"),
     [
-        (FunctionReward(judged), False),
-        (FunctionReward(judged, overlap=True), True),
-        (FunctionReward(awaited), True),
-        (FunctionReward(awaited, overlap=False), False),
-        (FunctionReward(awaited_together), False),
-        (FunctionReward(judged_together, overlap=True), True),
-        (ExactMatch(), False),
-        (RewardBySet({"a": FunctionReward(awaited), "b": ExactMatch()}), (True, False)),
+        (FunctionReward(judged), [False, False]),
+        (FunctionReward(judged, overlap=True), [True, True]),
+        (FunctionReward(awaited), [True, True]),
+        (FunctionReward(awaited, overlap=False), [False, False]),
+        (FunctionReward(awaited_together), [False, False]),
+        (FunctionReward(judged_together, overlap=True), [True, True]),
+        (RewardBySet({"a": FunctionReward(awaited), "b": ExactMatch()}), [True, False]),
     ],
 )
 def test_which_rewards_are_scored_so_and_that_their_numbers_are_the_same(reward, overlap):
-    assert [reward.overlaps(prompt) > 0 for prompt in PROMPTS[:2]] == list(
-        overlap if isinstance(overlap, tuple) else (overlap,) * 2
-    )
+    assert [reward.overlaps(prompt) > 0 for prompt in PROMPTS[:2]] == overlap
     whole = WeightedSum([reward, FunctionReward(judged, name="plain")], [2.0, -0.5])
     arriving = ArrivingRewards(whole, PROMPTS)
-    assert (arriving.on_completion is None) == (overlap is False)
+    assert (arriving.on_completion is None) == (not any(overlap))
     for row in (5, 0):
         arriving.add(row, TEXTS[row])
     counted = [True, True, False, True, True, True]
@@ -144,7 +143,5 @@ def test_what_nobody_needs_any_more_is_not_begun():
         arriving.add(row, text)
     arriving.cancel()
     reward.goes_on.set()
-    until = time.monotonic() + 20
-    while any(thread.name == "rewards" for thread in threading.enumerate()) and time.monotonic() < until:
-        time.sleep(0.005)
+    wait_for(lambda: all(thread.name != "rewards" for thread in threading.enumerate()))
     assert len(reward.calls) <= 1, "the first may have begun"

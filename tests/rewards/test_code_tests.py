@@ -5,13 +5,28 @@ import json
 import time
 
 import pytest
-from code_problems import LEETCODE, PREAMBLE
 from public_data import public_data
 
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.rewards.code_tests import extract_program
 from hybrid_lightning.types import Prompt
+
+PREAMBLE = """
+from typing import *
+
+class ListNode:
+    def __init__(self, val=0, next=None): self.val, self.next = val, next
+
+def list_node(values):
+    head = p = ListNode()
+    for value in values: p.next = p = ListNode(value)
+    return head.next
+
+def is_same_list(p1, p2):
+    while p1 and p2 and p1.val == p2.val: p1, p2 = p1.next, p2.next
+    return p1 is None and p2 is None
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +39,17 @@ def prompt(**columns):
 
 
 def test_right_solutions_pass_and_subtly_wrong_ones_do_not(reward):
-    prompts, completions, expected = [], [], []
-    for problem in LEETCODE.values():
-        row = prompt(prompt=PREAMBLE, test=problem["test"], entry_point=problem["entry_point"])
-        for kind, value in (("right", 1.0), ("wrong", 0.0)):
-            prompts.append(row)
-            completions.append(f"Here it is:\n```python\n{problem[kind]}\n```\n")
-            expected.append(value)
-    got = reward(completions, prompts)
-    names = [f"{kind} {name}" for name in LEETCODE for kind in ("right", "wrong")]
-    assert dict(zip(names, got, strict=True)) == dict(zip(names, expected, strict=True))
+    """In the form of LeetCodeDataset."""
+    reverse = "p = None\n        while head: head.next, p, head = p, head, head.next\n        return p"
+    same = "is_same_list(candidate(head = list_node([1,2,3])), list_node([3,2,1])) and candidate(head = None) is None"
+    deep = "return 1 + self.count(n - 1) if n else 0"
+    for method, arguments, condition, *bodies in (
+        ("reverseList", "head: Optional[ListNode]", same, reverse, "return head"),
+        ("count", "n", "candidate(n = 20000) == 20000", deep, deep.replace("n else", "n > 1 else")),
+    ):
+        row = prompt(prompt=PREAMBLE, test=f"def check(candidate):\n    assert {condition}\n", entry_point=f"Solution().{method}")
+        programs = [f"class Solution:\n    def {method}(self, {arguments}):\n        {body}" for body in bodies]
+        assert reward([f"Here it is:\n```python\n{program}\n```\n" for program in programs], [row] * 2) == [1.0, 0.0]
 
 
 HUMANEVAL = {
@@ -55,39 +71,30 @@ def test_humaneval(reward):
     assert reward(list(completions), [prompt(**HUMANEVAL)] * 4) == list(completions.values())
 
 
-@pytest.mark.parametrize(
-    ("tests", "program"),
-    [
-        (["assert f(2) == 4", "assert f([1]) == [1, 1]"], "def f(x): return 2 * x"),
-        ("assert f(2) == 4\nassert f(3) == 6", "def f(x): return 2 * x"),
-        (["assert longest([Pair(5, 24), Pair(1, 9)]) == 19"], "class Pair:\n    def __init__(self, a, b): self.w = b - a\n"
-         "def longest(pairs): return max(p.w for p in pairs)"),
-        (["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"],
-         "def sum(a, b):\n    return [6, 93][a > 10]"),  # named like a builtin, as one of MBPP is
-        (["assert math.isclose(half(3), 1.5)"], "def half(x): return x / 2"),
-        (["x = [3, 1, 2]\norder(x)\nassert x == [1, 2, 3]"], "def order(x): x.sort()"),
-        (["try:\n    root(-1)\n    assert False\nexcept ValueError:\n    assert True"],
-         "def root(x):\n    if x < 0: raise ValueError('negative')\n    return x ** 0.5"),
-        ("from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6\n",
-         "def f(x): return 2 * x"),
-        (["assert to_int('3') == 3"], "to_int = int"),
-        (["try:\n    f()\n    assert False\nexcept KeyError:\n    pass\nassert f"],
-         "class Missing(KeyError): pass\ndef f(): raise Missing"),
-    ],
-)  # fmt: skip
-def test_asserts(reward, tests, program):
-    assert reward([program, "pass"], [prompt(test=tests)] * 2) == [1.0, 0.0]
+ASSERTS = [
+    ("assert f(2) == 4\nassert f(3) == 6", "def f(x): return 2 * x"),
+    (["assert longest([Pair(5, 24), Pair(1, 9)]) == 19"], "class Pair:\n    def __init__(self, a, b): self.w = b - a\n"
+     "def longest(pairs): return max(p.w for p in pairs)"),
+    (["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"],
+     "def sum(a, b):\n    return [6, 93][a > 10]"),  # named like a builtin, as one of MBPP is
+    (["assert math.isclose(half(3), 1.5)"], "def half(x): return x / 2"),
+    (["x = [3, 1, 2]\norder(x)\nassert x == [1, 2, 3]"], "def order(x): x.sort()"),
+    (["try:\n    root(-1)\n    assert False\nexcept ValueError:\n    assert True"],
+     "def root(x):\n    if x < 0: raise ValueError('negative')\n    return x ** 0.5"),
+    ("from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6\n",
+     "def f(x): return 2 * x"),
+    (["try:\n    f()\n    assert False\nexcept KeyError:\n    pass\nassert f"],
+     "class Missing(KeyError): pass\ndef f(): raise Missing"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "tests",
-    [
-        {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]},
-        [{"input": "1 2\n", "output": "3"}, {"input": "3 4", "output": "7\n"}],
-        json.dumps({"inputs": ["1 2"], "outputs": ["3"]}),
-    ],
-)
-def test_standard_streams(reward, tests):
+def test_asserts(reward):
+    rows = [prompt(test=tests) for tests, _ in ASSERTS]
+    assert reward([program for _, program in ASSERTS], rows) == [1.0] * len(rows)
+    assert reward(["pass"] * len(rows), rows) == [0.0] * len(rows)
+
+
+def test_standard_streams(reward):
     programs = [
         "print(sum(map(int, input().split())))",
         "import sys\nif __name__ == '__main__':\n"
@@ -100,7 +107,11 @@ def test_standard_streams(reward, tests):
         "print(sum(map(int, input().split())))\nexit()",
         "print(3)\nprint()\nprint(3)",
     ]
+    tests = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
     assert reward(programs, [prompt(test=tests)] * 5) == [1.0, 1.0, 1.0, 1.0, 0.0]
+    others = [json.dumps(tests), [{"input": "1 2\n", "output": "3"}, {"input": "3 4", "output": "7\n"}]]
+    for program, value in ((programs[0], 1.0), ("print(3)", 0.0)):
+        assert reward([program] * 2, [prompt(test=other) for other in others]) == [value] * 2
 
 
 def test_a_class_that_the_set_up_code_leaves_unfinished_is_the_programs(reward):
@@ -132,22 +143,15 @@ def test_the_share_that_passes_can_be_the_reward_and_a_pattern_takes_the_program
     assert reward(completions, [prompt(test="assert f() == 1")] * 3) == [1.0, 0.0, 0.0]
 
 
-def test_installed_packages_can_be_allowed():
-    program = "from sortedcontainers import SortedList\ndef f(x): return list(SortedList(x))"
-    row = prompt(test="assert f([2, 1]) == [1, 2]")
-    pytest.importorskip("sortedcontainers")
-    assert CodeTests()([program], [row]) == [0.0] and CodeTests(packages=["sortedcontainers"])([program], [row]) == [1.0]
-    with pytest.raises(ConfigError, match="'no_such_package' is not installed"):
-        CodeTests(packages=["no_such_package"])
-
-
-def test_a_package_that_programs_cannot_import_is_refused(tmp_path, monkeypatch):
-    """Instead of paying nothing to every program that imports it."""
-    (tmp_path / "lent.py").write_text("import needed_by_it")
-    (tmp_path / "needed_by_it.py").write_text("")
+def test_installed_packages_can_be_allowed_but_not_one_that_programs_could_not_import(tmp_path, monkeypatch):
+    (tmp_path / "sorts.py").write_text("from in_order import f")
+    (tmp_path / "in_order.py").write_text("f = sorted")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"'lent' cannot be imported.*No module named '\w+'.*what it needs itself too"):
-        CodeTests(packages=["lent"])
+    row, programs = prompt(test="assert f([2, 1]) == [1, 2]"), ["from in_order import f"]
+    assert CodeTests()(programs, [row]) == [0.0] and CodeTests(packages=["in_order"])(programs, [row]) == [1.0]
+    for name, message in (("sorts", "cannot be imported.*No module named '\\w+'.*what it needs"), ("absent", "is not installed")):
+        with pytest.raises(ConfigError, match=f"'{name}' {message}"):
+            CodeTests(packages=[name])
 
 
 def test_set_up_code_that_fails_is_shown_and_the_order_of_a_set_is_the_same_each_time(reward, caplog):
@@ -155,26 +159,21 @@ def test_set_up_code_that_fails_is_shown_and_the_order_of_a_set_is_the_same_each
     assert reward(["def f(): return 1"], [row]) == [0.0]
     assert "rows.jsonl row 3: the set-up code of the tests fails: ModuleNotFoundError" in caplog.text
     row = prompt(test={"inputs": [""], "outputs": [str(list({"one", "two", "three", "four"}))]})
-    got = reward(["print(list({'one', 'two', 'three', 'four'}))"] * 4, [row] * 4)
-    assert len(set(got)) == 1
+    assert len(set(reward(["print(list({'one', 'two', 'three', 'four'}))"] * 4, [row] * 4))) == 1
 
 
-@pytest.mark.parametrize(
-    ("completion", "program"),
-    [
+def test_the_program_in_a_completion():
+    for completion, program in (
         ("print(1)", "print(1)"),
         ("```python\nprint(1)\n```", "print(1)\n"),
         ("```\na\n```\n```py\nb\n```\n```text\nc\n```", "b\n"),
         ("```python\na\n```\nBetter:\n~~~Python3\nb\n~~~", "b\n"),
-        ("```\na\n```\nthen\n```\nb\n```", "b\n"),
         ("```python\nprint('''\n``` inside''')\n```", "print('''\n"),
         ("````python\nprint('''\n```\n''')\n````", "print('''\n```\n''')\n"),
         ("```python\nprint(1)", "print(1)"),
         ("  ```python\n  a\n  ```", "  a\n"),
-    ],
-)
-def test_the_program_in_a_completion(completion, program):
-    assert extract_program(completion) == program
+    ):
+        assert extract_program(completion) == program
 
 
 def test_a_long_line_does_not_hold_up_training():
@@ -184,27 +183,22 @@ def test_a_long_line_does_not_hold_up_training():
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
+def test_a_row_without_usable_tests_is_refused(reward):
+    for columns, message in (
         ({}, "'test' is missing or empty"),
-        ({"test": [1]}, "but a list"),
         ({"test": "def check(candidate:"}, "'test' is no Python code"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "entry_point_column must name"),
         ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'entry_point': 'Solution\\(' is no expression"),
         ({"test": "f(1)"}, "has no assert"),
         ({"test": "assert 1 == 1"}, "calls nothing that the program could define"),
         ({"test": "assert f(1)", "prompt": "Write a function f."}, "set setup_column to the column with imports"),
-        ({"test": "assert f(1)", "prompt": 7}, "holds a int, not code"),
         ({"test": {"inputs": ["1"], "outputs": []}}, 'as many "inputs" as "outputs"'),
         ({"test": {"inputs": [[1]], "outputs": ["1"], "fn_name": "f"}}, "fn_name"),
         ({"test": {"inputs": [1], "outputs": ["1"]}}, "must be text"),
         ({"test": [{"input": "1"}]}, 'must have an "input" and an "output"'),
-    ],
-)
-def test_a_row_without_usable_tests_is_refused(reward, columns, message):
-    with pytest.raises(DataError, match=rf"rows.jsonl row 3.*{message}"):
-        reward.check_prompt(prompt(**columns))
+    ):
+        with pytest.raises(DataError, match=rf"rows.jsonl row 3.*{message}"):
+            reward.check_prompt(prompt(**columns))
 
 
 def test_solutions_of_leetcode_pass():
@@ -214,7 +208,5 @@ def test_solutions_of_leetcode_pass():
     prompts = [prompt(**row) for row in rows]
     for each in prompts:
         reward.check_prompt(each)
-    some = slice(0, None, 20)
-    assert reward([row["response"] for row in rows[some]], prompts[some]) == [1.0] * 10
-    others = [row["response"] for row in rows[1::20]]  # solutions of other problems
-    assert reward(others, prompts[some]) == [0.0] * 10
+    for first, value in ((0, 1.0), (1, 0.0)):  # solutions of the problems, and of others
+        assert reward([row["response"] for row in rows[first:200:40]], prompts[:200:40]) == [value] * 5

@@ -9,10 +9,6 @@ from hybrid_lightning.types import Prompt
 TEXT, LETTER = Prompt(text="?", answer="12", set_name="sums"), Prompt(text="?", answer="C", set_name="quiz", index=1, source="q")
 
 
-PROMPTS = [Prompt(text=f"{n}+1=", answer=str(n + 1), index=10 + n, source="sums.csv") for n in range(3)]
-TEXTS = ["1", "5", "3"]
-
-
 class Short(RewardFunction):
     def __call__(self, completions, prompts):
         return torch.ones(1)
@@ -36,12 +32,11 @@ def test_a_set_without_a_reward_or_with_one_of_the_wrong_size_is_named():
 
 def test_weighted_sum_has_a_part_for_each_term():
     reward = WeightedSum([ExactMatch(), FormatReward("[15]", name="odd")], weights=[2.0, -0.5])
-    rewards = evaluate_reward(reward, TEXTS, PROMPTS)
-    assert rewards.parts["exact_match"].tolist() == [1.0, 0.0, 1.0]
-    assert rewards.parts["odd"].tolist() == [1.0, 1.0, 0.0]
-    assert rewards.total.tolist() == [1.5, -0.5, 2.0]
-    assert rewards.correct.tolist() == [True, False, True]
-    assert torch.equal(reward(TEXTS, PROMPTS), rewards.total)
+    prompts = [Prompt(text="?", answer=answer) for answer in "123"]
+    rewards = evaluate_reward(reward, ["1", "5", "3"], prompts)
+    assert [part.tolist() for part in rewards.parts.values()] == [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
+    assert rewards.total.tolist() == [1.5, -0.5, 2.0] and rewards.correct.tolist() == [True, False, True]
+    assert torch.equal(reward(["1", "5", "3"], prompts), rewards.total) and list(rewards.parts) == ["exact_match", "odd"]
 
 
 def test_sums_in_sums_are_resolved_and_configs_describe_them():
@@ -53,23 +48,18 @@ def test_sums_in_sums_are_resolved_and_configs_describe_them():
     assert config["init_args"]["rewards"][0]["init_args"] == {"ignore_case": True}
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
+def test_bad_arguments():
+    for build, message in (
         (lambda: WeightedSum([]), "at least one reward"),
         (lambda: WeightedSum([ExactMatch()], [1.0, 2.0]), r"weights=\[1.0, 2.0\] for 1 rewards"),
         (lambda: WeightedSum([ExactMatch()], [float("nan")]), "finite"),
-        (lambda: WeightedSum([FormatReward("a"), FormatReward("b")]), "more than one is called format_reward"),
         (lambda: WeightedSum([ExactMatch(), WeightedSum([ExactMatch()])]), "more than one is called exact_match"),
         (lambda: FormatReward("(a"), r"pattern='\(a' is no regular expression"),
-        (lambda: ExactMatch("a"), "0 groups instead of 1"),
         (lambda: ExactMatch("(a)(b)"), "2 groups instead of 1"),
         (lambda: RewardBySet({}), "give each set a reward"),
         (lambda: RewardBySet({"a": WeightedSum([ExactMatch()])}), "the reward of set 'a' is a sum"),
         (lambda: RewardBySet({"a": ExactMatch(), "b": FormatReward("x")}), "some rewards measure correctness and others do not"),
-    ],
-)
-def test_bad_arguments(build, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        build()
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            build()
+        assert "\n" not in str(caught.value)

@@ -32,33 +32,23 @@ class Returns(RewardFunction):
 
 
 class RaisesOn(RewardFunction):
-    def __init__(self, bad: str, smallest_batch: int = 1):
-        self.bad = bad
-        self.smallest_batch = smallest_batch
+    def __init__(self, bad, smallest_batch=1, error=ZeroDivisionError("division\nby zero")):  # noqa: B008
+        self.bad, self.smallest_batch, self.error = bad, smallest_batch, error
 
     def __call__(self, completions, prompts):
         if self.bad in completions and len(completions) >= self.smallest_batch:
-            raise ZeroDivisionError("division\nby zero")
+            raise self.error
         return [0.0] * len(completions)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        [1.0, 0.0, 0.5],
-        (True, False, 0.5),
-        np.array([1.0, 0.0, 0.5]),
-        [np.float32(1), np.int64(0), torch.tensor(0.5)],
-        torch.tensor([1.0, 0.0, 0.5], requires_grad=True),
-        torch.tensor([1.0, 0.0, 0.5], dtype=torch.bfloat16),
-    ],
-)
-def test_every_kind_of_numbers(values):
-    rewards = evaluate_reward(Returns(values), TEXTS, PROMPTS)
-    assert rewards.total.tolist() == [1.0, 0.0, 0.5]
-    assert rewards.total.dtype == torch.float32 and not rewards.total.requires_grad
-    assert rewards.correct.tolist() == [True, False, False]
-    assert list(rewards.parts) == ["returns"]
+def test_every_kind_of_numbers():
+    kinds = [(True, False, 0.5), np.array([1.0, 0.0, 0.5]), [np.float32(1), np.int64(0), torch.tensor(0.5)]]
+    kinds += [torch.tensor([1.0, 0.0, 0.5], dtype=torch.bfloat16, requires_grad=True)]
+    for values in kinds:
+        rewards = evaluate_reward(Returns(values), TEXTS, PROMPTS)
+        assert rewards.total.tolist() == [1.0, 0.0, 0.5] and list(rewards.parts) == ["returns"]
+        assert rewards.total.dtype == torch.float32 and not rewards.total.requires_grad
+        assert rewards.correct.tolist() == [True, False, False]
 
 
 def test_no_reward_sees_what_is_left_out():
@@ -75,27 +65,21 @@ def test_no_reward_sees_what_is_left_out():
     assert of_group.tolist() == [0.5, 0.0, -0.5], "nor do others of its group"
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_wrong_values_name_the_reward_and_the_row():
+    for values, message in (
         (None, "returned None for 3 completions; it must return one number per completion"),
-        (1.0, "returned 1.0 for 3"),
         ("abc", "returned 'abc' for 3"),
         ([1.0, 2.0], "returned 2 values for 3"),
         (torch.ones(3, 1), r"returned shape \(3, 1\) for 3"),
-        (np.ones(4), r"returned shape \(4,\) for 3"),
         ([1.0, float("nan"), 0.0], "returned nan for sums.csv row 11 with completion '5'"),
-        (torch.tensor([0.0, -torch.inf, 0.0]), "returned -inf for sums.csv row 11"),
         ([1e39, 0.0, 0.0], r"returned 1e\+39 for sums.csv row 10"),
         ([0.0, 10**400, 0.0], "returned 10000.* for sums.csv row 11"),
         ([1.0, "0.5", 0.0], "returned '0.5', which is no number, for sums.csv row 11 with completion '5'"),
         ([[1.0], [0.0], [0.0]], r"returned \[1.0\], which is no number, for sums.csv row 10"),
-    ],
-)
-def test_wrong_values_name_the_reward_and_the_row(values, message):
-    with pytest.raises(RewardError, match=r"reward Returns \(returns\) " + message) as caught:
-        evaluate_reward(Returns(values), TEXTS, PROMPTS)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(RewardError, match=r"reward Returns \(returns\) " + message) as caught:
+            evaluate_reward(Returns(values), TEXTS, PROMPTS)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_exception_names_reward_row_and_completion():
@@ -112,15 +96,9 @@ def test_an_exception_names_reward_row_and_completion():
 def test_an_exception_of_the_batch_alone_says_so_and_an_interrupt_is_none():
     with pytest.raises(RewardError, match=r"for a batch of 3 completions, the first .* row 10 .*for each of them alone it did"):
         evaluate_reward(RaisesOn("5", smallest_batch=2), TEXTS, PROMPTS)
-
-    class Interrupted(RewardFunction):
-        def __call__(self, completions, prompts):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        evaluate_reward(Interrupted(), TEXTS, PROMPTS)
-    rewards = evaluate_reward(ExactMatch(), [], [])
-    assert rewards.total.shape == rewards.correct.shape == (0,)
+        evaluate_reward(RaisesOn("5", 2, KeyboardInterrupt()), TEXTS, PROMPTS)
+    assert evaluate_reward(ExactMatch(), [], []).correct.shape == (0,)
 
 
 def test_all_parts_for_correctness_must_be_earned_and_a_format_alone_decides_where_there_is_none():
@@ -129,19 +107,6 @@ def test_all_parts_for_correctness_must_be_earned_and_a_format_alone_decides_whe
     assert evaluate_reward(FormatReward("[15]"), TEXTS, PROMPTS).correct.tolist() == [True, True, False]
     reward = WeightedSum([ExactMatch(), ExactMatch(pattern="([13])", name="digit")])
     assert evaluate_reward(reward, ["1", "2", "3."], PROMPTS).correct.tolist() == [True, False, False]
-
-
-def test_names():
-    class HTMLTable2Reward(RewardFunction):
-        def __call__(self, completions, prompts):
-            return [0.0] * len(completions)
-
-    class Named(HTMLTable2Reward):
-        name = "mine"
-
-    assert HTMLTable2Reward().name == "html_table2_reward"
-    assert Named().name == "mine"
-    assert ExactMatch(name="answer").name == "answer"
 
 
 # ---- what a majority vote counts as the same answer
@@ -173,13 +138,9 @@ def test_numbers_and_formulas_agree_however_they_are_written_and_too_hard_ones_a
     assert large is not None and [after] == answers(reward, "5.0")
 
 
-@pytest.mark.parametrize(("found", "message"), [(12, "returned 12 for quiz row 7"), (ValueError("no"), "raised ValueError: no")])
-def test_what_is_no_text_is_refused_with_the_row(found, message):
-    class Own(Returns):
-        def extract_answer(self, completion, prompt):
-            if isinstance(found, Exception):
-                raise found
-            return found
-
-    with pytest.raises(RewardError, match=message):
-        answers(Own([]), "x")
+def test_what_is_no_text_is_refused_with_the_row():
+    for extract, message in ((lambda *_: 12, "returned 12 for quiz row 7"), (lambda *_: 1 / 0, "raised ZeroDivisionError")):
+        own = Returns([])
+        own.extract_answer = extract
+        with pytest.raises(RewardError, match=message):
+            answers(own, "x")

@@ -27,15 +27,13 @@ def trl_like(prompts, completions, tolerance, **kwargs):
 def each(completion, prompt, answer, note="none", missing=3):
     return float(completion == answer and prompt.answer == answer and note in ("n0", "n1") and missing == 3)
 
-def brief(completion):
-    return float(len(completion.split()) <= Limits().words)
+def brief(completion): return float(len(completion.split()) <= Limits().words)
 
 async def judge(completion, answer):
     await asyncio.sleep(0.2)
     return float(completion == answer)
 
-async def judge_batch(completions, answer):
-    return [float(c == a) for c, a in zip(completions, answer)]
+async def judge_batch(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]
 
 async def slow(completion):
     await asyncio.sleep(30 if completion == "slow" else 0)
@@ -45,11 +43,8 @@ def sleepy(completion):
     time.sleep(30 if completion == "slow" else 0)
     return 1.0
 
-def sleepy_batch(completions):
-    time.sleep(30)
-
-async def slow_batch(completions):
-    await asyncio.sleep(30)
+def sleepy_batch(completions): time.sleep(30)
+async def slow_batch(completions): await asyncio.sleep(30)
 
 def near(completion, answer, tolerance=0.1, *, words: list = None):
     words.append(completion) if words else None
@@ -63,7 +58,6 @@ async def careless_async(completion): return 1 / int(completion)
 def careless_batch(completions): return [1 / int(text) for text in completions]
 def nothing(completion): return None
 def neither(text): return 1.0
-def both(completion, completions): return 1.0
 def by_place(completions, /): return [1.0 for _ in completions]
 def sorts(completions): completions.sort(); return [float(len(text)) for text in completions]
 def leaves(completion): raise SystemExit(2)
@@ -126,8 +120,9 @@ def test_in_python_the_function_itself():
     prompts = [Prompt(text="Go", index=index) for index in range(2)]
     assert list(reward(["a", "bcd"], prompts)) == [1.5, 3.5] and reward.name == "length"
     assert reward.to_config()["init_args"]["function"].endswith("test_in_python_the_function_itself.<locals>.<lambda>")
-    with pytest.raises(ConfigError, match=r"<lambda>' has the parameters text; call one of them completions"):
-        FunctionReward(lambda text: 1.0)
+    for arguments in ({"timeout_s": 0}, {"on_timeout": 1.0}, {"concurrency": 0}):
+        with pytest.raises(ConfigError, match="FunctionReward: "):
+            FunctionReward(len, **arguments)
 
 
 def test_a_module_by_its_dotted_name_and_what_a_reward_says_of_itself(here, monkeypatch):
@@ -140,9 +135,7 @@ def test_a_module_by_its_dotted_name_and_what_a_reward_says_of_itself(here, monk
         assert reward(["x"], PROMPTS[:1]) == [1.0] and reward.name == "one"
     reward = FunctionReward("my_rewards.py:brief", measures_correctness=False)
     result = evaluate_reward(WeightedSum([ExactMatch(), reward], [1.0, 0.5]), ["12", "13"], PROMPTS)
-    assert result.parts["brief"].tolist() == [1.0, 1.0] and result.total.tolist() == [1.5, 0.5]
-    assert result.correct.tolist() == [True, False]
-    assert FunctionReward("my_rewards.py:brief", name="short").name == "short"
+    assert result.parts["brief"].tolist() == [1.0, 1.0] and result.correct.tolist() == [True, False]
 
 
 def test_asynchronous_calls_wait_together_or_in_turns(here):
@@ -178,55 +171,38 @@ def test_one_that_is_out_of_time_earns_what_was_said_or_stops_with_the_row(here,
 ZERO = r"zero \(\w+\.py line {line}\) for rows\.jsonl row 1 with completion '0'"
 
 
-@pytest.mark.parametrize(
-    ("function", "completions", "message"),
-    [
+def test_a_fault_names_the_line_and_the_row(here):
+    for function, completions, message in (
         *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async", "careless_batch")),
         ("nothing", ["1"], r"\(nothing\) returned None, which is no number, for rows\.jsonl row 0 .*, 0\.0 where it does not"),
         ("leaves", ["a"], r"raised SystemExit: 2 \(\w+\.py line {line}\) for rows\.jsonl row 0"),
-    ],
-)
-def test_a_fault_names_the_line_and_the_row(here, function, completions, message):
-    line = next(number for number, text in enumerate(MINE.splitlines(), 1) if f"def {function}(" in text)
-    with pytest.raises(RewardError, match=message.replace("{line}", str(line))):
-        scores(function, completions, timeout_s=5.0)
+    ):
+        line = next(number for number, text in enumerate(MINE.splitlines(), 1) if f"def {function}(" in text)
+        with pytest.raises(RewardError, match=message.replace("{line}", str(line))):
+            scores(function, completions, timeout_s=5.0)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
+def test_what_cannot_be_found_is_said_at_start(here):
+    (here / "leaves.py").write_text("raise SystemExit(2)")
+    (here / "needs.py").write_text("import no_such_library")
+    for function, message in (
         ("no_file.py:f", "there is no file .*no_file.py"),
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
         ("my_rewards.py:neither", "has the parameters text; call one of them completions"),
-        ("my_rewards.py:both", "call one of them completions"),
         ("my_rewards.py:by_place", "takes completions by position alone"),
         ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class; give .* by class_path"),
-        ("no_such_module.f", "there is no module 'no_such_module'"),
-        ("broken.py:f", "importing broken.py raised SyntaxError"),
         ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),
         ("function", "give package.module.function or path/to/file.py:function"),
-    ],
-)
-def test_what_cannot_be_found_is_said_at_start(here, function, message):
-    (here / "broken.py").write_text("def f(:")
-    (here / "leaves.py").write_text("raise SystemExit(2)")
-    (here / "needs.py").write_text("import no_such_library")
-    with pytest.raises(ConfigError, match=message):
-        FunctionReward(function)
-
-
-def test_bad_arguments(here):
-    for arguments in ({"timeout_s": 0}, {"on_timeout": 1.0}, {"concurrency": 0}):
-        with pytest.raises(ConfigError, match="FunctionReward: "):
-            FunctionReward("my_rewards.py:brief", **arguments)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FunctionReward(function)
 
 
 def test_a_class_may_be_asynchronous_too():
     class Judge(RewardFunction):
         async def __call__(self, completions, prompts):
-            await asyncio.sleep(0)
             return [1.0 / len(text) for text in completions]
 
     assert evaluate_reward(Judge(), ["a", "bc"], PROMPTS).total.tolist() == [1.0, 0.5]
@@ -246,21 +222,16 @@ def test_parameters_that_are_no_columns_are_arguments(here):
         assert same.to_config()["init_args"]["arguments"] == {"tolerance": 0.6, "unit": "km"}
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "message"),
-    [
+def test_arguments_that_do_not_fit_are_refused(here):
+    for function, arguments, message in (
         ("near", {"tolerence": 1}, r"arguments\.tolerence=1: .*:near has no parameter 'tolerence' .* answer, tolerance, words"),
-        ("brief", {"words": 1}, "it has none"),
-        ("near", {"completion": "1"}, "what my_rewards.py:near gets as completion is the run's"),
-        ("near", {"answer": "1"}, "gets as answer is the run's"),
+        ("near", {"answer": "1"}, "what my_rewards.py:near gets as answer is the run's"),
         ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, which my_rewards\.py:near takes there"),
         ("near", {"tolerance": True}, "give a number, which .* takes there"),
         ("near_batch", {"tolerance": "0.1"}, "give a number, which .* takes there"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(here, function, arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        FunctionReward(f"my_rewards.py:{function}", arguments=arguments)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FunctionReward(f"my_rewards.py:{function}", arguments=arguments)
 
 
 def test_a_missing_or_hidden_column_is_named_before_training(here):

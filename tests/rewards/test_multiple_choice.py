@@ -34,18 +34,15 @@ def test_reference_answers():
     assert [reference_choice(answer) for answer in ("C", " (C) ", r"$\text{(C)}$", "c", "12", "CD")] == ["C"] * 3 + [None] * 3
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
+def test_a_row_without_a_letter_is_named():
+    for prompt, message in (
         (Prompt(text="?", answer="12", source="q.csv", index=3), r"'12' of q\.csv row 3 is no letter from A to J"),
         (Prompt(text="?", answer="E", columns={"options": list("wxyz")}), "'E' .* is no letter from A to D"),
         (Prompt(text="?", answer="A", columns={"options": "wxyz"}), "column 'options' .* is no list of 2 to 26 options"),
         (Prompt(text="?", source="q.csv", index=3), r"q\.csv row 3 has none"),
-    ],
-)
-def test_a_row_without_a_letter_is_named(prompt, message):
-    with pytest.raises((DataError, RewardError), match=message):
-        MultipleChoice().check_prompt(prompt)
+    ):
+        with pytest.raises((DataError, RewardError), match=message):
+            MultipleChoice().check_prompt(prompt)
 
 
 def test_long_texts_are_read_at_once():

@@ -11,36 +11,26 @@ def score(reward, completion, answer="12"):
     return reward([completion], [Prompt(text="?", answer=answer, index=4, source="s.csv")])[0]
 
 
-TAGS = r"\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z"
-
-
-@pytest.mark.parametrize(
-    ("reward", "answer", "right", "wrong"),
-    [
-        (ExactMatch(), "12", ["12", "\t12 \n\n"], ["", " ", "120", "1 2", "012", "12.", "-12", "12 12", "12\nQ: 3+4", "Twelve"]),
+def test_an_answer_is_compared_as_it_stands():
+    for reward, answer, right, wrong in (
+        (ExactMatch(), "12", ["12", "\t12 \n\n"], ["", " ", "120", "1 2", "12.", "-12", "12 12", "12\nQ: 3+4"]),
         (ExactMatch(), "New York", ["New  York\n"], ["NewYork", "new york"]),
         (ExactMatch(ignore_case=True), " New York", ["new york"], ["NewYork"]),
         (ExactMatch(r"####\s*(\S+)"), "12", ["so\n#### 12", "#### 13 #### 12"], ["#### 12 #### 13", "12"]),
         (ExactMatch(r"\A\s*([^\n]*)"), "12", [" 12\nQ: next 13"], [""]),
         (ExactMatch(r"<answer>(.*?)</answer>"), "12", ["<answer>\n12\n</answer>"], ["12"]),
         (ExactMatch(r"(13)?$"), "12", [], ["12"]),
-    ],
-)
-def test_an_answer_is_compared_as_it_stands(reward, answer, right, wrong):
-    assert [score(reward, text, answer) for text in [*right, *wrong]] == [1.0] * len(right) + [0.0] * len(wrong)
-
+    ):
+        assert [score(reward, text, answer) for text in [*right, *wrong]] == [1.0] * len(right) + [0.0] * len(wrong)
     for none in (None, "", "  "):
         with pytest.raises(RewardError, match=r"ExactMatch needs a reference answer, but s\.csv row 4 has none"):
             score(reward, "12", none)
 
 
 def test_a_format_is_looked_for_across_lines():
-    plain, tags = FormatReward(r"\A<think>.+</think>\s*\S"), FormatReward(TAGS)
+    reward = FormatReward(r"\A<think>.+</think>\s*\S")
     texts = ["<think>a\nb</think>\n4", "<think></think>4", " <think>a</think>4"]
-    assert [score(plain, text) for text in texts] == [1.0, 0.0, 0.0]
-    texts = ["<think>\n2+2\n</think>\n<answer>4</answer>", "<think>2+2</think><answer>4</answer>"]
-    texts += ["<answer>4</answer><think>2+2</think>", "<think>2+2<answer>4</answer>", "<think>a</think><think>b</think>4"]
-    assert [score(tags, text) for text in texts] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [score(reward, text) for text in texts] == [1.0, 0.0, 0.0]
 
 
 def test_repetition():

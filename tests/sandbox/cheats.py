@@ -26,47 +26,32 @@ CHEATS = {
     "exit": "import sys; sys.exit(0)",
     "exit at once": "import os; os._exit(0)",
     "exit as if it could not be set up": "import os; os._exit(125)",
-    "exit as if out of time": "import os; os._exit(124)",
     "exit in the function": "import sys\ndef double(x): sys.exit(0)",
     "exit at once in the function": "import os\ndef double(x): os._exit(0)",
     "exit when left": "import atexit, os; atexit.register(os._exit, 0)\n" + _WRONG,
-    "raise SystemExit": "raise SystemExit(0)",
     "raise KeyboardInterrupt": "def double(x): raise KeyboardInterrupt",
     "raise AssertionError": "def double(x): raise AssertionError",
     "raise StopIteration": "def double(x): raise StopIteration",
-    "raise GeneratorExit": "def double(x): raise GeneratorExit",
     "raise what cannot be shown": "class E(BaseException):\n    def __str__(self): raise self\ndef double(x): raise E()",
     # words
     "print a verdict": f"print('{_VERDICT}')\n" + _WRONG,
-    "print that all passed": "print('OK\\nPASSED\\nAll tests passed')\n" + _WRONG,
     "write a verdict everywhere": f"import os\nfor n in range(256):\n    try: os.write(n, b'{_VERDICT}')\n    except OSError: pass\n"
-    + _WRONG,
-    "write a verdict into files": f"import os\nfor n in ('verdict', '/tmp/verdict', 'report'): open(n, 'w').write('{_VERDICT}')\n"
-    + _WRONG,
-    "another standard output": "import sys\nclass Out:\n    def write(self, text): return 1\nsys.stdout = sys.stderr = Out()\n"
     + _WRONG,
     # objects
     "equal to all": f"class All:\n    {_EQUAL.format('__eq__')}\ndef double(x): return All()",
     "equal and false": f"class All:\n    {_EQUAL.format('__eq__')}{_EQUAL.format('__req__')}def __bool__(self): return False\ndef double(x): return All()",
     "a number equal to all": f"class All(int):\n    {_EQUAL.format('__eq__')}__hash__ = int.__hash__\ndef double(x): return All(1)",
     "a list equal to all": f"class All(list):\n    {_EQUAL.format('__eq__')}\ndef double(x): return All()",
-    "a text equal to all": f"class All(str):\n    {_EQUAL.format('__eq__')}\ndef double(x): return All()",
-    "a dict equal to all": f"class All(dict):\n    {_EQUAL.format('__eq__')}\ndef double(x): return All()",
     "a class equal to all": f"class M(type):\n    {_EQUAL.format('__eq__')}\nclass All(metaclass=M): pass\ndef double(x): return All",
     "a mock": "from unittest.mock import ANY, MagicMock\ndef double(x): return ANY",
     "false at first": "class A(int):\n    def __bool__(self): return False\ndef double(x): return A(x)",
     "a pickle": "class A:\n    def __reduce__(self): return (exec, ('raise SystemExit(0)',))\ndef double(x): return A()",
     "another class of lists": "import builtins\nclass L(list): __eq__ = lambda a, b: True\nbuiltins.list = L\ndef double(x): return list()",
-    "the function is no function": "double = 42",
     "the function is an object": "class D:\n    def __call__(self, x): return self\n    def __eq__(self, other): return True\ndouble = D()",
-    "not a number": "def double(x): return float('nan')",
     # patches
     "patch assertions": "import builtins; builtins.AssertionError = ZeroDivisionError\n" + _WRONG,
-    "patch comparison": "import operator; operator.eq = lambda a, b: True\n" + _WRONG,
-    "patch import": "import builtins; builtins.__import__ = lambda *a, **k: None\n" + _WRONG,
     "patch builtins": "import builtins\nfor n in ('abs', 'len', 'exec', 'compile', 'all', 'bool', 'eval'): setattr(builtins, n, lambda *a, **k: True)\n"
     + _WRONG,
-    "patch JSON": "import json; json.loads = json.dumps = lambda *a, **k: '" + _VERDICT + "'\n" + _WRONG,
     "patch the harness": "import sys\nfor name, m in list(sys.modules.items()):\n    if 'harness' in name:\n"
     "        m.run_tests = lambda *a: {'passed': 3, 'total': 3, 'reason': ''}\n        m.Peer.ask = lambda *a: [42, None]\n"
     + _WRONG,
@@ -77,17 +62,13 @@ CHEATS = {
     "trace": "import sys\ndef t(frame, event, argument):\n    frame.f_locals.update(result=42)\n    return t\nsys.settrace(t); sys.setprofile(t)\n"
     + _WRONG,
     "own check": "def check(candidate): pass\n__results__ = [True] * 3\n" + _WRONG,
-    "own names of the tests": "import builtins; builtins.double = lambda x: 42\n" + _WRONG,
     # looking for the answers
     "look into frames": "import sys\ndef double(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        for value in frame.f_locals.values():\n            if 'assert' in str(value): return eval(str(value).split('==')[1])\n"
     "        frame = frame.f_back\n    return x",
-    "look into memory": "import gc\ndef double(x):\n    for value in gc.get_objects():\n        if isinstance(value, dict) and 'tests' in value and value['tests']:\n"
-    "            return eval(value['tests'][0].split('==')[1])\n    return x",
     "look into strings": "import gc\ndef double(x):\n    for value in gc.get_objects():\n        for part in gc.get_referents(value):\n"
     "            if type(part) is str and 'assert double(21)' in part and 'str' not in part: return 42\n    return x",
     "look into files": "import os\ndef double(x):\n    for n in range(3, 64):\n        try: data = os.pread(n, 10**6, 0)\n        except OSError: continue\n        if b'assert' in data: return 42\n    return x",
-    "look into main": "import __main__, sys\ndef double(x): return getattr(__main__, 'expected', None) or x",
     "look into arguments": "import sys\ndef double(x): return eval(' '.join(sys.argv + sys.orig_argv).split('== ')[1])",
     # the pipe
     "answer before it is asked": _FRAME + "send([[0], ['list', 'ok', [1]], ['list', None, None]])\n" + _WRONG,
@@ -103,7 +84,6 @@ CHEATS = {
     "close the pipe": "import os; os.closerange(3, 64)\n" + _WRONG,
     "read what is asked": "import os\ndef double(x): return os.read(4, 10**6)",
     # time
-    "never": "def double(x):\n    while True: pass",
     "a number without end": "def double(x):\n    while True: yield x",
     "answer from a thread": "import threading, time\ndef double(x):\n    threading.Thread(target=lambda: time.sleep(9)).start()\n    return x",
     "right once": "double = lambda x: 42",
@@ -131,13 +111,9 @@ WITH_HELPERS = {
     # an object that judges itself, where the tests expect data
     "equals": ("assert half([2]).equals([1])", _JUDGE),
     "is_equal_to": ("assert half([2]).is_equal_to([1])", _JUDGE),
-    "a list of them": ("assert all(part.equals(1) for part in half([2]))", _JUDGE.replace("J()", "[J()]")),
     "startswith": ("assert half('abcd').startswith('ab')", _JUDGE),
-    "isdigit": ("assert half('12').isdigit()", _JUDGE),
-    "issubset": ("assert half({1, 2}).issubset({1, 2})", _JUDGE),
     "union": ("assert half({1, 2}).union({3}) == {3}", _JUDGE.replace("True", "others[0]")),
     "index": ("assert half('ab').index('a') < half('ab').index('b')", _JUDGE.replace("True", "ord(others[0])")),
-    "count": ("assert half([1, 1]).count(1) == 1", _JUDGE),
     "a method of Solution": (
         "assert Solution().half([2]).equals([1])",
         f"class Solution:\n    def half(self, x): return J()\n{_JUDGE}",

@@ -24,8 +24,6 @@ FILES = {
     "read a file": "open('$secret').read()",
     "read by descriptor": "import os; os.open('$secret', os.O_RDONLY)",
     "read the users": "open('/etc/passwd').read()",
-    "read the passwords": "open('/etc/shadow').read()",
-    "read the host's name": "open('/etc/hostname').read()",
     "list the folder": "import os; assert os.listdir('$folder')",
     "list the home of the user": "import os; os.listdir('$home') and open('$home/.bashrc').read()",
     "list processes": "import os; assert [name for name in os.listdir('/proc') if name.isdigit()]",
@@ -41,18 +39,16 @@ FILES = {
     "another library": "import torch",
     "the package of the sandbox": "import hybrid_lightning.rewards",
     "change a file": "open('$secret', 'r+').write('changed')",
-    "append to a file": "open('$secret', 'a').close()",
     "make a file": "open('$folder/made', 'w').close()",
     "delete a file": "import os; os.remove('$secret')",
-    "delete a folder": "import shutil; shutil.rmtree('$folder')",
     "move a file out": "import os; open('made', 'w').close(); os.rename('made', '$folder/made')",
     "cut a file off": "import os; os.truncate('$secret', 0)",
     "change a mode": "import os; os.chmod('$secret', 0)",
     "change an owner": "import os; os.chown('$secret', 0, 0)",
     "change a time": "import os; os.utime('$secret', (1, 1))",
     "write into the system": "open('/usr/lib/made', 'w').close()",
-    "write into the standard library": "import os; open(os.__file__, 'a').close()",
     "write into the root": "open('/made', 'w').close()",
+    "write into the standard library": "import os; open(os.__file__, 'a').close()",
     "make a device": "import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0)); open('disk', 'rb').read(1)",
     "read the disk": "open('/dev/vda', 'rb').read(1)",
     "shared memory": "from multiprocessing import shared_memory; shared_memory.SharedMemory('sandbox', True, 10)",
@@ -66,11 +62,10 @@ FILES = {
 PACKAGES = {
     "change a package": "open('$package/__init__.py', 'r+').write('changed')",
     "cut a package off": "import os; os.truncate('$package/__init__.py', 0)",
-    "add to a package": "open('$package/made.py', 'w').close()",
     "add a folder to a package": "import os; os.mkdir('$package/made')",
+    "add to a package": "open('$package/made.py', 'w').close()",
     "link out of a package": "import os; os.symlink('$secret', '$package/made'); open('$package/made').read()",
     "delete of a package": "import os; os.remove('$package/__init__.py')",
-    "delete a package": "import shutil; shutil.rmtree('$package')",
     "move a package": "import os; os.rename('$package', '/tmp/moved')",
     "another in its place": "import os; os.mkdir('/tmp/mine'); os.rename('/tmp/mine', '$package')",
     "up from a package": "open('$package/../../../../../host/secret').read()",
@@ -87,13 +82,10 @@ NETWORK = {
     "connect to a file": "import socket; socket.socket(socket.AF_UNIX).connect('$socket')",
     "an abstract socket": "import socket; socket.socket(socket.AF_UNIX).bind('\\0sandbox')",
     "datagrams": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', $port))",
-    "raw packets": "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     "the kernel's socket": "import socket; socket.socket(socket.AF_NETLINK)",
     "listen": "import socket; socket.create_server(('', 0))",
     "a pair of sockets": "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
-    "ask for a page": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port', timeout=1)",
     "ask for a name": "import socket; socket.getaddrinfo('example.com', 80)",
-    "an event loop": "import asyncio; asyncio.new_event_loop()",
 }
 
 PROCESSES = {
@@ -102,14 +94,8 @@ PROCESSES = {
     "fork by libc": _LIBC + "assert libc.fork() >= 0",
     "clone by libc": _CHECKED + "system_call(56, 17, 0, 0, 0, 0)",
     "a namespace by clone": _CHECKED + "system_call(56, 0x10000011, 0, 0, 0, 0)",
-    "a command": "import subprocess; subprocess.run(['true'])",
-    "a shell": "import os; assert os.system('true') == 0",
     "spawn": "import os; os.posix_spawn('/bin/sh', ['sh'], {})",
     "exec": "import os, sys; os.execv('/bin/sh', ['sh'])",
-    "exec of what it wrote": "import os; open('x', 'w').write('#!/bin/sh'); os.execv('x', ['x'])",
-    "multiprocessing": "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join()",
-    "a pool": "from concurrent.futures import ProcessPoolExecutor as P; P(1).submit(abs, 1).result(1)",
-    "a daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\n    while True: pass",
     "a session of its own": "import os; os.setsid()",
     "a group of its own": "import os; os.setpgid(0, 0)",
     "signal the parent": "import os; os.kill($pid, 0)",
@@ -131,8 +117,6 @@ PROCESSES = {
     "lift a limit": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))",
     "lift the limit on core dumps": "import resource; resource.setrlimit(resource.RLIMIT_CORE, (-1, -1))",
     "be spared when memory is short": "open('/proc/self/oom_score_adj', 'w').write('-1000')",
-    "kill by the number 0": "import os; os.kill(0, 9)",
-    "Python again": "import os, sys; os.execv(sys.executable, ['python', '-c', 'pass'])",
     "a thread in namespaces of its own": _CHECKED + "system_call(56, 0x30900, 0, 0, 0, 0)",
     "a semaphore with a name": _LIBC + "libc.sem_open.restype = ctypes.c_void_p; assert libc.sem_open(b'/x', 64, 0o666, 1)",
     "a lasting lock": "import fcntl; fcntl.flock(open('x', 'w'), 2)",
@@ -154,7 +138,7 @@ pidfd_getfd 438; kcmp 312; bpf 321; perf_event_open 298; io_uring_setup 425; use
 memfd_create 319; shmget 29; msgget 68; mq_open 240; open_by_handle_at 304; fanotify_init 300; inotify_init 253; init_module 175;
 kexec_load 246; reboot 169; swapon 167; sethostname 170; settimeofday 164; ptrace 101; seccomp 317; landlock 444; personality 135;
 sendmsg 46; timer_create 222; timerfd_create 283; eventfd2 290; signalfd4 289; prctl 157; pidfd_open 434; rt_tgsigqueueinfo 297;
-semget 64; memfd_secret 447; vfork 58; execveat 322; capset 126; splice 275; mlockall 151; syslog 103; modify_ldt 154; fsopen 430;
+semget 64; memfd_secret 447; vfork 58; execve 59; execveat 322; capset 126; splice 275; mlockall 151; syslog 103; modify_ldt 154; fsopen 430;
 open_tree 428; openat2 437; a terminal's input 16 0x5412; the owner of a descriptor 16 0x8901
 """
 _REFUSED = _LIBC + "assert libc.syscall(ctypes.c_long({}), 0, {}, 0, 0, 0, 0) >= 0 or ctypes.get_errno() not in (1, 38)"
@@ -166,8 +150,6 @@ SYSTEM_CALLS = {
 RESOURCES = {
     "memory": "bytearray(2**30)",
     "memory bit by bit": "held = []\nwhile True: held.append(bytearray(2**22))",
-    "a list": "[0] * 10**9",
-    "text": "'x' * 10**10",
     "mapped memory": "import mmap; mmap.mmap(-1, 2**31)",
     "a long file": "open('long', 'wb').write(bytes(2**23))",
     "a long file with a hole": "open('long', 'wb').truncate(2**40)",
@@ -194,9 +176,7 @@ ENDLESS = {
     "loop against signals": "import signal\nfor number in range(1, 32):\n"
     "    if number not in (9, 19): signal.signal(number, signal.SIG_IGN)\nwhile True: pass",
     "sleep": "import time; time.sleep(1000)",
-    "wait for a thread": "import threading; threading.Event().wait()",
     "a backtracking pattern": "import re; re.match('(a+)+$', 'a' * 40 + 'b')",
-    "a large power": "9 ** 9 ** 9",
     "crash": "import ctypes; ctypes.string_at(0)",
     "crash in threads": "import ctypes, threading\nfor _ in range(8): threading.Thread(target=ctypes.string_at, args=(0,)).start()",
     "abort": "import os; os.abort()",

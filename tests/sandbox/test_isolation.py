@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 
@@ -43,12 +44,11 @@ def without(monkeypatch):
     isolation._found.cache_clear()
 
 
-@pytest.mark.parametrize("missing", [("seccomp",), ("namespaces", "landlock"), ("namespaces", "landlock", "seccomp")])
+@pytest.mark.parametrize("missing", [("seccomp",), ("namespaces", "landlock")])
 def test_it_refuses_what_is_not_enough(without, missing):
     without(*missing)
-    with pytest.raises(
-        SandboxError, match=f"{missing[0]}: OSError: not here.*user namespaces.*Landlock.*allow_without_isolation"
-    ):
+    said = f"{missing[0]}: OSError: not here.*user namespaces.*Landlock.*allow_without_isolation"
+    with pytest.raises(SandboxError, match=said):
         CodeTests()
 
 
@@ -56,16 +56,8 @@ def test_it_runs_with_what_there_is_only_if_told_so(without):
     without("seccomp")
     mechanisms = isolation.require_isolation(allow_without_isolation=True).mechanisms
     assert mechanisms == ("namespaces", "landlock") and on_streams("print(input())", "6", mechanisms).share == 1.0
-    outcome = on_streams("while True: pass", "6", mechanisms, limits=Limits(cpu_seconds=1))
-    assert outcome.share == 0.0 and "out of CPU time" in outcome.reason
-
-
-@pytest.mark.parametrize("missing", [(), ("landlock",)])
-def test_each_way_is_enough(without, missing):
-    without(*missing)
-    found = isolation.require_isolation()
-    assert set(found.mechanisms) == {"namespaces", "landlock", "seccomp"} - set(missing)
-    assert len(found.missing) == len(missing)
+    without("landlock")
+    assert set(isolation.require_isolation().mechanisms) == {"namespaces", "seccomp"}, "which is enough"
 
 
 def test_a_sandbox_that_does_not_hold_is_found_out(without, monkeypatch):
@@ -83,6 +75,7 @@ def test_a_sandbox_in_which_no_program_runs_is_found_out(monkeypatch):
         isolation.require_isolation()
 
 
+ROOT = Path(isolation.__file__).parents[2]
 IS_ENOUGH = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
 
 
@@ -93,8 +86,7 @@ def test_root_of_a_container_that_knows_no_other_user_can_isolate_and_whoever_ha
     if alone and (shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode):
         pytest.skip("needs unshare, and user namespaces")
     command = [*alone, sys.executable, "-B", "-c", f"import os; os.umask({umask}); {IS_ENOUGH}"]
-    root = isolation.__file__.rsplit("/", 3)[0]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -113,23 +105,16 @@ def no_pause(monkeypatch):
 
 
 def test_what_fails_once_is_tried_again(monkeypatch, no_pause):
-    real, calls = launch_module._start, []
-
-    def start(*arguments):
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise SandboxError("short of memory")
-        return real(*arguments)
-
+    start = Mock(side_effect=[SandboxError("short of memory"), DEFAULT], wraps=launch_module._start)
     monkeypatch.setattr(launch_module, "_start", start)
-    assert on_streams("print(input())", "1").share == 1.0 and len(calls) == 2
+    assert on_streams("print(input())", "1").share == 1.0 and start.call_count == 2
 
 
 SAID = r"'\x1b]0;title\x07 \x1b[31m\u202e red'"
 
 
 def test_a_program_neither_passes_an_exit_code_for_one_of_ours_nor_controls_a_terminal():
-    for code in (124, 125, 128, 137):
+    for code in (124, 125, 137):
         ran = script(f"import os; os._exit({code})")
         assert ran.in_time and ran.endings == {"script": "ended with an error"}
     source = f"import sys\nsys.stderr.write({SAID})\nsys.exit(1)"
@@ -172,32 +157,19 @@ def test_what_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause)
         on_streams("")
 
 
-WRONG = [
-    ("cpu_seconds", 0, "cpu_seconds=0"),
-    ("cpu_seconds", 1.5, "whole number"),
-    ("memory_mb", 1, "memory_mb=1; give at least 128"),
-]
-WRONG += [
-    ("wall_seconds", math.inf, "wall_seconds=inf"),
-    ("wall_seconds", math.nan, "wall_seconds=nan"),
-    ("workers", 0, "workers=0"),
-]
-WRONG += [("pattern", "(", "no regular expression"), ("pattern", "x", "0 groups")]
-
-
 def test_a_wrong_argument_is_refused():
-    for name, value, message in WRONG:
-        with pytest.raises(ConfigError, match=message):
+    wrong = [("cpu_seconds", 1.5), ("memory_mb", 1), ("wall_seconds", math.inf), ("wall_seconds", math.nan), ("workers", 0)]
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=f"{name}={value}; give "):
             CodeTests(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("modules", "heavy"),
-    [("launcher", ("torch", "dataclasses", "subprocess")), ("isolation, hybrid_lightning.sandbox.programs", ("torch",))],
-)
-def test_it_loads_little(modules, heavy):
+def test_it_loads_little():
     """The launcher starts in some hundredths of a second; with `-S` there is nothing but the standard library."""
-    code = f"import hybrid_lightning.sandbox.{modules}, sys; print([name for name in {heavy} if name in sys.modules])"
-    root = isolation.__file__.rsplit("/", 3)[0]
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    for modules, heavy in [
+        ("launcher", ("torch", "dataclasses", "subprocess")),
+        ("isolation, hybrid_lightning.sandbox.programs", ("torch",)),
+    ]:
+        code = f"import hybrid_lightning.sandbox.{modules}, sys; print([name for name in {heavy} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == "[]\n", done.stderr

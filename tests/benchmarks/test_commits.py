@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import pytest
 import yaml
 
-from benchmarks import pairs
 from benchmarks.commands import ROOT
-from benchmarks.speed import commits
-from benchmarks.workloads import Workload
+from benchmarks.speed import commits, run_config
+from benchmarks.workloads import Settings
+from hybrid_lightning.cli import HybridLightningCLI
 
 
 def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, capsys):
@@ -34,16 +34,26 @@ def test_shipped_configs_have_the_sizes_that_are_checked():
         assert "minibatches_per_rollout" not in model, "a step is a rollout"
 
 
-@pytest.mark.usefixtures("forked")
-def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
-    code = commits._SHIPPED_WORKER.format(root=str(ROOT), checkout=str(ROOT))
-    plan = pairs.Plan(1, "cpu", 1, 0, ("now",), tmp_path, workers={"now": ("-c", code)})
-    worker = pairs.Worker("now", Workload("gspo", 32, 8, max_new_tokens=20), tmp_path, plan)
-    try:
-        assert worker.facts["trainable_parameters"] > 0 and worker.step()["rows"] == 256
-    finally:
-        worker.close()
-    assert worker.process.returncode == 0
+def test_a_config_is_run_by_the_package_of_a_checkout(monkeypatch, tmp_path):
+    """As far as the command line reads it."""
+    found = []
+
+    def before_instantiate_classes(cli):
+        found.append((cli.config[cli.subcommand], cli.trainer_defaults["callbacks"]))
+        raise StopIteration
+
+    monkeypatch.setattr(HybridLightningCLI, "before_instantiate_classes", before_instantiate_classes)
+    monkeypatch.setattr("hybrid_lightning.process.prepare_process", lambda: None)
+    monkeypatch.setattr("benchmarks.worker.Gate", lambda settings: settings)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["", Settings(commits.SHIPPED["smollm2_mawps"], tmp_path, "cpu", 1, 3, 0).as_argument()])
+    with pytest.raises(StopIteration):
+        run_config.main(str(ROOT))
+    ((config, (gated,)),) = found
+    assert config.trainer.max_steps == gated.gate.rollouts == 3 and config.trainer.limit_val_batches == 0
+    assert "/rows.jsonl" in str(config.data), "in the place of those that are not there"
+    with pytest.raises(AssertionError, match=str(ROOT)):
+        run_config.main(str(tmp_path))
 
 
 def test_each_side_runs_the_worker_of_its_own_checkout(tmp_path):

@@ -1,7 +1,6 @@
 """What is said of killed jobs, and how a job's processes are found."""
 
 import os
-import random
 import signal
 import sys
 from dataclasses import replace
@@ -39,15 +38,6 @@ def test_who_says_that_a_process_is_gone_and_the_table_of_ways_to_write_and_to_s
     lines = report.markdown(outcomes).splitlines()[2:]
     assert lines[0] == "| FSDP2, folder | torchrun | 2 | 1 | 1 | 2 | 0.0e+00 | 1.5 |"
     assert lines[1] == "| FSDP2, folder | the command | 1 | 0 | 1 | 0 | - | 1.5 |"
-
-
-def test_moments_are_those_of_the_seed_and_of_all_phases():
-    first, draw = ([kill_job.Moment.draw(random.Random(f"0 {number}"), 5.0, 9.0) for number in range(60)] for _ in range(2))
-    phases = {phase: [moment for moment in draw if moment.phase == phase] for phase in ("start", "training", "write")}
-    assert draw == first
-    assert all(len(moments) > 5 for moments in phases.values())
-    assert all(0 <= moment.seconds <= 5 for moment in phases["start"])
-    assert all(5 <= moment.seconds <= 9 for moment in phases["training"])
 
 
 @pytest.fixture

@@ -1,29 +1,12 @@
 """Workers that take turns: what both sides must have alike, and the summary of their steps."""
 
-import json
-
 import pytest
-from tiny_models import build_model, build_tokenizer
 
-from benchmarks import pairs, prepare
+from benchmarks import pairs
 from benchmarks.commands import BenchmarkError
 from benchmarks.workloads import Workload
 
 SIZES = {"prompts": 2, "samples": 2, "max_new_tokens": 5, "mean_tokens": 5}
-
-
-@pytest.mark.usefixtures("forked")
-def test_completions_that_never_end_have_the_full_length_with_several_optimizer_steps(tmp_path):
-    load = Workload("main", prompt_tokens=8, minibatches=2, dtype="float32", rank=2, **SIZES)
-    model, tokenizer = build_model("llama"), build_tokenizer()
-    prompts = prepare.prepare(load, model, tokenizer, 2, 0)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    plan = pairs.Plan(pairs=1, device="cpu", threads=1, seed=0, sides=("ours",), logs=tmp_path)
-    steps = pairs.compare(load, tmp_path, plan)["steps"]["ours"]
-    assert [(step["tokens"], step["rows"]) for step in steps] == [(20, 4), (20, 4)]
-    assert [step["optimizer_steps"] for step in steps] == [2, 4]
 
 
 def test_sides_that_do_not_do_the_same_are_not_compared():

@@ -4,14 +4,13 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 
-from benchmarks import prepare, workloads
+from benchmarks import prepare
+from benchmarks.workloads import Workload
 from hybrid_lightning.errors import ModelError
 
 
-def workload(**sizes):
-    return workloads.Workload(
-        "test", **{"prompts": 3, "prompt_tokens": 9, "max_new_tokens": 12, "mean_tokens": 12, "dtype": "float32", **sizes}
-    )
+def workload(mean_tokens=12):
+    return Workload("test", prompts=3, prompt_tokens=9, max_new_tokens=12, mean_tokens=mean_tokens, dtype="float32")
 
 
 def test_prompts_have_exactly_the_wanted_length_and_depend_on_the_seed_alone(monkeypatch):
@@ -45,14 +44,8 @@ def test_the_end_that_is_never_sampled_and_those_that_give_the_wanted_length(mon
 def test_the_expected_length_of_a_constant_chance_and_the_tokens_that_give_a_length(monkeypatch):
     probabilities = torch.tensor([0.75, 0.125, 0.125]).expand(2, 3, 3)
     assert prepare.expected_length(probabilities, [1, 2]) == pytest.approx(1 + 0.75 + 0.75**2)
-    assert prepare.expected_length(probabilities, []) == 3
     # Common tokens do not end completions.
     monkeypatch.setattr(prepare, "COMMON_TOKENS", 1)
     probabilities = torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1]).expand(1, 50, 5)
     assert prepare.ending_tokens(probabilities, 2.6, random.Random(0)) == [0, 2, 3, 4]
     assert len(prepare.ending_tokens(probabilities, 5.1, random.Random(0))) == 2
-
-
-def test_equal_completions_of_a_group_have_different_rewards():
-    first, rewards = (workloads.hashed_reward(["same"] * 8) for _ in range(2))
-    assert len(set(rewards)) == 8 and all(0 <= value < 1 for value in rewards) and rewards == first

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums, write_wide_model
+from tiny_runs import fit, write_wide_model
 
 from hybrid_lightning.policy import NF4
 
@@ -13,15 +12,11 @@ pytest.importorskip("bitsandbytes")
 from benchmarks.memory import quantization
 
 
-def test_bytes_of_weights_gradients_and_optimizer(tmp_path):
-    write_wide_model(tmp_path / "model")
-    write_sums(tmp_path / "sums.jsonl")
-    reports = {}
+def test_bytes_of_weights_gradients_and_optimizer(sums, tmp_path):
+    wide, reports = write_wide_model(tmp_path / "model"), {}
     for name, kind in (("plain", None), ("nf4", NF4())):
-        torch.manual_seed(0)
-        policy = build_policy(tmp_path / "model", quantization=kind)
         report = quantization.MemoryReport(str(tmp_path / f"{name}.json"))
-        build_trainer(tmp_path, build_adapter(), report).fit(policy, datamodule=build_data(tmp_path / "sums.jsonl"))
+        policy = fit(wide, sums, tmp_path, report, policy={"quantization": kind})
         reports[name] = json.loads((tmp_path / f"{name}.json").read_text())
     plain, nf4 = reports["plain"], reports["nf4"]
     trained = 4 * policy.plan.trainable_parameters()

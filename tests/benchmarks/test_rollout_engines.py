@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,15 +36,6 @@ def test_a_server_that_does_not_start_is_said_with_its_last_line(monkeypatch, tm
         server.serving(tmp_path, "float32", "cpu", 1, None, tmp_path / "log"),
     ):
         pytest.fail("it is not ready")
-
-
-def test_the_command_of_a_server():
-    on_cpu = server.command(Path("model"), "float32", "cpu", 8000, None)
-    assert '{"backend": "hybrid_lightning"}' in on_cpu and "--enable-scale-out" in on_cpu
-    assert "--max-model-len" not in on_cpu and "--no-enable-chunked-prefill" in on_cpu
-    on_gpu = server.command(Path("model"), "bfloat16", "cuda", 8000, 192)
-    assert '{"backend": "nccl"}' in on_gpu and "--gpu-memory-utilization" in on_gpu
-    assert on_gpu[on_gpu.index("--max-model-len") + 1] == "192" and "--no-enable-chunked-prefill" not in on_gpu
 
 
 def steps(rate, step_s, difference, updates=None):

@@ -9,8 +9,6 @@ import pytest
 
 from benchmarks.speed import scaling
 
-SMALL = ["--completion-tokens", "4", "8", "16", "--samples", "2", "4", "6", "--prompt-tokens", "8", "16", "32"]
-
 
 def test_what_counts_as_linear_and_as_sublinear():
     series = {one.name: one for one in scaling.all_series(scaling.build_parser().parse_args([]))}
@@ -44,8 +42,8 @@ def test_one_size_varies_and_all_of_a_series_take_turns_with_the_files_of_their_
         return [], [[{"seconds": 9.0}, {"seconds": 0.5 + sum(sizes_of(workload))}] for _, workload, _ in jobs]
 
     monkeypatch.setattr(scaling, "take_turns", take_turns)
-    arguments = ["--fixed", "8", "2", "4", "--prompts", "3", "--model", "embedded", "--rounds", "1", "--threads", "1"]
-    assert scaling.main([*SMALL, *arguments, "--out", str(tmp_path)]) == 0
+    sizes = "--completion-tokens 4 8 16 --samples 2 4 6 --prompt-tokens 8 16 32 --fixed 8 2 4 --prompts 3"
+    assert scaling.main(f"{sizes} --model embedded --rounds 1 --threads 1 --out {tmp_path}".split()) == 0
     assert turns[0] == [(8, 2, 4), (8, 2, 8), (8, 2, 16)] and turns[1] == [(8, 2, 4), (8, 4, 4), (8, 6, 4)]
     assert turns[2] == [(8, 2, 4), (16, 2, 4), (32, 2, 4)]
     result = json.loads((tmp_path / "scaling.json").read_text())["series"]["prompt"]

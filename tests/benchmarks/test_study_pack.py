@@ -1,5 +1,4 @@
 import json
-import lzma
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from benchmarks.study.records import of_method
 from benchmarks.study.store import PACK, RESULTS, Store, read, read_pack, same, write, write_pack
 
 RUN = "run/sums/lora/lr=0.01-seed=0.json"
-MEMORY = "memory/sums/lora.json"
 ODD = {
     "none": None,
     "floats": [0.1 + 0.2, 1e-320, -0.0, 1.0, 1, True, float("inf"), 2**60],
@@ -41,28 +39,21 @@ def error(run, *options):
 
 def test_what_is_packed_comes_back_to_the_digit_as_the_same_bytes_in_whatever_order_it_came(command, tmp_path, capsys):
     """What is packed stays when its file is gone, and is not made again."""
-    loose, table, jobs = tmp_path / "loose", tmp_path / "kept" / PACK, [record(seed=seed)[0] for seed in (0, 10, 9)]
-    written = {}
-    for seeds in ((9,), (0, 10)):
-        keep(loose, *(record(seed=seed) for seed in seeds))
-        if 0 in seeds:
-            write({**json.loads((loose / RUN).read_text()), "options": ODD}, loose / RUN)
-            write({"bytes": 1, **ODD}, loose / MEMORY)
+    loose, table, written = tmp_path / "loose", tmp_path / "kept" / PACK, {}
+    for seed in (9, 10):
+        keep(loose, record(seed=seed))
+        write({"bytes": 1, **ODD}, loose / "memory" / "sums" / f"{seed}.json")
         command()
         for path in loose.rglob("*.json"):
             written[path.relative_to(loose).as_posix()] = read(path)
             path.unlink()
-    assert "4 records in kept/records.jsonl.xz: 3 added, 0 replaced, 0 taken out" in capsys.readouterr().out
+    assert "4 records in kept/records.jsonl.xz: 2 added, 0 replaced, 0 taken out" in capsys.readouterr().out
     at_once, packed = table.read_bytes(), read_pack(table)
     assert list(packed) == sorted(written) and all(same(content, written[name]) for name, content in packed.items())
     write_pack(dict(reversed(packed.items())), tmp_path / "other")
     assert (tmp_path / "other").read_bytes() == at_once
-    pool.make_runs(jobs, Store(loose, table), workers=1)
-    assert "3 wanted, 3 of them made already" in capsys.readouterr().out
-    # Compressed by another library, it stays as it is.
-    table.write_bytes(lzma.compress(lzma.decompress(at_once), preset=0))
-    command()
-    assert table.read_bytes() != at_once and read_pack(table) == packed
+    pool.make_runs([record(seed=9)[0]], Store(loose, table), workers=1)
+    assert "1 wanted, 1 of them made already" in capsys.readouterr().out
 
 
 def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(command, tmp_path):
@@ -79,16 +70,14 @@ def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(comman
     assert store[1].read_bytes() == before
     command("--drop", RUN)
     assert [found.accuracy for found in of_method(Store(*store), "run", "sums", "lora")] == [0.6, 0.5, 0.5]
-    assert "no record run/other.json; names are paths of files, such as run/sums/" in error(command, "--drop", "run/other.json")
 
 
 def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
     right, loose, table = json.dumps(asdict(record()[1])), tmp_path / "loose", tmp_path / "kept" / PACK
     for name, text, words in (
         (RUN, "[]", "an object was expected, not list"),
-        (RUN, "{}", "missing 9 required positional arguments"),
         (RUN.replace("seed=0", "seed=1"), right, f"its run belongs to {RUN}"),
-        (MEMORY, '{"job": {}}', "it lacks 'bytes'"),
+        ("memory/sums/lora.json", '{"job": {}}', "it lacks 'bytes'"),
     ):
         (loose / name).parent.mkdir(parents=True, exist_ok=True)
         (loose / name).write_text(text)
@@ -98,10 +87,9 @@ def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path):
         (loose / name).unlink()
     keep(loose, record())
     command()
-    for damaged in (table.read_bytes()[:-20], lzma.compress(b'{"name": 1}\n')):
-        table.write_bytes(damaged)
-        said = error(command)
-        assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
+    table.write_bytes(table.read_bytes()[:-20])
+    said = error(command)
+    assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
 
 
 def test_the_projects_own_table_has_what_its_stages_write():

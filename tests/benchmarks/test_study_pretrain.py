@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
@@ -19,11 +18,3 @@ def test_a_start_policy_for_each_seed_and_one_that_has_not_learned_is_drawn_anew
     assert {path.name for path in folder_of("tracker").parent.iterdir()} == {"tracker-3", "tracker-4"}
     said = capsys.readouterr().out
     assert "tracker-3 has not learned (2.30 nats a token): it is drawn anew" in said and "tracker-3 is there already" in said
-
-
-def test_a_guess_among_the_states_has_not_learned(monkeypatch):
-    monkeypatch.setattr(pretrain, "QUESTIONS", 100)
-    torch.manual_seed(0)
-    recipe = RECIPES["tracker"]
-    tokenizer = recipe.tokenizer()
-    assert pretrain.answer_loss(recipe.model(tokenizer), tokenizer, recipe) > 2.3 > recipe.learned_below

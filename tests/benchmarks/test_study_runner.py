@@ -3,7 +3,7 @@ import yaml
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
-from benchmarks.study.methods import CORE, METHODS
+from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import HERE
 from benchmarks.study.records import Job, Record
 from benchmarks.study.runner import LOGS, arguments, make_run
@@ -40,8 +40,8 @@ def run(task, tmp_path):
 
 
 def test_a_run_leaves_its_record_and_nothing_else(run, tmp_path):
-    record = run("random_mlp", seed=3)
-    assert [point["step"] for point in record.curve] == [0, 4] and record.seed == 3
+    record = run("random_mlp", seed=3, purpose="frontier", extra_steps=1)
+    assert [point["step"] for point in record.curve] == [0, 5] and record.seed == 3
     assert set(record.test) == {"avg", "greedy"} and 0 <= record.accuracy <= 1
     assert [".mlp." in name for name in record.full_modules] == [True] * 3, "a random choice among MLPs draws MLPs alone"
     assert record.options["model.lr_full"] == pytest.approx(3e-3) and record.options["adapter.rank"] == 2
@@ -49,15 +49,12 @@ def test_a_run_leaves_its_record_and_nothing_else(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"small.yaml", "results", "runs"}
 
 
-def test_mlps_get_what_attention_leaves_of_the_parameters_of_uniform_lora(run):
+def test_mlps_get_what_attention_leaves_of_the_parameters_of_uniform_lora():
     of_one = 4 * 4 * (128 + 128), 4 * 3 * (128 + 384)  # of the embedded policy's attention and MLPs
     for name, attention, mlp in (("mlp_r4", 1, 6), ("mlp_only_r4", 0, 7)):
         options = METHODS[name].options(TASK, None, 1e-2, 0)
         assert options["adapter.rank_pattern"] == {"attention": attention, "mlp": mlp}
         assert abs(attention * of_one[0] + mlp * of_one[1] - 4 * sum(of_one)) <= of_one[1] / 2
-    record = run("mlp_r4", purpose="frontier", extra_steps=1)
-    assert record.trainable_parameters == of_one[0] + 6 * of_one[1]
-    assert [point["step"] for point in record.curve] == [0, 5]
 
 
 def test_the_peak_of_full_fine_tuning_has_its_weights_gradients_and_moments(task, tmp_path):
@@ -109,6 +106,4 @@ def test_options_are_those_of_the_run_the_method_and_the_task():
     mlp = METHODS["mlp_r16"].options(smollm2, None, 1e-3, 0)["adapter.rank_pattern"]
     assert 30 * (3840 * mlp["attention"] + 6336 * mlp["mlp"]) == 4_867_200
     assert [options[name]["adapter.rank"] for name in ("lora", "lora_r8", "lora_matched")] == [2, 8, 5]
-    assert options["lora_r8"]["adapter.alpha"] == 16 and set(CORE) <= METHODS.keys()
-    choices = [name for name in ("random", "probe", "largest", "hybrid", "random_one_rate", "lora") if METHODS[name].chooses]
-    assert choices == ["random", "probe", "largest"], "they differ in that alone"
+    assert [name for name in ("random", "largest", "hybrid", "lora") if METHODS[name].chooses] == ["random", "largest"]

@@ -50,8 +50,6 @@ def test_what_the_puzzles_ask():
     for each in "abc":
         states = [after for (_, letter), after in ways.items() if letter == each]
         assert len(set(states)) == len(states)
-    for row in Sorting(train_size=50).read().train:
-        assert sorted(row.answer) == sorted(row.question[1:-1])
 
 
 @pytest.mark.parametrize("name", sorted(POLICY_OF))

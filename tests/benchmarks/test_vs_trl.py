@@ -1,4 +1,4 @@
-"""The comparison with TRL: its numbers, a model that is not there, and one small run from beginning to end."""
+"""The comparison with TRL: its numbers, and one small run from beginning to end."""
 
 import json
 from dataclasses import replace
@@ -37,13 +37,6 @@ def test_ratios_are_taken_pair_by_pair_without_the_warm_up_and_one_side_alone_ha
     vs_trl.draw({"main": result}, "one side", tmp_path / "one.png")
 
 
-@pytest.mark.usefixtures("forked")
-def test_a_model_that_does_not_exist(capsys, tmp_path):
-    code = vs_trl.main(["--workload", "main", "--model", "./nowhere", "--ours-only", "--threads", "1", "--out", str(tmp_path)])
-    assert code == 1
-    assert "model './nowhere' does not exist" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'trl>=1.16,<2'")
 @pytest.mark.usefixtures("forked")
 def test_the_tiny_workload_from_beginning_to_end(monkeypatch, capsys, tmp_path):
@@ -52,7 +45,6 @@ def test_the_tiny_workload_from_beginning_to_end(monkeypatch, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert code == 0, err
     written = json.loads((tmp_path / "vs_trl.json").read_text())
-    assert {"command", "machine", "versions", "threads", "seed", "device", "trl_overrides", "workloads"} == set(written)
     result = written["workloads"]["tiny"]
     for side in ("trl", "ours"):
         warm_up, step = result["steps"][side]

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import signal
-from pathlib import Path
 
 import pytest
 from cli_runs import done, run, write_folder
@@ -14,11 +13,7 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.display import command_line
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-EMBEDDED = ("--trainer.num_sanity_val_steps=0", "--adapter.calibration_prompts=8", "--model.examples_per_step=8")
-EMBEDDED += ("--data.validation_prompts=4", "--data.test_prompts=4")
-OWN = ("fit", "--config", "t.yaml", *SHORT)
+OWN = ("fit", "--config", "t.yaml", "--trainer.max_steps=2", "--adapter.scorer=Random")
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +33,29 @@ def summary_of(result, folder):
     return json.loads((root / "summary.json").read_text())
 
 
-PLACE = ("--checkpoint.dirpath=my checkpoints", "--trainer.logger.save_dir=here and there", '--trainer.logger.name=a [red] "b"')
-LONG = ("--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8")
-RUNS = {
-    "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *SHORT, *EMBEDDED)),
-    "another place": ("test", (*OWN, *PLACE)),
-    "no logger, and test prompts that are all too long": ("validate", (*OWN, *LONG, "--trainer.logger=false")),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_next_command_runs(folder, name):
-    command, arguments = RUNS[name]
-    (folder / "long.jsonl").write_text('{"question": "1+1+1+1+1+1+1=", "answer": "7"}\n')
-    result = done(folder, *arguments)
+def next_command(folder, command, *options):
+    """Arguments of what a run names as the next command, once that has run."""
+    result = done(folder, *OWN, *options)
     assert summary_of(result, folder)["next_command"] == re.search(r"^Next: +(.+)$", result.out, re.MULTILINE)[1]
     assert (folder / re.search(r"^Plan.* written to (.+)$", result.out, re.MULTILINE)[1]).is_file()
     ((named, *arguments),) = commands(result)
     typed = run(folder, named, *arguments)
     assert named == command and typed.code == 0, typed.err[-2000:]
-    if name != "another place":
-        return
-    config, checkpoint = Path(arguments[1]), arguments[3]
+    return arguments
+
+
+def test_the_next_command_runs_wherever_the_run_lies(folder):
+    place = ("--trainer.logger.save_dir=here and there", '--trainer.logger.name=a [red] "b"')
+    _, config, _, checkpoint = next_command(folder, "test", "--checkpoint.dirpath=my checkpoints", *place)
     longer = done(folder, "fit", "--config", config, "--ckpt_path", checkpoint, "--trainer.max_steps=4")
-    (arguments,) = commands(longer)
-    own = [folder / arguments[2], folder / arguments[4]]
-    assert all(path.is_file() for path in own) and own[0] != folder / config, "a resumed run prints its own"
+    ((_, _, own, _, last),) = commands(longer)
+    assert (folder / own).is_file() and (folder / last).is_file() and own != config, "a resumed run prints its own"
+
+
+def test_without_a_logger_and_a_test_prompt_that_is_short_enough_it_is_validate(folder):
+    (folder / "long.jsonl").write_text('{"question": "1+1+1+1+1+1+1=", "answer": "7"}\n')
+    long = ("--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8")
+    next_command(folder, "validate", *long, "--trainer.logger=false")
 
 
 def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone_or_nothing(folder):

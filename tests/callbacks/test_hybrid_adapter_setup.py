@@ -9,9 +9,9 @@ import torch
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.adapters import AdapterPlan
-from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.callbacks.run_folder import run_folder
-from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+from hybrid_lightning.errors import HybridLightningError, PlanError
 from hybrid_lightning.trainer import Trainer
 
 
@@ -75,30 +75,33 @@ def test_a_policy_that_is_adapted_already_brings_its_plan_into_the_run_folder(su
 
 def test_setup_again_changes_nothing(model, sums, tmp_path):
     policy, data = build_policy(model), build_data(sums, validation_fraction=0.2, test_fraction=0.2)
-    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    trainer = build_trainer(tmp_path, timer := StepTimer(), build_adapter(), max_steps=1)
+    assert not list(tmp_path.iterdir()), "a Trainer that runs nothing has no folder"
     trainer.fit(policy, datamodule=data)
+    timed = timer.totals()
     plan, weights = policy.plan, {name: p.detach().clone() for name, p in policy.named_parameters()}
     for command in (trainer.validate, trainer.test, trainer.predict):
         command(policy, datamodule=data)
     assert policy.plan is plan
     assert all(torch.equal(p, weights[name]) for name, p in policy.named_parameters())
+    now = timer.totals()
+    assert all(now[name] == timed[name] for name in ("validation", "scoring")), "other commands are not timed"
     trainer.fit_loop.epoch_loop.max_steps = 2
     trainer.fit(policy, datamodule=data)
+    assert timer.totals()["scoring"] < timed["scoring"], "a second fit is timed anew"
     assert policy.plan is plan and weights.keys() == dict(policy.named_parameters()).keys()
+    assert list(tmp_path.iterdir()) == [tmp_path / "version_0"] and trainer.log_dir == str(tmp_path / "version_0")
 
 
 # ---- refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"calibration_prompts": 0}, r"adapter\.calibration_prompts must be at least 1, got 0"),
-        ({"plan": "missing.json"}, r"missing\.json cannot be read"),
-        ({"rank_pattern": {"mlp": 4}, "target_modules": ["q_proj"]}, "rank_pattern: 'mlp' matches no candidate module"),
-        ({"rank_pattern": {"mlp": 0, "attention": 0}, "share": 0.0}, "rank_pattern freezes all modules"),
-    ],
-)
-def test_impossible_settings_are_refused_before_weights_are_loaded(model, options, message):
-    with pytest.raises((ConfigError, ModelError, PlanError), match=message):
-        build_adapter(**options).check(build_policy(model))
+def test_impossible_settings_are_refused_before_weights_are_loaded(model):
+    for message, options in {
+        r"adapter\.calibration_prompts must be at least 1, got 0": {"calibration_prompts": 0},
+        r"missing\.json cannot be read": {"plan": "missing.json"},
+        "rank_pattern: 'mlp' matches no candidate module": {"rank_pattern": {"mlp": 4}, "target_modules": ["q_proj"]},
+        "rank_pattern freezes all modules": {"rank_pattern": {"mlp": 0, "attention": 0}, "share": 0.0},
+    }.items():
+        with pytest.raises(HybridLightningError, match=message):
+            build_adapter(**options).check(build_policy(model))

@@ -6,36 +6,27 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import cli_runs
 import pytest
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_lightning.callbacks import TensorBoardOverview
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints, logger_root
 
 SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
 FIT = ["fit", "--config", "t.yaml", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--samples.every_n_rollouts=1"]
-OPTIONS = {
-    "none": ["--trainer.logger=false"],
-    "several": ["--config", str(Path(__file__).parents[2] / "configs" / "logger" / "several.yaml")],  # of all kinds
-}
-
-
-def need(*packages):
-    if missing := [package for package in packages if find_spec(package) is None]:
-        pytest.skip(f"needs {missing}: pip install -e '.[wandb,mlflow]'")
+SEVERAL = ["--config", str(Path(__file__).parents[2] / "configs" / "logger" / "several.yaml")]  # of all kinds
+NOTHING = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null", "--adapter.scorer=Random"]
 
 
 @pytest.fixture(scope="module")
 def mlflow_store(tmp_path_factory):
     """A store with its tables, which take MLflow seconds to make, to be copied."""
-    need("wandb", "mlflow")
+    if missing := [package for package in ("wandb", "mlflow") if find_spec(package) is None]:
+        pytest.skip(f"needs {missing}: pip install -e '.[wandb,mlflow]'")
     root = tmp_path_factory.mktemp("store")
     NamingMLFlowLogger(save_dir=str(root))
     return (root / "mlflow.db").read_bytes()
@@ -55,75 +46,60 @@ def offline():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, offline):
-    yield from cli_runs.write_folder(tmp_path_factory.mktemp("loggers"))
-
-
-@pytest.fixture(scope="module", params=OPTIONS)
-def runs(request, folder):
-    """The folder of a run and of a second one, what it held when the first had ended, and the first one's screen and loggers."""
-    name, loggers = request.param, []
-    here = folder / name
-    (here / "runs").mkdir(parents=True)
-    (here / "t.yaml").write_text((folder / "t.yaml").read_text())
-    if name == "several":
-        need("wandb", "mlflow")
-        (here / "runs" / "mlflow.db").write_bytes(request.getfixturevalue("mlflow_store"))
-    results, before = [], {}
-    for _ in range(2):
+def runs(tmp_path_factory, offline, mlflow_store):
+    """A run's folder, screen and loggers, what W&B knew of it, and the files that it had before a second, shorter run."""
+    for here in cli_runs.write_folder(tmp_path_factory.mktemp("loggers")):
+        there, known = set(here.iterdir()), []
+        (here / "runs").mkdir()
+        (here / "runs" / "mlflow.db").write_bytes(mlflow_store)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, loggers))
-            results.append(cli_runs.done(here, *FIT, *OPTIONS[name]))
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
+            patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, known))
+            result = cli_runs.done(here, *FIT, *SEVERAL)
+        sys.modules["wandb"].finish()
         # Not of W&B's own folder, in which its service goes on writing for a while, nor of MLflow's data base.
         files = [path for path in (here / "runs").rglob("*") if path.is_file() and path.suffix != ".db"]
-        before = before or {path: path.read_bytes() for path in files if "wandb" not in path.relative_to(here).parts}
-    return name, here / "runs" / ("several" if name == "several" else "default"), results[0], before, loggers
+        before = {path: path.read_bytes() for path in files if "wandb" not in path.relative_to(here).parts}
+        cli_runs.done(here, *FIT, *SEVERAL, *NOTHING)
+        sys.modules["wandb"].finish()
+        assert {path.name for path in set(here.iterdir()) - there} <= {"runs", "__pycache__"}, "nothing lies beside the runs"
+        yield here / "runs" / "several", result, *known, before
 
 
-def collect(loggers, trainer, path):
-    summaries = [logger.experiment.summary._as_dict() for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    loggers.append((trainer.loggers, dict(*summaries)))  # W&B forgets its summary when the run is finished
+def collect(known, trainer, path):
+    (summary,) = [logger.experiment.summary._as_dict() for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    known += trainer.loggers, dict(summary)  # W&B forgets its summary when the run is finished
     return curve_hints(trainer, path)
 
 
 def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):
-    name, root, result, before, _ = runs
+    root, result, _, _, before = runs
     assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"]
-    wanted = {"config.yaml", "plan.json", "plan.png", "summary.json", "evaluation.json"}
     for folder in root.iterdir():
-        assert wanted <= {path.name for path in folder.iterdir()}
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step=2.ckpt", "last.ckpt"}
+        assert {"config.yaml", "plan.json", "summary.json", "checkpoints"} <= {path.name for path in folder.iterdir()}
     assert not [path for path, data in before.items() if path.read_bytes() != data]
     above = {path.name for path in root.parent.iterdir() if not path.name.startswith(".")}
-    assert above == {root.name} | ({"wandb", "mlflow.db", "mlartifacts"} if name == "several" else set())
-    assert {path.name for path in root.parents[1].iterdir()} == {"runs", "t.yaml"}, "nothing lies beside the runs"
+    assert above == {root.name, "wandb", "mlflow.db", "mlartifacts"}
     hints = [line.partition("Curves:")[2].strip() for line in result.out.splitlines() if line.startswith("Curves:")]
-    if name == "none":
-        assert not hints
-        return
     tensorboard, table, synced, mlflow = hints
-    path = f"runs/{root.name}/version_0"
+    path = "runs/several/version_0"
     assert (tensorboard, table) == (f"tensorboard --logdir {path}", f"{path}/metrics.csv")
     assert synced.startswith("wandb sync runs/wandb/offline-run-") and (root.parents[1] / synced.split()[-1]).is_dir()
     assert mlflow == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 
 
-def points(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
 def read_tensorboard(folder, *_):
-    events = EventAccumulator(str(folder)).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
     assert tags["images"] == ["plan/scores"] and tags["histograms"] == ["rewards/histogram"]
     assert texts >= {"config", "plan", "samples"}
     (config,) = events.Tensors("config/text_summary")
     assert (folder / "config.yaml").read_text() in config.tensor_proto.string_val[0].decode()
-    return points(folder)
+    found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
+    for card, tag in (("1 val avg@2", "val/avg@2"), ("3 reward", "reward"), ("10 time step_s", "time/step_s")):
+        assert [*found[f"0_overview/{card}"].values()] == [*found[tag].values()]
+    assert min(found).startswith("0_overview/"), "which comes first"
+    return found
 
 
 def read_csv(folder, *_):
@@ -137,7 +113,7 @@ def read_csv(folder, *_):
     return {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in rows[0]}
 
 
-def read_mlflow(folder, logger, _):
+def read_mlflow(folder, logger, *_):
     client, run = logger.experiment, logger.experiment.get_run(logger.run_id)
     assert run.info.status == "FINISHED" and run.data.params["loss/init_args/clip_high"] == "0.25"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -166,12 +142,12 @@ READERS = {TensorBoardLogger: read_tensorboard, CSVLogger: read_csv, NamingMLFlo
 
 
 def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
-    name, root, _, _, loggers = runs
+    root, _, loggers, of_wandb, _ = runs
     folder = root / "version_0"
     summary = json.loads((folder / "summary.json").read_text())
-    assert len(loggers[0][0]) == {"none": 0, "several": 4}[name]
-    for logger in loggers[0][0]:
-        scalars = READERS[type(logger)](folder, logger, loggers[0][1])
+    assert {type(logger) for logger in loggers} == READERS.keys()
+    for logger in loggers:
+        scalars = READERS[type(logger)](folder, logger, of_wandb)
         at, low = ("_at_", "_ci_low") if isinstance(logger, MLFlowLogger) else ("@", "/ci_low")
         wanted = {"reward", "loss", "entropy", "lr/full", "grad_norm/lora", "val/greedy_accuracy", "time/step_s"}
         assert wanted | {f"val/avg{at}2", f"val/avg{at}2{low}", f"val/greedy_accuracy{low}"} <= set(scalars)
@@ -192,26 +168,16 @@ def test_a_run_folder_has_the_name_of_the_project_of_the_first_logger(tmp_path, 
     assert places == [tmp_path / "my_own", tmp_path / "sums", Path("runs", "mine"), Path("runs", "lightning_logs")]
 
 
-def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, monkeypatch):
+def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, mlflow_store, monkeypatch):
     """Where a metric is a file, so that no name may go on behind another."""
-    need("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = NamingMLFlowLogger(tracking_uri=f"file:{tmp_path}/store")
-    metrics = {"val/avg@8": 1.0, "val/avg@8/ci_low": 2.0, "val/avg@8/ci_high": 3.0, "val/a (hard)?/avg@8": 4.0}
-    logger.log_metrics(metrics, step=3)
+    logger.log_metrics({"val/avg@8": 1.0, "val/avg@8/ci_low": 2.0, "val/a (hard)?/avg@8": 4.0}, step=3)
     logger.log_hyperparams({"rewards": {"my@set": "x" * 1000, "plain": [1, {"a": None}]}})
     run = logger.experiment.get_run(logger.run_id)
-    assert run.data.metrics == {
-        "val/avg_at_8": 1.0, "val/avg_at_8_ci_low": 2.0, "val/avg_at_8_ci_high": 3.0, "val/a _hard__/avg_at_8": 4.0,
-    }  # fmt: skip
+    assert run.data.metrics == {"val/avg_at_8": 1.0, "val/avg_at_8_ci_low": 2.0, "val/a _hard__/avg_at_8": 4.0}
     assert run.data.params["rewards/my_at_set"] == "x" * 250
-    assert logger.save_dir == f"{tmp_path}/store"
-
-
-def test_a_tracking_uri_that_is_given_is_used(tmp_path, offline, mlflow_store):
-    (tmp_path / "mlflow.db").write_bytes(mlflow_store)
-    for given in ({"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "save_dir": "other"}, {"save_dir": str(tmp_path)}):
-        assert NamingMLFlowLogger(**given).save_dir == str(tmp_path)
+    assert logger.save_dir == f"{tmp_path}/store", "the place that is given"
 
 
 def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, offline, mlflow_store, monkeypatch):
@@ -229,24 +195,3 @@ def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, off
     loggers = [NamingMLFlowLogger(experiment_name="new", save_dir=str(tmp_path)) for _ in range(2)]
     assert waited == ["new", "new"] and loggers[0].experiment_id == loggers[1].experiment_id
     FileLock(tmp_path / ".mlflow.lock").acquire(timeout=0).lock.release()
-
-
-def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
-    metrics = {"reward": 0.5, "entropy": 2.0, "time/generate_s": 9.0, "time/step_s": 12.0, "val/avg@8": 0.25, "val/reward": 7.0}
-    metrics |= {"val/avg@8/ci_low": 0.125, "val/quiz/avg@8": 0.75}
-    logger, overview = TensorBoardLogger(tmp_path, name="run", version=0), TensorBoardOverview()
-    trainer = SimpleNamespace(global_step=2, log_every_n_steps=1, loggers=[logger], is_global_zero=True)
-    trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
-    trainer.state, trainer.fit_loop = SimpleNamespace(fn="fit"), SimpleNamespace(_should_accumulate=lambda: True)
-    overview.on_train_batch_end(trainer, None, None, None, 0)
-    trainer.fit_loop._should_accumulate = lambda: False
-    trainer.global_step = 3  # nothing is written between optimizer steps
-    overview.on_train_batch_end(trainer, None, None, None, 0)
-    overview.on_validation_end(trainer, None)
-    logger.experiment.add_scalar("accuracy", 1.0, 3)
-    logger.experiment.flush()
-    scalars = points(tmp_path / "run" / "version_0")
-    assert min(scalars).startswith("0_overview/")
-    shown = {"3 reward": 0.5, "7 entropy": 2.0, "10 time step_s": 12.0, "1 val avg@8": 0.25}
-    expected = {f"0_overview/{tag}": {3: value} for tag, value in shown.items()}
-    assert {tag: values for tag, values in scalars.items() if "/" in tag} == expected

@@ -1,19 +1,13 @@
 """The last checkpoint, of runs that get no better after their first validation."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import build_adapter, build_data, fit
 
 from hybrid_lightning.callbacks import ModelCheckpoint, RunSummary
-
-
-class Killed(Callback):
-    """Ends a run after five steps, as an exception does."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 5:
-            raise RuntimeError("killed")
 
 
 def run(model, sums, root, saver, *callbacks, **flags):
@@ -31,33 +25,27 @@ def step_of(path):
     return torch.load(path, weights_only=False)["global_step"]
 
 
-def test_the_last_checkpoint_has_the_last_step_and_the_best_the_best(model, sums, tmp_path):
-    saver = build_saver(tmp_path / "kept")
-    run(model, sums, tmp_path, saver)
-    assert step_of(saver.best_model_path) == 2, "later validations are as good, and no better"
-    assert step_of(saver.last_model_path) == 5
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["last.ckpt", "step=2.ckpt"]
-
-
 def test_a_killed_run_has_that_of_its_last_validation(model, sums, tmp_path):
-    saver = build_saver(tmp_path / "kept")
+    killed = LambdaCallback(on_train_batch_end=Mock(side_effect=[None, None, None, None, RuntimeError("killed")]))
     with pytest.raises(RuntimeError, match="killed"):
-        run(model, sums, tmp_path, saver, Killed(), max_steps=6)
+        run(model, sums, tmp_path, build_saver(tmp_path / "kept"), killed, max_steps=6)
     assert step_of(tmp_path / "kept" / "last.ckpt") == 4
 
 
-@pytest.mark.parametrize("settings", [{"save_top_k": 0}, {"monitor": None, "every_n_train_steps": 2}])
-def test_nothing_is_written_twice(model, sums, tmp_path, settings):
-    steps, saver = [], build_saver(tmp_path / "kept", **settings)
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, ["last.ckpt", "step=2.ckpt"]),  # later validations are as good, and no better
+        ({"save_top_k": 0}, ["last.ckpt"]),
+        ({"monitor": None, "every_n_train_steps": 2}, ["last.ckpt", "step=4.ckpt"]),  # and there is no validation
+        ({"save_last": False}, ["step=2.ckpt"]),
+    ],
+)
+def test_the_last_and_the_best_are_kept_and_nothing_is_written_twice(model, sums, tmp_path, settings, kept):
+    steps, folder, unmonitored = [], tmp_path / "kept", "monitor" in settings
     noted = LambdaCallback(on_save_checkpoint=lambda trainer, *_: steps.append(trainer.global_step))
-    run(model, sums, tmp_path, saver, noted)
-    assert step_of(tmp_path / "kept" / "last.ckpt") == 5
-    own = [step_of(path) for path in (tmp_path / "kept").glob("step=*.ckpt")]
-    assert all(steps.count(step) <= 1 + (step in own or settings.get("monitor", "") is None) for step in steps), steps
-
-
-def test_without_validation_the_end_is_saved_and_who_wants_no_last_checkpoint_gets_none(model, sums, tmp_path):
-    run(model, sums, tmp_path, build_saver(tmp_path / "a", monitor=None, every_n_train_steps=2), limit_val_batches=0)
-    assert step_of(tmp_path / "a" / "last.ckpt") == 5
-    run(model, sums, tmp_path, build_saver(tmp_path / "b", save_last=False))
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["step=2.ckpt"]
+    run(model, sums, tmp_path, build_saver(folder, **settings), noted, limit_val_batches=float(not unmonitored))
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    found = {path.name: step_of(path) for path in folder.iterdir()}
+    assert all(name == f"step={step}.ckpt" or step == 5 for name, step in found.items())
+    assert all(steps.count(step) <= 1 + (f"step={step}.ckpt" in kept or unmonitored) for step in steps), steps

@@ -6,12 +6,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from tiny_models import build_model, plain_logprobs
 from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, fit
 from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters import AdapterPlan, ModuleBudget, ParameterBudget, SketchedGradients, scorers
-from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
+from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup, StepTimer
 from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.trainer import Trainer
@@ -84,7 +85,7 @@ class Noted(torch.optim.SGD):
 def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
     """As many steps as are asked for, by the run's own optimizer, in turns of as many weights as the plan trains at most."""
     Noted.made = made = []
-    settings = {"optimizer": Noted, "lr_full": 0.25, "prompts_per_rollout": 4, "minibatches_per_rollout": 2}
+    settings = {"optimizer": Noted, "lr_full": 0.25, "minibatches_per_rollout": 2}
     plan = planned(model, sums, tmp_path, build_adapter(scorer=scorers.UpdateTail(3, 1)), **settings)
     assert (plan.calibration["steps"], plan.calibration["prompts"], plan.calibration["turns"]) == (3, 8, len(made))
     largest = sorted((module.parameters for module in plan.candidates), reverse=True)
@@ -111,12 +112,6 @@ def test_settings_reach_the_plan_and_ranks_by_a_pattern_the_model(model, sums, t
     assert "LoRA of rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("asked", "used"), [(None, 4), (1000, 24)])
-def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
-    plan = planned(model, sums, tmp_path, build_adapter(calibration_prompts=asked))
-    assert (plan.calibration["prompts"], plan.calibration["sequences"]) == (used, 4 * used)
-
-
 @pytest.mark.parametrize(("share", "full"), [(0.0, 0), (1.0, 14)])
 def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share, full):
     policy = fit(model, sums, tmp_path, build_adapter(share), policy={"reward": Constant()}, max_steps=0)
@@ -125,9 +120,9 @@ def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share, ful
     assert policy.last_rollout is None and [path.name for path in (tmp_path / "version_0").iterdir()] == ["plan.json"]
 
 
-def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
-    plan = planned(model, sums, tmp_path, build_adapter(), reward=Constant())
-    assert plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
+def test_a_plan_from_answers_says_so_and_is_of_as_many_prompts_as_a_rollout_has(model, sums, tmp_path, capsys):
+    plan = planned(model, sums, tmp_path, build_adapter(calibration_prompts=None), reward=Constant(), prompts_per_rollout=3)
+    assert plan.calibration == {"signal": "answers", "sequences": 3, "useful_sequences": 3, "prompts": 3}
     assert "All calibration rewards of each prompt are equal" in capsys.readouterr().out
 
 
@@ -168,14 +163,10 @@ class Supervised(LightningModule):
     val_dataloader = train_dataloader
 
 
-class NothingToAdapt(Supervised):
-    calibration_losses = None
-
-
-def trained(root, adapter=None, ckpt=None, module=None, **flags):
+def trained(root, *callbacks, ckpt=None, module=None, **flags):
     torch.manual_seed(1)
     module = module or Supervised()
-    trainer = build_trainer(root, adapter or build_adapter(), **{"max_steps": 4, **flags})
+    trainer = build_trainer(root, *(callbacks or [build_adapter()]), **{"max_steps": 4, **flags})
     trainer.fit(module, ckpt_path=ckpt)
     return module, trainer
 
@@ -183,7 +174,10 @@ def trained(root, adapter=None, ckpt=None, module=None, **flags):
 def test_it_is_adapted_and_learns(tmp_path):
     assert isinstance(Supervised(), Adaptable)
     before = float(Supervised().loss(DATA))
-    module, _ = trained(tmp_path, HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2), max_steps=12)
+    timer = StepTimer()
+    module, _ = trained(tmp_path, timer, HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2), max_steps=12)
+    seconds = timer.totals()
+    assert min(seconds["update"], seconds["scoring"]) > 0 == seconds["generate"] and timer.rates() == {}
     assert float(module.loss(DATA)) < before - 0.3
     assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("PreconditionedTail")
     assert module.asked == [None] and module.plan.calibration == {"prompts": None}, "it chooses how much it is scored on"
@@ -193,30 +187,26 @@ def test_it_is_adapted_and_learns(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Trainer, LightningTrainer])
-def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tmp_path, kind):
+def test_a_checkpoint_is_resumed_as_if_there_was_no_stop_and_evaluated_with_its_plan(tmp_path, kind):
     whole, _ = trained(tmp_path, max_steps=8, kind=kind)
-    _, stopped = trained(tmp_path, kind=kind)
+    module, stopped = trained(tmp_path, kind=kind)
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed, _ = trained(tmp_path, ckpt=tmp_path / "stopped.ckpt", max_steps=8, kind=kind)
     assert resumed.plan == whole.plan
     assert torch.equal(resumed.eval().network(DATA).logits, whole.eval().network(DATA).logits)
     assert bool(resumed.asked) == (kind is LightningTrainer), "Lightning's own Trainer tells the checkpoint too late"
-
-
-def test_a_checkpoint_is_evaluated_with_its_plan_which_other_weights_refuse(tmp_path):
-    module, trainer = trained(tmp_path)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
     fresh = Supervised()
-    (metrics,) = build_trainer(tmp_path, build_adapter()).validate(fresh, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    (metrics,) = build_trainer(tmp_path, build_adapter()).validate(fresh, ckpt_path=tmp_path / "stopped.ckpt", verbose=False)
     assert fresh.plan == module.plan and not fresh.asked
     assert metrics["val_loss"] == pytest.approx(float(module.eval().loss(DATA)), rel=1e-5)
+
+
+def test_other_weights_and_a_module_without_the_two_names_are_refused(tmp_path):
+    trained(tmp_path, max_steps=0)[0].plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="with other weights"):
-        trained(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "version_0" / "plan.json")), module=Supervised(seed=1))
-
-
-def test_a_module_without_the_two_names_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot adapt NothingToAdapt; give it an attribute adapter_attribute"):
-        build_trainer(tmp_path, build_adapter()).fit(NothingToAdapt())
+        trained(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "plan.json")), module=Supervised(seed=1))
+    with pytest.raises(ConfigError, match="cannot adapt BoringModel; give it an attribute adapter_attribute"):
+        build_trainer(tmp_path, build_adapter()).fit(BoringModel())
     module = Supervised()
     module.adapter_attribute = "model"
     with pytest.raises(ConfigError, match=r"Supervised\.adapter_attribute is 'model', but there is no such module"):

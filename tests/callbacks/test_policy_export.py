@@ -35,35 +35,29 @@ def test_at_the_end_of_training_and_by_the_trainer_itself(model, sums, tmp_path)
         assert "after 2 optimizer steps" in card and sums.name in card and "DigitShare" in card
 
 
-def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
-    export, timer = PolicyExport(AdapterFolder(), str(tmp_path / "mine"), every_n_steps=2), StepTimer()
-    policy = {"minibatches_per_rollout": 2}
-    module = fit(model, sums, tmp_path / "a", timer, export, policy=policy, max_steps=4, accumulate_grad_batches=2)
-    without = fit(model, sums, tmp_path / "b", policy=policy, max_steps=4, accumulate_grad_batches=2)
-    assert exports(tmp_path / "mine") == ["step=2", "step=4"], "once each, not once a micro-batch, nor again at the end"
+def test_from_a_running_job_which_goes_on_as_without_and_beside_what_a_resumed_run_finds(model, sums, tmp_path):
+    mine, timer = tmp_path / "mine", StepTimer()
+
+    def run(*callbacks, **flags):
+        return fit(model, sums, tmp_path, *callbacks, policy={"minibatches_per_rollout": 2}, accumulate_grad_batches=2, **flags)
+
+    def export():
+        return PolicyExport(AdapterFolder(), str(mine), every_n_steps=2)
+
+    early = run(export(), max_steps=2)
+    early.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    module, without = run(timer, export(), max_steps=4, ckpt=tmp_path / "last.ckpt"), run(max_steps=4)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), without.parameters(), strict=True))
     loaded = {}
-    for step in (2, 4):
-        base = AutoModelForCausalLM.from_pretrained(model)
-        loaded[step] = logits(PeftModel.from_pretrained(base, tmp_path / "mine" / f"step={step}"))
-    assert_same_logits(loaded[4], logits(module.model))
-    early = fit(model, sums, tmp_path / "c", policy=policy, max_steps=2, accumulate_grad_batches=2)
-    assert_same_logits(loaded[2], logits(early.model))
-    assert (loaded[4] - loaded[2]).abs().max() > 1e-3
-    assert timer.totals()["checkpoint"] > 0
-
-
-def test_a_resumed_run_exports_beside_what_is_there_and_another_run_does_not(model, sums, tmp_path):
-    def export(**options):
-        return fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(tmp_path / "mine")), **options)
-
-    export(max_steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
-    export(ckpt=tmp_path / "last.ckpt", max_steps=2)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
-    with pytest.raises(ConfigError, match=r"has an export of step 2 of another run, and this one begins after step 0"):
-        export()
-    assert exports(tmp_path / "mine") == ["step=1", "step=2"]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")} == before
+    for step, trained in ((2, early), (4, module)):
+        loaded[step] = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), mine / f"step={step}"))
+        assert_same_logits(loaded[step], logits(trained.model))
+    assert (loaded[4] - loaded[2]).abs().max() > 1e-3 and timer.totals()["checkpoint"] > 0
+    before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
+    with pytest.raises(ConfigError, match=r"has an export of step 4 of another run, and this one begins after step 0"):
+        run(export())
+    assert exports(mine) == ["step=2", "step=4"], "once each, not once a micro-batch, nor again at the end"
+    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
 
 
 def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_path):

@@ -11,7 +11,6 @@ from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, 
 
 from hybrid_lightning.callbacks import PredictionWriter
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout import Sampler
 
 
 def predict(model, sums, root, *callbacks, times=1):
@@ -28,9 +27,10 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_test_prompt_has_its_line(model, sums, tmp_path, capsys):
-    data = predict(model, sums, tmp_path, PredictionWriter())
-    records = read(tmp_path / "version_0" / "predictions.jsonl")
+def test_every_test_prompt_has_its_line_and_who_predicts_again_gets_the_same_in_another_file(model, sums, tmp_path, capsys):
+    data = predict(model, sums, tmp_path, PredictionWriter(), times=2)
+    records, again = (read(tmp_path / "version_0" / f"{name}.jsonl") for name in ("predictions", "predictions-v1"))
+    assert records == again
     assert [record["index"] for record in records] == [prompt.index for prompt in data.test_prompts] and len(records) == 12
     for record, prompt in zip(records, data.test_prompts, strict=True):
         assert (record["prompt"], record["answer"]) == (prompt.text, prompt.answer)
@@ -42,34 +42,17 @@ def test_every_test_prompt_has_its_line(model, sums, tmp_path, capsys):
     assert f"Predictions written to {tmp_path / 'version_0' / 'predictions.jsonl'}" in capsys.readouterr().out
 
 
-def test_a_file_that_is_there_is_refused_before_anything_is_generated(model, sums, tmp_path, monkeypatch):
-    path = tmp_path / "new" / "folder" / "mine.jsonl"
-    predict(model, sums, tmp_path, PredictionWriter(str(path)))
-    first = path.read_bytes()
-    assert len(read(path)) == 12 and not list(tmp_path.rglob("predictions.jsonl"))
-    monkeypatch.setattr(Sampler, "__call__", None)
-    with pytest.raises(ConfigError, match=r"predictions\.path: .*mine\.jsonl exists; give another path, or remove it"):
-        predict(model, sums, tmp_path, PredictionWriter(str(path)))
-    assert path.read_bytes() == first
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_writes_its_own_file_and_refuses_where_one_would(tmp_path, rank):
-    writer = PredictionWriter(str(tmp_path / "p.jsonl"))
+    writer, folder = PredictionWriter(str(tmp_path / "new" / "folder" / "p.jsonl")), tmp_path / "new" / "folder"
     trainer = SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank)
     writer.setup(trainer, None, "predict")
     writer.on_predict_start(trainer, None)
     writer.on_predict_end(trainer, None)
-    assert [path.name for path in tmp_path.iterdir()] == [f"p.rank{rank}.jsonl"]
-    with pytest.raises(ConfigError, match=rf"p\.rank{rank}\.jsonl exists"):
+    assert [path.name for path in folder.iterdir()] == [f"p.rank{rank}.jsonl"]
+    with pytest.raises(ConfigError, match=rf"predictions\.path: .*p\.rank{rank}\.jsonl exists; give another path, or remove it"):
         writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=1 - rank), None, "predict")
     writer.setup(trainer, None, "fit")
-
-
-def test_a_trainer_that_predicts_again_gives_the_same_in_another_file(model, sums, tmp_path):
-    predict(model, sums, tmp_path, PredictionWriter(), times=2)
-    first, second = (read(tmp_path / "version_0" / f"{name}.jsonl") for name in ("predictions", "predictions-v1"))
-    assert len(first) == 12 and first == second
 
 
 def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):

@@ -12,7 +12,6 @@ from unittest.mock import Mock
 import pytest
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.callbacks import (
@@ -27,7 +26,6 @@ from hybrid_lightning.callbacks import (
 from hybrid_lightning.callbacks.run_folder import check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export import AdapterFolder
-from hybrid_lightning.trainer import Trainer
 
 
 def names(folder):
@@ -46,16 +44,10 @@ def process(root, *loggers, rank=0, answers=None):
         told.append(value)
         return value if answers is None else answers[len(told) - 1]
 
-    return SimpleNamespace(
-        fast_dev_run=False,
-        callbacks=[],
-        checkpoint_callbacks=[ModelCheckpoint(), ModelCheckpoint("mine")],
-        is_global_zero=rank == 0,
-        loggers=list(loggers),
-        default_root_dir=str(root),
-        strategy=SimpleNamespace(broadcast=broadcast),
-        told=told,
-    )
+    savers, strategy = [ModelCheckpoint(), ModelCheckpoint("mine")], SimpleNamespace(broadcast=broadcast)
+    trainer = SimpleNamespace(fast_dev_run=False, callbacks=[], checkpoint_callbacks=savers, strategy=strategy, told=told)
+    trainer.is_global_zero, trainer.loggers, trainer.default_root_dir = rank == 0, list(loggers), str(root)
+    return trainer
 
 
 def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, monkeypatch):
@@ -130,24 +122,20 @@ def writers(export=None):
     return [*writing, PredictionWriter(), ModelCheckpoint(save_last=True)]
 
 
-def train(model, sums, root, *loggers, kind=Trainer):
-    flags = {"max_steps": 1, "enable_checkpointing": True, "num_sanity_val_steps": -1}
-    flags["logger"] = [logger(root, "x") for logger in loggers]
-    data = build_data(sums, validation_fraction=0.2)
-    return fit(model, sums, root / "x", *writers(), policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
-
-
 def test_a_second_run_of_lightnings_own_trainer_changes_nothing_of_the_first(model, sums, tmp_path):
     """Of our own Trainer and of other loggers: `test_loggers`."""
-    first = train(model, sums, tmp_path, TensorBoardLogger, kind=LightningTrainer)
-    before = content(tmp_path)
-    second = train(model, sums, tmp_path, TensorBoardLogger, kind=LightningTrainer)
-    assert {path: data for path, data in content(tmp_path).items() if path in before} == before
-    for number, trainer in enumerate((first, second)):
-        folder = run_folder(trainer)
+    policy, data = {"reward": StartsWithDigit()}, build_data(sums, validation_fraction=0.2)
+    flags = {"max_steps": 1, "enable_checkpointing": True, "num_sanity_val_steps": -1, "kind": LightningTrainer}
+    before = {}
+    for number in range(2):
+        logger = TensorBoardLogger(tmp_path, "x")
+        module = fit(model, sums, tmp_path / "x", *writers(), policy=policy, data=data, logger=logger, **flags)
+        folder = run_folder(module.trainer)
         assert folder == tmp_path / "x" / f"version_{number}"
         assert {"plan.json", "summary.json", "evaluation.json", "checkpoints", "export"} <= set(names(folder))
         assert names(folder / "checkpoints") and any("tfevents" in name for name in names(folder))
+        earlier, before = before, content(tmp_path)
+        assert earlier.items() <= before.items()
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
 
 
@@ -160,18 +148,6 @@ def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it_if_i
     assert folders == [tmp_path / "x" / "version_0", tmp_path / "x" / "version_1"]
     (tmp_path / "x" / "mine" / "plan.json").write_text("of another run")
     assert run_folder(process(tmp_path, mine)) == tmp_path / "x" / "mine-v1"
-
-
-def test_a_trainer_keeps_its_folder_which_is_its_log_dir(model, sums, tmp_path, monkeypatch):
-    told = Mock(side_effect=lambda value, src=0: value)
-    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", told)
-    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), max_steps=1)
-    data, policy = build_data(sums, validation_fraction=0.2, test_fraction=0.2), build_policy(model, reward=StartsWithDigit())
-    assert not names(tmp_path), "a Trainer that runs nothing has none"
-    trainer.fit(policy, datamodule=data)
-    trainer.test(policy, datamodule=data, verbose=False)
-    assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0") == str(run_folder(trainer))
-    assert sum("version_0" in str(call) for call in told.call_args_list) == 1, "it is claimed once"
 
 
 def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, monkeypatch):
@@ -201,16 +177,14 @@ class WritesAtTheEnd(CSVLogger):
 
 
 def test_a_run_that_fails_at_the_start_leaves_nothing_but_what_was_there(model, sums, tmp_path):
-    kept = train(model, sums, tmp_path, CSVLogger)
-    before = content(tmp_path)
+    (tmp_path / "x" / "version_0").mkdir(parents=True)
     loggers = [WritesAtTheEnd(tmp_path, "x"), CSVLogger(tmp_path / "new", "y")]
-    trainer = build_trainer(tmp_path, build_adapter(calibration_prompts=8), logger=loggers)
     with pytest.raises(ConfigError, match="cannot be split evenly"):
-        trainer.fit(build_policy(model, minibatches_per_rollout=7), datamodule=build_data(sums))
-    assert content(tmp_path) == before and names(tmp_path) == ["x"] and names(tmp_path / "x") == [Path(kept.log_dir).name]
+        fit(model, sums, tmp_path, policy={"minibatches_per_rollout": 7}, logger=loggers)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "x", tmp_path / "x" / "version_0"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0-15.pt", "evaluation.json", "mine.txt"])
+@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0-15.pt", "mine.txt"])
 def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
     trainer = process(tmp_path / "runs", CSVLogger(tmp_path / "runs", "x"))
     folder = run_folder(trainer)
@@ -226,20 +200,6 @@ def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
         holder.on_train_batch_end(trainer, None)
     holder.give_back()
     assert bool(names(tmp_path)) is (name == "mine.txt"), "nor is one in which something has been done, whatever is in it"
-
-
-def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path, monkeypatch):
-    """The folder above is removed, being empty, just as another run makes its own in it."""
-    mkdir = Path.mkdir
-
-    def late(path, *args, **flags):
-        if path.name == "version_0" and path.parent.is_dir():
-            monkeypatch.setattr(Path, "mkdir", mkdir)
-            path.parent.rmdir()
-        mkdir(path, *args, **flags)
-
-    monkeypatch.setattr(Path, "mkdir", late)
-    assert run_folder(process(tmp_path / "runs")) == tmp_path / "runs" / "version_0"
 
 
 def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_path):

@@ -8,10 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from cli_runs import done
 from cli_runs import run as run_command
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-from tiny_runs import StartsWithDigit, build_adapter, build_data, fit
+from lightning.pytorch.callbacks import LambdaCallback
+from tiny_runs import StartsWithDigit
 
-from hybrid_lightning.callbacks import Diagnosis, GracefulStop, RunReport, RunSummary, StepTimer
 from hybrid_lightning.reports.page import Run, report_page, thinned
 
 BAD = '"\'></pre><script>alert(1)</script><img src="https://x.org/a" onerror=alert(1)>&'
@@ -32,24 +31,8 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def run(model, sums, root, *callbacks, **flags):
-    policy = {"reward": StartsWithDigit(), "eval_samples": 4, "lr_lora": 0.1}
-    flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
-    callbacks = (StepTimer(), RunSummary(), Diagnosis(), build_adapter(), GracefulStop(), RunReport(), *callbacks)
-    data = build_data(sums, validation_fraction=0.4)
-    return fit(model, sums, root, *callbacks, policy=policy, data=data, **flags)
-
-
-@pytest.fixture(scope="module")
-def whole(model, sums, tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    saver = ModelCheckpoint(every_n_train_steps=2, filename="{step}", save_top_k=-1)
-    run(model, sums, root, saver, enable_checkpointing=True)
-    return root / "version_0"
-
-
-def test_a_page_has_what_the_run_was(whole):
-    page, found = (whole / "report.html").read_text(), Run.read(whole)
+def test_a_page_has_what_the_run_was(finished):
+    page, found = (finished.folder / "report.html").read_text(), Run.read(finished.folder)
     assert found.report["state"] == "finished" and found.report["step"] == 6
     text = " ".join(Tags(page).text.split())
     for said in (found.summary["verdict"], "Samples, before and after", "Adapter plan: ", "model.lr_lora", "CPU", "peak memory"):
@@ -67,18 +50,18 @@ def test_a_page_has_what_the_run_was(whole):
     assert found.curves["reward"][0] == [1, 2, 3, 4, 5, 6] and found.curves["val/avg@4"][0] == [0, 4, 6]
 
 
-def test_nothing_that_a_run_says_runs_or_is_loaded(whole):
+def test_nothing_that_a_run_says_runs_or_is_loaded(finished):
     def spoiled(value):
         if isinstance(value, dict):
             return {(k + BAD if k.startswith("model.") else k): spoiled(v) for k, v in value.items()}
         return [spoiled(item) for item in value] if isinstance(value, list) else value + BAD if isinstance(value, str) else value
 
-    found = Run.read(whole)
+    found = Run.read(finished.folder)
     clean = Tags(report_page(found)).elements
     report = {name: spoiled(value) if name != "curves" else value for name, value in found.report.items()}
     report["curves"] = {name + BAD * (name == "reward"): curve for name, curve in found.report["curves"].items()}
     summary = {**found.summary, "verdict": BAD, "try": [BAD]}
-    page = report_page(Run(whole, report, summary))
+    page = report_page(Run(found.folder, report, summary))
     spoiled_page = Tags(page)
     kinds = {tag for tag, _ in spoiled_page.elements}
     assert kinds == {tag for tag, _ in clean} and "script" not in kinds and BAD in spoiled_page.text
@@ -88,15 +71,14 @@ def test_nothing_that_a_run_says_runs_or_is_loaded(whole):
     assert "url(" not in page and "@import" not in page
 
 
-def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(model, sums, tmp_path, whole):
-    run(model, sums, tmp_path, ckpt=whole / "checkpoints" / "step=2.ckpt")
-    first, second = Run.read(whole).report, Run.read(tmp_path / "version_0").report
+def test_a_resumed_run_shows_the_curves_and_first_samples_of_the_whole(finished, resumed):
+    first, second = Run.read(finished.folder).report, Run.read(resumed.folder).report
     for report in (first, second):
         report["curves"].pop("time/step_s")
     assert first["curves"] == second["curves"] and first["first"] == second["first"] and first["last"] == second["last"]
 
 
-def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path, monkeypatch):
+def test_a_run_that_fails_says_how_far_it_came_and_why(measured, tmp_path, monkeypatch):
     calls, working = itertools.count(1), StartsWithDigit.__call__
 
     def failing(self, completions, prompts):
@@ -106,21 +88,19 @@ def test_a_run_that_fails_says_how_far_it_came_and_why(model, sums, tmp_path, mo
 
     monkeypatch.setattr(StartsWithDigit, "__call__", failing)
     with pytest.raises(Exception, match="alert"):
-        run(model, sums, tmp_path, enable_checkpointing=True)
+        measured(tmp_path, enable_checkpointing=True)
     found = Run.read(tmp_path / "version_0")
     assert found.report["state"].startswith("stopped: ") and BAD in found.report["state"] and found.report["step"] == 2
     assert "stopped.ckpt" in found.report["commands"][0]
     assert len(found.curves["reward"][0]) == found.report["step"] and "<script" not in (found.folder / "report.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_is_said_and_fails_no_run(model, sums, tmp_path, capsys):
+def test_a_page_that_cannot_be_written_is_said_and_fails_no_run(measured, tmp_path):
     folder = tmp_path / "version_0" / "report.html" / "x"  # a folder has the name of the page
     blocking = LambdaCallback(on_train_start=lambda *_: folder.mkdir(parents=True))
-    callbacks = (RunSummary(), RunReport(), build_adapter(), blocking)
-    fit(model, sums, tmp_path, *callbacks, policy={"reward": StartsWithDigit()}, max_steps=2)
-    said = capsys.readouterr().out
-    assert re.search(r"Warning: \S+report\.html could not be written: IsADirectoryError: ", said) and "Report:" not in said
-    assert (tmp_path / "version_0" / "summary.json").exists()
+    run = measured(tmp_path, blocking, max_steps=2, num_sanity_val_steps=0)
+    said = r"Warning: \S+report\.html could not be written: IsADirectoryError: "
+    assert re.search(said, run.output) and "Report:" not in run.output and run.summary["steps"] == 2
 
 
 def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
@@ -130,30 +110,29 @@ def test_a_long_curve_is_drawn_by_means_and_without_what_is_not_finite():
 
 
 def test_compare_tells_runs_apart_by_their_problems(folder):
-    name = "--trainer.logger.init_args.name=compared"
-    few = "--trainer.max_steps=2"
-    for options in ([], ["--adapter.rank=1"], ["--data.source.validation_fraction=0.4"]):
-        fitted = done(folder, "fit", "--config", "t.yaml", name, few, *options)
+    short = ["--trainer.max_steps=2", "--trainer.logger.init_args.name=compared"]
+    for rank in (2, 1):
+        fitted = done(folder, "fit", "--config", "t.yaml", *short, f"--adapter.rank={rank}")
         assert "\nReport:     runs/compared/version_" in fitted.out
-    runs = [f"runs/compared/version_{number}" for number in range(3)]
-    same = done(folder, "compare", *runs[:2], "--html=c.html")
+    runs = [f"runs/compared/version_{number}" for number in range(2)]
+    same = done(folder, "compare", *runs, "--html=c.html")
     assert re.search(r"accuracy \(avg@2\), less that of A │ +│ \S+ points.*, paired over 8 problems", same.out)
     options = same.out.partition("Options that differ")[2].partition("val/avg@2")[0]
     assert [line.split("│")[1:4] for line in options.splitlines() if line.startswith("│")] == [[" adapter.rank ", " 2 ", " 1 "]]
     assert re.search(r"val/avg@2\n  A  [▁-█]{40}  \S+ -> \S+\n  B  [▁-█]{40}  \S+ -> ", same.out)
     page = (folder / "c.html").read_text()
     assert "adapter.rank" in page and len(re.findall(r'class="s1 path"', page)) > 5 and "paired over 8 problems" in page
-    other = run_command(folder, "compare", runs[0], runs[2])
-    assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other.out) and "Validation problems differ" in other.out
-    path = folder / runs[1] / "report.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "not finished"}))
-    assert "not finished (step 2 of 2)" in run_command(folder, "compare", *runs[:2]).out
+    report = json.loads((folder / runs[1] / "report.json").read_text())
+    report["settings"]["validation prompts"] = "of others"
+    (folder / runs[1] / "report.json").write_text(json.dumps({**report, "state": "not finished"}))
+    other = run_command(folder, "compare", *runs).out
+    assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other) and "Validation problems differ" in other
+    assert "not finished (step 2 of 2)" in other
     for arguments, message in {
         (runs[0],): "compare needs at least two run folders",
         (runs[0], "runs/none"): "runs/none is no folder; give a run folder",
         (runs[0], "model"): r"model has no report\.json, which fit writes",
-        (*runs[:2], "--html=c.html"): r"--html=c\.html: it exists; give a new file",
-        (*runs[:2], "--html=no/c.html"): r"--html=no/c\.html: its folder does not exist",
+        (*runs, "--html=c.html"): r"--html=c\.html: it exists; give a new file",
     }.items():
         refused = run_command(folder, "compare", *arguments)
         assert refused.code == 1 and re.search(f"error: {message}", refused.err) and len(refused.err.splitlines()) == 1

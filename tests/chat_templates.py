@@ -1,4 +1,4 @@
-"""Real chat templates, read from installed packages."""
+"""Tokenizers with real chat templates, read from installed packages."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -11,18 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.policy.loading import load_tokenizer, resolve_model
 
 
-def chat_template(name: str) -> str:
-    """A template that TRL has, or SmolLM2's; the test is skipped where the package is not installed."""
-    if name == "smollm2":
-        template = smollm2_tokenizer().chat_template
-        assert isinstance(template, str)
-        return template
-    found = find_spec("trl")  # not imported, which takes seconds
-    if found is None or found.origin is None:
-        pytest.skip("needs trl: pip install 'hybrid-lightning[test]'")
-    return (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
 @cache
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's own tokenizer, from its GGUF file."""
@@ -32,9 +20,12 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tokenizer_with(name: str, eos_token: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
-    """A tokenizer of bytes with a template, or SmolLM2's."""
+    """A tokenizer of bytes with a template that TRL has, or SmolLM2's; the test is skipped where the package is not installed."""
     if name == "smollm2":
         return smollm2_tokenizer()
+    found = find_spec("trl")  # not imported, which takes seconds
+    if found is None or found.origin is None:
+        pytest.skip("needs trl: pip install 'hybrid-lightning[test]'")
     tokenizer = build_byte_tokenizer(eos_token)
-    tokenizer.chat_template = chat_template(name)
+    tokenizer.chat_template = (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     return tokenizer

@@ -46,22 +46,18 @@ trainer:
   enable_progress_bar: false
 """
 # For given completions, without a reward.
-EXAMPLES = """
+DEMONSTRATIONS = """
 model:
-  class_path: {kind}
+  class_path: SupervisedModule
   init_args: {{model: {folder}/model, examples_per_step: 8, lr_full: 0.001, lr_lora: 0.01}}
 data:
   source:
     class_path: FileSource
     init_args: {{train: {folder}/sums.jsonl, validation_fraction: 0.2, test_fraction: 0.2}}
-  format: {format}
+  format: {{class_path: DemonstrationFormat, init_args: {{completion: "{{answer}}"}}}}
 adapter: {{rank: 2, calibration_prompts: 12}}
 trainer: {{accelerator: cpu, max_steps: 2, check_val_every_n_epoch: null, val_check_interval: 2, enable_progress_bar: false}}
 """
-KINDS = {
-    "sft": ("SupervisedModule", '{class_path: DemonstrationFormat, init_args: {completion: "{answer}"}}'),
-    "dpo": ("PreferenceModule", '{class_path: PreferenceFormat, init_args: {chosen: "{answer}", rejected: "-{answer}"}}'),
-}
 PARTS = '''
 """Parts of a user."""
 from hybrid_lightning.environments import Environment
@@ -98,10 +94,6 @@ class Odd(Environment):
 class Raising(RewardFunction):
     def __call__(self, completions, prompts):
         return [1 / 0 for _ in completions]
-
-
-class NotALoss:
-    pass
 '''
 
 
@@ -176,8 +168,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl", 40)
     (folder / "t.yaml").write_text(CONFIG.format(folder=folder))
-    for name, (kind, form) in KINDS.items():
-        (folder / f"{name}.yaml").write_text(EXAMPLES.format(kind=kind, format=form, folder=folder))
+    (folder / "sft.yaml").write_text(DEMONSTRATIONS.format(folder=folder))
     (folder / "my_parts.py").write_text(PARTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)

@@ -1,4 +1,4 @@
-"""What the small hub has: tiny models of three families and the data sets of our presets, laid out as the real ones."""
+"""What the small hub has: tiny models of two families and the data sets of our presets, laid out as the real ones."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow.parquet
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast, Qwen3Config
 
 FILES = Path(__file__).with_name("hub_files")  # chat templates, cut down to what a prompt of ours meets, and rows of few problems
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 4096}
@@ -23,12 +23,6 @@ FAMILIES = {
         Qwen3Config,
         ["<|im_end|>", "<|endoftext|>"],
     ),
-    "llama": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-        LlamaConfig,
-        ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
-    ),
     "gemma2": (
         ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
@@ -38,7 +32,7 @@ FAMILIES = {
 }
 
 
-def write_model(folder: Path, family: str, template: bool = True, std: float = 0.2) -> Path:
+def write_model(folder: Path, family: str) -> Path:
     """A random model in shards, with a byte-level BPE trained here and the family's kind of chat template."""
     special, tokens, config_class, ends = FAMILIES[family]
     tokenizer = Tokenizer(models.BPE())
@@ -48,7 +42,7 @@ def write_model(folder: Path, family: str, template: bool = True, std: float = 0
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([row["question"] for row in GSM8K] + [row["query"] for row in LEETCODE], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
-    fast.chat_template = (FILES / f"{family}.jinja").read_text() if template else None
+    fast.chat_template = (FILES / f"{family}.jinja").read_text()
     fast.save_pretrained(folder)
     ids = {name: fast.convert_tokens_to_ids(token) for name, token in tokens.items()}
     ids = {"bos_token_id": ids.get("bos_token"), "eos_token_id": ids["eos_token"], "pad_token_id": ids.get("pad_token")}
@@ -57,7 +51,7 @@ def write_model(folder: Path, family: str, template: bool = True, std: float = 0
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=std)
+                parameter.normal_(std=0.2)
     if family == "qwen3":  # which writes programs, too
         _end_early(model, ids["eos_token_id"])
     model.generation_config.eos_token_id = [fast.convert_tokens_to_ids(token) for token in ends]
@@ -75,7 +69,7 @@ def _end_early(model: Any, eos: int) -> None:
             layer.self_attn.o_proj.weight[0], layer.mlp.down_proj.weight[0] = 1e-6, 1e-6
 
 
-# Rows in the columns that the real data sets have, odd ones included: the first problem of MATH-500 stands in MATH, too.
+# Rows with columns of the real data sets, odd ones included: the first problem of MATH-500 stands in MATH, too.
 MATH500, AIME24, AIME25, AMC23 = (
     [json.loads(line) for line in (FILES / f"{name}.jsonl").read_text().splitlines()]
     for name in ("math500", "aime24", "aime25", "amc23")
@@ -102,9 +96,7 @@ DAPO = [
     {
         "prompt": problem,
         "solution": str(answer),
-        "data_source": "math_dapo",
         "source_prompt": [{"content": f"Solve the following math problem step by step.\n\n{problem}", "role": "user"}],
-        "ability": "MATH",
         "reward_model": {"ground_truth": str(answer), "style": "rule-lighteval/MATH_v2"},
         "extra_info": {"index": f"9a9b6eb4-a1cb-49d1-8c1e-{answer:012d}"},
     }
@@ -118,9 +110,7 @@ MMLU_PRO = [
         "options": _OPTIONS[: 4 + n % 7],
         "answer": "ABCD"[n % 4],
         "answer_index": n % 4,
-        "cot_content": "",
         "category": "business",
-        "src": "ori_mmlu-business_ethics",
     }
     for n in range(45)
 ]
@@ -128,19 +118,13 @@ _SOLUTION = "class Solution:\n    def addN(self, x: int) -> int:\n        return
 LEETCODE = [
     {
         "task_id": f"add-{n}",
-        "question_id": n,
-        "difficulty": "Easy",
         "tags": ["Math", "Array"],
-        "problem_description": f"Add {n}.",
-        "starter_code": "class Solution:\n    def addN(self, x: int) -> int:\n        ",
-        "estimated_date": "2015-08-07 00:00:00",
         "prompt": "import math\nfrom typing import *\nfrom collections import *\n\ninf = float('inf')\n",
         "completion": _SOLUTION.format(n),
         "entry_point": "Solution().addN",
         "test": f"def check(candidate):\n    assert candidate(x = 1) == {n + 1}\n    assert candidate(x = -1) == {n - 1}\n",
         "input_output": [{"input": "x = 1", "output": str(n + 1)}, {"input": "x = -1", "output": "None"}],
         "query": f"Add {n}.\n### Format: complete this.\n```python\nclass Solution:\n    def addN(self, x: int) -> int:\n```",
-        "response": f"```python\n{_SOLUTION.format(n)}```",
     }
     for n in range(38)
 ]
@@ -159,7 +143,6 @@ DATA_SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "TIGER-Lab/MMLU-Pro": {"data/test": MMLU_PRO[5:], "data/validation": MMLU_PRO[:5]},
     "newfacade/LeetCodeDataset": {"LeetCodeDataset-train.jsonl": LEETCODE[:35], "LeetCodeDataset-test.jsonl": LEETCODE[35:]},
 }
-WITHOUT_CARD = {"math-ai/aime25", "math-ai/amc23"}
 
 
 def _write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -184,6 +167,5 @@ def write_data_sets(folder: Path) -> dict[str, Path]:
     """Hub id -> folder of a repository."""
     for id, files in DATA_SETS.items():
         card = _write(folder / id, files)
-        if id not in WITHOUT_CARD:
-            (folder / id / "README.md").write_text(f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n\n# A data set\n")
+        (folder / id / "README.md").write_text(f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n\n# A data set\n")
     return {id: folder / id for id in DATA_SETS}

@@ -33,16 +33,13 @@ FIT = (
 # Where a signal comes: a function, and which of its calls. Three rollouts score the modules.
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the first completions for scoring": (Sampler, "sample", 1),
-    "later completions for scoring": (Sampler, "sample", 3),
     "a reward for scoring": (language, "evaluate_reward", 2),
     "a gradient for scoring": (ScoringProcess, "check_loss", 2),
     "a score": (Scoring, "_score", 3),
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (evaluation, "evaluation_draws", 1),
     "the first rollout": (PolicyModule, "roll_out", 1),
-    "the first update": (PolicyModule, "chunk_loss", 1),
     "the middle of the first step": (PolicyModule, "training_step", 2),
-    "the first step is made": (PolicyModule, "on_before_optimizer_step", 1),
     "old log-probabilities": (PolicyModule, "add_logprobs", 2),
     "the second rollout": (PolicyModule, "roll_out", 2),
     "the middle of a later step": (PolicyModule, "training_step", 6),

@@ -9,12 +9,9 @@ from cli_runs import done, run
 from lightning.pytorch import Callback
 
 from hybrid_lightning import adapters, advantages, data, export, losses, policy, rewards, rollout
-from hybrid_lightning.adapters import ExactGradients, ModuleBudget
-from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.policy import LanguageModule, LearningRateSchedule, Quantization
-from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.policy import LanguageModule
 from hybrid_lightning.trainer import Trainer
 
 
@@ -33,17 +30,16 @@ def value_of(text, option):
     return re.search(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)\s*$", " ".join(found[0].split()))[1]
 
 
-@pytest.mark.parametrize("command", ["fit", "plan"])
-def test_help_shows_the_default_classes_and_the_trainer_last(folder, command):
-    text = said(folder, command, "--help")
-    assert text.startswith(f"usage: python -m hybrid_lightning {command} [")
-    wanted = [command, "model (PolicyModule)", "model.sampler (Sampler)", "data", "adapter", "adapter.budget (ModuleBudget)"]
+def test_help_shows_the_default_classes_and_the_trainer_last(folder):
+    text = said(folder, "plan", "--help")
+    assert text.startswith("usage: python -m hybrid_lightning plan [")
+    wanted = ["plan", "model (PolicyModule)", "model.sampler (Sampler)", "data", "adapter", "adapter.budget (ModuleBudget)"]
     *found, last, logger = titles(text)
     assert [title for title in found if title in wanted] == wanted
     assert (last, logger) == ("trainer", "trainer.logger (TensorBoardLogger)")
     assert "default: 0.0001" in value_of(text, "model.lr_lora") and "--adapter.calibration_prompts" in text
     assert all(f"  --trainer.{name}\n" in text for name in inspect.signature(Trainer).parameters if name != "self")
-    assert {"fit": "--ckpt_path", "plan": "--prompt_tokens"}[command] in text and "Defaults to ``None``" not in text
+    assert "--prompt_tokens" in text and "Defaults to ``None``" not in text
     # jsonargparse's options for help, and a class's options after the option for the class
     assert not re.search(r"^  --\S+\.help$", text, re.MULTILINE) and text.index("  --model.loss\n") > text.index("  --model\n")
 
@@ -82,10 +78,6 @@ def test_help_on_the_class_of_the_config_or_the_default(folder):
 
 def test_help_on_a_function_of_ones_own_is_complete(folder):
     text = said(folder, "fit", "--model.reward.help", "FunctionReward", "--config", "t.yaml")
-    for line in inspect.getdoc(known_classes(RewardFunction)["FunctionReward"]).splitlines():
-        if line.startswith("Args:"):
-            break
-        assert line.strip() in text or all(word in text for word in line.split())
     assert "    def brevity(completions, **columns): return" in text
     example = yaml.safe_load(re.search(r"In a config:\n\n((?:    .*\n)+)", text)[1])
     assert example == {"model": {"reward": {"class_path": "FunctionReward", "init_args": {"function": "..."}}}}
@@ -105,7 +97,6 @@ def test_help_on_classes_of_others(folder):
         ("--model.los.help", r"there is no class model\.los; did you mean --model\.loss\.help\?"),
         ("--model.loss.help=GRPOLos", r"unknown class GRPOLos; did you mean --model\.loss\.help=GRPOLoss\?"),
         ("--model.quantization.help=Zzz", r"unknown class Zzz; give one of Int8, NF4.*, or module\.Class"),
-        ("--help --config=nope.yaml", r"File does not exist: .*nope\.yaml"),
     ],
 )
 def test_a_mistake_in_a_call_for_help_is_said(folder, option, message):
@@ -121,35 +112,12 @@ def test_help_without_a_command_tells_each_in_a_whole_sentence(folder):
     assert len(sentences) == 9 and all(re.fullmatch(r"[a-z]+ [A-Z].*[a-z]\.", sentence) for sentence in sentences), sentences
 
 
-PARTS = {
-    f"{part.__module__}.{part.__qualname__}": part
-    for base in (Configurable, LanguageModule, Callback, LearningRateSchedule, Quantization, ExactGradients, ModuleBudget)
-    for part in known_classes(base).values()
-    if part.__module__.startswith("hybrid_lightning.")
-}
-
-
-def test_each_argument_of_a_part_is_explained():
-    """Also those that it has from its base."""
-    names = {name.rpartition(".")[2] for name in PARTS}
-    assert {"GSPOLoss", "FunctionReward", "ChatFormat", "GSM8K", "Sampler", "GroupAdvantage", "PreconditionedTail"} <= names
-    assert {"ParameterBudget", "CosineSchedule", "NF4", "PolicyModule", "HybridAdapterSetup", "MergedModel"} <= names
-    said = [(name, one.dest, one.help or "") for name, part in PARTS.items() for one in Section("key", part, {}).options()]
-    wrong = [text for text in said if len(text[2]) < 8 or re.match(r"(As in|See) `|Not described", text[2])]
-    assert not wrong, "\n".join(map(str, wrong))
-    assert all(inspect.getdoc(part) for part in PARTS.values())
-
-
-# ---- classes by their short names
-
-BASES = (Configurable, LanguageModule, Callback)
-
-
 def test_each_class_that_is_no_base_is_found_by_its_short_name():
-    known = {name: part for base in BASES for name, part in known_classes(base).items()}
+    bases = (Configurable, LanguageModule, Callback)
+    known = {name: part for base in bases for name, part in known_classes(base).items()}
     rooms = (adapters, advantages, data, export, losses, policy, rewards, rollout)
     offered = {name: getattr(room, name) for room in rooms for name in room.__all__}
-    classes = {name: part for name, part in offered.items() if isinstance(part, type) and issubclass(part, BASES)}
+    classes = {name: part for name, part in offered.items() if isinstance(part, type) and issubclass(part, bases)}
     found = {name for name, part in classes.items() if not inspect.isabstract(part)}
     assert {"GSPOLoss", "MathMatch", "GSM8K", "ExactGradients", "GroupAdvantage", "MergedModel", "Sampler"} <= found
     assert not [name for name, part in classes.items() if known.get(name) is not (part if name in found else None)]

@@ -18,17 +18,14 @@ MISTAKES = [
     # of the command, of a class of the config, of one inside of that, of one on the command line
     ("fit --config t.yaml --trainer.max_step=3", {}, r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
     ("fit --config t.yaml --model.lr_lorra=1", {}, r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
-    ("fit --config t.yaml --data.source.init_args.trian=a", {}, r"did you mean --data\.source\.train\?$"),
     ("fit --model.loss=SAPOLoss --model.loss.clip_low=1", {}, r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss "),
     # the key in front is wrong, or missing
     ("fit --modle.loss.clip_low=1", {}, r"did you mean --model\.loss\.clip_low\?$"),
-    ("fit --loss.clip_low=3", {}, r"did you mean --model\.loss\.clip_low\?$"),
     ("fit --temprature=3", {}, r"did you mean --model\.sampler\.temperature\?$"),
     ("fit --wholly_unknown=3", {}, r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
     ("fit t.yaml", {}, r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
     # TRL's names
     ("fit --config t.yaml --model.num_generations=4", {}, r"TRL's num_generations is --model\.samples_per_prompt here"),
-    ("fit --learning_rate=1e-5", {}, r"TRL's learning_rate is --model\.lr_lora here \(docs/trl\.md\)$"),
     # classes
     ("fit --config t.yaml --trainer.callbacks=PolicyExpor", {}, r"trainer\.callbacks: unknown class .* mean PolicyExport\?$"),
     ("fit --config t.yaml --model.sampler=Zzz", {}, r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
@@ -38,14 +35,11 @@ MISTAKES = [
     ("fitt --config t.yaml", {}, r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
     # keys of a config
     ("fit --config t.yaml", {"model": {"lr_lorra": 1}}, r"o\.yaml: model\.lr_lorra: PolicyModule has no .* --model\.lr_lora\?$"),
-    ("fit --config t.yaml", {"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=Pol"),
-    ("fit --config t.yaml", {"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no .* --trainer\.max_steps\?$"),
     (
         "fit --config t.yaml",
         {"model": {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": [{"class_path": "ExactMatc"}]}}}},
         r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
     ),
-    ("fit --config t.yaml --model.loss=more.MinLoss", {}, r"module 'more' has no .* 'MinLoss'; did you mean more\.MineLoss\?$"),
 ]
 
 
@@ -53,7 +47,6 @@ MISTAKES = [
     ("command", "config", "message"), MISTAKES, ids=[f"{command} {config}" for command, config, _ in MISTAKES]
 )
 def test_what_was_meant_is_said(folder, command, config, message):
-    (folder / "more.py").write_text("from hybrid_lightning.losses import GRPOLoss\nclass MineLoss(GRPOLoss): pass\n")
     (folder / "o.yaml").write_text(yaml.safe_dump(config))
     result = run(folder, *command.split(), *(["--config=o.yaml"] if config else []))
     assert_refused(result, message)
@@ -62,44 +55,22 @@ def test_what_was_meant_is_said(folder, command, config, message):
 
 # What takes long to import, of which neither a help nor a mistake needs anything.
 HEAVY = {"peft", "bitsandbytes", "datasets", "math_verify", "reasoning_gym", "trl", "hybrid_lightning.adapters.apply"}
-PROGRAM = """
-import contextlib, io, sys, time
-import torch, lightning, transformers
-times = [time.process_time()]
+PROGRAM = f"""
+import sys
 from hybrid_lightning.cli import main
-times.append(time.process_time())
-for command in {commands}:
-    sys.argv = ["hybrid_lightning", *command.split()]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            main()
-        except SystemExit:
-            pass
-    assert {wanted}[command] in said.getvalue(), said.getvalue()
-    times.append(time.process_time())
-print(*times)
-print(*({heavy} & sys.modules.keys()))
+for command in ("{ROOT / "configs"}/gspo.yaml --help", "{ROOT / "configs"}/qwen3.yaml --model.lr_lorra=1"):
+    sys.argv = ["hybrid_lightning", "fit", "--config", *command.split()]
+    try:
+        main()
+    except SystemExit:
+        print({HEAVY} & sys.modules.keys())
 """
 
 
-def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tmp_path):
-    """In processor time, which a busy machine does not stretch much, and relative to the libraries, as processors differ."""
-    wanted = {
-        f"fit --config {ROOT}/configs/gspo.yaml --help": "--model.lr_lora",
-        f"fit --config {ROOT}/configs/qwen3.yaml --model.lr_lorra=1": "did you mean --model.lr_lora",
-    }
-    command = [sys.executable, "-c", PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)]
-    shares = []
-    for _ in range(3):  # another process may be in the way
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        times, heavy = done.stdout.splitlines()
-        assert not heavy, f"{heavy} are imported for a help or a mistake"
-        libraries, imported, helped, corrected = map(float, times.split())
-        shares.append((imported - libraries + max(helped - imported, corrected - helped)) / libraries)
-        if shares[-1] < 0.25:  # one second where the libraries take four
-            return
-    raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")
+def test_a_help_and_a_mistake_import_nothing_that_takes_long(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--model.lr_lora\n" in done.stdout and "did you mean --model.lr_lora" in done.stderr
+    assert done.stdout.count("set()\n") == 2, done.stdout[-500:]
 
 
 def test_the_printed_config_has_all_options_and_keeps_texts(folder, tmp_path):

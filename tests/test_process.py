@@ -111,14 +111,11 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
     assert said.splitlines()[-1] == last
 
 
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
 def test_memory_of_a_gpu_grows_in_place_unless_it_is_asked_otherwise_and_cudnn_does_not_attend(monkeypatch):
-    precision, heard = torch.get_float32_matmul_precision(), []
+    precision, heard, settings = torch.get_float32_matmul_precision(), [], ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: heard.append(("cudnn", on)))
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", heard.append, raising=False)
-    for name in SETTINGS:
+    for name in settings:
         monkeypatch.delenv(name, raising=False)
     process.prepare_gpu(own_allocator=False)
     assert heard == [("cudnn", False), "expandable_segments:True"]
@@ -126,7 +123,7 @@ def test_memory_of_a_gpu_grows_in_place_unless_it_is_asked_otherwise_and_cudnn_d
     products = torch.backends.cuda.matmul  # a module that monkeypatch cannot put back; no CPU reads it
     assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_reduced_precision_reduction
     process.prepare_gpu(own_allocator=True)  # as vLLM does
-    for name in SETTINGS:
+    for name in settings:
         with monkeypatch.context() as patch:
             patch.setenv(name, "max_split_size_mb:512")
             process.prepare_gpu(own_allocator=False)

@@ -5,8 +5,7 @@ import torch
 from rounding import assert_same_sums
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("additions", [32, 700, 2000])
+@pytest.mark.parametrize(("additions", "dtype"), [(32, torch.float32), (700, torch.float64), (2000, torch.float32)])
 def test_orders_of_adding_differ_by_a_fraction_of_the_bound_and_mistakes_by_more(additions, dtype):
     terms = torch.randn(200, additions, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     order = torch.randperm(additions, generator=torch.Generator().manual_seed(1))

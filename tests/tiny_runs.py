@@ -184,6 +184,13 @@ def build_trainer(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **flag
     )
 
 
+def check(policy: PolicyModule, root: Path, stage: str = "fit", **flags: Any) -> None:
+    """Check the settings of a policy's run, as is done before it begins."""
+    policy._trainer = build_trainer(root, **flags)
+    policy.trainer.state.fn = stage
+    policy.check_settings()
+
+
 def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy=None, data=None, ckpt=None, **flags: Any) -> PolicyModule:
     """Train a policy, with a hybrid adapter unless one is among the callbacks: of modules chosen by name, without a rollout."""
     if not any(isinstance(callback, HybridAdapterSetup) for callback in callbacks):

@@ -1,4 +1,3 @@
-import random
 import re
 from collections import Counter
 
@@ -9,12 +8,10 @@ from tiny_runs import build_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.embedded_policy import (
-    CHARACTERS,
     CorpusSource,
     EpisodeCorpus,
     build_model,
     build_tokenizer,
-    corpus_line,
     pretrain_on,
 )
 from benchmarks.study.policies import RECIPES
@@ -28,12 +25,6 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
 
-@pytest.fixture(scope="module")
-def policy():
-    path = embedded_policy_path()
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-
-
 def split_line(question, answer):
     """Operands, cue, partial products (None for a direct answer) and result of a line, read without the code that made it."""
     a, rest = question.split("*")
@@ -45,7 +36,7 @@ def split_line(question, answer):
 
 
 @pytest.mark.parametrize(("model", "recipe", "most"), [("embedded", "products", 4e6), ("embedded:episodes", "episodes", 1e6)])
-def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(model, recipe, most):
+def test_shipped_files_are_small_float32_safetensors_and_a_tokenizer_of_what_the_code_builds(model, recipe, most):
     path = embedded_policy_path(model)
     files = list(path.iterdir())
     assert sum(file.stat().st_size for file in files) < most
@@ -61,21 +52,15 @@ def test_shipped_files_are_small_float32_safetensors_of_what_the_code_builds(mod
     assert generation.eos_token_id == tokenizer.eos_token_id == policy.config.eos_token_id
     assert generation.pad_token_id == tokenizer.pad_token_id == policy.config.pad_token_id
     assert tokenizer.padding_side == "left" and model in EMBEDDED
-
-
-def test_text_survives_the_tokenizer_and_a_character_that_it_does_not_know_is_an_error(policy):
-    _, tokenizer = policy
-    for text in (CHARACTERS, "347*6=", "[42 28 20]2082", "10*2:[00 02]20"):
-        ids = tokenizer(text).input_ids
-        assert len(ids) == len(text) and tokenizer.decode(ids) == text
-        assert tokenizer.decode([tokenizer.pad_token_id, *ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    ids, known = tokenizer(RECIPES[recipe].characters).input_ids, RECIPES[recipe].characters
+    assert len(ids) == len(known) and tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == known
     with pytest.raises(Exception, match="WordLevel"):
         tokenizer("3+4=")
 
 
 def test_the_corpus_is_right_has_the_shares_that_it_says_and_nothing_that_is_held_out():
-    rng, product = random.Random(0), ProductSource()
-    lines = [split_line(*corpus_line(rng)) for _ in range(10_000)]
+    product, rows = ProductSource(), CorpusSource(10_000, seed=0).load().train
+    lines = [split_line(row.question, row.columns["completion"]) for row in rows]
     for a, b, _, partial_products, result in lines:
         assert result == a * b and product.split_of(a, b) == "train"
         if partial_products is None:
@@ -94,22 +79,12 @@ def test_the_corpus_is_right_has_the_shares_that_it_says_and_nothing_that_is_hel
     assert sum(worked["="]) / len(worked["="]) == pytest.approx(0.3, abs=0.02)
 
 
-def test_all_answers_fit_into_the_config_and_earn_the_reward():
+def test_all_answers_earn_the_reward_and_no_other_form_does():
     reward = ExactMatch(pattern=r"\A(?:\[[\d ]*\])?(\d+)\Z")
     every = [(a, b) for a in range(10, 1000) for b in FACTORS]
-    answers = [worked_answer(a, b) for a, b in every]
-    prompts = [Prompt(text=f"{a}*{b}=", answer=str(a * b)) for a, b in every]
-    assert max(map(len, answers)) == 14
-    assert set(reward(answers, prompts)) == {1.0}
-    prompt = Prompt(text="347*6=", answer="2082")
+    assert set(reward([worked_answer(a, b) for a, b in every], [Prompt(text="?", answer=str(a * b)) for a, b in every])) == {1.0}
     wrong = ["[42 28 20]", "[42 28 20", "42 28 20]2082", "[42 28 20]2083", "[2082]", "2082]2082", "[1][2]2082", "=2082", ""]
-    assert set(reward(wrong, [prompt] * len(wrong))) == {0.0}
-
-
-def test_rows_are_the_lines_of_the_corpus():
-    rows = CorpusSource(lines=16, seed=3).load().train
-    lines = random.Random(3)
-    assert [(row.question, row.columns["completion"]) for row in rows] == [corpus_line(lines) for _ in range(16)]
+    assert set(reward(wrong, [Prompt(text="347*6=", answer="2082")] * len(wrong))) == {0.0}
 
 
 def test_pretraining_is_reproducible_and_learns():
@@ -125,8 +100,9 @@ def test_pretraining_is_reproducible_and_learns():
     assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), start.parameters(), strict=True))
 
 
-def test_the_policy_masters_less_than_half_directly_and_most_when_it_works(policy):
-    model, tokenizer = policy
+def test_the_policy_masters_less_than_half_directly_and_most_when_it_works():
+    path = embedded_policy_path()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     rows = ProductSource(validation_size=64).load().validation
     reward = ExactMatch(pattern=r"\A(?:\[[\d ]*\])?(\d+)\Z")
     accuracy = {}
@@ -140,25 +116,20 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works(polic
 
 
 def test_the_corpus_of_episodes_is_right_and_has_the_shares_that_it_says():
-    """Each turn is read without the code that made it, behind what comes before it."""
-    kinds, careless, guesses = Counter(), 0, 0
+    """Each turn of a product is read without the code that made it, behind what comes before it."""
+    kinds = Counter()
     for row in EpisodeCorpus(20_000, seed=0).load().train:
         before, turn = row.question, row.columns["completion"]
-        if before[0] != "?":
-            asked, _, rest = before.partition("=")
-            a, b = map(int, asked.split("*"))
-            assert 100 <= a <= 999 and 10 <= b <= 99 and hashed_split(asked) == "train"
-            kinds["called" if turn == f"[{asked}]" else "copied" if rest else "direct"] += 1
-            assert rest in ("", f"[{asked}]<eos>{a * b}") and turn in ((str(a * b),) if rest else (str(a * b), f"[{asked}]"))
+        if before[0] == "?":  # a game
+            assert re.fullmatch(r"\?(\d+<eos>[<>]){0,4}", before) and 1 <= int(turn) <= 31
             continue
-        told = re.findall(r"(\d+)<eos>([<>])", before)
-        assert "?" + "".join(f"{guess}<eos>{sign}" for guess, sign in told) == before and len(told) < 5
-        fitting = [n for n in range(1, 32) if all((n > int(guess)) == (sign == ">") for guess, sign in told)]
-        assert fitting and 1 <= int(turn) <= 31
-        guesses, careless = guesses + 1, careless + (int(turn) not in fitting)
+        asked, _, rest = before.partition("=")
+        a, b = map(int, asked.split("*"))
+        assert 100 <= a <= 999 and 10 <= b <= 99 and hashed_split(asked) == "train"
+        assert rest in ("", f"[{asked}]<eos>{a * b}") and turn in ((str(a * b),) if rest else (str(a * b), f"[{asked}]"))
+        kinds["called" if turn == f"[{asked}]" else "copied" if rest else "direct"] += 1
     assert kinds["called"] == pytest.approx(kinds["copied"], abs=1)
     assert kinds["called"] / (kinds["called"] + kinds["direct"]) == pytest.approx(0.4, abs=0.02)
-    assert 0.02 < careless / guesses < 0.1, "a careless guess may fit by chance"
 
 
 def test_the_policy_for_episodes_has_something_to_learn_and_a_way_to_it():

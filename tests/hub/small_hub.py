@@ -1,7 +1,7 @@
 """A small Hugging Face hub within this process: huggingface_hub's own client gets its answers, and nothing else is replaced.
 
-As the real one it answers 401 for what does not exist to who is not logged in, 404 to who is, 401 or 403 with `GatedRepo` for a
-gated repository, and 401 for a token that was revoked, whatever is asked for.
+As the real one it answers 401 for what does not exist to who is not logged in, 404 to who is, 403 with `GatedRepo` for a gated
+repository, and 401 for a token that was revoked, whatever is asked for.
 """
 
 import hashlib
@@ -38,7 +38,6 @@ class Repository:
     kind: str  # "models" or "datasets"
     folder: Path
     gated: bool = False
-    private: bool = False
 
     @cached_property
     def commit(self) -> str:
@@ -129,14 +128,14 @@ class Hub:
 
     def _repository(self, kind: str, id: str, token: str) -> Repository:
         repository = self.repositories.get((kind, id))
-        if repository is None or (repository.private and token != MEMBER):
+        if repository is None:
             if not token:
                 raise RefusalError(401, "Invalid username or password.")  # without a code
             raise RefusalError(404, "Repository not found", "RepoNotFound")
         return repository
 
     def _revision(self, repository: Repository, name: str, token: str, request: Any) -> Any:
-        about = {"_id": "6", "id": repository.id, "sha": repository.commit, "private": repository.private, "tags": []}
+        about = {"_id": "6", "id": repository.id, "sha": repository.commit, "private": False, "tags": []}
         files = [{"rfilename": name, "size": path.stat().st_size} for name, path in repository.files.items()]
         return httpx.Response(200, json={**about, "gated": repository.gated and "manual", "siblings": files})
 
@@ -153,11 +152,7 @@ class Hub:
 
     def _resolve(self, repository: Repository, name: str, token: str, request: Any) -> Any:
         if repository.gated and token != MEMBER and name != "README.md":
-            what = f"Access to {repository.kind[:-1]} {repository.id} is restricted"
-            if not token:
-                what += ". You must have access to it and be authenticated to access it. Please log in."
-                raise RefusalError(401, what, "GatedRepo")
-            what += f" and you are not in the authorized list. Visit https://huggingface.co/{repository.id} to ask for access."
+            what = f"Access to {repository.kind[:-1]} {repository.id} is restricted and you are not in the authorized list."
             raise RefusalError(403, what, "GatedRepo")
         if name not in repository.files:
             raise RefusalError(404, "Entry not found", "EntryNotFound")
@@ -166,28 +161,22 @@ class Hub:
 
 
 def filled_hub(folder: Path) -> Hub:
-    """A hub with models of three families, the data sets of our presets, and what a user may run into."""
+    """A hub with models of two families, the data sets of our presets, and what a user may run into."""
     hub, models, data = Hub(), folder / "models", hub_contents.write_data_sets(folder / "datasets")
-    qwen3, llama, gemma2 = (hub_contents.write_model(models / family, family) for family in ("qwen3", "llama", "gemma2"))
+    qwen3, gemma2 = (hub_contents.write_model(models / family, family) for family in ("qwen3", "gemma2"))
     for id in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"):
         hub.add(id, "models", qwen3)
-    hub.add("meta-llama/Llama-3.2-1B-Instruct", "models", llama, gated=True)
     hub.add("google/gemma-2-2b-it", "models", gemma2, gated=True)
     for id, repository in data.items():
         hub.add(id, "datasets", repository)
-    base, cut = hub_contents.write_model(models / "base", "llama", template=False), shutil.copytree(qwen3, models / "cut")
+    cut = shutil.copytree(qwen3, models / "cut")
     sorted(cut.glob("*.safetensors"))[1].unlink()
-    for name, place, closed in (
-        ("base", base, {}),
-        ("strict", gemma2, {}),
-        ("private", base, {"private": True}),
-        ("gated", base, {"gated": True}),
-        ("cut", cut, {}),
-    ):
-        hub.add(f"me/{name}", "models", place, **closed)
+    for name, place in (("base", qwen3), ("strict", gemma2), ("cut", cut)):
+        hub.add(f"me/{name}", "models", place)
+    hub.add("me/gated", "models", qwen3, gated=True)
     hub.add("me/gated", "datasets", data["math-ai/amc23"], gated=True)
     quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    packed = json.dumps(json.loads((base / "config.json").read_text()) | quantized)
+    packed = json.dumps(json.loads((qwen3 / "config.json").read_text()) | quantized)
     tokenizer = {path.name: path.read_text() for path in qwen3.iterdir() if "token" in path.name or "chat" in path.name}
     for kind, name, files in (
         ("models", "packed", {"config.json": packed, "model.safetensors": "", **tokenizer}),

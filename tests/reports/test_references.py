@@ -41,11 +41,8 @@ def found(model, reward, prompts, form=None, pays=False, **policy):
     ("reward", "prompts", "form"),
     [
         (ExactMatch(), rows(["12", "7"]), None),
-        (ExactMatch(r"\A(?:\[[\d ]*\])?(\d+)\Z"), rows(["12", "7"]), None),
-        (ExactMatch(r"so: (.*)"), rows(["12", "7"]), SHOWN),
         (ExactMatch(r"so: (.*)"), rows(["12"], set_name="a"), FormatBySet({"a": SHOWN})),
         (rewards.MathMatch(r"\\boxed\{(.*)\}"), rows(["12", r"\frac{1}{2}"], BOXED), None),
-        (rewards.MultipleChoice(), rows(["A", "C"]), None),
         (ExactMatch("<answer>(.*?)</answer>"), rows(["7"], "Think in <think> </think>, write <answer> </answer>"), None),
         (rewards.WeightedSum([ExactMatch(), rewards.FormatReward("<think>")]), rows(["7"]), None),
         (rewards.CodeTests(), rows(["def f(x): return 2 * x"], columns={"test": "assert f(2) == 4"}), None),

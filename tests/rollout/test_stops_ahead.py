@@ -109,34 +109,54 @@ def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model,
             server.start()
 
 
+class Interrupt(Callback):
+    """What Ctrl-C does where no callback handles signals, as in a notebook, once a server has requests."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        until = time.monotonic() + 5
+        while not self.server.running and time.monotonic() < until:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["weights", "completions of a rollout ahead"])
+@pytest.mark.parametrize("meanwhile", ["weights", "completions of a rollout ahead"])
 def test_a_stop_ends_within_seconds_what_a_server_that_answers_nothing_was_asked_for(
-    model, sums, tmp_path, start, monkeypatch, number
+    model, sums, tmp_path, start, monkeypatch, meanwhile
 ):
-    """Ctrl-C where no callback handles signals, as in a notebook."""
     monkeypatch.setattr(Generation, "_compare", lambda *_: None)
-    server, came, handler = start(seeded=True), [], signal.getsignal(signal.SIGINT)
-    answer, soon = server.on_inference_v1_generate, lambda: threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
-
-    def late(body):
-        came.append(body)
-        server.delay = 60 if len(came) > 4 else 0  # requests of a rollout
-        if len(came) == 5:
-            soon()
-        return answer(body)
-
-    if number == signal.SIGTERM:
-        server.on_start_weight_update = lambda body: soon() or (server.stopped.wait(60) and None)
+    server, handler, stop = start(seeded=True), signal.getsignal(signal.SIGINT), GracefulStop()
+    sampler, came = VLLMServerSampler(urls=[server.url], max_new_tokens=6), []
+    answer, begin = server.on_inference_v1_generate, server.on_start_weight_update
+    if meanwhile == "weights":
+        server.on_start_weight_update = lambda body: (came.append(body), server.stopped.wait(60), begin(body))[2]
     else:
+
+        def late(body):
+            came.append(body)
+            server.delay = 60 if len(came) > 4 else 0  # requests of a rollout
+            return answer(body)
+
         server.on_inference_v1_generate = lambda body: late(body) if body else answer(body)
-    sampler = VLLMServerSampler(urls=[server.url], max_new_tokens=6)
-    callbacks, began = [GracefulStop()] if number == signal.SIGTERM else [], time.monotonic()
+    callbacks = [Interrupt(server)] if "ahead" in meanwhile else [stop]
+
+    def signalled():
+        while not came:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "ahead" not in meanwhile:
+        threading.Thread(target=signalled, daemon=True).start()
+    began = time.monotonic()
     try:
         with pytest.raises(SystemExit):
             fit(model, sums, tmp_path, *callbacks, policy={"sampler": sampler, "rollouts_ahead": 2})
         assert time.monotonic() - began < 8
     finally:
         signal.signal(signal.SIGINT, handler)  # which Lightning ignores after Ctrl-C
-    assert number == signal.SIGTERM or server.ended
+    assert meanwhile == "weights" or server.ended
     assert not [thread.name for thread in threading.enumerate() if thread.name == "requests to vLLM servers"]

@@ -127,6 +127,7 @@ def test_a_data_module_of_ones_own_may_prepare_its_files(folder):
     given = ["--data=my_parts.Prepared", "--data.source.init_args.train=prepared.jsonl", "--data.format=PlainFormat"]
     options = ["--trainer.logger=false", "--trainer.default_root_dir=once", "--adapter.scorer=Random"]
     done(folder, "score", "--config", "t.yaml", *options, *given)
+    assert (folder / "prepared.jsonl").is_file() and list((folder / "once").rglob("plan.json"))
 
 
 def test_what_has_been_scored_stays(folder):

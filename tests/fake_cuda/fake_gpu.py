@@ -95,8 +95,7 @@ def counter():
                 self.counts.syncs.append("boolean index")
             if way := _between(name, args, kwargs):
                 self.counts.syncs.append(way)
-            puts = name in putting and not _by_boolean(name, args)  # a mask takes each number once
-            if name in adding or (puts and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
+            if name in adding or (name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
                 self.counts.atomics.append(name)
             if name in backward and not torch.are_deterministic_algorithms_enabled():
                 self.counts.atomics.append(name)

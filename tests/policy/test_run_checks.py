@@ -102,11 +102,13 @@ def test_every_loss(on_gpu):
         others = {"ref_logprobs": values - 0.2, "entropy": entropy, "max_completion_tokens": 5.0}
         with on_gpu:
             loss(LossInputs(logprobs, ones, torch.ones(4, 5, dtype=torch.bool), values - 0.1, **others)).loss.backward()
+        assert logprobs.grad.any(), type(loss).__name__
 
 
 def test_training_on_examples(folder, tmp_path, on_gpu):
     with on_gpu:
-        tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
+        module = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
+    assert module.trainer.global_step > 0
 
 
 def test_a_gpu_would_refuse_cumulative_sums():

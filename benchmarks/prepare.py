@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.workloads import Workload
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.errors import HybridLightningError, ModelError
-from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model
+from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
 
 PROBE_ROWS = 16  # completions sampled to learn how probable tokens are
 COMMON_TOKENS = 100  # too probable each to end completions: the probability of ending would vary too much from token to token

@@ -37,7 +37,7 @@ from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine import PackedSequences
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.compiling import CODES
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.trainer import Trainer
@@ -262,7 +262,7 @@ def resume(day: Day) -> Iterator[Found]:
 def nf4(day: Day) -> Iterator[Found]:
     from bitsandbytes.optim import AdamW8bit
 
-    from hybrid_lightning.policy.quantization import NF4
+    from hybrid_lightning.model.quantization import NF4
 
     yield from two_steps(day, policy={"quantization": NF4(), "optimizer": partial(AdamW8bit)})
 

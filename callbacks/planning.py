@@ -28,11 +28,11 @@ from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
 from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.adaptation import AdaptedModule
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.modes import evaluation_mode
-from hybrid_lightning.policy.optim import make_optimizer
-from hybrid_lightning.policy.sharded_scoring import SharedProgress, scored_together
+from hybrid_lightning.training.adaptation import AdaptedModule
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.model.precision import evaluation_mode
+from hybrid_lightning.training.optim import make_optimizer
+from hybrid_lightning.training.sharded_scoring import SharedProgress, scored_together
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks
 from hybrid_lightning.stopping import RunStopped, StopSignals

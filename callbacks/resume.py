@@ -26,7 +26,7 @@ from hybrid_lightning.callbacks.run_settings import (
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.options import ACCURACY, BEST, EPOCH, FIXED, MADE_BY, MEASURED, NOTHING, REFUSED, ROLLOUT, SIZES, Effects
-from hybrid_lightning.policy.training_data import restart_epoch
+from hybrid_lightning.training.training_data import restart_epoch
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 

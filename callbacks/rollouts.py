@@ -19,7 +19,7 @@ from torch import Tensor
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode

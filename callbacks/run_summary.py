@@ -21,9 +21,9 @@ from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
-from hybrid_lightning.policy.adaptation import AdaptedModule
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.training.adaptation import AdaptedModule
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import PolicyModule
 
 
 class RunSummary(Callback):

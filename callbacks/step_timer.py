@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.run_folder import find_callback
-from hybrid_lightning.policy.step_times import PhaseClock, Spread
+from hybrid_lightning.training.step_times import PhaseClock, Spread
 from hybrid_lightning.types import PolicyBatch
 
 # Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.

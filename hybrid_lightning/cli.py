@@ -46,12 +46,12 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
-from hybrid_lightning.policy.examples import (
+from hybrid_lightning.training.examples import (
     PreferenceModule,  # noqa: F401  (as above)
     SupervisedModule,  # noqa: F401  (as above)
 )
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals

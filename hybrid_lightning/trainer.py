@@ -40,9 +40,9 @@ from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.optim import ConstantSchedule
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.optim import ConstantSchedule
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler

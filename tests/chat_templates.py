@@ -8,7 +8,7 @@ import pytest
 from tiny_models import build_byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.policy.loading import load_tokenizer, resolve_model
+from hybrid_lightning.model.loading import load_tokenizer, resolve_model
 
 
 @cache

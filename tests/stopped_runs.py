@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hybrid_lightning.adapters import AdapterPlan, Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.callbacks import RunSummary
-from hybrid_lightning.policy import PolicyModule, evaluation, language
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.training import evaluation, language
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 

@@ -18,6 +18,7 @@ LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),
 }
+POLICY = {"model", "episodes", "training"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
@@ -31,16 +32,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
     "environments": GROUND | {"sandbox"},
-    "policy": GROUND | LEAVES | {"process", "quiet"},
-    "export": GROUND | LEAVES | {"policy"},
-    "memory": GROUND | LEAVES | {"policy", "process"},
-    "reports": GROUND | LEAVES | {"policy"},
-    "callbacks": GROUND | LEAVES | {"policy", "export", "reports"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "reports", "callbacks", "quiet"},
+    "model": GROUND | LEAVES | {"process", "quiet"},
+    "episodes": GROUND | LEAVES | {"model"},
+    "training": GROUND | LEAVES | {"model", "episodes", "quiet"},
+    "policy": {"configurable", "model", "training"},
+    "export": GROUND | LEAVES | POLICY,
+    "memory": GROUND | LEAVES | POLICY | {"process"},
+    "reports": GROUND | LEAVES | POLICY,
+    "callbacks": GROUND | LEAVES | POLICY | {"export", "reports"},
+    "trainer": GROUND | LEAVES | POLICY | {"export", "memory", "reports", "callbacks", "quiet"},
     "remedies": GROUND,
     "cli": GROUND
     | LEAVES
-    | {"policy", "export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"},
+    | POLICY
+    | {"export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.metrics import completion_draws
-from hybrid_lightning.policy.evaluation import add_prompts
+from hybrid_lightning.training.evaluation import add_prompts
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import _Decoder

@@ -32,7 +32,7 @@ from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice
 from hybrid_lightning.memory.peaks import plan_method
-from hybrid_lightning.policy.loading import read_config, resolve_model
+from hybrid_lightning.model.loading import read_config, resolve_model
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 

@@ -1,6 +1,6 @@
 """`ScoringProcess`: the backward passes of scoring, and which modules a process scores: all, where it is alone.
 
-Processes that have split the model share the work (`policy/sharded_scoring.py`): each runs the passes of other losses, gets the
+Processes that have split the model share the work (`training/sharded_scoring.py`): each runs the passes of other losses, gets the
 gradients of some modules from all of them, in the order of the losses, and scores these modules.
 """
 

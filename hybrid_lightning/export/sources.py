@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, is_adapter_weight, peft_weights, training_of
-from hybrid_lightning.policy.adaptation import adapter_state
+from hybrid_lightning.training.adaptation import adapter_state
 from hybrid_lightning.sharding.checkpoints import read_checkpoint
 from hybrid_lightning.sharding.sharded_folder import read_weights
 

@@ -26,9 +26,9 @@ from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
-from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
-from hybrid_lightning.policy.pretrained import meta_model
-from hybrid_lightning.policy.prompts import chosen_template
+from hybrid_lightning.model.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
+from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.model.prompts import chosen_template
 
 PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."

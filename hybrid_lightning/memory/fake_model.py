@@ -33,8 +33,8 @@ from hybrid_lightning.engine import (
 )
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.policy.pretrained import meta_model
+from hybrid_lightning.model.precision import checkpoint_gradients
+from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.types import Sequences
 
 

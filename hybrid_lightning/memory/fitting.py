@@ -195,7 +195,7 @@ def _quantization(settings: RunSettings, sharding: Sharding) -> list[Change]:
     if settings.quantization is not None or not sharding.whole_on_every_device or not settings.mixed_precision:
         return []
     try:
-        from hybrid_lightning.policy.quantization import NF4
+        from hybrid_lightning.model.quantization import NF4
 
         return [Change.of("model.quantization", "NF4", "exactness of the frozen weights, and time", quantization=NF4())]
     except ConfigError:

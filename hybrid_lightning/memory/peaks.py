@@ -16,7 +16,7 @@ from hybrid_lightning.memory.process_growth import Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
 from hybrid_lightning.memory.strategies import FSDP1, PASS, Components, Sharding
-from hybrid_lightning.policy.pretrained import meta_model
+from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
 
@@ -187,7 +187,7 @@ class _Run:
     @property
     def _calibration_batch(self) -> int:
         """Calibration prompts that are completed together."""
-        from hybrid_lightning.policy.calibration import calibration_batch  # as above
+        from hybrid_lightning.training.calibration import calibration_batch  # as above
 
         return min(self.settings.scored_prompts, calibration_batch(self.settings.prompts_per_rollout))
 

@@ -12,9 +12,9 @@ from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
-from hybrid_lightning.policy.pretrained import meta_model
-from hybrid_lightning.policy.quantization import NF4, Quantization
+from hybrid_lightning.training.optim import OptimizerCallable, make_optimizer
+from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.model.quantization import NF4, Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 FLOAT32_BYTES = 4

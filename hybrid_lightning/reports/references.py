@@ -17,7 +17,7 @@ import torch
 from hybrid_lightning.data import FormatBySet, PromptFormat
 from hybrid_lightning.data.template import fill_template
 from hybrid_lightning.errors import HybridLightningError, shorten
-from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.reports.findings import Finding
 from hybrid_lightning.rewards import evaluate_reward
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state

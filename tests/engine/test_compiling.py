@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine import Engine, base_model, compiling, fused_layers, use_fused_modules
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.model.precision import checkpoint_gradients
 
 
 @pytest.fixture

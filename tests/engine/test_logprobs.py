@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.engine import Backend, Engine, PackedSequences, logprobs_of_hidden, token_logprobs
 from hybrid_lightning.engine.passes import prepacked_projection
-from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.model.precision import checkpoint_gradients
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Sequences
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import decoder_layers, prepacked, trials
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.policy.loading import load_model, resolve_model
+from hybrid_lightning.model.loading import load_model, resolve_model
 
 WIDER = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 300}
 CONFIGS = {

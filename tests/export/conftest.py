@@ -17,7 +17,7 @@ from hybrid_lightning.adapters.candidates import ranks_by_pattern
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.export import TrainedPolicy
 from hybrid_lightning.export.trained import BaseModel, Training, peft_weights
-from hybrid_lightning.policy.loading import DTYPES
+from hybrid_lightning.model.loading import DTYPES
 
 
 @dataclass(frozen=True)

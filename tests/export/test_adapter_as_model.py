@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, TrainedPolicy, write_policy
 from hybrid_lightning.export.trained import BaseModel
-from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model
+from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
 
 
 def load(folder, dtype="float32"):

@@ -31,7 +31,7 @@ def test_the_merged_model_in_the_bases_dtype(folder, run_and_number, tmp_path, m
     root, _ = run_and_number
     runs = set(folder.glob("runs/*/*"))
     with monkeypatch.context() as patch:
-        patch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)  # the base is loaded once, and in no other place
+        patch.setattr("hybrid_lightning.model.pretrained.load_model", fail)  # the base is loaded once, and in no other place
         result = done(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *TRAINING_SETTINGS)
     assert f"Policy written to {tmp_path}/out in float32\n" in result.out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -14,7 +14,7 @@ from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
 from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel, Training
 from hybrid_lightning.export.write import written_message
-from hybrid_lightning.policy.loading import ModelSource
+from hybrid_lightning.model.loading import ModelSource
 
 
 @pytest.mark.parametrize(("base", "wanted", "keep"), [("float32", "bfloat16", True), ("bfloat16", "float16", False)])

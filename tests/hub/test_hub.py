@@ -18,7 +18,7 @@ from small_hub import MEMBER, REVOKED, STRANGER, Hub, filled_hub
 
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.hub import hub_answers
-from hybrid_lightning.policy import loading
+from hybrid_lightning.model import loading
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = [

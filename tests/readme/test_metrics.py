@@ -11,7 +11,7 @@ from cli_runs import command
 from pages import PAGES, ROOT
 
 from hybrid_lightning import losses
-from hybrid_lightning.policy.generation import Generation
+from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import LossInputs
 
 REFERENCE = PAGES["docs/reference/metrics.md"]

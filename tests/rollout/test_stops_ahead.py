@@ -19,7 +19,7 @@ from hybrid_lightning.callbacks import GracefulStop, StepTimer
 from hybrid_lightning.callbacks.graceful_stop import last_checkpoint
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
-from hybrid_lightning.policy.generation import Generation
+from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.rollout import Sampler, VLLMServerSampler
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

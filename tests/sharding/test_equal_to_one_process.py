@@ -11,7 +11,7 @@ from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation, TopEntropyMask
-from hybrid_lightning.policy.current_weights import CurrentWeights
+from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.rollout import DynamicSampling
 
 

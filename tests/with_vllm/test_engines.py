@@ -16,8 +16,8 @@ from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, po
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.policy.episodes import Episodes
-from hybrid_lightning.policy.generation import Generation
+from hybrid_lightning.episodes.episodes import Episodes
+from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt

@@ -1,0 +1,373 @@
+"""`Episodes`: plays episodes, turn by turn: the policy samples a message in each, then all environments answer.
+
+    prompt, messages of `start`  ->  sampled  ->  messages of `step`  ->  sampled  ->  ...
+
+An episode is one row of a rollout. Its completion holds what the policy sampled and, between, what was added, as token ids; a
+mask says which is which. All episodes that still run are in the same turn, so that they are sampled in one batch.
+
+Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T completion tokens.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.errors import ConfigError, RolloutError, shorten
+from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.episodes.turns import TurnEncoder
+from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.conversation import Turn
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
+from hybrid_lightning.sharding.ranks import gather_objects
+from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.user_code import in_user_code
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+
+ENDS = ("answered", "over", "turns", "tokens", "time", "failed")  # see `Episode.end`
+
+
+@dataclass
+class _Row:
+    """An episode while it is played."""
+
+    prompt: Prompt
+    messages: list[Message]
+    ids: list[int] = field(default_factory=list)  # of the completion
+    sampled: list[bool] = field(default_factory=list)  # which of them the policy sampled
+    logprobs: list[float] = field(default_factory=list)  # 0 where not
+    steps: list[int] = field(default_factory=list)  # of the weights that sampled each, or that sampled last; none if all had one
+    last: Sequence[int] = ()  # tokens of the policy's last message
+    texts: list[str] = field(default_factory=list)  # of its messages
+    lengths: list[int] = field(default_factory=list)  # and their tokens
+    rewards: list[float] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    thinking: bool = False
+    end: str = ""  # empty while it runs
+
+    def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
+        """Add a message of the policy."""
+        if not self.texts:
+            self.thinking = completion.thinking
+        self.last = ids
+        self.lengths.append(len(ids))
+        self.ids += ids
+        self.logprobs += logprobs
+        self.steps += steps
+        self.sampled += [True] * len(ids)
+        self.end = "" if completion.finished else "tokens"
+        self.texts.append(str(completion))
+        self.messages.append({"role": "assistant", "content": str(completion)})
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """Add tokens that the policy reads."""
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.steps += self.steps[-1:] * len(ids)
+        self.sampled += [False] * len(ids)
+
+    def fail(self) -> None:
+        """Leave the episode out: nothing of it is trained on."""
+        self.end, self.ids, self.sampled, self.logprobs, self.steps, self.lengths = "failed", [], [], [], [], []
+
+    def completion(self) -> Completion:
+        """What the policy said, for rewards and logs."""
+        rewards, lengths = tuple(self.rewards), tuple(self.lengths)
+        episode = Episode(tuple(self.messages), len(self.texts), self.end, rewards, dict(self.counts), lengths)
+        ended = self.end in ("answered", "over")
+        return Completion("\n".join(self.texts), sum(self.sampled), ended, self.thinking, episode)
+
+
+class Episodes:
+    """Plays the episodes of a policy.
+
+    The environment is as it is configured; each episode gets an object of its own. `on_wait` is that of `RunningEpisodes`.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        limits: EpisodeLimits,
+        sampler: RolloutEngine,
+        pretrained: Pretrained,
+        turn_template: str | None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.environment, self.limits, self.sampler, self.pretrained = environment, limits, sampler, pretrained
+        self._turn_template = turn_template
+        self._running = RunningEpisodes(environment, limits, on_wait)
+
+    @cached_property
+    def turns(self) -> TurnEncoder:
+        """Writes what is added as tokens."""
+        pretrained, given = self.pretrained, {} if self._turn_template is None else {"turn_template": self._turn_template}
+        with in_user_code(self.environment, "prepare"):
+            self.environment.prepare(pretrained.encoder.chat_template or pretrained.tokenizer.chat_template)
+        with in_user_code(self.environment, "tools"):
+            tools = self.environment.tools()
+        if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+            name = type(self.environment).__name__
+            raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
+        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
+
+    def apart(self, on_wait: Callable[[], None]) -> "Episodes":
+        """The same for another thread: with a tokenizer of its own, and processes for the environments."""
+        other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template, on_wait)
+        _ = other.turns  # reads the tokenizer, here and not in that thread
+        return other
+
+    def shut_down(self) -> None:
+        """End what environments run in; it begins again when it is needed."""
+        self._running.close()
+
+    def play(
+        self,
+        engine: "Engine",
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        seeds: Sequence[int],
+        *,
+        generator: torch.Generator | PromptDraws | None,
+        greedy: bool,
+        stops: Stops,
+        on_token: Callable[[int, int], None] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> Rollouts:
+        """Play G episodes of each prompt, which has a seed for its task. Other arguments are those of `RolloutEngine.sample`.
+
+        Raises:
+            RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
+        """
+        samples, running = samples_per_prompt, self._running
+        try:
+            every = [prompt for prompt in prompts for _ in range(samples)]
+            started = running.start(every, [seed for seed in seeds for _ in range(samples)])
+            rows, ids = self._begin(prompts, started, samples)
+            conversation = self.sampler.conversation(
+                engine,
+                self.pretrained.tokenizer,
+                prompts,
+                ids,
+                samples,
+                capacity=self.limits.max_tokens,
+                stops=stops,
+                greedy=greedy,
+                on_token=on_token,
+            )
+            said, numbers = conversation.first(generator), list(range(len(rows)))
+            while True:
+                self._say(rows, numbers, said, ids, samples)
+                going = [number for number in numbers if not rows[number].end]
+                answers = running.step({number: rows[number].messages[-1] for number in going})
+                added = {number: self._hear(rows[number], answers[number]) for number in going}
+                ended = [number for number in numbers if rows[number].end not in ("", "failed")]
+                numbers = [number for number in going if not rows[number].end]
+                if not numbers:
+                    break
+                if on_completion is not None:
+                    for number in ended:
+                        on_completion(number, rows[number].completion())
+                said = conversation.next(numbers, [added[number] for number in numbers], generator)
+        finally:
+            running.finish()
+        return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
+
+    def _begin(
+        self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
+    ) -> tuple[list[_Row], list[list[int]]]:
+        """The rows of episodes before the first turn, and the tokens that those of each group begin with."""
+        rows: list[_Row] = []
+        begins: list[list[int]] = []
+        for number, prompt in enumerate(prompts):
+            firsts: list[list[int]] = []  # of the episodes that did not fail
+            rendered: Sequence[Message] | None = None
+            for messages in started[number * samples : (number + 1) * samples]:
+                begun = () if isinstance(messages, Failure) else messages
+                if rendered is None or begun != rendered:
+                    (ids, conversation), rendered = self.turns.first(prompt, begun), begun
+                rows.append(_Row(prompt, list(conversation), end="failed" if isinstance(messages, Failure) else ""))
+                firsts += [] if rows[-1].end else [ids]
+            if any(other != firsts[0] for other in firsts):
+                raise RolloutError(
+                    f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
+                    "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed"
+                )
+            begins.append(firsts[0] if firsts else ids)
+        return rows, begins
+
+    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Turn, ids: Sequence[list[int]], samples: int) -> None:
+        """Take messages of the policy into the episodes that still run."""
+        lengths, finished = said.lengths.tolist(), said.finished.tolist()
+        tokens = [row[:length] for row, length in zip(said.tokens.tolist(), lengths, strict=True)]
+        contexts = [[*ids[number // samples], *rows[number].ids] for number in numbers]
+        texts = self.sampler.completions(self.pretrained.tokenizer, contexts, tokens, finished)
+        made_by = [[] for _ in numbers] if said.weights_step is None else said.weights_step.tolist()
+        for number, own, logprobs, steps, text in zip(numbers, tokens, said.logprobs.tolist(), made_by, texts, strict=True):
+            if not rows[number].end:
+                rows[number].say(own, logprobs[: len(own)], steps[: len(own)], text)
+
+    def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
+        """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
+        if isinstance(answer, Failure):
+            row.fail()
+            return []
+        if isinstance(answer, TimedOut):
+            row.end = "time"
+            return []
+        row.rewards.append(answer.reward)
+        row.counts.update(answer.counts)
+        if answer.over or len(row.texts) == self.limits.max_turns:
+            row.end = answer.end if answer.over else "turns"
+            row.messages += answer.messages
+            return []
+        messages, ids = self._fitted(row, answer.messages)
+        row.messages += messages
+        if len(row.ids) + len(ids) >= self.limits.max_tokens:
+            row.end = "tokens"
+            return []
+        row.hear(ids)
+        return ids
+
+    def _fitted(self, row: _Row, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
+        """Messages and their tokens; the last one cut, where that is wanted, to leave room for a message of the policy."""
+        ids = self.turns.added(row.prompt, messages, row.last)
+        room = self.limits.max_tokens - len(row.ids) - self.sampler.max_new_tokens
+        if self.limits.too_long == "end" or len(ids) <= room or not messages:
+            return list(messages), ids
+        *before, last = messages
+        text = str(last["content"])
+        kept = len(text)
+        while len(ids) > room and kept:
+            # By the tokens that are too many, at the average length of a token, and at least a few characters at a time.
+            kept = max(0, min(kept - 8, kept * max(room, 0) // len(ids)))
+            messages = [*before, {**last, "content": text[:kept] + CUT_MARK}]
+            ids = self.turns.added(row.prompt, messages, row.last)
+        row.counts["cut_answers"] += 1
+        return list(messages), ids
+
+    def _rollouts(
+        self, prompts: Sequence[Prompt], rows: Sequence[_Row], ids: Sequence[list[int]], samples: int, device: torch.device
+    ) -> Rollouts:
+        def padded(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            return pad_sequence([torch.tensor(row, dtype=dtype) for row in values], batch_first=True).to(device)
+
+        pad = pad_token(self.pretrained.tokenizer)
+        prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in pad_left(ids, pad, device))
+        completion_ids, completion_mask = pad_right([row.ids for row in rows], pad, device)
+        steps = padded([row.steps for row in rows], torch.long) if any(row.steps for row in rows) else None
+        sampled = padded([row.sampled for row in rows], torch.bool)
+        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask, steps, sampled)
+        completions = tuple(row.completion() for row in rows)
+        return Rollouts(
+            tuple(prompts),
+            sequences,
+            completions,
+            padded([row.logprobs for row in rows], torch.float32),
+            torch.tensor([completion.finished for completion in completions], device=device),
+            samples,
+        )
+
+
+def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDraws | None, seed: int) -> list[int]:
+    """A seed for the task of each prompt, in [0, 2^31).
+
+    Where a row has a column `seed` it is that, so that the row is always the same task. Else a rollout has seeds of its own, and
+    an evaluation always the same, by the policy's seed; so has what is completed greedily, without a generator.
+    """
+    if isinstance(generator, torch.Generator):
+        drawn = torch.randint(2**31, (len(prompts),), generator=generator, device=generator.device).tolist()
+    else:
+        drawn = (generator or evaluation_draws(prompts, 1, seed)).seeds
+    own = [prompt.columns.get("seed") for prompt in prompts]
+    return [(row if type(row) is int else other) % 2**31 for row, other in zip(own, drawn, strict=True)]
+
+
+def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
+    """Give each sampled token of B episodes the advantage of its turn.
+
+    Args:
+        advantages: [K * B], from the first turn on (see `rewards_to_go`).
+        rollouts: B episodes.
+
+    Returns:
+        [B, T], 0 where nothing was sampled; with K = 1 turns the advantages, which are those of the sequences, [B].
+    """
+    sampled = rollouts.sequences.sampled_mask
+    turns = len(advantages) // max(1, len(sampled))
+    if turns == 1:
+        return advantages
+    lengths = torch.zeros(len(sampled), turns, dtype=torch.long)
+    for row, completion in enumerate(rollouts.completions):
+        assert completion.episode is not None, "made by `play`"
+        own = completion.episode.lengths
+        lengths[row, : len(own)] = torch.tensor(own)
+    result = advantages.new_zeros(sampled.shape)
+    result[sampled] = advantages.view(turns, -1).T.flatten().repeat_interleave(lengths.flatten().to(sampled.device))
+    return result
+
+
+def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:
+    """Random numbers that are the same at every evaluation, and not those of training."""
+    return PromptDraws(prompts, samples_per_prompt, seed + 104_729)
+
+
+def has_failed(completion: Completion) -> bool:
+    """Whether a completion is an episode whose environment failed, so that it is left out."""
+    return completion.episode is not None and completion.episode.end == "failed"
+
+
+def episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Compute the metrics of one rollout's episodes over all ranks, from this rank's. All ranks have to call it.
+
+    Returns:
+        `episodes/end/{reason}`, shares of all episodes (see `Episode.end`); and over those that have not failed the means of
+        `episodes/turns`, `episodes/return` (sum of the environment's rewards) and of what the environment counts, such as
+        `episodes/calls`.
+    """
+    episodes = [completion.episode for completion in completions if completion.episode is not None]
+    own = [(episode.end, {**episode.counts, "turns": episode.turns, "return": sum(episode.rewards)}) for episode in episodes]
+    every = [values for of_rank in gather_objects(own) for values in of_rank]
+    ends = Counter(end for end, _ in every)
+    kept = [values for end, values in every if end != "failed"]
+    names = {name for values in kept for name in values}
+    shares = {f"episodes/end/{reason}": ends[reason] / len(every) for reason in ENDS}
+    return {f"episodes/{name}": sum(float(values.get(name, 0)) for values in kept) / len(kept) for name in sorted(names)} | shares
+
+
+def episode_records(rollouts: Rollouts, rewards: Rewards, greedy: bool = False) -> list[dict[str, Any]]:
+    """One record for each episode, ready for JSON; greedy ones, one a prompt, have None as `sample`."""
+    sequences, records = rollouts.sequences, []
+    for row, completion in enumerate(rollouts.completions):
+        episode, prompt = completion.episode, rollouts.prompts[row // rollouts.samples_per_prompt]
+        assert episode is not None, "made by `play`"
+        real = sequences.completion_mask[row]
+        records.append(
+            {
+                "set": prompt.set_name,
+                "index": prompt.index,
+                "sample": None if greedy else row % rollouts.samples_per_prompt,
+                "answer": prompt.answer,
+                "messages": [dict(message) for message in episode.messages],
+                "end": episode.end,
+                "turn_rewards": list(episode.rewards),
+                "counts": dict(episode.counts),
+                "reward": float(rewards.total[row]),
+                "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
+                "correct": bool(rewards.correct[row]),
+                "prompt_ids": sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist(),
+                "completion_ids": sequences.completion_ids[row][real].tolist(),
+                "sampled": sequences.sampled_mask[row][real].tolist(),
+                "logprobs": rollouts.sampling_logprobs[row][real].tolist(),
+                "columns": prompt.columns,
+            }
+        )
+    return records

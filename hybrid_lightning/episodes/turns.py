@@ -1,0 +1,327 @@
+r"""`TurnEncoder`: the tokens of episodes, which a policy and an environment write in turns.
+
+    ids = first(prompt, start)       the prompt and the messages that the environment begins with, up to where the policy goes on
+    ids += sampled                   what the policy sampled, as it is: token ids are the truth, and are never made anew from text
+    ids += added(prompt, new, sampled)   what is between this turn and the next one
+
+What is added is the difference of two renderings: a conversation up to an answer, and the same one with that answer, its end and
+new messages behind it, up to where the policy goes on. Of the end only that is added which the policy did not sample itself.
+
+The conversation that is rendered is a short one, with a word in place of the answer. So a turn costs the same however long an
+episode is, and nothing depends on what the policy wrote: templates trim it, take thoughts out of it, or refuse it; it may end
+within a character, and look like a part of the template. Whether the difference is the same behind any conversation is tried
+before the run: `check` refuses a template that changes earlier turns once messages follow, such as one that drops their thoughts.
+
+What an environment says is text: `<|im_end|>` in it ends no turn, as it does in the template. Before such a text is rendered, it
+is cut within these tokens, and then tokenized in parts.
+
+Prompts of plain text have no template. What is added to them is written by `turn_template`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError
+
+from hybrid_lightning.data.template import fill_template, template_fields
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.model.prompts import ANSWERED, ASKED, KEEP_HISTORY, PromptEncoder
+from hybrid_lightning.types import Message, Prompt
+
+TURN_TEMPLATE = "\n{content}\n"
+_ANSWER = ANSWERED["content"]
+_NEW = "NEW-CONTENT"  # stands for the text of a new message
+_CALL_ENDS = ("<|eom_id|>", "<|call|>")  # with which models end a turn that calls a tool: Llama 3, gpt-oss
+# How a message is written whose role the template does not know. The policy has to see that no person said this.
+_PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
+T = TypeVar("T")
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+
+
+class TurnEncoder:
+    r"""Makes the tokens of an episode's turns.
+
+    Args:
+        encoder: Renders and tokenizes prompts.
+        stop_ids: Tokens that end a completion.
+        tools: JSON schemas of the tools that the policy may call.
+        turn_template: How a message is written behind a prompt that is plain text: text with `{content}` and, perhaps, `{role}`.
+
+    Raises:
+        ConfigError: If `turn_template` is not such a text.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        stop_ids: Sequence[int],
+        tools: Sequence[dict[str, Any]] = (),
+        turn_template: str = TURN_TEMPLATE,
+    ) -> None:
+        used = template_fields("model.turn_template", turn_template)
+        if "content" not in used or set(used) - {"content", "role"}:
+            raise ConfigError(
+                f"model.turn_template={turn_template!r} has to say where the text of a message goes: write {{content}} there, "
+                "and {role} if wanted, and nothing else in braces"
+            )
+        self.tools = list(tools)
+        self._encoder = encoder
+        self._given_stops = [int(token) for token in stop_ids]
+        self._turn_template = turn_template
+        self._faults: dict[str, str] = {}  # role -> why the template cannot write such messages; "" if it can
+        self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
+
+    # ---- before the run
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a turn: those given, with which the template ends one, and with which models end a call of a tool."""
+        tokenizer = self._encoder.tokenizer
+        vocabulary = tokenizer.get_vocab()
+        found = {*self._given_stops, *(vocabulary[token] for token in _CALL_ENDS if token in vocabulary)}
+        if self._encoder.has_template:
+            closed, followed = self._trial([], False), self._trial([{"role": "user", "content": _NEW}])
+            pairs = zip(self._tokenize(closed or ""), self._tokenize(followed or ""), strict=False)
+            end = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]  # the same whatever follows
+            if not found.intersection(end):
+                special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+                found.update([token for token in end if token in special][:1])
+        return sorted(found)
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Try how messages are added to the prompts of a run, before time is spent on it.
+
+        Their role is `tool` if there are tools, else `user`. Another one is tried when it first comes.
+
+        Raises:
+            ConfigError: If the chat template writes earlier turns otherwise once messages follow.
+            DataError: If the tokenizer cannot encode `turn_template`.
+        """
+        chat = {prompt.messages is not None for prompt in prompts}
+        if False in chat:
+            self._tokenize(self._write({"role": "", "content": ""}))
+        if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
+            self._fit_behind([{"role": "tool" if self.tools else "user", "content": _NEW}])
+
+    # ---- in the run
+
+    def first(self, prompt: Prompt, added: Sequence[Message] = ()) -> tuple[list[int], list[Message]]:
+        """Tokens before the first turn, and the conversation so far.
+
+        Of the messages that the environment begins with, those of the system go in front, where templates have them.
+
+        Raises:
+            ConfigError: If the chat template refuses the messages.
+            DataError: If the tokenizer cannot encode them.
+        """
+        asked: Sequence[Message] = prompt.messages or [{"role": "user", "content": prompt.text}]
+        system = [message for message in added if message["role"] == "system"]
+        others = [message for message in added if message["role"] != "system"]
+        whole = [*system, *asked, *others]
+        others = others if prompt.messages is None else self._fit(others)
+        (system, others), mark = self._cut((system, others), asked)
+        if prompt.messages is None:
+            text = "".join([*map(self._write, system), prompt.text or "", *map(self._write, others)])
+            return self._encoder.encode(replace(prompt, text=text), mark=mark), whole
+        if added:
+            begin = self._with_system(list(asked), "\n\n".join(str(message["content"]) for message in system))
+            shown = self._joined([*begin, *others], fixed=len(begin) - 1)
+            prompt = replace(prompt, messages=tuple(dict(message) for message in shown))
+        return self._encoder.encode(prompt, self.tools, mark), whole
+
+    def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
+        """Tokens behind a turn of the policy: the rest of its end, new messages and, unless it is the last, what lets it go on.
+
+        If a stop token ended what the policy sampled, the end of the turn is there already.
+
+        Raises:
+            ConfigError: If the chat template writes earlier turns otherwise once messages of such a role follow.
+            DataError: If the template or the tokenizer refuses them.
+        """
+        new, mark = self._cut(new if prompt.messages is None else self._fit_behind(new))
+        if prompt.messages is None:
+            return self._tokenize("".join(map(self._write, new)), mark)
+        new = self._joined(new)
+        try:
+            ids = self._tokenize(self._behind(new, add_generation_prompt=not last), mark)
+        except (TemplateError, TypeError) as error:
+            raise DataError(
+                f"the chat template refuses what the environment added to {prompt.place}: {error}; correct the environment's "
+                "messages, or change model.chat_template"
+            ) from error
+        stopped = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids
+        return ids[self._sampled_end(new) :] if stopped else ids
+
+    # ---- parts
+
+    def _behind(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """What the template writes behind an answer: its end, and new messages."""
+        conversation = [ASKED, ANSWERED, *new]
+        return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
+
+    def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
+        """The same; None if the template refuses the messages."""
+        try:
+            return self._behind(new, add_generation_prompt)
+        except (TemplateError, TypeError):  # the latter where a template adds a text to something else
+            return None
+
+    def _sampled_end(self, new: Sequence[Message]) -> int:
+        """Number of the first tokens behind an answer that are there already if a stop token ended it."""
+        role = new[0]["role"] if new else ""
+        if role not in self._sampled_ends:
+            # The token with which the template ends turns counts, also where the policy has sampled another one. Tokens are
+            # counted, not characters, since some tokenizers drop a line break behind a special token.
+            written = self._behind([{"role": role, "content": _NEW}] if new else []).partition(_NEW)[0]
+            ids = self._tokenize(written)
+            self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
+        return self._sampled_ends[role]
+
+    def _fit(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with the roles that the template can add; others become the user's, and say whose they are."""
+        fitted: list[Message] = []
+        for message in messages:
+            role = str(message["role"])
+            if role != "user" and self._fault(role):
+                prefix = _PREFIXES.get(role, f"{role.capitalize()}:\n")
+                message = {"role": "user", "content": f"{prefix}{message['content']}"}
+            fitted.append(message)
+        return fitted
+
+    def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
+        """The same, for messages behind an answer."""
+        fitted = self._fit(messages)
+        if any(message["role"] == "user" for message in fitted) and self._fault("user"):
+            raise ConfigError(self._fault("user"))
+        return fitted
+
+    def _fault(self, role: str) -> str:
+        """Why the template cannot add messages of a role; "" if it can."""
+        if role not in self._faults:
+            self._faults[role] = self._find_fault(role)
+        return self._faults[role]
+
+    def _find_fault(self, role: str) -> str:
+        new = {"role": role, "content": _NEW}
+        behind = self._trial([new])
+        if behind is None or _NEW not in behind:
+            return f"the chat template has no messages of role {role!r} behind an answer; change model.chat_template"
+        if role not in ("user", "system"):
+            # A role that is written like any word means nothing to the model.
+            other = self._trial([{**new, "role": "unknown"}])
+            if other is not None and other.replace("unknown", role) == behind:
+                return f"the chat template does not know the role {role!r}; change model.chat_template"
+        for head in ([ASKED], [{"role": "system", "content": "SYSTEM"}, ASKED]):
+            try:
+                opened = self._encoder.apply_template(head, self.tools)
+                if any(message["content"] not in opened for message in head):
+                    continue
+                for text in _answers(opened):
+                    said = {"role": "assistant", "content": text}
+                    whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
+                    if "<think>" not in opened + text:  # an empty thought in front of an answer without one takes nothing away
+                        whole = _EMPTY_THOUGHT.sub("", whole)
+                    if whole != opened + 2 * (text + behind):
+                        what = "drops or changes the thoughts in" if "think>" in opened + text else "changes"
+                        return (
+                            f"the chat template {what} earlier turns once a message of role {role!r} follows, but the policy is "
+                            f"trained on turns as they were sampled; set model.chat_template={KEEP_HISTORY}, which keeps them, "
+                            "also in the exported model"
+                        )
+            except (TemplateError, TypeError) as error:
+                if len(head) == 1:
+                    return f"the chat template refuses a conversation of two turns: {error}; change model.chat_template"
+                # There need not be a system role.
+        return ""
+
+    @cached_property
+    def _alternates(self) -> bool:
+        """Whether the template refuses two messages of the user in a row."""
+        new = {"role": "user", "content": _NEW}
+        return self._trial([new, new]) is None
+
+    def _joined(self, messages: Sequence[Message], fixed: int = 0) -> list[Message]:
+        """Messages of the user behind one another as one, if the template insists; the first `fixed` stay as they are."""
+        joined = list(messages[:fixed])
+        for message in messages[fixed:]:
+            before = joined[-1] if len(joined) > fixed else None
+            if before is not None and before["role"] == message["role"] == "user" and self._alternates:
+                joined[-1] = {**before, "content": f"{before['content']}\n\n{message['content']}"}
+            else:
+                joined.append(message)
+        return joined
+
+    def _with_system(self, messages: list[Message], text: str) -> list[Message]:
+        """Messages with a text of the system in front: behind the system's own, or as the user's where there is no such role."""
+        if not text:
+            return messages
+        first = messages[0]
+        if first["role"] == "system":
+            return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+        system = {"role": "system", "content": text}
+        try:
+            if text.strip() in self._encoder.apply_template([system, *messages], self.tools):
+                return [system, *messages]
+        except (TemplateError, TypeError):
+            pass
+        return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+
+    def _write(self, message: Message) -> str:
+        values = {"role": message["role"], "content": message["content"]}
+        return fill_template("model.turn_template", self._turn_template, values, "a message of the environment")
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        tokenizer = self._encoder.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        control = [str(entry.content) for token, entry in added if entry.special or token in self.stop_ids]
+        # The first character of each, also of those that begin within another one; of one character there is no part.
+        return re.compile(f"(?=({'|'.join(re.escape(text) for text in control if len(text) > 1) or '(?!)'})).", re.DOTALL)
+
+    def _cut(self, messages: T, around: Sequence[Message] = ()) -> tuple[T, str]:
+        """Messages with a mark within each control token of their texts, and the mark; it is empty if there are none."""
+        if not any(map(self._control_tokens.search, _texts(messages))):
+            return messages, ""
+        used = set[str]().union(*_texts(messages), *_texts(around))
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used)  # characters for private use
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control_tokens.sub(lambda found: found[0] + mark, value)
+            if isinstance(value, dict):
+                return {key: cut(item) for key, item in value.items()}
+            return [cut(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return cut(messages), mark
+
+    def _tokenize(self, text: str, mark: str = "") -> list[int]:
+        try:
+            return self._encoder.tokenize(text, mark)
+        except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
+            begin = text.replace(mark, "")[:60]
+            raise DataError(
+                f"the tokenizer cannot encode what an environment adds, which begins {begin!r}: {error}; the model's "
+                "vocabulary lacks a part of it, so let the environment and model.turn_template write what it has (for the "
+                "embedded policy digits and signs, and model.turn_template='{content}'), or take another model"
+            ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _answers(opened: str) -> list[str]:
+    """Answers as a policy may give them behind what the template opens a turn with: with and without a thought."""
+    thought = "THOUGHT\n</think>\n\nTEXT"
+    if opened.rstrip().endswith("<think>"):
+        return [thought]
+    return ["TEXT"] if opened.rstrip().endswith("</think>") else ["TEXT", f"<think>\n{thought}"]

@@ -1,0 +1,112 @@
+"""`Pretrained`: the config, tokenizer and weights that a policy starts from, each of which is read when it is first asked for.
+
+So the command line can refuse a wrong column or setting before the weights are read, which takes longest (see `Trainer.check`).
+"""
+
+from contextlib import suppress
+from copy import copy, deepcopy
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hybrid_lightning.errors import ConfigError, ModelError, one_line
+from hybrid_lightning.model.loading import (
+    DTYPES,
+    check_weights,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
+from hybrid_lightning.model.prompts import PromptEncoder
+
+
+class Pretrained:
+    """Config, tokenizer and weights of a causal language model.
+
+    Arguments are those of `PolicyModule`.
+
+    Raises:
+        ConfigError: If the dtype is unknown.
+        ModelError: If there is no such model. The properties raise it, too, if what they read cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None,
+        dtype: str,
+        attn_implementation: str | None,
+        chat_template: str | None,
+        chat_template_kwargs: dict[str, Any] | None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        self.source = resolve_model(model, revision)
+        self.dtype, self.attn_implementation = dtype, attn_implementation
+        self.chat_template, self.chat_template_kwargs = chat_template, chat_template_kwargs
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The config: sizes and architecture of the model."""
+        return load_config(self.source)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Renders prompts by the chat template, and tokenizes them."""
+        return PromptEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a completion."""
+        return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
+
+    def apart(self) -> Self:
+        """The same for another thread: with a tokenizer that is read anew."""
+        other = copy(self)
+        for name in ("tokenizer", "encoder"):
+            with suppress(AttributeError):  # it has not been read yet
+                delattr(other, name)
+        return other
+
+    def check(self) -> None:
+        """Raise ModelError unless all files of a model that can be a policy are there; of a GGUF file that would take seconds."""
+        if "gguf_file" not in self.source.arguments:
+            _ = self.config
+            check_weights(self.source)
+
+    def load(self) -> PreTrainedModel:
+        """Load the model with its weights, frozen and in eval mode."""
+        _ = self.tokenizer  # a model without one is refused before its weights are read
+        return load_model(self.source, self.dtype, self.attn_implementation, self.config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device."""
+        return meta_model(self.config, DTYPES[self.dtype])
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """Build the model of a config, all or some of its layers, on the meta device; ModelError if transformers has none such."""
+    config = deepcopy(config)
+    if layers is not None:
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            with suppress(AttributeError):  # where they follow from the number of layers
+                text.layer_types = text.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Trains policies: tasks, their steps and checkpoints, and the LightningModules."""

@@ -1,0 +1,283 @@
+"""Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
+
+`Evaluation` is for prompts, `ExampleEvaluation` for examples: validation and test call `add` for each batch, and `end` after the
+last. Predict calls `predictions`.
+
+Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
+"""
+
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
+from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
+from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
+
+if TYPE_CHECKING:
+    from hybrid_lightning.training.examples import ExampleModule
+    from hybrid_lightning.training.language import LanguageModule
+
+Answers = Sequence[str | None]
+Scored = tuple[Rollouts, Rewards, Answers]
+
+
+def evaluation_means(samples: int) -> ProblemMeans:
+    """The metrics of one evaluation, by one greedy and n sampled completions of each prompt.
+
+    They are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
+    `truncation_rate`, and the ends of confidence intervals.
+    """
+    return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
+
+
+def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
+    """Add the prompts of one batch to the metrics of an evaluation.
+
+    Args:
+        means: From `evaluation_means`.
+        greedy: Rewards of P greedy completions, one for each prompt.
+        sampled: P * n completions of the same prompts, and their rewards.
+        answers: The answer in each of the P * n completions, None where there is none.
+    """
+    rollouts, rewards = sampled
+    if rollouts.finished.device.type == "mps":  # which has no float64
+        greedy, rewards = greedy.to("cpu"), rewards.to("cpu")
+        rollouts = replace(rollouts, sequences=rollouts.sequences.to("cpu"), finished=rollouts.finished.cpu())
+    shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
+    lengths, counted = rollouts.sequences.sampled_mask.sum(dim=1), rewards.counted
+    values = completion_values(
+        rewards.correct.view(shape),
+        [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
+        rewards.total.view(shape),
+        lengths.view(shape),
+        rollouts.finished.view(shape),
+        None if counted is None else counted.view(shape),
+    )
+    of_greedy = {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    if greedy.counted is not None:
+        of_greedy = {name: value.double().masked_fill(~greedy.counted, torch.nan) for name, value in of_greedy.items()}
+    values |= of_greedy
+    index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
+    means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
+
+
+class ExampleMetrics(Metric):
+    """Weighted means over examples. As in `ProblemMeans`, an example counts once, even if several ranks have seen it."""
+
+    full_state_update = False
+    is_differentiable = False
+
+    index: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names: list[str] = []  # of the columns of `rows` after the first, which is the weight
+        self.add_state("index", default=[], dist_reduce_fx="cat")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, index: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
+        """Add E examples.
+
+        Args:
+            index: A number that identifies each example, [E] int64.
+            weights: Weight of each example in the means, [E].
+            terms: Name of a mean -> what each example adds to its numerator, [E]; the same names at every call.
+        """
+        if weights.device.type == "mps":  # which has no float64
+            index, weights, terms = index.cpu(), weights.cpu(), {name: value.cpu() for name, value in terms.items()}
+        self.names = list(terms)
+        self.index.append(index.long())
+        self.rows.append(torch.stack([weights.double(), *(value.double() for value in terms.values())], dim=1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Name -> sum of the terms / sum of the weights, float32; empty if there was no example."""
+        if len(self.index) == 0:  # not `not self.index`: it is a tensor once the ranks' values have been gathered
+            return {}
+        index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
+        _, inverse = index.unique(return_inverse=True)
+        first = torch.full((int(inverse.max()) + 1,), len(index), device=index.device)
+        first = first.scatter_reduce(0, inverse, torch.arange(len(index), device=index.device), "amin")
+        weight, *terms = rows[first].sum(dim=0).unbind()
+        return {name: (value / weight).float() for name, value in zip(self.names, terms, strict=True)}
+
+
+class Evaluation(nn.Module):
+    """Completes and scores held-out prompts, greedily and by sampling, and logs what that shows.
+
+    A policy calls the methods from its hooks of validation and test. This is a part of it, since the metrics move to its device.
+
+    Args:
+        samples: Sampled completions of each prompt (n).
+
+    Attributes:
+        by_problem: (set, index) -> value by metric, of each problem of the last evaluation of all ranks.
+        greedy: The greedy completions of this rank's first batch in it, and their rewards; None where there are no completions.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        if samples < 1:
+            raise ConfigError(f"model.eval_samples must be at least 1, got {samples}")
+        self.samples = samples
+        self.by_problem: dict[Problem, dict[str, float]] = {}
+        self.greedy: tuple[Rollouts, Rewards] | None = None
+        self._first: tuple[Rollouts, Rewards] | None = None
+        self._prompts = nn.ModuleDict({stage: evaluation_means(samples) for stage in ("val", "test")})
+
+    def names(self, policy: "LanguageModule", sets: Collection[str]) -> list[str]:
+        """Names of all that a validation on prompts of these sets logs."""
+        of_sets = self._means("val").names(sets)
+        return [_name("val", name, value) for name, values in of_sets.items() for value in values]
+
+    def add(self, policy: "LanguageModule", stage: str, batch: Sequence[Prompt]) -> None:
+        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs."""
+        greedy, sampled = _scored(policy, batch)
+        self._first = self._first or greedy
+        add_prompts(self._means(stage), greedy[1], sampled, policy.answers(sampled[0]))
+
+    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
+        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
+
+        Returns:
+            Set -> metric -> value, with "" for all sets together.
+        """
+        means = self._means(stage)
+        found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
+        means.reset()
+        self.by_problem, self.greedy, self._first = means.by_problem, self._first, None
+        _log(policy, {_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
+        return found
+
+    def _means(self, stage: str) -> ProblemMeans:
+        return cast(ProblemMeans, self._prompts[stage])
+
+
+class ExampleEvaluation(Evaluation):
+    """Measures the loss on held-out examples and, where the policy has a reward, completions of their prompts."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self._examples = nn.ModuleDict({stage: ExampleMetrics() for stage in ("val", "test")})
+
+    def names(self, policy: "ExampleModule", sets: Collection[str]) -> list[str]:  # type: ignore[override]
+        """Names of all that a validation on examples of these sets logs."""
+        rows = torch.zeros(policy.loss.rows_per_example, 1)
+        reference = rows if policy.loss.needs_reference else None
+        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
+        measured = [_name("val", name) for name in policy.loss.terms(inputs)]
+        return measured if policy.reward is None else measured + super().names(policy, sets)
+
+    def add(self, policy: "ExampleModule", stage: str, batch: Sequence[Prompt]) -> None:  # type: ignore[override]
+        """See `Evaluation`."""
+        sequences = policy.example_sequences(batch, policy.device)
+        ((logprobs, entropy, reference),) = policy.update.measure([sequences])
+        assert logprobs is not None
+        ones = torch.ones(len(sequences), device=policy.device)
+        inputs = LossInputs(logprobs, ones, sequences.sampled_mask, ref_logprobs=reference, entropy=entropy)
+        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
+        weights = policy.loss.weights(sequences.sampled_mask)
+        self._losses(stage).update(torch.tensor(identity, device=policy.device), weights, policy.loss.terms(inputs))
+        if policy.reward is not None:
+            super().add(policy, stage, batch)
+
+    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
+        """See `Evaluation`; what the loss has measured is that of all sets together."""
+        found = {} if policy.reward is None else super().end(policy, stage)
+        losses = self._losses(stage)
+        measured = {name: float(value) for name, value in losses.compute().items()}
+        losses.reset()
+        _log(policy, {_name(stage, name): value for name, value in measured.items()})
+        return {**found, "": {**measured, **found.get("", {})}}
+
+    def _losses(self, stage: str) -> ExampleMetrics:
+        return cast(ExampleMetrics, self._examples[stage])
+
+
+def _name(*parts: str) -> str:
+    return "/".join(filter(None, parts))
+
+
+def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
+    """Log values that are the same on all ranks already; `sync_dist` tells Lightning so."""
+    policy.log_dict(values, sync_dist=policy.trainer.world_size > 1)
+
+
+def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
+    greedy, sampled = _scored(policy, prompts)
+    if policy.episodes is not None:
+        return [*episode_records(*greedy, greedy=True), *episode_records(*sampled)]
+    of_greedy, of_sampled = ((rollouts, rewards, policy.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
+    return prediction_records(of_greedy, of_sampled, [policy.pretrained.encoder.render(prompt) for prompt in prompts])
+
+
+def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
+    """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
+    of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, policy.eval_samples)
+    try:
+        greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
+        draws = evaluation_draws(prompts, policy.eval_samples, policy.seed)
+        sampled = policy.generate(prompts, policy.eval_samples, draws, on_completion=of_sampled.on_completion)
+        return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
+    except BaseException:
+        of_greedy.cancel()
+        of_sampled.cancel()
+        raise
+
+
+def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
+    """One record per prompt, ready for JSON: prompt, greedy completion, lists with an entry for each sampled one, and the row.
+
+    Of P greedy and P * n sampled completions; `texts` are the prompts as the model reads them.
+    """
+    rollouts, samples = sampled[0], sampled[0].samples_per_prompt
+    records = []
+    for number, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
+        each = [_scored_record(sampled, number * samples + sample) for sample in range(samples)]
+        records.append(
+            {
+                "set": prompt.set_name,
+                "index": prompt.index,
+                "prompt": text,
+                "answer": prompt.answer,
+                "greedy": _scored_record(greedy, number),
+                **{_LISTS.get(name, name): [one[name] for one in each] for name in each[0] if name != "reward_parts"},
+                "reward_parts": {name: [one["reward_parts"][name] for one in each] for name in sampled[1].parts},
+                "columns": prompt.columns,
+            }
+        )
+    return records
+
+
+# Names of the lists where they are not those of the entries.
+_LISTS = {"completion": "completions", "extracted_answer": "extracted_answers", "length": "lengths", "reward": "rewards"}
+
+
+def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
+    rollouts, rewards, answers = scored
+    return {
+        "completion": rollouts.completions[row],
+        "extracted_answer": answers[row],
+        "length": int(rollouts.sequences.sampled_mask[row].sum()),
+        "finished": bool(rollouts.finished[row]),
+        "reward": float(rewards.total[row]),
+        "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
+        "correct": bool(rewards.correct[row]),
+    }
+
+
+def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
+    """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
+    return [prompt for prompt in prompts for _ in range(samples)]

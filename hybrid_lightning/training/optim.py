@@ -1,0 +1,181 @@
+"""Learning rate schedules, and the optimizer of a policy: one learning rate for each group of parameters.
+
+`build_optimizer` makes what `configure_optimizers` returns. A resumed run takes the optimizer's state from the checkpoint and
+keeps its own hyper-parameters (`with_hyper_parameters`).
+"""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.model.master_weights import MasterWeights
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+
+WIDTH_OF_ONE_RATE = 96  # up to this hidden size fully trained modules take LoRA's learning rate
+
+
+class LearningRateSchedule(Configurable, ABC):
+    """Factor on the learning rates: a linear warm-up, then the factor of a subclass.
+
+    Args:
+        warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
+    """
+
+    def __init__(self, warmup_steps: int = 0) -> None:
+        if warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps must not be negative, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+
+    def factor(self, step: int, total_steps: float) -> float:
+        """Factor at optimizer step `step` (counted from 0) of `total_steps` (infinite if the run has no limit of steps)."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return self.after_warmup(step, total_steps)
+
+    @abstractmethod
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """Factor at a step after the warm-up; arguments as of `factor`."""
+
+    def progress(self, step: int, total_steps: float) -> float:
+        """Share of the steps after the warm-up that have been made, in [0, 1]; ConfigError if the run's length is unknown."""
+        if math.isinf(total_steps):
+            raise ConfigError(
+                f"{type(self).__name__} needs the run's length in steps; set trainer.max_steps or trainer.max_epochs, or use "
+                "model.schedule=ConstantSchedule"
+            )
+        return min(1.0, (step - self.warmup_steps) / max(1.0, total_steps - self.warmup_steps))
+
+
+class ConstantSchedule(LearningRateSchedule):
+    """Full learning rate after the warm-up."""
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """Always 1."""
+        return 1.0
+
+
+class _FallingSchedule(LearningRateSchedule):
+    """From 1 to a factor that is reached after the last step of the run.
+
+    Args:
+        warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
+        final_factor: Factor at the end, in [0, 1].
+    """
+
+    def __init__(self, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
+        super().__init__(warmup_steps)
+        if not 0 <= final_factor <= 1:
+            raise ConfigError(f"schedule.final_factor must be between 0 and 1, got {final_factor}")
+        self.final_factor = final_factor
+
+
+class LinearSchedule(_FallingSchedule):
+    """Straight line from 1 to `final_factor`, which is reached after the last step of the run."""
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """1 - (1 - final_factor) * progress."""
+        return 1 - (1 - self.final_factor) * self.progress(step, total_steps)
+
+
+class CosineSchedule(_FallingSchedule):
+    """Half a cosine from 1 to `final_factor`, which is reached after the last step of the run."""
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """final_factor + (1 - final_factor) * (1 + cos(pi * progress)) / 2."""
+        cosine = (1 + math.cos(math.pi * self.progress(step, total_steps))) / 2
+        return self.final_factor + (1 - self.final_factor) * cosine
+
+
+def build_optimizer(
+    optimizer: OptimizerCallable,
+    groups: dict[str, tuple[list[nn.Parameter], float]],
+    schedule: LearningRateSchedule,
+    total_steps: float,
+) -> dict[str, Any]:
+    """Make what `configure_optimizers` returns, from group name -> (parameters, learning rate); empty groups are left out.
+
+    Raises:
+        ConfigError: If no parameter is trainable, or the schedule needs the length of a run that has no limit.
+    """
+    parameter_groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters
+    ]
+    if not parameter_groups:
+        raise ConfigError(
+            "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
+        )
+    built = make_optimizer(optimizer, parameter_groups)
+    schedule.factor(schedule.warmup_steps, total_steps)  # raises now, not after the warm-up, if it needs the run's length
+    scheduler = _Scheduler(built, lambda step: schedule.factor(step, total_steps))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+class _Scheduler(LambdaLR):
+    """Scheduler of which a checkpoint restores the step alone: a resumed run has its own learning rates and schedule."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of a checkpoint."""
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = rates
+        self._last_lr = [rate * factor(self.last_epoch) for rate, factor in zip(rates, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def with_hyper_parameters(
+    groups: Sequence[Mapping[str, Any]], optimizer: OptimizerCallable, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Saved parameter groups with the hyper-parameters of the run that resumes: the arguments of the optimizer's constructor.
+
+    All else in a group, such as a counter of the optimizer, is state and stays as saved.
+    """
+    built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": max(rates.values())}])
+    arguments = inspect.signature(type(built)).parameters.keys() - {"params"}
+    values = {name: value for name, value in built.param_groups[0].items() if name in arguments}
+
+    def updated(group: Mapping[str, Any]) -> dict[str, Any]:
+        if group.get("name") not in rates:
+            return dict(group)
+        rate = rates[group["name"]]
+        return {**group, **values, "lr": rate, "initial_lr": rate}
+
+    return [updated(group) for group in groups]
+
+
+def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """Make the optimizer of these groups, wrapped in `MasterWeights` if a weight is bfloat16."""
+    bfloat16 = any(weight.dtype == torch.bfloat16 for group in groups for weight in group["params"])
+    return MasterWeights(optimizer, groups) if bfloat16 else optimizer(groups)
+
+
+def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
+    """The learning rate of fully trained modules that goes with one of LoRA: 96 / hidden size of it, and never more than it.
+
+    A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
+    rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), while that of LoRA's B has not (Hayou et al., 2024,
+    arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
+    both; SmolLM2, of 576, did no better with 0.3 than with a sixth. Of a model that is not one of Hugging Face the most frequent
+    number of inputs of linear modules is taken.
+
+    Raises:
+        ConfigError: If the model has neither a hidden size nor linear modules.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inputs = Counter(int(module.in_features) for module in model.modules() if isinstance(module, nn.Linear))
+    hidden = getattr(text, "hidden_size", None) or next((size for size, _ in inputs.most_common(1)), None)
+    if hidden is None:
+        raise ConfigError("the model has no hidden size from which the rate of full modules follows; give model.lr_full")
+    return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / hidden)

@@ -1,0 +1,254 @@
+"""The groups that all ranks sample for a rollout: their metrics, and the P of them that are trained on.
+
+    sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedRollout         with dynamic sampling
+    advantages_over_ranks                                                            without: all groups are trained on
+
+Metrics have the names that users of TRL know.
+
+Axes: N groups that were sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position
+of a group is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p
+is group p // ranks of rank p % ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.episodes.episodes import token_advantages
+from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_rows, join_sequences
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
+from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
+from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted_groups, equal_groups
+
+# First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
+_OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
+ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "episodes", "num_tokens", "sampling", "sets"})
+
+
+@dataclass(frozen=True)
+class SampledGroups:
+    """All groups that were sampled for a rollout, in the first draw of prompts and in extra ones."""
+
+    rollouts: Rollouts  # this rank's N / ranks groups
+    rewards: Rewards  # of this rank's groups
+    useful: Tensor  # [N] bool, by position: groups that something is learned from
+    wanted: int  # P, groups to train on over all ranks
+    extra_rollouts: int  # draws after the first
+
+    def metrics(self) -> dict[str, float]:
+        """How many groups were sampled and used.
+
+        Returns:
+            `sampling/extra_rollouts`; of the sampled groups, `sampling/kept_groups` (share that are useful and trained on) and
+            `sampling/surplus_groups` (share that are useful but not needed); of the groups that are trained on,
+            `sampling/filled_groups` (share that are not useful).
+        """
+        sampled, useful = len(self.useful), int(self.useful.sum())
+        kept = min(useful, self.wanted)
+        return {
+            "sampling/extra_rollouts": float(self.extra_rollouts),
+            "sampling/kept_groups": kept / sampled,
+            "sampling/surplus_groups": (useful - kept) / sampled,
+            "sampling/filled_groups": 1 - kept / self.wanted,
+        }
+
+
+def sample_groups(
+    rule: DynamicSampling,
+    prompts: Sequence[Prompt],
+    draw_more: DrawPrompts | None,
+    sample: Callable[[Sequence[Prompt]], tuple[Rollouts, Rewards]],
+    is_useful: Callable[[Rollouts, Rewards], Tensor],
+) -> SampledGroups:
+    """Sample until P groups are useful, or there have been as many extra rollouts as allowed. All ranks have to call it.
+
+    Each rank has P / ranks prompts, to begin with; `is_useful` says from which of n groups something is learned, [n] bool.
+    """
+    ranks = world_size()
+    wanted = len(prompts) * ranks
+    parts = [sample(prompts)]
+    useful = _by_position(is_useful(*parts[0]), ranks)
+    while draw_more is not None:
+        # The count is the same on every rank, since it follows from the groups of all ranks.
+        count = rule.prompts_to_add(int(useful.sum()), len(useful), wanted, len(parts) - 1, ranks)
+        if not count:
+            break
+        parts.append(sample(draw_more(count)))
+        useful = torch.cat([useful, _by_position(is_useful(*parts[-1]), ranks)])
+    rollouts, rewards = zip(*parts, strict=True)
+    return SampledGroups(join_rollouts(rollouts), join_rewards(rewards), useful, wanted, len(parts) - 1)
+
+
+def choose_trained(
+    groups: SampledGroups,
+    sequences: Sequences,
+    estimator: AdvantageEstimator,
+    minibatches: int,
+    rank: int,
+    credited: Rewards | None = None,
+) -> tuple[TrainedRollout, Tensor]:
+    """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
+
+    Args:
+        groups: The groups that were sampled, of which the estimator compares those that are chosen.
+        sequences: Their sequences as the loss sees them.
+        estimator: Estimates advantages.
+        minibatches: Minibatches that the P groups are split into.
+        rank: Number of this rank.
+        credited: What advantages are estimated from: rewards of each of K turns (see `rewards_to_go`), or None for the groups'.
+
+    Returns:
+        This rank's part of the groups that are trained on, B = P / ranks * G sequences, without metrics; and the advantages of
+        all groups that this rank sampled, as of `token_advantages`, 0 for those that are not trained on.
+    """
+    ranks, samples, sampled = world_size(), groups.rollouts.samples_per_prompt, len(groups.rollouts.prompts)
+    credited = groups.rewards if credited is None else credited
+    turns = len(credited.total) // (sampled * samples)
+    chosen = choose_groups(groups.useful, groups.wanted)
+    of_turns = torch.arange(turns, device=chosen.device)[:, None]
+    in_gathered = (chosen % ranks * turns + of_turns) * sampled + chosen // ranks  # [K, P]
+    rewards = gather_rewards(credited).select(_rows_of(in_gathered.flatten(), samples))
+    advantages = estimator.of_rewards(rewards, samples).view(turns, -1, samples)
+    # A group that is not useful and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
+    advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
+    of_sampled = advantages.new_zeros(turns, sampled, samples)
+    own = chosen % ranks == rank
+    of_sampled[:, chosen[own] // ranks] = advantages[:, own]
+    credit = token_advantages(of_sampled.flatten(), groups.rollouts)
+    shares = share_groups((chosen % ranks).tolist(), ranks, minibatches)
+    of_rows = (groups.rollouts.sampling_logprobs, credit)
+    sequences, (logprobs, trained) = _exchange(sequences, of_rows, chosen.tolist(), shares, rank, samples)
+    counted = None if rewards.counted is None else rewards.counted.view(turns, -1, samples)[0, shares[rank]].flatten()
+    return TrainedRollout(sequences, logprobs, trained, counted=counted), credit
+
+
+def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
+    """Advantages [B] of this rank's completions or turns, estimated from those of all ranks, which have equally many.
+
+    All ranks have to call it, since an estimator does not know of ranks.
+    """
+    return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
+
+
+def gather_rewards(rewards: Rewards) -> Rewards:
+    """The rewards of all ranks' completions, rank by rank, of which each has equally many. All ranks have to call it."""
+    parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
+    fields = {"total": rewards.total, "correct": rewards.correct, "counted": rewards.counted}
+    columns = gather_columns({name: value for name, value in {**fields, **parts}.items() if value is not None})
+    gathered = {name: columns.get(name) for name in fields}
+    return replace(rewards, **gathered, parts={name: columns[f"parts/{name}"] for name in rewards.parts})  # type: ignore[arg-type]
+
+
+def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | None = None) -> dict[str, float]:
+    """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
+
+    Returns:
+        `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
+        `frac_reward_zero_std` (share of groups whose credited rewards are all equal, in each turn, so that nothing is learned
+        from them),
+        `rewards/{name}/mean` and `/std`,
+        `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
+        `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with what was added: the cost of a rollout);
+        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`. Completions that do not count are in `num_tokens`
+        alone, which is the only metric where none counts.
+    """
+    sequences, samples = rollouts.sequences, rollouts.samples_per_prompt
+    credited = rewards if credited is None else credited
+    equal = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
+    columns = gather_columns(
+        {
+            "equal": equal.repeat_interleave(samples),
+            "total": rewards.total,
+            "correct": rewards.correct,
+            "length": sequences.sampled_mask.sum(dim=1),
+            "completion_tokens": sequences.completion_mask.sum(dim=1),
+            "prompt_tokens": sequences.prompt_mask.sum(dim=1),
+            "finished": rollouts.finished,
+            **{f"rewards/{name}": part for name, part in rewards.parts.items()},
+            **({} if rewards.counted is None else {"counted": rewards.counted}),
+        }
+    )
+    counted, tokens = columns.get("counted"), columns["completion_tokens"].float().sum() + columns["prompt_tokens"].sum()
+    rows_of_groups = counted_groups(columns["total"], samples, counted)
+    if not rows_of_groups:
+        return {"num_tokens": float(tokens)}
+    groups = [columns["total"][rows] for rows in rows_of_groups]
+    std = torch.cat([group.std(dim=1) if group.shape[1] > 1 else torch.zeros_like(group[:, 0]) for group in groups])
+    all_equal = torch.cat([columns["equal"][rows[:, 0]] for rows in rows_of_groups])
+    solved = torch.cat([columns["correct"][rows].float().mean(dim=1) for rows in rows_of_groups])
+    if counted is not None:
+        columns = {name: column[counted] for name, column in columns.items()}
+    lengths = columns["length"].float()
+    metrics = {
+        "reward": columns["total"].mean(),
+        "reward_std": std.mean(),
+        "frac_reward_zero_std": all_equal.float().mean(),
+        "accuracy": columns["correct"].float().mean(),
+        "solve_rate/all": (solved == 1).float().mean(),
+        "solve_rate/none": (solved == 0).float().mean(),
+        "solve_rate/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - columns["finished"].float().mean(),
+        "num_tokens": tokens,
+    }
+    for name in rewards.parts:
+        part = columns[f"rewards/{name}"]
+        metrics[f"rewards/{name}/mean"] = part.mean()
+        metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
+    for name, rows in _rows_of_sets(rollouts, lengths.device).items():
+        rows = rows if counted is None else rows[counted]
+        if not rows.any():
+            continue
+        metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
+        metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
+        metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _exchange(
+    sequences: Sequences, values: Sequence[Tensor], chosen: list[int], shares: list[list[int]], rank: int, samples: int
+) -> tuple[Sequences, list[Tensor]]:
+    """The sequences of this rank's share and values of theirs, [B, T] or [B]; groups come from the ranks that sampled them."""
+    ranks = len(shares)
+
+    def group(number: int) -> tuple[Sequences, *tuple[Tensor, ...]]:
+        start = chosen[number] // ranks * samples
+        rows = sequences.rows(slice(start, start + samples))
+        of_rows = [value[start : start + samples] for value in values]
+        return rows, *(value if value.dim() == 1 else value[:, : rows.completion_ids.shape[1]] for value in of_rows)
+
+    moved = [number for other, share in enumerate(shares) for number in share if chosen[number] % ranks != other]
+    fetched: dict[int, tuple[Sequences, *tuple[Tensor, ...]]] = {}
+    if moved:  # the same on all ranks
+        sent = {n: tuple(value.to("cpu") for value in group(n)) for n in moved if chosen[n] % ranks == rank}
+        for of_rank in gather_objects(sent):
+            fetched |= of_rank
+    device = sequences.completion_ids.device
+    parts = [tuple(value.to(device) for value in fetched.get(number) or group(number)) for number in shares[rank]]
+    own, *of_own = zip(*parts, strict=True)
+    return join_sequences(own), [join_rows(value) for value in of_own]
+
+
+def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
+    """Name of a set -> [all ranks' B] bool, the sequences that belong to it; empty where the data is one set without a name."""
+    if not rollouts.prompts[0].set_name:
+        return {}
+    names = [name for rank in gather_objects([prompt.set_name for prompt in rollouts.prompts]) for name in rank]
+    of_sequence = [name for name in names for _ in range(rollouts.samples_per_prompt)]
+    return {name: torch.tensor([other == name for other in of_sequence], device=device) for name in dict.fromkeys(names)}
+
+
+def _by_position(own: Tensor, ranks: int) -> Tensor:
+    """Values of all ranks' groups by position, [ranks * n], from those of this rank's groups, [n]."""
+    return gather_columns({"": own})[""].view(ranks, -1).T.flatten()
+
+
+def _rows_of(groups: Tensor, samples: int) -> Tensor:
+    """Rows of the completions of groups, given by their numbers."""
+    return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()

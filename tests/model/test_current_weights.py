@@ -1,0 +1,193 @@
+"""What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_model
+from tiny_runs import build_data, build_policy, fit, with_holes, write_model
+
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
+from hybrid_lightning.adapters.candidates import linear_shape
+from hybrid_lightning.adapters.plan import model_digest
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.policy import Int8
+from hybrid_lightning.model.current_weights import CurrentWeights
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.types import Prompt
+
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def adapted(folder, use_dora=False, frozen=(), only=None, **options):
+    """A policy with moved weights, of `only` one module, or the first and last by full training and others by LoRA."""
+    policy = build_policy(folder, **options)
+    modules = find_candidates(policy.model)
+    full = {next(iter(modules)), list(modules)[-1]}
+    mode = {**dict.fromkeys(modules, "lora"), **dict.fromkeys(frozen, "frozen"), **dict.fromkeys(full, "full")}
+    mode = {**dict.fromkeys(modules, "frozen"), only: "lora"} if only else mode
+    planned = tuple(
+        PlannedModule(n, linear_shape(m), m.weight.numel(), None, mode[n], 1 + place % 4 if mode[n] == "lora" else None)
+        for place, (n, m) in enumerate(modules.items())
+    )
+    lora = LoraSettings(rank=3, alpha=6, use_dora=use_dora)
+    policy.adapt(AdapterPlan("model", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return policy
+
+
+def weights_of(policy, step=0, base="base"):
+    return CurrentWeights(policy.model, policy.weights, base, step, True)
+
+
+def received(weights, everything=True, dtype=torch.float32):
+    """The values, as an engine gets them."""
+    values = {}
+    for weight in weights.stream(everything):
+        values[weight.name] = torch.empty(weight.shape, dtype=dtype)
+        weight.write_rows(values[weight.name][:3], 0)
+        weight.write_rows(values[weight.name][3:], 3)
+    return values
+
+
+def assert_same(other, values, policy):
+    """A model that gets the values computes what the policy computes."""
+    other.load_state_dict(values, strict=False)
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+# A folder's family, whether there is DoRA, and whether the base is quantized.
+CASES = [*((family, number % 2 == 1, False) for number, family in enumerate(FAMILIES)), ("llama", False, True)]
+
+
+@pytest.mark.parametrize(("family", "use_dora", "quantized"), CASES)
+def test_a_model_that_gets_all_weights_computes_what_the_policy_computes(tmp_path, family, use_dora, quantized):
+    options = {}
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+        options = {"quantization": Int8(), "frozen": ("model.layers.1.mlp.up_proj",)}
+    policy, other = adapted(write_model(tmp_path / "model", family), use_dora, **options), build_model(family, seed=7)
+    weights = weights_of(policy)
+    values = received(weights)
+    assert values.keys() == dict(other.named_parameters()).keys(), "names of the base model, tied weights once"
+    assert {name: tuple(value.shape) for name, value in values.items()} == weights.shapes(True)
+    assert_same(other, values, policy)
+
+
+def test_what_training_changes_is_enough_for_a_model_that_has_the_base(model):
+    policy = adapted(model, frozen=("model.layers.1.mlp.down_proj",))
+    values = received(weights_of(policy), everything=False)
+    assert "model.embed_tokens.weight" not in values and "model.layers.1.mlp.down_proj.weight" in values
+    assert_same(build_model("llama", std=0.1), values, policy)
+
+
+def test_parts_of_a_block_come_as_a_whole(tmp_path):
+    """With one module adapted, all that an engine may join with it comes, and nothing of other parts."""
+    policy = adapted(write_model(tmp_path / "model", "qwen2"), only="model.layers.1.self_attn.v_proj")
+    names = list(weights_of(policy).shapes(False))
+    attention = [f"model.layers.1.self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
+    assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
+
+
+def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
+    policy = adapted(model)
+    first = weights_of(policy).version
+    assert weights_of(policy).version == first and str(first).startswith("0-")
+    assert weights_of(policy, step=3).version == WeightsVersion(3, first.digest)
+    assert weights_of(policy, base="other").version != first
+    parameter = next(p for p in policy.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[3] += 2**-20
+        assert weights_of(policy).version != first
+        parameter.view(-1)[3] -= 2**-20
+    assert weights_of(policy).version == first
+    with policy.start_policy():
+        start = weights_of(policy)
+        assert start.version != first
+        values = received(start)
+    other = build_model("llama", std=0.1)
+    assert all(torch.equal(values[name], weight) for name, weight in other.named_parameters()), "the start policy's weights"
+    assert not any(map(WeightsVersion.parse, ("default", "", "12", "x-1", "updating")))
+    assert WeightsVersion.parse(str(WeightsVersion(12, "ab"))) == WeightsVersion(12, "ab")
+
+
+# ---- when an engine is given them
+
+
+class Copying(Sampler):
+    """Samples with a model of its own, which has the weights of the last update."""
+
+    has_own_weights = True
+
+    def __init__(self, **options):
+        super().__init__(max_new_tokens=6, **options)
+        self.model, self.version, self.updates, self.released, self.ended = build_model("llama", std=0.1), None, [], 0, 0
+        self.prompts = []  # number of prompts of each call
+
+    def needs_everything(self, weights, model):
+        return self.version is None
+
+    def update(self, weights, model, everything=None):
+        if weights.version == self.version:
+            return
+        everything = self.needs_everything(weights, model) if everything is None else everything
+        self.updates.append((weights.version.step, everything))
+        self.model.load_state_dict(received(weights, everything), strict=False)
+        self.version = weights.version
+
+    def sample(self, engine, tokenizer, prompts, *arguments, **options):
+        self.prompts.append(len(prompts))
+        return super().sample(engine.of(self.model), tokenizer, prompts, *arguments, **options)
+
+    def release_memory(self):
+        self.released += 1
+
+    def shut_down(self):
+        self.ended += 1
+
+
+class InterruptedCopying(Copying):
+    """Of completions with holes, behind four episodes that are left out."""
+
+    wrong = 0.0
+
+    def sample(self, *arguments, **options):
+        rollouts = with_holes(super().sample(*arguments, **options))
+        sequences = rollouts.sequences.without(torch.arange(len(rollouts.sequences)) < 4)
+        logprobs = rollouts.sampling_logprobs * sequences.sampled_mask
+        logprobs[4, 0] += self.wrong
+        return replace(rollouts, sequences=sequences, sampling_logprobs=logprobs)
+
+
+def test_only_what_was_sampled_is_compared(model):
+    policy, prompts = adapted(model, sampler=InterruptedCopying()), [Prompt(text="12+3="), Prompt(text="1+1=")]
+    policy.generate(prompts, 4)
+    policy.generation.compare_again()
+    policy.sampler.wrong = -50.0
+    with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
+        policy.generate(prompts, 4)
+
+
+def test_a_run_updates_once_a_rollout_and_every_command_samples_by_the_engine(model, sums, tmp_path):
+    sampler, data = Copying(), build_data(sums, validation_fraction=0.2, test_fraction=0.2)
+    policy = {"minibatches_per_rollout": 2, "correction": TokenTruncation(), "sampler": sampler}
+    flags = {"max_steps": 4, "limit_val_batches": 1, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    module = fit(model, sums, tmp_path, policy=policy, data=data, **flags)
+    trainer, updates = module.trainer, list(sampler.updates)
+    # The base before it is adapted, all of it; what the adapter changes then is not yet trained, and equal.
+    assert [entry for entry in sampler.updates if entry[0]] == [(2, False), (4, False)], "the second rollout and the validation"
+    assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
+    assert trainer.logged_metrics["sampling/logp_difference/max"] < 1e-4
+    assert trainer.logged_metrics["sampling/weights_update_s"] > 0
+    assert sampler.released >= 2 and sampler.ended == 1
+    for command in (trainer.validate, trainer.test, trainer.predict):
+        sampler.prompts.clear()
+        command(module, datamodule=data)
+        assert sampler.prompts, "completed by the engine"
+    assert sampler.updates == updates and updates[0] == (0, True), "weights that have not changed are not given again"

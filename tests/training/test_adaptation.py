@@ -1,0 +1,113 @@
+"""A policy made in Python comes back from its checkpoint alone, parts of the user's own included."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import DigitShare, build_adapter, build_policy, fit, write_model
+
+from hybrid_lightning.adapters.budgets import config_with_defaults
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
+from hybrid_lightning.policy import LinearSchedule, PolicyModule
+from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.rewards import FormatReward, WeightedSum
+from hybrid_lightning.rollout.sampler import Sampler
+
+IDS = torch.tensor([[4, 5, 13, 6, 16]])
+
+
+class LengthPenalty(DigitShare):
+    """A reward of one's own."""
+
+    def __init__(self, per_character: float = 0.1) -> None:
+        self.per_character = per_character
+
+    def __call__(self, completions, prompts):
+        return [-self.per_character * len(text) for text in completions]
+
+
+class Patient(PolicyModule):
+    """A module of one's own, with an argument more."""
+
+    def __init__(self, patience: int, **arguments) -> None:
+        super().__init__(**arguments)
+        self.patience = patience
+
+
+def save(model, sums, root, *callbacks, policy=None):
+    saver = ModelCheckpoint(root, filename="last", every_n_train_steps=2)
+    module = fit(model, sums, root, *callbacks, saver, policy=policy, enable_checkpointing=True)
+    return module.eval(), root / "last.ckpt"
+
+
+def assert_same_policy(loaded, module):
+    loaded.eval()
+    assert loaded.plan == module.plan
+    assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
+
+
+def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
+    reward = WeightedSum([DigitShare(), LengthPenalty(per_character=0.25), FormatReward("[0-9]", name="digit")], [1.0, 0.5, 0.1])
+    policy = {"loss": GSPOLoss(kl_coef=0.01), "reward": reward, "sampler": Sampler(6, temperature=0.7, stop=["#"])}
+    policy |= {"correction": TokenTruncation(cap=3.0), "schedule": LinearSchedule(1, final_factor=0.5)}
+    policy |= {"optimizer": partial(torch.optim.AdamW, betas=(0.8, 0.9)), "kind": partial(Patient, 7)}
+    module, path = save(model, sums, tmp_path, policy=policy)
+    loaded = Patient.load_from_checkpoint(path)
+    assert loaded.patience == 7
+    assert_same_policy(loaded, module)
+    for part in ("loss", "reward", "sampler", "correction", "schedule"):
+        assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
+    terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.reward, reward))
+    assert terms == expected
+    assert loaded.rates == module.rates and loaded.rollout_schedule == module.rollout_schedule
+    assert loaded.optimizer_class([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"share": 0.0, "use_dora": True, "dropout": 0.1}, {"share": 1.0}, {"use_rslora": True, "keep_start_weights": False}],
+    ids=str,
+)
+def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
+    module, path = save(model, sums, tmp_path, build_adapter(**adapter))
+    loaded = PolicyModule.load_from_checkpoint(path)
+    assert_same_policy(loaded, module)
+    assert loaded.keep_start_weights == module.keep_start_weights
+    content = torch.load(path, weights_only=True)
+    assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert content[CHECKPOINT_KEY]["plan"]["digest"] == module.plan.digest
+
+
+def test_what_cannot_be_written_is_refused_at_once(model):
+    class Local(DigitShare):
+        pass
+
+    for optimizer in (lambda parameters: torch.optim.SGD(parameters, lr=1), torch.optim.SGD.__init__):
+        with pytest.raises(ConfigError, match=r"optimizer=.* cannot be written into a checkpoint; give a class, functools"):
+            build_policy(model, optimizer=optimizer)
+    for reward in (Local(), WeightedSum([DigitShare(), Local()])):
+        with pytest.raises(ConfigError, match=r"reward: the class .*Local cannot be written .* define it at the top level"):
+            build_policy(model, reward=reward)
+
+
+def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weights(model, sums, tmp_path):
+    module, path = save(model, sums, tmp_path)
+    loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
+    assert_same_policy(loaded, module)
+    assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
+        PolicyModule.load_from_checkpoint(path, model=str(other))
+    with pytest.raises(CheckpointError, match=r"model\.dtype as in the run's config\.yaml"):
+        PolicyModule.load_from_checkpoint(path, dtype="bfloat16")
+    content = torch.load(path, weights_only=True)
+    first, *others = weights = content["state_dict"]
+    for changed, message in (
+        ({name: weights[name] for name in others}, "lacks 1 trainable weights, such as"),
+        ({**weights, "extra": weights[first]}, "has 1 weights that this model lacks, such as 'extra'"),
+    ):
+        torch.save({**content, "state_dict": changed}, tmp_path / "changed.ckpt")
+        with pytest.raises(CheckpointError, match=message):
+            PolicyModule.load_from_checkpoint(tmp_path / "changed.ckpt")

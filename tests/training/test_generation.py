@@ -1,0 +1,290 @@
+"""Completions that are made elsewhere while the policy is trained: the same numbers as in turns, and nothing left behind."""
+
+import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
+
+from hybrid_lightning.engine import Engine, token_logprobs
+from hybrid_lightning.environments import EpisodeLimits, running
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
+from hybrid_lightning.episodes.ahead import EpisodesAhead
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.conversation import Conversation
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.types import Prompt
+
+
+class Elsewhere(Sampler):
+    """Samples in a thread, by a copy of the policy as it is when it is given weights. For episodes it needs a `Loan`."""
+
+    has_own_weights = completes_elsewhere = True
+
+    def __init__(self, max_new_tokens=6):
+        super().__init__(max_new_tokens)
+        self.engine = self.own = None
+        self.requests, self.running, self.at_update = 0, 0, []
+        self.threads, self.lock, self.asking = ThreadPoolExecutor(2), threading.Lock(), threading.RLock()
+        self.seeds = []  # of the rollouts that were begun
+
+    def __reduce__(self):  # as of `VLLMEngine`
+        return Elsewhere, (self.max_new_tokens,)
+
+    def updating(self):
+        return self.asking
+
+    def update(self, weights, model, everything=None):
+        if self.version != weights.version:
+            self.at_update.append(self.running)
+            self.version = weights.version
+            self.copy_of(self.engine)
+
+    def sample(self, engine, *arguments, **options):
+        return self.begin(engine, *arguments, **options).finish()
+
+    @property
+    def _conversation(self):
+        return Conversation
+
+    def copy_of(self, engine):
+        self.engine, self.own = engine, engine and engine.of(copy.deepcopy(engine.model), is_copy=True)
+
+    def begin(self, engine, *arguments, **options):
+        with self.asking:
+            if engine is not self.engine and isinstance(engine, Engine):  # nothing has been trained yet
+                self.copy_of(engine)
+            own, step = self.own, self.version.step
+            self.requests, self.running = self.requests + 1, self.running + 1
+
+        def sample():
+            with torch.no_grad(), self.lock, own.sampling():
+                own.model.eval()
+                found = super(Elsewhere, self).sample(own, *arguments, **options)
+                time.sleep(0.03)  # long enough for an update that does not wait
+            self.running -= 1
+            made_by = torch.full_like(found.sequences.completion_ids, step)
+            return replace(found, sequences=replace(found.sequences, weights_step=made_by))
+
+        made = self.threads.submit(sample)
+        return Begun(made.result, lambda: made.exception() and None, made.cancel)
+
+
+class Patient(Elsewhere):
+    """Begins later turns of a rollout that is under way over an update only after it."""
+
+    def begin(self, engine, *arguments, **options):
+        rollout = self.seeds.index(options["generator"]._seed)
+        if rollout in range(2, len(LAGS) - 1) and "turn" in options["generator"]._names[0]:
+            until = time.monotonic() + 30
+            while self.version.step < rollout - 1 and time.monotonic() < until:
+                time.sleep(0.005)
+        return super().begin(engine, *arguments, **options)
+
+
+class Loan(Callback):
+    """Gives `Elsewhere` the policy's engine, which threads lack, tells it of each rollout, and keeps each step's weights."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights, generation, sampler = [], pl_module.generation, pl_module.sampler
+        sampler.copy_of(pl_module.engine)
+        begin = generation.begin
+
+        def noted(prompts, samples, draws, *arguments, **options):
+            sampler.seeds.append(draws._seed)
+            return begin(prompts, samples, draws, *arguments, **options)
+
+        generation.begin = noted
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights.append(trained(pl_module))
+
+
+class Slow(Talk):
+    """Takes long to begin."""
+
+    def start(self, prompt, seed):
+        time.sleep(60)
+
+
+class Here:
+    """In place of processes, which take seconds to start."""
+
+    close_fault = ""
+
+    def __init__(self, environment, *_):
+        self.environment, self.begun = environment, {}
+
+    def advance(self, jobs, note):
+        for episode, message in jobs:
+            if message is None:
+                self.begun[episode.number] = copy.copy(self.environment)
+                note(episode.number, tuple(self.begun[episode.number].start(episode.prompt, episode.seed)))
+            else:
+                note(episode.number, self.begun[episode.number].step(message))
+
+    def end(self, numbers):
+        pass
+
+    def close(self):
+        self.begun = {}
+
+
+def metrics_of(log):
+    """Without times, and what an engine alone has."""
+    left_out = "time/", "throughput/", "sampling/weights_up", "sampling/waited", "sampling/engine", "sampling/weights_versions"
+    return [{name: value for name, value in step.items() if not name.startswith(left_out)} for step in log.metrics]
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+@pytest.mark.parametrize(("ahead", "correction", "turns"), [(0, None, 1), (2, SequenceMask(), 1), (1, TokenMask(), 3)])
+def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
+    model, sums, tmp_path, ahead, correction, turns, monkeypatch
+):
+    monkeypatch.setattr(running, "Workers", Here)
+
+    def run(sampler):
+        policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "minibatches_per_rollout": 2}
+        log = Log()
+        policy |= {"loss": GRPOLoss(kl_coef=0.1), "reward": DigitShare(), "optimizer": torch.optim.SGD}
+        if turns > 1:
+            episodes = EpisodeLimits(max_turns=turns, max_tokens=24, workers=int(sampler is elsewhere))
+            policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
+        loan = [Loan()] if turns > 1 and sampler is elsewhere else []
+        weights = trained(fit(model, sums, tmp_path, log, *loan, policy=policy, max_steps=6))
+        return metrics_of(log), weights
+
+    elsewhere = Elsewhere()
+    (there, weights), (here, expected) = run(elsewhere), run(Sampler(6))
+    assert len(there) == len(here) == 6
+    for one, other in zip(there, here, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5), "rounding in float32"
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-5)
+    assert ahead > 1 or not any(elsewhere.at_update), "with one ahead no completion has tokens by two versions of the weights"
+    lags = [step["sampling/weights_version_lag"] for step in there]
+    assert lags == {0: [0, 1, 0, 1, 0, 1], 1: [0, 1, 2, 3, 2, 3], 2: [0, 1, 2, 3, 4, 5]}[ahead]
+    assert max(step["sampling/logp_difference/max"] for step in here[:1]) < 1e-5
+    if ahead:  # the alarm for weights that did not arrive, with the lag in it
+        assert here[-1]["sampling/logp_difference/max"] > 1e-3
+    assert 3 <= elsewhere.requests <= 3 * turns, "none for a rollout that is not trained on"
+
+
+class Seen(DigitShare):
+    """Scores as completions arrive, and tells when it has been called in another thread."""
+
+    apart = threading.Event()
+
+    def __init__(self, overlap=True):
+        self.overlap = overlap
+        self.apart.clear()
+
+    def overlaps(self, prompt):
+        return self.overlap
+
+    def __call__(self, completions, prompts):
+        if threading.current_thread() is not threading.main_thread():
+            self.apart.set()
+        return super().__call__(completions, prompts)
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:Talk gives rewards:UserWarning")
+@pytest.mark.parametrize(("engine", "ahead", "turns"), [(Elsewhere, 1, 1), (Sampler, 0, 2)])
+def test_rewards_of_what_arrives_are_those_of_the_whole_rollout(model, sums, tmp_path, engine, ahead, turns):
+    def run(reward):
+        log, policy = Log(), {"sampler": engine(6), "rollouts_ahead": ahead, "reward": reward}
+        if turns > 1:
+            episodes = EpisodeLimits(max_turns=turns, max_tokens=16)
+            policy |= {"environment": Talk(), "episodes": episodes, "turn_template": "{content}"}
+        weights = trained(fit(model, sums, tmp_path, log, policy=policy, max_steps=2))
+        return metrics_of(log), weights
+
+    (expected, same), (found, weights) = run(Seen(overlap=False)), run(Seen())
+    assert Seen.apart.is_set()
+    rounding = 0 if engine is Sampler else 1e-3  # of float32, in threads
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=rounding, abs=rounding / 100)
+    torch.testing.assert_close(weights, same, rtol=rounding, atol=rounding / 100)
+
+
+def test_completions_are_scored_while_others_are_still_generated(model):
+    seen, policy = [], build_policy(model, reward=Seen(), sampler=Sampler(12))
+    prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
+
+    def listener(running, decoded, longest):
+        if running < 32 and not seen:
+            seen.append(Seen.apart.wait(20))
+
+    policy.generation_listeners.append(listener)
+    arriving = policy.arriving(prompts, 4)
+    rollouts = policy.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
+    assert seen == [True]
+    assert torch.equal(policy.score(rollouts, arriving).total, policy.score(rollouts).total)
+
+
+def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
+    elsewhere = Elsewhere()
+    policy = {"sampler": elsewhere, "rollouts_ahead": 1, "correction": TokenTruncation()}
+    data = build_data(sums, validation_fraction=0.25)
+    fit(model, sums, tmp_path, policy=policy, data=data, max_steps=3, val_check_interval=1)
+    assert elsewhere.at_update == [0] * 4, "once for the rollouts of the start, and after each step"
+
+
+# Of each rollout, in optimizer steps: of its first turn, and of later ones. Three are begun before the first is trained on.
+LAGS = [(0, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_made_it(model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "Workers", Here)
+    log, loan, episodes = Log(), Loan(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
+    policy = {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
+    policy |= {"sampler": Patient(), "rollouts_ahead": 2, "optimizer": torch.optim.SGD, "lr_lora": 1.0, "lr_full": 1.0}
+    module = fit(model, sums, tmp_path, log, loan, policy=policy, max_steps=len(LAGS))
+    found, moved = [], 0.0
+    logprobs = []  # of each batch by the weights of each step
+    for weights in loan.weights:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name])
+            logprobs.append([token_logprobs(module.engine, batch.sequences, 1.0)[0] for batch in log.batches])
+    for number, batch in enumerate(log.batches):
+        sampled, step = batch.sequences.sampled_mask, batch.sequences.weights_step
+        expected = torch.zeros_like(batch.sampling_logprobs)
+        for of_step in range(number + 1):
+            expected = torch.where(step == of_step, logprobs[of_step][number], expected)
+        torch.testing.assert_close(batch.sampling_logprobs[sampled], expected[sampled], atol=1e-4, rtol=0)
+        moved = max(moved, float((logprobs[0][number] - expected)[sampled].abs().max()))
+        two_turns = (batch.sequences.completion_mask & ~sampled).any(dim=1)
+        assert two_turns.any()
+        pairs = {(int(row[mask][0]), int(row[mask][-1])) for row, mask in zip(step[two_turns], sampled[two_turns], strict=True)}
+        found += [tuple(number - of_turn for of_turn in pair) for pair in pairs]
+    assert found == LAGS and moved > 0.01
+    assert [step["sampling/weights_versions"] > 1 for step in log.metrics] == [first > later for first, later in LAGS]
+
+
+def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an_environment_is_slow(model):
+    policy = build_policy(model, environment=Slow(), episodes=EpisodeLimits(workers=1), turn_template="{content}", reward=None)
+    ahead, prompts = EpisodesAhead(policy.episodes), [Prompt(text="3+4=")]
+    stops = policy.generation._stops
+
+    def begun():
+        draws = PromptDraws(prompts, 2, 0)
+        return ahead.begin(policy.engine, prompts, 2, [0], generator=draws, greedy=False, stops=stops)
+
+    slow, began = begun(), time.monotonic()
+    time.sleep(0.5)
+    other = begun()
+    ahead.shut_down()
+    assert time.monotonic() - began < 4 and not [t for t in threading.enumerate() if t.name == "episodes ahead"]
+    for ended in (slow, other):
+        ended.wait()
+        with pytest.raises(RolloutError, match="were ended"):
+            ended.finish()

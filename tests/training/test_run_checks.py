@@ -1,0 +1,221 @@
+"""`trainer.deterministic=true` works with everything, and what can make two runs differ is said when a run starts."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import tiny_examples
+import tiny_runs
+import torch
+from lightning.pytorch.callbacks import Timer
+from tiny_runs import DigitShare, StartsWithDigit, Talk, build_adapter, build_data, build_policy, build_trainer, check, fit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybrid_lightning import losses
+from hybrid_lightning.advantages import GroupMeanAdvantage, LeaveOneOutAdvantage, PerRewardAdvantage
+from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.training import run_checks
+from hybrid_lightning.model.quantization import NF4, Int8
+from hybrid_lightning.training.run_checks import warn_of_differences
+from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
+from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
+from hybrid_lightning.types import LossInputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deterministic")
+    tiny_runs.write_wide_model(folder / "model")
+    tiny_runs.write_wide_model(folder / "gpt2", "gpt2")
+    tiny_runs.write_sums(folder / "sums.jsonl", 16)
+    tiny_examples.write_rows(folder / "rows.jsonl", 16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def flags_as_before(monkeypatch):
+    """Lightning sets them for the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class OnGPU(TorchDispatchMode):
+    """Refuses what by torch's documentation a GPU refuses under `use_deterministic_algorithms`, as far as we could use it."""
+
+    refused = frozenset({"put", "put_", "histc", "median", "kthvalue", "nll_loss2d", "nll_loss2d_forward", "_ctc_loss"})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        sums = name in ("cumsum", "cumsum_") and args[0].is_floating_point()
+        weighted = name == "bincount" and (len(args) > 1 and args[1] is not None)
+        products = name.startswith("scatter_reduce") and args[4] == "prod"
+        assert not (sums or weighted or products or name in self.refused), f"{name} is refused on a GPU"
+        return function(*args, **(kwargs or {}))
+
+
+# All that there is besides losses.
+CASES = {
+    "gpt2": {  # which is not packed
+        **{"model": "gpt2", "gradient_checkpointing": True, "epochs_per_rollout": 2, "dynamic_sampling": DynamicSampling(1)},
+        **{"reward": StartsWithDigit(), "token_mask": losses.TopEntropyMask(0.5), "correction": losses.TokenTruncation()},
+        **{"mask_truncated_completions": True, "sampler": Sampler(16, top_p=0.9, top_k=20)},
+    },
+    "NF4": {"quantization": NF4, "advantage": GroupMeanAdvantage()},
+    "Int8": {"quantization": Int8},
+    "kernels": {},
+}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """No kernels, and the sums that a GPU would take."""
+    monkeypatch.setattr(calls, "library", lambda: None)
+    monkeypatch.setattr(sampler, "running_sums", sampler.sums_by_doubling)
+    return OnGPU()
+
+
+@pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_training(folder, tmp_path, name, request):
+    """With scoring, validation and the export."""
+    if name in ("NF4", "Int8"):
+        pytest.importorskip("bitsandbytes")
+    policy = {"loss": losses.GSPOLoss(entropy_coef=0.01, kl_coef=0.01), "minibatches_per_rollout": 2}
+    policy |= {name: value() if isinstance(value, type) else value for name, value in CASES[name].items()}
+    flags = {"deterministic": True, "gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    data, model = build_data(folder / "sums.jsonl", validation_fraction=0.2), folder / policy.pop("model", "model")
+    with nullcontext() if name == "kernels" else request.getfixturevalue("on_gpu"):
+        module = fit(model, None, tmp_path, build_adapter(), policy=policy, data=data, **flags)
+        module.trainer.export(module, data, folder=str(tmp_path / "exported"))
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_every_loss(on_gpu):
+    kinds = [losses.GRPOLoss, losses.GSPOTokenLoss, losses.DAPOLoss, losses.DrGRPOLoss]
+    kinds += [losses.BNPOLoss, losses.CISPOLoss, losses.SAPOLoss]
+    values, ones = -torch.rand(4, 5), torch.ones(4)
+    for loss in (*(kind(entropy_coef=0.01, kl_coef=0.01) for kind in kinds), losses.SupervisedLoss(), losses.DPOLoss()):
+        logprobs, entropy = (values.clone().requires_grad_() for _ in range(2))
+        others = {"ref_logprobs": values - 0.2, "entropy": entropy, "max_completion_tokens": 5.0}
+        with on_gpu:
+            loss(LossInputs(logprobs, ones, torch.ones(4, 5, dtype=torch.bool), values - 0.1, **others)).loss.backward()
+        assert logprobs.grad.any(), type(loss).__name__
+
+
+def test_training_on_examples(folder, tmp_path, on_gpu):
+    with on_gpu:
+        module = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
+    assert module.trainer.global_step > 0
+
+
+def test_a_gpu_would_refuse_cumulative_sums():
+    with OnGPU(), pytest.raises(AssertionError, match="cumsum is refused"):
+        torch.ones(3).cumsum(0)
+
+
+# ---- what is said
+
+
+class Elsewhere(Sampler):
+    """An engine, as far as it is asked."""
+
+    has_own_weights = completes_elsewhere = renormalizes = True
+
+
+class OnDevice(Sampler):
+    shares_device = True
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "message"),
+    [
+        ({"samples_per_prompt": 1, "advantage": LeaveOneOutAdvantage()}, {}, "=1: LeaveOneOutAdvantage compares .* to 2 or more"),
+        ({"reward": WeightedSum([OverlongPenalty(512, 100)])}, {}, "OverlongPenalty: .*max_new_tokens=6, .* would never act"),
+        ({"sampler": Elsewhere(top_k=3), "correction": losses.TokenTruncation()}, {}, "probabilities under the full softmax"),
+        ({"rollouts_ahead": -1}, {}, "rollouts_ahead must be at least 0, got -1"),
+        ({"rollouts_ahead": 1}, {"overfit_batches": 1}, "begins each epoch anew"),
+        ({"rollouts_ahead": 1}, {"reload_dataloaders_every_n_epochs": 1}, "would drop the rollouts that were begun"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "dynamic_sampling": DynamicSampling()}, {}, "leave dynamic_sampling out"),
+        ({"rollouts_ahead": 1, "sampler": OnDevice()}, {}, "nothing would be done meanwhile"),
+        ({"rollouts_ahead": 1, "sampler": Elsewhere(), "environment": Talk()}, {}, "model.episodes.workers=1"),
+    ],
+)
+def test_what_cannot_work_is_refused(model, tmp_path, policy, flags, message):
+    """And more, by the command line: `test_cli_errors`."""
+    with pytest.raises(ConfigError, match=message):
+        check(build_policy(model, **policy), tmp_path, **flags)
+
+
+def test_what_is_doubtful_where_it_trains_is_warned_of_there(model, tmp_path):
+    for policy, message in (
+        ({"sampler": Elsewhere()}, r"model\.correction corrects nothing"),
+        ({"loss": losses.DrGRPOLoss(), "advantage": PerRewardAdvantage()}, "are; give --model.advantage=GroupMeanAdvantage$"),
+    ):
+        module = build_policy(model, **policy)
+        check(module, tmp_path, "validate")  # warnings of ours are errors
+        with pytest.warns(UserWarning, match=message):
+            check(module, tmp_path)
+
+
+def late(completion):
+    return 1.0
+
+
+def late_reward(**arguments):
+    return FunctionReward(f"{__file__}:late", **arguments)
+
+
+def trainer_on(device, *callbacks, stage="fit"):
+    """A Trainer, as far as it is asked."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, callbacks=callbacks, state=SimpleNamespace(fn=stage))
+
+
+def test_rewards_by_time_and_a_last_moment_are_named_and_nothing_else(monkeypatch):
+    monkeypatch.delenv("OMP_DYNAMIC", raising=False)  # a warning of ours is an error
+    warn_of_differences(trainer_on("cpu", Timer("00:01:00:00"), stage="validate"), "sdpa", [late_reward(timeout_s=9)])
+    monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
+    timed = late_reward(timeout_s=9, on_timeout=0.0)
+    with pytest.warns(UserWarning, match="two runs with one seed may differ") as said:
+        warn_of_differences(trainer_on("cpu", Timer("00:01:00:00")), "sdpa", [DigitShare(), timed])
+    for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
+        assert part in str(said[0].message)
+    assert "earns on_timeout=0 if it takes more than timeout_s=9" in str(said[0].message)
+    for outer in (RewardBySet({"a": timed, "b": DigitShare()}), CosineLength(timed, max_tokens=8)):
+        assert any("on_timeout=0" in (term.decided_by_time() or "") for term, _ in outer.terms())
+
+
+def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    trainer = trainer_on("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
+        warn_of_differences(trainer, "packed_flash_attention_2", [])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
+        warn_of_differences(trainer, "packed_sdpa", [])
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
+        warn_of_differences(trainer, "flash_attention_2", [])
+    warn_of_differences(trainer, "sdpa", [])
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+    warn_of_differences(trainer, "flash_attention_2", [])
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="flash_attention_2"):
+        warn_of_differences(trainer, "flash_attention_2", [])
+
+
+@pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
+def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated_and_is_warned(tmp_path, monkeypatch, kind, told):
+    policy = build_policy("embedded")
+    policy._trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
+    heard = []
+    monkeypatch.setattr(run_checks, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
+    with pytest.warns(UserWarning, match="two runs with one seed may differ") if told else nullcontext():
+        policy.check_settings()
+    assert heard == told

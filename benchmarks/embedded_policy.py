@@ -147,7 +147,9 @@ class Pretraining(SupervisedModule):
         """One group, with the learning rate of fully trained modules."""
         self.model.requires_grad_(True)
         groups = {"full": (list(self.model.parameters()), self.rates["full"])}
-        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+        return build_optimizer(
+            self.optimization.optimizer, groups, self.optimization.schedule, self.trainer.estimated_stepping_batches
+        )  # type: ignore[return-value]
 
 
 def pretrain_on(

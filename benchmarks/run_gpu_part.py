@@ -37,10 +37,10 @@ from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.engine import PackedSequences
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.compiling import CODES
-from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.types import Prompt
 
 Found = dict[str, Any]

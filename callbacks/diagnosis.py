@@ -16,10 +16,10 @@ from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
-from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, Watch, worse
 from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`

@@ -25,9 +25,9 @@ from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
 from hybrid_lightning.options import FIXED, Option
+from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
 

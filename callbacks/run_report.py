@@ -28,10 +28,10 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
-from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.training.language import LanguageModule
 
 # The metrics whose curves are kept, in the order of the page.
 CURVES = (

@@ -46,16 +46,16 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
+from hybrid_lightning.quiet import quiet_libraries
+from hybrid_lightning.remedies import check_whole_configs, with_remedy
+from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
 from hybrid_lightning.training.examples import (
     PreferenceModule,  # noqa: F401  (as above)
     SupervisedModule,  # noqa: F401  (as above)
 )
 from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.training.module import PolicyModule
-from hybrid_lightning.quiet import quiet_libraries
-from hybrid_lightning.remedies import check_whole_configs, with_remedy
-from hybrid_lightning.stopping import StopSignals
-from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
 from hybrid_lightning.user_code import in_user_code
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.

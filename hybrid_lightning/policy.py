@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
-    from hybrid_lightning.training.examples import ExampleModule, PreferenceModule, SupervisedModule
-    from hybrid_lightning.training.language import LanguageModule
     from hybrid_lightning.model.master_weights import MasterWeights
     from hybrid_lightning.model.precision import Bfloat16Precision
+    from hybrid_lightning.model.quantization import NF4, Int8, Quantization
+    from hybrid_lightning.training.examples import ExampleModule, PreferenceModule, SupervisedModule
+    from hybrid_lightning.training.language import LanguageModule
     from hybrid_lightning.training.module import PolicyModule
     from hybrid_lightning.training.optim import ConstantSchedule, CosineSchedule, LearningRateSchedule, LinearSchedule
-    from hybrid_lightning.model.quantization import NF4, Int8, Quantization
 
 __all__ = [
     "NF4",

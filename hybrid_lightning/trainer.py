@@ -40,14 +40,14 @@ from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.module import PolicyModule
-from hybrid_lightning.training.optim import ConstantSchedule
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.optim import ConstantSchedule
 
 # What a run has if nothing else is said: of the Trainer, of its checkpoints, and of its logger.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -319,7 +319,7 @@ class Trainer(LightningTrainer):
         steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
         if scored:
             adapter.planning = replace(planning, scorer=Random())
-        policy.schedule, doctor = ConstantSchedule(), Doctor()
+        policy.optimization, doctor = replace(policy.optimization, schedule=ConstantSchedule()), Doctor()
         kept = (StepTimer, HybridAdapterSetup, GracefulStop)
         self.callbacks[:] = [*(each for each in self.callbacks if isinstance(each, kept)), doctor]  # type: ignore[attr-defined]
         self.loggers, self.fast_dev_run, self.command = [], True, "doctor"  # no folder, no checkpoint

@@ -32,9 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
     "environments": GROUND | {"sandbox"},
-    "model": GROUND | LEAVES | {"process", "quiet"},
+    "model": GROUND | LEAVES,
     "episodes": GROUND | LEAVES | {"model"},
-    "training": GROUND | LEAVES | {"model", "episodes", "quiet"},
+    "training": GROUND | LEAVES | {"model", "episodes", "process", "quiet"},
     "policy": {"configurable", "model", "training"},
     "export": GROUND | LEAVES | POLICY,
     "memory": GROUND | LEAVES | POLICY | {"process"},
@@ -42,10 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": GROUND | LEAVES | POLICY | {"export", "reports"},
     "trainer": GROUND | LEAVES | POLICY | {"export", "memory", "reports", "callbacks", "quiet"},
     "remedies": GROUND,
-    "cli": GROUND
-    | LEAVES
-    | POLICY
-    | {"export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"},
+    "cli": GROUND | LEAVES | POLICY | {"export", "memory", "callbacks", "trainer", "quiet", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
     "cli_parser": GROUND | {"remedies"},
     "process": set(),

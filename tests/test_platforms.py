@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.metrics import completion_draws
-from hybrid_lightning.training.evaluation import add_prompts
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import _Decoder
+from hybrid_lightning.training.evaluation import add_prompts
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
 
 ROOT, TO = Path(__file__).parents[1], Tensor.to

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.episodes.episodes import Episodes
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.rollout_engine import Begun
 from hybrid_lightning.types import Prompt, Rollouts
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hybrid_lightning.environments import CUT_MARK, Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
+from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, RolloutError, shorten
 from hybrid_lightning.model.pretrained import Pretrained
-from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.conversation import Turn
 from hybrid_lightning.rollout.rng import PromptDraws

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
+from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
 from hybrid_lightning.model.loading import DTYPES, stop_token_ids
 from hybrid_lightning.model.prompts import PromptEncoder
-from hybrid_lightning.episodes.turns import TurnEncoder
 
 
 class MergedModel(ExportForm):

@@ -22,13 +22,13 @@ from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.model.precision import check_precision, dtype_of_precision
-from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.model.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checks import NOTHING_TO_SPLIT, check_optimizer
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.training.module import PolicyModule
 
 _MAX_PROMPTS = 500  # at most so many are encoded to find the longest
 

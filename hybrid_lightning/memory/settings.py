@@ -13,10 +13,10 @@ from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import activation_bytes, tokens_of_pass
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.training.optim import OptimizerCallable
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.optim import OptimizerCallable
 
 
 @dataclass(frozen=True)

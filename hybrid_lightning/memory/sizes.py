@@ -12,10 +12,10 @@ from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.training.optim import OptimizerCallable, make_optimizer
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.model.quantization import NF4, Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
+from hybrid_lightning.training.optim import OptimizerCallable, make_optimizer
 
 FLOAT32_BYTES = 4
 _PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more

@@ -17,10 +17,10 @@ import torch
 from hybrid_lightning.data import FormatBySet, PromptFormat
 from hybrid_lightning.data.template import fill_template
 from hybrid_lightning.errors import HybridLightningError, shorten
-from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.reports.findings import Finding
 from hybrid_lightning.rewards import evaluate_reward
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
+from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.types import Completion, Prompt
 
 # What a prompt says -> the answer in the form that it asks for.

@@ -23,24 +23,24 @@ from torch.optim import AdamW
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.configurable import Configurable, describe_arguments
 from hybrid_lightning.engine import Backend
-from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
-from hybrid_lightning.options import FIXED, Option
+from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.model.precision import dtype_of_precision
-from hybrid_lightning.training.optim import (
-    ConstantSchedule,
-    LearningRateSchedule,
-    OptimizerCallable,
-    build_optimizer,
-    rate_of_full_modules,
-    with_hyper_parameters,
-)
 from hybrid_lightning.model.quantization import Quantization, quantize_base
+from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 from hybrid_lightning.sharding.weights import Weights, weights_of
+from hybrid_lightning.training.optim import (
+    ConstantSchedule,
+    LearningRateSchedule,
+    Optimization,
+    OptimizerCallable,
+    build_optimizer,
+    with_hyper_parameters,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,11 +77,8 @@ class AdaptedModule(Configurable, LightningModule):
         schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__()
-        for name, rate in (("lr_full", lr_full), ("lr_lora", lr_lora)):
-            if rate is not None and not 0 <= rate < float("inf"):
-                raise ConfigError(f"model.{name} must be a non-negative number, got {rate}")
-        self.quantization, self.optimizer_class = quantization, optimizer
-        self.lr_full, self.lr_lora, self.schedule = lr_full, lr_lora, schedule or ConstantSchedule()
+        self.quantization = quantization
+        self.optimization = Optimization(optimizer, lr_full, lr_lora, schedule or ConstantSchedule())
         self.plan: AdapterPlan | None = None
         self.keep_start_weights = True
         self._base_digest: str | None = None
@@ -100,8 +97,7 @@ class AdaptedModule(Configurable, LightningModule):
     @property
     def rates(self) -> dict[str, float]:
         """Learning rates of the parameter groups, `full` and `lora`."""
-        full = rate_of_full_modules(self.lr_lora, self.adapter_target) if self.lr_full is None else self.lr_full
-        return {"full": full, "lora": self.lr_lora}
+        return self.optimization.rates(self.adapter_target)
 
     @property
     def adapter_target(self) -> nn.Module:
@@ -197,10 +193,12 @@ class AdaptedModule(Configurable, LightningModule):
 
         full, lora = parameter_groups(self.adapter_target)
         rates = self.rates
-        if self.lr_full is None and full and lora:
+        if self.optimization.lr_full is None and full and lora:
             rank_zero_info(f"lr_full: {rates['full']:.3g}, from lr_lora={rates['lora']:g} and the hidden size")
         groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
-        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+        return build_optimizer(
+            self.optimization.optimizer, groups, self.optimization.schedule, self.trainer.estimated_stepping_batches
+        )  # type: ignore[return-value]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trainable weights alone, key the optimizer's state by their names, and add plan and base model."""
@@ -242,7 +240,7 @@ class AdaptedModule(Configurable, LightningModule):
             self.adapt(plan, saved["keep_start_weights"])
         if resumed:
             for state in checkpoint.get("optimizer_states", []):
-                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, self.rates)
+                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimization.optimizer, self.rates)
 
     def _trained_dtype(self) -> torch.dtype:
         return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))

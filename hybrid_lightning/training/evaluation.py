@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
-from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
 if TYPE_CHECKING:

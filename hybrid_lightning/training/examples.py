@@ -19,18 +19,18 @@ from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
-from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
-from hybrid_lightning.training.calibration import CalibrationLosses, StepCalibration, TrainingCalibration, equal_slices
-from hybrid_lightning.training.evaluation import ExampleEvaluation
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization
-from hybrid_lightning.training.training_data import training_prompts
+from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.training.calibration import CalibrationLosses, StepCalibration, TrainingCalibration, equal_slices
+from hybrid_lightning.training.evaluation import ExampleEvaluation
+from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.optim import LearningRateSchedule, OptimizerCallable
+from hybrid_lightning.training.training_data import training_prompts
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]

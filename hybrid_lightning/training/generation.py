@@ -19,9 +19,9 @@ import torch
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
-from hybrid_lightning.errors import RolloutError
-from hybrid_lightning.episodes.episodes import task_seeds
 from hybrid_lightning.episodes.ahead import EpisodesAhead
+from hybrid_lightning.episodes.episodes import task_seeds
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.precision import product_dtype
 from hybrid_lightning.rollout.rng import PromptDraws

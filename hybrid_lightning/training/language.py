@@ -30,20 +30,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import Backend
+from hybrid_lightning.episodes.episodes import Episodes, has_failed
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.metrics import check_set_name
-from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule
-from hybrid_lightning.training.calibration import CalibrationLosses
-from hybrid_lightning.episodes.episodes import Episodes, has_failed
-from hybrid_lightning.training.evaluation import Evaluation, predictions, repeat_prompts
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode
 from hybrid_lightning.model.pretrained import Pretrained
-from hybrid_lightning.training.run_checks import check_run
-from hybrid_lightning.training.step_times import PhaseClock
-from hybrid_lightning.training.training_data import make_rollout_loader
-from hybrid_lightning.training.update import Update, restore_pass_tokens, saved_pass_tokens
+from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
@@ -52,6 +44,14 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule
+from hybrid_lightning.training.calibration import CalibrationLosses
+from hybrid_lightning.training.evaluation import Evaluation, predictions, repeat_prompts
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run_checks import check_run
+from hybrid_lightning.training.step_times import PhaseClock
+from hybrid_lightning.training.training_data import make_rollout_loader
+from hybrid_lightning.training.update import Update, restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.types import Completion, PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 from hybrid_lightning.user_code import in_user_code
 

@@ -22,11 +22,21 @@ from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.environments import Environment, EpisodeLimits
+from hybrid_lightning.episodes.episodes import Episodes, episode_metrics, token_advantages
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
+from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.prompt_order import PromptOrder
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine
+from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.training.calibration import (
     AnswerCalibration,
     CalibrationLosses,
@@ -35,12 +45,9 @@ from hybrid_lightning.training.calibration import (
     calibration_rollouts,
     equal_slices,
 )
-from hybrid_lightning.episodes.episodes import Episodes, episode_metrics, token_advantages
 from hybrid_lightning.training.evaluation import Evaluation, repeat_prompts
 from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.training.optim import LearningRateSchedule, OptimizerCallable
-from hybrid_lightning.model.pretrained import Pretrained
-from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.training.run_checks import check_ahead
 from hybrid_lightning.training.sampled_groups import (
     ROLLOUT_METRICS,
@@ -51,13 +58,6 @@ from hybrid_lightning.training.sampled_groups import (
 )
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.training.training_data import training_prompts
-from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
-from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
-from hybrid_lightning.rollout.prompt_order import PromptOrder
-from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine
-from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 from hybrid_lightning.user_code import in_user_code
 

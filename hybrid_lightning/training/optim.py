@@ -9,11 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hybrid_lightning.configurable import Configurable
@@ -95,6 +96,36 @@ class CosineSchedule(_FallingSchedule):
         """final_factor + (1 - final_factor) * (1 + cos(pi * progress)) / 2."""
         cosine = (1 + math.cos(math.pi * self.progress(step, total_steps))) / 2
         return self.final_factor + (1 - self.final_factor) * cosine
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How trainable weights are updated: the optimizer, and one learning rate for each kind of module.
+
+    Args:
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        lr_full: Learning rate of fully trained modules; None takes `rate_of_full_modules`.
+        lr_lora: Learning rate of LoRA weights.
+        schedule: Learning rate schedule.
+
+    Raises:
+        ConfigError: If a learning rate is impossible.
+    """
+
+    optimizer: OptimizerCallable = AdamW
+    lr_full: float | None = None
+    lr_lora: float = 1e-4
+    schedule: LearningRateSchedule = field(default_factory=ConstantSchedule)
+
+    def __post_init__(self) -> None:
+        for name, rate in (("lr_full", self.lr_full), ("lr_lora", self.lr_lora)):
+            if rate is not None and not 0 <= rate < float("inf"):
+                raise ConfigError(f"model.{name} must be a non-negative number, got {rate}")
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Learning rates of the parameter groups of a model, `full` and `lora`."""
+        full = rate_of_full_modules(self.lr_lora, model) if self.lr_full is None else self.lr_full
+        return {"full": full, "lora": self.lr_lora}
 
 
 def build_optimizer(

@@ -34,10 +34,10 @@ def check_run(policy: "LanguageModule") -> None:
     trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
     if strategy.root_device.type == "cuda":
         prepare_gpu(own_allocator=policy.sampler.shares_device)
-    check_strategy(trainer, policy.optimizer_class, dtype)
+    check_strategy(trainer, policy.optimization.optimizer, dtype)
     if policy.quantization is not None:
         check_quantization(policy.quantization, trainer)
-    check_precision(str(trainer.precision), dtype, policy.optimizer_class)
+    check_precision(str(trainer.precision), dtype, policy.optimization.optimizer)
     use_bfloat16_precision(strategy)
     policy.generation.check()
     if policy.plan is not None:

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
 from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.training.language import LanguageModule
 
 Result = TypeVar("Result")
 _PURPOSE = "score the modules"

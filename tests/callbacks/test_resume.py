@@ -26,8 +26,8 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.options import ACCURACY, MADE_BY, NOTHING, REFUSED, SIZES, options_of
 from hybrid_lightning.policy import CosineSchedule, PolicyModule, PreferenceModule, SupervisedModule
-from hybrid_lightning.training.adaptation import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
+from hybrid_lightning.training.adaptation import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 
 # ---- declarations
 

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.environments import EpisodeLimits, HermesCalls, LlamaCalls, PlainCalls, RunningEpisodes, ToolEnvironment
+from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export.trained import base_model_of
 from hybrid_lightning.model.prompts import KEEP_HISTORY, PromptEncoder
-from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.types import Prompt
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}

@@ -10,8 +10,8 @@ from hybrid_lightning.adapters import LoraSettings, ModuleBudget, apply_plan, fi
 from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure_sizes
-from hybrid_lightning.policy import NF4, Int8
 from hybrid_lightning.model.quantization import quantize_base
+from hybrid_lightning.policy import NF4, Int8
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}

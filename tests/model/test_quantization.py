@@ -20,9 +20,9 @@ from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.model.quantization import NF4, Int8, check_quantization, quantize_base
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.training.module import PolicyModule
 
 pytest.importorskip("bitsandbytes")
 

@@ -19,8 +19,8 @@ from hybrid_lightning.callbacks import GracefulStop, StepTimer
 from hybrid_lightning.callbacks.graceful_stop import last_checkpoint
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.rollout import Sampler, VLLMServerSampler
+from hybrid_lightning.training.generation import Generation
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PHASES = ["before training", "generate", "reward", "logprobs", "checkpoint", "update", "other", "validation"]

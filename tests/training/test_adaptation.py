@@ -1,6 +1,7 @@
 """A policy made in Python comes back from its checkpoint alone, parts of the user's own included."""
 
 from functools import partial
+from operator import attrgetter
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import LinearSchedule, PolicyModule
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
 
@@ -57,12 +58,12 @@ def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, su
     loaded = Patient.load_from_checkpoint(path)
     assert loaded.patience == 7
     assert_same_policy(loaded, module)
-    for part in ("loss", "reward", "sampler", "correction", "schedule"):
-        assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
+    for part in ("loss", "reward", "sampler", "correction", "optimization.schedule"):
+        assert config_with_defaults(attrgetter(part)(loaded)) == config_with_defaults(attrgetter(part)(module))
     terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.reward, reward))
     assert terms == expected
     assert loaded.rates == module.rates and loaded.rollout_schedule == module.rollout_schedule
-    assert loaded.optimizer_class([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
+    assert loaded.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from tiny_runs import Constant, DigitShare, Failing, Interrupted, build_data, bu
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss
-from hybrid_lightning.training.calibration import AnswerCalibration
 from hybrid_lightning.rollout.batching import join_rollouts, pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.calibration import AnswerCalibration
 from hybrid_lightning.types import Sequences
 
 TEMPERATURE = 0.8

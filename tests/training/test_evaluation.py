@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_lightning.training.evaluation import add_prompts, evaluation_means, prediction_records
 from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.training.evaluation import add_prompts, evaluation_means, prediction_records
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 ANSWERS = ["7", "7", "5", "6", "5", None, "5", "6"]

@@ -13,9 +13,9 @@ from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trai
 
 from hybrid_lightning.engine import Engine, token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
+from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
-from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws

@@ -7,7 +7,13 @@ from tiny_runs import build_policy
 from torch import nn
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.training.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer, rate_of_full_modules
+from hybrid_lightning.training.optim import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    build_optimizer,
+    rate_of_full_modules,
+)
 
 
 def factors(schedule, total, count=None):

@@ -15,11 +15,11 @@ from hybrid_lightning import losses
 from hybrid_lightning.advantages import GroupMeanAdvantage, LeaveOneOutAdvantage, PerRewardAdvantage
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.training import run_checks
 from hybrid_lightning.model.quantization import NF4, Int8
-from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
+from hybrid_lightning.training import run_checks
+from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.types import LossInputs
 
 

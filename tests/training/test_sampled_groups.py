@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import Constant, Log, StartsWithDigit, fit, trained, write_sums
 
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
-from hybrid_lightning.training import sampled_groups
-from hybrid_lightning.training.sampled_groups import choose_trained, rollout_metrics, sample_groups
 from hybrid_lightning.rewards import OverlongPenalty, WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.training import sampled_groups
+from hybrid_lightning.training.sampled_groups import choose_trained, rollout_metrics, sample_groups
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 

@@ -7,8 +7,8 @@ import torch
 from tiny_runs import Log, fit, write_model
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, TopEntropyMask, combine_metrics
-from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"

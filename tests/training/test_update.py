@@ -14,10 +14,10 @@ from tiny_runs import Constant, Log, OftenDone, build_adapter, build_data, build
 from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
-from hybrid_lightning.training import update
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import Stops
+from hybrid_lightning.training import update
+from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
 
 
 def assert_same_gradients(found, expected):

@@ -14,12 +14,12 @@ from tiny_runs import Talk
 from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
 from hybrid_lightning.environments import EpisodeLimits
+from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.episodes.episodes import Episodes
-from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")

@@ -1,15 +1,15 @@
 """Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
 
 `Evaluation` is for prompts, `ExampleEvaluation` for examples: validation and test call `add` for each batch, and `end` after the
-last. Predict calls `predictions`.
+last. Predict calls `predict`.
 
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
-from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
-
-if TYPE_CHECKING:
-    from hybrid_lightning.training.examples import ExampleModule
-    from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
 
 Answers = Sequence[str | None]
 Scored = tuple[Rollouts, Rewards, Answers]
@@ -113,93 +112,141 @@ class ExampleMetrics(Metric):
 class Evaluation(nn.Module):
     """Completes and scores held-out prompts, greedily and by sampling, and logs what that shows.
 
-    A policy calls the methods from its hooks of validation and test. This is a part of it, since the metrics move to its device.
+    This is a part of a LightningModule, since the metrics move to its device; its hooks of validation and test call `add` and `end`.
 
     Args:
+        generation: Completes and scores prompts.
         samples: Sampled completions of each prompt (n).
+        seed: Seed of the sampling.
 
     Attributes:
         by_problem: (set, index) -> value by metric, of each problem of the last evaluation of all ranks.
         greedy: The greedy completions of this rank's first batch in it, and their rewards; None where there are no completions.
+        last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If there are no samples.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, generation: Generation, samples: int, seed: int) -> None:
         super().__init__()
         if samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {samples}")
-        self.samples = samples
+        self.generation, self.samples, self.seed = generation, samples, seed
         self.by_problem: dict[Problem, dict[str, float]] = {}
         self.greedy: tuple[Rollouts, Rewards] | None = None
+        self.last: dict[str, dict[str, float]] = {}
         self._first: tuple[Rollouts, Rewards] | None = None
         self._prompts = nn.ModuleDict({stage: evaluation_means(samples) for stage in ("val", "test")})
 
-    def names(self, policy: "LanguageModule", sets: Collection[str]) -> list[str]:
+    def names(self, sets: Collection[str]) -> list[str]:
         """Names of all that a validation on prompts of these sets logs."""
         of_sets = self._means("val").names(sets)
         return [_name("val", name, value) for name, values in of_sets.items() for value in values]
 
-    def add(self, policy: "LanguageModule", stage: str, batch: Sequence[Prompt]) -> None:
+    def add(self, stage: str, batch: Sequence[Prompt]) -> None:
         """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs."""
-        greedy, sampled = _scored(policy, batch)
+        greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
-        add_prompts(self._means(stage), greedy[1], sampled, policy.answers(sampled[0]))
+        add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))
 
-    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
-        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
+    def end(self, stage: str) -> None:
+        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew."""
+        self.last = self._end(stage)
 
-        Returns:
-            Set -> metric -> value, with "" for all sets together.
-        """
+    def _end(self, stage: str) -> dict[str, dict[str, float]]:
         means = self._means(stage)
         found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
         means.reset()
         self.by_problem, self.greedy, self._first = means.by_problem, self._first, None
-        _log(policy, {_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
+        self._log({_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
         return found
+
+    def predict(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
+        greedy, sampled = self._scored(prompts)
+        generation = self.generation
+        if generation.episodes is not None:
+            return [*episode_records(*greedy, greedy=True), *episode_records(*sampled)]
+        of_greedy, of_sampled = ((rollouts, rewards, generation.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
+        render = generation.policy.pretrained.encoder.render
+        return prediction_records(of_greedy, of_sampled, [render(prompt) for prompt in prompts])
+
+    def _scored(self, prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
+        """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
+        generation, draws = self.generation, evaluation_draws(prompts, self.samples, self.seed)
+        of_greedy, of_sampled = generation.arriving(prompts, 1), generation.arriving(prompts, self.samples)
+        try:
+            greedy = generation.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
+            sampled = generation.generate(prompts, self.samples, draws, on_completion=of_sampled.on_completion)
+            return [(greedy, generation.score(greedy, of_greedy)), (sampled, generation.score(sampled, of_sampled))]
+        except BaseException:
+            of_greedy.cancel()
+            of_sampled.cancel()
+            raise
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.generation.run.log_evaluation(values)
 
     def _means(self, stage: str) -> ProblemMeans:
         return cast(ProblemMeans, self._prompts[stage])
 
 
 class ExampleEvaluation(Evaluation):
-    """Measures the loss on held-out examples and, where the policy has a reward, completions of their prompts."""
+    """Measures the loss on held-out examples and, where there is a reward, completions of their prompts.
 
-    def __init__(self, samples: int) -> None:
-        super().__init__(samples)
+    Args:
+        generation: Completes and scores prompts.
+        samples: Sampled completions of each prompt (n).
+        seed: Seed of the sampling.
+        loss: Loss on examples.
+        passes: Log-probabilities of examples.
+        sequences_of: The tokens of examples.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        samples: int,
+        seed: int,
+        loss: ExampleLoss,
+        passes: Passes,
+        sequences_of: Callable[[Sequence[Prompt]], Sequences],
+    ) -> None:
+        super().__init__(generation, samples, seed)
+        self._loss, self._passes, self._sequences_of = loss, passes, sequences_of
         self._examples = nn.ModuleDict({stage: ExampleMetrics() for stage in ("val", "test")})
 
-    def names(self, policy: "ExampleModule", sets: Collection[str]) -> list[str]:  # type: ignore[override]
+    def names(self, sets: Collection[str]) -> list[str]:
         """Names of all that a validation on examples of these sets logs."""
-        rows = torch.zeros(policy.loss.rows_per_example, 1)
-        reference = rows if policy.loss.needs_reference else None
+        rows = torch.zeros(self._loss.rows_per_example, 1)
+        reference = rows if self._loss.needs_reference else None
         inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
-        measured = [_name("val", name) for name in policy.loss.terms(inputs)]
-        return measured if policy.reward is None else measured + super().names(policy, sets)
+        measured = [_name("val", name) for name in self._loss.terms(inputs)]
+        return measured if self.generation.reward is None else measured + super().names(sets)
 
-    def add(self, policy: "ExampleModule", stage: str, batch: Sequence[Prompt]) -> None:  # type: ignore[override]
-        """See `Evaluation`."""
-        sequences = policy.example_sequences(batch, policy.device)
-        ((logprobs, entropy, reference),) = policy.update.measure([sequences])
+    def add(self, stage: str, batch: Sequence[Prompt]) -> None:
+        """Measure the loss on a batch of a stage, `val` or `test`, and completions where they are scored."""
+        sequences, run = self._sequences_of(batch), self.generation.run
+        needs_reference = self._loss.needs_reference
+        ((logprobs, entropy, reference),) = self._passes.measure([sequences], True, needs_reference, run.interruptible)
         assert logprobs is not None
-        ones = torch.ones(len(sequences), device=policy.device)
+        device = logprobs.device
+        ones = torch.ones(len(sequences), device=device)
         inputs = LossInputs(logprobs, ones, sequences.sampled_mask, ref_logprobs=reference, entropy=entropy)
         identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
-        weights = policy.loss.weights(sequences.sampled_mask)
-        self._losses(stage).update(torch.tensor(identity, device=policy.device), weights, policy.loss.terms(inputs))
-        if policy.reward is not None:
-            super().add(policy, stage, batch)
+        weights = self._loss.weights(sequences.sampled_mask)
+        self._losses(stage).update(torch.tensor(identity, device=device), weights, self._loss.terms(inputs))
+        if self.generation.reward is not None:
+            super().add(stage, batch)
 
-    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
-        """See `Evaluation`; what the loss has measured is that of all sets together."""
-        found = {} if policy.reward is None else super().end(policy, stage)
+    def _end(self, stage: str) -> dict[str, dict[str, float]]:
+        found = {} if self.generation.reward is None else super()._end(stage)
         losses = self._losses(stage)
         measured = {name: float(value) for name, value in losses.compute().items()}
         losses.reset()
-        _log(policy, {_name(stage, name): value for name, value in measured.items()})
-        return {**found, "": {**measured, **found.get("", {})}}
+        self._log({_name(stage, name): value for name, value in measured.items()})
+        return {**found, "": {**measured, **found.get("", {})}}  # what the loss has measured is of all sets together
 
     def _losses(self, stage: str) -> ExampleMetrics:
         return cast(ExampleMetrics, self._examples[stage])
@@ -207,34 +254,6 @@ class ExampleEvaluation(Evaluation):
 
 def _name(*parts: str) -> str:
     return "/".join(filter(None, parts))
-
-
-def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
-    """Log values that are the same on all ranks already; `sync_dist` tells Lightning so."""
-    policy.log_dict(values, sync_dist=policy.trainer.world_size > 1)
-
-
-def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """The greedy and the sampled completions of prompts, as records for JSON: one a prompt, or one an episode."""
-    greedy, sampled = _scored(policy, prompts)
-    if policy.episodes is not None:
-        return [*episode_records(*greedy, greedy=True), *episode_records(*sampled)]
-    of_greedy, of_sampled = ((rollouts, rewards, policy.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
-    return prediction_records(of_greedy, of_sampled, [policy.pretrained.encoder.render(prompt) for prompt in prompts])
-
-
-def _scored(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
-    """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""
-    of_greedy, of_sampled = policy.arriving(prompts, 1), policy.arriving(prompts, policy.eval_samples)
-    try:
-        greedy = policy.generate(prompts, 1, greedy=True, on_completion=of_greedy.on_completion)
-        draws = evaluation_draws(prompts, policy.eval_samples, policy.seed)
-        sampled = policy.generate(prompts, policy.eval_samples, draws, on_completion=of_sampled.on_completion)
-        return [(greedy, policy.score(greedy, of_greedy)), (sampled, policy.score(sampled, of_sampled))]
-    except BaseException:
-        of_greedy.cancel()
-        of_sampled.cancel()
-        raise
 
 
 def prediction_records(greedy: Scored, sampled: Scored, texts: list[str]) -> list[dict[str, Any]]:
@@ -276,8 +295,3 @@ def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
         "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
         "correct": bool(rewards.correct[row]),
     }
-
-
-def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
-    """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
-    return [prompt for prompt in prompts for _ in range(samples)]

@@ -1,36 +1,38 @@
 """`Generation`: completions of a policy, by its own weights or by a rollout engine that is given them.
 
     update    gives an engine with weights of its own those that training has changed
-    begin     completes prompts, where the engine completes elsewhere while this process goes on, and says which weights did
+    begin     begins to complete prompts with the current weights, and says in the result which weights made it
 
 In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.episodes.ahead import EpisodesAhead
-from hybrid_lightning.episodes.episodes import task_seeds
+from hybrid_lightning.episodes.episodes import Episodes, has_failed, task_seeds
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.loading import DTYPES
+from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import product_dtype
-from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeights, ServedModel, Stops
+from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.types import Completion, Prompt, Rollouts
 
 if TYPE_CHECKING:
-    from hybrid_lightning.training.language import LanguageModule
+    pass
 
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
@@ -40,120 +42,245 @@ _COMPARED = 4  # completions
 
 
 class Generation:
-    """Completes prompts for a policy."""
+    """Completes prompts for a policy, and scores the completions.
 
-    def __init__(self, policy: "LanguageModule") -> None:
-        self._policy = policy
+    Args:
+        policy: The policy.
+        sampler: Makes the completions.
+        reward: Scores them; None where nothing is completed.
+        run: The run that the policy is trained or evaluated in.
+        seed: Seed of the tasks of episodes that have no other.
+        episodes: Plays episodes, if completions are those; else None.
+        rollouts_ahead: See `RolloutSchedule`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: RolloutEngine,
+        reward: RewardFunction | None,
+        run: Run,
+        seed: int = 0,
+        episodes: Episodes | None = None,
+        rollouts_ahead: int = 0,
+    ) -> None:
+        self.policy, self.sampler, self.reward, self.episodes, self.run = policy, sampler, reward, episodes, run
+        self._seed = seed
+        sampler.inflight_updates = sampler.is_remote and rollouts_ahead > 1
+        run.shares_failures = sampler.needs_weight_sync
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
-        self._under_way: list[Begun[Rollouts]] = []  # completions by the engine's weights of now
-        self._ahead: EpisodesAhead | None = None  # plays the episodes of rollouts ahead
+        self._under_way: list[RolloutFuture[Rollouts]] = []  # completions by the engine's current weights
+        plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0
+        self._ahead = EpisodesAhead(episodes) if episodes is not None and plays_ahead else None
         self.update_seconds = 0.0  # that the last update took
         self.waited_seconds = 0.0  # for the completions that were finished last
 
     @cached_property
     def _stops(self) -> Stops:
         """What ends a completion; slow to make where there are stop strings."""
-        policy = self._policy
-        ids = policy.pretrained.stop_ids if policy.episodes is None else policy.episodes.turns.stop_ids
-        return policy.sampler.stops(policy.tokenizer, ids)
+        ids = self.policy.pretrained.stop_ids if self.episodes is None else self.episodes.turns.stop_ids
+        return self.sampler.stops(self.policy.pretrained.tokenizer, ids)
 
     def begin(
         self,
         prompts: Sequence[Prompt],
         samples_per_prompt: int,
-        generator: torch.Generator | PromptDraws | None,
+        draws: Draws,
         greedy: bool = False,
         ahead: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Begun[Rollouts]:
-        """Begin to complete prompts with the weights of now; where completions are made in this process, `finish` makes them.
+    ) -> RolloutFuture[Rollouts]:
+        """Begin to complete prompts with the current weights; an engine in this process completes when the result is asked for.
 
-        Arguments are those of `LanguageModule.generate`, and `ahead` that of `update`.
+        Arguments are those of `SamplingRequest`, and `ahead` that of `update`.
 
         Raises:
-            RolloutError: If the engine cannot be given these weights; from `finish`, if it fails, or has other ones.
+            RolloutError: If the engine cannot be given these weights; from the result, if it fails, or has other ones.
         """
-        policy, sampler = self._policy, self._policy.sampler
-        if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
+        sampler = self.sampler
+        if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
             self._give(together=False, ahead=ahead)
-        if sampler.has_own_weights and self._is_behind:
+        if sampler.needs_weight_sync and self._is_behind:
             raise RolloutError(
-                "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
+                "the rollout engine has other weights than the policy; let all processes call generation.update() before "
                 "they complete prompts"
             )
-        episodes, samples, step, waited = policy.episodes, samples_per_prompt, self._step, list[float]()
+        request = SamplingRequest(
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            draws=draws,
+            greedy=greedy,
+            stops=self._stops,
+            on_token=self._tell,
+            on_completion=on_completion,
+        )
+        begun = self._begin(request, ahead)
+        if sampler.is_remote:
+            self._under_way = [*self._still_under_way(), begun]
+            # What is made in this process may need all ranks, which a signal must not leave alone.
+            begun = begun.within(self.run.interruptible)
+        step = self.run.step
+        return RolloutFuture(lambda: self._finished(begun, step, greedy), begun)
 
-        def on_token(running: int, decoded: int) -> None:
-            for listener in policy.generation_listeners:
-                listener(running, decoded, sampler.max_new_tokens)
-
-        options: dict[str, Any] = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
-        options |= {} if on_completion is None else {"on_completion": on_completion}
+    def _begin(self, request: SamplingRequest, ahead: bool) -> RolloutFuture[Rollouts]:
+        engine, episodes = self.policy.engine, self.episodes
         if episodes is None:
-            ids = [policy.encode(prompt) for prompt in prompts]
-            begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)
-        else:
-            seeds = task_seeds(prompts, generator, policy.seed)
-            if ahead and sampler.completes_elsewhere and policy.rollout_schedule.rollouts_ahead:
-                self._ahead = self._ahead or EpisodesAhead(episodes)
-                begun = self._ahead.begin(policy.engine, prompts, samples, seeds, **options)
-            else:
-                begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
-        if sampler.completes_elsewhere:
-            self._under_way.append(begun)
+            encoder = self.policy.pretrained.encoder
+            request = replace(request, prompt_ids=[encoder.encode(prompt) for prompt in request.prompts])
+            return self.sampler.begin(engine, self.policy.pretrained.tokenizer, request)
+        seeds = task_seeds(request.prompts, request.draws, self._seed)
+        if ahead and self._ahead is not None:
+            return self._ahead.begin(engine, request, seeds)
+        return RolloutFuture(lambda: episodes.play(engine, request, seeds))
+
+    def _finished(self, begun: RolloutFuture[Rollouts], step: int, greedy: bool) -> Rollouts:
+        """The completions that were begun after an optimizer step."""
+        policy, sampler = self.policy, self.sampler
+        if sampler.is_remote:
+            self.waited_seconds = begun.waited_s
+            self._under_way = self._still_under_way()
 
         def sample() -> Rollouts:
-            own = sampler.has_own_weights
+            own = sampler.needs_weight_sync
             # A signal may end this at once: no other rank waits for this one meanwhile.
-            with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
-                return begun.finish()
+            with self.run.interruptible(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
+                return begun.result()
 
-        def finish() -> Rollouts:
-            if sampler.completes_elsewhere:  # what is made here may need all ranks, which a signal must not leave alone
-                wait()
-                self.waited_seconds = sum(waited)
-            self._under_way = [other for other in self._under_way if other is not begun]
-            with policy.inference():
-                rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
-            if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
-                made_by = torch.full_like(rollouts.sequences.completion_ids, step)
-                rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
-            # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-            compares = sampler.has_own_weights and (not policy.weights.sharded or policy.trainer.training)
-            if compares and not self._agrees and step == self._step:
-                self._compare(rollouts, greedy)
-            return rollouts
+        with policy.inference():
+            rollouts = sample() if sampler.needs_weight_sync else policy.weights.gathered(sample)
+        if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
+            made_by = torch.full_like(rollouts.sequences.completion_ids, step)
+            rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
+        # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+        compares = sampler.needs_weight_sync and (not policy.weights.sharded or self.run.is_training)
+        if compares and not self._agrees and step == self.run.step:
+            self._compare(rollouts, greedy)
+        return rollouts
 
-        def wait() -> None:
-            started = time.perf_counter()
-            with policy.signals.at_once():
-                begun.wait()
-            waited.append(time.perf_counter() - started)
+    def _still_under_way(self) -> list[RolloutFuture[Rollouts]]:
+        return [future for future in self._under_way if not future.done()]
 
-        return Begun(finish, wait, begun.cancel)
+    def _tell(self, running: int, decoded: int) -> None:
+        for listener in self.run.listeners:
+            listener(running, decoded, self.sampler.max_new_tokens)
 
-    def update(self, ahead: bool = False) -> None:
-        """Give the engines of several processes the policy's weights now. All ranks have to call it.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int = 1,
+        draws: Draws = None,
+        greedy: bool = False,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> Rollouts:
+        """Complete prompts with the current policy: P * G sequences.
 
         Args:
-            ahead: Whether completions that are under way for a later rollout may go on with the new weights, where the engine
-                can; else they are waited for first.
+            prompts: P prompts.
+            samples_per_prompt: G; 1 if `greedy`.
+            draws: Random generator on the model's device, or `PromptDraws` of these prompts.
+            greedy: Take the most probable tokens instead of sampling.
+            on_completion: See `SamplingRequest`; `arriving` makes one.
+
+        Raises:
+            RolloutError: If a rollout engine fails, or has other weights than the policy.
+        """
+        return self.begin(prompts, samples_per_prompt, draws, greedy, on_completion=on_completion).result()
+
+    def begin_scored(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws
+    ) -> RolloutFuture[tuple[Rollouts, Rewards]]:
+        """Begin to complete this rank's prompts of a rollout, and to score what arrives; all ranks ask for the result together.
+
+        Arguments are those of `SamplingRequest`.
+        """
+        arriving = self.arriving(prompts, samples_per_prompt)
+        with self._phase("generate"):
+            self.update(ahead=True)
+            begun = self.begin(prompts, samples_per_prompt, draws, ahead=True, on_completion=arriving.on_completion)
+
+        def scored(rollouts: Rollouts) -> tuple[Rollouts, Rewards]:
+            with self._phase("reward"):
+                return rollouts, self.score(rollouts, arriving)
+
+        return begun.within(lambda: self._phase("generate")).then(scored, on_cancel=arriving.cancel)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase of a rollout, after which all ranks stop if one of them has to."""
+        with self.run.stopping_together(), self.run.clock.phase(name):
+            yield
+
+    def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
+        """Scores G completions of each prompt while others are still being generated, for `generate` and `score`."""
+        assert self.reward is not None
+        return ArrivingRewards(self.reward, repeat_prompts(prompts, samples_per_prompt))
+
+    def score(self, rollouts: Rollouts, arriving: ArrivingRewards | None = None) -> Rewards:
+        """Rewards of rollouts, on their device; `arriving` has begun to score them."""
+        assert self.reward is not None
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
+        with self.run.interruptible():
+            rewards = evaluate_reward(self.reward, rollouts.completions, prompts, counted, arriving)
+        return rewards.to(rollouts.sequences.completion_ids.device)
+
+    def answers(self, rollouts: Rollouts) -> list[str | None]:
+        """The answer that the reward finds in each completion, None if it finds none (see `RewardFunction.extract_answer`)."""
+        assert self.reward is not None
+        return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
+
+    def reward_terms(self) -> list[RewardFunction]:
+        """The rewards that the reward is the weighted sum of; none without a reward."""
+        return [] if self.reward is None else [term for term, _ in self.reward.terms()]
+
+    # ---- prompts
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
+        return (
+            self.policy.pretrained.encoder.encode(prompt) if self.episodes is None else self.episodes.turns.first(prompt, ())[0]
+        )
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Tokens of the longest completion, of a message or of all of an episode."""
+        return self.sampler.max_new_tokens if self.episodes is None else self.episodes.limits.max_tokens
+
+    def check_encoding(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""
+        for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
+            tokens = len(self.encode(prompt))
+            if self.reward is not None:  # or nothing is completed
+                later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
+                self.sampler.check_prompt(self.policy.pretrained.config, tokens + later)
+        if self.episodes is not None:
+            self.episodes.turns.check(prompts)
+
+    # ---- engines with weights of their own
+
+    def update(self, ahead: bool = False) -> None:
+        """Give the engines of several processes the policy's current weights. All ranks have to call it.
+
+        Args:
+            ahead: Whether completions that are under way for a later rollout may continue with the new weights, where the engine
+                allows it; else they are waited for first.
 
         Raises:
             RolloutError: If that fails on one of them.
         """
-        policy = self._policy
-        # Without a reward nothing is completed, and in one process `begin` does it.
-        if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
+        if self.sampler.needs_weight_sync and world_size() > 1:  # in one process `begin` does it
             self._give(together=True, ahead=ahead)
 
     def shut_down(self) -> None:
-        """End completions that are under way, and what plays their episodes."""
-        for begun in self._under_way:
-            begun.cancel()
+        """End completions that are under way, a rollout engine, and processes of environments that this process has started."""
+        for future in self._under_way:
+            future.cancel()
         self._under_way = []
         if self._ahead is not None:
             self._ahead.shut_down()
+        self.sampler.shut_down()
+        if self.episodes is not None:
+            self.episodes.shut_down()
 
     def compare_again(self) -> None:
         """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
@@ -166,45 +293,41 @@ class Generation:
         for which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
         the last requests.
         """
-        sampler, found = self._policy.sampler, {"sampling/weights_update_s": self.update_seconds}
-        if sampler.completes_elsewhere:
+        sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds}
+        if sampler.is_remote:
             found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
-        return found if sampler.has_own_weights else {}
+        return found if sampler.needs_weight_sync else {}
 
     def check(self) -> None:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
-        if self._policy.sampler.has_own_weights:
-            self._policy.sampler.check_model(self._served_model)
+        if self.sampler.needs_weight_sync:
+            self.sampler.check_model(self._served_model)
 
     def _give(self, together: bool, ahead: bool) -> None:
         """Update the engine of this rank; where all ranks are here, `together`, a failure on one is raised on all."""
-        policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
-        before, base = sampler.version, policy.base_digest
-        stopping = policy.stopping_together if together else nullcontext
-        if policy.quantization is not None and policy.plan is not None:  # the base is quantized when it is adapted
-            base = f"{base} {policy.quantization.to_config()}"
+        policy, sampler, run, began = self.policy, self.sampler, self.run, time.perf_counter()
+        before, stopping = sampler.version, self.run.stopping_together if together else nullcontext
         from hybrid_lightning.model.current_weights import CurrentWeights  # with PEFT, which is slow to import
 
-        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, policy.global_rank == 0)
+        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0)
         model = self._served_model
         failure: Exception | None = None
-        waits = sampler.completes_elsewhere and not (ahead and sampler.requests_go_on)
+        waits = sampler.is_remote and not (ahead and sampler.inflight_updates)
         if waits:
-            with stopping(), policy.signals.at_once():
-                for begun in self._under_way:
-                    with suppress(RolloutError):  # whoever needs them is told by `finish`
-                        begun.wait()
+            with stopping(), run.interruptible():
+                for future in self._under_way:
+                    future.wait()
             self._under_way = []
         with sampler.updating():
-            if sampler.completes_elsewhere and not waits:
+            if sampler.is_remote and not waits:
                 sampler.go_on_with(weights.version)
                 if together:
                     gather_objects(None)  # the other ranks are as far
             everything = self._all_need(weights, model) if policy.weights.sharded else None
             # Servers that do not answer are tried for minutes, in which a signal may come. It must not tear apart what all ranks
             # gather together.
-            may_stop = sampler.completes_elsewhere and not policy.weights.sharded
-            with stopping(), policy.signals.at_once() if may_stop else nullcontext():
+            may_stop = sampler.is_remote and not policy.weights.sharded
+            with stopping(), run.interruptible() if may_stop else nullcontext():
                 try:
                     sampler.update(weights, model, everything)
                 except Exception as error:
@@ -212,29 +335,20 @@ class Generation:
             if sampler.version != before:
                 self.update_seconds = time.perf_counter() - began
             if together:
-                self.fail_together(failure)
+                self.run.fail_together(failure)
             elif failure is not None:
                 raise failure
 
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
-        sampler, needed = self._policy.sampler, False
-        with self._policy.stopping_together(), self._policy.signals.at_once():
+        sampler, needed = self.sampler, False
+        with self.run.stopping_together(), self.run.interruptible():
             needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
         return any(gather_objects(needed))
 
-    def fail_together(self, failure: Exception | None) -> None:
-        """Raise a failure of one rank's engine, None on the others, on all ranks. All ranks have to call it."""
-        if self._policy.sampler.has_own_weights:
-            first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
-            if failure is None and first is not None:
-                raise RolloutError(first)
-        if failure is not None:
-            raise failure
-
     def _compare(self, rollouts: Rollouts, greedy: bool) -> None:
         """Compare the engine's log-probabilities of a few completions with the policy's, once; RolloutError if they differ."""
-        policy, sampler = self._policy, self._policy.sampler
+        policy, sampler = self.policy, self.sampler
         self._agrees = True
         if not sampler.keeps_all_tokens and not greedy:
             return  # its log-probabilities are those among the tokens that are kept
@@ -256,41 +370,36 @@ class Generation:
     @property
     def _is_behind(self) -> bool:
         """Whether the engine has no weights yet, or those of an earlier step."""
-        version = self._policy.sampler.version
-        return version is None or version.step != self._step
+        version = self.sampler.version
+        return version is None or version.step != self.run.step
 
     @property
     def _is_alone(self) -> bool:
         """Whether this rank completes before the others do: the first one, in calibration."""
-        policy = self._policy
-        return self._is_behind and not policy.weights.sharded and (not policy.sampler.shared_by_ranks or policy.global_rank == 0)
-
-    @property
-    def _step(self) -> int:
-        """Optimizer steps that made the policy's weights."""
-        trainer = self._policy._trainer
-        return 0 if trainer is None else int(trainer.global_step)
+        alone = not self.sampler.shared_by_ranks or self.run.rank == 0
+        return alone and self._is_behind and not self.policy.weights.sharded
 
     @property
     def _served_model(self) -> ServedModel:
-        policy, trainer = self._policy, self._policy._trainer
-        device = next(policy.model.parameters()).device if trainer is None else trainer.strategy.root_device
-        with policy.precision():
+        pretrained, device = self.policy.pretrained, self.run.device or next(self.policy.model.parameters()).device
+        with self.policy.precision():
             autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[policy.pretrained.dtype]
-        pretrained = policy.pretrained
-        resumed = trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None
-        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, resumed)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[pretrained.dtype]
+        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, self.run.is_resumed)
 
     @cached_property
     def _folder(self) -> str | None:
         """The folder from which an engine can read the start policy's weights; None if they are not in one as they are."""
-        policy = self._policy
-        source = policy.pretrained.source
-        if source.adapter is not None or "gguf_file" in source.arguments or policy.quantization is not None:
+        source = self.policy.pretrained.source
+        if source.adapter is not None or "gguf_file" in source.arguments or self.policy.quantization is not None:
             return None
         if not source.on_hub:
             return str(source.location)
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
         assert config is not None, "the policy has been loaded, so that its files are here"
         return str(Path(config).parent)
+
+
+def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
+    """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
+    return [prompt for prompt in prompts for _ in range(samples)]

@@ -6,81 +6,105 @@ something, or where a library adds up numbers in whatever order its threads fini
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hybrid_lightning.engine import base_model
+from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.model.precision import check_precision, use_bfloat16_precision
-from hybrid_lightning.model.quantization import check_quantization
-from hybrid_lightning.process import prepare_gpu
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run import Run
 from hybrid_lightning.user_code import in_user_code
-
-if TYPE_CHECKING:
-    from hybrid_lightning.training.language import LanguageModule
-    from hybrid_lightning.training.module import PolicyModule
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def check_run(policy: "LanguageModule") -> None:
-    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded."""
-    trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
-    if strategy.root_device.type == "cuda":
-        prepare_gpu(own_allocator=policy.sampler.shares_device)
-    check_strategy(trainer, policy.optimization.optimizer, dtype)
-    if policy.quantization is not None:
-        check_quantization(policy.quantization, trainer)
-    check_precision(str(trainer.precision), dtype, policy.optimization.optimizer)
-    use_bfloat16_precision(strategy)
-    policy.generation.check()
-    if policy.plan is not None:
-        policy.check_start_weights(policy.keep_start_weights)
-    if policy.is_loaded:  # else the attention is not known
-        attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
-        warn_of_differences(trainer, attention, policy.reward_terms())
+def check_options(
+    schedule: RolloutSchedule, generation: Generation, dynamic_sampling: DynamicSampling | None, credit: str, loss: PolicyLoss
+) -> None:
+    """Raise ConfigError if options of reinforcement learning do not go together, whatever the run."""
+    if generation.reward is None:
+        raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
+    if dynamic_sampling is not None and schedule.samples_per_prompt < 2:
+        raise ConfigError(
+            f"model.samples_per_prompt={schedule.samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
+            "differ; set samples_per_prompt to 2 or more"
+        )
+    if credit not in ("episode", "turn"):
+        raise ConfigError(f"model.credit={credit!r}; give episode or turn")
+    if credit == "turn":
+        if generation.episodes is None:
+            raise ConfigError("model.credit=turn is for episodes, and model.environment is not set; set it, or credit=episode")
+        loss.check_token_advantages()
 
 
-def check_ahead(policy: "PolicyModule") -> None:
-    """Raise ConfigError if engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
-    ahead = policy.rollout_schedule.rollouts_ahead
-    for reason in _against_ahead(policy) if ahead else ():
-        raise ConfigError(f"model.rollouts_ahead={ahead}: {reason}")
+def check_rl(
+    run: Run,
+    schedule: RolloutSchedule,
+    generation: Generation,
+    loss: PolicyLoss,
+    advantage: AdvantageEstimator,
+    correction: ImportanceCorrection | None,
+    dynamic_sampling: DynamicSampling | None,
+) -> None:
+    """Raise ConfigError if settings of a run of reinforcement learning do not go together, and warn of doubtful ones."""
+    sampler = generation.sampler
+    if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
+        raise ConfigError(
+            f"model.correction={type(correction).__name__} compares probabilities under the full softmax, and with "
+            f"{type(sampler).__name__} and top_p, top_k or min_p they are those among the tokens that are kept, which "
+            "training does not know; set sampler.top_p=1, top_k=0 and min_p=0, or model.correction=null, or take Sampler"
+        )
+    advantage.check_samples(schedule.samples_per_prompt)
+    for term in generation.reward_terms():
+        with in_user_code(term, "check_length"):
+            term.check_length(generation.max_completion_tokens)
+    if run.stage != "fit":
+        return
+    schedule.check_split(run.accumulate_grad_batches, run.world_size)
+    for reason in _against_ahead(run, generation, dynamic_sampling) if schedule.rollouts_ahead else ():
+        raise ConfigError(f"model.rollouts_ahead={schedule.rollouts_ahead}: {reason}")
+    if not generation.policy.is_loaded:
+        return
+    if advantage.divides_by_group_std and not loss.takes_group_std:
+        rank_zero_warn(
+            f"{type(loss).__name__} is meant for advantages that are not divided by the standard deviation of their group, as "
+            f"{type(advantage).__name__} divides them; give --model.advantage=GroupMeanAdvantage"
+        )
+    if sampler.needs_weight_sync and correction is None:
+        rank_zero_warn(
+            "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
+            "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
+        )
 
 
-def _against_ahead(policy: "PolicyModule") -> Iterator[str]:
-    sampler, trainer = policy.sampler, policy.trainer
+def _against_ahead(run: Run, generation: Generation, dynamic_sampling: DynamicSampling | None) -> Iterator[str]:
+    """Why engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
+    sampler = generation.sampler
     if sampler.shares_device:
         yield (
             f"{type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; take "
             "VLLMServerSampler, or rollouts_ahead=0"
         )
-    if trainer.overfit_batches:  # type: ignore[attr-defined]
-        yield "trainer.overfit_batches begins each epoch anew; set rollouts_ahead=0"
-    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        yield (
-            "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or set "
-            "rollouts_ahead=0"
-        )
-    if sampler.completes_elsewhere and policy.dynamic_sampling is not None:
+    if run.restarts_epochs:
+        yield f"{run.restarts_epochs}; leave it out, or set rollouts_ahead=0"
+    if sampler.is_remote and dynamic_sampling is not None:
         yield (
             f"with model.dynamic_sampling and {type(sampler).__name__} how many prompts a rollout takes would be known only when "
             "it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if sampler.completes_elsewhere and policy.episodes is not None and not policy.episodes.limits.workers:
+    if sampler.is_remote and generation.episodes is not None and not generation.episodes.limits.workers:
         yield (
             "environments run while the policy is trained, and may change what the process has once, such as random generators; "
             "give them processes of their own, by model.episodes.workers=1 or more"
         )
 
 
-def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
+def warn_of_differences(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
     """Warn in one line of every cause for which two runs with one seed may differ, each with its remedy.
 
     The attention is named as in transformers, None if it is not known.
@@ -88,13 +112,13 @@ def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequen
     Raises:
         ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot tell.
     """
-    causes = list(_causes(trainer, attention, rewards))
+    causes = list(_causes(run, attention, rewards))
     if causes:
         rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
 
 
-def _causes(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> Iterator[str]:
-    if trainer.strategy.root_device.type == "cuda":
+def _causes(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> Iterator[str]:
+    if run.device is not None and run.device.type == "cuda":
         deterministic = torch.are_deterministic_algorithms_enabled()
         if attention is not None and "flash_attention" in attention and os.environ.get(_DETERMINISTIC_FLASH) != "1":
             cause = (
@@ -110,7 +134,7 @@ def _causes(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFun
             yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
     if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
         yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
-    if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if run.stage == "fit" and run.ends_by_clock:
         yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
     for reward in rewards:
         with in_user_code(reward, "decided_by_time"):

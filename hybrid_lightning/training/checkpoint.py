@@ -1,0 +1,117 @@
+"""What a checkpoint holds of a policy, beside trainable weights and the optimizer's state: its plan, its base model, its passes.
+
+It stands under the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.model.policy import Policy
+
+CHECKPOINT_KEY = "hybrid_lightning"
+CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
+
+
+def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
+    """The entry of a checkpoint that names its plan and base model."""
+    return {"format": CHECKPOINT_FORMAT, "plan": None if plan is None else plan.to_dict(), "base_digest": base_digest}
+
+
+def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a checkpoint that names its plan and base model; CheckpointError if there is none, or of another format."""
+    if CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
+    state = checkpoint[CHECKPOINT_KEY]
+    assert isinstance(state, dict)
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has format {state.get('format')}, and this version reads {CHECKPOINT_FORMAT}; resume it with the "
+            "version that wrote it, or start a new run"
+        )
+    return state
+
+
+def policy_state(policy: Policy, passes: Passes, device: torch.device) -> dict[str, Any]:
+    """The entry of a policy that trains on a device."""
+    engine = policy.engine
+    return {
+        **new_state(policy.plan, policy.base_digest),
+        "quantization": _quantization_name(policy),
+        "keep_start_weights": policy.keep_start_weights,
+        "passes": engine.passes() if engine.is_prepared else {},
+        **passes.state(device),
+    }
+
+
+def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:
+    """Apply the plan of an entry, unless it is applied already.
+
+    Args:
+        policy: A policy with the base model of the checkpoint.
+        saved: The entry (see `adapter_state`).
+        resumes: Whether training continues from the checkpoint.
+        device: The device that trains; None without a run.
+
+    Raises:
+        CheckpointError: If the checkpoint was written with another base model or plan, or trained in another way.
+    """
+    if saved["base_digest"] != policy.base_digest:
+        raise CheckpointError(
+            f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the model loaded now has "
+            f"{policy.base_digest[:12]}; give the same model.model, model.revision and model.dtype as in the run's config.yaml"
+        )
+    plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"])
+    if plan is None:
+        if policy.plan is not None:
+            raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
+        return
+    if resumes:
+        _check_resumable(policy, saved)
+    if policy.plan is not None and policy.plan.digest != plan.digest:
+        raise CheckpointError(
+            f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {policy.plan.digest[:12]} is "
+            "applied; remove adapter.plan (the checkpoint brings its own), or start a new run"
+        )
+    policy.adapt(plan, saved["keep_start_weights"], device)
+
+
+def check_weights(trainable: Collection[str], saved: Collection[str]) -> None:
+    """Raise CheckpointError if the weights of a checkpoint are not those that are trained."""
+    missing = sorted(set(trainable) - set(saved))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no values for {len(missing)} trainable weights, such as {missing[0]!r}; it belongs to another "
+            "model"
+        )
+
+
+def check_unexpected(names: Collection[str]) -> None:
+    """Raise CheckpointError if a checkpoint has weights of these names, which the model does not have."""
+    if names:
+        raise CheckpointError(
+            f"the checkpoint has {len(names)} weights that this model does not have, such as {next(iter(names))!r}; it belongs "
+            "to another model"
+        )
+
+
+def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:
+    # Versions before 0.1.0 trained in two more ways.
+    if saved["quantization"] == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
+        raise CheckpointError(
+            "the checkpoint was trained with model.quantization=Int8 or trainer.precision=bf16-true, which are not supported any "
+            "more; export it, or start a new run with NF4 or bf16-mixed"
+        )
+    if saved["quantization"] != _quantization_name(policy):
+        raise CheckpointError(
+            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
+            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
+        )
+
+
+def _quantization_name(policy: Policy) -> str | None:
+    return None if policy.quantization is None else type(policy.quantization).__name__

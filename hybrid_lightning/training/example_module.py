@@ -1,0 +1,75 @@
+"""Modules that are trained on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
+
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.training.example_task import ExampleTask
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.module import LanguageModule
+
+__all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
+
+
+class ExampleModule(LanguageModule):
+    """Trains and evaluates by a loss on examples, such as one of your own.
+
+    Args:
+        loss: Loss on examples; None takes that of the class, if it has one.
+        reward: Scores completions of held-out prompts, which validation and test then generate as well. None evaluates the loss
+            alone.
+        examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
+        options: Of `LanguageModule`.
+
+    Raises:
+        ConfigError: If a value is impossible, or there is no loss.
+        ModelError: If there is no such model.
+    """
+
+    default_loss: type[ExampleLoss] | None = None
+    task: ExampleTask
+
+    def __init__(
+        self,
+        loss: ExampleLoss | None = None,
+        reward: RewardFunction | None = None,
+        *,
+        examples_per_step: int = 32,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        trained_by = self.default_loss() if loss is None and self.default_loss is not None else loss
+        if trained_by is None:
+            raise ConfigError("ExampleModule needs model.loss; or take SupervisedModule or PreferenceModule, which have one")
+        generation = Generation(self.policy, self._sampler, reward, self.run, self._seed)
+        self.task = ExampleTask(
+            trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed, type(self).__name__
+        )
+        self.add_module("evaluation", self.task.evaluation)
+
+
+class SupervisedModule(ExampleModule):
+    """Supervised fine-tuning, on completions only.
+
+    The data is a `PromptDataModule` whose format is a `DemonstrationFormat`. All weights are frozen when the model is loaded;
+    `HybridAdapterSetup` scores the modules by the gradient of the supervised loss, and makes some weights trainable. The trained
+    model can be exported, and a `PolicyModule` can start from it.
+
+    Arguments and errors are those of `ExampleModule`.
+    """
+
+    default_loss = SupervisedLoss
+
+
+class PreferenceModule(ExampleModule):
+    """Preference alignment by a loss on pairs, such as DPO.
+
+    The data is a `PromptDataModule` whose format is a `PreferenceFormat`. Chosen and rejected completion share the forward and
+    backward pass of their prompt. The loss compares with the start policy, which is the model with its adapter switched off:
+    there is no second model. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
+
+    Arguments and errors are those of `ExampleModule`.
+    """
+
+    default_loss = DPOLoss

@@ -1,0 +1,106 @@
+"""`PolicyModule`: a language model that is trained on its own rollouts, by `RLTask`."""
+
+from typing import Any, Literal
+
+from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
+from hybrid_lightning.environments import Environment, EpisodeLimits
+from hybrid_lightning.episodes.episodes import Episodes
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.training.evaluation import Evaluation
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.rl_task import RLTask
+
+__all__ = ["PolicyModule"]
+
+
+class PolicyModule(LanguageModule):
+    """Trains a language model by reinforcement learning with verifiable rewards.
+
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. The micro-batches that it
+    trains on have the completions, rewards and advantages of their rollout (see `ScoredRollout`).
+
+    Args:
+        loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
+        reward: Scores completions; None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
+        environment: What the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None: a completion is
+            one message.
+        episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at
+            most `sampler.max_new_tokens`.
+        turn_template: How an added message is written after a prompt that is plain text, with `{content}` in place of its text;
+            chat prompts are written by the chat template.
+        advantage: Advantage estimator; None takes `GroupAdvantage()`.
+        credit: What the tokens of an episode have their advantage from: `episode`, its whole reward, or `turn`, the rewards of
+            their own turn and later ones (see the head of `hybrid_lightning.advantages`).
+        correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. It is
+            for bfloat16, or weights that are merged while sampling, if `sampling/logp_difference` is not small. None weighs
+            nothing.
+        token_mask: Restricts the policy gradient to the tokens of highest entropy, such as `TopEntropyMask()`; None for all
+            tokens.
+        mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
+            (DAPO's overlong filtering). As in TRL, their rewards still count in their group, and they still count in the number
+            of sequences, but their tokens count nowhere.
+        dynamic_sampling: Replaces groups whose completions all succeed or all fail, with advantages of 0, by groups of further
+            prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
+        prompts_per_rollout: Prompts of a rollout, over all devices (P).
+        samples_per_prompt: Completions of each prompt in a rollout (G).
+        minibatches_per_rollout: Optimizer steps in one pass over a rollout.
+        epochs_per_rollout: Passes over a rollout.
+        rollouts_ahead: How many rollouts before its training a rollout is begun (k), with the weights of that moment. With
+            `VLLMServerSampler` completions are made while the policy is trained; with `Sampler` the same schedule is computed in
+            turns. The policy that samples is then k rollouts behind (`sampling/weights_version_lag`), from which learning
+            suffers: with clipped ratios 0 to 3 points at k = 1, four to five at 4 on the embedded task, and `SAPOLoss` and
+            `CISPOLoss` fall apart; see docs/how-to/vllm.md.
+        options: Of `LanguageModule`.
+
+    Raises:
+        ConfigError: If a value is impossible.
+        ModelError: If there is no such model.
+    """
+
+    task: RLTask
+
+    def __init__(
+        self,
+        loss: PolicyLoss,
+        reward: RewardFunction | None = None,
+        *,
+        environment: Environment | None = None,
+        episodes: EpisodeLimits | None = None,
+        turn_template: str | None = None,
+        advantage: AdvantageEstimator | None = None,
+        credit: Literal["episode", "turn"] = "episode",
+        correction: ImportanceCorrection | None = None,
+        token_mask: TopEntropyMask | None = None,
+        mask_truncated_completions: bool = False,
+        dynamic_sampling: DynamicSampling | None = None,
+        prompts_per_rollout: int = 8,
+        samples_per_prompt: int = 8,
+        minibatches_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+        rollouts_ahead: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template)
+        scored_by = EpisodeReturn() if reward is None and environment is not None else reward
+        generation = Generation(self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead)
+        self.task = RLTask(
+            loss,
+            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout, rollouts_ahead),
+            generation,
+            Passes(self.policy, self._sampler.temperature, self._max_tokens, entropy_gradient=loss.needs_entropy),
+            Evaluation(generation, self._eval_samples, self._seed),
+            self._seed,
+            advantage=advantage or GroupAdvantage(),
+            credit=credit,
+            correction=correction,
+            token_mask=token_mask,
+            mask_truncated_completions=mask_truncated_completions,
+            dynamic_sampling=dynamic_sampling,
+        )
+        self.add_module("evaluation", self.task.evaluation)

@@ -1,0 +1,262 @@
+"""`RLTask`: reinforcement learning with verifiable rewards, the loop that this project is about.
+
+    prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
+
+The methods stand in the order in which they are called: `RolloutLoader` draws prompts, calls `roll_out`, cuts what that returns into
+micro-batches and calls `add_logprobs`; `Step` calls `chunk_loss`. Steps in between are in `generation.py` (prompts to rewards),
+`sampled_groups.py` (over ranks, and by dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
+
+Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.episodes.episodes import episode_metrics, token_advantages
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses.shares import share
+from hybrid_lightning.rewards import EpisodeReturn, rewards_to_go
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
+from hybrid_lightning.rollout.prompt_order import PromptOrder
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.training import run_checks
+from hybrid_lightning.training.calibration import CalibrationLosses, calibration_rollouts, rollout_losses
+from hybrid_lightning.training.generation import repeat_prompts
+from hybrid_lightning.training.sampled_groups import (
+    ROLLOUT_METRICS,
+    advantages_over_ranks,
+    choose_trained,
+    rollout_metrics,
+    sample_groups,
+)
+from hybrid_lightning.training.task import Task
+from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
+
+# First parts of the names of what policy losses measure, and `chunk_loss` beside them.
+POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "ratio", "sampling", "top_entropy"})
+
+
+class RLTask(Task):
+    """Trains a policy on its own rollouts. Arguments are explained at `PolicyModule`, those of all tasks at `Task`.
+
+    Attributes:
+        last_calibration: Rollouts and rewards of `calibration_losses`, on the rank that made them; None before.
+    """
+
+    loss: PolicyLoss
+    training_metrics = Task.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
+
+    def __init__(
+        self,
+        *shared: Any,
+        advantage: AdvantageEstimator,
+        credit: Literal["episode", "turn"] = "episode",
+        correction: ImportanceCorrection | None = None,
+        token_mask: TopEntropyMask | None = None,
+        mask_truncated_completions: bool = False,
+        dynamic_sampling: DynamicSampling | None = None,
+    ) -> None:
+        super().__init__(*shared)
+        self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
+        self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
+        self.last_calibration: tuple[Rollouts, Rewards] | None = None
+        self._warned: set[str] = set()
+        self.shown_metrics = ("reward", "completions/mean_length")  # beside the progress bar
+        if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
+            self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
+        run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
+
+    # ---- prompts -> rollout -> rewards
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
+    ) -> RolloutFuture[TrainedRollout]:
+        """Begin to complete and score prompts. The metrics are of all completions, trained on or not."""
+        if self.dynamic_sampling is not None:
+            return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
+        rollout = self._sample(prompts, generator).then(self._to_train)
+        if self.schedule.rollouts_ahead and not self.generation.sampler.is_remote:
+            rollout.result()  # now, since the weights change before it is trained on
+        return rollout
+
+    def _sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[tuple[Rollouts, Rewards]]:
+        # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
+        samples = self.schedule.samples_per_prompt
+        return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places))
+
+    # ---- rewards -> advantages
+
+    def _to_train(self, scored: tuple[Rollouts, Rewards]) -> TrainedRollout:
+        """This rank's part of a rollout with its advantages, which are estimated over all ranks."""
+        rollouts, rewards = scored
+        self.generation.sampler.release_memory()
+        with self.run.clock.phase("reward"):
+            credited = self.credited(rollouts, rewards)
+            of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
+            advantages = token_advantages(of_turns, rollouts)
+        trained = self.trained_sequences(rollouts, rewards)
+        count = len(rewards.of_counted().total)
+        if count and not trained.sampled_mask.any():
+            rank_zero_warn(
+                f"all {count} completions of a rollout were cut at max_new_tokens={self.generation.sampler.max_new_tokens}, and "
+                "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
+                "model.sampler.max_new_tokens"
+            )
+        metrics, needed = self._measured(rollouts, rewards, credited), self._contributes(advantages)
+        shown = _with_advantages(rollouts, rewards, advantages)
+        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown)
+
+    def _roll_out_dynamically(
+        self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
+    ) -> TrainedRollout:
+        """A rollout with extra ones, by a rule, in place of groups from which nothing is learned."""
+        groups = sample_groups(rule, prompts, draw_more, lambda some: self._sample(some, generator).result(), self._useful_groups)
+        self.generation.sampler.release_memory()
+        with self.run.clock.phase("reward"):
+            sequences = self.trained_sequences(groups.rollouts, groups.rewards)
+            credited, minibatches = self.credited(groups.rollouts, groups.rewards), self.schedule.minibatches_per_rollout
+            trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.run.rank, credited)
+        metrics = self._measured(groups.rollouts, groups.rewards, credited) | groups.metrics()
+        if draw_more is not None and (warning := groups.warning()):
+            self._warn_once(warning, "filled groups")
+        shown = _with_advantages(groups.rollouts, groups.rewards, of_sampled)
+        return replace(trained, metrics=metrics, contributes=self._contributes(trained.advantages), scored=shown)
+
+    def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
+        """The rewards that advantages are estimated from: of the episodes, or of each of their turns (`rewards_to_go`)."""
+        if self.credit == "episode":
+            return rewards
+        assert self.generation.episodes is not None and self.reward is not None, "checked by the constructor"
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
+
+    def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
+        """The sequences as the loss sees them: without tokens where completions do not count, or were cut and are masked."""
+        sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
+        return sequences.without(~rollouts.finished) if self.mask_truncated_completions else sequences
+
+    def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
+        """Which of this rank's groups something is learned from, one bool for each."""
+        trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
+        correctness = [rewards.parts[term.name] for term in self.generation.reward_terms() if term.measures_correctness]
+        turns = len(rewards.total) // len(trained)
+        of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
+        return of_turns.view(turns, -1).any(dim=0)
+
+    def _contributes(self, advantages: Tensor) -> Tensor:
+        """The rows that an update needs: those with an advantage, or all if the loss needs the others."""
+        return F.any_advantage(advantages) | (not self.loss.ignores_zero_advantage)
+
+    def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
+        """Metrics of a rollout over all ranks."""
+        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics()}
+        episodes, terms = self.generation.episodes, self.generation.reward_terms()
+        if episodes is not None:
+            metrics |= episode_metrics(rollouts.completions)
+            if metrics.get("episodes/return") and not any(isinstance(term, EpisodeReturn) for term in terms):
+                name = type(episodes.environment).__name__
+                text = (
+                    f"{name} gives rewards, and model.reward does not read them; add EpisodeReturn to it, or leave model.reward "
+                )
+                self._warn_once(f"{text}out to train on them alone", "unread rewards")
+        return metrics
+
+    def _warn_once(self, text: str, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            rank_zero_warn(text)
+
+    # ---- advantages -> PolicyBatch, with log-probabilities
+
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Fill in old and reference log-probabilities and the token mask, where they are needed.
+
+        Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
+        exactly 1, which GSPO's narrow clip range needs. With rollouts ahead, whose sampler had earlier weights, they are those of
+        the policy before the rollout's first step, and the correction weighs how far that is from the sampler (decoupled PPO,
+        arXiv 2110.00641); without a correction they are the sampler's.
+        """
+        mask, of_sampler, reference = self.token_mask, self._old_of_sampler, self.loss.needs_reference
+        on_policy = on_policy and not of_sampler
+        if of_sampler:
+            batches = [replace(batch, old_logprobs=batch.sampling_logprobs) for batch in batches]
+        current = mask is not None or not (on_policy or of_sampler)
+        if not current and not reference:
+            return list(batches)
+        with self.run.stopping_together(), self.run.clock.phase("logprobs"):
+            sequences = [batch.sequences for batch in batches]
+            measured = self.passes.measure(sequences, current, reference, self.run.interruptible)
+        filled = [
+            batch.with_logprobs(batch.old_logprobs if of_sampler else None if on_policy else old, start)
+            for batch, (old, _, start) in zip(batches, measured, strict=True)
+        ]
+        return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)
+
+    @property
+    def _old_of_sampler(self) -> bool:
+        """Whether the loss compares with the policy that sampled by the sampler's own log-probabilities."""
+        return self.schedule.rollouts_ahead > 0 and self.correction is None
+
+    # ---- PolicyBatch -> loss
+
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
+        logprobs, entropy = self.passes.logprobs(chunk.sequences)
+        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
+        made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
+        metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
+        if self.generation.sampler.inflight_updates:
+            metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
+        inputs = replace(
+            inputs,
+            entropy=entropy,
+            max_completion_tokens=float(self.generation.max_completion_tokens),
+            micro_batch_tokens=micro_batch_tokens,
+            num_micro_batches=float(self.run.accumulate_grad_batches * self.run.world_size),
+        )
+        metrics["entropy"] = share(entropy.detach(), inputs)
+        if chunk.policy_mask is not None:
+            metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
+        output = self.loss(inputs)
+        return output.loss, {**output.metrics, **metrics}
+
+    # ---- scoring of modules, and checks
+
+    def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
+        """Losses of rollouts of the start policy on `count` of these prompts; None takes as many as one rollout has."""
+        self.check_enough(prompts)
+        order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
+        chosen = [prompts[place] for place in order[: self.schedule.prompts_per_rollout if count is None else count]]
+        rollouts, rewards = calibration_rollouts(self.generation, chosen, self.schedule, self.calibration_seed)
+        self.last_calibration = rollouts, rewards
+        self.generation.sampler.release_memory()
+        advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
+        sequences = self.trained_sequences(rollouts, rewards)
+        of_tokens, most = token_advantages(advantages, rollouts), self.passes.budget_of_now()
+        logprobs, counted = self.calibration_logprobs, rewards.counted
+        return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
+
+    def check(self) -> None:
+        """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
+        run_checks.check_rl(
+            self.run, self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling
+        )
+
+
+def _with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
+    """The rollout for callbacks, with the mean advantage over a sequence's tokens where each has its own."""
+    if advantages.dim() == 2:
+        advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
+    return ScoredRollout(rollouts, rewards, advantages)

@@ -1,0 +1,99 @@
+"""`Run`: what training asks of the run that it is part of, and what it does through it, without a Trainer.
+
+A policy by itself has the plain `Run` of this file: one process, no step made yet. Under Lightning `module.py` gives it a subclass
+that answers from the Trainer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.rollout.run_context import RunContext
+from hybrid_lightning.sharding.ranks import check_stop, gather_objects, sum_over_ranks
+from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.training.step_times import PhaseClock
+
+
+class Run(RunContext):
+    """A policy's run, of which no step has been made.
+
+    Attributes:
+        clock: Times of the phases; `StepTimer` replaces it.
+        shares_failures: Whether a failure of one rank's rollout engine is raised on all ranks.
+    """
+
+    stage = ""  # "fit", "validate", "test" or "predict"; empty without a Trainer
+    scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
+    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it does not
+    ends_by_clock = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = PhaseClock()
+        self.shares_failures = False
+
+    # ---- ranks and stops
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks. All ranks have to call it."""
+        return sum_over_ranks(values)
+
+    def gather_over_ranks(self, value: Any) -> list[Any]:
+        """The values of all ranks. All ranks have to call it."""
+        return gather_objects(value)
+
+    def check_stop(self) -> None:
+        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
+        check_stop(self.signals, self.device or torch.device("cpu"))
+
+    def interruptible(self) -> AbstractContextManager[Any]:
+        """Within this context a signal raises at once, since no other rank waits for this one and no state changes."""
+        return self.signals.interruptible()
+
+    def interruptible_alone(self) -> AbstractContextManager[Any]:
+        """`interruptible` in a run of one process; of several the others would wait for this one for ever."""
+        return self.interruptible() if self.world_size == 1 else nullcontext()
+
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Within this context of all ranks a stop of one, or a failure of its rollout engine, is kept, to end all after it."""
+        failure: RolloutError | None = None
+        try:
+            yield
+        except RunStopped:
+            pass  # raised on this rank alone; `check_stop` ends the others
+        except RolloutError as error:
+            failure = error
+        self.check_stop()
+        self.fail_together(failure)
+
+    def fail_together(self, failure: Exception | None) -> None:
+        """Raise a failure of one rank's engine, None on the others, on all ranks. All ranks have to call it."""
+        if self.shares_failures:
+            first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
+            if failure is None and first is not None:
+                raise RolloutError(first)
+        if failure is not None:
+            raise failure
+
+    # ---- the optimizer step
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a chunk of a micro-batch."""
+        loss.backward()
+
+    def clear_gradients(self) -> None:
+        """Clear the gradients of the optimizer."""
+
+    def log(self, values: Mapping[str, Any], shown: Sequence[str] = (), rows: int = 1) -> None:
+        """Log metrics of an optimizer step, of so many rows; those that are `shown` beside the progress bar, too."""
+
+    def log_evaluation(self, values: Mapping[str, float]) -> None:
+        """Log metrics of an evaluation, which are the same on all ranks."""
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove metrics of an earlier step, which would be logged again where this step has no such metric."""

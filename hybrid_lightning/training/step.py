@@ -1,0 +1,158 @@
+"""`Step`: an optimizer step is made of micro-batches, and a micro-batch of chunks.
+
+Lightning asks for the loss of one micro-batch at a time: what one `training_step` gets. `accumulate_grad_batches` of them make an
+optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are cut into chunks of at most
+`max_tokens_per_micro_batch` tokens, each of which takes one forward and one backward pass. The backward passes of all chunks but
+the last run here; the loss of the last is returned to Lightning, which runs its backward pass.
+
+The loss and the metrics of a chunk are shares: parts of a sum over the chunks, micro-batches and ranks of the optimizer step (see
+`losses.shares`). So neither the gradient nor what is logged depends on how rows are split.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import TrainingError
+from hybrid_lightning.losses.shares import combine_metrics, is_extreme
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, largest_over_ranks, sum_over_ranks, total_norm
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import PolicyBatch
+
+ChunkLoss = Callable[[PolicyBatch, float], tuple[Tensor, dict[str, Tensor]]]  # see `Task.chunk_loss`
+
+
+class Step:
+    """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
+
+    A new one is made for every epoch.
+
+    Args:
+        run: The run that it is made in.
+        passes: Cut micro-batches into chunks.
+        chunk_loss: Loss and metrics of a chunk, as shares in those of the step.
+        shown: Names of the metrics beside the progress bar.
+    """
+
+    def __init__(self, run: Run, passes: Passes, chunk_loss: ChunkLoss, shown: Sequence[str] = ()) -> None:
+        self._run, self._passes, self._chunk_loss, self._shown = run, passes, chunk_loss, shown
+        self._metrics: dict[str, Tensor] = {}  # of the step so far
+        self._gradients_begun = False
+        self._logged: set[str] = set()  # names of the metrics that were logged last
+        self._logged_rollout: int | None = None  # number of the rollout whose metrics were logged last
+
+    def micro_batch(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch. Lightning runs backward for the last chunk; the others have run."""
+        run, passes, policy = self._run, self._passes, self._passes.policy
+        chunks = passes.chunks(batch.sequences)
+        chunks_of_ranks = gather_counts(len(chunks), policy.device)
+        # Ranks that share a sharded model make every pass together: those with fewer chunks add idle passes.
+        count = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
+        begins_step = batch_idx % run.accumulate_grad_batches == 0
+        if begins_step:
+            self._metrics = {}
+        if count > 1 and begins_step:
+            # Lightning would clear old gradients between `training_step` and the last backward pass, and the first chunks' with
+            # them.
+            run.clear_gradients()
+            self._gradients_begun = True
+        tokens = float(batch.sequences.sampled_mask.sum())
+        losses, metrics = [], []
+        for number in range(count):
+            last = number + 1 == count
+            if policy.weights.sharded or last:
+                run.check_stop()  # before ranks wait for each other
+            elif run.signals.requested:
+                continue
+            with run.one_process():
+                if number < len(chunks):
+                    loss, of_chunk = self._chunk_loss(batch.rows(chunks[number]), tokens)
+                    losses.append(loss.detach())
+                    metrics.append(of_chunk)
+                else:
+                    loss = passes.idle()
+                if not last:
+                    run.backward(loss * run.world_size)
+        if not count:
+            run.check_stop()
+            loss = self._zero_loss()
+        total = torch.stack(losses).sum() if losses else loss.detach()
+        loss = loss + (total - loss.detach())  # the value is that of all chunks, for callbacks; the gradient that of the last
+        self._log(batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
+        # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
+        # over ranks: both is undone here.
+        return loss * (run.accumulate_grad_batches * run.world_size)
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clear old gradients when Lightning asks for it, unless `micro_batch` has done so."""
+        if not self._gradients_begun:
+            optimizer.zero_grad()
+        self._gradients_begun = False
+
+    def log_gradient_norms(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each group before clipping.
+
+        Raises:
+            TrainingError: If a norm is not finite, since the step would make all weights nan. Not under `16-mixed`, whose scaler
+                skips such a step and lowers the scale.
+        """
+        run = self._run
+        for group in optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            norm = total_norm(gradients, self._passes.policy.device)
+            run.log({f"grad_norm/{group['name']}": norm})
+            if not run.scales_loss and not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of step {run.step + 1} is {float(norm)} (grad_norm/{group['name']}), "
+                    "so no step was made. Look at a loss of your own, or lower model.lr_full and model.lr_lora and go on from an "
+                    "earlier checkpoint"
+                )
+
+    def _log(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
+        """Log the rollout's metrics and the step's so far, both joined over ranks already.
+
+        Lightning logs the values of a step's last micro-batch alone, so each micro-batch reports the step so far.
+        """
+        averages = self._metrics = combine_metrics([self._metrics, shares])
+        self._run.forget([name for name in self._logged if name not in averages])
+        self._logged = set(averages)
+        # Logging a value takes Lightning as long as one layer of a small policy, and it keeps the value until the epoch ends: so
+        # the metrics of a rollout are logged once, and not with each of its micro-batches.
+        of_rollout = {} if batch.rollout_number == self._logged_rollout else batch.metrics
+        self._logged_rollout = batch.rollout_number
+        self._run.log({**of_rollout, **averages}, self._shown, max(1, len(batch.sequences)))
+
+    def _zero_loss(self) -> Tensor:
+        """A loss of zero for a micro-batch in which no row has an advantage.
+
+        Its gradient is zero as well, and not None, since optimizers would then leave out weight decay.
+        """
+        policy = self._passes.policy
+        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        return sum(((parameter * 0).sum() for parameter in trained), start=torch.zeros((), device=policy.device))
+
+
+def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict[str, Tensor]:
+    """Join a micro-batch's shares over ranks, whose numbers of chunks are given. All ranks have to call it.
+
+    Each has the loss at least; one without chunks may have no entry for names that the others have.
+    """
+    if len(chunks) == 1:
+        return dict(shares)
+    names, device = list(shares), shares["loss"].device
+    if 0 in chunks and any(chunks):  # all ranks have to reduce the same values
+        whole = next(rank for rank, count in enumerate(chunks) if count)
+        names = gather_objects(names)[whole]
+    sums, extremes = [[name for name in names if is_extreme(name) is extreme] for extreme in (False, True)]
+    nothing = torch.zeros((), device=device)
+    total = sum_over_ranks(torch.stack([shares.get(name, nothing).float() for name in sums]))
+    result: dict[str, Any] = dict(zip(sums, total.unbind(), strict=True))
+    if extremes:
+        signs = torch.tensor([1.0 if name.endswith("/max") else -1.0 for name in extremes], device=device)
+        own = torch.stack([shares.get(name, sign * -math.inf).float() for name, sign in zip(extremes, signs, strict=True)])
+        result |= zip(extremes, (largest_over_ranks(own * signs) * signs).unbind(), strict=True)
+    return {name: result[name] for name in names}

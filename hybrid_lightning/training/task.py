@@ -1,0 +1,161 @@
+"""`Task`: what a policy is trained on, apart from Lightning. `rl_task.py` has its own rollouts, `example_task.py` completions in the data.
+
+How an optimizer step is made; a subclass gives the methods that are marked with *:
+
+    RolloutLoader                    the train dataloader
+      roll_out *                     completions of a batch of prompts, and their advantages
+      add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
+    Step                             cuts a micro-batch into chunks that fit into memory
+      chunk_loss *                   loss of a chunk
+
+`module.py` calls these from Lightning's hooks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import ExampleLoss, PolicyLoss
+from hybrid_lightning.metrics import check_set_name
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.model.policy import Policy
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.training.calibration import CalibrationLosses
+from hybrid_lightning.training.evaluation import Evaluation
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.step import Step
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+from hybrid_lightning.user_code import in_user_code
+
+
+class Task(ABC):
+    """What a policy is trained on.
+
+    Args:
+        loss: The loss.
+        schedule: Sizes of rollouts and minibatches.
+        generation: Completes and scores prompts: of training, calibration and evaluation.
+        passes: Log-probabilities of rows.
+        evaluation: Measures the policy on held-out prompts.
+        seed: Seed of the order of the data and of sampling.
+    """
+
+    # First part ("completions" of "completions/mean_length") of the names that training logs: here, by Lightning, by `StepTimer`.
+    training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
+    shown_metrics: tuple[str, ...] = ()  # beside the progress bar
+
+    def __init__(
+        self,
+        loss: PolicyLoss | ExampleLoss,
+        schedule: RolloutSchedule,
+        generation: Generation,
+        passes: Passes,
+        evaluation: Evaluation,
+        seed: int,
+    ) -> None:
+        self.loss, self.schedule, self.generation, self.passes = loss, schedule, generation, passes
+        self.evaluation, self.seed = evaluation, seed
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained."""
+        return self.generation.policy
+
+    @property
+    def run(self) -> Run:
+        """The run in which it is trained."""
+        return self.generation.run
+
+    @property
+    def reward(self) -> RewardFunction | None:
+        """Scores completions; None where nothing is generated."""
+        return self.generation.reward
+
+    # ---- training
+
+    @abstractmethod
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
+    ) -> RolloutFuture[TrainedRollout]:
+        """Begin to make this rank's part of a rollout with the current weights, and to score it (see `RolloutSource`)."""
+
+    @abstractmethod
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Compute what must be known about the micro-batches of one optimizer step before the step begins.
+
+        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
+        All ranks call it together.
+        """
+
+    @abstractmethod
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step.
+
+        Some losses average over `micro_batch_tokens`, the completion tokens of the whole micro-batch.
+        """
+
+    def new_step(self) -> Step:
+        """An optimizer step, or one after another, of an epoch."""
+        return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
+
+    def loader(self, prompts: Sequence[Prompt], epoch: int = 0, shuffle: bool = True) -> RolloutLoader:
+        """The train dataloader: rollouts of these prompts, from this epoch on, in a new order for each or always in theirs."""
+        self.check_enough(prompts)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
+        options: dict[str, Any] = {"generator": generator, "seed": self.seed, "epoch": epoch, "shuffle": shuffle}
+        return RolloutLoader(prompts, self, self.schedule, self.run, **options)
+
+    # ---- scoring of modules
+
+    @abstractmethod
+    def calibration_losses(self, prompts: Sequence[Prompt], count: int | None = None) -> CalibrationLosses:
+        """Losses of the start policy on `count` of these prompts, whose mean gradient scores the modules.
+
+        None uses as many as one optimizer step or rollout has.
+
+        Raises:
+            ConfigError: If there are too few prompts.
+            CalibrationError: If nothing can be learned from them.
+        """
+
+    @property
+    def calibration_seed(self) -> int:
+        """Seed of the order and of the completions of calibration prompts, which are not those of training."""
+        return self.seed + 7919
+
+    def calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities with gradient and entropies, [B, T] each, in the precision of the run, outside of a training step."""
+        with self.policy.precision():
+            return self.passes.logprobs(sequences)
+
+    # ---- checks, before time is spent on a run
+
+    def check(self) -> None:
+        """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
+
+    def check_start_weights(self, kept: bool) -> None:
+        """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
+        if self.loss.needs_reference and not kept:
+            raise ConfigError(
+                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
+            )
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
+        for name in {prompt.set_name for prompt in prompts}:
+            check_set_name(name)
+        for reward in self.generation.reward_terms():
+            with in_user_code(reward, "check_prompt"):
+                for prompt in prompts:
+                    reward.check_prompt(prompt)
+
+    def check_enough(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if these training prompts are fewer than one rollout takes."""
+        self.schedule.check_prompts(len(prompts))

@@ -1,4 +1,4 @@
-"""Quantization of the frozen base to 4 or 8 bits, after its modules have been scored.
+"""Quantization of the frozen base to 4 bits, after its modules have been scored.
 
     16-bit base -> scores -> plan -> quantized base + float32 copies of the fully trained modules -> adapter
 
@@ -76,18 +76,6 @@ class NF4(Quantization):
         return NF4Linear(weight, bias, device)
 
 
-class Int8(Quantization):
-    """8 bits per weight, and one scale for each output."""
-
-    peft_flag = "is_loaded_in_8bit"
-
-    def layer(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> nn.Linear:
-        """See `Quantization`."""
-        from hybrid_lightning.model.quantized_linear import Int8Linear
-
-        return Int8Linear(weight, bias, device)
-
-
 def quantize_base(
     model: nn.Module, quantization: Quantization, full_modules: Collection[str], device: torch.device | None = None
 ) -> None:
@@ -109,8 +97,8 @@ def quantize_base(
         )
     if not names:
         raise ConfigError(
-            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; use "
-            "model.quantization=Int8, or null"
+            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; set "
+            "model.quantization=null"
         )
     del plain  # it would keep every weight in memory until the end
     for name in names:

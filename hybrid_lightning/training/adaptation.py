@@ -24,11 +24,9 @@ from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.configurable import Configurable, describe_arguments
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
-from hybrid_lightning.model.precision import dtype_of_precision
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.sharding.checkpoints import write_whole_files
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
@@ -157,8 +155,7 @@ class AdaptedModule(Configurable, LightningModule):
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
-        dtype = self._trained_dtype()
-        self.set_model(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
+        self.set_model(apply_plan(self.adapter_target, plan, keep_start_weights, self._backend()))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
@@ -177,9 +174,9 @@ class AdaptedModule(Configurable, LightningModule):
         write_whole_files(self.trainer.strategy)
 
     def configure_model(self) -> None:
-        """Let an FSDP strategy split the adapted model over ranks; Lightning calls this after all setup hooks."""
+        """Let FSDP2 split the adapted model over ranks; Lightning calls this after all setup hooks."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
+        if isinstance(strategy, FSDP2Strategy):
             assert self.base_digest  # computed now, while this rank has all weights
             self.set_model(strategy.shard(self.adapter_target))
             self.on_sharded()
@@ -208,7 +205,7 @@ class AdaptedModule(Configurable, LightningModule):
             names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-        state = new_state(self.plan, self.base_digest) | self._trained_as()
+        state = new_state(self.plan, self.base_digest) | {"quantization": self._quantization_name}
         checkpoint[CHECKPOINT_KEY] = state | {"keep_start_weights": self.keep_start_weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -242,27 +239,22 @@ class AdaptedModule(Configurable, LightningModule):
             for state in checkpoint.get("optimizer_states", []):
                 state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimization.optimizer, self.rates)
 
-    def _trained_dtype(self) -> torch.dtype:
-        return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))
-
     def _check_resumable(self, saved: Mapping[str, Any]) -> None:
-        mine = self._trained_as()
-        if saved["quantization"] != mine["quantization"]:
+        # Versions before 0.1.0 trained in two more ways.
+        if saved["quantization"] == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
+            raise CheckpointError(
+                "the checkpoint was trained with model.quantization=Int8 or trainer.precision=bf16-true, which are not supported "
+                "any more; export it, or start a new run with NF4 or bf16-mixed"
+            )
+        if saved["quantization"] != self._quantization_name:
             raise CheckpointError(
                 f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
-                f"{mine['quantization'] or 'null'} now; give the same, or start a new run"
-            )
-        if saved["trained_dtype"] != mine["trained_dtype"]:
-            raise CheckpointError(
-                f"the checkpoint has trained weights of {saved['trained_dtype']}, and trainer.precision={self.trainer.precision} "
-                f"trains them as {mine['trained_dtype']}; give the precision of the run that wrote it (bf16-true is that of "
-                "bfloat16), or start a new run"
+                f"{self._quantization_name or 'null'} now; give the same, or start a new run"
             )
 
-    def _trained_as(self) -> dict[str, str | None]:
-        """What a run that resumes this one has to have, too."""
-        quantization = None if self.quantization is None else type(self.quantization).__name__
-        return {"quantization": quantization, "trained_dtype": str(self._trained_dtype())}
+    @property
+    def _quantization_name(self) -> str | None:
+        return None if self.quantization is None else type(self.quantization).__name__
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805

@@ -46,7 +46,7 @@ class ExampleModule(LanguageModule):
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
@@ -149,7 +149,7 @@ class ExampleModule(LanguageModule):
         if not self.loss.needs_reference:
             return list(batches)
         with self.stopping_together(), self.clock.phase("logprobs"):
-            measured = self.update.measure([batch.sequences for batch in batches], current=False, as_trained=True)
+            measured = self.update.measure([batch.sequences for batch in batches], current=False)
         return [batch.with_logprobs(None, reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:

@@ -182,7 +182,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     def on_sharded(self) -> None:
         """Try which fast passes the model supports: now, since that takes forward passes of all ranks together."""
         with self.inference():
-            self.weights.in_passes(self.engine.prepare)
+            self.weights.as_forward(self.engine.prepare)
         self.generation.compare_again()
 
     # ---- settings and data

@@ -106,7 +106,7 @@ class PolicyModule(LanguageModule):
             `CISPOLoss` fall apart; see docs/how-to/vllm.md.
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
         attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None takes the tokenizer's own, and `keep_history` that one with every
@@ -384,7 +384,7 @@ class PolicyModule(LanguageModule):
         with self.stopping_together(), self.clock.phase("logprobs"):
             sequences = [batch.sequences for batch in batches]
             current = mask is not None or not (on_policy or of_sampler)
-            measured = self.update.measure(sequences, current=current, as_trained=True)
+            measured = self.update.measure(sequences, current=current)
         filled = [
             batch.with_logprobs(batch.old_logprobs if of_sampler else None if on_policy else old, reference)
             for batch, (old, _, reference) in zip(batches, measured, strict=True)

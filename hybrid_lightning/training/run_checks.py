@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.model.precision import check_precision, use_bfloat16_precision
+from hybrid_lightning.model.precision import check_precision
 from hybrid_lightning.model.quantization import check_quantization
 from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction
@@ -34,11 +34,10 @@ def check_run(policy: "LanguageModule") -> None:
     trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
     if strategy.root_device.type == "cuda":
         prepare_gpu(own_allocator=policy.sampler.shares_device)
-    check_strategy(trainer, policy.optimization.optimizer, dtype)
+    check_strategy(trainer, policy.optimization.optimizer)
     if policy.quantization is not None:
         check_quantization(policy.quantization, trainer)
     check_precision(str(trainer.precision), dtype, policy.optimization.optimizer)
-    use_bfloat16_precision(strategy)
     policy.generation.check()
     if policy.plan is not None:
         policy.check_start_weights(policy.keep_start_weights)

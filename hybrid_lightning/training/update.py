@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hybrid_lightning.engine import default_token_budget, memory_of
 from hybrid_lightning.errors import TrainingError
@@ -93,7 +92,7 @@ class Update:
         width = sequences.completion_ids.shape[1]
         chunks = self.chunks(sequences) if len(sequences) else []
         idle = 0
-        if policy.weights.passes_together:
+        if policy.weights.sharded:
             idle = max(gather_counts(len(chunks), policy.device)) - len(chunks)
         parts = [policy.logprobs(sequences.rows(chunk)) for chunk in chunks]
         for _ in range(idle):
@@ -104,16 +103,14 @@ class Update:
         logprobs, entropies = zip(*parts, strict=True)
         return join_rows(logprobs, width), join_rows(entropies, width)
 
-    def measure(
-        self, parts: Sequence[Sequences], current: bool = True, as_trained: bool = False
-    ) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
+    def measure(self, parts: Sequence[Sequences], current: bool = True) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
         """Without gradient, what the loss has to know about some rows beforehand; all ranks have to call it together.
 
         Returns:
             For each part the log-probabilities [B, T] of the policy, None if not wanted (`current`); their entropies [B, T], or
             zeros; and the log-probabilities of the start policy, None unless the loss compares with it.
         """
-        policy, together = self._policy, self._policy.weights.passes_together
+        policy, together = self._policy, self._policy.weights.sharded
 
         def measure_one(sequences: Sequences) -> tuple[Tensor | None, Tensor, Tensor | None]:
             logprobs = reference = None
@@ -131,7 +128,7 @@ class Update:
                 return [measure_one(sequences) for sequences in parts]
 
         with policy.inference():
-            return policy.weights.in_passes(measure_all, as_trained=as_trained)
+            return policy.weights.as_forward(measure_all)
 
     def micro_batch(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, of whose chunks Lightning runs the last one's backward pass; the others have been run."""
@@ -195,7 +192,7 @@ class Update:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            norm = total_norm(gradients, policy.device, local_parts=isinstance(policy.model, FullyShardedDataParallel))
+            norm = total_norm(gradients, policy.device)
             policy.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
             if not scaled and not torch.isfinite(norm):
                 raise TrainingError(

@@ -52,8 +52,8 @@ def test_what_works_is_let_through_and_looked_at(strategy, run):
 @pytest.mark.parametrize(
     ("strategy", "run", "message"),
     [
-        (FSDPStrategy, {}, r"FSDPStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
-        (ModelParallelStrategy, {}, r"ModelParallelStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
+        (FSDPStrategy, {}, r"FSDPStrategy is not supported.*configs/strategy/fsdp\.yaml"),
+        (ModelParallelStrategy, {}, r"ModelParallelStrategy is not supported.*configs/strategy/fsdp\.yaml"),
         (FSDP1Strategy, {"devices": 1}, r"FSDP1Strategy has nothing to split on one device.*strategy=auto"),
         (FSDP1Strategy, {"precision": "bf16-mixed", **BFLOAT16}, r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml"),
         *((strategy, {"checkpoint_callbacks": REMOTE}, "memory://run cannot take sharded checkpoints") for strategy in FOLDERS),

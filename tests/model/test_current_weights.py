@@ -13,7 +13,7 @@ from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
-from hybrid_lightning.policy import Int8
+from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.types import Prompt
@@ -71,7 +71,7 @@ def test_a_model_that_gets_all_weights_computes_what_the_policy_computes(tmp_pat
     options = {}
     if quantized:
         pytest.importorskip("bitsandbytes")
-        options = {"quantization": Int8(), "frozen": ("model.layers.1.mlp.up_proj",)}
+        options = {"quantization": NF4(), "frozen": ("model.layers.1.mlp.up_proj",)}
     policy, other = adapted(write_model(tmp_path / "model", family), use_dora, **options), build_model(family, seed=7)
     weights = weights_of(policy)
     values = received(weights)

@@ -34,7 +34,6 @@ from hybrid_lightning.sharding.ranks import on_all_ranks
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.adaptation import AdaptedModule
 from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.optim import make_optimizer
 from hybrid_lightning.training.sharded_scoring import SharedProgress, scored_together
 
 # Of the losses of scoring in float16: gradients below 1.5e-11 are 0 then, and not those below 6e-8. One that a larger scale took
@@ -236,4 +235,4 @@ class Planner:
         if not isinstance(self.module, AdaptedModule):
             return AdamW(stand_ins)
         groups = [{"params": stand_ins, "lr": self.module.rates["full"], "name": "full"}]
-        return make_optimizer(self.module.optimization.optimizer, groups)
+        return self.module.optimization.optimizer(groups)

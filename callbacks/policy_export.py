@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.planning import applied_plan
@@ -44,16 +43,11 @@ class PolicyExport(Callback):
         self._exported_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before training what could not be exported: a plan that the form cannot hold, FSDP1, another run's folder."""
+        """Refuse before training what could not be exported: a plan that the form cannot hold, another run's folder."""
         plan = applied_plan(pl_module)
         if plan is None:
             raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")
         self.form.check(plan)
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise ConfigError(
-                "PolicyExport cannot put together the shards of FSDP1 while it trains; use configs/strategy/fsdp2.yaml, or the "
-                "export command on a checkpoint of the run"
-            )
         self._exported_step = trainer.global_step
         folder = self._folder(trainer)
         found = folder.glob("step=*") if folder is not None else ()

@@ -26,8 +26,8 @@ from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes, type_of
 from hybrid_lightning.configurable import public_path
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.policy import Bfloat16Precision, LanguageModule, PolicyModule
-from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
+from hybrid_lightning.policy import LanguageModule, PolicyModule
+from hybrid_lightning.sharding import FSDP2Strategy
 
 REFERENCE = Path(__file__).parent / "reference"
 # Rooms of the package whose names are public, in the order of the two flows.
@@ -109,8 +109,7 @@ def _roots() -> Iterator[tuple[str, str, str, list[type]]]:
     text = "Beside those that every command adds: `--trainer.callbacks+=CLASS`."
     yield "trainer.callbacks", text, "trainer.callbacks", [PolicyExport]
     text = "For several devices (`configs/strategy/` has them ready); what they hand on is Lightning's."
-    yield "trainer.strategy", text, "trainer.strategy", [FSDP2Strategy, FSDP1Strategy]
-    yield "trainer.plugins", "For `bf16-true`, which is chosen by `--trainer.precision`.", "trainer.plugins", [Bfloat16Precision]
+    yield "trainer.strategy", text, "trainer.strategy", [FSDP2Strategy]
 
 
 def _changed_defaults() -> list[str]:

@@ -48,6 +48,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
+from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
 from hybrid_lightning.training.examples import (
@@ -163,6 +164,7 @@ class HybridLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that have no options."""
         config = self._get(self.config_init, "trainer")
+        config["strategy"] = chosen_strategy(config["strategy"])
         if self.subcommand == "plan":
             self._flags = TrainerFlags.of(config, self._get(self.config_init, "device_gib"))
         if self.subcommand in ("export", "plan"):

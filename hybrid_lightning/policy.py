@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
-    from hybrid_lightning.model.master_weights import MasterWeights
-    from hybrid_lightning.model.precision import Bfloat16Precision
-    from hybrid_lightning.model.quantization import NF4, Int8, Quantization
+    from hybrid_lightning.model.quantization import NF4, Quantization
     from hybrid_lightning.training.examples import ExampleModule, PreferenceModule, SupervisedModule
     from hybrid_lightning.training.language import LanguageModule
     from hybrid_lightning.training.module import PolicyModule
@@ -15,15 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NF4",
-    "Bfloat16Precision",
     "ConstantSchedule",
     "CosineSchedule",
     "ExampleModule",
-    "Int8",
     "LanguageModule",
     "LearningRateSchedule",
     "LinearSchedule",
-    "MasterWeights",
     "PolicyModule",
     "PreferenceModule",
     "Quantization",
@@ -35,10 +30,8 @@ __getattr__ = public_names(
     {
         ".training.examples": ["ExampleModule", "PreferenceModule", "SupervisedModule"],
         ".training.language": ["LanguageModule"],
-        ".model.master_weights": ["MasterWeights"],
         ".training.module": ["PolicyModule"],
         ".training.optim": ["ConstantSchedule", "CosineSchedule", "LearningRateSchedule", "LinearSchedule"],
-        ".model.precision": ["Bfloat16Precision"],
-        ".model.quantization": ["Int8", "NF4", "Quantization"],
+        ".model.quantization": ["NF4", "Quantization"],
     },
 )

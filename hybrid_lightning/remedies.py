@@ -23,10 +23,6 @@ _REMEDIES = (
     (r"machine only has", "give --trainer.devices=auto for all that are there, or fewer"),
     (r"`devices` selected with|is not a valid input using \w+ accelerator", "give --trainer.devices=1, or auto"),
     (
-        r"requires a GPU accelerator",
-        "give --trainer.accelerator=gpu on a machine that has one; on CPUs configs/strategy/fsdp2.yaml and ddp.yaml work",
-    ),
-    (
         r"`enable_checkpointing=False` but found",
         "for no checkpoints give --checkpoint.save_last=false --checkpoint.save_top_k=0 instead",
     ),

@@ -44,6 +44,7 @@ from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
+from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.training.module import PolicyModule
@@ -101,7 +102,7 @@ class Trainer(LightningTrainer):
             callbacks.append(StepLines())
         if flags.get("enable_progress_bar") is not False and not _any(callbacks, ProgressBar):
             callbacks.append(RolloutProgress())
-        super().__init__(**{**flags, "callbacks": callbacks})
+        super().__init__(**{**flags, "callbacks": callbacks, "strategy": chosen_strategy(flags.get("strategy", "auto"))})
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
@@ -402,7 +403,7 @@ class Trainer(LightningTrainer):
         if taken(fitted) > free:
             raise ConfigError(
                 "no changes are enough for this model on this device; take a smaller model or shorter completions, or split it "
-                "over devices (--config configs/strategy/fsdp2.yaml)"
+                "over devices (--config configs/strategy/fsdp.yaml)"
             )
         if changes:
             show(f"Add to the command: {' '.join(text for change in changes for text in change.overrides)}")

@@ -25,9 +25,8 @@ LAUNCHERS = {
 }
 CASES = {  # how checkpoints are written: overlay of configs/strategy, options
     "DDP, file": ("ddp", ()),
-    "FSDP2, file": ("fsdp2", ()),
-    "FSDP2, folder": ("fsdp2", ("--trainer.strategy.save_distributed_checkpoint=true",)),
-    "FSDP1, folder": ("fsdp", ("--trainer.strategy.state_dict_type=sharded",)),
+    "FSDP2, file": ("fsdp", ()),
+    "FSDP2, folder": ("fsdp", ("--trainer.strategy.save_distributed_checkpoint=true",)),
 }
 
 

@@ -20,11 +20,10 @@ from benchmarks.tables import table
 from benchmarks.training import gradient_bytes, optimizer_bytes, tensor_bytes
 
 CONFIG = ROOT / "configs" / "smollm2_addition.yaml"
-_NF4, _INT8 = "--model.quantization=NF4", "--model.quantization=Int8"
+_NF4 = "--model.quantization=NF4"
 _ADAM8, _PAGED = (f"--model.optimizer=bitsandbytes.optim.{name}" for name in ("AdamW8bit", "PagedAdamW8bit"))
 CASES = {
     "bfloat16, AdamW": [],
-    "Int8, AdamW": [_INT8],
     "NF4, AdamW": [_NF4],
     "NF4, AdamW8bit": [_NF4, _ADAM8],
     "NF4, PagedAdamW8bit": [_NF4, _PAGED],

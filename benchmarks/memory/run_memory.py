@@ -30,14 +30,13 @@ from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice
+from hybrid_lightning.memory import DDP, FSDP2, RunSettings, Sharding, SingleDevice
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.model.loading import read_config, resolve_model
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-_STRATEGIES = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
-_SHARDINGS: dict[str, type[Sharding]] = {"ddp": DDP, "fsdp2": FSDP2, "fsdp1": FSDP1}
+_STRATEGIES = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy}
+_SHARDINGS: dict[str, type[Sharding]] = {"ddp": DDP, "fsdp2": FSDP2}
 
 
 def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:

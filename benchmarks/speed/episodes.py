@@ -40,7 +40,7 @@ def adapted(model: torch.nn.Module) -> Engine:
     """The engine of a model with LoRA and a tenth of its modules trained fully."""
     plan = plan_of_budget(find_candidates(model), ModuleBudget(0.1), LoraSettings(rank=16, alpha=32))
     backend = Backend()
-    return Engine(apply_plan(model.requires_grad_(False).eval(), plan, False, torch.float32, backend), backend)
+    return Engine(apply_plan(model.requires_grad_(False).eval(), plan, False, backend), backend)
 
 
 def seconds_of_rounds(engine: Engine, count: int, rounds: int, tokens: int, added: int) -> tuple[list[float], list[float]]:

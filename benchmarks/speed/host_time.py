@@ -61,7 +61,7 @@ def build(share: float) -> Engine:
     model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
     backend = PlannedBackend(on_cpu=False)
-    engine = Engine(apply_plan(model, plan, False, None, backend), backend)
+    engine = Engine(apply_plan(model, plan, False, backend), backend)
     engine.assume_packing(torch.bfloat16)
     engine.assume_calls(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))
     engine._fast = decoders.FastDecoder()  # its trial has an attention of its own

@@ -3,9 +3,8 @@
 PEFT matches module names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores names that it does not
 find, so afterwards the wrapped modules are compared with the plan.
 
-All trainable weights are float32 unless another dtype is asked for: in bfloat16 small optimizer steps vanish. The base keeps
-its dtype. A bfloat16 base with float32 trainable weights has to run under autocast, and merging it leaves the fully trained
-modules in float32.
+All trainable weights are float32: in bfloat16 small optimizer steps vanish. The base keeps its dtype. A bfloat16 base with
+float32 trainable weights has to run under autocast, and merging it leaves the fully trained modules in float32.
 """
 
 from collections.abc import Iterator
@@ -27,13 +26,7 @@ from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
-def apply_plan(
-    model: nn.Module,
-    plan: AdapterPlan,
-    keep_start_weights: bool = True,
-    dtype: torch.dtype = torch.float32,
-    backend: Backend | None = None,
-) -> PeftModel:
+def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True, backend: Backend | None = None) -> PeftModel:
     """Adapt a base model as planned. Until the first optimizer step its outputs stay the same bit for bit.
 
     Fully training a module includes its bias; LoRA leaves biases alone.
@@ -43,7 +36,6 @@ def apply_plan(
         plan: Plan made for this model.
         keep_start_weights: Whether to keep the original weights of fully trained modules, which `adapter_disabled` (the reference
             policy of a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
-        dtype: Dtype of all trainable weights; bfloat16 needs a base in bfloat16, and an optimizer that loses no small steps.
         backend: Backend of the model's engine; None for a model without one.
 
     Returns:
@@ -70,7 +62,7 @@ def apply_plan(
                 copy.register_parameter(key, nn.Parameter(weight))
     full, lora = parameter_groups(adapted)
     for parameter in (*full.values(), *lora.values()):
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.float()
     _set_dora_magnitudes(adapted)
     use_fused_modules(adapted, backend or Backend())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}

@@ -10,7 +10,7 @@ from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
-    from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
+    from hybrid_lightning.engine.backend import Backend, PlannedBackend, autocast_dtype, has_operators
     from hybrid_lightning.engine.compiling import OneKernel
     from hybrid_lightning.engine.decoding import Decoding, decoding_of
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
@@ -41,6 +41,7 @@ __all__ = [
     "SharedPromptDecoding",
     "UnsupportedAttentionError",
     "activation_bytes",
+    "autocast_dtype",
     "base_model",
     "begins_group",
     "decoding_of",
@@ -60,7 +61,7 @@ __getattr__ = public_names(
     __name__,
     {
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
-        "backend": ("Backend", "PlannedBackend", "has_operators"),
+        "backend": ("Backend", "PlannedBackend", "autocast_dtype", "has_operators"),
         "compiling": ("OneKernel",),
         "decoding": ("Decoding", "decoding_of"),
         "segment_decoding": ("SegmentDecoding",),

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
@@ -88,7 +88,6 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
 
 
 def _known_layer(layer: Any, backend: Backend, settings: AttentionSettings) -> KnownLayer:
-    layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
     kind = own_class(layer)
     if kind not in LAYERS:
         raise UnknownLayerError(f"{kind.__name__} is not known, as where a strategy has wrapped it")
@@ -113,8 +112,7 @@ def _check_fused(*modules: nn.Module) -> None:
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer in transformers, also if FSDP1 has wrapped it, or FSDP2 has put a class before it."""
-    layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
+    """The class of a layer in transformers, also if FSDP2 has put a class before it."""
     return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
 
 

@@ -124,7 +124,7 @@ class FakeModel:
             pattern = {name: rank and settings.largest_rank for name, rank in settings.rank_pattern.items()}
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora.with_rank(settings.largest_rank), pattern)
             with torch.device("meta"):
-                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
+                model = apply_plan(model, plan, settings.keep_start_weights, backend)
         if settings.quantization is not None:
             use_peft_lora(model, backend)
         self.model, self.engine = model, Engine(model, backend)

@@ -19,14 +19,13 @@ from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
+from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES, load_tokenizer, read_config, resolve_model
-from hybrid_lightning.model.precision import check_precision, dtype_of_precision
+from hybrid_lightning.model.precision import check_precision
 from hybrid_lightning.model.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
-from hybrid_lightning.sharding.checks import NOTHING_TO_SPLIT, check_optimizer
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.checks import check_optimizer
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.training.module import PolicyModule
 
@@ -110,7 +109,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     if policy.dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {policy.dtype!r}")
     check_precision(flags.precision, policy.dtype, policy.optimizer)
-    if isinstance(flags.sharding, FSDP2):  # or its subclass FSDP1
+    if isinstance(flags.sharding, FSDP2):
         check_optimizer(policy.optimizer, flags.sharding.name)
     sampler = policy.sampler or Sampler()
     if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
@@ -132,7 +131,6 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         eval_samples=policy.eval_samples,
         calibration_prompts=planning.calibration_prompts,
         dtype=DTYPES[policy.dtype],
-        trained_dtype=dtype_of_precision(flags.precision),
         mixed_precision=flags.precision.endswith("mixed"),
         on_cpu=flags.on_cpu,
         max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
@@ -204,19 +202,10 @@ def _at_least_one(name: str, value: Any) -> int:
 
 def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    offload = getattr(strategy, "cpu_offload", False)
-    offload = bool(getattr(offload, "offload_params", offload)) and not on_cpu  # FSDP1 has the flag inside an object
     if isinstance(strategy, FSDP2Strategy):
-        return FSDP2(devices, offload)
-    if isinstance(strategy, FSDP1Strategy):
-        if devices == 1:
-            raise ConfigError(NOTHING_TO_SPLIT)
-        return FSDP1(devices, offload)
+        return FSDP2(devices, strategy.cpu_offload and not on_cpu)
     if isinstance(strategy, DDPStrategy) or (name.startswith("ddp") and name in StrategyRegistry.available_strategies()):
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
         return SingleDevice() if devices == 1 else DDP(devices)  # Lightning's choice
-    raise ConfigError(
-        f"trainer.strategy={name} cannot be planned for; take auto, ddp, --config configs/strategy/fsdp2.yaml or "
-        "--config configs/strategy/fsdp.yaml"
-    )
+    raise ConfigError(f"trainer.strategy={name} cannot be planned for; take auto, ddp or fsdp")

@@ -15,7 +15,7 @@ from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.model.quantization import NF4, Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
-from hybrid_lightning.training.optim import OptimizerCallable, make_optimizer
+from hybrid_lightning.training.optim import OptimizerCallable
 
 FLOAT32_BYTES = 4
 _PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more
@@ -119,7 +119,7 @@ def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.flo
     """
     parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE, dtype=dtype))
     try:
-        built = make_optimizer(optimizer, [{"params": [parameter], "lr": 0.0, "name": "full"}])
+        built = optimizer([{"params": [parameter], "lr": 0.0, "name": "full"}])
         parameter.grad = torch.ones_like(parameter)
         built.step()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:

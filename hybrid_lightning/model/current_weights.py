@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,7 +27,6 @@ from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
-from hybrid_lightning.sharding.parameters import plain_name
 from hybrid_lightning.sharding.ranks import sum_over_ranks
 from hybrid_lightning.sharding.weights import Weights
 
@@ -61,7 +59,6 @@ class _Part:
 
     name: str  # of the module in the base model
     module: nn.Module  # the adapter's, where there is one
-    owner: nn.Module | None  # the unit of FSDP1 that it belongs to, whose weights are gathered together
 
     @property
     def group(self) -> str:
@@ -91,12 +88,10 @@ class _Part:
         """Whether its adapter takes part; not in the start policy, which is the same model without adapters."""
         return not getattr(self.module, "disable_adapters", False)
 
-    def shapes(self, weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of each weight."""
         for key, parameter in self.source.named_parameters(recurse=False):
-            packed = _is_packed(parameter)
-            shape = linear_shape(self.source) if packed else weights.shape(self.source, key)  # type: ignore[arg-type]
-            yield f"{self.name}.{key}", shape
+            yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(parameter) else tuple(parameter.shape)
 
     def weights(self) -> Iterator[CurrentWeight]:
         """The weights; under FSDP2 all ranks gather them here together."""
@@ -128,14 +123,13 @@ class CurrentWeights:
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """See `PolicyWeights`."""
-        return dict(shape for part in self._chosen(everything) for shape in part.shapes(self._weights))
+        return dict(shape for part in self._chosen(everything) for shape in part.shapes())
 
     def stream(self, everything: bool) -> Iterator[CurrentWeight]:
         """See `PolicyWeights`."""
-        for owner, parts in groupby(self._chosen(everything), lambda part: part.owner):
-            with torch.no_grad(), self._weights.whole(owner):
-                for part in parts:
-                    yield from part.weights()
+        with torch.no_grad():
+            for part in self._chosen(everything):
+                yield from part.weights()
 
     def _chosen(self, everything: bool) -> list[_Part]:
         if everything:
@@ -152,10 +146,10 @@ class CurrentWeights:
             if within and full_name.startswith(within):
                 continue
             within = ""
-            name = plain_name(f"{full_name}.").removesuffix(".").removeprefix(_PREFIX)
+            name = full_name.removeprefix(_PREFIX)
             if isinstance(module, (ModulesToSaveWrapper, LoraLayer)):
                 within = f"{full_name}."
-            part = _Part(name, module, self._weights.owner(module))
+            part = _Part(name, module)
             own = {id(parameter) for parameter in part.source.parameters(recurse=False)}
             if own - seen:
                 parts.append(part)
@@ -169,14 +163,14 @@ class CurrentWeights:
         if trained and all(part._is_on for part in self._parts):
             sums = torch.stack([_sum_of_bits(parameter) for parameter in trained.values()])
             sums = sum_over_ranks(sums) if self._weights.sharded else sums
-            text = f"{text} {[plain_name(name) for name in trained]} {sums.tolist()}"
+            text = f"{text} {[*trained]} {sums.tolist()}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _sum_of_bits(parameter: Tensor) -> Tensor:
     local = parameter.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
-    return local.contiguous().view(torch.int32 if local.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+    return local.contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -185,4 +179,4 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _is_packed(parameter: Tensor) -> bool:
-    return hasattr(parameter, "quant_state") or parameter.dtype == torch.int8
+    return hasattr(parameter, "quant_state")

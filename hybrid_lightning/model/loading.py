@@ -363,5 +363,5 @@ def _not_causal(location: str, model_type: str) -> str:
 def _quantized(location: str, how: str) -> str:
     return (
         f"{location!r} is stored quantized ({how}), where modules cannot be scored; give the 16-bit model that it was made from, "
-        "and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
+        "and model.quantization=NF4 to quantize that once its modules are scored"
     )

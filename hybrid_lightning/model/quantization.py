@@ -1,4 +1,4 @@
-"""Quantization of the frozen base to 4 or 8 bits, after its modules have been scored.
+"""Quantization of the frozen base to 4 bits, after its modules have been scored.
 
     16-bit base -> scores -> plan -> quantized base + float32 copies of the fully trained modules -> adapter
 
@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -76,18 +75,6 @@ class NF4(Quantization):
         return NF4Linear(weight, bias, device)
 
 
-class Int8(Quantization):
-    """8 bits per weight, and one scale for each output."""
-
-    peft_flag = "is_loaded_in_8bit"
-
-    def layer(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> nn.Linear:
-        """See `Quantization`."""
-        from hybrid_lightning.model.quantized_linear import Int8Linear
-
-        return Int8Linear(weight, bias, device)
-
-
 def quantize_base(
     model: nn.Module, quantization: Quantization, full_modules: Collection[str], device: torch.device | None = None
 ) -> None:
@@ -109,8 +96,8 @@ def quantize_base(
         )
     if not names:
         raise ConfigError(
-            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; use "
-            "model.quantization=Int8, or null"
+            f"{nothing}: it takes weights whose inputs are a multiple of {_BLOCK}, and no linear module has such; set "
+            "model.quantization=null"
         )
     del plain  # it would keep every weight in memory until the end
     for name in names:
@@ -124,9 +111,8 @@ def quantize_base(
     setattr(model, quantization.peft_flag, True)
 
 
-def check_quantization(quantization: Quantization, trainer: Trainer) -> None:
+def check_quantization(quantization: Quantization, strategy: Strategy) -> None:
     """Raise ConfigError if the strategy splits weights over devices, which a quantized base cannot be."""
-    strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         kind, name = type(quantization).__name__, type(strategy).__name__
         raise ConfigError(

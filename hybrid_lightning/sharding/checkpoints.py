@@ -1,13 +1,10 @@
 """Write and read checkpoints, which are complete or not there at all, however a process ends that writes or removes one.
 
-- `WholeFiles` writes a checkpoint as one file, under every strategy.
-- `SplitCheckpoints` is the base class of strategies that split the model: one file, or a folder with the parts of all ranks.
+- `WholeFiles` writes a checkpoint as one file, under every strategy; folders are written by `FSDP2Strategy`.
 - The functions find and read a checkpoint before a run.
 """
 
 import os
-from abc import abstractmethod
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,13 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy, Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import Strategy
 
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.sharding.atomic import discard, put_in_place, remove, replaced_path, unfinished_path
-from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_folder, read_meta, write_folder
+from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_folder, read_meta
 
 _SHOWN = 4  # number of checkpoints that an error names
 
@@ -71,57 +66,6 @@ class WholeFiles(TorchCheckpointIO):
             remove(Path(path))
         else:
             super().remove_checkpoint(path)
-
-
-class SplitCheckpoints(ParallelStrategy):
-    """Base class of strategies that split a model: writes a checkpoint as one file with whole tensors, or as a sharded folder.
-
-    Into a sharded folder each rank writes its own parts. A run can be resumed from both forms under every strategy and with every
-    number of ranks. If the model is split, each rank reads only its own parts of a folder.
-    """
-
-    writes_folders: bool = False
-
-    @property
-    def module(self) -> LightningModule:
-        """The module that is trained, which there is once the Trainer has set the strategy up."""
-        module = self.lightning_module
-        assert module is not None
-        return module
-
-    @abstractmethod
-    def parts(self) -> Mapping[str, Tensor]:
-        """Name -> parameter or buffer, for everything that is split, in the parts that `lightning_module_state_dict` returns."""
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning should call `load_optimizer_state_dict`."""
-        return True
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
-        """Write a folder on all ranks together, or a file on the first rank."""
-        if not self.writes_folders:
-            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-            return
-        if storage_options is not None:
-            raise ConfigError("storage_options has no meaning for a sharded checkpoint, which is a folder; leave it out")
-        write_folder(checkpoint, Path(self.broadcast(filepath)))
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a whole file on every rank, or from a folder the parts that this rank needs."""
-        if not Path(checkpoint_path).is_dir():
-            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-        parts = self.parts()
-
-        def target(keys: tuple[str, ...], size: torch.Size, dtype: torch.dtype) -> Tensor | None:
-            if keys[0] != "state_dict" and not self.optimizers:
-                return None
-            part = parts.get(keys[1] if keys[0] == "state_dict" else keys[2])
-            if part is None or part.shape != size:  # a counter of the optimizer, or something that is going to be refused
-                return torch.empty(size, dtype=dtype)
-            return torch.empty_like(part, dtype=dtype)
-
-        return read_folder(Path(checkpoint_path), target, together=True)
 
 
 def write_whole_files(strategy: Strategy) -> None:

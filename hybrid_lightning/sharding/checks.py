@@ -10,30 +10,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-_OURS = (FSDP2Strategy, FSDP1Strategy)
-NOTHING_TO_SPLIT = (
-    "FSDP1Strategy has nothing to split on one device, and torch cannot save what it leaves whole; use trainer.strategy=auto, "
-    "more devices, or --config configs/strategy/fsdp2.yaml"
-)
 
-
-def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
-    """Check that strategy, precision and dtype of a model work together, and with the optimizer that is made of parameter groups.
+def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer]) -> None:
+    """Check that the strategy is one that works here, and that it works with the optimizer that is made of parameter groups.
 
     Raises:
-        ConfigError: If they do not work together.
+        ConfigError: If it does not work.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, (DDPStrategy, *_OURS)):
+    if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, (DDPStrategy, FSDP2Strategy)):
         raise ConfigError(
             f"trainer.strategy={name} is not supported: rollouts and checkpoints need what ours do; use ddp where the model, its "
-            "gradients and the optimizer's state fit one device, else --config configs/strategy/fsdp2.yaml"
+            "gradients and the optimizer's state fit one device, else fsdp, which is FSDP2"
         )
-    if not isinstance(strategy, _OURS):
+    if not isinstance(strategy, FSDP2Strategy):
         return
     for callback in trainer.checkpoint_callbacks if strategy.writes_folders else ():
         folder = getattr(callback, "dirpath", None)
@@ -42,14 +35,6 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
                 f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; "
                 "give a folder in a file system that all devices share, or write full checkpoints"
             )
-    if isinstance(strategy, FSDP1Strategy) and trainer.world_size == 1:
-        raise ConfigError(NOTHING_TO_SPLIT)
-    if isinstance(strategy, FSDP1Strategy) and dtype != "float32" and str(trainer.precision) != "bf16-true":
-        raise ConfigError(
-            f"model.dtype={dtype} does not work with FSDP1Strategy and trainer.precision={trainer.precision}: trained weights "
-            "are float32, and FSDP1 wants one dtype in a block; use trainer.precision=bf16-true, where all are bfloat16, "
-            "model.dtype=float32, or --config configs/strategy/fsdp2.yaml"
-        )
     prompts = getattr(trainer.datamodule, "test_prompts", None) if trainer.state.fn == "predict" else None  # type: ignore[attr-defined]
     if prompts is not None and len(prompts) < trainer.world_size:
         raise ConfigError(

@@ -1,12 +1,19 @@
-"""`FSDP2Strategy`: splits weights, gradients and optimizer state over all ranks with torch's `fully_shard`."""
+"""`FSDP2Strategy`: splits weights, gradients and optimizer state over all ranks with torch's `fully_shard`.
+
+A checkpoint is one file with whole tensors, or a sharded folder into which each rank writes its own parts. A run can be resumed
+from both under every strategy and with every number of ranks. If the model is split, each rank reads only its own parts of a
+folder.
+"""
 
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -14,12 +21,25 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
 from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_split_like, parameter_names, plain_optimizer
 from hybrid_lightning.sharding.ranks import send_trained_weights
+from hybrid_lightning.sharding.sharded_folder import read_folder, write_folder
+
+_OFFLOADS = {"fsdp": False, "fsdp_cpu_offload": True}  # Lightning's names for FSDP -> whether weights are on the host
 
 
-class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
+def chosen_strategy(given: Any) -> Any:
+    """The value of `trainer.strategy`, but for Lightning's names `fsdp` and `fsdp_cpu_offload` an `FSDP2Strategy`.
+
+    Raises:
+        ConfigError: If it is Lightning's own strategy of these names, which is FSDP1.
+    """
+    if isinstance(given, FSDPStrategy):
+        raise ConfigError(f"trainer.strategy={type(given).__name__} is FSDP1, which is not supported; give fsdp, which is FSDP2")
+    return FSDP2Strategy(cpu_offload=_OFFLOADS[given]) if given in _OFFLOADS else given
+
+
+class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2. It splits the model, by its decoder blocks, over all devices of all nodes.
 
     Checkpoints hold tensors by name, so that every strategy and every number of processes can resume from them.
@@ -48,6 +68,13 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         )
         self.writes_folders = save_distributed_checkpoint
         self.cpu_offload = cpu_offload
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that is trained, which there is once the Trainer has set the strategy up."""
+        module = self.lightning_module
+        assert module is not None
+        return module
 
     @property
     def offloads(self) -> bool:
@@ -102,6 +129,36 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
 
     # ---- checkpoints
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning should call `load_optimizer_state_dict`."""
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+        """Write a folder on all ranks together, or a file on the first rank."""
+        if not self.writes_folders:
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise ConfigError("storage_options has no meaning for a sharded checkpoint, which is a folder; leave it out")
+        write_folder(checkpoint, Path(self.broadcast(filepath)))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a whole file on every rank, or from a folder the parts that this rank needs."""
+        if not Path(checkpoint_path).is_dir():
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        parts = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+        def target(keys: tuple[str, ...], size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+            if keys[0] != "state_dict" and not self.optimizers:
+                return None
+            part = parts.get(keys[1] if keys[0] == "state_dict" else keys[2])
+            if part is None or part.shape != size:  # a counter of the optimizer, or something that is going to be refused
+                return torch.empty(size, dtype=dtype)
+            return torch.empty_like(part, dtype=dtype)
+
+        return read_folder(Path(checkpoint_path), target, together=True)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights for a checkpoint: the parts of this rank for a folder, else whole tensors on rank 0.
 
@@ -111,10 +168,6 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         left_out = set() if module.strict_loading else names
         return {name: self._as_saved(value) for name, value in module.state_dict().items() if name not in left_out}
-
-    def parts(self) -> Mapping[str, Tensor]:
-        """The parts of all parameters."""
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer state for a checkpoint: the parts of this rank for a folder, else whole tensors on rank 0."""

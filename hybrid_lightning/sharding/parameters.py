@@ -1,8 +1,8 @@
 """Parameters under sharding: the blocks by which a model is split, names of parameters, and optimizer state by name.
 
-The names are the same whether or not the model is wrapped for sharding. With them in place of torch's numbers, the optimizer
-state of a checkpoint does not depend on how parameters are numbered or split. Torch takes whatever stands in the place of the
-numbers from the saved `param_groups` when it loads, so that state by name can be loaded into any optimizer with the same groups.
+The names are the same whether or not the model is sharded. With them in place of torch's numbers, the optimizer state of a
+checkpoint does not depend on how parameters are numbered or split. Torch takes whatever stands in the place of the numbers
+from the saved `param_groups` when it loads, so that state by name can be loaded into any optimizer with the same groups.
 """
 
 from collections.abc import Mapping
@@ -31,24 +31,14 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(blocks.values())
 
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # what FSDP1 and modules within it put into names
-
-
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameter -> its name before the module was wrapped for sharding."""
-    return {parameter: plain_name(name) for name, parameter in module.named_parameters()}
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter without those of wrappers."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """Parameter -> its name."""
+    return {parameter: name for name, parameter in module.named_parameters()}
 
 
 def trained_names(module: nn.Module) -> set[str]:
     """Names of the parameters that are trained."""
-    return {name for parameter, name in parameter_names(module).items() if parameter.requires_grad}
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:

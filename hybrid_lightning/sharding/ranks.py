@@ -162,22 +162,12 @@ def send_trained_weights(model: nn.Module, device: torch.device) -> None:
             parameter.data.copy_(value)
 
 
-def total_norm(gradients: Sequence[Tensor], device: torch.device, local_parts: bool = False) -> Tensor:
-    """Norm of all gradients together in float32, the same on every rank.
+def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Norm of all gradients together, the same on every rank.
 
     Args:
-        gradients: The gradients of this rank, which may be on the CPU.
+        gradients: The gradients of this rank, in float32, which may be on the CPU.
         device: The device on which the ranks train, and on which the result is.
-        local_parts: Whether each rank has a different part of the gradients as plain tensors, which unlike a `DTensor` do not
-            show that they are parts.
     """
-    norm = torch.zeros((), device=device)
-    if gradients and all(gradient.dtype == torch.float32 for gradient in gradients):
-        norm = torch.nn.utils.get_total_norm(gradients)
-    elif gradients:  # for bfloat16 gradients torch's function computes in bfloat16, which has only three digits
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-    if isinstance(norm, DTensor):
-        return norm.full_tensor().to(device)
-    norm = norm.to(device)
-    return sum_over_ranks(norm.square()).sqrt() if local_parts else norm
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)

@@ -232,7 +232,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         dtype, strategy = policy.pretrained.dtype, trainer.strategy
         if strategy.root_device.type == "cuda":
             prepare_gpu(own_allocator=generation.sampler.shares_device)
-        check_strategy(trainer, optimizer, dtype)
+        check_strategy(trainer, optimizer)
         if policy.quantization is not None:
             check_quantization(policy.quantization, strategy)
         check_precision(str(trainer.precision), dtype, optimizer)

@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.model.master_weights import MasterWeights
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -146,7 +145,7 @@ def build_optimizer(
         raise ConfigError(
             "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
         )
-    built = make_optimizer(optimizer, parameter_groups)
+    built = optimizer(parameter_groups)
     schedule.factor(schedule.warmup_steps, total_steps)  # raises now, not after the warm-up, if it needs the run's length
     scheduler = _Scheduler(built, lambda step: schedule.factor(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
@@ -183,12 +182,6 @@ def with_hyper_parameters(
         return {**group, **values, "lr": rate, "initial_lr": rate}
 
     return [updated(group) for group in groups]
-
-
-def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make the optimizer of these groups, wrapped in `MasterWeights` if a weight is bfloat16."""
-    bfloat16 = any(weight.dtype == torch.bfloat16 for group in groups for weight in group["params"])
-    return MasterWeights(optimizer, groups) if bfloat16 else optimizer(groups)
 
 
 def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:

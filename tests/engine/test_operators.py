@@ -155,7 +155,7 @@ def test_neither_threads_nor_the_default_dtype_matter():
 
     threads, expected = torch.get_num_threads(), compute()
     try:
-        for count, dtype in ((1, torch.bfloat16), (2, F32), (3, F32)):  # bfloat16 as with Lightning's bf16-true
+        for count, dtype in ((1, torch.bfloat16), (2, F32), (3, F32)):
             torch.set_num_threads(count)
             torch.set_default_dtype(dtype)
             for part, other in zip(compute(), expected, strict=True):

@@ -73,7 +73,7 @@ RUNS = [
 ]
 # Those with nearly all data sets and models that there are, beside the first: these run once more, from the cache.
 AGAIN = {"data/dapo_math", "evaluate"}
-SHARDED = ("fit", "qwen3", "strategy/fsdp2")  # as qwen3.yaml says; on two processes
+SHARDED = ("fit", "qwen3", "strategy/fsdp")  # as qwen3.yaml says; on two processes
 # A step is enough where validations are not looked at.
 NO_VALIDATION = ("--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0")
 UNSCORED = ("--adapter.budget.share=0", *NO_VALIDATION)
@@ -157,7 +157,7 @@ def test_every_config_that_names_the_hub_runs_here():
     kinds = ("loss", "data", "adapter", "evaluation")
     overlays = {f"{kind}/{path.stem}" for kind in kinds for path in (CONFIGS / kind).glob("*.yaml")}
     from_hub = {path.stem for path in CONFIGS.glob("*.yaml") if "Qwen/" in path.read_text()}
-    assert run == overlays | from_hub | {"evaluate", "strategy/fsdp2"}
+    assert run == overlays | from_hub | {"evaluate", "strategy/fsdp"}
 
 
 def rank(hub: Hub, home: Path, folder: Path, environment: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ SEVERAL = {"minibatches_per_rollout": 2, "max_tokens_per_micro_batch": 300}
 CASES = {
     "fft-without-start-weights-in-several-passes": Case(1.0, keep_start_weights=False, more=SEVERAL),
     "hybrid-bf16": Case(0.1, "bf16-mixed"),
-    "hybrid-recomputing-bf16-true": Case(0.1, "bf16-true", more={"gradient_checkpointing": True}),
+    "hybrid-recomputing-bf16-mixed": Case(0.1, "bf16-mixed", more={"gradient_checkpointing": True}),
     "lora-long": Case(completion_tokens=40, validation=2, more={"prompts_per_rollout": 2, "samples_per_prompt": 16}),
 }
 

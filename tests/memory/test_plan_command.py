@@ -9,14 +9,14 @@ from tiny_models import build_model
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, SingleDevice
+from hybrid_lightning.memory import DDP, FSDP2, RunSettings, SingleDevice
 from hybrid_lightning.memory.fitting import room
 from hybrid_lightning.memory.from_config import TrainerFlags
-from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
+from hybrid_lightning.sharding import FSDP2Strategy
 
 pytestmark = pytest.mark.usefixtures("untraced")
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
-FSDP2_OF_2 = ("--config", STRATEGIES / "fsdp2.yaml", "--trainer.devices=2")
+FSDP2_OF_2 = ("--config", STRATEGIES / "fsdp.yaml", "--trainer.devices=2")
 FLAGS = ["--trainer.accelerator=gpu", "--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.precision=bf16-mixed"]
 
 
@@ -44,7 +44,7 @@ def test_no_weights_are_needed(folder):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_devices_that_are_not_here(folder, offload):
-    strategy = ["--config", STRATEGIES / f"fsdp2{'_cpu_offload' if offload else ''}.yaml"]
+    strategy = ["--config", STRATEGIES / "fsdp.yaml", *["--trainer.strategy.cpu_offload=true"] * offload]
     result = done(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
     name = "FSDP2 with CPU offload" if offload else "FSDP2"
     assert f"{name} on 4 devices, accelerator, prompts of 50 tokens" in result.out and "growth" not in result.out
@@ -105,7 +105,7 @@ def test_what_is_not_enough_is_an_error(folder):
     assert re.findall(r"^--(\S+?)=\S+ .*costs ", result.out, re.MULTILINE)[-1] == "adapter.budget.share", result.out
 
 
-FSDP1_OFFLOADED, FSDP2_OFFLOADED = FSDP1Strategy(cpu_offload=True), FSDP2Strategy(cpu_offload=True)
+OFFLOADED = FSDP2Strategy(cpu_offload=True)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,11 @@ FSDP1_OFFLOADED, FSDP2_OFFLOADED = FSDP1Strategy(cpu_offload=True), FSDP2Strateg
         ({}, SingleDevice()),
         ({"devices": 4}, DDP(4)),
         ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP(6)),
-        ({"devices": [0, 2], "strategy": FSDP1Strategy()}, FSDP1(2)),
-        ({"devices": "1,3,5", "strategy": FSDP2_OFFLOADED}, FSDP2(3)),  # the host has one memory
-        ({"devices": 2, "strategy": FSDP1_OFFLOADED, "accelerator": "cuda"}, FSDP1(2, cpu_offload=True)),
+        ({"devices": [0, 2], "strategy": FSDP2Strategy()}, FSDP2(2)),
+        ({"devices": "1,3,5", "strategy": OFFLOADED}, FSDP2(3)),  # the host has one memory
+        ({"devices": 2, "strategy": OFFLOADED, "accelerator": "cuda"}, FSDP2(2, cpu_offload=True)),
         ({"devices": 2, "strategy": FSDP2Strategy(), "accelerator": "cuda", "limit_val_batches": 0}, FSDP2(2)),
         ({"strategy": "fsdp2"}, "trainer.strategy=fsdp2 cannot be planned for"),
-        ({"strategy": FSDP1Strategy(), "devices": 1}, "nothing to split on one device"),
         *(({name: count}, f"trainer.{name}={count} leaves no device") for name, count in (("devices", -3), ("num_nodes", 0))),
     ],
 )

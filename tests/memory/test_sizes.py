@@ -11,7 +11,7 @@ from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure_sizes
 from hybrid_lightning.model.quantization import quantize_base
-from hybrid_lightning.policy import NF4, Int8
+from hybrid_lightning.policy import NF4
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}
@@ -48,7 +48,7 @@ def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, rank
     assert sizes.share_full == pytest.approx(sum(m.parameters for m in plan.candidates if m.mode == "full") / sizes.candidates)
 
 
-@pytest.mark.parametrize("kind", [NF4, Int8])
+@pytest.mark.parametrize("kind", [NF4])
 def test_a_quantized_base_is_as_small_as_that(kind):
     pytest.importorskip("bitsandbytes")
     model = build_model("llama", hidden_size=128, intermediate_size=320).to(torch.bfloat16)

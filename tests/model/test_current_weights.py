@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import build_data, build_policy, fit, with_holes, write_model
+from tiny_runs import build_data, build_policy, fit, with_holes, write_model, write_wide_model
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
 from hybrid_lightning.adapters.candidates import linear_shape
@@ -13,7 +13,7 @@ from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
-from hybrid_lightning.policy import Int8
+from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.types import Prompt
@@ -68,11 +68,13 @@ CASES = [*((family, number % 2 == 1, False) for number, family in enumerate(FAMI
 
 @pytest.mark.parametrize(("family", "use_dora", "quantized"), CASES)
 def test_a_model_that_gets_all_weights_computes_what_the_policy_computes(tmp_path, family, use_dora, quantized):
-    options = {}
     if quantized:
         pytest.importorskip("bitsandbytes")
-        options = {"quantization": Int8(), "frozen": ("model.layers.1.mlp.up_proj",)}
-    policy, other = adapted(write_model(tmp_path / "model", family), use_dora, **options), build_model(family, seed=7)
+        options = {"quantization": NF4(), "frozen": ("model.layers.1.mlp.up_proj",)}
+        policy = adapted(write_wide_model(tmp_path / "model", family), use_dora, **options)
+        other = build_model(family, seed=7, hidden_size=64, intermediate_size=128)
+    else:
+        policy, other = adapted(write_model(tmp_path / "model", family), use_dora), build_model(family, seed=7)
     weights = weights_of(policy)
     values = received(weights)
     assert values.keys() == dict(other.named_parameters()).keys(), "names of the base model, tied weights once"

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from rounding import metrics_of_runs
 from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, with_holes
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import Random
@@ -18,10 +17,8 @@ from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.batching import join_rollouts
-from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
-from hybrid_lightning.sharding.parameters import plain_name
 
-STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
+STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp"}
 # Where a gradient is nothing but rounding, Adam's step must not be.
 ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
 
@@ -71,15 +68,8 @@ class Log(Callback):
 
 def weights(module) -> dict[str, torch.Tensor]:
     """The whole of every trained weight."""
-
-    def copies():
-        found = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return {name: whole(p.detach()).clone() for name, p in found.items()}
-
-    if isinstance(module.model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(module, writeback=False):
-            return {plain_name(name): value for name, value in copies().items()}
-    return copies()
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).clone() for name, p in found.items()}
 
 
 def whole(value):

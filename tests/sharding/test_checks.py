@@ -8,32 +8,28 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from peft import LoraConfig, get_peft_model
 
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
+from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 
-def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32", devices=2, fn="fit", **parts):
-    state = SimpleNamespace(fn=fn)
-    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=state, world_size=devices, **parts)
-    check_strategy(trainer, optimizer, dtype)
+def check(strategy, optimizer=torch.optim.AdamW, devices=2, fn="fit", **parts):
+    check_strategy(SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn=fn), world_size=devices, **parts), optimizer)
 
 
 REMOTE, LOCAL = [ModelCheckpoint("memory://run")], [ModelCheckpoint("runs"), ModelCheckpoint()]
-FOLDERS = partial(FSDP2Strategy, save_distributed_checkpoint=True), partial(FSDP1Strategy, state_dict_type="sharded")
+FOLDERS = partial(FSDP2Strategy, save_distributed_checkpoint=True)
 PREDICTION = {"fn": "predict", "datamodule": SimpleNamespace(test_prompts=[1, 2])}
-BFLOAT16 = {"dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
     ("strategy", "run"),
     [
         (partial(SingleDeviceStrategy, "cpu"), {}),
-        (DDPStrategy, {"precision": "16-mixed"}),
-        (FSDP2Strategy, {"precision": "bf16-mixed", "devices": 1, "checkpoint_callbacks": REMOTE, **BFLOAT16}),
-        (FSDP1Strategy, {"precision": "bf16-mixed"}),
-        (FSDP1Strategy, {"precision": "bf16-true", **BFLOAT16}),
-        *((strategy, {"checkpoint_callbacks": LOCAL}) for strategy in FOLDERS),
+        (DDPStrategy, {}),
+        (FSDP2Strategy, {"devices": 1, "checkpoint_callbacks": REMOTE}),
+        (FOLDERS, {"checkpoint_callbacks": LOCAL}),
         (FSDP2Strategy, PREDICTION),
     ],
 )
@@ -45,25 +41,31 @@ def test_what_works_is_let_through_and_looked_at(strategy, run):
         return torch.optim.AdamW(groups)
 
     check(strategy(), optimizer, **run)
-    split = isinstance(strategy(), (FSDP1Strategy, FSDP2Strategy))
-    assert len(asked) == (split and "fn" not in run), "training on these alone depends on the optimizer"
+    trains = isinstance(strategy(), FSDP2Strategy) and "fn" not in run
+    assert len(asked) == trains, "training under this alone depends on the optimizer"
 
 
 @pytest.mark.parametrize(
     ("strategy", "run", "message"),
     [
-        (FSDPStrategy, {}, r"FSDPStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
-        (ModelParallelStrategy, {}, r"ModelParallelStrategy is not supported.*configs/strategy/fsdp2\.yaml"),
-        (FSDP1Strategy, {"devices": 1}, r"FSDP1Strategy has nothing to split on one device.*strategy=auto"),
-        (FSDP1Strategy, {"precision": "bf16-mixed", **BFLOAT16}, r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml"),
-        *((strategy, {"checkpoint_callbacks": REMOTE}, "memory://run cannot take sharded checkpoints") for strategy in FOLDERS),
+        (FSDPStrategy, {}, r"FSDPStrategy is not supported.*else fsdp, which is FSDP2"),
+        (ModelParallelStrategy, {}, r"ModelParallelStrategy is not supported.*else fsdp, which is FSDP2"),
+        (FOLDERS, {"checkpoint_callbacks": REMOTE}, "memory://run cannot take sharded checkpoints"),
         (FSDP2Strategy, {**PREDICTION, "devices": 3}, r"2 prompts cannot be predicted on 3 devices.*fewer devices"),
-        (partial(FSDP1Strategy, state_dict_type="split"), {}, "state_dict_type must be full or sharded, got 'split'"),
     ],
 )
 def test_what_cannot_work_is_refused(strategy, run, message):
     with pytest.raises(ConfigError, match=message):
         check(strategy(), **run)
+
+
+def test_lightnings_names_for_fsdp_are_fsdp2_and_its_own_strategy_is_refused():
+    for name, offloads in (("fsdp", False), ("fsdp_cpu_offload", True)):
+        chosen = chosen_strategy(name)
+        assert isinstance(chosen, FSDP2Strategy) and chosen.cpu_offload is offloads
+    assert chosen_strategy("ddp") == "ddp" and chosen_strategy(chosen) is chosen
+    with pytest.raises(ConfigError, match="FSDPStrategy is FSDP1, which is not supported; give fsdp"):
+        chosen_strategy(FSDPStrategy())
 
 
 def test_blocks_are_found_by_structure(make_model):

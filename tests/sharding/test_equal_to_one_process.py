@@ -94,8 +94,7 @@ BOTH = ("longer completions on one rank", "advantages on one rank only")
 # What the strategy has no part in is tried under one of them.
 UNDER = {
     "ddp": (*BOTH, "groups replaced and moved"),
-    "fsdp2": (*BOTH, "episodes of several turns"),
-    "fsdp1": (*BOTH, "masks and an entropy bonus"),
+    "fsdp2": (*BOTH, "episodes of several turns", "masks and an entropy bonus"),
 }
 
 

@@ -10,7 +10,7 @@ from rounding import metrics_of_runs
 from runs_of_tests import STRATEGIES, predict, weights
 from tiny_examples import KINDS, fit, write_rows
 
-UNDER = {"ddp": ["preference"], "fsdp1": ["supervised"]}  # and both under FSDP2
+UNDER = {"ddp": ["preference"]}  # and both under FSDP2
 
 
 def train_and_predict(folder: Path, root: Path, strategies: dict[str, Any], devices: int = 1) -> dict[str, dict[str, Any]]:

@@ -17,15 +17,17 @@ from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.stopping import StopSignals
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
-STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "fsdp1": "fsdp.yaml"}
+STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp.yaml"}
 # A run that is stopped again and again: what stops it, which is the moment, which of its calls since the stop before, and the
 # ranks that hear of it; under FSDP2 all of them score, else rank 0 alone.
 STOPS = {
     "ddp": [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})],
-    "fsdp2": [("a score", 2, {1}), ("the middle of a later step", 6, {0}), ("the last update of an epoch", 6, {0})],
-    "fsdp1": [("the second rollout", 2, {1})],
+    "fsdp2": [
+        *(("a score", 2, {1}), ("the second rollout", 2, {1})),
+        *(("the middle of a later step", 2, {0}), ("the last update of an epoch", 6, {0})),
+    ],
 }
-STEPS = {"ddp": 5, "fsdp2": 7, "fsdp1": 3}  # after two begins a rollout, after four comes a validation, after six ends an epoch
+STEPS = {"ddp": 5, "fsdp2": 7}  # after two begins a rollout, after four comes a validation, after six ends an epoch
 
 
 def stop_and_go_on(folder, name):

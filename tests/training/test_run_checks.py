@@ -15,7 +15,7 @@ from hybrid_lightning import losses
 from hybrid_lightning.advantages import GroupMeanAdvantage, LeaveOneOutAdvantage, PerRewardAdvantage
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.model.quantization import NF4, Int8
+from hybrid_lightning.model.quantization import NF4
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
 from hybrid_lightning.training import run_checks
@@ -64,7 +64,6 @@ CASES = {
         **{"mask_truncated_completions": True, "sampler": Sampler(16, top_p=0.9, top_k=20)},
     },
     "NF4": {"quantization": NF4, "advantage": GroupMeanAdvantage()},
-    "Int8": {"quantization": Int8},
     "kernels": {},
 }
 
@@ -81,7 +80,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_training(folder, tmp_path, name, request):
     """With scoring, validation and the export."""
-    if name in ("NF4", "Int8"):
+    if name == "NF4":
         pytest.importorskip("bitsandbytes")
     policy = {"loss": losses.GSPOLoss(entropy_coef=0.01, kl_coef=0.01), "minibatches_per_rollout": 2}
     policy |= {name: value() if isinstance(value, type) else value for name, value in CASES[name].items()}

@@ -227,7 +227,7 @@ def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from
 
 @needs_vllm
 def test_two_ranks_train_with_one_server(tmp_path, model, server):
-    options = {"folder": model, "strategy": "fsdp2", "root": tmp_path / "run", "sampler": "server", "urls": [server.url]}
+    options = {"folder": model, "root": tmp_path / "run", "sampler": "server", "urls": [server.url]}
     check(run(2, tmp_path / "ranks", train, 240, **options))
 
 

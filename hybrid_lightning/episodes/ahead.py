@@ -62,7 +62,7 @@ class _Player:
     def __init__(self, episodes: Episodes) -> None:
         self.made: Future[Rollouts] = Future()
         self.ended = threading.Event()
-        self.episodes = episodes.apart(self.check)
+        self.episodes = episodes.clone_for_thread(self.check)
 
     def check(self) -> None:
         """End the thread if that is wished."""

@@ -119,9 +119,9 @@ class Episodes:
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
         return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
-    def apart(self, on_wait: Callable[[], None]) -> "Episodes":
+    def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
         """The same for another thread: with a tokenizer of its own, and processes for the environments."""
-        other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template, on_wait)
+        other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.clone_for_thread(), self._turn_template, on_wait)
         _ = other.turns  # reads the tokenizer, here and not in that thread
         return other
 

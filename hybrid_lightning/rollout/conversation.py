@@ -42,7 +42,7 @@ class Turn:
 class Conversation:
     """Episodes by any rollout engine: the context of a message is given to it as a longer prompt.
 
-    Weights must not change while they last, unless the engine goes on with others (`requests_go_on`): a turn that is begun after
+    Weights must not change while they last, unless the engine goes on with others (`inflight_updates`): a turn that is begun after
     an update is by the new ones, and each token says by which.
 
     Args:

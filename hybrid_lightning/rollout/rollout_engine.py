@@ -3,7 +3,7 @@
 Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
 log-probability under softmax(logits / temperature).
 
-Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`has_own_weights`), which training makes
+Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`needs_weight_sync`), which training makes
 stale: before it samples it is given what has changed (`update`), as `PolicyWeights`, whose `WeightsVersion` every completion then
 names.
 """
@@ -143,9 +143,9 @@ class RolloutEngine(Configurable, ABC):
         ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p"), Option(MADE_BY | ACCURACY, scores=True)
     )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
-    has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
-    completes_elsewhere = False  # whether completions are made in other processes, while this one goes on (see `begin`)
-    requests_go_on = False  # whether those under way go on with new weights that `update` gives; else there must be none
+    needs_weight_sync = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
+    is_remote = False  # whether completions are made in other processes, while this one goes on (see `begin`)
+    inflight_updates = False  # whether those under way go on with new weights that `update` gives; else there must be none
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own

@@ -122,7 +122,7 @@ class ExampleModule(LanguageModule):
             schedule=schedule,
         )
         self.examples_per_step = examples_per_step
-        self.rows_together = trained_by.rows_per_example
+        self.rows_per_example = trained_by.rows_per_example
         self.shown_metrics = ("loss", *trained_by.shares_ahead)
 
     # ---- training data

@@ -74,9 +74,9 @@ class Generation:
             RolloutError: If the engine cannot be given these weights; from `finish`, if it fails, or has other ones.
         """
         policy, sampler = self._policy, self._policy.sampler
-        if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
+        if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
             self._give(together=False, ahead=ahead)
-        if sampler.has_own_weights and self._is_behind:
+        if sampler.needs_weight_sync and self._is_behind:
             raise RolloutError(
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
@@ -94,39 +94,39 @@ class Generation:
             begun = sampler.begin(policy.engine, policy.tokenizer, prompts, ids, samples, **options)
         else:
             seeds = task_seeds(prompts, generator, policy.seed)
-            if ahead and sampler.completes_elsewhere and policy.rollout_schedule.rollouts_ahead:
+            if ahead and sampler.is_remote and policy.rollout_schedule.rollouts_ahead:
                 self._ahead = self._ahead or EpisodesAhead(episodes)
                 begun = self._ahead.begin(policy.engine, prompts, samples, seeds, **options)
             else:
                 begun = Begun(partial(episodes.play, policy.engine, prompts, samples, seeds, **options))
-        if sampler.completes_elsewhere:
+        if sampler.is_remote:
             self._under_way.append(begun)
 
         def sample() -> Rollouts:
-            own = sampler.has_own_weights
+            own = sampler.needs_weight_sync
             # A signal may end this at once: no other rank waits for this one meanwhile.
-            with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
+            with policy.signals.interruptible(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
                 return begun.finish()
 
         def finish() -> Rollouts:
-            if sampler.completes_elsewhere:  # what is made here may need all ranks, which a signal must not leave alone
+            if sampler.is_remote:  # what is made here may need all ranks, which a signal must not leave alone
                 wait()
                 self.waited_seconds = sum(waited)
             self._under_way = [other for other in self._under_way if other is not begun]
             with policy.inference():
-                rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
+                rollouts = sample() if sampler.needs_weight_sync else policy.weights.gathered(sample)
             if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
                 made_by = torch.full_like(rollouts.sequences.completion_ids, step)
                 rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
             # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-            compares = sampler.has_own_weights and (not policy.weights.sharded or policy.trainer.training)
+            compares = sampler.needs_weight_sync and (not policy.weights.sharded or policy.trainer.training)
             if compares and not self._agrees and step == self._step:
                 self._compare(rollouts, greedy)
             return rollouts
 
         def wait() -> None:
             started = time.perf_counter()
-            with policy.signals.at_once():
+            with policy.signals.interruptible():
                 begun.wait()
             waited.append(time.perf_counter() - started)
 
@@ -144,7 +144,7 @@ class Generation:
         """
         policy = self._policy
         # Without a reward nothing is completed, and in one process `begin` does it.
-        if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
+        if policy.sampler.needs_weight_sync and policy.reward is not None and world_size() > 1:
             self._give(together=True, ahead=ahead)
 
     def shut_down(self) -> None:
@@ -167,13 +167,13 @@ class Generation:
         the last requests.
         """
         sampler, found = self._policy.sampler, {"sampling/weights_update_s": self.update_seconds}
-        if sampler.completes_elsewhere:
+        if sampler.is_remote:
             found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
-        return found if sampler.has_own_weights else {}
+        return found if sampler.needs_weight_sync else {}
 
     def check(self) -> None:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
-        if self._policy.sampler.has_own_weights:
+        if self._policy.sampler.needs_weight_sync:
             self._policy.sampler.check_model(self._served_model)
 
     def _give(self, together: bool, ahead: bool) -> None:
@@ -188,23 +188,23 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, policy.global_rank == 0)
         model = self._served_model
         failure: Exception | None = None
-        waits = sampler.completes_elsewhere and not (ahead and sampler.requests_go_on)
+        waits = sampler.is_remote and not (ahead and sampler.inflight_updates)
         if waits:
-            with stopping(), policy.signals.at_once():
+            with stopping(), policy.signals.interruptible():
                 for begun in self._under_way:
                     with suppress(RolloutError):  # whoever needs them is told by `finish`
                         begun.wait()
             self._under_way = []
         with sampler.updating():
-            if sampler.completes_elsewhere and not waits:
+            if sampler.is_remote and not waits:
                 sampler.go_on_with(weights.version)
                 if together:
                     gather_objects(None)  # the other ranks are as far
             everything = self._all_need(weights, model) if policy.weights.sharded else None
             # Servers that do not answer are tried for minutes, in which a signal may come. It must not tear apart what all ranks
             # gather together.
-            may_stop = sampler.completes_elsewhere and not policy.weights.sharded
-            with stopping(), policy.signals.at_once() if may_stop else nullcontext():
+            may_stop = sampler.is_remote and not policy.weights.sharded
+            with stopping(), policy.signals.interruptible() if may_stop else nullcontext():
                 try:
                     sampler.update(weights, model, everything)
                 except Exception as error:
@@ -219,13 +219,13 @@ class Generation:
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
         sampler, needed = self._policy.sampler, False
-        with self._policy.stopping_together(), self._policy.signals.at_once():
+        with self._policy.stopping_together(), self._policy.signals.interruptible():
             needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
         return any(gather_objects(needed))
 
     def fail_together(self, failure: Exception | None) -> None:
         """Raise a failure of one rank's engine, None on the others, on all ranks. All ranks have to call it."""
-        if self._policy.sampler.has_own_weights:
+        if self._policy.sampler.needs_weight_sync:
             first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
             if failure is None and first is not None:
                 raise RolloutError(first)

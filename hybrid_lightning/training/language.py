@@ -70,7 +70,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
     # First part ("completions" of "completions/mean_length") of the names that training logs: here, by Lightning, by `StepTimer`.
     training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
-    rows_together = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
+    rows_per_example = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
     OPTIONS: ClassVar[dict[str, Option]] = {
         "loss": Option(MADE_BY, scores=True),
         "reward": Option(MADE_BY | ACCURACY, scores=True),
@@ -331,7 +331,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         assert self.reward is not None
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         counted = None if self.episodes is None else [not has_failed(completion) for completion in rollouts.completions]
-        with self.signals.at_once():
+        with self.signals.interruptible():
             rewards = evaluate_reward(self.reward, rollouts.completions, prompts, counted, arriving)
         return rewards.to(rollouts.sequences.completion_ids.device)
 
@@ -455,7 +455,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
-        for _ in range(0 if self.sampler.has_own_weights else 2 * self._missing_batches):  # greedily and by sampling
+        for _ in range(0 if self.sampler.needs_weight_sync else 2 * self._missing_batches):  # greedily and by sampling
             self.weights.gathered(lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:

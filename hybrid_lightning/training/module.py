@@ -220,8 +220,8 @@ class PolicyModule(LanguageModule):
         )
         if environment is not None:
             self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
-        self.sampler.requests_go_on = self.sampler.completes_elsewhere and rollouts_ahead > 1
-        if rollouts_ahead and self.sampler.completes_elsewhere:
+        self.sampler.inflight_updates = self.sampler.is_remote and rollouts_ahead > 1
+        if rollouts_ahead and self.sampler.is_remote:
             self.shown_metrics = (*self.shown_metrics, "sampling/waited_s", "sampling/engine_idle_s")
         self.advantage, self.credit = advantage or GroupAdvantage(), credit
         self.correction, self.token_mask = correction, token_mask
@@ -244,7 +244,7 @@ class PolicyModule(LanguageModule):
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> Begun[TrainedRollout]:
         """See `RolloutSource`: an engine that completes elsewhere goes on with it while the policy is trained."""
-        if not self.sampler.completes_elsewhere or self.rollout_schedule.rollouts_ahead == 0:
+        if not self.sampler.is_remote or self.rollout_schedule.rollouts_ahead == 0:
             return super().begin(prompts, generator, draw_more)
         begun = self._begin(prompts, generator)
         return Begun(lambda: self._to_train(*begun.finish()), begun.wait, begun.cancel)
@@ -259,7 +259,7 @@ class PolicyModule(LanguageModule):
         with self.stopping_together(), self.clock.phase("generate"):
             self.generation.update(ahead=True)
             arriving = self.arriving(prompts, samples)
-            if self.sampler.completes_elsewhere:
+            if self.sampler.is_remote:
                 begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
             else:
                 begun = Begun(lambda: self.generate(prompts, samples, draws, on_completion=arriving.on_completion))
@@ -410,7 +410,7 @@ class PolicyModule(LanguageModule):
         made_by = chunk.sequences.weights_step
         assert made_by is not None, "all rows were sampled"
         metrics["sampling/weights_version_lag"] = share((self.trainer.global_step - made_by).float(), inputs)
-        if self.sampler.requests_go_on:
+        if self.sampler.inflight_updates:
             metrics["sampling/weights_versions"] = share(versions_of_rows(made_by, inputs.sampled_mask), inputs)
         inputs = replace(
             inputs,
@@ -450,7 +450,7 @@ class PolicyModule(LanguageModule):
                 f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
                 f"{advantage} are; give --model.advantage=GroupMeanAdvantage"
             )
-        if self.is_loaded and sampler.has_own_weights and self.correction is None:
+        if self.is_loaded and sampler.needs_weight_sync and self.correction is None:
             rank_zero_warn(
                 "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"

@@ -68,12 +68,12 @@ def _against_ahead(policy: "PolicyModule") -> Iterator[str]:
             "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun; leave it out, or set "
             "rollouts_ahead=0"
         )
-    if sampler.completes_elsewhere and policy.dynamic_sampling is not None:
+    if sampler.is_remote and policy.dynamic_sampling is not None:
         yield (
             f"with model.dynamic_sampling and {type(sampler).__name__} how many prompts a rollout takes would be known only when "
             "it is made; set rollouts_ahead=0, or leave dynamic_sampling out"
         )
-    if sampler.completes_elsewhere and policy.episodes is not None and not policy.episodes.limits.workers:
+    if sampler.is_remote and policy.episodes is not None and not policy.episodes.limits.workers:
         yield (
             "environments run while the policy is trained, and may change what the process has once, such as random generators; "
             "give them processes of their own, by model.episodes.workers=1 or more"

@@ -82,7 +82,7 @@ class Update:
 
     def chunks(self, sequences: Sequences) -> list[slice]:
         """Cut rows into chunks, each of which takes one forward and backward pass."""
-        return split_by_tokens(sequences, self.token_budget(), self._policy.rows_together)
+        return split_by_tokens(sequences, self.token_budget(), self._policy.rows_per_example)
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """`policy.logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers.
@@ -127,7 +127,7 @@ class Update:
             return logprobs, entropy, reference
 
         def measure_all() -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
-            with nullcontext() if together else policy.signals.at_once():
+            with nullcontext() if together else policy.signals.interruptible():
                 return [measure_one(sequences) for sequences in parts]
 
         with policy.inference():
@@ -158,7 +158,7 @@ class Update:
             elif policy.signals.requested:
                 continue
             # With several ranks a pass is never interrupted: the others would wait for this one forever.
-            with policy.signals.at_once() if ranks == 1 else nullcontext():
+            with policy.signals.interruptible() if ranks == 1 else nullcontext():
                 if number < len(chunks):
                     loss, of_chunk = policy.chunk_loss(batch.rows(chunks[number]), tokens)
                     losses.append(loss.detach())

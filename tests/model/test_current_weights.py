@@ -123,7 +123,7 @@ def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
 class Copying(Sampler):
     """Samples with a model of its own, which has the weights of the last update."""
 
-    has_own_weights = True
+    needs_weight_sync = True
 
     def __init__(self, **options):
         super().__init__(max_new_tokens=6, **options)

@@ -7,7 +7,7 @@ server_checks.py whether a server can complete for the policy
 server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
 completing.py    what both ask of vLLM and make of its answers, and which versions of it are supported
-guest.py         keeps vLLM from changing the process that it is in
+isolated_process.py  keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers
 receiver.py      receives them, in the server
 """

@@ -53,7 +53,7 @@ class VLLMEngine(RolloutEngine):
     softmax. Greedy completions have the log-probabilities of temperature 1.
     """
 
-    has_own_weights = True
+    needs_weight_sync = True
     renormalizes = True
     # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
     _apart: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None

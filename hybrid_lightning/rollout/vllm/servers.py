@@ -58,7 +58,7 @@ class VLLMServerSampler(VLLMEngine):
     The other arguments are those of `RolloutEngine`.
     """
 
-    completes_elsewhere = shared_by_ranks = True
+    is_remote = shared_by_ranks = True
     # Where and how fast completions are made, and not which.
     OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
@@ -252,7 +252,7 @@ class VLLMServerSampler(VLLMEngine):
         self._settle(sent, 2 * self.timeout)
 
     def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
-        server.pause(keeps=self.requests_go_on)
+        server.pause(keeps=self.inflight_updates)
         server.set_label(_UPDATING)
         if server not in self._transfers or update.everything:
             self._transfers[server] = self._connected(server, model)

@@ -35,8 +35,8 @@ class RunStopped(SystemExit):
 class StopSignals:
     """Handles the signals that end a run. Nothing is handled before `take_over`.
 
-    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `interruptible`. A second signal ends
-    the process at once.
+    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `interruptible`. A second signal
+    ends the process at once.
 
     Args:
         started_by_rank: Whether another rank of the same command started this process. That rank passes its signals on, and a
@@ -90,7 +90,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this context a signal waits for the next `check` or `interruptible`, since the code here must not be interrupted."""
+        """Within this context, whose code must not be interrupted, a signal waits for the next `check` or `interruptible`."""
         self.defer()
         try:
             yield

@@ -24,6 +24,7 @@ from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.training.calibration import CalibrationLosses, StepCalibration, TrainingCalibration, equal_slices
@@ -134,15 +135,12 @@ class ExampleModule(LanguageModule):
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> TrainedRollout:
+    ) -> RolloutFuture[TrainedRollout]:
         """Look up the completions of prompts (see `RolloutSource`). They have no rewards; their advantages are 1."""
         sequences = self.example_sequences(prompts, self.device)
         ones = torch.ones(len(sequences), device=self.device)
-        return TrainedRollout(sequences, torch.zeros(sequences.completion_ids.shape, device=self.device), ones)
-
-    def takes_part(self, advantages: Tensor) -> Tensor:
-        """Every row is needed (see `RolloutSource`)."""
-        return torch.ones_like(advantages, dtype=torch.bool)
+        nothing = torch.zeros(sequences.completion_ids.shape, device=self.device)
+        return RolloutFuture.of(TrainedRollout(sequences, nothing, ones))
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Fill in reference log-probabilities, where the loss compares with the start policy (see `RolloutSource`)."""

@@ -7,8 +7,7 @@
 How an optimizer step is made; a subclass gives the methods that are marked with *:
 
     RolloutLoader                    the train dataloader
-      roll_out *                     completions of a batch of prompts, and their advantages
-      takes_part *                   the rows that the update needs, split into the micro-batches of each step
+      roll_out *                     completions of a batch of prompts, their advantages, and which of them the update needs
       add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
     training_step -> Update          cuts a micro-batch into chunks that fit into memory
       chunk_loss *                   loss of a chunk, from
@@ -22,6 +21,7 @@ Validation and test are in `evaluation.py`, what makes completions is in `genera
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -31,23 +31,25 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.episodes.episodes import Episodes, has_failed
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
-from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import Draws
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.ranks import check_stop, gather_counts
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.module_run import ModuleRun
 from hybrid_lightning.training.run_checks import check_run
 from hybrid_lightning.training.step_times import PhaseClock
 from hybrid_lightning.training.training_data import make_rollout_loader
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
 
-class LanguageModule(AdaptedModule, RolloutSource, ABC):
+class LanguageModule(AdaptedModule, ABC):
     """A language model that generates, is evaluated and is trained.
 
     All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
@@ -115,10 +117,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.tokens_of_pass: int | None = None  # what was chosen for the run where that is None
         self.clock = PhaseClock()  # replaced by StepTimer's
-        self.signals = StopSignals()  # replaced by GracefulStop's, which are those of the process
-        self.generation_listeners: list[Callable[[int, int, int], None]] = []  # called with (running, decoded, max_new_tokens)
+        self.run = ModuleRun(self)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
-        self.update, self.generation = Update(self), Generation(self)
+        self.update = Update(self)
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
         self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
         if not self._loads_later:
@@ -266,28 +267,51 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     # ---- signals
 
+    @property
+    def signals(self) -> StopSignals:
+        """How the run is asked to stop; `GracefulStop` gives the signals of the process."""
+        return self.run.signals
+
+    @signals.setter
+    def signals(self, signals: StopSignals) -> None:
+        self.run.signals = signals
+
+    @property
+    def generation_listeners(self) -> list[Callable[[int, int, int], None]]:
+        """Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`)."""
+        return self.run.listeners
+
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
-        check_stop(self.signals, self.device)
+        self.run.check_stop()
 
-    @contextmanager
-    def stopping_together(self) -> Iterator[None]:
-        """Within this context of all ranks a stop of one, or a failure of its rollout engine, is kept, to end all after it."""
-        failure: RolloutError | None = None
-        try:
-            yield
-        except RunStopped:
-            pass  # raised on this rank alone; `check_stop` tells the others
-        except RolloutError as error:
-            failure = error
-        self.check_stop()
-        self.generation.fail_together(failure)
+    def stopping_together(self) -> AbstractContextManager[None]:
+        """See `Generation.stopping_together`."""
+        return self.generation.stopping_together()
 
     # ---- completions
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
         return self.pretrained.encoder.encode(prompt) if self.episodes is None else self.episodes.turns.first(prompt, ())[0]
+
+    @cached_property
+    def generation(self) -> Generation:
+        """Completes prompts for this policy."""
+        ahead = self.rollout_schedule.rollouts_ahead
+        return Generation(self, self.sampler, self.episodes, self.run, seed=self.seed, rollouts_ahead=ahead)
+
+    @property
+    def base_description(self) -> str:
+        """What tells the weights that training leaves alone from those of other models."""
+        if self.quantization is not None and self.plan is not None:  # the base is quantized when it is adapted
+            return f"{self.base_digest} {self.quantization.to_config()}"
+        return self.base_digest
+
+    @property
+    def has_plain_base(self) -> bool:
+        """Whether the start policy's weights are those of its files."""
+        return self.quantization is None
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -303,7 +327,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self,
         prompts: Sequence[Prompt],
         samples_per_prompt: int = 1,
-        generator: torch.Generator | PromptDraws | None = None,
+        generator: Draws = None,
         greedy: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> Rollouts:
@@ -314,12 +338,12 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             samples_per_prompt: G; 1 if `greedy`.
             generator: Random generator on the model's device, or `PromptDraws` of these prompts.
             greedy: Take the most probable tokens instead of sampling.
-            on_completion: See `RolloutEngine.sample`; `arriving` makes one.
+            on_completion: See `SamplingRequest`; `arriving` makes one.
 
         Raises:
             RolloutError: If a rollout engine fails, or has other weights than the policy.
         """
-        return self.generation.begin(prompts, samples_per_prompt, generator, greedy, on_completion=on_completion).finish()
+        return self.generation.begin(prompts, samples_per_prompt, generator, greedy, on_completion=on_completion).result()
 
     def arriving(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> ArrivingRewards:
         """Scores G completions of each prompt while others are still being generated, for `generate` and `score`."""
@@ -340,7 +364,17 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         assert self.reward is not None
         return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
 
-    # ---- training (see the top of this file); `roll_out`, `takes_part` and `add_logprobs` are documented in `RolloutSource`
+    # ---- training (see the top of this file)
+
+    @abstractmethod
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
+    ) -> RolloutFuture[TrainedRollout]:
+        """See `RolloutSource`."""
+
+    @abstractmethod
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """See `RolloutSource`."""
 
     @abstractmethod
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -422,8 +456,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     # ---- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Give a rollout engine with weights of its own those of the policy now."""
-        self.generation.update()
+        """Give a rollout engine with weights of its own the policy's current ones."""
+        if self.reward is not None:  # or nothing is completed
+            self.generation.update()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -448,7 +483,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_predict_epoch_start(self) -> None:
         """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""
-        self.generation.update()
+        if self.reward is not None:
+            self.generation.update()
         if self.weights.sharded:
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches

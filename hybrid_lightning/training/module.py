@@ -3,13 +3,14 @@
     prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
 
 The rollouts are made in the train dataloader, so that `training_step` is a pure loss on one micro-batch. `language.py` shows in
-which order the methods here are called: `roll_out`, `takes_part` and `add_logprobs` by the dataloader, then `chunk_loss`. What is
-done to one rollout is in `sampled_groups.py`, and to one micro-batch in `token_weights.py`.
+which order the methods here are called: `roll_out` and `add_logprobs` by the dataloader, then `chunk_loss`. What is done to one
+rollout is in `sampled_groups.py`, and to one micro-batch in `token_weights.py`.
 
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -32,10 +33,11 @@ from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
+from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.training.calibration import (
     AnswerCalibration,
@@ -70,8 +72,8 @@ POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "
 class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
-    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. `last_rollout` has the
-    completions, rewards and advantages of the last rollout (see `ScoredRollout`), or None before the first.
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable. Callbacks find the rollout
+    that is trained on, with its rewards and advantages, as `batch.rollout` (see `ScoredRollout`).
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
@@ -227,65 +229,48 @@ class PolicyModule(LanguageModule):
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self._warned_of_filled_groups = self._warned_of_unread_rewards = False
-        self.last_rollout: ScoredRollout | None = None  # of this process; None before the first
         self.last_calibration: tuple[Rollouts, Rewards] | None = None  # of the rank that made it, for callbacks
 
     # ---- training data
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> TrainedRollout:
-        """Complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
+    ) -> RolloutFuture[TrainedRollout]:
+        """Begin to complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
-            return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
-        return self._to_train(*self._begin(prompts, generator).finish())
+            return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
+        rollout = self._begin(prompts, generator).then(self._to_train)
+        if self.rollout_schedule.rollouts_ahead and not self.sampler.is_remote:
+            rollout.result()
+        return rollout
 
-    def begin(
-        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> Begun[TrainedRollout]:
-        """See `RolloutSource`: an engine that completes elsewhere goes on with it while the policy is trained."""
-        if not self.sampler.is_remote or self.rollout_schedule.rollouts_ahead == 0:
-            return super().begin(prompts, generator, draw_more)
-        begun = self._begin(prompts, generator)
-        return Begun(lambda: self._to_train(*begun.finish()), begun.wait, begun.cancel)
-
-    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Begun[tuple[Rollouts, Rewards]]:
+    def _begin(self, prompts: Sequence[Prompt], generator: torch.Generator) -> RolloutFuture[tuple[Rollouts, Rewards]]:
         """Begin to complete this rank's prompts of a rollout, and to score what arrives."""
         # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.global_rank, len(prompts) * world_size(), world_size())
         samples = self.rollout_schedule.samples_per_prompt
         draws = PromptDraws(prompts, samples, seed, places)
-        with self.stopping_together(), self.clock.phase("generate"):
+        arriving = self.arriving(prompts, samples)
+        with self._phase("generate"):
             self.generation.update(ahead=True)
-            arriving = self.arriving(prompts, samples)
-            if self.sampler.is_remote:
-                begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
-            else:
-                begun = Begun(lambda: self.generate(prompts, samples, draws, on_completion=arriving.on_completion))
+            begun = self.generation.begin(prompts, samples, draws, ahead=True, on_completion=arriving.on_completion)
 
-        def finish() -> tuple[Rollouts, Rewards]:
-            try:
-                with self.stopping_together(), self.clock.phase("generate"):
-                    rollouts = begun.finish()
-                with self.stopping_together(), self.clock.phase("reward"):
-                    return rollouts, self.score(rollouts, arriving)
-            except BaseException:
-                arriving.cancel()
-                raise
+        def scored(rollouts: Rollouts) -> tuple[Rollouts, Rewards]:
+            with self._phase("reward"):
+                return rollouts, self.score(rollouts, arriving)
 
-        def wait() -> None:
-            with self.stopping_together(), self.clock.phase("generate"):
-                begun.wait()
+        return begun.within(lambda: self._phase("generate")).then(scored, on_cancel=arriving.cancel)
 
-        def cancel() -> None:
-            arriving.cancel()
-            begun.cancel()
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase of a rollout, after which all ranks stop if one of them has to."""
+        with self.stopping_together(), self.clock.phase(name):
+            yield
 
-        return Begun(finish, wait, cancel)
-
-    def _to_train(self, rollouts: Rollouts, rewards: Rewards) -> TrainedRollout:
+    def _to_train(self, scored: tuple[Rollouts, Rewards]) -> TrainedRollout:
         """This rank's part of a rollout with its advantages, which are estimated over all ranks."""
+        rollouts, rewards = scored
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             credited = self.credited(rollouts, rewards)
@@ -299,21 +284,28 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        metrics = self._measured(rollouts, rewards, credited, advantages)
-        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted)
+        return TrainedRollout(
+            trained,
+            rollouts.sampling_logprobs,
+            advantages,
+            self._measured(rollouts, rewards, credited),
+            rewards.counted,
+            self.contributes(advantages),
+            _with_advantages(rollouts, rewards, advantages),
+        )
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> TrainedRollout:
         """`roll_out` with extra rollouts, by a rule, in place of groups from which nothing is learned."""
-        groups = sample_groups(rule, prompts, draw_more, lambda some: self._begin(some, generator).finish(), self._useful_groups)
+        groups = sample_groups(rule, prompts, draw_more, lambda some: self._begin(some, generator).result(), self._useful_groups)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             sequences = self.trained_sequences(groups.rollouts, groups.rewards)
             credited = self.credited(groups.rollouts, groups.rewards)
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank, credited)
-        metrics = self._measured(groups.rollouts, groups.rewards, credited, of_sampled) | groups.metrics()
+        metrics = self._measured(groups.rollouts, groups.rewards, credited) | groups.metrics()
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
             self._warned_of_filled_groups = True
             rank_zero_warn(
@@ -322,7 +314,12 @@ class PolicyModule(LanguageModule):
                 "give other data, or raise model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts "
                 "say so as sampling/filled_groups alone"
             )
-        return replace(trained, metrics=metrics)
+        return replace(
+            trained,
+            metrics=metrics,
+            contributes=self.contributes(trained.advantages),
+            scored=_with_advantages(groups.rollouts, groups.rewards, of_sampled),
+        )
 
     def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
         """The rewards that advantages are estimated from: those of the episodes, or of each of their turns (`rewards_to_go`)."""
@@ -332,11 +329,8 @@ class PolicyModule(LanguageModule):
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.episodes.limits.max_turns)
 
-    def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards, advantages: Tensor) -> dict[str, float]:
-        """Metrics of a rollout over all ranks. It is kept as `last_rollout`, with the mean advantage over a sequence's tokens."""
-        if advantages.dim() == 2:
-            advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
-        self.last_rollout = ScoredRollout(rollouts, rewards, advantages)
+    def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
+        """Metrics of a rollout over all ranks."""
         metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics()}
         if self.episodes is None:
             return metrics
@@ -363,8 +357,8 @@ class PolicyModule(LanguageModule):
         sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
         return sequences.without(~rollouts.finished) if self.mask_truncated_completions else sequences
 
-    def takes_part(self, advantages: Tensor) -> Tensor:
-        """The rows that an update needs (see `RolloutSource`): those with an advantage, or all if the loss needs the others."""
+    def contributes(self, advantages: Tensor) -> Tensor:
+        """[B] bool, the rows that an update needs: those with an advantage, or all if the loss needs the others."""
         return F.any_advantage(advantages) | (not self.loss.ignores_zero_advantage)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
@@ -506,3 +500,10 @@ class PolicyModule(LanguageModule):
         losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses
+
+
+def _with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
+    """The rollout for callbacks, with the mean advantage over a sequence's tokens where each has its own."""
+    if advantages.dim() == 2:
+        advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
+    return ScoredRollout(rollouts, rewards, advantages)

@@ -9,7 +9,6 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.loader import RolloutLoader
-from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -35,18 +34,11 @@ def make_rollout_loader(policy: "LanguageModule", prompts: Sequence[Prompt]) -> 
         prompts,
         policy,
         policy.rollout_schedule,
-        accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
+        policy.run,
         generator=torch.Generator().manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch),
-        device=policy.device,
         seed=policy.seed,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        sum_over_ranks=sum_over_ranks,
-        gather_over_ranks=gather_objects,
         epoch=epoch,
         shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
-        on_other_prompts=lambda: restart_epoch(trainer),
-        steps_left=lambda: trainer.estimated_stepping_batches - trainer.global_step,
     )
 
 

@@ -69,7 +69,7 @@ class Update:
         self._metrics: dict[str, Tensor] = {}  # of the step so far
         self._gradients_begun = False
         self._logged: set[str] = set()  # names of the metrics that were logged last
-        self._logged_rollout: dict[str, float] = {}  # the rollout's metrics that were logged last
+        self._logged_rollout: int | None = None  # number of the rollout whose metrics were logged last
 
     def token_budget(self) -> int:
         """The most tokens that one forward and backward pass may take."""
@@ -215,8 +215,8 @@ class Update:
         self._logged = set(averages)
         # Logging a value takes Lightning as long as one layer of a small policy, and it keeps the value until the epoch ends: so
         # the metrics of a rollout are logged once, and not with each of its micro-batches.
-        of_rollout = {} if batch.metrics == self._logged_rollout else batch.metrics
-        self._logged_rollout = batch.metrics
+        of_rollout = {} if batch.rollout_number == self._logged_rollout else batch.metrics
+        self._logged_rollout = batch.rollout_number
         values: dict[str, Any] = {**of_rollout, **averages}
         shown = {name: values[name] for name in policy.shown_metrics if name in values}
         options: dict[str, Any] = {"on_step": True, "on_epoch": False, "batch_size": max(1, len(batch.sequences))}

@@ -15,7 +15,7 @@ from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.policy import Int8
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.rollout.interface import WeightsVersion
 from hybrid_lightning.types import Prompt
 
 IDS = torch.arange(3, 19).view(2, 8)

@@ -12,7 +12,7 @@ from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
-from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import completing, in_process
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 

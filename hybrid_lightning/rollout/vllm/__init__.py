@@ -13,6 +13,7 @@ receiver.py      receives them, in the server
 """
 
 BACKEND = "hybrid_lightning"  # our way to receive weights, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it
+LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
 
 
 def register() -> None:

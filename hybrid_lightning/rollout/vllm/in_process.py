@@ -6,7 +6,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
@@ -214,9 +214,15 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(self, *arguments: Any, **options: Any) -> Begun[list[list[Answer]]]:
-        """See `VLLMEngine`; they are made when they are waited for."""
-        return Begun(partial(self._completed, *arguments, **options))
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None = None,
+    ) -> RolloutFuture[list[list[Answer]]]:
+        """See `VLLMEngine`; they are made when they are asked for."""
+        return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
 
     @torch.no_grad()
     def _completed(
@@ -224,7 +230,7 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
+        on_answers: OnAnswers | None,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
         with self._process.entered():

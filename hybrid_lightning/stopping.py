@@ -35,8 +35,8 @@ class RunStopped(SystemExit):
 class StopSignals:
     """Handles the signals that end a run. Nothing is handled before `take_over`.
 
-    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `at_once`. A second signal ends
-    the process at once.
+    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `interruptible`. A second signal
+    ends the process at once.
 
     Args:
         started_by_rank: Whether another rank of the same command started this process. That rank passes its signals on, and a
@@ -85,12 +85,12 @@ class StopSignals:
             raise RunStopped(self.requested)
 
     def defer(self) -> None:
-        """From now on, let signals wait for the next `check` or `at_once`."""
+        """From now on, let signals wait for the next `check` or `interruptible`."""
         self._deferred += 1
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this context a signal waits for the next `check` or `at_once`, since the code here must not be interrupted."""
+        """Within this context, whose code must not be interrupted, a signal waits for the next `check` or `interruptible`."""
         self.defer()
         try:
             yield
@@ -98,7 +98,7 @@ class StopSignals:
             self._deferred -= 1
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Within this context a signal raises at once, even inside of `deferred`, since the code here changes no state."""
         self.check()
         outside, self._deferred = self._deferred, 0

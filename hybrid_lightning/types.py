@@ -181,7 +181,7 @@ class Rewards(_TensorContainer):
 
 
 class ScoredRollout(NamedTuple):
-    """What a policy keeps of its last rollout as `last_rollout`, a tuple of three: for callbacks, and to look at after `fit`.
+    """A rollout with its rewards, a tuple of three: what callbacks see as `batch.rollout` of the micro-batch that is trained on.
 
     It is of this process: with several, each has its share of the prompts. Rows 0 to G - 1 of all tensors, and the first G
     `rollouts.completions`, belong to `rollouts.prompts[0]`, the next G to the second prompt, and so on. All is as it was when the
@@ -199,7 +199,7 @@ class ScoredRollout(NamedTuple):
       where each token has its own, the mean over the sampled tokens of a completion.
 
     Example:
-        `rollouts, rewards, advantages = policy.last_rollout`, or `policy.last_rollout.rewards.total.mean()`.
+        `rollouts, rewards, advantages = batch.rollout`, or `batch.rollout.rewards.total.mean()`.
     """
 
     rollouts: Rollouts
@@ -287,6 +287,8 @@ class PolicyBatch(_TensorContainer):
     updated_sequences: float  # those of `num_sequences` that are in a micro-batch: rows without advantage may be left out
     updated_tokens: float  # those of `num_tokens`, likewise
     metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to be logged
+    rollout: ScoredRollout | None = None  # the rollout that it belongs to, of this process; None for demonstrations and pairs
+    rollout_number: int = 0  # its number in the run
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
 
     def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":

@@ -16,7 +16,7 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.rollout_engine import Stops
+from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.trainer import Trainer
 from hybrid_lightning.types import Completion, Rollouts
 

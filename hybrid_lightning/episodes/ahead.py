@@ -1,10 +1,10 @@
 """`EpisodesAhead`: plays episodes of rollouts that are made while the policy is trained, each rollout in a thread of its own."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 from concurrent.futures import Future
-from functools import partial
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ from torch import nn
 
 from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.errors import RolloutError
-from hybrid_lightning.rollout.rollout_engine import Begun
-from hybrid_lightning.types import Prompt, Rollouts
+from hybrid_lightning.rollout.future import RolloutFuture, in_thread
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
-_SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
 _END_S = 3.0  # in which a thread that was told so has ended, unless it hangs
 
 
@@ -34,58 +34,50 @@ class EpisodesAhead:
         self._episodes = episodes
         self._players: list[_Player] = []
 
-    def begin(
-        self, engine: "Engine", prompts: Sequence[Prompt], samples: int, seeds: Sequence[int], **options: Any
-    ) -> Begun[Rollouts]:
+    def begin(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> RolloutFuture[Rollouts]:
         """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now."""
-        player = next((player for player in self._players if player.made.done()), None)
+        player = next((player for player in self._players if player.is_free), None)
         if player is None:
             player = _Player(self._episodes)
             self._players.append(player)
         stand_in: Any = SimpleNamespace(model=_Place(engine.model))
-        return player.begin(partial(player.episodes.play, stand_in, prompts, samples, seeds, **options))
+        return player.begin(stand_in, request, seeds)
 
     def shut_down(self) -> None:
         """End the threads, and the processes of their environments."""
         for player in self._players:
             player.ended.set()
-        futures.wait([player.made for player in self._players], timeout=_END_S)
+        futures.wait([player.work for player in self._players if player.work is not None], timeout=_END_S)
         for player in self._players:
-            if player.made.done():  # or its processes end with this one
+            if player.is_free:  # or its processes end with this one
                 player.episodes.shut_down()
         self._players = []
 
 
 class _Player:
-    """One thread at a time, which is only told of a wish to end by what it calls after every token, and while it waits."""
+    """One thread at a time. It ends when it is told to, which it looks at after every token and while it waits."""
 
     def __init__(self, episodes: Episodes) -> None:
-        self.made: Future[Rollouts] = Future()
+        self.work: Future[Rollouts] | None = None
         self.ended = threading.Event()
-        self.episodes = episodes.apart(self.check)
+        self.episodes = episodes.clone_for_thread(self.check)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it plays nothing."""
+        return self.work is None or self.work.done()
 
     def check(self) -> None:
-        """End the thread if that is wished."""
+        """End the thread if it has been told to."""
         if self.ended.is_set():
             raise RolloutError("the episodes were ended")
 
-    def begin(self, play: Callable[..., Rollouts]) -> Begun[Rollouts]:
+    def begin(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> RolloutFuture[Rollouts]:
         """Begin to play."""
-        made = self.made = Future()
-        ended = self.ended = threading.Event()
-
-        def work() -> None:
-            try:
-                made.set_result(play(on_token=lambda running, decoded: self.check()))
-            except BaseException as error:
-                made.set_exception(error)
-
-        def wait() -> None:
-            while not made.done():
-                futures.wait([made], timeout=_SLICE_S)
-
-        threading.Thread(target=work, daemon=True, name="episodes ahead").start()
-        return Begun(made.result, wait, ended.set)
+        self.ended = threading.Event()
+        checked = replace(request, on_token=lambda running, decoded: self.check())
+        self.work = work = in_thread(lambda: self.episodes.play(engine, checked, seeds), "episodes ahead")
+        return RolloutFuture(work.result, work, on_cancel=self.ended.set)
 
 
 class _Place(nn.Module):

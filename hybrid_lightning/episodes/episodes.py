@@ -10,9 +10,9 @@ Axes: P prompts, G episodes of each, B = P * G episodes in prompt-major order, T
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, RolloutError, shorten
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
-from hybrid_lightning.rollout.conversation import Turn
+from hybrid_lightning.rollout.interface import Draws, SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
+from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.types import Completion, Episode, Message, Prompt, Rewards, Rollouts, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -106,6 +106,23 @@ class Episodes:
         self._turn_template = turn_template
         self._running = RunningEpisodes(environment, limits, on_wait)
 
+    @classmethod
+    def of(
+        cls,
+        environment: Environment | None,
+        limits: EpisodeLimits | None,
+        sampler: RolloutEngine,
+        pretrained: Pretrained,
+        turn_template: str | None,
+    ) -> Self | None:
+        """The episodes of a policy's options; None without an environment, where ConfigError if there are options for one."""
+        if environment is not None:
+            return cls(environment, limits or EpisodeLimits(), sampler, pretrained, turn_template)
+        for name, value in (("episodes", limits), ("turn_template", turn_template)):
+            if value is not None:
+                raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
+        return None
+
     @cached_property
     def turns(self) -> TurnEncoder:
         """Writes what is added as tokens."""
@@ -119,9 +136,11 @@ class Episodes:
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
         return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
-    def apart(self, on_wait: Callable[[], None]) -> "Episodes":
+    def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
         """The same for another thread: with a tokenizer of its own, and processes for the environments."""
-        other = Episodes(self.environment, self.limits, self.sampler, self.pretrained.apart(), self._turn_template, on_wait)
+        other = Episodes(
+            self.environment, self.limits, self.sampler, self.pretrained.clone_for_thread(), self._turn_template, on_wait
+        )
         _ = other.turns  # reads the tokenizer, here and not in that thread
         return other
 
@@ -129,57 +148,48 @@ class Episodes:
         """End what environments run in; it begins again when it is needed."""
         self._running.close()
 
-    def play(
-        self,
-        engine: "Engine",
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int,
-        seeds: Sequence[int],
-        *,
-        generator: torch.Generator | PromptDraws | None,
-        greedy: bool,
-        stops: Stops,
-        on_token: Callable[[int, int], None] | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Rollouts:
-        """Play G episodes of each prompt, which has a seed for its task. Other arguments are those of `RolloutEngine.sample`.
+    def play(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> Rollouts:
+        """Play G episodes of each prompt.
+
+        Args:
+            engine: See `RolloutEngine.sample`.
+            request: Prompts without token ids, which follow from what the environment begins with.
+            seeds: A seed for the task of each prompt.
 
         Raises:
             RolloutError: If the engine fails, too many environments fail, or the episodes of a group begin differently.
         """
-        samples, running = samples_per_prompt, self._running
+        prompts, samples, running = request.prompts, request.samples_per_prompt, self._running
         try:
             every = [prompt for prompt in prompts for _ in range(samples)]
             started = running.start(every, [seed for seed in seeds for _ in range(samples)])
             rows, ids = self._begin(prompts, started, samples)
-            conversation = self.sampler.conversation(
-                engine,
-                self.pretrained.tokenizer,
-                prompts,
-                ids,
-                samples,
-                capacity=self.limits.max_tokens,
-                stops=stops,
-                greedy=greedy,
-                on_token=on_token,
-            )
-            said, numbers = conversation.first(generator), list(range(len(rows)))
+            conversation = self._conversation(engine, replace(request, prompt_ids=ids, on_completion=None), rows)
+            said, numbers = conversation.first(), list(range(len(rows)))
             while True:
-                self._say(rows, numbers, said, ids, samples)
-                going = [number for number in numbers if not rows[number].end]
-                answers = running.step({number: rows[number].messages[-1] for number in going})
-                added = {number: self._hear(rows[number], answers[number]) for number in going}
+                self._say(rows, numbers, said)
+                continuing = [number for number in numbers if not rows[number].end]
+                answers = running.step({number: rows[number].messages[-1] for number in continuing})
+                added = {number: self._hear(rows[number], answers[number]) for number in continuing}
                 ended = [number for number in numbers if rows[number].end not in ("", "failed")]
-                numbers = [number for number in going if not rows[number].end]
+                numbers = [number for number in continuing if not rows[number].end]
                 if not numbers:
                     break
-                if on_completion is not None:
+                if request.on_completion is not None:
                     for number in ended:
-                        on_completion(number, rows[number].completion())
-                said = conversation.next(numbers, [added[number] for number in numbers], generator)
+                        request.on_completion(number, rows[number].completion())
+                said = conversation.next(numbers, [added[number] for number in numbers])
         finally:
             running.finish()
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
+
+    def _conversation(self, engine: "Engine", request: SamplingRequest, rows: Sequence[_Row]) -> Conversation:
+        """The conversation of all episodes; of a group that has failed before its first turn hardly anything is sampled."""
+        samples, longest = request.samples_per_prompt, self.sampler.max_new_tokens
+        groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
+        limits = [1 if all(row.end for row in group) else longest for group in groups]
+        request = replace(request, limits=limits)
+        return self.sampler.conversation(engine, self.pretrained.tokenizer, request, self.limits.max_tokens)
 
     def _begin(
         self, prompts: Sequence[Prompt], started: Sequence[Sequence[Message] | Failure], samples: int
@@ -204,16 +214,15 @@ class Episodes:
             begins.append(firsts[0] if firsts else ids)
         return rows, begins
 
-    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Turn, ids: Sequence[list[int]], samples: int) -> None:
+    def _say(self, rows: Sequence[_Row], numbers: Sequence[int], said: Rollouts) -> None:
         """Take messages of the policy into the episodes that still run."""
-        lengths, finished = said.lengths.tolist(), said.finished.tolist()
-        tokens = [row[:length] for row, length in zip(said.tokens.tolist(), lengths, strict=True)]
-        contexts = [[*ids[number // samples], *rows[number].ids] for number in numbers]
-        texts = self.sampler.completions(self.pretrained.tokenizer, contexts, tokens, finished)
-        made_by = [[] for _ in numbers] if said.weights_step is None else said.weights_step.tolist()
-        for number, own, logprobs, steps, text in zip(numbers, tokens, said.logprobs.tolist(), made_by, texts, strict=True):
+        sequences = said.sequences
+        made_by = [[] for _ in numbers] if sequences.weights_step is None else sequences.weights_step.tolist()
+        columns = (sequences.completion_ids.tolist(), said.sampling_logprobs.tolist(), made_by)
+        lengths = sequences.completion_mask.sum(dim=1).tolist()
+        for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, said.completions, strict=True):
             if not rows[number].end:
-                rows[number].say(own, logprobs[: len(own)], steps[: len(own)], text)
+                rows[number].say(tokens[:length], logprobs[:length], steps[:length], message)
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
         """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""
@@ -277,7 +286,7 @@ class Episodes:
         )
 
 
-def task_seeds(prompts: Sequence[Prompt], generator: torch.Generator | PromptDraws | None, seed: int) -> list[int]:
+def task_seeds(prompts: Sequence[Prompt], generator: Draws, seed: int) -> list[int]:
     """A seed for the task of each prompt, in [0, 2^31).
 
     Where a row has a column `seed` it is that, so that the row is always the same task. Else a rollout has seeds of its own, and

@@ -175,7 +175,7 @@ class _Run:
             batches.add((self.settings.eval_prompts, 1))  # the greedy completions
         if "calibrating" in memory.peaks:
             batches.add((self._calibration_batch, self.settings.samples_per_prompt))
-        if self.settings.sampler.has_own_weights:
+        if self.settings.sampler.needs_weight_sync:
             batches.clear()  # which others complete
         found = []
         for phase, peak in memory.peaks.items():
@@ -192,7 +192,7 @@ class _Run:
         return min(self.settings.scored_prompts, calibration_batch(self.settings.prompts_per_rollout))
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
-        if self.settings.sampler.has_own_weights:
+        if self.settings.sampler.needs_weight_sync:
             return self.sharding.held("resting", sizes, self.optimizer.state)
         held = self.sharding.held("generating", sizes, self.optimizer.state)
         return _computing(held, self.traces.decoding(prompts, samples, sizes.share_full))
@@ -205,7 +205,7 @@ class _Run:
         passes = self.sharding.held_to_score("scoring", sizes, base)
         # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
         loaded = base if settings.on_cpu and devices > 1 else 0.0
-        if settings.sampler.has_own_weights:
+        if settings.sampler.needs_weight_sync:
             calibrating = passes
         else:
             generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)

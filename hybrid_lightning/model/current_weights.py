@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
-from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.rollout.interface import WeightsVersion
 from hybrid_lightning.sharding.ranks import sum_over_ranks
 from hybrid_lightning.sharding.weights import Weights
 

@@ -70,7 +70,7 @@ class Pretrained:
         """Token ids that end a completion."""
         return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
 
-    def apart(self) -> Self:
+    def clone_for_thread(self) -> Self:
         """The same for another thread: with a tokenizer that is read anew."""
         other = copy(self)
         for name in ("tokenizer", "encoder"):

@@ -7,7 +7,8 @@ optimizer step, so that the gradient does not depend on how the rows of a step a
 ranks than that which saved them.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import begins_group
-from hybrid_lightning.types import PolicyBatch, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Episode, PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -143,12 +144,72 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     )
 
 
+def rollout_of_rank(parts: Sequence[ScoredRollout], rank: int, ranks: int) -> ScoredRollout:
+    """The part of a rollout that one of now so many ranks shows, from those of each rank that saved."""
+    if len(parts) == ranks:
+        return parts[rank]
+    of_ranks, of_rewards, advantages = zip(*parts, strict=True)
+    rollouts, samples = join_rollouts(of_ranks), of_ranks[0].samples_per_prompt
+    groups = range(len(rollouts.prompts))[rank * len(rollouts.prompts) // ranks : (rank + 1) * len(rollouts.prompts) // ranks]
+    rows = torch.arange(groups.start * samples, groups.stop * samples, device=rollouts.finished.device)
+    sequences = rollouts.sequences.rows(rows)
+    own = Rollouts(
+        prompts=rollouts.prompts[groups.start : groups.stop],
+        sequences=sequences,
+        completions=tuple(rollouts.completions[row] for row in rows.tolist()),
+        sampling_logprobs=rollouts.sampling_logprobs[rows][:, : sequences.completion_ids.shape[1]],
+        finished=rollouts.finished[rows],
+        samples_per_prompt=samples,
+    )
+    return ScoredRollout(own, join_rewards(of_rewards).select(rows), torch.cat(advantages)[rows])
+
+
+# ---- for a checkpoint, as plain data and tensors on the CPU
+
+
 def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
-    """A micro-batch as plain data and tensors on the CPU, for a checkpoint."""
+    """A micro-batch, without its rollout, which others have as well."""
     state = vars(batch.to("cpu"))
-    return {**state, "sequences": dict(vars(state["sequences"]))}
+    return {**state, "sequences": dict(vars(state["sequences"])), "rollout": None}
 
 
 def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
     """The micro-batch whose state `batch_to_state` returned."""
     return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})
+
+
+def rollout_to_state(scored: ScoredRollout, places: Mapping[int, int]) -> dict[str, Any]:
+    """A rollout whose prompts, by their `id`, have these places among the training prompts."""
+    rollouts, rewards, advantages = scored
+    texts = [[text, {**vars(text), "episode": text.episode and vars(text.episode)}] for text in rollouts.completions]
+    return {
+        "prompts": [places[id(prompt)] for prompt in rollouts.prompts],
+        "samples_per_prompt": rollouts.samples_per_prompt,
+        "completions": json.dumps(texts, default=dict),  # messages may be other mappings than dicts
+        "sequences": dict(vars(rollouts.sequences.to("cpu"))),
+        "sampling_logprobs": rollouts.sampling_logprobs.cpu(),
+        "finished": rollouts.finished.cpu(),
+        "rewards": dict(vars(rewards.to("cpu"))),
+        "advantages": advantages.cpu(),
+    }
+
+
+def rollout_from_state(state: dict[str, Any], prompts: Sequence[Prompt], device: torch.device) -> ScoredRollout:
+    """The rollout of some of these training prompts whose state `rollout_to_state` returned."""
+    completions = [
+        Completion(text, **{**named, "episode": named["episode"] and _episode(named["episode"])})
+        for text, named in json.loads(state["completions"])
+    ]
+    rollouts = Rollouts(
+        prompts=tuple(prompts[place] for place in state["prompts"]),
+        sequences=Sequences(**state["sequences"]).to(device),
+        completions=tuple(completions),
+        sampling_logprobs=state["sampling_logprobs"].to(device),
+        finished=state["finished"].to(device),
+        samples_per_prompt=state["samples_per_prompt"],
+    )
+    return ScoredRollout(rollouts, Rewards(**state["rewards"]).to(device), state["advantages"].to(device))
+
+
+def _episode(named: dict[str, Any]) -> Episode:
+    return Episode(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})

@@ -19,12 +19,10 @@ An engine whose completions are made elsewhere makes them meanwhile; of another 
 are trained on in the order in which they were begun, none is dropped, and none is begun that the run will not train on.
 """
 
-import math
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,12 +30,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
-from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
+from hybrid_lightning.rollout.batching import (
+    batch_from_state,
+    batch_to_state,
+    batches_of_rank,
+    rollout_from_state,
+    rollout_of_rank,
+    rollout_to_state,
+)
+from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
-from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.stopping import RunStopped
-from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, ScoredRollout, Sequences
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]
 
@@ -49,38 +55,33 @@ class TrainedRollout:
     sequences: Sequences  # B, which is G times the number of this rank's prompts, whatever else was sampled
     sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
     advantages: Tensor  # [B]; or [B, T] with credit by turn, 0 where nothing was sampled
-    metrics: dict[str, float] = field(default_factory=dict)  # to log with each step of the rollout
+    metrics: dict[str, float] = field(default_factory=dict)  # to log with the first step of the rollout
     counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
+    contributes: Tensor | None = None  # [B] bool: rows that the update needs; None: all
+    scored: ScoredRollout | None = None  # what callbacks see of it; None where nothing was sampled
 
 
 class RolloutSource(Protocol):
-    """Makes rollouts, and computes what the update must know beforehand. `PolicyModule` is one."""
+    """Makes rollouts, and computes what the update must know beforehand: the task that is trained."""
 
-    @abstractmethod
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> TrainedRollout:
-        """Complete prompts and score the completions.
+    ) -> RolloutFuture[TrainedRollout]:
+        """Begin to complete prompts with the current weights, and to score the completions.
+
+        With rollouts ahead, an engine in this process has made them when this returns, since the weights change before the
+        result is asked for.
 
         Args:
             prompts: The prompts of this rank: number `rank` of the rollout, and every `world_size`-th prompt after it.
             generator: Random generator, in the same state on every rank; it must be in the same state again afterwards.
             draw_more: Draws this rank's part of the next prompts in the order, given their number over all ranks; all ranks draw
                 the same number. None if only `prompts` may be used.
+
+        Returns:
+            The future, whose result all ranks ask for together.
         """
 
-    def begin(
-        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> Begun[TrainedRollout]:
-        """`roll_out` for a rollout that is trained on later: with the weights of now, at once or while other things are done."""
-        rollout = self.roll_out(prompts, generator, draw_more)
-        return Begun(lambda: rollout)
-
-    @abstractmethod
-    def takes_part(self, advantages: Tensor) -> Tensor:
-        """[B] bool, True for the rows that take part in the update, from the advantages of a `TrainedRollout`."""
-
-    @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 
@@ -149,13 +150,14 @@ class _Position(NamedTuple):
 
     prompts: tuple[int, int]  # see `PromptCursor`
     generator: Tensor  # its state
+    rollouts: int  # number of the next rollout
 
 
 class _Ahead(NamedTuple):
     """A rollout that was begun and is not trained on yet."""
 
-    before: _Position  # before it was begun
-    begun: Begun[list[PolicyBatch]]  # its minibatches, without what `add_logprobs` computes; all ranks finish it together
+    before: _Position | None  # before it was begun; None if a checkpoint had all of it
+    minibatches: RolloutFuture[list[PolicyBatch]]  # without what `add_logprobs` computes; all ranks ask for it together
 
 
 class RolloutLoader:
@@ -168,22 +170,15 @@ class RolloutLoader:
 
     Args:
         prompts: The training prompts, the same on every rank.
-        source: Makes rollouts: the policy.
+        source: Makes rollouts: the task that is trained.
         schedule: Sizes of rollouts and minibatches.
-        accumulate_grad_batches: Returns the Trainer's current value, which can change between epochs.
-        generator: Random generator for sampling, on the CPU and the same on every rank; its state is part of `state_dict`, with
-            which a run can go on on another kind of device.
+        run: The run that trains on them. Each of its ranks takes its own P / `world_size` prompts of every rollout.
+        generator: Random generator for sampling, on the CPU and the same on every rank; its state is part of `state_dict`, so
+            that a run can continue on another kind of device.
         seed: Seed of the prompt order.
-        rank: Rank of this process.
-        world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
-        sum_over_ranks: Adds a scalar tensor over processes.
-        gather_over_ranks: Returns the values of all processes, for a checkpoint.
-        device: Where resumed micro-batches are put: the policy's.
         epoch: Number of the first epoch, for a loader that replaces another (`reload_dataloaders_every_n_epochs`).
         shuffle: False keeps the order of the data (for `overfit_batches`), starts again at every epoch, and never draws more
             prompts for a rollout, since these would not be the ones to overfit.
-        on_other_prompts: Called if a loaded state was saved with other training prompts, or with another kind of order.
-        steps_left: Returns the optimizer steps that the run will still make, or infinity.
     """
 
     def __init__(
@@ -191,31 +186,19 @@ class RolloutLoader:
         prompts: Sequence[Prompt],
         source: RolloutSource,
         schedule: RolloutSchedule,
+        run: RunContext,
         *,
-        accumulate_grad_batches: Callable[[], int] = lambda: 1,
         generator: torch.Generator | None = None,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
-        gather_over_ranks: Callable[[Any], list[Any]] = lambda value: [value],
-        device: torch.device | str = "cpu",
         epoch: int = 0,
         shuffle: bool = True,
-        on_other_prompts: Callable[[], None] = lambda: None,
-        steps_left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         schedule.check_prompts(len(prompts))
-        schedule.check_split(accumulate_grad_batches(), world_size)
-        self.prompts = prompts
-        self.source = source
-        self.schedule = schedule
-        self.accumulate_grad_batches = accumulate_grad_batches
-        self.generator, self.device = generator or torch.Generator(), device
-        self.rank, self.world_size = rank, world_size
-        self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
-        self.shuffle, self.on_other_prompts, self.steps_left = shuffle, on_other_prompts, steps_left
-        self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
+        schedule.check_split(run.accumulate_grad_batches, run.world_size)
+        self.prompts, self.source, self.schedule, self.run = list(prompts), source, schedule, run
+        self.generator, self.shuffle = generator or torch.Generator(), shuffle
+        self._cursor = PromptCursor(self.prompts, seed, epoch, shuffle, run.rank, run.world_size)
+        self._rollouts = epoch * (len(prompts) // schedule.prompts_per_rollout)  # number of the next one
         self._pending: deque[PolicyBatch] = deque()
         self._ahead: deque[_Ahead] = deque()
         self._taken: list[PolicyBatch] = []  # micro-batches of the current optimizer step, or of the last one
@@ -231,7 +214,7 @@ class RolloutLoader:
     @property
     def micro_batches_per_rollout(self) -> int:
         """Number of micro-batches that one rollout yields."""
-        return self.schedule.steps_per_rollout * self.accumulate_grad_batches()
+        return self.schedule.steps_per_rollout * self.run.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[PolicyBatch]:
         """Yield the micro-batches of an epoch, beginning where the last iteration stopped.
@@ -244,7 +227,7 @@ class RolloutLoader:
         if not self._resumed:
             if not self.shuffle:
                 self._cursor.position, self._pending = (self._cursor.position[0], 0), deque()
-            for _ in range(len(self._pending) % self.accumulate_grad_batches()):
+            for _ in range(len(self._pending) % self.run.accumulate_grad_batches):
                 self._pending.popleft()
         for _ in range(len(self)):
             if self._resumed_random_state is not None:
@@ -253,7 +236,7 @@ class RolloutLoader:
             self._resumed = False
             if not self._pending:
                 self._pending = self._roll_out()
-            if len(self._taken) >= self.accumulate_grad_batches() or not self._taken:
+            if len(self._taken) >= self.run.accumulate_grad_batches or not self._taken:
                 self._taken, self._random_before = [], capture_random_state()
             self._taken.append(self._pending.popleft())
             yield self._taken[-1]
@@ -270,69 +253,80 @@ class RolloutLoader:
             self._resumed_random_state, self._resumed = self._random_before, True
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the prompt order, and for each rank its remaining micro-batches and all random states.
+        """The position in the prompt order, and for each rank its remaining micro-batches, their rollouts and all random states.
 
         It is plain data and tensors. Rollouts ahead whose completions are under way are waited for; where the run has been asked
-        to stop, or its engine has failed, the run that goes on begins them again. All ranks must call this together.
+        to stop, or its engine has failed, the run that is resumed begins them again. All ranks must call this together.
         """
-        places, ahead, now = [], [], self._position
+        ahead, now = [], self._position
         # What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise.
-        put_off = RunStopped, RolloutError if self.world_size > 1 else HybridLightningError
+        put_off = RunStopped, RolloutError if self.run.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
-                ahead.append([batch_to_state(batch) for batch in entry.begun.finish()])
-                places.append(list(entry.before.prompts))
+                ahead.append(entry.minibatches.result())
             except put_off:  # raised again when the rollout is needed
+                assert entry.before is not None, "what a checkpoint had is there"
                 now = entry.before
                 break
+        kept = [*self._pending, *(batch for minibatches in ahead for batch in minibatches)]
+        places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
+        scored = {batch.rollout_number: batch.rollout for batch in kept if batch.rollout is not None}
         mine = {
             "pending": [batch_to_state(batch) for batch in self._pending],
-            "ahead": ahead,
+            "ahead": [[batch_to_state(batch) for batch in minibatches] for minibatches in ahead],
+            "rollouts": {number: rollout_to_state(rollout, places) for number, rollout in scored.items()},
             "generator": now.generator,
             "random": self._resumed_random_state or capture_random_state(),
         }
         return {
-            "ahead": places,
             "prompts": len(self.prompts),
             "digest": self._prompts_digest,
             "shuffle": self.shuffle,
             "epoch": now.prompts[0],
             "next_prompt": now.prompts[1],
-            "ranks": self.gather_over_ranks(mine),
+            "next_rollout": now.rollouts,
+            "ranks": self.run.gather_over_ranks(mine),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
 
-        Another number of ranks distributes the remaining rows among themselves, and goes on to sample the same completions. Other
+        Another number of ranks distributes the remaining rows among themselves, and continues with the same completions. Other
         training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up.
         """
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
+        self._rollouts = state["next_rollout"]
         saved: list[dict[str, Any]] = state["ranks"]
-
-        generator = saved[0]["generator"].cpu()
-
-        def own(parts: list[list[dict[str, Any]]]) -> list[PolicyBatch]:
-            batches = [[batch_from_state(entry).to(self.device) for entry in of_rank] for of_rank in parts]
-            return batches_of_rank(batches, self.rank, self.world_size)
-
         self._pending, self._ahead = deque(), deque()
         if same:
-            self._pending.extend(own([one["pending"] for one in saved]))
-            for number, (epoch, start) in enumerate(state["ahead"]):
-                minibatches = own([one["ahead"][number] for one in saved])
-                self._ahead.append(_Ahead(_Position((epoch, start), generator), Begun(partial(list, minibatches))))
+            self._load_batches(saved)
         else:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
-                "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
+                "kind of order: training starts at the beginning of the new order, and the rollout in progress is given up"
             )
-            self.on_other_prompts()
-        self.generator.set_state(generator)
-        if self.rank < len(saved):
-            self._resumed_random_state = saved[self.rank]["random"]
+            self.run.restart_epoch()
+        self.generator.set_state(saved[0]["generator"].cpu())
+        if self.run.rank < len(saved):
+            self._resumed_random_state = saved[self.run.rank]["random"]
         self._resumed = True
+
+    def _load_batches(self, saved: list[dict[str, Any]]) -> None:
+        rank, ranks, device = self.run.rank, self.run.world_size, self.run.device or torch.device("cpu")
+        scored: dict[int, ScoredRollout] = {}
+        for number in saved[0]["rollouts"]:
+            parts = [rollout_from_state(one["rollouts"][number], self.prompts, device) for one in saved]
+            scored[number] = rollout_of_rank(parts, rank, ranks)
+
+        def own(parts: list[list[dict[str, Any]]]) -> list[PolicyBatch]:
+            batches = [[batch_from_state(entry).to(device) for entry in of_rank] for of_rank in parts]
+            mine = batches_of_rank(batches, rank, ranks)
+            return [replace(batch, rollout=scored.get(batch.rollout_number)) for batch in mine]
+
+        self._pending.extend(own([one["pending"] for one in saved]))
+        for minibatches in zip(*(one["ahead"] for one in saved), strict=True):
+            self._ahead.append(_Ahead(None, RolloutFuture.of(own(list(minibatches)))))
 
     @cached_property
     def _prompts_digest(self) -> str:
@@ -340,7 +334,7 @@ class RolloutLoader:
 
     @property
     def _position(self) -> _Position:
-        return _Position(self._cursor.position, self.generator.get_state())
+        return _Position(self._cursor.position, self.generator.get_state(), self._rollouts)
 
     def _roll_out(self) -> deque[PolicyBatch]:
         """The micro-batches of the next rollout; those ahead of it are begun before."""
@@ -348,19 +342,19 @@ class RolloutLoader:
         try:
             if not self._ahead:
                 self._begin()
-            first = self._ahead[0].begun
+            first = self._ahead[0].minibatches
             first.wait()
             most, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
-            while len(self._ahead) <= most and len(self._ahead) * steps < self.steps_left():
+            while len(self._ahead) <= most and len(self._ahead) * steps < self.run.steps_left:
                 self._begin()
-            batches = self._micro_batches(first.finish())
+            batches = self._micro_batches(first.result())
         except BaseException:
             # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
             # checkpoint saved now begins these rollouts anew.
             for entry in list(self._ahead)[len(ahead) :]:
-                entry.begun.cancel()
+                entry.minibatches.cancel()
             self._ahead = deque(ahead)
-            self._cursor.position = before.prompts
+            self._cursor.position, self._rollouts = before.prompts, before.rollouts
             self.generator.set_state(before.generator)
             restore_random_state(random)
             raise
@@ -370,45 +364,48 @@ class RolloutLoader:
     def _begin(self) -> None:
         before = self._position
         prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
-        more = self._cursor.draw if self.shuffle else None
-        begun = self.source.begin(prompts, self.generator, more)
-        minibatches = cache(lambda: self._minibatches(begun.finish()))  # a checkpoint may need them before training does
-        self._ahead.append(_Ahead(before, Begun(minibatches, begun.wait, begun.cancel)))
+        rollout = self.source.roll_out(prompts, self.generator, self._cursor.draw if self.shuffle else None)
+        self._rollouts += 1
+        self._ahead.append(_Ahead(before, rollout.then(lambda made: self._minibatches(made, before.rollouts))))
 
-    def _minibatches(self, rollout: TrainedRollout) -> list[PolicyBatch]:
-        """The optimizer steps of one pass over a rollout, with the rows that take part in each."""
+    def _minibatches(self, rollout: TrainedRollout, number: int) -> list[PolicyBatch]:
+        """The optimizer steps of one pass over a rollout, with the rows that contribute to each."""
         sequences, advantages, counted = rollout.sequences, rollout.advantages, rollout.counted
         rows = len(sequences) // self.schedule.minibatches_per_rollout
         # A completion without tokens adds nothing to any loss. A masked one counts as a sequence, one that is left out does not.
-        takes_part = self.source.takes_part(advantages) & sequences.sampled_mask.any(dim=1)
+        contributes = sequences.sampled_mask.any(dim=1)
+        if rollout.contributes is not None:
+            contributes = contributes & rollout.contributes
         minibatches: list[PolicyBatch] = []
         for step in range(self.schedule.minibatches_per_rollout):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
-            updated_sequences = self._sum(takes_part[of_step])
+            updated_sequences = self._sum(contributes[of_step])
             if not updated_sequences:  # some rows, with a gradient of 0, so that the step logs what every step does
                 shown = of_step[sequences.sampled_mask[of_step].any(dim=1)]
-                takes_part[shown[:: self.schedule.samples_per_prompt]] = True
-                updated_sequences = self._sum(takes_part[of_step])
-            updated = of_step[takes_part[of_step]]
+                contributes[shown[:: self.schedule.samples_per_prompt]] = True
+                updated_sequences = self._sum(contributes[of_step])
+            updated = of_step[contributes[of_step]]
             whole = PolicyBatch(
                 sequences=sequences,
                 advantages=advantages,
                 sampling_logprobs=rollout.sampling_logprobs,
                 old_logprobs=None,
                 ref_logprobs=None,
-                num_sequences=float(rows * self.world_size) if counted is None else self._sum(counted[of_step]),
+                num_sequences=float(rows * self.run.world_size) if counted is None else self._sum(counted[of_step]),
                 num_tokens=self._sum(sequences.sampled_mask[of_step]),
                 updated_sequences=updated_sequences,
                 updated_tokens=self._sum(sequences.sampled_mask[updated]),
                 metrics=rollout.metrics,
+                rollout=rollout.scored,
+                rollout_number=number,
             )
             minibatches.append(whole.rows(updated))
         return minibatches
 
     def _micro_batches(self, minibatches: Sequence[PolicyBatch]) -> deque[PolicyBatch]:
-        """The micro-batches of all passes over a rollout, with what the update has to know, under the weights of now."""
-        accumulate, epochs = self.accumulate_grad_batches(), self.schedule.epochs_per_rollout
-        self.schedule.check_split(accumulate, self.world_size)
+        """The micro-batches of all passes over a rollout, with what the update has to know, under the current weights."""
+        accumulate, epochs = self.run.accumulate_grad_batches, self.schedule.epochs_per_rollout
+        self.schedule.check_split(accumulate, self.run.world_size)
         one_pass: list[PolicyBatch] = []
         for step, minibatch in enumerate(minibatches):
             rows = torch.arange(len(minibatch.sequences), device=minibatch.advantages.device)
@@ -419,4 +416,4 @@ class RolloutLoader:
         return deque(one_pass * epochs)
 
     def _sum(self, values: Tensor) -> float:
-        return float(self.sum_over_ranks(values.sum()))
+        return float(self.run.sum_over_ranks(values.sum()))

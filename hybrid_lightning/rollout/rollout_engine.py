@@ -3,123 +3,38 @@
 Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
 log-probability under softmax(logits / temperature).
 
-Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`has_own_weights`), which training makes
-stale: before it samples it is given what has changed (`update`), as `PolicyWeights`, whose `WeightsVersion` every completion then
-names.
+Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`needs_weight_sync`), which training
+makes stale: before it samples it is given what has changed (`update`).
+
+`Conversation` continues episodes, turn by turn, with what an environment has added to them:
+
+    conversation = sampler.conversation(engine, tokenizer, request, capacity=512)
+    turn = conversation.first()                         the first message of every episode: what `sample` gives
+    turn = conversation.next([0, 3], [[5, 6], [7]])     the next one of these two, after what was added
+
+Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
-from hybrid_lightning.rollout.conversation import Conversation
+from hybrid_lightning.rollout.batching import pad_left, pad_token
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import PolicyWeights, SamplingRequest, ServedModel, Stops, WeightsVersion
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Completion, Prompt, Rollouts
+from hybrid_lightning.types import Completion, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
-
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Begun(Generic[_T]):
-    """Something that was begun, and may be made elsewhere while this process goes on."""
-
-    finish: Callable[[], _T]  # waits for it
-    wait: Callable[[], None] = lambda: None  # for the part that is made elsewhere; `finish` has little to do after it
-    cancel: Callable[[], None] = lambda: None  # ends it, where nobody needs it any more
-
-
-@dataclass(frozen=True)
-class Stops:
-    """What ends a completion."""
-
-    ids: tuple[int, ...]  # stop tokens
-    strings: StopStringCriteria | None  # recognises stop strings; slow to make, since it looks at the whole vocabulary
-
-
-@dataclass(frozen=True)
-class WeightsVersion:
-    """Which weights a policy has; equal versions are equal weights."""
-
-    step: int  # optimizer steps that made them
-    digest: str  # of the base model and the trained values
-
-    def __str__(self) -> str:
-        return f"{self.step}-{self.digest}"
-
-    @classmethod
-    def parse(cls, label: str) -> Self | None:
-        """The version that `str` wrote, None if it did not write this label."""
-        step, _, digest = label.partition("-")
-        return cls(int(step), digest) if step.isdecimal() and digest else None
-
-
-class PolicyWeight(Protocol):
-    """One weight as the policy computes with it: LoRA is merged into it."""
-
-    @property
-    def name(self) -> str:
-        """Name in a checkpoint of the base model."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape in such a checkpoint."""
-
-    def write_rows(self, destination: Tensor, first: int) -> None:
-        """Compute the rows from number `first` on in float32, and round them once to the dtype of the destination.
-
-        It is [rows, ...], on the weight's device or another.
-        """
-
-
-class PolicyWeights(Protocol):
-    """The weights of a policy at one moment, for engines that have weights of their own."""
-
-    @property
-    def version(self) -> WeightsVersion:
-        """Which weights these are."""
-
-    @property
-    def base(self) -> str:
-        """What tells the weights that training leaves alone from those of other models."""
-
-    @property
-    def is_sender(self) -> bool:
-        """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
-
-    def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
-
-    def stream(self, everything: bool) -> Iterator[PolicyWeight]:
-        """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
-
-        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole.
-        """
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What an engine with weights of its own has to know of the policy's model."""
-
-    config: Any  # of transformers
-    tokenizer: PreTrainedTokenizerBase
-    folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
-    dtype: torch.dtype  # of the policy's matrix products
-    device: torch.device  # that trains
-    resumed: bool = False  # whether the policy's training goes on from a checkpoint
 
 
 class RolloutEngine(Configurable, ABC):
@@ -143,13 +58,12 @@ class RolloutEngine(Configurable, ABC):
         ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p"), Option(MADE_BY | ACCURACY, scores=True)
     )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
-    has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
-    completes_elsewhere = False  # whether completions are made in other processes, while this one goes on (see `begin`)
-    requests_go_on = False  # whether those under way go on with new weights that `update` gives; else there must be none
+    needs_weight_sync = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
+    is_remote = False  # whether completions are made in other processes, while this one goes on (see `begin`)
+    inflight_updates = False  # whether requests under way continue with new weights that `update` gives; else there must be none
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
-    _conversation: type[Conversation] = Conversation
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 
     def __init__(
@@ -211,13 +125,11 @@ class RolloutEngine(Configurable, ABC):
         """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, is too long for the model."""
         check_positions(config, prompt_tokens, new_tokens or self.max_new_tokens)
 
-    def _checked_limits(
-        self, config: Any, prompt_ids: Sequence[Sequence[int]], limits: Sequence[int] | None, samples: int, greedy: bool
-    ) -> Sequence[int]:
-        """Most new tokens of the completions of each prompt, when it is sure that there is room for them."""
-        assert not greedy or samples == 1, "greedy completions of one prompt are all the same"
-        limits = [self.max_new_tokens] * len(prompt_ids) if limits is None else limits
-        for ids, limit in zip(prompt_ids, limits, strict=True):
+    def _checked_limits(self, engine: "Engine", request: SamplingRequest) -> Sequence[int]:
+        """Most new tokens of the completions of each prompt; ConfigError if there is no room for them."""
+        config = getattr(engine.model, "config", None)
+        limits = [self.max_new_tokens] * len(request.prompt_ids) if request.limits is None else request.limits
+        for ids, limit in zip(request.prompt_ids, limits, strict=True):
             self.check_prompt(config, len(ids), limit)
         return limits
 
@@ -253,38 +165,13 @@ class RolloutEngine(Configurable, ABC):
         """End what this engine has started, but no server that others started."""
 
     @abstractmethod
-    def sample(
-        self,
-        engine: "Engine",
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        *,
-        generator: torch.Generator | PromptDraws | None = None,
-        greedy: bool = False,
-        stops: Stops | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        limits: Sequence[int] | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Rollouts:
-        """Complete every prompt `samples_per_prompt` times.
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
+        """Complete every prompt of a request.
 
         Args:
             engine: Engine of a causal language model, which the caller puts into eval mode.
             tokenizer: Decodes the completions.
-            prompts: P prompts, which become part of the result.
-            prompt_ids: Token ids of the prompts.
-            samples_per_prompt: Completions of each prompt (G).
-            generator: Source of random numbers: a generator on the model's device, or `PromptDraws` of these prompts; None takes
-                torch's global generator.
-            greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
-            stops: Result of the method `stops`; None makes it for this call.
-            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars. An exception
-                from it ends the sampling.
-            limits: Most new tokens of the completions of each prompt, [P]; None for `max_new_tokens`.
-            on_completion: Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in
-                another thread; not for all of them, as where they end together.
+            request: What is completed, and how.
 
         Returns:
             Rollouts of B = P * G sequences, on the model's device.
@@ -294,13 +181,44 @@ class RolloutEngine(Configurable, ABC):
             RolloutError: If the engine fails, or completes with other weights than those of the last `update`.
         """
 
-    def begin(self, *arguments: Any, **options: Any) -> Begun[Rollouts]:
-        """Begin what `sample` with these arguments does. If completions are made elsewhere, they are from now on; else later."""
-        return Begun(partial(self.sample, *arguments, **options))
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
+        """Begin to `sample`. A remote engine completes from now on, another one when the result is asked for."""
+        return RolloutFuture(lambda: self.sample(engine, tokenizer, request))
 
-    def conversation(self, *arguments: Any, **options: Any) -> Conversation:
-        """Begin episodes of several turns: a `Conversation` with this engine and the arguments that it names after it."""
-        return self._conversation(self, *arguments, **options)
+    def conversation(
+        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
+    ) -> "Conversation":
+        """Begin episodes of several turns, of at most `capacity` tokens after the prompt (see `Conversation`)."""
+        return Conversation(self, engine, tokenizer, request, capacity)
+
+    def rollouts(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        tokens: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        finished: Tensor,
+        weights_step: Tensor | None = None,
+    ) -> Rollouts:
+        """The rollouts of a request, from the tokens that were sampled for it.
+
+        Args:
+            tokenizer: Decodes them.
+            request: The request, of P prompts.
+            tokens: [B, T] int64, right-padded, with the token that ended each, if one did.
+            mask: [B, T] bool, True on tokens.
+            logprobs: [B, T] float32.
+            finished: [B] bool.
+            weights_step: See `Sequences`.
+        """
+        samples = request.samples_per_prompt
+        padded = pad_left(request.prompt_ids, pad_token(tokenizer), tokens.device)
+        prompt_ids, prompt_mask = (part.repeat_interleave(samples, dim=0) for part in padded)
+        rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+        completions = self.completions(tokenizer, request.prompt_ids, rows, finished.tolist())
+        sequences = Sequences(prompt_ids, prompt_mask, tokens, mask, weights_step)
+        return Rollouts(tuple(request.prompts), sequences, completions, logprobs, finished, samples)
 
     def completions(
         self,
@@ -320,6 +238,90 @@ class RolloutEngine(Configurable, ABC):
         lengths = [len(row) for row in tokens]
         rows = zip(texts, lengths, finished, thinking, strict=True)
         return tuple(Completion(*row) for row in rows)
+
+
+class Conversation:
+    """Episodes by any rollout engine: the context of a message is given to it as a longer prompt.
+
+    What was sampled is never tokenized again. An episode's random numbers depend on its prompt, its number among the samples, and
+    how many messages it has had (see `PromptDraws.of_turns`).
+
+    Weights must not change while a conversation lasts, unless the engine allows `inflight_updates`: a turn that is begun after an
+    update is by the new weights, and each token says by which.
+
+    Args:
+        sampler: Makes the messages.
+        engine: As in `RolloutEngine.sample`, as are tokenizer and request.
+        tokenizer: See above.
+        request: The first message of all B episodes.
+        capacity: Most tokens of an episode after its prompt: those sampled, and those that are added.
+
+    Raises:
+        ConfigError: If a prompt with an episode of this capacity exceeds the model's positions, or those of the engine.
+    """
+
+    def __init__(
+        self,
+        sampler: RolloutEngine,
+        engine: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        capacity: int,
+    ) -> None:
+        for ids in request.prompt_ids:
+            sampler.check_prompt(getattr(engine.model, "config", None), len(ids), capacity)
+        self._sampler, self._engine, self._tokenizer, self._capacity = sampler, engine, tokenizer, capacity
+        self._request = replace(request, stops=request.stops or sampler.stops(tokenizer))
+        # Each episode's tokens so far.
+        self._own: list[list[int]] = [[] for _ in range(len(request.prompts) * request.samples_per_prompt)]
+        self._messages = [0] * len(self._own)  # of the policy, in each episode
+
+    def first(self) -> Rollouts:
+        """The first message of all B episodes."""
+        limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._request.prompts)
+        request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
+        return self._noted(range(len(self._own)), self._first(request))
+
+    def next(self, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+        """The next message of some episodes, each with all before it as its prompt. The others wait, and may continue later.
+
+        Args:
+            rows: Numbers of R episodes, ascending.
+            added: Token ids that come after the last message of each.
+        """
+        assert list(rows) == sorted(set(rows)) and all(self._messages[row] for row in rows)
+        for row, tokens in zip(rows, added, strict=True):
+            self._own[row] += tokens
+        begun, longest = self._request, self._sampler.max_new_tokens
+        numbers = [row // begun.samples_per_prompt for row in rows]
+        limits = [min(longest, self._capacity - len(self._own[row])) for row in rows]
+        assert all(limit > 0 for limit in limits), "an episode without room for a token has ended"
+        draws = begun.draws
+        if isinstance(draws, PromptDraws):
+            draws = draws.of_turns(rows, [self._messages[row] for row in rows])
+        request = replace(
+            begun,
+            prompts=[begun.prompts[number] for number in numbers],
+            prompt_ids=[[*begun.prompt_ids[number], *self._own[row]] for number, row in zip(numbers, rows, strict=True)],
+            samples_per_prompt=1,
+            draws=draws,
+            limits=limits,
+        )
+        return self._noted(rows, self._next(request, rows, added))
+
+    def _noted(self, rows: Sequence[int], turn: Rollouts) -> Rollouts:
+        sequences = turn.sequences
+        lengths = sequences.completion_mask.sum(dim=1).tolist()
+        for row, tokens, length in zip(rows, sequences.completion_ids.tolist(), lengths, strict=True):
+            self._own[row] += tokens[:length]
+            self._messages[row] += 1
+        return turn
+
+    def _first(self, request: SamplingRequest) -> Rollouts:
+        return self._sampler.sample(self._engine, self._tokenizer, request)
+
+    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+        return self._sampler.sample(self._engine, self._tokenizer, request)
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -16,25 +16,51 @@ class RunContext:
     Attributes:
         signals: How the run is asked to stop.
         listeners: Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`).
-        rank: Number of this process.
-        world_size: Number of processes.
-        step: Optimizer steps that were made.
-        steps_left: Optimizer steps that the run will still make, or infinity.
-        accumulate_grad_batches: Micro-batches of an optimizer step, which can change between epochs.
-        device: The device that trains; None: where the model is.
-        is_training: Whether all ranks are in the training loop, in which they complete equally often.
-        is_resumed: Whether training continues from a checkpoint.
     """
-
-    rank, world_size, step = 0, 1, 0
-    steps_left: float = math.inf
-    accumulate_grad_batches = 1
-    device: torch.device | None = None
-    is_training = is_resumed = False
 
     def __init__(self) -> None:
         self.signals = StopSignals()
         self.listeners: list[Callable[[int, int, int], None]] = []
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return 1
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were made."""
+        return 0
+
+    @property
+    def steps_left(self) -> float:
+        """Optimizer steps that the run will still make, or infinity."""
+        return math.inf
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Micro-batches of an optimizer step, which can change between epochs."""
+        return 1
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device that trains; None: where the model is."""
+        return None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether all ranks are in the training loop, in which they complete equally often."""
+        return False
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether training continues from a checkpoint."""
+        return False
 
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""

@@ -22,10 +22,10 @@ from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decodi
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.conversation import Conversation, Draws, Turn
+from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
-from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
+from hybrid_lightning.rollout.rollout_engine import Conversation, RolloutEngine
+from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -33,31 +33,6 @@ if TYPE_CHECKING:
 _BLOCK = 256  # tokens of the vocabulary that `draw_tokens` adds up together
 _ONE = 2.0**40  # the whole number that stands for 1
 _EVERY = 16  # steps after which the number of running rows is copied from an accelerator
-
-
-class _ContinuedConversation(Conversation):
-    """Goes on from the keys and values that are there, where the model's way to decode can."""
-
-    _sampler: "Sampler"
-    _decoder: "_Decoder"
-
-    @torch.no_grad()
-    def _first(self, generator: Draws, limits: Sequence[int]) -> Turn:
-        assert not self._greedy or self._samples == 1, "greedy completions of one prompt are all the same"
-        self._decoder = _Decoder(self._sampler, self._engine, self._tokenizer, self._stops, self._greedy, self._on_token)
-        ids, mask = pad_left(self._prompt_ids, self._decoder.pad_id, self._decoder.device)
-        logits = self._decoder.prefill(ids, mask, self._samples, self._capacity, keeps_rows=True)
-        return Turn(*self._decoder.decode(logits, generator, limits, self._samples))
-
-    @torch.no_grad()
-    def _next(self, rows: Sequence[int], added: Sequence[Sequence[int]], generator: Draws, limits: Sequence[int]) -> Turn:
-        decoding = self._decoder.decoding
-        if not decoding.can_extend:
-            return super()._next(rows, added, generator, limits)
-        own = [self._own[row] for row in rows]
-        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
-        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
-        return Turn(*self._decoder.decode(logits, generator, limits))
 
 
 class Sampler(RolloutEngine):
@@ -76,7 +51,6 @@ class Sampler(RolloutEngine):
     """
 
     OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
-    _conversation = _ContinuedConversation
 
     def __init__(
         self,
@@ -92,41 +66,74 @@ class Sampler(RolloutEngine):
         super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
         self.cuda_graphs = cuda_graphs
 
-    @torch.no_grad()
-    def sample(
-        self,
-        engine: "Engine",
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        *,
-        generator: torch.Generator | PromptDraws | None = None,
-        greedy: bool = False,
-        stops: Stops | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        limits: Sequence[int] | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Rollouts:
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
         """See `RolloutEngine`."""
-        limits = self._checked_limits(getattr(engine.model, "config", None), prompt_ids, limits, samples_per_prompt, greedy)
-        decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), greedy, on_token)
+        return self.first(engine, tokenizer, request)[0]
+
+    def conversation(
+        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
+    ) -> Conversation:
+        """See `RolloutEngine`."""
+        return _ContinuedConversation(self, engine, tokenizer, request, capacity)
+
+    @torch.no_grad()
+    def first(
+        self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int | None = None
+    ) -> "tuple[Rollouts, _Decoder]":
+        """Complete a request: what `sample` does and, with a capacity, the first message of episodes.
+
+        Returns:
+            The rollouts, and what has decoded them, which has room for episodes of `capacity` tokens.
+        """
+        limits = self._checked_limits(engine, request)
+        samples, on_completion = request.samples_per_prompt, request.on_completion
+        stops = request.stops or self.stops(tokenizer)
+        decoder = _Decoder(self, engine, tokenizer, stops, request.greedy, request.on_token)
         if on_completion is not None:
 
             def ended(row: int, tokens: list[int], finished: bool) -> None:
-                context = [prompt_ids[row // samples_per_prompt]]
+                context = [request.prompt_ids[row // samples]]
                 on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
 
             decoder.on_ended = ended
-        ids, mask = pad_left(prompt_ids, decoder.pad_id, decoder.device)
-        logits = decoder.prefill(ids, mask, samples_per_prompt, max(limits))
-        tokens, logprobs, lengths, finished = decoder.decode(logits, generator, limits, samples_per_prompt)
-        completion_mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
-        ids, mask = (part.repeat_interleave(samples_per_prompt, dim=0) for part in (ids, mask))
-        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
-        sequences = Sequences(ids, mask, tokens, completion_mask)
-        return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
+        ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)
+        logits = decoder.prefill(ids, mask, samples, capacity or max(limits), keeps_rows=capacity is not None)
+        return self.decoded(decoder, tokenizer, request, logits, limits), decoder
+
+    def decoded(
+        self,
+        decoder: "_Decoder",
+        tokenizer: PreTrainedTokenizerBase,
+        request: SamplingRequest,
+        logits: Tensor,
+        limits: Sequence[int],
+    ) -> Rollouts:
+        """The rollouts of a request, decoded from the logits [B, V] of the first token of each."""
+        tokens, logprobs, lengths, finished = decoder.decode(logits, request.draws, limits, request.samples_per_prompt)
+        mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+        return self.rollouts(tokenizer, request, tokens, mask, logprobs, finished)
+
+
+class _ContinuedConversation(Conversation):
+    """Continues from the keys and values that are there, where the model's way to decode can."""
+
+    _sampler: Sampler
+    _decoder: "_Decoder"
+
+    def _first(self, request: SamplingRequest) -> Rollouts:
+        found, self._decoder = self._sampler.first(self._engine, self._tokenizer, request, self._capacity)
+        return found
+
+    @torch.no_grad()
+    def _next(self, request: SamplingRequest, rows: Sequence[int], added: Sequence[Sequence[int]]) -> Rollouts:
+        decoding = self._decoder.decoding
+        if not decoding.can_extend:
+            return super()._next(request, rows, added)
+        own = [self._own[row] for row in rows]
+        kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
+        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
+        assert request.limits is not None, "set by `next`"
+        return self._sampler.decoded(self._decoder, self._tokenizer, request, logits, request.limits)
 
 
 class _Decoder:
@@ -176,7 +183,7 @@ class _Decoder:
 
         Args:
             logits: See above.
-            generator: See `RolloutEngine.sample`.
+            generator: See `SamplingRequest.draws`.
             limits: Most tokens of each sequence, or of each of `samples` that follow one another.
             samples: See above.
 

@@ -3,7 +3,7 @@
 It stands under the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,23 +80,15 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
     policy.adapt(plan, saved["keep_start_weights"], device)
 
 
-def check_weights(trainable: Collection[str], saved: Collection[str]) -> None:
-    """Raise CheckpointError if the weights of a checkpoint are not those that are trained."""
-    missing = sorted(set(trainable) - set(saved))
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint has no values for {len(missing)} trainable weights, such as {missing[0]!r}; it belongs to another "
-            "model"
-        )
-
-
-def check_unexpected(names: Collection[str]) -> None:
-    """Raise CheckpointError if a checkpoint has weights of these names, which the model does not have."""
-    if names:
-        raise CheckpointError(
-            f"the checkpoint has {len(names)} weights that this model does not have, such as {next(iter(names))!r}; it belongs "
-            "to another model"
-        )
+def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise CheckpointError if a checkpoint has no values for trainable weights of these names, or others for unknown ones."""
+    for names, what in (
+        (missing, "no values for {} trainable weights"),
+        (unexpected, "{} weights that this model does not have"),
+    ):
+        if names:
+            found = what.format(len(names))
+            raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
 
 
 def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:

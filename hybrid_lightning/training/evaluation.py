@@ -112,7 +112,7 @@ class ExampleMetrics(Metric):
 class Evaluation(nn.Module):
     """Completes and scores held-out prompts, greedily and by sampling, and logs what that shows.
 
-    This is a part of a LightningModule, since the metrics move to its device; its hooks of validation and test call `add` and `end`.
+    This is a part of a LightningModule, since the metrics move to its device; its hooks call `add` and `end`.
 
     Args:
         generation: Completes and scores prompts.

@@ -2,9 +2,9 @@
 
     examples -> PolicyBatch -> loss -> optimizer
 
-A step is made as for a policy that samples, with one difference: a "rollout" is looked up, not sampled. Each prompt comes with its
-completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model is an error;
-none is cut.
+A step is made as for a policy that samples, with one difference: a "rollout" is looked up, not sampled. Each prompt comes with
+its completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for the model is an
+error; none is cut.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ class ExampleTask(Task):
         max_tokens: Most tokens of a pass; None chooses.
         eval_samples: Sampled completions per prompt in an evaluation.
         seed: Seed of the order of the data and of sampling.
+        name: Name of what trains on them, for messages.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -53,6 +54,7 @@ class ExampleTask(Task):
         max_tokens: int | None,
         eval_samples: int,
         seed: int,
+        name: str,
     ) -> None:
         if examples_per_step < 1:
             raise ConfigError(f"model.examples_per_step must be at least 1, got {examples_per_step}")
@@ -60,7 +62,7 @@ class ExampleTask(Task):
         passes = Passes(generation.policy, max_tokens=max_tokens, rows_per_example=rows)
         evaluation = ExampleEvaluation(generation, eval_samples, seed, loss, passes, self.sequences_of)
         super().__init__(loss, RolloutSchedule(examples_per_step, rows), generation, passes, evaluation, seed)
-        self.shown_metrics = ("loss", *loss.shares_ahead)
+        self._name, self.shown_metrics = name, ("loss", *loss.shares_ahead)
 
     # ---- training
 
@@ -126,7 +128,7 @@ class ExampleTask(Task):
             count, needed = len(prompt.completions), "one; give data.format=DemonstrationFormat"
             if self.loss.rows_per_example != 1:
                 needed = "two, the chosen and the rejected one; give data.format=PreferenceFormat"
-            raise DataError(f"{prompt.place} has {count} completions, but {type(self.loss).__name__} needs {needed}")
+            raise DataError(f"{prompt.place} has {count} completions, but {self._name} needs {needed}")
         pretrained = self.policy.pretrained
         ids, encoder = self.generation.encode(prompt), pretrained.encoder
         completions = [encoder.encode_completion(prompt, text, pretrained.stop_ids) for text in prompt.completions]

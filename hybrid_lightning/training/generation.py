@@ -29,11 +29,8 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
-from hybrid_lightning.types import Completion, Prompt, Rollouts
-
-if TYPE_CHECKING:
-    pass
-
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
@@ -237,9 +234,9 @@ class Generation:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
-        return (
-            self.policy.pretrained.encoder.encode(prompt) if self.episodes is None else self.episodes.turns.first(prompt, ())[0]
-        )
+        if self.episodes is not None:
+            return self.episodes.turns.first(prompt, ())[0]
+        return self.policy.pretrained.encoder.encode(prompt)
 
     @property
     def max_completion_tokens(self) -> int:

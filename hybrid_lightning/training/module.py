@@ -1,11 +1,11 @@
-"""The LightningModules: `PolicyModule`, `SupervisedModule` and `PreferenceModule`. They hold Lightning's hooks alone.
+"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. Nothing else in this package takes a LightningModule or a Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
                                     <- PreferenceModule   pairs of them, one preferred
 
 What is trained is `policy`, a `Policy`; how it is trained is `task`, a `Task`, which knows of the Trainer by its `Run` alone. The
-modules make both from options with flat names, and answer Lightning's hooks by them.
+modules make both from options with flat names (`policy_module.py`, `example_module.py`), and answer Lightning's hooks by them.
 """
 
 import io
@@ -62,14 +62,14 @@ from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
 
-__all__ = ["ExampleModule", "LanguageModule", "PolicyModule", "PreferenceModule", "SupervisedModule"]
+__all__ = ["LanguageModule"]
 
 
 class LanguageModule(Configurable, LightningModule, ABC):
     """A language model under Lightning, whatever it is trained on.
 
-    All weights are frozen when the model is loaded, which is done when it is first needed; `HybridAdapterSetup` makes some of them
-    trainable. A subclass makes its `task`.
+    All weights are frozen when the model is loaded, which is done when it is first needed; `HybridAdapterSetup` makes some of
+    them trainable. A subclass makes its `task`.
 
     Args:
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
@@ -138,12 +138,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, self._register)
         self.run = _LightningRun(self)
-        self._sampler, self._eval_samples, self._max_tokens, self._seed = (
-            sampler or Sampler(),
-            eval_samples,
-            max_tokens_per_micro_batch,
-            seed,
-        )
+        self._sampler, self._seed = sampler or Sampler(), seed  # for the task, as are these
+        self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over

@@ -2,8 +2,8 @@
 
     prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
 
-The methods stand in the order in which they are called: `RolloutLoader` draws prompts, calls `roll_out`, cuts what that returns into
-micro-batches and calls `add_logprobs`; `Step` calls `chunk_loss`. Steps in between are in `generation.py` (prompts to rewards),
+The methods stand in the order in which they are called: `RolloutLoader` draws prompts, calls `roll_out`, cuts what that returns
+into micro-batches and calls `add_logprobs`; `Step` calls `chunk_loss`. Parts of them are in `generation.py` (prompts to rewards),
 `sampled_groups.py` (over ranks, and by dynamic sampling) and `token_weights.py` (weights of tokens in the loss).
 
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.

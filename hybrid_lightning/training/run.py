@@ -1,7 +1,7 @@
 """`Run`: what training asks of the run that it is part of, and what it does through it, without a Trainer.
 
-A policy by itself has the plain `Run` of this file: one process, no step made yet. Under Lightning `module.py` gives it a subclass
-that answers from the Trainer.
+A policy by itself has the plain `Run` of this file: one process, no step made yet. Under Lightning `module.py` gives it a
+subclass that answers from the Trainer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +26,30 @@ class Run(RunContext):
         shares_failures: Whether a failure of one rank's rollout engine is raised on all ranks.
     """
 
-    stage = ""  # "fit", "validate", "test" or "predict"; empty without a Trainer
-    scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
-    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it does not
-    ends_by_clock = False
-
     def __init__(self) -> None:
         super().__init__()
         self.clock = PhaseClock()
         self.shares_failures = False
+
+    @property
+    def stage(self) -> str:
+        """`fit`, `validate`, `test` or `predict`; empty without a Trainer."""
+        return ""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a step with infinite gradients is skipped, as under `16-mixed`."""
+        return False
+
+    @property
+    def restarts_epochs(self) -> str:
+        """Why an epoch may begin anew in the middle of rollouts, in words; empty if it does not."""
+        return ""
+
+    @property
+    def ends_by_clock(self) -> bool:
+        """Whether training ends after a time."""
+        return False
 
     # ---- ranks and stops
 

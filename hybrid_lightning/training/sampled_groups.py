@@ -58,15 +58,15 @@ class SampledGroups:
 
     def warning(self) -> str:
         """What to tell the user where groups are trained on from which nothing is learned; empty where there are none."""
-        filled = 1 - min(int(self.useful.sum()), self.wanted) / self.wanted
+        filled = self.metrics()["sampling/filled_groups"]
+        if not filled:
+            return ""
         return (
-            filled
-            and (
-                f"nothing is learned from {filled:.0%} of a rollout's groups, although {self.extra_rollouts} extra rollouts looked for "
-                "others: the prompts are too easy or too hard for the policy; give other data, or raise model.samples_per_prompt or "
-                "model.dynamic_sampling.max_extra_rollouts. Later rollouts log it as sampling/filled_groups alone"
-            )
-        ) or ""
+            f"nothing is learned from {filled:.0%} of a rollout's groups, although {self.extra_rollouts} extra rollouts looked "
+            "for others: the prompts are too easy or too hard for the policy; give other data, or raise "
+            "model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts log it as "
+            "sampling/filled_groups alone"
+        )
 
 
 def sample_groups(

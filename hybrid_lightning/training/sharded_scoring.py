@@ -113,7 +113,7 @@ class ShardedScoring(ScoringProcess):
         """See `ScoringProcess`; a signal ends the function at once, and then stops all ranks."""
 
         def one() -> dict[str, Result]:
-            with self._signals.at_once():
+            with self._signals.interruptible():
                 return dict(function())
 
         parts = on_all_ranks(one, self._signals, _PURPOSE)

@@ -1,4 +1,4 @@
-"""`Task`: what a policy is trained on, apart from Lightning. `rl_task.py` has its own rollouts, `example_task.py` completions in the data.
+"""`Task`: what a policy is trained on, apart from Lightning: its own rollouts (`rl_task.py`), or examples (`example_task.py`).
 
 How an optimizer step is made; a subclass gives the methods that are marked with *:
 
@@ -101,6 +101,13 @@ class Task(ABC):
         Some losses average over `micro_batch_tokens`, the completion tokens of the whole micro-batch.
         """
 
+    def prepare_passes(self) -> None:
+        """Try which fast passes a model that has just been split supports: now, since all ranks take forward passes together."""
+        policy = self.policy
+        with policy.inference():
+            policy.weights.in_passes(policy.engine.prepare)
+        self.generation.compare_again()
+
     def new_step(self) -> Step:
         """An optimizer step, or one after another, of an epoch."""
         return Step(self.run, self.passes, self.chunk_loss, self.shown_metrics)
@@ -137,6 +144,7 @@ class Task(ABC):
 
     # ---- checks, before time is spent on a run
 
+    @abstractmethod
     def check(self) -> None:
         """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
 

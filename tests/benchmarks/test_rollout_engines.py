@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.commands import BenchmarkError
 from benchmarks.vllm import rollout_engines, run_engines, server
-from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.rollout.interface import WeightsVersion
 
 MIB = 2**20
 

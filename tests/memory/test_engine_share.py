@@ -23,7 +23,7 @@ from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
 from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
-from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.trainer import Trainer
 

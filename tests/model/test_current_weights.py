@@ -15,7 +15,7 @@ from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.rollout.interface import WeightsVersion
 from hybrid_lightning.types import Prompt
 
 IDS = torch.arange(3, 19).view(2, 8)
@@ -125,7 +125,7 @@ def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
 class Copying(Sampler):
     """Samples with a model of its own, which has the weights of the last update."""
 
-    has_own_weights = True
+    needs_weight_sync = True
 
     def __init__(self, **options):
         super().__init__(max_new_tokens=6, **options)

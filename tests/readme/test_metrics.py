@@ -60,7 +60,7 @@ def of_losses():
 
 def of_engines():
     """What is logged beside the rest where an engine has weights of its own, as vLLM has."""
-    sampler = SimpleNamespace(has_own_weights=True, completes_elsewhere=True, idle_seconds=0.0)
+    sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
     return Generation(SimpleNamespace(sampler=sampler)).metrics().keys() | {"sampling/weights_versions"}
 
 

@@ -30,7 +30,7 @@ def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, b
 def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weights_of_then(start, build, served, tokenizer):
     server = start()
     sampler = build(server, weights=Weights(1))
-    sampler.requests_go_on = True
+    sampler.inflight_updates = True
     prompts = [Prompt(text=str(number), index=number) for number in range(2)]
     draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
     conversation = sampler.conversation(ENGINE, tokenizer, prompts, [[3, 5], [4]], 2, capacity=20)
@@ -98,7 +98,7 @@ def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(star
 def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it(start, build, begin, served, nccl, dies):
     servers = [start(delay=0.5), start(delay=0.5)]
     sampler, ids = build(*servers, weights=Weights(1)), [[3, 4 + number] for number in range(4)]
-    sampler.requests_go_on = True
+    sampler.inflight_updates = True
     begun = begin(sampler, ids)
     wait_until(lambda: sum(shares(*servers)) == 4)
     servers[0].fails_updates = int(dies)

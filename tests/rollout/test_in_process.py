@@ -12,7 +12,7 @@ from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
-from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import completing, in_process
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 
@@ -80,7 +80,7 @@ def test_what_works_is_not_refused_but_what_was_not_tried_warned_of(packages, mo
 
 def test_the_engine_reads_a_folder_or_gets_all_weights_and_on_a_gpu_the_device_that_trains(tmp_path):
     sampler = VLLMSampler(gpu_memory_utilization=0.4, sleep="weights", engine_args={"enforce_eager": True})
-    with sampler._guest.visiting():
+    with sampler._process.entered():
         options = sampler._options(served("cuda:3", dtype=torch.bfloat16), "")
         assert os.environ["LOCAL_RANK"] == "3" and os.environ["WORLD_SIZE"] == "1"
     assert options["gpu_memory_utilization"] == 0.4 and options["enable_sleep_mode"] and options["enforce_eager"]

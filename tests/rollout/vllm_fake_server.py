@@ -20,7 +20,7 @@ import torch
 from tiny_models import VOCABULARY, build_model
 from torch.distributed import TCPStore
 
-from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.rollout.interface import WeightsVersion
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, in_thread
 
 MODEL = build_model("llama")

@@ -152,7 +152,7 @@ def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, mode
         chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
         assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
     losses = module.calibration_losses(6)
-    total = 6 * module.rows_together
+    total = 6 * module.rows_per_example
     assert losses.info == {"signal": "examples", "sequences": total, "useful_sequences": total, "prompts": 6}
     module.model.requires_grad_(True)
     (sum(losses) / len(losses)).backward()

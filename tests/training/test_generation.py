@@ -26,7 +26,7 @@ from hybrid_lightning.types import Prompt
 class Elsewhere(Sampler):
     """Samples in a thread, by a copy of the policy as it is when it is given weights. For episodes it needs a `Loan`."""
 
-    has_own_weights = completes_elsewhere = True
+    needs_weight_sync = is_remote = True
 
     def __init__(self, max_new_tokens=6):
         super().__init__(max_new_tokens)

@@ -121,7 +121,7 @@ def test_a_gpu_would_refuse_cumulative_sums():
 class Elsewhere(Sampler):
     """An engine, as far as it is asked."""
 
-    has_own_weights = completes_elsewhere = renormalizes = True
+    needs_weight_sync = is_remote = renormalizes = True
 
 
 class OnDevice(Sampler):

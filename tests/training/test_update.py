@@ -15,7 +15,7 @@ from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.rollout_engine import Stops
+from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.training import update
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
 

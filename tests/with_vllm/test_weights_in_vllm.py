@@ -156,7 +156,7 @@ class TestOneEngine:
         sampler.version = new
         with pytest.raises(RolloutError, match=r"completed with weights of version .*, and the policy has"):
             complete(policy)
-        with sampler._guest.visiting():
+        with sampler._process.entered():
             sampler._llm.llm_engine.set_weight_version(str(new))
         stale = complete(policy)
         assert largest_difference(policy, stale) > 1e-2

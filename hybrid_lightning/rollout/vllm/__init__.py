@@ -7,12 +7,13 @@ server_checks.py whether a server can complete for the policy
 server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
 completing.py    what both ask of vLLM and make of its answers, and which versions of it are supported
-guest.py         keeps vLLM from changing the process that it is in
+isolated_process.py  keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers
 receiver.py      receives them, in the server
 """
 
 BACKEND = "hybrid_lightning"  # our way to receive weights, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it
+LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
 
 
 def register() -> None:

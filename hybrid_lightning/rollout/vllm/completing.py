@@ -18,10 +18,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.batching import pad_right, pad_token
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops, WeightsVersion
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine, Stops, WeightsVersion
-from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
@@ -53,68 +55,51 @@ class VLLMEngine(RolloutEngine):
     softmax. Greedy completions have the log-probabilities of temperature 1.
     """
 
-    has_own_weights = True
+    needs_weight_sync = True
     renormalizes = True
     # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
-    _apart: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
+    _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """See `RolloutEngine`; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
-    def sample(self, *arguments: Any, **options: Any) -> Rollouts:
+    def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
         """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
-        return self.begin(*arguments, **options).finish()
+        return self.begin(engine, tokenizer, request).result()
 
-    def begin(
-        self,
-        engine: "Engine",
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        samples_per_prompt: int,
-        *,
-        generator: torch.Generator | PromptDraws | None = None,
-        greedy: bool = False,
-        stops: Stops | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        limits: Sequence[int] | None = None,
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> Begun[Rollouts]:
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
         """See `RolloutEngine`."""
         assert self.version is not None, "the engine has to be given weights first"
         device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
-        limits = self._checked_limits(config, prompt_ids, limits, samples_per_prompt, greedy)
-        stop_ids = (stops or self.stops(tokenizer)).ids
-        seeds = [0] * len(prompts) if greedy else seeds_of(generator, len(prompts))
+        limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
+        stop_ids, count = (request.stops or self.stops(tokenizer)).ids, len(request.prompts)
+        seeds = [0] * count if request.greedy else seeds_of(request.draws, count)
         asked = [
-            self._parameters(stop_ids, samples_per_prompt, seed, greedy) | {"max_tokens": limit}
+            self._parameters(stop_ids, samples, seed, request.greedy) | {"max_tokens": limit}
             for seed, limit in zip(seeds, limits, strict=True)
         ]
-        pad, answered = pad_token(tokenizer), None
+        on_completion, answered = request.on_completion, None
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
         if on_completion is not None:
-            if self._apart is None or self._apart[0] is not tokenizer:
-                self._apart = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
-            apart = self._apart[1]
+            if self._copied is None or self._copied[0] is not tokenizer:
+                self._copied = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
+            copied = self._copied[1]
 
             def answered(number: int, answers: list[Answer]) -> None:
                 for answer in answers:
                     _check(answer, vocabulary)
                 tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
-                for sample, completion in enumerate(self.completions(apart, [prompt_ids[number]], tokens, finished)):
-                    on_completion(number * samples_per_prompt + sample, completion)
+                context = [request.prompt_ids[number]]
+                for sample, completion in enumerate(self.completions(copied, context, tokens, finished)):
+                    on_completion(number * samples + sample, completion)
 
-        begun = self.complete(prompt_ids, asked, on_token, answered)
-
-        def finish() -> Rollouts:
-            answers = [answer for group in begun.finish() for answer in group]
-            assert len(answers) == len(prompts) * samples_per_prompt
+        def taken(groups: list[list[Answer]]) -> Rollouts:
+            answers = [answer for group in groups for answer in group]
+            assert len(answers) == count * samples
             for answer in answers:
                 _check(answer, vocabulary)
-            finished = [answer.finished for answer in answers]
-            prompt, mask = pad_left(prompt_ids, pad, device)
-            tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
+            tokens, mask = pad_right([answer.tokens for answer in answers], pad_token(tokenizer), device)
             logprobs, steps = torch.zeros(tokens.shape, dtype=torch.float32), torch.zeros_like(tokens)
             for row, answer in enumerate(answers):
                 logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
@@ -122,17 +107,10 @@ class VLLMEngine(RolloutEngine):
                     made_by = WeightsVersion.parse(label)
                     assert made_by is not None, "others are refused by `complete`"
                     steps[row, first:] = made_by.step
-            prompt, mask = (part.repeat_interleave(samples_per_prompt, dim=0) for part in (prompt, mask))
-            return Rollouts(
-                tuple(prompts),
-                Sequences(prompt, mask, tokens, kept, steps),
-                self.completions(tokenizer, prompt_ids, [answer.tokens for answer in answers], finished),
-                logprobs.to(device),
-                torch.tensor(finished, device=device),
-                samples_per_prompt,
-            )
+            finished = torch.tensor([answer.finished for answer in answers], device=device)
+            return self.rollouts(tokenizer, request, tokens, mask, logprobs.to(device), finished, steps)
 
-        return Begun(finish, begun.wait, begun.cancel)
+        return self.complete(request.prompt_ids, asked, request.on_token, answered).then(taken)
 
     def __reduce__(self) -> Any:
         """Copies, such as Lightning makes of hyper-parameters, have the same arguments, and neither engine nor connections."""
@@ -145,13 +123,13 @@ class VLLMEngine(RolloutEngine):
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None,
-    ) -> Begun[list[list[Answer]]]:
+    ) -> RolloutFuture[list[list[Answer]]]:
         """Begin to complete P prompts, for each of which there are arguments of vLLM's `SamplingParams`.
 
         Args:
             prompt_ids: Token ids of each.
             parameters: See above.
-            on_token: See `RolloutEngine.sample`.
+            on_token: See `SamplingRequest`.
             on_answers: Called with the number of a prompt and the answers to it when they are there, perhaps in another thread.
 
         Returns:
@@ -196,12 +174,12 @@ def _check(answer: Answer, vocabulary: int | None) -> None:
         )
 
 
-def seeds_of(generator: torch.Generator | PromptDraws | None, count: int) -> list[int]:
+def seeds_of(draws: Draws, count: int) -> list[int]:
     """A seed for each prompt: that of its own generator, or one drawn for it."""
-    if isinstance(generator, PromptDraws):
-        return [seed % _SEEDS for seed in generator.seeds]
-    device = "cpu" if generator is None else generator.device
-    return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=generator, device=device).tolist()]
+    if isinstance(draws, PromptDraws):
+        return [seed % _SEEDS for seed in draws.seeds]
+    device = "cpu" if draws is None else draws.device
+    return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=draws, device=device).tolist()]
 
 
 def check_version(found: str, where: str) -> None:

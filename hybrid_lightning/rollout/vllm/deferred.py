@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hybrid_lightning.errors import RolloutError
-from hybrid_lightning.rollout.rollout_engine import PolicyWeight
+from hybrid_lightning.rollout.interface import PolicyWeight
 
 
 class Deferred(torch.Tensor):

@@ -18,12 +18,12 @@ from typing import Any
 import httpx
 
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.future import RolloutFuture, in_thread
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
-from hybrid_lightning.rollout.vllm.transfer import in_thread
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
+_SLICE_S = 0.1  # after which it is looked at what has to be done
 _FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
 _LOOK_S = 30.0  # in which a server has to say which weights it has
 _GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
@@ -104,10 +104,18 @@ class Dispatch:
         self._unserved_since: float | None = None
         self._is_ending = False
 
-    def start(self, on_answers: OnAnswers | None = None) -> None:
+    def start(
+        self, on_token: Callable[[int, int], None] | None = None, on_answers: OnAnswers | None = None
+    ) -> RolloutFuture[list[list[Answer]]]:
         """Begin to make the requests, in a thread of their own: the caller's may have an event loop already, as in notebooks.
 
-        What is told of answers (see `VLLMEngine.complete`) is told in that thread.
+        Args:
+            on_token: Called while the answers are waited for; how far the rollout is stands in for the tokens decoded. An
+                exception from it, or by a signal, ends the requests, on the servers as well.
+            on_answers: See `VLLMEngine.complete`; it is called in the thread of the requests.
+
+        Returns:
+            The answers to each prompt, in order. RolloutError is raised if no server completes them.
         """
         self._on_answers = on_answers
         self._loop = loop = asyncio.new_event_loop()
@@ -121,6 +129,20 @@ class Dispatch:
                 self._ended_at = time.monotonic()
 
         self._work = in_thread(work, "requests to vLLM servers")
+
+        def progress() -> None:
+            if on_token is not None:
+                done = len(self._answers)
+                on_token((self._total - done) * self._samples, self._longest * done // max(1, self._total))
+
+        return RolloutFuture(self._all_answers, self._work, on_wait=progress, on_cancel=self.end)
+
+    def _all_answers(self) -> list[list[Answer]]:
+        try:
+            self._work.result()
+        except asyncio.CancelledError:
+            raise RolloutError("the requests to vLLM servers were ended") from None
+        return [self._answers[number] for number in range(self._total)]
 
     def go_on_with(self, label: str) -> None:
         """Servers are given other weights, by which requests under way may be answered from now on."""
@@ -142,32 +164,6 @@ class Dispatch:
         """Seconds since the last answer; 0 while requests are under way."""
         return time.monotonic() - self._ended_at if self._work.done() else 0.0
 
-    def wait(self, on_token: Callable[[int, int], None] | None) -> None:
-        """Wait until all prompts are completed, or cannot be. An exception in this thread, as by a signal, ends the requests.
-
-        To `on_token` (see `VLLMEngine.complete`) how far the rollout is stands in for the tokens decoded.
-        """
-        try:
-            while not wait([self._work], _SLICE_S).done:
-                self._tell(on_token)
-        except BaseException:
-            self.cancel()
-            raise
-        self._tell(on_token)
-
-    def answers(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
-        """The answers to each prompt, in order, when they are there.
-
-        Raises:
-            RolloutError: If no server completes them.
-        """
-        self.wait(on_token)
-        try:
-            self._work.result()
-        except asyncio.CancelledError:
-            raise RolloutError("the requests to vLLM servers were ended") from None
-        return [self._answers[number] for number in range(self._total)]
-
     def end(self) -> None:
         """Begin to end the requests."""
         if self._is_ending:
@@ -176,15 +172,9 @@ class Dispatch:
         with contextlib.suppress(RuntimeError):  # it has ended meanwhile
             self._loop.call_soon_threadsafe(self._main.cancel)
 
-    def cancel(self) -> None:
-        """End the requests, on the servers as well."""
-        self.end()
+    def wait(self) -> None:
+        """Wait a little for what `end` has begun."""
         wait([self._work], 2 * _FAREWELL_S)
-
-    def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
-        if on_token is not None:
-            done = len(self._answers)
-            on_token((self._total - done) * self._samples, self._longest * done // max(1, self._total))
 
     async def _complete(self) -> None:
         async with self._places[0].server.connections() as self._client:
@@ -284,7 +274,7 @@ class Dispatch:
         place.why = f"it has weights {label} instead of {self._labels[-1]}: it was restarted, or another run uses it"
 
     def _try_again(self, place: _Place, request: _Request) -> None:
-        # Of what did not come in time no answer is needed any more.
+        # A late answer is no longer needed.
         self._farewells.add(asyncio.create_task(place.server.end(self._client, [self._name_of(request)])))
         now = time.monotonic()
         if not request.failures:

@@ -6,7 +6,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
-from hybrid_lightning.rollout.vllm.guest import Guest
+from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
@@ -91,7 +91,7 @@ class VLLMSampler(VLLMEngine):
             raise ConfigError("sampler.engine_args must not have 'enable_sleep_mode'; give sampler.sleep")
         self.gpu_memory_utilization, self.max_model_len, self.sleep = gpu_memory_utilization, max_model_len, sleep
         self.engine_args = dict(engine_args or {})
-        self._guest = Guest(_ENVIRONMENT)
+        self._process = IsolatedProcess(_ENVIRONMENT)
         self._llm: Any = None
         self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
         self._asleep = False
@@ -121,14 +121,14 @@ class VLLMSampler(VLLMEngine):
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """See `RolloutEngine`. The first call starts the engine."""
         everything = self.needs_everything(weights, model) if everything is None else everything
-        with self._guest.visiting():
+        with self._process.entered():
             if self._llm is None:
                 self._start(model)
             elif self.version == weights.version:
                 return
             self._wake("weights")
         self.version, self._base = None, ""  # until all is well
-        with self._guest.visiting():
+        with self._process.entered():
             self._llm.collective_rpc(load, args=(self._gathered(weights.stream(everything)), everything))
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.set_weight_version(str(weights.version))
@@ -137,7 +137,7 @@ class VLLMSampler(VLLMEngine):
     def _gathered(self, weights: Iterator[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
         """Name and value of each weight; ranks may have to gather it, by their own process groups."""
         while True:
-            with self._guest.with_own_groups():
+            with self._process.with_own_groups():
                 weight = next(weights, None)
             if weight is None:
                 return
@@ -201,8 +201,8 @@ class VLLMSampler(VLLMEngine):
         else:
             options["enable_sleep_mode"] = self.sleep != "nothing"
             options["distributed_executor_backend"] = "external_launcher"  # which takes the device from the variables below
-            self._guest.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
-            self._guest.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            self._process.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
+            self._process.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
@@ -214,9 +214,15 @@ class VLLMSampler(VLLMEngine):
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
-    def complete(self, *arguments: Any, **options: Any) -> Begun[list[list[Answer]]]:
-        """See `VLLMEngine`; they are made when they are waited for."""
-        return Begun(partial(self._completed, *arguments, **options))
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
+        on_answers: OnAnswers | None = None,
+    ) -> RolloutFuture[list[list[Answer]]]:
+        """See `VLLMEngine`; they are made when they are asked for."""
+        return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
 
     @torch.no_grad()
     def _completed(
@@ -224,10 +230,10 @@ class VLLMSampler(VLLMEngine):
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
-        on_answers: OnAnswers | None = None,
+        on_answers: OnAnswers | None,
     ) -> list[list[Answer]]:
         answers: dict[str, list[Answer]] = {}
-        with self._guest.visiting():
+        with self._process.entered():
             from vllm import SamplingParams
             from vllm.sampling_params import RequestOutputKind
 
@@ -265,7 +271,7 @@ class VLLMSampler(VLLMEngine):
         """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""
         if self._llm is None or self._asleep or self.sleep == "nothing" or not torch.cuda.is_available():
             return
-        with self._guest.visiting():
+        with self._process.entered():
             if self.sleep == "weights":
                 self._llm.sleep(level=1)
             else:
@@ -285,14 +291,14 @@ class VLLMSampler(VLLMEngine):
         atexit.unregister(self.shut_down)
         if self._llm is None:
             return
-        with self._guest.visiting():
+        with self._process.entered():
             from vllm.distributed import parallel_state
 
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             parallel_state.destroy_model_parallel()
             parallel_state._WORLD = None
-            self._guest.end_groups()
+            self._process.end_groups()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

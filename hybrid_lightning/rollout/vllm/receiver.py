@@ -15,7 +15,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from hybrid_lightning.rollout.vllm.transfer import LACKS, check_facts, check_joined, facts_of, gloo_group, local_address
+from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
 
 
 @dataclass

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import check_version
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError

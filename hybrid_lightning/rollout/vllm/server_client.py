@@ -15,8 +15,8 @@ from typing import Any, Self
 import httpx
 
 from hybrid_lightning.errors import RolloutError, shorten
+from hybrid_lightning.rollout.vllm import LACKS
 from hybrid_lightning.rollout.vllm.completing import Answer
-from hybrid_lightning.rollout.vllm.transfer import LACKS
 
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for questions that a server answers between two steps of its engine

@@ -10,23 +10,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
-from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.future import RolloutFuture, in_thread
+from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, SamplingRequest, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
-from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, in_thread, local_address
+from hybrid_lightning.rollout.vllm.transfer import REQUEST, GlooTransfer, NcclTransfer, Transfer, Update, local_address
 from hybrid_lightning.types import Rollouts
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine
 
 _UPDATING = "updating"  # label of a server whose weights are on their way
 # Seconds in which a server has to say which weights it has, and those for one that could not be updated.
@@ -58,7 +63,7 @@ class VLLMServerSampler(VLLMEngine):
     The other arguments are those of `RolloutEngine`.
     """
 
-    completes_elsewhere = shared_by_ranks = True
+    is_remote = shared_by_ranks = True
     # Where and how fast completions are made, and not which.
     OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
@@ -179,7 +184,7 @@ class VLLMServerSampler(VLLMEngine):
         """See `RolloutEngine`."""
         return self._asking
 
-    def begin(self, *arguments: Any, **options: Any) -> Begun[Rollouts]:
+    def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
         """See `RolloutEngine`. Another thread may call it, too.
 
         Raises:
@@ -190,7 +195,7 @@ class VLLMServerSampler(VLLMEngine):
                 raise RolloutError(
                     f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}; start them again"
                 )
-            return super().begin(*arguments, **options)
+            return super().begin(engine, tokenizer, request)
 
     @property
     def _running(self) -> list[Dispatch]:
@@ -252,7 +257,7 @@ class VLLMServerSampler(VLLMEngine):
         self._settle(sent, 2 * self.timeout)
 
     def _prepare(self, update: Update, model: ServedModel, server: Server) -> None:
-        server.pause(keeps=self.requests_go_on)
+        server.pause(keeps=self.inflight_updates)
         server.set_label(_UPDATING)
         if server not in self._transfers or update.everything:
             self._transfers[server] = self._connected(server, model)
@@ -344,7 +349,7 @@ class VLLMServerSampler(VLLMEngine):
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
 
     def _ask(self, servers: Iterable[Server], question: Callable[[Server], _T]) -> dict[Server, "Future[_T]"]:
-        return {server: in_thread(partial(question, server)) for server in servers}
+        return {server: in_thread(partial(question, server), REQUEST) for server in servers}
 
     def _of_each(
         self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
@@ -362,24 +367,23 @@ class VLLMServerSampler(VLLMEngine):
         parameters: Sequence[dict[str, Any]],
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None = None,
-    ) -> Begun[list[list[Answer]]]:
+    ) -> RolloutFuture[list[list[Answer]]]:
         """See `VLLMEngine`. The requests are made in a thread of their own."""
         if not prompt_ids:
-            return Begun(list)
+            return RolloutFuture(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
         label = str(self.version)
         dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
         self._dispatches = [*self._running, dispatch]
-        dispatch.start(on_answers)
-        return Begun(lambda: dispatch.answers(on_token), lambda: dispatch.wait(on_token), dispatch.end)
+        return dispatch.start(on_token, on_answers)
 
     def shut_down(self) -> None:
         """End requests and close the connections; the servers go on, and may be used by another run."""
         for dispatch in self._dispatches:
             dispatch.end()
         for dispatch in self._dispatches:
-            dispatch.cancel()
+            dispatch.wait()
         connected = list(self._transfers)
         for server in connected:
             self._disconnect(server)

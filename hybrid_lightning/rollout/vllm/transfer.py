@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from hybrid_lightning.errors import RolloutError, one_line
+from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.vllm import BACKEND
 
 if TYPE_CHECKING:
-    from hybrid_lightning.rollout.rollout_engine import ServedModel
+    from hybrid_lightning.rollout.interface import ServedModel
     from hybrid_lightning.rollout.vllm.server_client import Server
 
-_T = TypeVar("_T")
-LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
+REQUEST = "request to a vLLM server"  # name of threads
 _LIMIT_S = 120.0  # longest time in which a weight may be on its way
 _SLOWEST = 1e7  # bytes in a second that a network brings at least
 _FACTS = (
@@ -109,7 +109,7 @@ class Transfer(ABC):
         """
         self._longest = self._timeout + update.longest_s
         self._server.start_weight_update()
-        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest))
+        self._answer = in_thread(lambda: self._server.update_weights(self._told(update), self._longest), REQUEST)
 
     def give(self, value: Tensor) -> None:
         """Send the next weight, which has been read when this returns.
@@ -181,7 +181,7 @@ class GlooTransfer(Transfer):
         asked = {"host": self._address, "port": store.port, "ranks": self._ranks, "config": facts_of(self._model.config)}
         asked["timeout_s"] = 2 * self._limit  # while another server that hangs is waited for
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked))
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked), REQUEST)
         present = [f"worker {rank}" for rank in range(1, self._ranks)]
         what = f"its workers do not reach this machine at {self._address}:{store.port}"
         self._wait_until(lambda: store.check(present), answer, what, "open the ports between them, or give sampler.address")
@@ -224,8 +224,8 @@ class NcclTransfer(Transfer):
         port = free_port()
         # Not packed: weights are sent from the one buffer that they are computed in.
         asked = {"master_address": self._address, "master_port": port, "rank_offset": 1, "world_size": self._ranks}
-        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}))
-        joined = in_thread(lambda: self._join(port))
+        answer = in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"packed": False}), REQUEST)
+        joined = in_thread(lambda: self._join(port), REQUEST)
         what = f"its workers and this machine do not meet over NCCL at {self._address}:{port}"
         remedy = "open the ports between them, give sampler.address, or set NCCL_SOCKET_IFNAME here and there"
         try:
@@ -268,20 +268,6 @@ class NcclTransfer(Transfer):
             sent = self._stream.record_event()
         remedy = "see what it logs and start it again; if NCCL takes the wrong network, set NCCL_SOCKET_IFNAME here and there"
         self._wait_until(sent.query, answer, "its workers took no weight over NCCL", remedy)
-
-
-def in_thread(call: Callable[[], _T], name: str = "request to a vLLM server") -> "Future[_T]":
-    """Make a call in a thread of its own, which does not keep the process alive."""
-    answer: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name=name).start()
-    return answer
 
 
 def _wait_for(answer: "Future[None]", limit: float) -> None:

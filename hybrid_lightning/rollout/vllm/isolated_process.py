@@ -1,9 +1,9 @@
-"""`Guest`: lets vLLM work in the training process without changing it.
+"""`IsolatedProcess`: lets vLLM work in the training process without changing it.
 
 vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`,
 makes a default process group where there is none and further groups in one that is there, freezes the garbage collector, binds
 memory to NUMA nodes, and sets environment variables, such as LD_PRELOAD. Training would then draw other numbers, take itself for
-distributed, or hand those variables to processes that it starts. So every call of vLLM is made within `visiting`, which gives
+distributed, or hand those variables to processes that it starts. So every call of vLLM is made within `entered`, which gives
 vLLM a world of its own, kept from call to call, and puts everything back afterwards.
 """
 
@@ -29,7 +29,7 @@ _MEMORY_POLICY = {"x86_64": (239, 238), "aarch64": (236, 237)}
 _NODES = 1024  # bits of a mask of NUMA nodes
 
 
-class Guest:
+class IsolatedProcess:
     """The state of a process as vLLM wants it, put in place while vLLM works.
 
     Args:
@@ -50,7 +50,7 @@ class Guest:
         os.environ.update(variables)
 
     @contextmanager
-    def visiting(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         """Within this context the process is vLLM's; nested contexts change nothing."""
         if self._within:
             yield
@@ -93,7 +93,7 @@ class Guest:
 
     @contextmanager
     def with_own_groups(self) -> Iterator[None]:
-        """Within this context, inside of `visiting`, the process groups are training's."""
+        """Within this context, inside of `entered`, the process groups are training's."""
         _enter_world(self._outside)
         try:
             yield
@@ -101,7 +101,7 @@ class Guest:
             _enter_world(self._world)
 
     def end_groups(self) -> None:
-        """End vLLM's process groups, inside of `visiting`. torch's `destroy_process_group` would end training's, too."""
+        """End vLLM's process groups, inside of `entered`. torch's `destroy_process_group` would end training's, too."""
         assert self._within
         for group in list(self._world.pg_map):
             group.shutdown()

@@ -16,7 +16,7 @@ from vllm_of_tests import largest_difference, needs_vllm, policy_of, write_model
 
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.vllm.guest import Guest, _memory_policy
+from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess, _memory_policy
 from hybrid_lightning.types import Prompt
 
 PROMPTS = [Prompt(text="12+3=")]
@@ -72,12 +72,12 @@ def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_i
     assert all(torch.equal(before_run[name], within[name]) and torch.equal(before_run[name], after[name]) for name in before_run)
 
 
-def test_what_a_guest_changes_is_put_back_after_an_error_too_and_given_to_it_again(monkeypatch):
+def test_what_vllm_changes_is_put_back_after_an_error_too_and_given_to_it_again(monkeypatch):
     monkeypatch.setenv("A_VARIABLE", "ours")
-    guest = Guest({"OF_THE_GUEST": "1"})
+    process = IsolatedProcess({"OF_VLLM": "1"})
     before = state()
-    with guest.visiting():
-        assert os.environ["OF_THE_GUEST"] == "1"
+    with process.entered():
+        assert os.environ["OF_VLLM"] == "1"
         os.environ["A_VARIABLE"] = "changed"
         del os.environ["PATH"]
         torch.manual_seed(5)
@@ -91,14 +91,14 @@ def test_what_a_guest_changes_is_put_back_after_an_error_too_and_given_to_it_aga
         assert gc.get_freeze_count() <= freeze
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert state() == before and drawn
-    with pytest.raises(ValueError, match="of the guest"), guest.visiting():
+    with pytest.raises(ValueError, match="of vLLM"), process.entered():
         assert os.environ["A_VARIABLE"] == "changed" and "PATH" not in os.environ
         assert torch.set_num_threads is print and dist.is_initialized()
-        with guest.with_own_groups():
+        with process.with_own_groups():
             assert not dist.is_initialized()
         assert dist.is_initialized()
         dist.destroy_process_group()
-        raise ValueError("of the guest")
+        raise ValueError("of vLLM")
     assert state() == before
 
 

@@ -1,0 +1,166 @@
+"""`RolloutFuture`: a rollout in progress, and `in_thread`: a call in a thread of its own.
+
+    future = sampler.begin(engine, tokenizer, request)      begun: by servers or a thread, or not yet
+    future = future.then(score)                             and what is done with it, in the thread that asks for the result
+    future.result()
+
+This file needs only Python, since it is also read in the workers of vLLM servers.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+from hybrid_lightning.errors import RolloutError
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+_SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
+_END_S = 4.0  # in which what was cancelled, since waiting for it was interrupted, has ended
+
+
+class RolloutFuture(Generic[_T]):
+    """A rollout in progress, as a `concurrent.futures.Future` whose last part is computed by the thread that asks for it.
+
+    The first part may be made elsewhere, by servers or another thread; `wait` waits for it. The rest is computed by `result`,
+    once. An engine in this process has no first part: it computes all when `result` is called.
+
+    If waiting or computing fails, what was begun is cancelled. An interrupt (a signal) leaves the future cancelled; any other
+    exception is raised again by the next `result`.
+
+    Args:
+        compute: Computes the result.
+        source: What has to be done before that.
+        context: Makes the context within which it is waited for and computed.
+        on_wait: Called from time to time while a `Future` is waited for.
+        on_cancel: Called when this is cancelled, beside `source.cancel` of another `RolloutFuture`.
+
+    Attributes:
+        waited_s: Seconds for which it was waited for.
+
+    Example:
+        >>> RolloutFuture(lambda: [1, 2]).then(sum).result()
+        3
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[], _T],
+        source: "RolloutFuture[Any] | Future[Any] | None" = None,
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        on_wait: Callable[[], object] = lambda: None,
+        on_cancel: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._compute: Callable[[], _T] | None = compute
+        self._source, self._context = source, context
+        self._on_wait, self._on_cancel = on_wait, on_cancel
+        self._values: list[_T] = []  # the result, once it is known
+        self._failure: Exception | None = None
+        self._cancelled = False
+        self._is_remote: bool = isinstance(source, Future) or (source is not None and source._is_remote)
+        self._waited = not self._is_remote
+        self.waited_s = 0.0
+
+    @classmethod
+    def of(cls, value: _T) -> "RolloutFuture[_T]":
+        """The future of something that is made already."""
+        return RolloutFuture(lambda: value)
+
+    def then(self, function: Callable[[_T], _U], on_cancel: Callable[[], object] = lambda: None) -> "RolloutFuture[_U]":
+        """The future of what a function makes of the result, in the thread that asks for it."""
+        return RolloutFuture(lambda: function(self.result()), self, on_cancel=on_cancel)
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> "RolloutFuture[_T]":
+        """The same future, waited for and computed within a context."""
+        return RolloutFuture(self.result, self, context=context)
+
+    def done(self) -> bool:
+        """Whether there is nothing to wait for: what is made elsewhere is made, or was cancelled."""
+        return self._cancelled or self._waited or (self._source is not None and self._source.done())
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled
+
+    def cancel(self) -> bool:
+        """Begin to end what is made elsewhere, since nobody needs it any more; False if the result is known already."""
+        if self._values or self._cancelled:
+            return self._cancelled
+        self._cancelled = True
+        self._on_cancel()
+        if isinstance(self._source, RolloutFuture):
+            self._source.cancel()
+        return True
+
+    def wait(self) -> None:
+        """Wait for what is made elsewhere; `result` has little to do after it."""
+        if self._waited or self._cancelled:
+            return
+        began = time.perf_counter()
+        try:
+            with self._context():
+                if isinstance(self._source, RolloutFuture):
+                    self._source.wait()
+                elif self._source is not None:
+                    self._wait_for(self._source)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - began
+        self._waited = True
+
+    def result(self) -> _T:
+        """The result; what is left to do for it is done now.
+
+        Raises:
+            RolloutError: If it was cancelled. Other exceptions are those of what makes it.
+        """
+        if self._values:
+            return self._values[0]
+        if self._failure is not None:
+            raise self._failure
+        if self._cancelled:
+            raise RolloutError("the rollout was cancelled")
+        self.wait()
+        assert self._compute is not None, "the result is not known yet"
+        try:
+            with self._context():
+                self._values.append(self._compute())
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._compute = self._source = None  # whose results need not stay in memory
+        return self._values[0]
+
+    def _wait_for(self, source: "Future[Any]") -> None:
+        try:
+            while not wait([source], _SLICE_S).done:
+                self._on_wait()
+            self._on_wait()
+        except BaseException:  # a signal, too: servers are told before the process ends
+            self.cancel()
+            wait([source], _END_S)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        self.cancel()
+        self._failure = error if isinstance(error, Exception) else None
+
+
+def in_thread(call: Callable[[], _T], name: str) -> "Future[_T]":
+    """Make a call in a thread of its own, which does not keep the process alive."""
+    answer: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=name).start()
+    return answer

@@ -1,0 +1,120 @@
+"""What a rollout engine is asked, and what it is told of the policy's weights and model.
+
+`SamplingRequest` is what every engine gets. An engine that has a copy of the policy's weights is given new ones as
+`PolicyWeights`, whose `WeightsVersion` every completion then names.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
+
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.types import Completion, Prompt
+
+Draws = torch.Generator | PromptDraws | None  # on the model's device, or of the prompts; None: torch's global generator
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a completion."""
+
+    ids: tuple[int, ...]  # stop tokens
+    strings: StopStringCriteria | None  # recognises stop strings; slow to make, since it looks at the whole vocabulary
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """Prompts to be completed, and how: P prompts, G completions of each, B = P * G in prompt-major order."""
+
+    prompts: Sequence[Prompt]  # P, which become part of the result
+    prompt_ids: Sequence[Sequence[int]] = ()  # token ids of each prompt
+    samples_per_prompt: int = 1  # G
+    draws: Draws = None  # source of random numbers
+    greedy: bool = False  # take the most probable token instead of sampling; G must then be 1
+    stops: Stops | None = None  # from `RolloutEngine.stops`; None makes it for this request
+    limits: Sequence[int] | None = None  # most new tokens of the completions of each prompt, [P]; None: `max_new_tokens`
+    # Called after every token with (sequences still running, tokens decoded), for progress bars. An exception from it ends the
+    # sampling.
+    on_token: Callable[[int, int], None] | None = None
+    # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread; not for
+    # all of them, as where they end together.
+    on_completion: Callable[[int, Completion], None] | None = None
+
+    def __post_init__(self) -> None:
+        assert not self.greedy or self.samples_per_prompt == 1, "greedy completions of one prompt are all the same"
+
+
+@dataclass(frozen=True)
+class WeightsVersion:
+    """Which weights a policy has; equal versions are equal weights."""
+
+    step: int  # optimizer steps that made them
+    digest: str  # of the base model and the trained values
+
+    def __str__(self) -> str:
+        return f"{self.step}-{self.digest}"
+
+    @classmethod
+    def parse(cls, label: str) -> Self | None:
+        """The version that `str` wrote, None if it did not write this label."""
+        step, _, digest = label.partition("-")
+        return cls(int(step), digest) if step.isdecimal() and digest else None
+
+
+class PolicyWeight(Protocol):
+    """One weight as the policy computes with it: LoRA is merged into it."""
+
+    @property
+    def name(self) -> str:
+        """Name in a checkpoint of the base model."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape in such a checkpoint."""
+
+    def write_rows(self, destination: Tensor, first: int) -> None:
+        """Compute the rows from number `first` on in float32, and round them once to the dtype of the destination.
+
+        It is [rows, ...], on the weight's device or another.
+        """
+
+
+class PolicyWeights(Protocol):
+    """The weights of a policy at one moment, for engines that have weights of their own."""
+
+    @property
+    def version(self) -> WeightsVersion:
+        """Which weights these are."""
+
+    @property
+    def base(self) -> str:
+        """What tells the weights that training leaves alone from those of other models."""
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
+
+    def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
+
+    def stream(self, everything: bool) -> Iterator[PolicyWeight]:
+        """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
+
+        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole.
+        """
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an engine with weights of its own has to know of the policy's model."""
+
+    config: Any  # of transformers
+    tokenizer: PreTrainedTokenizerBase
+    folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
+    dtype: torch.dtype  # of the policy's matrix products
+    device: torch.device  # that trains
+    resumed: bool = False  # whether the policy's training continues from a checkpoint

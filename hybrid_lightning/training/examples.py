@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
@@ -26,7 +25,7 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
-from hybrid_lightning.training.calibration import CalibrationLosses, StepCalibration, TrainingCalibration, equal_slices
+from hybrid_lightning.training.calibration import CalibrationLosses, training_losses
 from hybrid_lightning.training.evaluation import ExampleEvaluation
 from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.training.optim import LearningRateSchedule, OptimizerCallable
@@ -223,12 +222,8 @@ class ExampleModule(LanguageModule):
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
-    def calibration_losses(
-        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
-    ) -> CalibrationLosses:
+    def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of training examples under the start policy.
-
-        Arguments are those of `LanguageModule`; nothing is kept, since nothing is made before the losses.
 
         Raises:
             ConfigError: If there are fewer training examples than one optimizer step takes.
@@ -237,17 +232,11 @@ class ExampleModule(LanguageModule):
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
         count = min(self.examples_per_step if num_prompts is None else num_prompts, len(order))
-        if steps is not None:
-            count = steps * self.examples_per_step
-        chosen = [prompts[order[i % len(order)]] for i in range(count)]
-        parts = []
-        for some in equal_slices(count, steps or 1):
-            rows = self.example_sequences(chosen[some], self.model_device)
-            ones = torch.ones(len(rows), device=self.model_device)
-            chunks = [(rows.rows(chunk), ones[chunk]) for chunk in self.update.chunks(rows)]
-            parts.append(TrainingCalibration("examples", rows, chunks, self.loss, self.calibration_logprobs))
-        losses = parts[0] if steps is None else StepCalibration(parts)
-        losses.info["prompts"] = len(chosen)
+        rows = self.example_sequences([prompts[place] for place in order[:count]], self.model_device)
+        ones = torch.ones(len(rows), device=self.model_device)
+        chunks = [(rows.rows(chunk), ones[chunk]) for chunk in self.update.chunks(rows)]
+        losses = training_losses("examples", rows, chunks, self.loss, self.calibration_logprobs)
+        losses.info["prompts"] = count
         return losses
 
 

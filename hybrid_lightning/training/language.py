@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.episodes.episodes import Episodes, has_failed
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -357,15 +356,11 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             return self.logprobs(sequences)
 
     @abstractmethod
-    def calibration_losses(
-        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
-    ) -> CalibrationLosses:
+    def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
         """Losses of the start policy, whose mean gradient scores the modules.
 
         Args:
             num_prompts: Training prompts to use; None uses as many as one optimizer step or rollout has.
-            kept: Saves what is made before the first loss, and returns what a stopped run has saved.
-            steps: The losses of as many optimizer steps; `num_prompts` is not used then.
         """
 
     @abstractmethod

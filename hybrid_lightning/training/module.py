@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 
-from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.environments import Environment, EpisodeLimits
@@ -37,14 +36,7 @@ from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun, RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
-from hybrid_lightning.training.calibration import (
-    AnswerCalibration,
-    CalibrationLosses,
-    RewardCalibration,
-    StepCalibration,
-    calibration_rollouts,
-    equal_slices,
-)
+from hybrid_lightning.training.calibration import CalibrationLosses, answer_losses, calibration_rollouts, reward_losses
 from hybrid_lightning.training.evaluation import Evaluation, repeat_prompts
 from hybrid_lightning.training.language import LanguageModule
 from hybrid_lightning.training.optim import LearningRateSchedule, OptimizerCallable
@@ -456,13 +448,11 @@ class PolicyModule(LanguageModule):
                 "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
             )
 
-    def calibration_losses(
-        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
-    ) -> CalibrationLosses:
+    def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
         Where all rewards are equal they have no gradient. The supervised losses of reference answers are then used, if the data
-        has answers. Arguments are those of `LanguageModule`.
+        has answers.
 
         Raises:
             ConfigError: If there are too few training prompts, or all completions are masked.
@@ -473,12 +463,8 @@ class PolicyModule(LanguageModule):
         order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
         schedule = self.rollout_schedule
         count = min(schedule.prompts_per_rollout if num_prompts is None else num_prompts, len(order))
-        minibatches = 1
-        if steps is not None:
-            needed = -(-steps // schedule.minibatches_per_rollout)  # rollouts
-            count, minibatches = needed * schedule.prompts_per_rollout, needed * schedule.minibatches_per_rollout
-        chosen = [prompts[order[i % len(order)]] for i in range(count)]
-        rollouts, rewards = self.last_calibration = calibration_rollouts(self, chosen, kept or ScoringProgress())
+        chosen = [prompts[place] for place in order[:count]]
+        rollouts, rewards = self.last_calibration = calibration_rollouts(self, chosen)
         self.sampler.release_memory()
         credited = self.credited(rollouts, rewards)
         advantages = token_advantages(self.advantage.of_rewards(credited, rollouts.samples_per_prompt), rollouts)
@@ -492,17 +478,11 @@ class PolicyModule(LanguageModule):
         # Not that of training, beside whose state less fits; and of the model's device, to which the policy goes only later.
         device = self.model_device
         max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, device)
-        parts: list[CalibrationLosses] = []
+        logprobs = self.calibration_logprobs
         if bool(advantages[sequences.sampled_mask.any(dim=1)].any()):
             longest = self.max_completion_tokens
-            for rows in equal_slices(len(sequences), minibatches)[:steps]:
-                step, weights, of_step = sequences.rows(rows), advantages[rows], None if counted is None else counted[rows]
-                parts.append(RewardCalibration(step, weights, self.loss, self.calibration_logprobs, max_tokens, longest, of_step))
+            losses = reward_losses(sequences, advantages, self.loss, logprobs, max_tokens, longest, counted)
         else:
-            device = sequences.completion_ids.device
-            for rows in equal_slices(len(chosen), min(minibatches, len(chosen)))[:steps]:
-                ids = [self.encode(prompt) for prompt in chosen[rows]]
-                parts.append(AnswerCalibration(chosen[rows], ids, self.tokenizer, self.calibration_logprobs, max_tokens, device))
-        losses = parts[0] if steps is None else StepCalibration(parts)
+            losses = answer_losses(chosen, [self.encode(p) for p in chosen], self.tokenizer, logprobs, max_tokens, device)
         losses.info["prompts"] = len(chosen)
         return losses

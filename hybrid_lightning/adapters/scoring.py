@@ -63,10 +63,10 @@ class Scoring:
         gradients: GradientMode | None = None,
         loss_scale: float = 1.0,
     ) -> None:
-        self._ranks = {name: rank if isinstance(rank, int) else rank[name] for name in candidates}
-        if max(self._ranks.values(), default=0) < 1:
+        self._lora_ranks = {name: rank if isinstance(rank, int) else rank[name] for name in candidates}
+        if max(self._lora_ranks.values(), default=0) < 1:
             raise ConfigError(
-                f"rank={max(self._ranks.values(), default=0)} leaves nothing to score; give a LoRA rank of at least 1"
+                f"rank={max(self._lora_ranks.values(), default=0)} leaves nothing to score; give a LoRA rank of at least 1"
             )
         self._model, self._candidates, self._losses, self._scorer = model, candidates, losses, scorer
         self._gradients, self._loss_scale = gradients or ExactGradients(), loss_scale
@@ -148,7 +148,7 @@ class Scoring:
                 raise ModelError(f"the weight of {name} is {module.weight.dtype}; score the model before it is quantized")
         for name in self.own():
             weight: Any = modules[name].weight
-            self._sums[name] = self._gradients.new_sum(name, weight, self._ranks[name])
+            self._sums[name] = self._gradients.new_sum(name, weight, self._lora_ranks[name])
         with _only_candidates_trainable(self._model, modules), torch.enable_grad():
             for seen in self.backward_all():
                 self._seen = seen
@@ -229,7 +229,7 @@ class Scoring:
             parameters=sum(parameter.numel() for parameter in module.parameters()),
             gradient=None if total is None else total.mean(self._seen),
         )
-        value = scorer.score(statistics, self._ranks[name])
+        value = scorer.score(statistics, self._lora_ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Under FSDP2 all ranks score together: the plan is that of one process up to rounding, and none has the whole model meanwhile."""
+"""Under FSDP2 all ranks score together: the plan is that of one process up to rounding, and none has the whole model."""
 
 import gc
 import os
@@ -28,14 +28,14 @@ class Broken(Scorer):
         return 0.0
 
 
-# Adapter, policy, and how far scores may be apart. Ranks add gradients of float32 up in another order: they differ by a few 2^-24
-# each, and tails, which are small differences of energies, by some hundred times that. FSDP2 adds those of a bfloat16 weight up
-# in bfloat16, and so rounds each entry by up to 2^-9: the tail gets noise of some 1e-5 of all energy, a percent where it is small.
+# Adapter, policy, and how far scores may be apart. Ranks add float32 gradients up in another order, which moves entries by a few
+# 2^-24 and tails, sums over the smallest directions, by some ten times that. FSDP2 adds gradients of bfloat16 weights up in
+# bfloat16, which moves entries by up to 2^-9 each; that is full-rank noise, and a tail has at most about 2^-9 more of it.
 JOBS = {
-    "default": ({"scorer": PreconditionedTail()}, {"gradient_checkpointing": True}, 1e-4),
-    "16 bits": ({"scorer": PreconditionedTail()}, {"dtype": "bfloat16"}, 2e-2),
-    "sketches": ({"scorer": TailEnergy(), "gradients": SketchedGradients(size=5), "calibration_prompts": 7}, {}, 1e-4),
-    "rewards that tie": ({"scorer": TailEnergy(), "calibration_prompts": 2}, {"reward": Constant()}, 1e-4),
+    "default": ({"scorer": PreconditionedTail()}, {"gradient_checkpointing": True}, 1e-5),
+    "16 bits": ({"scorer": PreconditionedTail()}, {"dtype": "bfloat16"}, 5e-3),
+    "sketches": ({"scorer": TailEnergy(), "gradients": SketchedGradients(size=5), "calibration_prompts": 7}, {}, 1e-5),
+    "rewards that tie": ({"scorer": TailEnergy(), "calibration_prompts": 2}, {"reward": Constant()}, 1e-5),
 }
 SIZES = {"sampler": ByPrompt(12, short=tuple(range(0, 24, 3))), "max_tokens_per_micro_batch": 40, "prompts_per_rollout": 6}
 

@@ -12,10 +12,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.scoring_progress import SCORING
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, known_folder, run_folder
+from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects
@@ -35,8 +34,8 @@ class GracefulStop(Callback):
     The checkpoint `checkpoints/stopped.ckpt` is that of the last finished optimizer step. What was begun after it is undone: a
     rollout that is being generated will be drawn again in the same way, the gradients of an unfinished step are dropped and its
     micro-batches go back to the loader, and a validation is made by the resumed run. So the curves of both runs together are
-    those of a run that was not stopped. Before the first rollout there is no checkpoint, but the scores so far are kept (see
-    `HybridAdapterSetup`). If a rollout engine fails, a checkpoint is saved as well, and if a reward fails, after at least one
+    those of a run that was not stopped. Before the first rollout there is no checkpoint: a run that is stopped while it scores
+    the modules begins anew. If a rollout engine fails, a checkpoint is saved as well, and if a reward fails, after at least one
     step of a run with one process.
 
     Several processes agree on where they stop: a signal to one of them is enough, and all save together. A second signal ends a
@@ -184,9 +183,6 @@ class GracefulStop(Callback):
         if saves:
             self._save(trainer, exception)
         elif isinstance(exception, RunStopped) and trainer.is_global_zero:
-            holder = find_callback(trainer, RunFolder)
-            if holder is not None and _scoring_of(trainer) is not None:
-                holder.keep()
             say(f"Stopped: {_go_on_from(trainer)}")
         if isinstance(exception, RunStopped):
             exception.explained = True
@@ -268,18 +264,10 @@ def _go_on_from(trainer: Trainer) -> str:
         return "start the command again"
     if checkpoint := last_checkpoint(trainer):
         return f"go on with:\n  {resume_command(trainer, checkpoint)}"
-    if scoring := _scoring_of(trainer):
-        return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, scoring)}"
-    return NOTHING_MADE
+    return f"{NOTHING_MADE} (scoring begins anew)"
 
 
 def last_checkpoint(trainer: Trainer) -> str | Path | None:
     """The checkpoint to resume from; falsy if there is none."""
     # Not `last_model_path`, which Lightning sets before it writes a file: the writing of that file may have been interrupted.
     return getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
-
-
-def _scoring_of(trainer: Trainer) -> Path | None:
-    """The folder with what scoring has found in this run, if there is one. This makes no run folder."""
-    folder = known_folder(trainer)
-    return folder / SCORING if folder is not None and (folder / SCORING).is_dir() else None

@@ -36,9 +36,8 @@ class HybridAdapterSetup(Configurable, Callback):
     """Chooses the modules that are trained fully and gives LoRA to all other candidates.
 
     The plan is taken from the checkpoint that is being loaded, else from `plan`, else it is made by scoring. It is written to the
-    run folder as `plan.json` and `plan.png`. Scores are saved as they are found, in the folder `scoring` of the run folder: if
-    that is given as `ckpt_path` to another run with the same settings, scoring continues from there to the same plan. Evaluation
-    without a checkpoint and without `plan` leaves the model unchanged.
+    run folder as `plan.json` and `plan.png`. Scoring that a stop interrupts begins anew when the command is started again.
+    Evaluation without a checkpoint and without `plan` leaves the model unchanged.
 
     Checkpoints hold the settings of the run. When a run is resumed, they are compared with the new ones, and what was changed is
     applied or refused (see `callbacks/resume.py`).
@@ -104,7 +103,6 @@ class HybridAdapterSetup(Configurable, Callback):
         )
         self.given_plan = None if plan is None else AdapterPlan.load(plan)  # a bad file is found before anything is loaded
         self.plan_path, self.keep_start_weights = plan, keep_start_weights
-        self.earlier_scoring: Path | None = None  # folder of scores that a stopped run has saved, to go on from
         self.plan: AdapterPlan | None = None
         self.resume = Resume()
 
@@ -114,7 +112,7 @@ class HybridAdapterSetup(Configurable, Callback):
         An adapter that is already applied stays unchanged. A plan file that is not its plan, or not that of the checkpoint, is
         refused, and so are settings that differ from the checkpoint's and cannot be changed.
         """
-        folder = run_folder(trainer) if stage == "fit" else None  # made before the scoring, which may be stopped
+        folder = run_folder(trainer) if stage == "fit" else None
         path = trainer.ckpt_path  # if there is no such file, Lightning says so later
         checkpoint = read_checkpoint(path) if path and checkpoint_exists(path) else None
         # First, so that the message for another plan is not about the settings behind it.
@@ -130,7 +128,7 @@ class HybridAdapterSetup(Configurable, Callback):
             check_evaluated(checkpoint, self)
         self.plan = applied_plan(pl_module)
         if self.plan is None:
-            self.plan = self._adapt(trainer, pl_module, saved, folder)
+            self.plan = self._adapt(trainer, pl_module, saved)
         else:
             self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
@@ -180,9 +178,7 @@ class HybridAdapterSetup(Configurable, Callback):
                 f"adapter.plan, or {remedy}"
             )
 
-    def _adapt(
-        self, trainer: Trainer, pl_module: LightningModule, saved: AdapterPlan | None, folder: Path | None
-    ) -> AdapterPlan | None:
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule, saved: AdapterPlan | None) -> AdapterPlan | None:
         check_adaptable(pl_module)
         plan = saved or self.given_plan
         if plan is None and trainer.state.fn != "fit":
@@ -192,10 +188,8 @@ class HybridAdapterSetup(Configurable, Callback):
             if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores
         if plan is None:
-            settings = self.resume.settings_of_scores(pl_module, self.planning.scorer)
-            planner = Planner(self.planning, trainer, pl_module, folder, self.earlier_scoring, settings)
             with time_charged_to(trainer, "scoring"):
-                plan = planner.plan()
+                plan = Planner(self.planning, trainer, pl_module).plan()
         if isinstance(pl_module, AdaptedModule):
             pl_module.adapt(plan, self.keep_start_weights)
             return plan

@@ -5,36 +5,30 @@
 Ranks of FSDP2 score together; otherwise the first rank scores, and the others get its plan or its error, so that none waits.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan, plan_of_budget
+from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring import Scoring
-from hybrid_lightning.adapters.scoring_process import ScoringProcess
-from hybrid_lightning.adapters.scoring_progress import SCORING, ScoringProgress
-from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
-from hybrid_lightning.callbacks.display import console, progress_bar, say
+from hybrid_lightning.callbacks.display import console, progress_bar
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.precision import evaluation_mode
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks
 from hybrid_lightning.stopping import RunStopped, StopSignals
-from hybrid_lightning.training.adaptation import AdaptedModule
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.sharded_scoring import SharedProgress, scored_together
+from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.sharded_scoring import ShardedScoring, split_copy
 
 # Of the losses of scoring in float16: gradients below 1.5e-11 are 0 then, and not those below 6e-8. One that a larger scale took
 # out of float16's range would be refused as not finite.
@@ -48,7 +42,7 @@ class Adaptable(Protocol):
     adapter_attribute: str  # name of the attribute that holds the model
 
     def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
-        """Scalar losses of the start policy, computed anew each time: modules are scored by the mean of their gradients.
+        """Scalar losses of the start policy, computed as they are iterated over: the mean of their gradients scores the modules.
 
         None leaves the number of prompts (or examples) to the module, which should take about as many as one training step has.
         If the iterable has an attribute `info` (a dict of plain values), it is kept in the plan.
@@ -118,9 +112,6 @@ class Planner:
     planning: Planning
     trainer: Trainer
     module: LightningModule  # what is trained, not adapted yet (see `Adaptable`)
-    folder: Path | None  # of the run, in which scores are saved as they are found; None saves nothing
-    earlier: Path | None  # of scores that a stopped run has saved, to go on from; None starts from nothing
-    settings: Mapping[str, Any]  # name -> value of what the scores depend on, which must be as in `earlier`
 
     @property
     def _language(self) -> LanguageModule | None:
@@ -138,7 +129,7 @@ class Planner:
         elif isinstance(trainer.strategy, FSDP2Strategy) and self._language is not None:
             content = trainer.strategy.broadcast(self._make(trainer.strategy).to_dict())
         else:
-            signals = StopSignals() if self._language is None else self._language.signals
+            signals = StopSignals() if self._language is None else self._language.run.signals
 
             def make() -> Any:
                 try:
@@ -155,84 +146,65 @@ class Planner:
         planning, model = self.planning, model_of(self.module)
         if splits is None:
             model.to(self.trainer.strategy.root_device)
-        digest = self.module.base_digest if isinstance(self.module, AdaptedModule) else model_digest(model)
+        digest = self.module.policy.base_digest if isinstance(self.module, LanguageModule) else model_digest(model)
         candidates = planning.candidates(model)
         ranks, arguments = planning.ranks(candidates), self.module.hparams
         if planning.budget.share < 1:
             check_lora_modules(model, (name for name, rank in ranks.items() if rank))
         scores = ModuleScores(seed=arguments.get("seed"))
         if planning.budget.needs_scores:
-            scores = self._score(candidates, ranks, digest, splits)
+            scores = self._score(candidates, ranks, splits)
         base = PlannedModel(str(arguments.get("model", type(model).__name__)), digest, arguments.get("revision"))
         return make_plan(base, candidates, planning.budget, planning.lora, scores, ranks)
 
     # ---- scoring
 
-    def _score(
-        self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], digest: str, splits: FSDP2Strategy | None
-    ) -> ModuleScores:
-        if not self.planning.scorer.needs_calibration:
-            splits = None  # the weights alone, which every rank has, or not even these
-        folder = self.folder / SCORING if self.folder is not None and self.trainer.is_global_zero else None
-        kind = ScoringProgress if splits is None else SharedProgress
-        progress = kind(folder, self.earlier, None if self._language is None else self._language.signals)
-        progress.require({"model": digest, "modules": list(candidates), **self.settings})
-        if splits is None or self._language is None:
-            together: Any = nullcontext(ScoringProcess(progress))
-        else:
-            together = scored_together(self._language, splits, candidates, progress)
-        with together as process:
-            if self.trainer.precision == "16-mixed":
-                process.loss_scale = _LOSS_SCALE
-            return self._score_with(process, candidates, ranks)
-
-    def _score_with(self, process: ScoringProcess, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> ModuleScores:
+    def _score(self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], splits: FSDP2Strategy | None) -> ModuleScores:
         from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
-        planning, scorer, model = self.planning, self.planning.scorer, model_of(self.module)
-        # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
-        use_fused_layers(model, Backend() if self._language is None else self._language.engine.backend)
+        scorer, language = self.planning.scorer, self._language
+        if splits is None or language is None or not scorer.needs_gradient:  # the weights alone, which every rank has
+            model = model_of(self.module)
+            # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
+            use_fused_layers(model, Backend() if language is None else language.policy.engine.backend)
+            return self._scored_by(Scoring, model, candidates, ranks)
+        with split_copy(language.task, splits) as model:
+            return self._scored_by(partial(ShardedScoring, signals=language.run.signals), model, candidates, ranks)
+
+    def _scored_by(
+        self,
+        make_scoring: Callable[..., Scoring],
+        model: nn.Module,
+        candidates: Mapping[str, nn.Module],
+        ranks: Mapping[str, int],
+    ) -> ModuleScores:
+        planning, scorer = self.planning, self.planning.scorer
         losses: Any = []
         info: dict[str, Any] = {}
-        if scorer.needs_calibration:
-            losses = self._losses(process.progress)
+        if scorer.needs_gradient:
+            losses = self._losses()
             info = {"prompts": planning.calibration_prompts, **getattr(losses, "info", {})}
-            if info.get("signal") == "answers" and process.is_first:
+            if info.get("signal") == "answers" and self.trainer.is_global_zero:
                 console().print(
                     "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "
                     "supervised gradient of the reference answers instead"
                 )
+        scale = _LOSS_SCALE if self.trainer.precision == "16-mixed" else 1.0
+        scoring = make_scoring(model, candidates, losses, scorer, ranks, planning.gradients, scale)
         total = len(losses) if isinstance(losses, Sized) else None
-        steps = None
-        if scorer.needs_update:
-            most = plan_of_budget(candidates, planning.budget, planning.lora, planning.rank_pattern).trainable_parameters()
-            steps, turns = OptimizerSteps(self._make_optimizer, most), len(turns_of(candidates, most))
-            info |= {"turns": turns}
-            total = None if total is None else turns * total
-            if process.is_first:
-                say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {most:,} weights")
         with evaluation_mode(model), progress_bar(self.trainer, "Scoring modules", total) as advance:
-            process.on_loss = lambda seen: advance(seen, None)
-            scores = Scoring(model, candidates, losses, scorer, ranks, planning.gradients, steps).run(process)
+            scores = scoring.run(lambda seen: advance(seen, None))
         return ModuleScores(scores, scorer, info, self.module.hparams.get("seed"))
 
-    def _losses(self, progress: ScoringProgress) -> Any:
-        """The module's calibration losses; a language model saves the rollouts behind them, and shows how they are made."""
-        count, scorer, language = self.planning.calibration_prompts, self.planning.scorer, self._language
+    def _losses(self) -> Any:
+        """The module's calibration losses; the progress bar shows how a language model makes the rollouts behind them."""
+        count, language = self.planning.calibration_prompts, self._language
         if language is None:
             assert isinstance(self.module, Adaptable)
             return self.module.calibration_losses(count)
         with progress_bar(self.trainer, "Calibration rollouts", None) as advance:
-            language.generation_listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
+            language.run.listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
             try:
-                steps = {"steps": scorer.steps} if scorer.needs_update else {}
-                return language.calibration_losses(count, kept=progress, **steps)
+                return language.calibration_losses(count)
             finally:
-                language.generation_listeners.remove(listen)
-
-    def _make_optimizer(self, stand_ins: list[nn.Parameter]) -> Optimizer:
-        """The run's optimizer at the rate of fully trained modules; of a module that does not say which, AdamW."""
-        if not isinstance(self.module, AdaptedModule):
-            return AdamW(stand_ins)
-        groups = [{"params": stand_ins, "lr": self.module.rates["full"], "name": "full"}]
-        return self.module.optimization.optimizer(groups)
+                language.run.listeners.remove(listen)

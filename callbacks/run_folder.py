@@ -19,7 +19,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from hybrid_lightning.adapters.scoring_progress import SCORING, SETTINGS
 from hybrid_lightning.callbacks.loggers import given_version, has_begun, keeps_files_in_a_version, logger_root, write_into_version
 from hybrid_lightning.errors import ConfigError
 
@@ -192,10 +191,10 @@ def _cannot_be_made(trainer: Trainer, error: OSError) -> str:
 
 
 def _is_no_work(path: Path, is_folder: bool) -> bool:
-    """Whether losing something in a run folder costs nothing: config, logs, a plan made without scoring, empty folders."""
+    """Whether losing something in a run folder costs nothing: config, logs, a plan, empty folders."""
     if is_folder:
-        return path.name in ("checkpoints", SCORING)
-    return any(path.match(name) for name in (*_LOGS, "config.yaml", "plan.json", "plan.png", f"{SCORING}/{SETTINGS}"))
+        return path.name == "checkpoints"
+    return any(path.match(name) for name in (*_LOGS, "config.yaml", "plan.json", "plan.png"))
 
 
 def _names(asked: Version | None, parents: Iterable[Path]) -> Iterator[tuple[str, Version]]:

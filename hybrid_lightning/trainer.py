@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.scorers import Random
-from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
 from hybrid_lightning.callbacks.diagnosis import Diagnosis, Doctor, StepLines
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
@@ -107,16 +106,6 @@ class Trainer(LightningTrainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
             require_checkpoint(ckpt_path)
-            adapter, found = find_callback(self, HybridAdapterSetup), is_scoring(ckpt_path)
-            if found and self.state.fn != "fit":
-                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found; give it to fit or score")
-            if not found and self.command == "score":
-                raise CheckpointError(
-                    f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
-                )
-            if found and adapter is not None:
-                adapter.earlier_scoring = Path(ckpt_path)
-            ckpt_path = None if found else ckpt_path
         # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
         # them, or it would score the modules again.
         self._checkpoint_connector._ckpt_path = ckpt_path
@@ -239,16 +228,14 @@ class Trainer(LightningTrainer):
         if problem is not None:
             raise ConfigError(problem)
 
-    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:
+    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.
 
         Args:
             model: The module to score.
             datamodule: Its calibration data.
-            ckpt_path: The folder `scoring` of a run that was stopped while it scored, to continue from.
 
         Raises:
-            CheckpointError: If `ckpt_path` is something else.
             ConfigError: If there is no callback HybridAdapterSetup.
         """
         _adapter_of(self, "score")
@@ -257,7 +244,7 @@ class Trainer(LightningTrainer):
         self.num_sanity_val_steps = 0
         self.command = "score"
         try:
-            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            self.fit(model, datamodule=datamodule)
         finally:
             self.command = "fit"
 

@@ -146,7 +146,7 @@ class Sequences(_TensorContainer):
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Rollouts(_TensorContainer):
     """Completions of P prompts, G for each prompt."""
 
     prompts: tuple[Prompt, ...]  # P

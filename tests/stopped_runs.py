@@ -11,7 +11,6 @@ from cli_runs import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_lightning.adapters import AdapterPlan, Scoring
-from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.callbacks import RunSummary
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
@@ -35,7 +34,7 @@ FIT = (
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the first completions for scoring": (Sampler, "sample", 1),
     "a reward for scoring": (language, "evaluate_reward", 2),
-    "a gradient for scoring": (ScoringProcess, "check_loss", 2),
+    "a gradient for scoring": (Scoring, "check_loss", 2),
     "a score": (Scoring, "_score", 3),
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (evaluation, "evaluation_draws", 1),

@@ -53,7 +53,6 @@ COMMANDS = [
     ("", r"no command is given, such as .* fit --config FILE; --help lists all"),
     ("fit", r"model\.loss must be given, nearly always by a config: --config FILE"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
-    ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]
@@ -132,14 +131,11 @@ def test_a_data_module_of_ones_own_may_prepare_its_files(folder):
     assert (folder / "prepared.jsonl").is_file() and list((folder / "once").rglob("plan.json"))
 
 
-def test_what_has_been_scored_stays(folder):
-    """A reward that fails can be mended, and the run go on from the completions that there are."""
-    name = "--trainer.logger.init_args.name=kept"
-    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
+def test_a_reward_that_fails_while_modules_are_scored_leaves_nothing(folder):
+    before = content(folder)
+    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising")
     assert_refused(result, r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '")
-    root = folder / "runs" / "kept" / "version_0"
-    assert list((root / "scoring").glob("completions-*.pt")) and "my_parts.Raising" in (root / "config.yaml").read_text()
-    assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
+    assert content(folder) == before
 
 
 def test_a_full_disk_is_one_line(folder, monkeypatch):

@@ -2,8 +2,7 @@
 
 import re
 
-from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
-from hybrid_lightning.adapters.statistics import ModuleStatistics
+from hybrid_lightning.adapters.scorers import ModuleStatistics, PreconditionedTail, Random, Scorer
 
 
 class Bottom(PreconditionedTail):

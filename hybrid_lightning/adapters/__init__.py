@@ -7,14 +7,10 @@ from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.scorers import (
     GradientNorm,
     PreconditionedTail,
-    Probe,
     Random,
     Scorer,
-    SpectrumSNR,
     TailEnergy,
     TailFraction,
-    UpdateTail,
-    WeightGradient,
 )
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
@@ -37,16 +33,12 @@ __all__ = [
     "ParameterBudget",
     "PlannedModule",
     "PreconditionedTail",
-    "Probe",
     "Random",
     "Scorer",
     "Scoring",
     "SketchedGradients",
-    "SpectrumSNR",
     "TailEnergy",
     "TailFraction",
-    "UpdateTail",
-    "WeightGradient",
     "adapter_disabled",
     "apply_plan",
     "find_candidates",

@@ -1,27 +1,109 @@
-"""Sums of the candidates' gradients, of which all is kept, or a sketch.
+"""Mean gradients of the candidate modules: what a scorer asks of one, how much of it is kept, and how it is added up.
 
-A `GradientMode` decides how much of each gradient is kept in the sums: all of it (`ExactGradients`) or a sketch
-(`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a `GradientForm`), so gradients of micro-batches
-are added up in that form, module by module (`ModuleAccumulator`), as soon as a backward pass has made them.
+A `GradientMode` decides how much of each gradient is kept: all of it (`ExactGradients`, here) or a sketch (`SketchedGradients`,
+in sketch.py). Either is a linear function of the gradient, so the gradients of micro-batches are added up in that form, module
+by module (`GradientSum`), as soon as a backward pass has made them.
+
+Legend: a weight is an m x n matrix, G the mean gradient of the calibration loss with respect to it, sigma_i(G) the singular
+values of G in descending order. Every number here is the same for G and its transpose, so the orientation of a weight does not
+matter.
 """
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
+from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singular_values
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import CalibrationError
+
+KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computing all eigenvalues
 
 
-class GradientForm(ABC):
-    """How one module's gradient is kept: a linear map from the gradient to a few tensors, and an estimate from these."""
+class Gradient(ABC):
+    """Mean gradient G of one weight, known exactly or through a sketch."""
+
+    shape: tuple[int, int]  # (m, n)
 
     @abstractmethod
-    def zeros(self) -> tuple[Tensor, ...]:
-        """What is kept of a zero gradient, float32, on the device where sums are kept."""
+    def energy(self) -> float:
+        """Squared Frobenius norm of G."""
+
+    @abstractmethod
+    def spectrum(self) -> Tensor:
+        """Squared singular values of G in descending order, float64; of a sketch only the leading ones."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """G itself, [m, n]; ConfigError if only a sketch of G was kept."""
+
+    @abstractmethod
+    def preconditioned(self) -> "Gradient":
+        """Adam's first step P for this gradient, with a second moment of rank one (see `PreconditionedTail` in scorers.py)."""
+
+    def tail_energy(self, rank: int) -> float:
+        """Energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
+
+        Never negative, exactly 0 where r >= min(m, n), and the whole energy where r = 0.
+        """
+        if rank >= min(self.shape):
+            return 0.0
+        return max(self.energy() - float(self.spectrum()[:rank].sum()), 0.0)
+
+
+class ExactGradient(Gradient):
+    """Mean gradient of which all entries are kept, [m, n] of any floating dtype."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def energy(self) -> float:  # noqa: D102
+        return float(self._matrix.double().square().sum())
+
+    def spectrum(self) -> Tensor:  # noqa: D102
+        return squared_singular_values(self._matrix)
+
+    def matrix(self) -> Tensor:  # noqa: D102
+        return self._matrix
+
+    def preconditioned(self) -> Gradient:  # noqa: D102
+        matrix = self._matrix.double()
+        rows, columns = preconditioner(matrix.square().mean(1), matrix.square().mean(0))
+        return ExactGradient(rows[:, None] * matrix * columns)
+
+    def tail_energy(self, rank: int) -> float:  # noqa: D102
+        if rank >= min(self.shape):
+            return 0.0
+        if rank == 0:
+            return self.energy()
+        tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
+        # The tail is summed, not subtracted from the total: no cancellation where nearly all energy is in the first values.
+        return float(self.spectrum()[rank:].sum()) if tail is None else tail
+
+
+def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the rows [m] and columns [n] of G that divide each entry by the root of its second moment of rank one.
+
+    `rows` and `columns` are their mean squares, in float64; the factor of a row or column that is all zero is 0.
+    """
+
+    def inverse_root(moments: Tensor) -> Tensor:
+        return torch.where(moments > 0, moments.rsqrt(), 0.0)
+
+    return inverse_root(rows) * rows.mean().sqrt(), inverse_root(columns)
+
+
+class GradientSum(ABC):
+    """Sum of one module's gradients [m, n], as a few tensors that are a linear function of it.
+
+    Args:
+        shape: (m, n).
+        sums: What is kept of a zero gradient: float32, on the device where sums are kept.
+    """
+
+    def __init__(self, shape: tuple[int, int], sums: tuple[Tensor, ...]) -> None:
+        self.shape, self.sums = shape, sums
 
     @abstractmethod
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -31,15 +113,34 @@ class GradientForm(ABC):
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:
         """Estimate a gradient from what was kept of it."""
 
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient [m, n] of one loss."""
+        for total, part in zip(self.sums, self.compress(gradient), strict=True):
+            total.add_(part.to(total.device))
 
-class ExactForm(GradientForm):
+    def mean(self, losses: int) -> Gradient:
+        """Mean gradient over so many losses, of which some may not have used the module."""
+        return self.estimate(tuple(total * (1.0 / losses) for total in self.sums))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the sums are in the memory of the host."""
+        return all(total.device.type == "cpu" for total in self.sums)
+
+    def is_finite(self) -> bool:
+        """Whether no gradient was infinite or nan."""
+        return all(bool(torch.isfinite(total).all()) for total in self.sums)
+
+    def is_zero(self) -> bool:
+        """Whether the sum of all gradients is zero, as where no loss used the module."""
+        return not any(bool(total.any()) for total in self.sums)
+
+
+class ExactSum(GradientSum):
     """Keeps the whole gradient, [m, n]."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
-        self._shape, self._device = shape, device
-
-    def zeros(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return (torch.zeros(self._shape, device=self._device),)
+        super().__init__(shape, (torch.zeros(shape, device=device),))
 
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         return (gradient,)
@@ -52,8 +153,8 @@ class GradientMode(Configurable, ABC):
     """How much of each gradient is kept during calibration; a config chooses by class."""
 
     @abstractmethod
-    def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:
-        """Choose how the gradient of a weight [m, n] is kept that is scored at this LoRA rank; 0 is one without LoRA."""
+    def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:
+        """An empty sum for the gradients of a weight [m, n] that is scored at this LoRA rank; 0 is one without LoRA."""
 
 
 class ExactGradients(GradientMode):
@@ -66,71 +167,5 @@ class ExactGradients(GradientMode):
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
 
-    def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:  # noqa: D102
-        return ExactForm((weight.shape[0], weight.shape[1]), self.device)
-
-
-class ModuleAccumulator:
-    """Sums of one module's gradients [m, n] over the calibration losses; if `halves`, of even and odd ones, as `noise` needs."""
-
-    def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool) -> None:
-        self._form, self.shape = form, shape
-        self._sums = [form.zeros() for _ in range(2 if halves else 1)]
-        self.received = torch.zeros(())  # number of gradients added: stays 0 where no calibration loss uses the module
-        self.losses = torch.zeros(len(self._sums))  # number of losses in each half (or in all)
-
-    def add(self, gradient: Tensor, index: int) -> None:
-        """Add the gradient [m, n] of the loss with this index."""
-        for total, part in zip(self._sums[index % len(self._sums)], self._form.compress(gradient), strict=True):
-            total.add_(part.to(total.device))
-        self.received += 1
-
-    def count_losses(self, number: int) -> None:
-        """Set the number of losses in the sums, after the last one: those without a gradient of this module count too."""
-        halves = len(self._sums)
-        self.losses.copy_(torch.tensor([(number + halves - 1 - half) // halves for half in range(halves)], dtype=torch.float32))
-
-    def tensors(self) -> list[Tensor]:
-        """All sums and counts, as they are saved and restored in place."""
-        sums = [tensor for half in self._sums for tensor in half]
-        return [*sums, self.received, self.losses]
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the sums are in the memory of the host."""
-        return all(tensor.device.type == "cpu" for half in self._sums for tensor in half)
-
-    def has_signal(self) -> bool:
-        """Whether any kept sum of gradients is not zero."""
-        return any(bool(tensor.any()) for half in self._sums for tensor in half)
-
-    def mean(self) -> Gradient:
-        """Mean gradient over all losses."""
-        return self._combine([1.0 / float(self.losses.sum())] * len(self._sums))
-
-    def noise(self) -> Gradient:
-        """Scaled difference of the halves' mean gradients: it has the sampling noise of `mean`, but none of its signal.
-
-        With a even and b odd losses, N = a + b, it is sqrt(b / a) / N * sum_even - sqrt(a / b) / N * sum_odd, which is half the
-        difference of the two means if a = b.
-
-        Raises:
-            CalibrationError: If there were fewer than two losses.
-        """
-        even, odd = (float(count) for count in self.losses)
-        if min(even, odd) == 0:
-            raise CalibrationError(
-                "this scorer compares two halves of the calibration losses, but there was only one loss; calibrate "
-                "with at least two micro-batches (more rollouts, or a smaller micro-batch)"
-            )
-        ratio, total = math.sqrt(odd / even), even + odd
-        return self._combine([ratio / total, -1.0 / (ratio * total)])
-
-    def _combine(self, factors: list[float]) -> Gradient:
-        kept = []
-        for parts in zip(*self._sums, strict=True):  # the same tensor of each half
-            total = parts[0] * factors[0]
-            for part, factor in zip(parts[1:], factors[1:], strict=True):
-                total.add_(part, alpha=factor)
-            kept.append(total)
-        return self._form.estimate(tuple(kept))
+    def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:  # noqa: D102
+        return ExactSum((weight.shape[0], weight.shape[1]), self.device)

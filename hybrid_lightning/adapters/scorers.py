@@ -13,50 +13,36 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
   2018, arXiv 1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v those of its columns and s
   the mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends on the mean
   gradient alone, so it is the same however the calibration rollouts are split into micro-batches.
-- `SpectrumSNR`: signal in the tail against the sampling noise of the calibration rollouts. Noise looks full-rank, so a plain tail
-  energy mistakes noise for a need of full training. Let D be the difference of the mean gradients of even and odd micro-batches,
-  scaled (by 1/2, if there are as many of each) so that it has the noise of G and none of its signal. Then T_r(D) is the part of
-  T_r(G) that noise alone would make, and the score is max(T_r(G) - T_r(D), 0) / (T_r(G) + T_r(D)). With the signal-to-noise ratio
-  x = T_r(G) / T_r(D) that is (x - 1) / (x + 1): it grows with x, and stays finite without noise.
-- `Probe`: measured, not derived. With t = step * ||W||_F / ||G||_F and G_r the best rank-r approximation of G (its truncated
-  singular value decomposition), the score is loss(W - t G_r) - loss(W - t G): what the calibration loss gains if the step is
-  not restricted to rank r. For small steps this is t T_r(G).
-- `UpdateTail`: what several optimizer steps would change, D, instead of one gradient: T_t(D), or that per parameter. Only over
-  steps does the optimizer tell a direction in which gradients agree from one in which they don't (see updates.py). t is a rank of
-  its own, 8 by default, since rank 2 told modules of equal size apart worse in the project's study.
-- `GradientNorm` and `WeightGradient`: baselines that ignore the rank. `Random`: chance, which every other scorer has to beat.
+- `GradientNorm`: a baseline that ignores the rank. `Random`: chance, which every other scorer has to beat.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
-from hybrid_lightning.adapters.spectra import best_low_rank
-from hybrid_lightning.adapters.statistics import ModuleStatistics, require
+from hybrid_lightning.adapters.gradients import Gradient
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import ConfigError
 
-__all__ = [
-    "GradientNorm",
-    "PreconditionedTail",
-    "Probe",
-    "Random",
-    "Scorer",
-    "SpectrumSNR",
-    "TailEnergy",
-    "TailFraction",
-    "UpdateTail",
-    "WeightGradient",
-]
+__all__ = ["GradientNorm", "PreconditionedTail", "Random", "Scorer", "TailEnergy", "TailFraction"]
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """What a scorer may know about one candidate module."""
+
+    name: str  # full dotted name of the module
+    weight: Tensor  # [m, n], detached; not to be changed
+    parameters: int  # entries of weight and bias
+    gradient: Gradient | None = None  # G, the mean over the calibration losses; None if the scorer does not need it
 
 
 class Scorer(Configurable, ABC):
     """Turns the calibration statistics of one module into a number; modules with the highest scores are fully trained.
 
-    A scorer of your own is a subclass, which a config names by its `class_path`. The class attributes say which statistics to
-    collect, and whether several modules may be scored at a time.
+    A scorer of your own is a subclass, which a config names by its `class_path`.
 
     Example:
         >>> class LargestSingularValue(Scorer):
@@ -65,16 +51,7 @@ class Scorer(Configurable, ABC):
     """
 
     needs_gradient: ClassVar[bool] = True  # reads `statistics.gradient`; if False there is no calibration pass
-    needs_halves: ClassVar[bool] = False  # reads `statistics.noise`
-    needs_loss: ClassVar[bool] = False  # calls `statistics.evaluate_loss`
-    needs_update: ClassVar[bool] = False  # reads `statistics.update`, of as many optimizer steps as its `steps` says
-    steps: int = 0  # optimizer steps of an update
     concurrent: ClassVar[bool] = False  # `score` changes nothing, so it may run on several threads
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether losses of the start policy are needed, and not the weights alone."""
-        return self.needs_gradient or self.needs_loss or self.needs_update
 
     @abstractmethod
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
@@ -95,7 +72,7 @@ class TailEnergy(Scorer):
     concurrent = True
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        return require(statistics.gradient, "the gradient", self).tail_energy(rank)
+        return _gradient(statistics).tail_energy(rank)
 
 
 class TailFraction(Scorer):
@@ -104,7 +81,7 @@ class TailFraction(Scorer):
     concurrent = True
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        gradient = require(statistics.gradient, "the gradient", self)
+        gradient = _gradient(statistics)
         energy = gradient.energy()
         return min(gradient.tail_energy(rank) / energy, 1.0) if energy > 0 else 0.0
 
@@ -115,103 +92,14 @@ class PreconditionedTail(Scorer):
     concurrent = True
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        return require(statistics.gradient, "the gradient", self).preconditioned().tail_energy(rank)
-
-
-class UpdateTail(Scorer):
-    """Tail energy T_t(D) of what the first optimizer steps would change, with the run's own loss, data and optimizer.
-
-    No step is taken: the gradients are those of the start policy. The rollouts are those of as many steps of training, and each
-    turn of candidates takes the gradients of all of them.
-
-    Args:
-        steps: Optimizer steps.
-        tail_rank: Rank t beyond which directions count.
-        per_parameter: Divide by the number of parameters, so that modules of different sizes compare.
-
-    Raises:
-        ConfigError: If a value is impossible.
-    """
-
-    needs_gradient = False
-    needs_update = True
-
-    def __init__(self, steps: int = 8, tail_rank: int = 8, per_parameter: bool = False) -> None:
-        if steps < 1:
-            raise ConfigError(f"steps={steps}; give at least one optimizer step; 8 are good")
-        if tail_rank < 0:
-            raise ConfigError(f"tail_rank={tail_rank}; give 0 or more; 8 is good")
-        self.steps, self.tail_rank, self.per_parameter = steps, tail_rank, per_parameter
-
-    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        tail = require(statistics.update, "the update", self).tail_energy(self.tail_rank)
-        return tail / statistics.parameters if self.per_parameter else tail
+        return _gradient(statistics).preconditioned().tail_energy(rank)
 
 
 class GradientNorm(Scorer):
     """Frobenius norm of the mean gradient, ||G||_F."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        return max(require(statistics.gradient, "the gradient", self).energy(), 0.0) ** 0.5
-
-
-class WeightGradient(Scorer):
-    """Saliency known from pruning, summed over the module: sum_ij |W_ij G_ij|.
-
-    To first order, how much the loss moves if each weight changes by its own size. Needs whole gradients (`ExactGradients`).
-    """
-
-    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        gradient = require(statistics.gradient, "the gradient", self).matrix().double()
-        return float((statistics.weight.to(gradient) * gradient).abs().sum())
-
-
-class SpectrumSNR(Scorer):
-    """Signal-to-noise score of the tail, between 0 (all noise) and 1 (no noise); needs at least two calibration losses."""
-
-    needs_halves = True
-    concurrent = True
-
-    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        whole = require(statistics.gradient, "the gradient", self).tail_energy(rank)
-        noise = require(statistics.noise, "the split halves", self).tail_energy(rank)
-        return max(whole - noise, 0.0) / (whole + noise) if whole + noise > 0 else 0.0
-
-
-class Probe(Scorer):
-    """Measured gain of a full-rank step over a rank-r step; evaluates the calibration loss twice per module.
-
-    The weights are restored bit for bit. Needs whole gradients (`ExactGradients`).
-
-    Args:
-        step: Length of the full-rank step, relative to the norm of the weight.
-    """
-
-    needs_loss = True
-
-    def __init__(self, step: float = 0.01) -> None:
-        if not step > 0:
-            raise ConfigError(f"step={step}; give a positive fraction of the weight's norm, such as 0.01")
-        self.step = step
-
-    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        gradient = require(statistics.gradient, "the gradient", self).matrix()
-        evaluate_loss = require(statistics.evaluate_loss, "evaluate_loss", self)
-        norm = float(gradient.double().norm())
-        if norm == 0 or rank >= min(gradient.shape):
-            return 0.0
-        weight = statistics.weight
-        length = self.step * float(weight.double().norm()) / norm
-        start = weight.clone()
-        losses = []
-        with torch.no_grad():
-            for direction in (best_low_rank(gradient, rank), gradient):
-                try:
-                    weight.copy_(start.double() - length * direction.to(start.device, torch.float64))
-                    losses.append(float(evaluate_loss()))
-                finally:
-                    weight.copy_(start)
-        return losses[0] - losses[1]
+        return max(_gradient(statistics).energy(), 0.0) ** 0.5
 
 
 class Random(Scorer):
@@ -229,3 +117,8 @@ class Random(Scorer):
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         digest = hashlib.sha256(f"{self.seed} {statistics.name}".encode()).digest()
         return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _gradient(statistics: ModuleStatistics) -> Gradient:
+    assert statistics.gradient is not None, "it is there unless `needs_gradient` is False"
+    return statistics.gradient

@@ -1,31 +1,28 @@
 """`Scoring`: the scores of a model's candidate modules.
 
-    losses -> gradients, or the steps that an optimizer would make -> one number for each module
+    losses -> sums of gradients -> one number for each module
 
-Gradients of all losses are added up module by module (`gradients.py`), or optimizer steps are (`updates.py`). The scorer
-(`scorers.py`) makes one number of what is known of a module (`statistics.py`). Scores, and the sums before them, are saved as
-they are made (`scoring_progress.py`). One process does all of it, or several share it (`scoring_process.py`).
+The gradients of all losses are added up module by module (`gradients.py`), and the scorer (`scorers.py`) makes one number of what
+is known of a module. Ranks that have split the model share the work (`training/sharded_scoring.py`).
 
 This file and the scorers need only torch.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator
-from hybrid_lightning.adapters.scorers import Scorer
-from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess, check_weight, only_candidates_trainable
+from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, GradientSum
+from hybrid_lightning.adapters.scorers import ModuleStatistics, Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO, map_on_workers
-from hybrid_lightning.adapters.statistics import Gradient, ModuleStatistics
-from hybrid_lightning.adapters.updates import OptimizerSteps, updates_in_turns
-from hybrid_lightning.errors import CalibrationError, ConfigError
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+
+Result = TypeVar("Result")
 
 
 class Scoring:
@@ -35,15 +32,14 @@ class Scoring:
         model: The start policy, with floating-point weights; unchanged afterwards, its modes and `requires_grad` flags included.
         candidates: Full dotted name -> linear module, as from `find_candidates`.
         losses: Scalar calibration losses, each with the same weight. They have to be computed lazily, while they are iterated
-            over: the backward pass of each frees its graph. Scorers of updates and `Probe` iterate over them several times. Not
-            used if the scorer needs the weights alone.
+            over: the backward pass of each frees its graph. Not used if the scorer needs the weights alone.
         scorer: Defines the score.
         rank: LoRA rank r, of all candidates or of each by its name; 0 for one that would have no LoRA.
         gradients: How gradients are kept; None takes `ExactGradients()`.
-        steps: The optimizer whose steps make an update, and how many weights a turn has; needed by scorers of updates only.
+        loss_scale: Factor of the losses in backward passes; in float16 gradients below 6e-8 are 0 without one.
 
     Raises:
-        ConfigError: If no rank is positive, or the scorer needs `steps`.
+        ConfigError: If no rank is positive.
 
     Example:
         >>> from hybrid_lightning.adapters import TailFraction, find_candidates
@@ -55,6 +51,8 @@ class Scoring:
         (['layers.0'], True)
     """
 
+    prints = True  # whether this process warns; of several, one does
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,29 +61,26 @@ class Scoring:
         scorer: Scorer,
         rank: int | Mapping[str, int],
         gradients: GradientMode | None = None,
-        steps: OptimizerSteps | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
-        self._ranks = {name: rank if isinstance(rank, int) else rank[name] for name in candidates}
-        if max(self._ranks.values(), default=0) < 1:
+        self._lora_ranks = {name: rank if isinstance(rank, int) else rank[name] for name in candidates}
+        if max(self._lora_ranks.values(), default=0) < 1:
             raise ConfigError(
-                f"rank={max(self._ranks.values(), default=0)} leaves nothing to score; give a LoRA rank of at least 1"
+                f"rank={max(self._lora_ranks.values(), default=0)} leaves nothing to score; give a LoRA rank of at least 1"
             )
-        if scorer.needs_update and steps is None:
-            raise ConfigError(f"{type(scorer).__name__} needs steps, the optimizer whose steps it looks at; give it too")
         self._model, self._candidates, self._losses, self._scorer = model, candidates, losses, scorer
-        self._gradients, self._steps = gradients or ExactGradients(), steps
-        self._process = ScoringProcess()
-        self._sums: dict[str, ModuleAccumulator] = {}  # of the modules that this process scores, until they are scored
+        self._gradients, self._loss_scale = gradients or ExactGradients(), loss_scale
+        self._sums: dict[str, GradientSum] = {}  # of the modules that this process scores, until they are scored
         self._seen = 0  # losses in these sums
+        self._unused: Collection[str] = ()  # modules, of any process, without gradient
 
-    def run(self, process: ScoringProcess | None = None) -> dict[str, float]:
-        """Score the modules; those that have a score in the saved progress are not scored again.
+    def run(self, on_loss: Callable[[int], None] = lambda seen: None) -> dict[str, float]:
+        """Score the modules.
 
         A candidate that no loss used, such as an expert that got no token, has no gradient: it scores 0, with a warning.
 
         Args:
-            process: Has the saved progress, and shares the work with other processes, all of which get all scores. None: this
-                process is alone and saves nothing.
+            on_loss: Called after each loss with the number of losses seen so far.
 
         Returns:
             Full dotted name -> score, in the order of the candidates; higher is more sensitive.
@@ -94,172 +89,147 @@ class Scoring:
             ModelError: If a weight cannot have a gradient, as in a quantized model.
             CalibrationError: If the losses carry no signal, or a loss, a gradient or a score is not finite.
             ConfigError: If the scorer returns no number, or needs what is not kept.
-            RunStopped: If a signal stops the run; what has been computed is saved before.
         """
-        self._process = process or ScoringProcess()
-        progress = self._process.progress
+        if self._scorer.needs_gradient:
+            self.collect_gradients(on_loss)
+            self._check_signal()
+        scores = self.together(lambda: self._scores(self.own()))
+        return {name: scores[name] for name in self._candidates}
+
+    # ---- what ranks that score together do in another way
+
+    def own(self) -> Sequence[str]:
+        """Names of the candidates that this process scores."""
+        return list(self._candidates)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules that the passes go through, by the names of the candidates."""
+        return self._candidates
+
+    def together(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+        """Call a function on each process, and unite what they return; an error of one is raised on all."""
+        return function()
+
+    def backward_all(self) -> Iterator[int]:
+        """Run the backward pass of each loss, and free each gradient once it is added. Yields the number of losses so far."""
+
+        def take(name: str) -> Callable[[Tensor], None]:
+            def hook(weight: Tensor) -> None:
+                assert weight.grad is not None
+                self.add(name, weight.grad.detach())
+                weight.grad = None
+
+            return hook
+
+        handles = [
+            module.weight.register_post_accumulate_grad_hook(take(name))  # type: ignore[operator, union-attr]
+            for name, module in self.modules().items()
+        ]
         try:
-            if self._scorer.needs_gradient and self._unscored():
-                self.collect_gradients()
-            self._score_small()
-            if self._scorer.needs_update:
-                self._score_updates()
-            for names in self._process.rounds(self._unscored()):
-                progress.keep_scores(self._scores_of(names))
-                self._forget(names)
-        except RunStopped:
-            self._save(stopped=True)
-            raise
-        progress.keep_scores({}, last=True)
-        return {name: progress.scores[name] for name in self._candidates}
+            for index, loss in enumerate(self._losses):
+                self.check_loss(loss, index)
+                self.differentiate(loss)
+                yield index + 1
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # ---- collecting gradients
 
-    def collect_gradients(self) -> Mapping[str, ModuleAccumulator]:
-        """Add up the gradients of all losses, by the name of each module without a score that this process scores.
+    def collect_gradients(self, on_loss: Callable[[int], None]) -> Mapping[str, GradientSum]:
+        """Add up the gradients of all losses, by the name of each module that this process scores.
 
         Meanwhile the model is in eval mode (no dropout). transformers does gradient checkpointing in train mode only, so blocks
         with gradient checkpointing are put in train mode themselves, but not the modules inside them, which hold the dropout.
-        Losses in the saved sums of a stopped run are skipped if they follow `CalibrationState`; others are computed again,
-        without a backward pass.
         """
-        process, unscored = self._process, self._unscored()
-        for name, module in self._candidates.items():
-            check_weight(name, module)
-        modules = process.modules(self._candidates)
-        for name in process.own(unscored):
-            weight: Tensor = modules[name].weight  # type: ignore[assignment]
-            form = self._gradients.form(name, weight, self._ranks[name])
-            self._sums[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), self._scorer.needs_halves)
-        self._restore()
-        with only_candidates_trainable(self._model, modules), torch.enable_grad():
-            for seen in process.backward_all(self._candidates, self._add, self._losses, self._seen):
+        modules = self.modules()
+        for name, module in modules.items():
+            if not module.weight.is_floating_point():  # type: ignore[operator, union-attr]
+                raise ModelError(f"the weight of {name} is {module.weight.dtype}; score the model before it is quantized")
+        for name in self.own():
+            weight: Any = modules[name].weight
+            self._sums[name] = self._gradients.new_sum(name, weight, self._lora_ranks[name])
+        with _only_candidates_trainable(self._model, modules), torch.enable_grad():
+            for seen in self.backward_all():
                 self._seen = seen
-                process.on_loss(seen)
-                self._save()
-        for sums in self._sums.values():
-            sums.count_losses(self._seen)
-        self._check_signal(len(unscored))
+                on_loss(seen)
         return self._sums
 
-    def _add(self, name: str, gradient: Tensor, index: int) -> None:
-        if name in self._sums:
-            self._sums[name].add(gradient, index)
+    def check_loss(self, loss: Tensor, index: int) -> None:
+        """Raise an error if a loss cannot be differentiated."""
+        if loss.numel() != 1:
+            raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}; give scalar losses")
+        if not loss.requires_grad:
+            raise CalibrationError(
+                f"calibration loss {index} does not depend on the weight of any candidate module; compute it from the "
+                "output of the model that is scored, with gradients enabled"
+            )
+        if not torch.isfinite(loss):
+            raise CalibrationError(
+                f"calibration loss {index} is {loss.item()}; look for inf or nan in the calibration data, or use bfloat16 "
+                "or float32 where the model is float16"
+            )
 
-    def _unscored(self) -> list[str]:
-        return [name for name in self._candidates if name not in self._process.progress.scores]
+    def differentiate(self, loss: Tensor) -> None:
+        """Run the backward pass of a loss, at the scale that `add` takes out again."""
+        scaled = loss if self._loss_scale == 1 else loss * self._loss_scale
+        scaled.backward()  # type: ignore[no-untyped-call]
 
-    def _save(self, stopped: bool = False) -> None:
-        """Save the sums of modules without a score, and the state that the remaining losses need, if saving is due."""
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient [m, n] of a module that this process scores."""
+        # Losses may be yielded from within autocast, but sums and sketches are float32.
+        with torch.autocast(gradient.device.type, enabled=False):
+            self._sums[name].add(gradient if self._loss_scale == 1 else gradient.float() / self._loss_scale)
 
-        def state() -> dict[str, Any]:
-            sums = {name: self._sums[name].tensors() for name in self._unscored() if name in self._sums}
-            losses = self._losses.state_dict() if isinstance(self._losses, CalibrationState) else {}
-            return {"seen": self._seen, "sums": sums, "losses": losses}
-
-        self._process.progress.keep_sums(state, stopped)
-
-    def _restore(self) -> None:
-        """Restore the sums of a stopped run, and the state of the losses after those in the sums."""
-        state = self._process.progress.sums()
-        if state is None:
-            return
-        if isinstance(self._losses, CalibrationState):
-            self._losses.load_state_dict(state["losses"])
-        for name, sums in self._sums.items():
-            for tensor, value in zip(sums.tensors(), state["sums"][name], strict=True):
-                tensor.copy_(value)
-        self._seen = int(state["seen"])
-
-    def _check_signal(self, candidates: int) -> None:
+    def _check_signal(self) -> None:
         if not self._seen:
             raise CalibrationError("there are no calibration losses or no candidates; give at least one of each")
 
         def without_gradient() -> dict[str, None]:
-            for name, sums in self._sums.items():
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in sums.tensors()):
+            for name, total in self._sums.items():
+                if not total.is_finite():
                     raise CalibrationError(
                         f"the calibration gradient of {name} is not finite; use bfloat16 or float32 for scoring, or look for "
                         "inf or nan in the calibration data"
                     )
-            return {name: None for name, sums in self._sums.items() if not sums.received}
+            return {name: None for name, total in self._sums.items() if total.is_zero()}
 
-        unused = list(self._process.together(without_gradient))
-        if not self._process.any(any(sums.has_signal() for sums in self._sums.values())):
+        self._unused = unused = self.together(without_gradient)
+        if len(unused) == len(self._candidates):
             raise CalibrationError(
-                f"the calibration gradient is zero in all {candidates} candidate modules, as when all rewards of each prompt are "
-                "equal; use more prompts, prompts that are solved sometimes, more samples per prompt, or reference answers"
+                f"the calibration gradient is zero in all {len(unused)} candidate modules, as when all rewards of each prompt "
+                "are equal; use more prompts, prompts that are solved sometimes, more samples per prompt, or reference answers"
             )
-        if unused and self._process.is_first:
+        if unused and self.prints:
             warnings.warn(
                 f"{len(unused)} of {len(self._candidates)} candidate modules got no gradient from the calibration losses and "
-                f"score 0 (such as {unused[0]}); calibrate with more rollouts if they matter",
-                stacklevel=4,
+                f"score 0 (such as {next(iter(unused))}); calibrate with more rollouts if they matter",
+                stacklevel=3,
             )
 
     # ---- scoring
 
-    def _score_small(self) -> None:
-        """Score the modules whose gradients are small side by side, where the scorer allows that."""
-        scorer = self._scorer
-        if not scorer.concurrent or scorer.needs_update or scorer.needs_loss:
-            return
-        # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
-        small = [name for name, sums in self._sums.items() if sums.on_cpu and min(sums.shape) <= ONE_THREAD_UP_TO]
-        scores = self._process.together(lambda: dict(zip(small, map_on_workers(self._score, small), strict=True)))
-        self._process.progress.keep_scores(scores)
-        self._forget(small)
+    def _scores(self, names: Sequence[str]) -> dict[str, float]:
+        """The scores of some modules: first of those with small gradients, side by side where the scorer allows that."""
+        small: list[str] = []
+        if self._scorer.concurrent:
+            # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
+            small = [n for n, total in self._sums.items() if total.on_cpu and min(total.shape) <= ONE_THREAD_UP_TO]
+        scores = dict(zip(small, map_on_workers(self._score, small), strict=True))
+        return scores | {name: self._score(name) for name in names if name not in scores}
 
-    def _score_updates(self) -> None:
-        """Score turn by turn, so that no two turns' updates are in memory together."""
-        assert self._steps is not None
-        process = self._process
-        rest = {name: self._candidates[name] for name in self._unscored()}
-        moved = len(rest) < len(self._candidates)  # a stopped run has kept no score before a module was moved
-        found: dict[str, float] = {}
-        for updates in updates_in_turns(self._model, rest, self._losses, self._steps, process):
-            found |= self._scores_of(process.together(partial(dict.fromkeys, updates)), updates)
-            moved = moved or process.any(any(update.energy() > 0 for update in updates.values()))
-            if moved:
-                process.progress.keep_scores(found)
-                found = {}
-        if not moved:
-            raise CalibrationError(
-                f"the optimizer would move none of {len(rest)} candidate modules, as when all rewards of each prompt are equal, "
-                "or with a learning rate of 0; use prompts that are solved sometimes, more samples per prompt, or a positive "
-                "model.lr_full"
-            )
-
-    def _scores_of(self, names: Iterable[str], updates: Mapping[str, Gradient] | None = None) -> dict[str, float]:
-        """The scores of some candidates, of which this process scores its own, by their updates where there are such."""
-        updates, process = updates or {}, self._process
-        if not self._scorer.needs_loss:
-            return process.together(lambda: {name: self._score(name, updates.get(name)) for name in process.own(names)})
-        found: dict[str, float] = {}
-        for name in names:  # one after the other, since the weights of one are changed meanwhile
-            found |= process.measure(name, self._candidates[name], partial(self._score, name, updates.get(name)), self._losses)
-        return found
-
-    def _score(
-        self, name: str, update: Gradient | None = None, weight: Tensor | None = None, loss: Callable[[], float] | None = None
-    ) -> float:
-        """The score of one module, by its update for a scorer of updates.
-
-        A scorer that needs the loss may change the weight [m, n], and measures the mean loss with it; None is the module's own.
-        """
-        sums, module, scorer = self._sums.get(name), self._candidates[name], self._scorer
-        if sums is not None and not sums.received:
+    def _score(self, name: str) -> float:
+        """The score of one module, whose sum is freed then."""
+        total, module, scorer = self._sums.pop(name, None), self._candidates[name], self._scorer
+        if name in self._unused:
             return 0.0
         statistics = ModuleStatistics(
             name=name,
-            weight=self._process.weight(name, module) if weight is None else weight,
+            weight=module.weight.detach(),  # type: ignore[operator, union-attr]
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            gradient=sums.mean() if sums else None,
-            noise=sums.noise() if sums and scorer.needs_halves else None,
-            update=update,
-            evaluate_loss=loss,
+            gradient=None if total is None else total.mean(self._seen),
         )
-        value = scorer.score(statistics, self._ranks[name])
+        value = scorer.score(statistics, self._lora_ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
@@ -268,7 +238,24 @@ class Scoring:
             raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}; a score must be finite")
         return number
 
-    def _forget(self, names: Iterable[str]) -> None:
-        """Free the sums of modules that have a score."""
-        for name in names:
-            self._sums.pop(name, None)
+
+@contextmanager
+def _only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within this context only the candidates' weights get gradients, and the model is in eval mode (see `collect_gradients`)."""
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for module in candidates.values():
+            module.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
+        for module, _ in modes:
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training

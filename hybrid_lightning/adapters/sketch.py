@@ -23,9 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.gradients import ExactForm, GradientForm, GradientMode
+from hybrid_lightning.adapters.gradients import ExactSum, Gradient, GradientMode, GradientSum, preconditioner
 from hybrid_lightning.adapters.spectra import few_threads
-from hybrid_lightning.adapters.statistics import Gradient, preconditioner
 from hybrid_lightning.errors import ConfigError
 
 
@@ -44,33 +43,29 @@ class SketchedGradients(GradientMode):
             raise ConfigError(f"size={size}; give at least one direction, or None to choose it by the rank")
         self.size, self.seed = size, seed
 
-    def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:  # noqa: D102
+    def new_sum(self, name: str, weight: Tensor, rank: int) -> GradientSum:  # noqa: D102
         size = 2 * rank + 10 if self.size is None else self.size
         if size <= rank:
             raise ConfigError(f"size={size} is not above the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
-            return ExactForm((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # whose sums are float64
-        return SketchForm(name, (rows, columns), weight.device, size, self.seed)
+            return ExactSum((rows, columns), "cpu" if weight.device.type == "mps" else weight.device)  # whose sums are float64
+        return SketchedSum(name, (rows, columns), weight.device, size, self.seed)
 
 
-class SketchForm(GradientForm):
+class SketchedSum(GradientSum):
     """Keeps the range and co-range sketch of one module's gradient [m, n] on its device, with k columns (`size`).
 
-    The test matrices are those of the seed and the module's name. They are drawn again for each use: that costs little compared
-    with the products, and halves the memory.
+    The seed and the module's name determine the test matrices. They are drawn again for each use: that costs little compared with
+    the products, and halves the memory.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], device: torch.device, size: int, seed: int) -> None:
-        self._shape, self._device, self._size = shape, device, size
+        rows, columns = shape
+        sketches = (torch.zeros(rows, size, device=device), torch.zeros(2 * size + 1, columns, device=device))
+        super().__init__(shape, sketches)
+        self._device, self._size = device, size
         self._seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-
-    def zeros(self) -> tuple[Tensor, ...]:  # noqa: D102
-        (rows, columns), size = self._shape, self._size
-        return (
-            torch.zeros(rows, size, device=self._device),
-            torch.zeros(2 * size + 1, columns, device=self._device),
-        )
 
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         omega, psi = self._test_matrices()
@@ -99,9 +94,8 @@ class SketchForm(GradientForm):
         return SketchedGradient(q, x, missed, (rows / len(columns), columns / len(rows)))
 
     def _test_matrices(self) -> tuple[Tensor, Tensor]:
-        # Drawn on the CPU, so that scoring that is stopped can go on on another kind of device: its sums stay sketches by these.
-        generator = torch.Generator().manual_seed(self._seed)
-        (rows, columns), size = self._shape, self._size
+        generator = torch.Generator().manual_seed(self._seed)  # on the CPU, so that they are the same for every device
+        (rows, columns), size = self.shape, self._size
         omega = torch.randn(columns, size, generator=generator).to(self._device)
         return omega, torch.randn(2 * size + 1, rows, generator=generator).to(self._device)
 

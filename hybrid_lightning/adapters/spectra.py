@@ -1,7 +1,7 @@
-"""Singular values of gradients: all of them, the best low-rank approximation, or only the tail energy, in float64.
+"""Singular values of gradients: all of them, or only the tail energy, in float64.
 
-All singular values, and the low-rank approximation, come from the smaller Gram matrix. That is many times cheaper than a singular
-value decomposition, and its rounding error (1e-16 of the largest squared singular value) is far below that of a float32 gradient.
+All singular values come from the smaller Gram matrix. That is many times cheaper than a singular value decomposition, and its
+rounding error (1e-16 of the largest squared singular value) is far below that of a float32 gradient.
 
 The tail energy of a large gradient does not need the whole spectrum: `krylov_tail_energy` is block Lanczos with a bound on the
 error. With G [m, n], m <= n, and A = G G', a random orthonormal block X_1 [m, b] grows into the basis of a Krylov space
@@ -45,16 +45,6 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     gram = _lower_gram(matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T)
     with few_threads(len(gram)):
         return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-
-
-def best_low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """Best approximation of a matrix [m, n] by one of a rank of at most min(m, n), float64."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return best_low_rank(matrix.T, rank).T
-    matrix = matrix.double()
-    with few_threads(len(matrix)):
-        left = torch.linalg.eigh(_lower_gram(matrix)).eigenvectors[:, -rank:]  # the leading left singular vectors
-    return left @ (left.T @ matrix)
 
 
 def krylov_tail_energy(matrix: Tensor, rank: int) -> float | None:

@@ -118,7 +118,6 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
             f"{sampler.gpu_memory_utilization} is a share"
         )
     planning, episodes = adapter.planning, policy.episodes or EpisodeLimits()
-    scorer, exact = planning.scorer, isinstance(planning.gradients, ExactGradients)
     return RunSettings(
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
@@ -144,8 +143,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         keep_start_weights=adapter.keep_start_weights,
         entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,
-        scoring_steps=scorer.steps if scorer.needs_update else 0,
-        scoring_copies=(2 if scorer.needs_halves else 1) * exact if scorer.needs_gradient else 0,
+        scoring_copies=int(planning.scorer.needs_gradient and isinstance(planning.gradients, ExactGradients)),
         sampler=sampler,
         device_bytes=flags.device_bytes,
     )

@@ -63,12 +63,6 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     if any(method.host for method in methods):
         hosts = ", ".join(f"{method.method} {format_bytes(method.host)}" for method in methods)
         lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
-    if any(method.turns for method in methods):
-        turns = ", ".join(f"{method.turns} ({method.method})" for method in methods if method.turns)
-        lines.append(
-            f"scoring: {settings.scoring_steps} optimizer steps that are not taken, on {settings.scored_prompts} prompts; the "
-            f"gradients of all of them are computed in each turn of modules. Turns: {turns}."
-        )
     if isinstance(settings.sampler, VLLMSampler):
         share = methods[0].share
         kept = format_bytes(share.updating) if share.updating else "nothing on the device, and its weights on the host,"

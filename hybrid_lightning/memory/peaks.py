@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.updates import turns_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.process_growth import Growth, process_growth
@@ -37,7 +36,6 @@ class MethodMemory:
     host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
     growth: Growth | None = None  # of the process, on a CPU
     share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
-    turns: int = 0  # in which modules are scored by optimizer steps; 0: they are not
 
     @property
     def peak_phase(self) -> str:
@@ -160,8 +158,7 @@ class _Run:
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
         host = self.sharding.host(sizes, self.optimizer.state)
-        turns = len(turns_of(self.candidates, sizes.trainable)) if settings.scoring_steps and "scoring" in peaks else 0
-        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share, turns=turns)
+        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
 
     def _budgeted(self, weights: float, trained: float) -> RunSettings:
@@ -213,18 +210,10 @@ class _Run:
         calibrating = replace(calibrating, weights=calibrating.weights + loaded)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
-        if settings.scoring_steps:  # a turn has a stand-in, a gradient and optimizer state for each of its weights
-            prompts = max(1, settings.prompts_per_rollout // settings.minibatches)
-            turn = min(sizes.trainable, sizes.candidates) / devices
-            state, stand_ins = self.optimizer.state * turn, FLOAT32_BYTES * turn
-            held = replace(passes, gradients=FLOAT32_BYTES * turn, optimizer=state, copies=passes.copies + stand_ins)
-        else:
-            # The sums of gradients are kept in the memory of the host.
-            sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates / devices
-            held = replace(passes, gradients=sums if settings.on_cpu else 0)
-        if loaded:  # and there are the gradients of a pass, and as many that other ranks have sent
-            sent = 2 * settings.dtype.itemsize * sizes.candidates
-            held = replace(held, weights=held.weights + loaded, gradients=held.gradients + sent)
+        # The sums of gradients are kept in the memory of the host; devices that score together have a pass's gradients as well.
+        sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates / devices if settings.on_cpu else 0.0
+        of_pass = settings.dtype.itemsize * sizes.candidates / devices if devices > 1 else 0.0
+        held = replace(passes, weights=passes.weights + loaded, gradients=sums + of_pass)
         # Rows all have the same length, so that the pass with most rows has most tokens.
         longest = max(passes_of_scoring(self._budgeted(passes.weights, 0.0), prompts), key=len)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), self.traces.update(longest, None))}

@@ -49,7 +49,6 @@ class RunSettings:
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
     quantization: Quantization | None = None  # of the frozen base model
     scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps in the memory of the host
-    scoring_steps: int = 0  # optimizer steps that scoring looks at, in turns of as many weights as are trained; 0: none
     sampler: RolloutEngine = field(default_factory=Sampler)
     device_bytes: int | None = None  # memory of each accelerator, or of the machine with CPUs; None: unknown
 
@@ -69,15 +68,8 @@ class RunSettings:
         return self.config.get_text_config()
 
     @property
-    def minibatches(self) -> int:
-        """Optimizer steps of a rollout."""
-        return self.micro_batches // self.accumulate_grad_batches
-
-    @property
     def scored_prompts(self) -> int:
         """Prompts that are completed in order to score the modules."""
-        if self.scoring_steps:
-            return -(-self.scoring_steps // self.minibatches) * self.prompts_per_rollout
         return self.calibration_prompts or self.prompts_per_rollout
 
     @property

@@ -61,7 +61,7 @@ class Policy:
         self._model: nn.Module | None = None
         self._engine: Engine | None = None
         self._base_digest: str | None = None
-        self._sharded_on: torch.device | None = None
+        self._device: torch.device | None = None
 
     # ---- the model, which is loaded when it is first asked for
 
@@ -101,16 +101,19 @@ class Policy:
         self.load()
         return cast("Engine", self._engine)
 
-    def set_model(self, model: nn.Module, is_copy: bool = False) -> None:
-        """Compute with another model from now on: with this one adapted or split, or with a copy of it."""
+    def set_model(self, model: nn.Module, is_copy: bool = False, device: torch.device | None = None) -> None:
+        """Compute with another model from now on: with this one adapted or split, or with a copy of it.
+
+        A model whose weights may be on another device than the one that computes is given with that one.
+        """
         self._engine = self.engine.of(model, is_copy)
-        self._model, self.weights = model, weights_of(model)
+        self._model, self.weights, self._device = model, weights_of(model), device
         self._on_model(model)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self._sharded_on or next(self.model.parameters()).device
+        return self._device or next(self.model.parameters()).device
 
     @property
     def base_digest(self) -> str:
@@ -164,8 +167,7 @@ class Policy:
     def shard(self, split: Callable[[nn.Module], nn.Module], device: torch.device) -> None:
         """Let a strategy split the model over ranks, each of which computes on `device`."""
         assert self.base_digest  # computed now, while this rank has all weights
-        self.set_model(split(self.model))
-        self._sharded_on = device
+        self.set_model(split(self.model), device=device)
 
     @contextmanager
     def start_policy(self) -> Iterator[None]:

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from hybrid_lightning.adapters.gradients import ExactForm
-from hybrid_lightning.adapters.sketch import SketchedGradients, SketchForm
-from hybrid_lightning.adapters.statistics import ExactGradient
+from hybrid_lightning.adapters.gradients import ExactGradient, ExactSum
+from hybrid_lightning.adapters.sketch import SketchedGradients, SketchedSum
 from hybrid_lightning.errors import ConfigError
 
 ROWS, COLUMNS = 90, 120
@@ -17,8 +16,9 @@ def decaying_matrix(power: float, seed: int = 0) -> torch.Tensor:
 
 
 def sketch(matrix: torch.Tensor, size: int, seed: int = 0):
-    form = SketchForm("layer", (ROWS, COLUMNS), matrix.device, size, seed)
-    return form.estimate(form.compress(matrix))
+    total = SketchedSum("layer", (ROWS, COLUMNS), matrix.device, size, seed)
+    total.add(matrix)
+    return total.mean(1)
 
 
 def test_energy_has_no_bias():
@@ -52,21 +52,21 @@ def test_adams_step_is_told_from_sketches_of_the_gradient():
 
 def test_what_is_kept_of_a_gradient_and_what_cannot_be():
     weight, mode, matrix = torch.empty(ROWS, COLUMNS), SketchedGradients(seed=1), decaying_matrix(1.0)
-    form = mode.form("a", weight, 4)
-    first, again, other = (made.compress(matrix) for made in (form, mode.form("a", weight, 4), mode.form("b", weight, 4)))
+    total = mode.new_sum("a", weight, 4)
+    first, again, other = (made.compress(matrix) for made in (total, mode.new_sum("a", weight, 4), mode.new_sum("b", weight, 4)))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
     assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
     parts = [decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)]
-    for whole, a, b in zip(form.compress(sum(parts)), *map(form.compress, parts), strict=True):  # linear in the gradient
+    for whole, a, b in zip(total.compress(sum(parts)), *map(total.compress, parts), strict=True):  # linear in the gradient
         torch.testing.assert_close(whole, a + b, rtol=1e-4, atol=1e-4)
-    kept = sum(tensor.numel() for tensor in SketchedGradients().form("a", torch.empty(2048, 2048), 16).zeros())
+    kept = sum(tensor.numel() for tensor in SketchedGradients().new_sum("a", torch.empty(2048, 2048), 16).sums)
     assert kept < 0.07 * 2048**2
-    assert isinstance(SketchedGradients().form("a", torch.empty(32, 32), 8), ExactForm)
+    assert isinstance(SketchedGradients().new_sum("a", torch.empty(32, 32), 8), ExactSum)
     estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
     assert estimate.energy() == estimate.tail_energy(2) == 0
     for make, message in (
         (lambda: SketchedGradients(size=0), "size=0"),
-        (lambda: SketchedGradients(size=8).form("a", weight, 8), "not above the LoRA rank 8"),
+        (lambda: SketchedGradients(size=8).new_sum("a", weight, 8), "not above the LoRA rank 8"),
         (estimate.matrix, "needs whole gradients"),
     ):
         with pytest.raises(ConfigError, match=message):

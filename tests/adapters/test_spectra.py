@@ -1,13 +1,13 @@
-"""Spectra, low-rank approximations and tail energies against singular value decompositions; scoring on several threads."""
+"""Spectra and tail energies against singular value decompositions; scoring on several threads."""
 
 import threading
 
 import pytest
 import torch
 
-from hybrid_lightning.adapters import statistics
-from hybrid_lightning.adapters.spectra import best_low_rank, krylov_tail_energy, map_on_workers, squared_singular_values
-from hybrid_lightning.adapters.statistics import ExactGradient
+from hybrid_lightning.adapters import gradients
+from hybrid_lightning.adapters.gradients import ExactGradient
+from hybrid_lightning.adapters.spectra import krylov_tail_energy, map_on_workers, squared_singular_values
 
 INDEX = torch.arange(1, 121)
 
@@ -26,9 +26,8 @@ def tail(matrix: torch.Tensor, rank: int) -> float:
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_small_matrices_against_a_singular_value_decomposition(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = torch.linalg.svdvals(matrix.double())
     torch.testing.assert_close(squared_singular_values(matrix), s.square())
-    torch.testing.assert_close(best_low_rank(matrix, 2), u[:, :2] * s[:2] @ v[:2])
     for rank in (1, 3, 5, 6):
         assert ExactGradient(matrix).tail_energy(rank) == pytest.approx(float(s[rank:].square().sum()), rel=1e-9)
     assert ExactGradient(torch.diag(torch.tensor([1.0, 1e-6]))).tail_energy(1) == pytest.approx(1e-12, rel=1e-3), "no cancelling"
@@ -64,10 +63,10 @@ def test_it_gives_no_number_that_it_cannot_vouch_for():
 
 
 def test_large_gradients_take_it_and_fall_back_to_all_eigenvalues(monkeypatch):
-    monkeypatch.setattr(statistics, "KRYLOV_FROM", 256)
+    monkeypatch.setattr(gradients, "KRYLOV_FROM", 256)
     decaying = with_spectrum(INDEX**-1.0, (300, 420), 1e-3)
     spectra = []
-    monkeypatch.setattr(statistics, "squared_singular_values", lambda m: spectra.append(1) or squared_singular_values(m))
+    monkeypatch.setattr(gradients, "squared_singular_values", lambda m: spectra.append(1) or squared_singular_values(m))
     assert ExactGradient(decaying).tail_energy(8) == pytest.approx(tail(decaying, 8), rel=1e-7)
     assert not spectra
     assert ExactGradient(FLAT).tail_energy(8) == pytest.approx(tail(FLAT, 8), rel=1e-9)

@@ -1,7 +1,5 @@
 """Plans that a run makes: against scores recomputed from full gradients, with every scorer, and from the settings of the run."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -59,7 +57,7 @@ def test_the_plan_is_that_of_an_independent_singular_value_decomposition(model, 
 @pytest.mark.parametrize("kind", [getattr(scorers, name) for name in scorers.__all__ if name != "Scorer"])
 def test_every_scorer_makes_a_plan(model, sums, tmp_path, kind):
     adapter = build_adapter(scorer=kind(), calibration_prompts=12)
-    plan = planned(model, sums, tmp_path, adapter, max_tokens_per_micro_batch=100)  # several losses, which SpectrumSNR compares
+    plan = planned(model, sums, tmp_path, adapter, max_tokens_per_micro_batch=100)
     assert AdapterPlan.load(tmp_path / "version_0" / "plan.json").digest == plan.digest and len(plan.full_modules) == 3
     assert plan.scorer["class_path"].endswith(f".{kind.__name__}")
     best = sorted((module.score for module in plan.candidates), reverse=True)[:4]
@@ -70,30 +68,6 @@ def test_sketched_gradients_make_the_same_choice(model, sums, tmp_path):
     sketched, exact = (planned(model, sums, tmp_path, build_adapter(gradients=g)) for g in (SketchedGradients(size=7), None))
     assert exact.full_modules == sketched.full_modules
     assert [module.score for module in exact.candidates] != [module.score for module in sketched.candidates]
-
-
-class Noted(torch.optim.SGD):
-    made: ClassVar[list] = []  # learning rate and number of weights of each that is not the run's own, with LoRA
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, lr=lr)
-        first, *others = self.param_groups
-        if not others:
-            self.made.append((first["lr"], sum(weight.numel() for weight in first["params"])))
-
-
-def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
-    """As many steps as are asked for, by the run's own optimizer, in turns of as many weights as the plan trains at most."""
-    Noted.made = made = []
-    settings = {"optimizer": Noted, "lr_full": 0.25, "minibatches_per_rollout": 2}
-    plan = planned(model, sums, tmp_path, build_adapter(scorer=scorers.UpdateTail(3, 1)), **settings)
-    assert (plan.calibration["steps"], plan.calibration["prompts"], plan.calibration["turns"]) == (3, 8, len(made))
-    largest = sorted((module.parameters for module in plan.candidates), reverse=True)
-    most = sum(largest[:3]) + sum(plan.lora.parameters(module.shape) for module in plan.candidates)
-    assert {rate for rate, _ in made} == {0.25}
-    assert len(made) > 2 and all(weights <= most for _, weights in made)
-    assert sum(weights for _, weights in made) == sum(module.shape[0] * module.shape[1] for module in plan.candidates)
-    assert f"Scoring by 3 optimizer steps that are not taken, in {len(made)} turns" in " ".join(capsys.readouterr().out.split())
 
 
 def test_settings_reach_the_plan_and_ranks_by_a_pattern_the_model(model, sums, tmp_path, capsys):

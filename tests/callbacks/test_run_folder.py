@@ -184,11 +184,11 @@ def test_a_run_that_fails_at_the_start_leaves_nothing_but_what_was_there(model, 
     assert list(tmp_path.rglob("*")) == [tmp_path / "x", tmp_path / "x" / "version_0"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0-15.pt", "mine.txt"])
+@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "mine.txt"])
 def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
     trainer = process(tmp_path / "runs", CSVLogger(tmp_path / "runs", "x"))
     folder = run_folder(trainer)
-    for path in ("config.yaml", "hparams.yaml", "plan.json", "scoring/settings.json", name):
+    for path in ("config.yaml", "hparams.yaml", "plan.json", name):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).touch()
     before = content(tmp_path)

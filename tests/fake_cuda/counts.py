@@ -22,10 +22,7 @@ from tiny_models import build_tokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from benchmarks.memory import plan_qwen3
-from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGradients, find_candidates
-from hybrid_lightning.adapters.gradients import ModuleAccumulator
-from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
-from hybrid_lightning.adapters.scoring_progress import ScoringProgress
+from hybrid_lightning.adapters import ExactGradients, LoraSettings, Scoring, SketchedGradients, TailEnergy, find_candidates
 from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.backend import PlannedBackend
 from hybrid_lightning.engine.decoder_layers import _Body
@@ -165,7 +162,7 @@ def update(fake):
     return counts
 
 
-class Unchecked(ScoringProcess):
+class Unchecked(Scoring):
     """Does not look at the loss, which the host waits for once a loss."""
 
     def check_loss(self, loss, index):
@@ -175,15 +172,8 @@ class Unchecked(ScoringProcess):
 def scoring(fake, mode):
     """Forward and backward pass, and what is kept of the gradients."""
     losses, candidates = losses_of(fake), find_candidates(fake.model)
-    fake.model.requires_grad_(False)  # or gradients are dropped before they are taken
-    with counting(fake) as counts, only_candidates_trainable(fake.model, candidates):
-        sums = {}
-        for name, module in candidates.items():
-            shape = (module.weight.shape[0], module.weight.shape[1])
-            sums[name] = ModuleAccumulator(mode.form(name, module.weight, 16), shape, halves=False)
-        take = lambda name, gradient, index: sums[name].add(gradient, index)  # noqa: E731
-        for _ in Unchecked().backward_all(candidates, take, losses(), 0, ScoringProgress()):
-            pass
+    with counting(fake) as counts:
+        Unchecked(fake.model, candidates, losses(), TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
     counts.syncs = [f"{len(counts.syncs) / len(candidates):g} {name}" for name in set(counts.syncs)]
     return counts
 

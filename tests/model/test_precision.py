@@ -10,8 +10,7 @@ from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 from transformers import AutoModelForCausalLM
 
-from hybrid_lightning.adapters import Random, TailEnergy
-from hybrid_lightning.adapters.scoring_process import ScoringProcess
+from hybrid_lightning.adapters import Random, Scoring, TailEnergy
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
@@ -115,8 +114,8 @@ def run_16(model, sums, root, scale=2.0**12, policy=None, **flags):
 
 def test_in_float16_it_trains_and_begins_on_policy(model, sums, tmp_path, monkeypatch):
     policy = {"max_tokens_per_micro_batch": 24, "gradient_checkpointing": True}
-    scales, differentiate = set(), ScoringProcess._differentiate
-    monkeypatch.setattr(ScoringProcess, "_differentiate", lambda *of: scales.add(of[0].loss_scale) or differentiate(*of))
+    scales, differentiate = set(), Scoring.differentiate
+    monkeypatch.setattr(Scoring, "differentiate", lambda *of: scales.add(of[0]._loss_scale) or differentiate(*of))
     module, log = run_16(model, sums, tmp_path, policy=policy, gradient_clip_val=0.5)
     assert str(module.trainer.precision) == "16-mixed" and scales == {4096.0}
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in module.parameters()}

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hybrid_lightning.rewards.evaluate import term_values
 from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.terms import term_values
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_calls import outcome_of
 from hybrid_lightning.user_code import in_user_code

@@ -87,7 +87,10 @@ def test_an_exception_names_reward_row_and_completion_and_nothing_is_scored_agai
     """Of a batch it names the first completion: a judge may be paid for each call."""
     long, reward = "5" * 500, RaisesOn("5" * 500)
     where = r"\(test_evaluate\.py line \d+\)"
-    for texts, named in (([long], "for sums.csv row 10"), ([long, "3"], "for a batch of 2 completions, the first for sums.csv row 10")):
+    for texts, named in (
+        ([long], "for sums.csv row 10"),
+        ([long, "3"], "for a batch of 2 completions, the first for sums.csv row 10"),
+    ):
         with pytest.raises(RewardError) as caught:
             evaluate_reward(reward, texts, PROMPTS[: len(texts)])
         message = str(caught.value)

@@ -17,7 +17,7 @@ from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, Watch, worse
+from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences, counted_groups
@@ -39,7 +39,7 @@ class Diagnosis(OncePerRollout):
 
     def __init__(self) -> None:
         self.found: dict[str, Finding] = {}  # what was said, by its kind: each once
-        self._watch: Watch | None = None
+        self._monitor: TrainingMonitor | None = None
         self._begun = False
 
     # ---- before the first step
@@ -86,7 +86,7 @@ class Diagnosis(OncePerRollout):
             return
         means = torch.cat([rewards.total[rows].mean(dim=1) for rows in groups])
         spread = float(means.std()) if len(means) > 1 else 0.0
-        self._say(trainer, *self._watched(policy).add_rollout(self._metrics, float(rewards.of_counted().total.min()), spread))
+        self._say(trainer, *self._monitored(policy).add_rollout(self._metrics, float(rewards.of_counted().total.min()), spread))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the rollout of the batch if it is a new one, by the metrics that come with it."""
@@ -96,11 +96,11 @@ class Diagnosis(OncePerRollout):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at an optimizer step."""
         if isinstance(pl_module, PolicyModule) and trainer.is_global_zero and not trainer.fit_loop._should_accumulate():
-            self._say(trainer, *self._watched(pl_module).add_step(_logged(trainer, ("entropy", "ratio/mean", *_NORMS))))
+            self._say(trainer, *self._monitored(pl_module).add_step(_logged(trainer, ("entropy", "ratio/mean", *_NORMS))))
 
-    def _watched(self, policy: PolicyModule) -> Watch:
-        self._watch = self._watch or Watch(policy.rollout_schedule.prompts_per_rollout)
-        return self._watch
+    def _monitored(self, policy: PolicyModule) -> TrainingMonitor:
+        self._monitor = self._monitor or TrainingMonitor(policy.rollout_schedule.prompts_per_rollout)
+        return self._monitor
 
     def _say(self, trainer: Trainer, *found: Finding) -> None:
         for finding in found:
@@ -112,13 +112,13 @@ class Diagnosis(OncePerRollout):
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said, so that a resumed run goes on from there."""
         found = {kind: vars(finding) for kind, finding in self.found.items()}
-        return {"begun": self._begun, "found": found, "watch": self._watch and vars(self._watch)}
+        return {"begun": self._begun, "found": found, "monitor": self._monitor and vars(self._monitor)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._begun = state_dict["begun"]
         self.found = {kind: Finding(**found) for kind, found in state_dict["found"].items()}
-        self._watch = state_dict["watch"] and Watch(**state_dict["watch"])
+        self._monitor = state_dict["monitor"] and TrainingMonitor(**state_dict["monitor"])
 
     # ---- at the end
 
@@ -128,7 +128,7 @@ class Diagnosis(OncePerRollout):
         `samples` is the n of `val/avg@n`.
         """
         tries = [finding.advice for finding in self.found.values()]
-        if self._watch is not None and 0 < self._watch.steps == self._watch.idle:
+        if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             return "nothing was learned: no step had a gradient", tries
         name = f"val/avg@{samples}" if f"val/avg@{samples}" in after else "val/loss"
         if name not in before or name not in after:
@@ -257,7 +257,7 @@ class Doctor(Callback):
         self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
         self.found += findings.of_answers(answers) if policy.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
-        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), policy.pretrained.dtype)
+        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), str(policy.trainer.precision))
         self.found += findings.of_change(change, steps) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.run_folder import find_callback
-from hybrid_lightning.training.step_times import PhaseClock, Spread
+from hybrid_lightning.training.step_times import Amortized, PhaseClock
 from hybrid_lightning.types import PolicyBatch
 
 # Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.
@@ -58,7 +58,7 @@ class StepTimer(Callback):
     def _forget(self) -> None:
         self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
         self._tokens: dict[str, float] = defaultdict(float)  # of all processes and steps, including those of earlier runs
-        self._spread = Spread()  # divides what a rollout costs among its steps
+        self._amortized = Amortized()  # divides what a rollout costs among its steps
         self._rollout: dict[str, float] = {}  # metrics of the rollout that is trained on
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
 
@@ -85,13 +85,13 @@ class StepTimer(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Times and tokens so far, for a resumed run."""
-        spread = {"amounts": self._spread.amounts, "steps": self._spread.steps}
+        spread = {"amounts": self._amortized.amounts, "steps": self._amortized.steps}
         return {"seconds": self.totals(), "tokens": dict(self._tokens), "spread": spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the times and tokens of the run that is resumed."""
         self._earlier_seconds, self._tokens = state_dict["seconds"], defaultdict(float, state_dict["tokens"])
-        self._spread = Spread(**state_dict["spread"])
+        self._amortized = Amortized(**state_dict["spread"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the first step."""
@@ -135,11 +135,11 @@ class StepTimer(Callback):
             tokens = _rollout_tokens(pl_module)
         step = _mean_over_processes(trainer, {**spent, **tokens})
         if begins or step["generate"] > 0:
-            steps = schedule.steps_per_rollout if begins else max(1, self._spread.steps)
-            self._spread.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
+            steps = schedule.steps_per_rollout if begins else max(1, self._amortized.steps)
+            self._amortized.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
             for name in _ROLLOUT_TOKENS:
                 self._tokens[name] += step[name] * trainer.world_size
-        step |= self._spread.take()
+        step |= self._amortized.take()
         trained = batch.num_tokens if isinstance(batch, PolicyBatch) else 0.0
         self._tokens["trained_tokens"] += trained
         tokens = {"trained_tokens": trained, **{name: step[name] * trainer.world_size for name in _ROLLOUT_TOKENS}}

@@ -63,7 +63,8 @@ def _load_value(text: str) -> Any:
     return text if value is None and text.lstrip().startswith("#") else value
 
 
-jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
+_MODE = "hybrid_lightning"  # of our parsers alone: others in this process read YAML as jsonargparse does
+jsonargparse.set_loader(_MODE, _load_value, exceptions=(yaml.YAMLError,))
 
 
 # What TRL's GRPOConfig and PEFT's LoraConfig call otherwise -> our option.
@@ -123,7 +124,7 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations --trainer.max_epoch=3 would silently be taken for max_epochs.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "parser_mode": _MODE, **kwargs})
         self.parts: dict[str, type] = {}
         self.part: type | None = None  # the class, if it parses the arguments of one class only
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runs import assert_refused, run
+from jsonargparse import ArgumentParser
 
 from hybrid_lightning.cli_parser import TRL_NAMES
 
@@ -71,6 +72,12 @@ def test_a_help_and_a_mistake_import_nothing_that_takes_long(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--model.lr_lora\n" in done.stdout and "did you mean --model.lr_lora" in done.stderr
     assert done.stdout.count("set()\n") == 2, done.stdout[-500:]
+
+
+def test_parsers_of_others_read_yaml_as_before():
+    other = ArgumentParser()
+    other.add_argument("--value", type=str | None)
+    assert [other.parse_args([f"--value={text}"]).value for text in ("None", "null", "x")] == ["None", None, "x"]
 
 
 def test_the_printed_config_has_all_options_and_keeps_texts(folder, tmp_path):

@@ -3,19 +3,32 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.packing import MULTIPLE
+from hybrid_lightning.engine.attention import AttentionSettings, Packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.packing import MULTIPLE, PackedSequences
 from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.types import Sequences
 
-if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+
+class PackedModel(Protocol):
+    """What decoding needs of an `Engine`, whose own file makes the passes out of what is here."""
+
+    model: nn.Module
+    backend: Backend
+
+    def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
+        """Sequences in the layout that the model attends by."""
+        ...
+
+    def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states [N, H] of N packed tokens before the output layer, or [W, H] of those `wanted`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class PackedDecoding(ABC):
     can_extend = True
     samples = 1  # of each prompt
 
-    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> None:
+    def __init__(self, engine: PackedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> None:
         self.engine, self.max_new_tokens, self.keeps_rows = engine, max_new_tokens, keeps_rows
         self.prepack_projection()
         self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)

@@ -31,7 +31,7 @@ from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
-from hybrid_lightning.engine.segment_decoding import Graphs
+from hybrid_lightning.engine.step_graphs import Graphs
 from hybrid_lightning.types import Sequences
 
 # Each pass that can be fast, and what runs in its place where it is not.

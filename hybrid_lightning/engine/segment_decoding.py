@@ -12,22 +12,17 @@ rows are given up, and no step waits for the device.
 Axes are those of `attention.py`: B rows of which some still run, T tokens of the longest completion.
 """
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.backend import autocast_dtype
 from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, grouped, joined, ungrouped
-
-logger = logging.getLogger(__name__)
-
-_TRIED_STEPS = 3  # that are replayed from a graph beside steps as they are
+from hybrid_lightning.engine.step_graphs import Graphs, StepGraph
 
 
 class _Calls(NamedTuple):
@@ -40,16 +35,16 @@ class _Calls(NamedTuple):
 class SegmentDecoding(PackedDecoding):
     """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys; see `PackedDecoding`."""
 
-    graphs: "Graphs | None" = None  # whether steps are replayed from a CUDA graph, one for each number of rows
+    graphs: Graphs | None = None  # whether steps are replayed from a CUDA graph, one for each number of rows
     _ends_differ = False  # whether rows may come to the end of their room while others go on
 
     slots: Tensor  # [R], the place of each row that runs among all rows
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
-    _calls: dict[int, "_Calls"]  # by layers
+    _calls: dict[int, _Calls]  # by layers
     _tokens: Tensor | None  # [R], that a graph of these rows reads
-    _graph: "StepGraph | None"
+    _graph: StepGraph | None
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
@@ -75,7 +70,7 @@ class SegmentDecoding(PackedDecoding):
                 return self._step(tokens)
         return self._graph.replay(tokens) if graphs.passed else self._tried(graphs, self._graph, tokens)
 
-    def _tried(self, graphs: "Graphs", graph: "StepGraph", tokens: Tensor) -> Tensor:
+    def _tried(self, graphs: Graphs, graph: StepGraph, tokens: Tensor) -> Tensor:
         """A step that is replayed, and taken again as it is, which has to give the same."""
         known = [self.places, self.used, self.positions]
         before = [part.clone() for part in known]
@@ -182,56 +177,3 @@ class SegmentDecoding(PackedDecoding):
 def _as_kept(part: Tensor) -> Tensor:
     """In the dtype of keys and values: rotary embeddings may have made float32 of queries under autocast."""
     return part.to(autocast_dtype(part.device) or part.dtype)
-
-
-class Graphs:
-    """Whether steps of a model may be replayed from CUDA graphs: the first few have to give what plain steps give, to the bit.
-
-    Attributes:
-        why_not: Why they may not, in words for the user; empty where they may, or where nothing was tried yet.
-        passed: Whether enough steps were tried.
-    """
-
-    def __init__(self) -> None:
-        self.why_not, self.passed = "", False
-        self._alike, self._has_said = 0, False
-
-    def compare(self, replayed: Tensor, plain: Tensor) -> None:
-        """Learn from the logits of a step, [R, V]."""
-        if not torch.equal(replayed, plain):
-            self.give_up("a replayed step gave other logits than the step itself")
-            return
-        self._alike += 1
-        self.passed = self._alike >= _TRIED_STEPS
-        if self.passed:
-            rank_zero_info(f"tokens are sampled by CUDA graphs: {self._alike} replayed steps gave what the steps themselves give")
-
-    def give_up(self, reason: str) -> None:
-        """Let steps be launched kernel by kernel from now on, and say why."""
-        self.why_not = reason
-        self.say(reason)
-
-    def say(self, reason: str) -> None:
-        """Say once why steps are launched kernel by kernel."""
-        if self._has_said:
-            return
-        self._has_said = True
-        logger.warning("tokens are sampled without CUDA graphs, which takes longer where there are few rows, since %s", reason)
-
-
-class StepGraph:
-    """A decoding step, recorded once and replayed, so that its kernels are launched together.
-
-    It changes tensors in place and makes its result of them, and of tokens, which `replay` overwrites.
-    """
-
-    def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
-        self._tokens, self._graph = tokens, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # which computes nothing yet
-            self._result = step(tokens)
-
-    def replay(self, tokens: Tensor) -> Tensor:
-        """Take the step with these tokens, [R]."""
-        self._tokens.copy_(tokens)
-        self._graph.replay()
-        return self._result

@@ -35,7 +35,7 @@ _EQUAL = 0.9  # share of groups without a difference
 _NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
 _MAX_KL = math.log(2)  # nats a token: one step halves the probability of what was sampled
 _MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
-_AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, as in docs/troubleshooting.md on vLLM
+_AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats a token, with products of float32 and of 16 bits (docs/troubleshooting.md)
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,12 @@ def of_answers(answers: Sequence[str | None]) -> list[Finding]:
     return [Finding("answers", text, "let the prompt ask for the form that the reward looks for, or change its pattern")]
 
 
-def of_agreement(difference: float, dtype: str) -> list[Finding]:
-    """Whether sampling and training compute the same, by the mean of |l_train - l_sample| over tokens, in nats."""
-    most = _AGREEMENT[dtype]
+def of_agreement(difference: float, precision: str) -> list[Finding]:
+    """Whether sampling and training compute the same, by the mean of |l_train - l_sample| over tokens, in nats.
+
+    `precision` is the Trainer's: float32 weights are rounded to 16 bits in products under `bf16-mixed`.
+    """
+    most = _AGREEMENT if precision == "32-true" else _AGREEMENT_HALF
     if not difference > most:
         return []
     text = f"log-probabilities of sampling and training are {difference:.2g} nats apart, more than {most:g}"
@@ -173,7 +176,7 @@ def of_memory(needed: float, there: float, phase: str) -> list[Finding]:
 
 
 @dataclass
-class Watch:
+class TrainingMonitor:
     """Looks at rollouts and steps of a run for what went wrong since its start."""
 
     groups: int  # of each rollout, over all devices
@@ -224,7 +227,7 @@ class Watch:
         self.entropy = entropy if self.entropy is None else self.entropy
         if not 0.5 < ratio < 2:
             return [worse(f"the policy has left the one that sampled: the mean ratio is {ratio:.3g} and should be about 1")]
-        if entropy is None or not self.entropy:
+        if entropy is None or not self.entropy or not self.rollouts:  # a run may resume in the middle of its first rollout
             return []
         start, now = (sum(row["reward"] for row in some) / len(some) for some in (self.rollouts[:3], self.rollouts[-3:]))
         if entropy < 0.02 * self.entropy and now <= start:

@@ -2,15 +2,13 @@ r"""What the reward pays for the reference answer: a reward that gives it nothin
 
 A reference completion is the row's answer in the form that its prompt asks for: as the answers of its few-shot examples are
 written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts.
-If none is paid, all other forms are tried, and that in which the reward's own pattern looks for an answer.
+If none is paid, all other forms are tried.
 """
 
-import re._constants as kinds
-import re._parser as parser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -77,7 +75,7 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
     if not missing:
         return References(note, tuple(_paid_by_accident(policy, prompts, [text for text, _ in paid])))
     tried, zero = f"{missing[0].place}, {shorten(_answer(missing[0]))}", "your reward gives the reference answer 0"
-    others = [] if earned else _best(policy, prompts, [_others(policy, prompt) for prompt in prompts])
+    others = [] if earned else _best(policy, prompts, [[make(_answer(prompt)) for make in _FORMS.values()] for prompt in prompts])
     elsewhere = [text for text, is_paid in others if is_paid]
     level: Literal["error", "warning", "note"]
     if earned:
@@ -91,7 +89,10 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
         remedy, level = "see that the prompt asks for the form that it pays", "note"
     else:
         text = f"{zero}: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
-        remedy, level = "correct the reward, its pattern, or the answer_column of data.source", "error"
+        remedy, level = "correct the reward, or the answer_column of data.source", "error"
+        if _has_pattern(policy):
+            text = f"{zero} in all forms that are known here ({len(prompts)} rows tried, first {tried})"
+            remedy, level = "see that the reward's pattern finds the answer in the form that the prompt asks for", "warning"
     return References(note, (Finding("reference", text, remedy, level),))
 
 
@@ -167,6 +168,12 @@ def _asked(prompt: Prompt, form: PromptFormat | None) -> Iterator[str]:
     yield answer
 
 
+def _has_pattern(policy: LanguageModule) -> bool:
+    """Whether a term of the reward looks for answers by a pattern, which may be one that no known form has."""
+    scorers = [scorer for term in policy.reward_terms() for scorer in (term, *getattr(term, "scorers", ()))]
+    return any(getattr(scorer, "pattern", None) is not None for scorer in scorers)
+
+
 def _answer(prompt: Prompt) -> str:
     return prompt.completions[0] if prompt.completions else str(prompt.answer)
 
@@ -179,39 +186,3 @@ def _completion(policy: LanguageModule, prompt: Prompt, text: str) -> Completion
     with suppress(Exception):  # tokenizers that lack a part of it have no error class of their own
         tokens = len(policy.tokenizer(whole, add_special_tokens=False)["input_ids"])
     return Completion(whole, tokens + 1, finished=True, thinking=thinking)
-
-
-# ---- where the reward's own pattern looks
-
-
-def _others(policy: LanguageModule, prompt: Prompt) -> list[str]:
-    """The answer in all known forms, and as the shortest texts in which the patterns of the reward's terms find it."""
-    texts = [make(_answer(prompt)) for make in _FORMS.values()]
-    for term in policy.reward_terms():
-        inner = getattr(term, "rewards", None)
-        for one in inner.values() if isinstance(inner, dict) else (getattr(term, "reward", term),):
-            pattern = getattr(one, "pattern", None)
-            if pattern is not None and pattern.groups == 1:
-                texts.append(_written(parser.parse(pattern.pattern, pattern.flags), _answer(prompt)))
-    return texts
-
-
-def _written(parts: Any, answer: str) -> str:
-    """A short text that a parsed regular expression matches, with an answer in the place of its group."""
-    return "".join(_of_part(kind, value, answer) for kind, value in parts)
-
-
-def _of_part(kind: Any, value: Any, answer: str) -> str:
-    if kind is kinds.LITERAL:
-        return chr(value)
-    if kind is kinds.SUBPATTERN:
-        return answer if value[0] == 1 else _written(value[-1], answer)
-    if kind in (kinds.MAX_REPEAT, kinds.MIN_REPEAT, kinds.POSSESSIVE_REPEAT):
-        inner = _written(value[2], answer)
-        return inner if answer in inner and value[1] else inner * value[0]
-    if kind is kinds.BRANCH:
-        texts = [_written(branch, answer) for branch in value[1]]
-        return next((text for text in texts if answer in text), texts[0])
-    if kind is kinds.IN:
-        return next((chr(v if k is kinds.LITERAL else v[0]) for k, v in value if k in (kinds.LITERAL, kinds.RANGE)), " ")
-    return "." if kind in (kinds.ANY, kinds.NOT_LITERAL) else ""

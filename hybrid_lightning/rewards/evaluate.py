@@ -1,26 +1,16 @@
-"""Call a reward and check what it returns, so that only one finite number per completion gets into training.
+"""Score completions by all terms of a reward, and take the answers out of them that majority votes count."""
 
-A reward is often the user's own code: an error names the term of the reward, the row of the data and the completion, on one line.
-Calls may be asynchronous, and may have a time limit.
-"""
-
-import inspect
-import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import HybridLightningError, RewardError, shorten
+from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.terms import name_completion, term_values, title
 from hybrid_lightning.types import Prompt, Rewards
-from hybrid_lightning.user_calls import run_async
 from hybrid_lightning.user_code import describe_error
-
-if TYPE_CHECKING:
-    from hybrid_lightning.rewards.arriving import ArrivingRewards
 
 
 def evaluate_reward(
@@ -28,7 +18,7 @@ def evaluate_reward(
     completions: Sequence[str],
     prompts: Sequence[Prompt],
     counted: Sequence[bool] | None = None,
-    arriving: "ArrivingRewards | None" = None,
+    arriving: ArrivingRewards | None = None,
 ) -> Rewards:
     """Score completions.
 
@@ -44,8 +34,8 @@ def evaluate_reward(
         total is.
 
     Raises:
-        RewardError: If a term raises, or does not return one finite number per completion; the message names the term and,
-            where it can be found, the row and the completion.
+        RewardError: If a term raises, or does not return one finite number per completion; the message names the term, and the
+            row and the completion, or of a term that scores a whole batch the first of these.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
     rows = [row for row in range(len(completions)) if counted is None or counted[row]]
@@ -92,86 +82,12 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
         except HybridLightningError:
             raise
         except Exception as error:
-            message = f"{_title(term)}.extract_answer raised {describe_error(error)} {name_completion(completion, prompt)}"
+            message = f"{title(term)}.extract_answer raised {describe_error(error)} {name_completion(completion, prompt)}"
             raise RewardError(message) from error
         if answer is not None and not isinstance(answer, str):
             raise RewardError(
-                f"{_title(term)}.extract_answer returned {shorten(answer)} {name_completion(completion, prompt)}; it must "
+                f"{title(term)}.extract_answer returned {shorten(answer)} {name_completion(completion, prompt)}; it must "
                 "return the answer as text, or None if there is none"
             )
         answers.append(answer)
     return answers
-
-
-def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-    """Values of one term of a reward, checked, [B] float32; see `evaluate_reward` for errors."""
-    try:
-        values = _called(reward, completions, prompts)
-    except HybridLightningError:
-        raise  # its message already says what is wrong, and where
-    except (Exception, SystemExit) as error:  # sys.exit in a reward must not end training without a message
-        raise _culprit(reward, completions, prompts, error) from error
-    try:
-        numbers = _numbers(values, len(completions))
-    except ValueError as error:
-        raise RewardError(f"{_title(reward)} {error}; it must return one number per completion") from error
-    # Converted first: a number must be finite in float32, the dtype of the training signal.
-    result = torch.tensor([_float(number) for number in numbers], dtype=torch.float32)
-    wrong = result.isfinite().logical_not().nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        number = numbers[row]
-        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
-        raise RewardError(
-            f"{_title(reward)} {problem} {name_completion(completions[row], prompts[row])}; it must return a finite number, 0.0 "
-            "where it does not apply"
-        )
-    return result
-
-
-def _called(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
-    """What a reward returns, awaited if its `__call__` is `async`."""
-    values: Any = reward(completions, prompts)
-    return run_async(values) if inspect.iscoroutine(values) else values
-
-
-def _numbers(values: Any, count: int) -> list[Any]:
-    """Values that a reward returned as a list of `count` entries; ValueError if they are something else."""
-    if hasattr(values, "tolist"):  # tensors and arrays
-        shape = tuple(values.shape)
-        if shape != (count,):
-            raise ValueError(f"returned shape {shape} for {count} completions")
-        return list(values.tolist())
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"returned {shorten(values)} for {count} completions")
-    if len(values) != count:
-        raise ValueError(f"returned {len(values)} values for {count} completions")
-    return [value.item() if getattr(value, "shape", None) == () else value for value in values]
-
-
-def _float(number: Any) -> float:
-    try:
-        return float(number) if isinstance(number, Real) else math.nan
-    except OverflowError:  # an integer too large for a float
-        return math.inf
-
-
-def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: BaseException) -> RewardError:
-    """Find the completion on which a reward fails by scoring them one at a time, and return the error to raise."""
-    for completion, prompt in zip(completions, prompts, strict=True):
-        try:
-            _called(reward, [completion], [prompt])
-        except (Exception, SystemExit) as single:
-            return RewardError(f"{_title(reward)} raised {describe_error(single)} {name_completion(completion, prompt)}")
-    first = f", the first {name_completion(completions[0], prompts[0])}; for each of them alone it did not" if completions else ""
-    return RewardError(f"{_title(reward)} raised {describe_error(error)} for a batch of {len(completions)} completions{first}")
-
-
-def _title(reward: RewardFunction) -> str:
-    """How error messages name a reward."""
-    return f"reward {type(reward).__name__} ({reward.name})"
-
-
-def name_completion(completion: str, prompt: Prompt) -> str:
-    """How error messages name a completion: by the row of its prompt, and its text."""
-    return f"for {prompt.place} with completion {shorten(completion)}"

@@ -9,8 +9,8 @@ from itertools import dropwhile
 from typing import Any, ClassVar
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
-from hybrid_lightning.rewards.evaluate import name_completion
 from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.terms import name_completion
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_calls import await_all, call_within, run_async
 from hybrid_lightning.user_code import describe_error, load_function

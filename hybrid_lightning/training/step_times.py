@@ -72,15 +72,15 @@ class PhaseClock:
         self._since = now
 
 
-class Spread:
+class Amortized:
     """Spreads the costs of a rollout evenly over the optimizer steps that are made from it.
 
     If an epoch ends before all of these steps have been made, the next rollout's steps share the rest.
 
     Example:
-        >>> spread = Spread()
-        >>> spread.put({"generate": 3.0}, steps=2)
-        >>> spread.take(), spread.take(), spread.take()
+        >>> amortized = Amortized()
+        >>> amortized.put({"generate": 3.0}, steps=2)
+        >>> amortized.take(), amortized.take(), amortized.take()
         ({'generate': 1.5}, {'generate': 1.5}, {'generate': 0.0})
     """
 

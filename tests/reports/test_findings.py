@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, SECTIONS, Change, Watch, of_agreement, of_change, of_gradient, of_rollouts
+from hybrid_lightning.reports.findings import (
+    PAGE,
+    SECTIONS,
+    Change,
+    TrainingMonitor,
+    of_agreement,
+    of_change,
+    of_gradient,
+    of_rollouts,
+)
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +88,9 @@ RATES = [
 def test_rates_that_are_far_too_high_or_low_disagreement_and_gradients():
     for kl, moved, steps, kinds in RATES:
         assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps)] == kinds
-    assert not of_agreement(1e-3, "float32") and of_agreement(1.1e-3, "float32") and not of_agreement(0.02, "bfloat16")
+    assert not of_agreement(1e-3, "32-true") and of_agreement(1.1e-3, "32-true")
+    for precision in ("bf16-mixed", "16-mixed", "bf16-true"):
+        assert not of_agreement(0.02, precision) and of_agreement(0.11, precision), "whatever the weights are"
     assert not of_gradient({"full": 0.0, "lora": 1e-9}, equal=False) and not of_gradient({"full": 0.0}, equal=True)
     assert [found.level for found in of_gradient({"full": 0.0, "lora": 0.0}, equal=False)] == ["error"]
 
@@ -90,8 +101,8 @@ def logged(reward, equal=0.0, solved=0.0):
 
 def watched(rewards, equal=0.0, groups=32, spread=0.3, worst=0.0, solved=0.0):
     """Kinds of what is found at each rollout."""
-    watch = Watch(groups)
-    return [[found.kind for found in watch.add_rollout(logged(reward, equal, solved), worst, spread)] for reward in rewards]
+    monitor = TrainingMonitor(groups)
+    return [[found.kind for found in monitor.add_rollout(logged(reward, equal, solved), worst, spread)] for reward in rewards]
 
 
 def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not():
@@ -102,17 +113,18 @@ def test_a_run_that_loses_what_it_could_do_is_noticed_and_one_that_wavers_is_not
     assert watched([0.0] * 3, equal=1.0) == [[], [], ["gradient"]]
     assert not any(watched([1.0] * 4, equal=1.0, solved=1.0)), "all is solved"
     assert watched([0.0] * 6, equal=1.0, groups=4) == [[], [], [], [], [], ["gradient"]], "24 groups at least"
-    assert Watch(8).add_rollout({"num_tokens": 3.0}, 0.0, 0.0) == [], "no completion counts"
+    assert TrainingMonitor(8).add_rollout({"num_tokens": 3.0}, 0.0, 0.0) == [], "no completion counts"
 
 
 def test_a_ratio_or_an_entropy_that_collapses_is_noticed():
     def steps(rewards, *entropies, ratio=1.0):
-        watch = Watch(32)
+        monitor = TrainingMonitor(32)
         for reward in rewards:
-            watch.add_rollout(logged(reward), 0.0, 0.3)
+            monitor.add_rollout(logged(reward), 0.0, 0.3)
         metrics = [{"entropy": entropy, "ratio/mean": ratio, "grad_norm/lora": 1.0} for entropy in entropies]
-        return [[found.kind for found in watch.add_step(step)] for step in metrics]
+        return [[found.kind for found in monitor.add_step(step)] for step in metrics]
 
     assert steps([0.3, 0.3], 0.4, 0.3, 0.001) == [[], [], ["worse"]]
     assert steps([0.3, 0.3, 0.3, 0.9], 0.4, 0.001) == [[], []], "a policy that has learned is sure of itself"
+    assert steps([], 0.4, 0.001) == [[], []], "resumed in the middle of a rollout, or no episode counts"
     assert steps([0.3], 0.4, ratio=0.04) == [["worse"]] and steps([0.3], 0.4, ratio=1.9) == [[]]

@@ -2,8 +2,16 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
-from hybrid_lightning.rewards import ExactMatch, FormatReward, MultipleChoice, RewardBySet, RewardFunction, WeightedSum
-from hybrid_lightning.rewards.evaluate import evaluate_reward, extract_answers
+from hybrid_lightning.rewards import (
+    ExactMatch,
+    FormatReward,
+    MultipleChoice,
+    RewardBySet,
+    RewardFunction,
+    WeightedSum,
+    evaluate_reward,
+    extract_answers,
+)
 from hybrid_lightning.types import Prompt
 
 TEXT, LETTER = Prompt(text="?", answer="12", set_name="sums"), Prompt(text="?", answer="C", set_name="quiz", index=1, source="q")

@@ -13,8 +13,8 @@ from hybrid_lightning.rewards import (
     RewardFunction,
     WeightedSum,
     evaluate_reward,
+    extract_answers,
 )
-from hybrid_lightning.rewards.evaluate import extract_answers
 from hybrid_lightning.types import Completion, Prompt
 
 PROMPTS = [Prompt(text=f"{n}+1=", answer=str(n + 1), index=10 + n, source="sums.csv") for n in range(3)]
@@ -32,11 +32,12 @@ class Returns(RewardFunction):
 
 
 class RaisesOn(RewardFunction):
-    def __init__(self, bad, smallest_batch=1, error=ZeroDivisionError("division\nby zero")):  # noqa: B008
-        self.bad, self.smallest_batch, self.error = bad, smallest_batch, error
+    def __init__(self, bad, error=ZeroDivisionError("division\nby zero")):  # noqa: B008
+        self.bad, self.error, self.calls = bad, error, 0
 
     def __call__(self, completions, prompts):
-        if self.bad in completions and len(completions) >= self.smallest_batch:
+        self.calls += 1
+        if self.bad in completions:
             raise self.error
         return [0.0] * len(completions)
 
@@ -82,22 +83,23 @@ def test_wrong_values_name_the_reward_and_the_row():
         assert "\n" not in str(caught.value)
 
 
-def test_an_exception_names_reward_row_and_completion():
-    long = "5" * 500
-    with pytest.raises(RewardError) as caught:
-        evaluate_reward(RaisesOn(long), ["1", long, "3"], PROMPTS)
-    message = str(caught.value)
-    where = r"\(test_evaluate\.py line \d+\) for sums\.csv row 11"
-    assert re.match(rf"reward RaisesOn \(raises_on\) raised ZeroDivisionError: division by zero {where}", message)
-    assert "5 ... 5" in message and len(message) < 300 and "\n" not in message
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_an_exception_of_the_batch_alone_says_so_and_an_interrupt_is_none():
-    with pytest.raises(RewardError, match=r"for a batch of 3 completions, the first .* row 10 .*for each of them alone it did"):
-        evaluate_reward(RaisesOn("5", smallest_batch=2), TEXTS, PROMPTS)
+def test_an_exception_names_reward_row_and_completion_and_nothing_is_scored_again():
+    """Of a batch it names the first completion: a judge may be paid for each call."""
+    long, reward = "5" * 500, RaisesOn("5" * 500)
+    where = r"\(test_evaluate\.py line \d+\)"
+    for texts, named in (
+        ([long], "for sums.csv row 10"),
+        ([long, "3"], "for a batch of 2 completions, the first for sums.csv row 10"),
+    ):
+        with pytest.raises(RewardError) as caught:
+            evaluate_reward(reward, texts, PROMPTS[: len(texts)])
+        message = str(caught.value)
+        assert re.match(rf"reward RaisesOn \(raises_on\) raised ZeroDivisionError: division by zero {where} {named}", message)
+        assert "5 ... 5" in message and len(message) < 300 and "\n" not in message
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert reward.calls == 2
     with pytest.raises(KeyboardInterrupt):
-        evaluate_reward(RaisesOn("5", 2, KeyboardInterrupt()), TEXTS, PROMPTS)
+        evaluate_reward(RaisesOn("5", KeyboardInterrupt()), TEXTS, PROMPTS)
     assert evaluate_reward(ExactMatch(), [], []).correct.shape == (0,)
 
 

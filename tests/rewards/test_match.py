@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,7 +15,7 @@ import pytest
 from public_data import public_data
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards import MathMatch, MultipleChoice, evaluate_reward
+from hybrid_lightning.rewards import ArrivingRewards, MathMatch, MultipleChoice, evaluate_reward
 from hybrid_lightning.rewards.mathematics import match as module
 from hybrid_lightning.types import Completion, Prompt
 
@@ -78,14 +79,31 @@ def test_threads_share_it_and_a_fork_starts_its_own():
     assert scored(12) == [1.0, 0.0] * 20
 
 
+def last_worker():
+    """That answered last."""
+    return module._verifier(3.0)._idle.queue[-1]
+
+
+def test_several_compare_at_the_same_time_and_while_others_are_generated(monkeypatch):
+    reward, together = MathMatch(), threading.Barrier(2)
+    reward.concurrency = 2
+    assert 0 < reward.overlaps(Prompt(text="?")) <= reward.concurrency
+    ask = module._Worker.ask
+    monkeypatch.setattr(module._Worker, "ask", lambda *given: together.wait(20) is not None and ask(*given))
+    prompts = [Prompt(text="?", answer=answer) for answer in ("12", "13")]
+    arriving = ArrivingRewards(reward, prompts)
+    assert evaluate_reward(reward, ["12", "12"], prompts).total.tolist() == [1.0, 0.0]
+    assert evaluate_reward(reward, ["13", "13"], prompts, arriving=arriving).total.tolist() == [0.0, 1.0]
+
+
 def test_an_interrupted_comparison_does_not_answer_the_next_and_a_process_that_died_is_replaced(monkeypatch):
     assert score("12") == 1.0
-    process = module._verifier(3.0)._process
+    process = last_worker().process
     monkeypatch.setattr(process.stdout, "readline", Mock(side_effect=KeyboardInterrupt))  # after the request is written
     with pytest.raises(KeyboardInterrupt):
         score("12")
     assert score("13") == 0.0 and score("12") == 1.0
-    process = module._verifier(3.0)._process
+    process = last_worker().process
     os.kill(process.pid, 9)
     process.wait()
     assert score("12") == 1.0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_lightning.training import step_times
-from hybrid_lightning.training.step_times import PhaseClock, Spread
+from hybrid_lightning.training.step_times import Amortized, PhaseClock
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def test_a_phase_ends_with_an_exception_too_and_on_an_accelerator_once_its_work_
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=6))
 def test_the_shares_add_up_to_what_was_put_in(rollouts):
-    spread, dealt = Spread(), 0.0
+    amortized, dealt = Amortized(), 0.0
     for amount, steps, taken in rollouts:
-        spread.put({"generate": amount}, steps)
-        dealt += sum(spread.take()["generate"] for _ in range(taken))
-    dealt += sum(spread.take()["generate"] for _ in range(spread.steps))
+        amortized.put({"generate": amount}, steps)
+        dealt += sum(amortized.take()["generate"] for _ in range(taken))
+    dealt += sum(amortized.take()["generate"] for _ in range(amortized.steps))
     assert dealt == pytest.approx(sum(amount for amount, _, _ in rollouts))

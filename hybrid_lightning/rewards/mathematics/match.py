@@ -1,6 +1,6 @@
 """`MathMatch`: whether the answer is the same number or formula, by github.com/huggingface/Math-Verify.
 
-The comparison has a process of its own (`math_worker.py`): sympy may hang, and math-verify can stop it only in a main thread.
+Comparisons have processes of their own (`math_worker.py`): sympy may hang, and math-verify can stop it only in a main thread.
 """
 
 import atexit
@@ -11,10 +11,12 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from queue import LifoQueue
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, RewardError
@@ -24,6 +26,7 @@ from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+_PROCESSES = 4  # that compare at the same time, at most: each takes about 100 MB
 _LETTERS = frozenset(CHOICES)
 _PLAIN = re.compile(r"-?\d{1,15}(?:\.\d{1,9})?")  # as most reference answers are, which needs no question to the worker
 
@@ -67,6 +70,18 @@ class MathMatch(AnswerReward):
             raise ConfigError(f"MathMatch needs Linux or macOS: {timer}; train under WSL, or take ExactMatch")
         super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
+        self.concurrency = max(1, min(_PROCESSES, (os.cpu_count() or 1)))
+
+    def overlaps(self, prompt: Prompt) -> int:
+        """Half of the processes: generation may need the processors, too."""
+        return max(1, self.concurrency // 2)
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Score each of B completions, several at the same time."""
+        if len(completions) < 2:
+            return super().__call__(completions, prompts)
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            return list(threads.map(self.score, completions, prompts))
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
@@ -104,51 +119,66 @@ class MathMatch(AnswerReward):
 
 
 class MathVerifier:
-    """Client of the worker process, which it starts at the first question, and again if the process has died."""
+    """Client of some worker processes, which are started when they are needed."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self._idle: LifoQueue[_Worker] = LifoQueue()
+        for _ in range(_PROCESSES):
+            self._idle.put(_Worker(cpu_seconds))
+
+    def ask(self, function: str, *texts: str) -> Any:
+        """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
+        worker = self._idle.get()  # the one that was used last, so that there are no more processes than are needed
+        try:
+            return worker.ask(function, *texts)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A worker process, which is started at the first question, and again if it has died."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self.cpu_seconds = cpu_seconds  # and not of wall time: a text gets the same reward on a busy machine
-        self._lock = Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self._owner = 0  # id of the process that started the worker: a fork inherits the pipes, but must not use them
         atexit.register(self._close)
 
     def ask(self, function: str, *texts: str) -> Any:
-        """What a function of the worker (`REQUESTS`) returns for texts; None if it exceeded the time or memory limit."""
-        with self._lock:
-            for _ in range(2):  # a second time if the system or another user ended the process, and not the request
-                process, reply = self._running(), ""
-                assert process.stdin is not None and process.stdout is not None
-                try:
-                    with suppress(BrokenPipeError):
-                        print(json.dumps([function, *texts]), file=process.stdin, flush=True)
-                        reply = process.stdout.readline()
-                except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
-                    self._close()
-                    raise
-                if reply:
-                    return json.loads(reply)
-                out_of_time = process.wait() == -signal.SIGPROF
+        """See `MathVerifier`."""
+        for _ in range(2):  # a second time if the system or another user ended the process, and not the request
+            process, reply = self._running(), ""
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                with suppress(BrokenPipeError):
+                    print(json.dumps([function, *texts]), file=process.stdin, flush=True)
+                    reply = process.stdout.readline()
+            except BaseException:  # above all Ctrl-C: an unread reply would be taken for the reply to the next request
                 self._close()
-                if out_of_time:
-                    break
-            return None
+                raise
+            if reply:
+                return json.loads(reply)
+            out_of_time = process.wait() == -signal.SIGPROF
+            self._close()
+            if out_of_time:
+                break
+        return None
 
     def _running(self) -> "subprocess.Popen[str]":
-        if self._process is None or self._owner != os.getpid():
+        if self.process is None or self._owner != os.getpid():
             # -P keeps the script's folder off the import path: our modules there must not hide those of the standard library.
             command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self.cpu_seconds)]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, encoding="utf-8", **pipes)
+            self.process = subprocess.Popen(command, encoding="utf-8", **pipes)
             self._owner = os.getpid()
-            assert self._process.stdout is not None
-            if self._process.stdout.readline() != "ready\n":
+            assert self.process.stdout is not None
+            if self.process.stdout.readline() != "ready\n":
                 self._close()
                 raise RewardError(f"the process that compares answers does not start; see what `{' '.join(command)}` says")
-        return self._process
+        return self.process
 
     def _close(self) -> None:
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is not None and self._owner == os.getpid():
             process.kill()
             process.communicate()

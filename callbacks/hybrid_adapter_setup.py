@@ -5,7 +5,7 @@ The plan is that of the checkpoint, else one of a file, else a new one (`plannin
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,7 +24,6 @@ from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
-from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.training.language import LanguageModule
@@ -65,13 +64,6 @@ class HybridAdapterSetup(Configurable, Callback):
     Raises:
         ConfigError: If a value is impossible.
     """
-
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **dict.fromkeys(("scorer", "gradients", "rank", "rank_pattern", "calibration_prompts"), Option(FIXED, scores=True)),
-        **dict.fromkeys(("budget", "alpha", "dropout", "use_dora", "use_rslora", "target_modules"), Option(FIXED)),
-        "plan": Option(),  # plans are compared by their digests
-        "keep_start_weights": Option(),  # these are the weights of the model, which is loaded in any case
-    }
 
     def __init__(
         self,
@@ -148,10 +140,6 @@ class HybridAdapterSetup(Configurable, Callback):
             self.resume.compare(checkpoint, trainer)  # under Lightning's own Trainer `setup` does not see the checkpoint
             self.resume.apply(checkpoint, trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch anew if its number of micro-batches was changed at a resume."""
-        self.resume.begin_epoch(trainer)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan as a table and a picture."""
         if self.plan is None or not trainer.is_global_zero or not trainer.loggers:
@@ -192,8 +180,7 @@ class HybridAdapterSetup(Configurable, Callback):
             if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores
         if plan is None:
-            settings = self.resume.settings_of_scores(pl_module, self.planning.scorer)
-            planner = Planner(self.planning, trainer, pl_module, folder, self.earlier_scoring, settings)
+            planner = Planner(self.planning, trainer, pl_module, folder, self.earlier_scoring)
             with time_charged_to(trainer, "scoring"):
                 plan = planner.plan()
         if isinstance(pl_module, AdaptedModule):

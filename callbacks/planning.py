@@ -121,7 +121,6 @@ class Planner:
     module: LightningModule  # what is trained, not adapted yet (see `Adaptable`)
     folder: Path | None  # of the run, in which scores are saved as they are found; None saves nothing
     earlier: Path | None  # of scores that a stopped run has saved, to go on from; None starts from nothing
-    settings: Mapping[str, Any]  # name -> value of what the scores depend on, which must be as in `earlier`
 
     @property
     def _language(self) -> LanguageModule | None:
@@ -177,7 +176,7 @@ class Planner:
         folder = self.folder / SCORING if self.folder is not None and self.trainer.is_global_zero else None
         kind = ScoringProgress if splits is None else SharedProgress
         progress = kind(folder, self.earlier, None if self._language is None else self._language.signals)
-        progress.require({"model": digest, "modules": list(candidates), **self.settings})
+        progress.require({"model": digest, "modules": list(candidates)})
         if splits is None or self._language is None:
             together: Any = nullcontext(ScoringProcess(progress))
         else:

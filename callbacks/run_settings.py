@@ -13,7 +13,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, to_plain
-from hybrid_lightning.options import Option, options_of
 from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.training.language import LanguageModule
 
@@ -44,21 +43,6 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configura
 def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
     """The saved arguments of a module's constructor, as plain data."""
     return {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
-
-
-def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
-    """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
-
-    The flattened settings have the classes of modules and parts. None for an option that no class declares.
-    """
-    found = None
-    place, *parts = name.split(".")
-    for part in parts:
-        kind = settings.get(place)
-        kind = imported_class(kind) if isinstance(kind, str) else None
-        found = (options_of(kind).get(part) if kind is not None else None) or found
-        place = f"{place}.{part}"
-    return found
 
 
 def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,8 @@ class RolloutLoader:
         epoch: Number of the first epoch, for a loader that replaces another (`reload_dataloaders_every_n_epochs`).
         shuffle: False keeps the order of the data (for `overfit_batches`), starts again at every epoch, and never draws more
             prompts for a rollout, since these would not be the ones to overfit.
-        on_other_prompts: Called if a loaded state was saved with other training prompts, or with another kind of order.
+        on_given_up: Called if the rest of a loaded state's rollout is given up: it was made of other training prompts, in another
+            kind of order, or with settings that have changed since.
         steps_left: Returns the optimizer steps that the run will still make, or infinity.
     """
 
@@ -202,7 +203,7 @@ class RolloutLoader:
         device: torch.device | str = "cpu",
         epoch: int = 0,
         shuffle: bool = True,
-        on_other_prompts: Callable[[], None] = lambda: None,
+        on_given_up: Callable[[], None] = lambda: None,
         steps_left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         schedule.check_prompts(len(prompts))
@@ -214,7 +215,7 @@ class RolloutLoader:
         self.generator, self.device = generator or torch.Generator(), device
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
-        self.shuffle, self.on_other_prompts, self.steps_left = shuffle, on_other_prompts, steps_left
+        self.shuffle, self.on_given_up, self.steps_left = shuffle, on_given_up, steps_left
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
         self._ahead: deque[_Ahead] = deque()
@@ -305,10 +306,13 @@ class RolloutLoader:
         """Continue from a `state_dict`.
 
         Another number of ranks distributes the remaining rows among themselves, and goes on to sample the same completions. Other
-        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up.
+        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up. It is given up
+        as well if the state says so (`given_up`), and the prompts of rollouts ahead are drawn again.
         """
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
-        self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
+        given_up = state.get("given_up", False)
+        epoch, next_prompt = state["ahead"][0] if given_up and state["ahead"] else (state["epoch"], state["next_prompt"])
+        self._cursor.position = (epoch, next_prompt if same else 0)
         saved: list[dict[str, Any]] = state["ranks"]
 
         generator = saved[0]["generator"].cpu()
@@ -318,17 +322,18 @@ class RolloutLoader:
             return batches_of_rank(batches, self.rank, self.world_size)
 
         self._pending, self._ahead = deque(), deque()
-        if same:
+        if same and not given_up:
             self._pending.extend(own([one["pending"] for one in saved]))
             for number, (epoch, start) in enumerate(state["ahead"]):
                 minibatches = own([one["ahead"][number] for one in saved])
                 self._ahead.append(_Ahead(_Position((epoch, start), generator), Begun(partial(list, minibatches))))
         else:
+            self.on_given_up()
+        if not same:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
                 "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
             )
-            self.on_other_prompts()
         self.generator.set_state(generator)
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]

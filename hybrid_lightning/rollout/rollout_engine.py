@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts
@@ -139,9 +138,6 @@ class RolloutEngine(Configurable, ABC):
         ConfigError: If a value is impossible.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
-        ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p"), Option(MADE_BY | ACCURACY, scores=True)
-    )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
     has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
     completes_elsewhere = False  # whether completions are made in other processes, while this one goes on (see `begin`)

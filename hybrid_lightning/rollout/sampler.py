@@ -11,7 +11,7 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
 from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decoding_of
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.conversation import Conversation, Draws, Turn
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -75,7 +74,6 @@ class Sampler(RolloutEngine):
     The other arguments are those of `RolloutEngine`.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
     _conversation = _ContinuedConversation
 
     def __init__(

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,7 +26,6 @@ from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.model.precision import dtype_of_precision
 from hybrid_lightning.model.quantization import Quantization, quantize_base
-from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -59,13 +58,6 @@ class AdaptedModule(Configurable, LightningModule):
     """
 
     adapter_attribute: str = "model"
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        "quantization": Option(FIXED),
-        "optimizer": Option(FIXED, updates=True),  # those of its arguments that change no state may change (see `resume.py`)
-        "lr_full": Option(updates=True),
-        "lr_lora": Option(updates=True),
-        "schedule": Option(),
-    }
 
     def __init__(
         self,

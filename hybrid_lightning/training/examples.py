@@ -9,7 +9,7 @@ the model is an error; none is cut.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization
-from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
@@ -72,10 +71,6 @@ class ExampleModule(LanguageModule):
 
     default_loss: type[ExampleLoss] | None = None
     training_metrics = LanguageModule.training_metrics | {"entropy", "logps", "rewards"}  # what losses on examples measure
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        "loss": Option(MADE_BY | ACCURACY, scores=True),  # with which the held-out loss is measured, too
-        "examples_per_step": Option(SIZES, scores=True),
-    }
 
     def __init__(
         self,

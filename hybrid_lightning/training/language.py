@@ -22,7 +22,7 @@ Validation and test are in `evaluation.py`, what makes completions is in `genera
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode
 from hybrid_lightning.model.pretrained import Pretrained
-from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
@@ -71,22 +70,6 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     # First part ("completions" of "completions/mean_length") of the names that training logs: here, by Lightning, by `StepTimer`.
     training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
     rows_together = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        "loss": Option(MADE_BY, scores=True),
-        "reward": Option(MADE_BY | ACCURACY, scores=True),
-        # Another model is refused by the digest of its weights, but the same model may have been moved.
-        "model": Option(scores=True),
-        "revision": Option(scores=True),
-        "dtype": Option(FIXED, scores=True),
-        "attn_implementation": Option(MADE_BY, scores=True),
-        "gradient_checkpointing": Option(),
-        "chat_template": Option(MADE_BY | ACCURACY, scores=True),
-        "chat_template_kwargs": Option(MADE_BY | ACCURACY, scores=True),
-        "sampler": Option(MADE_BY | ACCURACY, scores=True),
-        "eval_samples": Option(ACCURACY),
-        "max_tokens_per_micro_batch": Option(scores=True),  # by the rounding of sums
-        "seed": Option(FIXED, scores=True),
-    }
     episodes: Episodes | None = None  # plays them, where the policy acts in an environment
     _loads_later = False  # whether the constructor leaves the weights to `load`
 

@@ -11,7 +11,7 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -29,7 +29,6 @@ from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization
-from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction, rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
@@ -131,22 +130,6 @@ class PolicyModule(LanguageModule):
     """
 
     training_metrics = LanguageModule.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        "advantage": Option(MADE_BY, scores=True),
-        "credit": Option(MADE_BY, scores=True),
-        "environment": Option(MADE_BY | ACCURACY, scores=True),
-        "episodes": Option(MADE_BY | ACCURACY, scores=True),
-        "turn_template": Option(MADE_BY | ACCURACY, scores=True),
-        "correction": Option(MADE_BY),
-        "token_mask": Option(MADE_BY),
-        "mask_truncated_completions": Option(MADE_BY, scores=True),
-        "dynamic_sampling": Option(MADE_BY),
-        "prompts_per_rollout": Option(SIZES, scores=True),
-        "samples_per_prompt": Option(MADE_BY, scores=True),
-        "minibatches_per_rollout": Option(SIZES, updates=True),
-        "epochs_per_rollout": Option(SIZES),
-        "rollouts_ahead": Option(),
-    }
 
     def __init__(
         self,

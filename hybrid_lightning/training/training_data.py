@@ -1,4 +1,4 @@
-"""The training data of a policy: its prompts, its train dataloader, and what becomes of an epoch if a resume finds other data."""
+"""The training data of a policy: its prompts, its train dataloader, and an epoch that begins anew at a resume."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -45,20 +45,22 @@ def make_rollout_loader(policy: "LanguageModule", prompts: Sequence[Prompt]) -> 
         gather_over_ranks=gather_objects,
         epoch=epoch,
         shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
-        on_other_prompts=lambda: restart_epoch(trainer),
+        on_given_up=lambda: restart_epoch(trainer),
         steps_left=lambda: trainer.estimated_stepping_batches - trainer.global_step,
     )
 
 
 def restart_epoch(trainer: Trainer) -> None:
-    """Let a resumed run count the micro-batches of its epoch from 0, where an epoch has another number of them than before.
+    """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the state of the train dataloader.
 
-    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches. Counts over all
-    epochs stay. To be called between Lightning's `setup_data` and the first micro-batch.
+    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there is
+    now another number of them. Counts over all epochs stay.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    loop = trainer.fit_loop
+    progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
     total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-    count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
+    assert loader is not None and loader.limits is not None
+    count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
     current.ready = current.started = current.processed = count
     # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
     current.completed = count - (total.processed - total.completed)

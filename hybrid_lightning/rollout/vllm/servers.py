@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
-from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import Begun, PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
@@ -59,8 +58,6 @@ class VLLMServerSampler(VLLMEngine):
     """
 
     completes_elsewhere = shared_by_ranks = True
-    # Where and how fast completions are made, and not which.
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from hybrid_lightning.callbacks.display import say
-from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, imported_class, settings_of
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, settings_of
+from hybrid_lightning.configurable import Configurable, imported_class
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.training.examples import ExampleModule
 

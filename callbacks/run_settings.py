@@ -1,7 +1,6 @@
 """The settings of a run as plain data: collected for checkpoints, and flattened so that `resume.py` can compare them."""
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
 from hybrid_lightning.callbacks.run_folder import find_callback
-from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, to_plain
+from hybrid_lightning.configurable import Configurable, constructor_defaults, imported_class, public_path, to_plain
 from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.training.language import LanguageModule
 
@@ -113,10 +112,3 @@ def _flattened(name: str, value: Any, usual: Any = None) -> Iterator[tuple[str, 
             yield from _flattened(f"{name}.{number}", item)
     else:
         yield name, value, usual
-
-
-def imported_class(path: str) -> type | None:
-    """The class of a path if its module is already imported: a checkpoint must not cause an import."""
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None

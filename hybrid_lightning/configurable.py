@@ -144,6 +144,13 @@ def public_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def imported_class(path: str) -> type | None:
+    """The class of a path if its module is already imported: a checkpoint must not cause an import."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
 def as_call(config: Mapping[str, Any]) -> str:
     """The config of a class as a call.
 

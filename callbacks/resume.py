@@ -96,9 +96,8 @@ class Resume:
             for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
                 if isinstance(state, dict):  # of the loader, which reads it
                     state["given_up"] = True
-        measured_by = _MEASURED_BY
-        if isinstance(trainer.lightning_module, ExampleModule):
-            measured_by += ("model.loss",)  # of which the held-out loss is
+        held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # what its loss is measured by
+        measured_by = (*_MEASURED_BY, *held_out)
         measured = any(_is(option, name) for option in measured_by for name in changed if name not in _PLACES)
         if measured and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)

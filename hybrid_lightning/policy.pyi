@@ -1,0 +1,14 @@
+from hybrid_lightning.model.master_weights import MasterWeights as MasterWeights
+from hybrid_lightning.model.precision import Bfloat16Precision as Bfloat16Precision
+from hybrid_lightning.model.quantization import NF4 as NF4
+from hybrid_lightning.model.quantization import Int8 as Int8
+from hybrid_lightning.model.quantization import Quantization as Quantization
+from hybrid_lightning.training.examples import ExampleModule as ExampleModule
+from hybrid_lightning.training.examples import PreferenceModule as PreferenceModule
+from hybrid_lightning.training.examples import SupervisedModule as SupervisedModule
+from hybrid_lightning.training.language import LanguageModule as LanguageModule
+from hybrid_lightning.training.module import PolicyModule as PolicyModule
+from hybrid_lightning.training.optim import ConstantSchedule as ConstantSchedule
+from hybrid_lightning.training.optim import CosineSchedule as CosineSchedule
+from hybrid_lightning.training.optim import LearningRateSchedule as LearningRateSchedule
+from hybrid_lightning.training.optim import LinearSchedule as LinearSchedule

@@ -13,7 +13,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
-from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
@@ -80,9 +79,6 @@ class GracefulStop(Callback):
         """Begin training, after a validation that the stopped run still had to make."""
         self._defer()
         self._training = True
-        adapter = find_callback(trainer, HybridAdapterSetup)
-        if adapter is not None:
-            adapter.resume.begin_epoch(trainer)  # before the progress of the loops is read
         loaded, self._progress = self._progress, _progress(trainer)
         if loaded is not None:
             self._progress["epoch_progress"] = loaded["epoch_progress"]  # Lightning has already advanced its own

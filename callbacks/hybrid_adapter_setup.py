@@ -24,7 +24,6 @@ from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
-from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.training.language import LanguageModule
@@ -65,12 +64,6 @@ class HybridAdapterSetup(Configurable, Callback):
         ConfigError: If a value is impossible.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **dict.fromkeys(("scorer", "gradients", "rank", "rank_pattern", "calibration_prompts"), Option(FIXED, scores=True)),
-        **dict.fromkeys(("budget", "alpha", "dropout", "use_dora", "use_rslora", "target_modules"), Option(FIXED)),
-        "plan": Option(),  # plans are compared by their digests
-        "keep_start_weights": Option(),  # these are the weights of the model, which is loaded in any case
-    }
 
     def __init__(
         self,
@@ -145,10 +138,6 @@ class HybridAdapterSetup(Configurable, Callback):
         if trainer.state.fn == "fit":
             self.resume.compare(checkpoint, trainer)  # under Lightning's own Trainer `setup` does not see the checkpoint
             self.resume.apply(checkpoint, trainer)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the epoch anew if its number of micro-batches was changed at a resume."""
-        self.resume.begin_epoch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan as a table and a picture."""

@@ -1,8 +1,8 @@
-"""Changed settings at a resume: each setting that differs from the checkpoint's is applied or refused.
+"""Changed settings at a resume: a change is refused, or the rollout in progress is given up and the epoch begins anew.
 
 A checkpoint holds the settings of the run that wrote it as plain data (see `run_settings.py`, which collects and flattens them).
-At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. What happens with a
-setting that differs is declared beside the option (see `Option`), and for Lightning's flags here.
+At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. Settings that have
+no part in rollouts and updates, such as `trainer.max_steps`, a logger or a callback, simply take effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,51 +13,36 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.callbacks.display import say
-from hybrid_lightning.callbacks.run_settings import (
-    arguments_of,
-    describe_part,
-    flatten_settings,
-    imported_class,
-    option_above,
-    settings_of,
-)
-from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, settings_of
+from hybrid_lightning.configurable import Configurable, imported_class
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.options import ACCURACY, BEST, EPOCH, FIXED, MADE_BY, MEASURED, NOTHING, REFUSED, ROLLOUT, SIZES, Effects
-from hybrid_lightning.training.training_data import restart_epoch
+from hybrid_lightning.training.examples import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
-# Lightning's flags: name -> effects of a change.
-TRAINER: dict[str, Effects] = {
-    "fast_dev_run": FIXED,
-    **dict.fromkeys(("accumulate_grad_batches", "overfit_batches"), SIZES),
-    "limit_train_batches": frozenset({EPOCH}),
-    "limit_val_batches": ACCURACY,
-    "precision": MADE_BY,  # a precision that trains another dtype is refused by the module
-    **dict.fromkeys(("accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"), NOTHING),
-    **dict.fromkeys(("use_distributed_sampler", "deterministic", "benchmark", "inference_mode", "detect_anomaly"), NOTHING),
-    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), NOTHING),
-    **dict.fromkeys(("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"), NOTHING),
-    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs"), NOTHING),
-    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm", "logger", "callbacks", "log_every_n_steps"), NOTHING),
-    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), NOTHING),
-    **dict.fromkeys(("enable_autolog_hparams", "profiler", "barebones", "default_root_dir", "model_registry"), NOTHING),
-}
-# Sections in which every option has the same effects.
-WHOLE: dict[str, Effects] = {
-    "seed_everything": FIXED,
-    "training prompts": SIZES,
-    "validation prompts": ACCURACY,
-    "checkpoint": frozenset({BEST}),
-    "samples": NOTHING,
-    "divergence": NOTHING,
-    "predictions": NOTHING,
-}
 # Arguments with which an optimizer needs other state than the checkpoint has.
-_OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
+_OPTIMIZER_STATE = ("amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping")
+# Settings that cannot change, besides those of the adapter. A model that has moved is the same by the digest of its weights.
+_FIXED = {
+    *("seed_everything", "trainer.fast_dev_run", "model", "model.dtype", "model.quantization", "model.seed", "model.optimizer"),
+    *(f"model.optimizer.{name}" for name in _OPTIMIZER_STATE),
+}
+# What may change of the adapter: plans are compared by their digests, and start weights are loaded with the model.
+_FREE_OF_ADAPTER = ("adapter.plan", "adapter.keep_start_weights")
+# Flags that decide which micro-batches there are, or how they are made.
+_OF_BATCHES = ("accumulate_grad_batches", "overfit_batches", "limit_train_batches", "precision")
+# Options of `model` that say where and how fast completions are made, and not which.
+_PLACES = {
+    *(f"model.sampler.{name}" for name in ("urls", "address", "timeout", "give_up_after")),
+    *(f"model.sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args")),
+    *(f"model.episodes.{name}" for name in ("workers", "step_timeout_s", "max_failed_share")),
+}
+# What accuracies depend on besides the policy: those measured with another value are not comparable.
+_MEASURED_BY = (
+    *("validation prompts", "trainer.limit_val_batches", "model.reward", "model.sampler", "model.eval_samples"),
+    *("model.environment", "model.episodes", "model.turn_template", "model.chat_template", "model.chat_template_kwargs"),
+)
 _RATE_OF_FULL = "model.lr_full"
 _OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect, because each group of weights has its own learning rate
 
@@ -70,7 +55,6 @@ class Change:
     name: str  # name as on the command line
     before: Any  # old value; None if it was null, or if there was none
     after: Any  # new value
-    effects: Effects = NOTHING  # of the change; those of earlier resumes have had theirs
 
     def __str__(self) -> str:
         return f"{self.name} {_shown(self.before)} -> {_shown(self.after)}"
@@ -102,27 +86,22 @@ class Resume:
         for change in self._new if trainer.is_global_zero else ():
             say(f"changed at this resume: {change}")
 
-    def settings_of_scores(self, pl_module: LightningModule, scorer: Scorer) -> dict[str, Any]:
-        """The settings that the scores of a module's candidates depend on: name on the command line -> value."""
-        settings = flatten_settings({name: self._settings[name] for name in ("model", "adapter") if name in self._settings})
-        found = {} if "model" in self._settings else {f"model.{name}": value for name, value in arguments_of(pl_module).items()}
-        for name, value in settings.items():
-            option = option_above(name, settings)
-            if option is None or option.scores or (option.updates and scorer.needs_update):
-                found[name] = value
-        return found
-
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Remove from a checkpoint that is being restored what the changes have made invalid."""
-        effects = self._effects()
-        if ROLLOUT in effects:
-            count = _give_up_rollout(checkpoint)
-            if count and trainer.is_global_zero:
-                say(f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
+        changed = [change.name for change in self._new or ()]
         states = checkpoint.get("callbacks", {})
-        if MEASURED in effects and "RunSummary" in states:
+        if any(_gives_up_rollout(name) for name in changed):
+            if trainer.is_global_zero:
+                say("what is left of the rollout in progress is given up, and the epoch begins anew")
+            for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+                if isinstance(state, dict):  # of the loader, which reads it
+                    state["given_up"] = True
+        held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # what its loss is measured by
+        measured_by = (*_MEASURED_BY, *held_out)
+        measured = any(_is(option, name) for option in measured_by for name in changed if name not in _PLACES)
+        if measured and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
-        if MEASURED in effects and "RunReport" in states:
+        if measured and "RunReport" in states:
             curves = states["RunReport"]["curves"]
             kept = {name: curve for name, curve in curves.items() if not name.startswith("val/")}
             states["RunReport"].update(first=None, last=None, curves=kept)
@@ -130,14 +109,9 @@ class Resume:
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):
                 state["patience"] = callback.patience  # otherwise Lightning would take it from the checkpoint
-            if state and isinstance(callback, ModelCheckpoint) and BEST in effects:
+            if state and isinstance(callback, ModelCheckpoint) and (measured or any(_is("checkpoint", name) for name in changed)):
                 state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
                 state.update(kth_best_model_path="", kth_value=callback.kth_value)
-
-    def begin_epoch(self, trainer: Trainer) -> None:
-        """Begin the epoch anew if it now has another number of micro-batches. A second call changes nothing."""
-        if EPOCH in self._effects():
-            restart_epoch(trainer)
 
     def state(self) -> dict[str, Any]:
         """Settings and changes for the checkpoint, as plain data."""
@@ -145,16 +119,13 @@ class Resume:
 
     def record(self) -> list[dict[str, Any]]:
         """All changes as plain data."""
-        return [{name: value for name, value in asdict(change).items() if name != "effects"} for change in self.changes]
-
-    def _effects(self) -> set[str]:
-        return {effect for change in self._new or [] for effect in change.effects}
+        return [asdict(change) for change in self.changes]
 
 
 def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> None:
     """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported."""
     changes = changes_of(checkpoint, {"adapter": describe_part(adapter, adapter._init_args)})
-    _refuse([change for change in changes if REFUSED in change.effects and change.name != "adapter"])
+    _refuse([change for change in changes if change.name != "adapter"])
 
 
 # ---- comparing
@@ -177,7 +148,7 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
     changed = [name for name in differing if name not in gone]
-    changes = [Change(step, name, before.get(name), after.get(name), effects_of(name, after)) for name in changed]
+    changes = [Change(step, name, before.get(name), after.get(name)) for name in changed]
     lora = next((change for change in changes if change.name == "model.lr_lora"), None)
     if lora is not None and before.get(_RATE_OF_FULL) is None and after.get(_RATE_OF_FULL) is None:  # it follows that of LoRA
         for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
@@ -192,26 +163,21 @@ def _differ(name: str, before: Any, after: Any) -> bool:
     return before != after or (name.startswith("trainer.") and type(before) is not type(after))
 
 
-def effects_of(name: str, settings: Mapping[str, Any]) -> Effects:
-    """The effects of a change of a setting, among flattened settings that have the classes of modules and parts."""
-    section, _, rest = name.partition(".")
-    option, _, below = rest.partition(".")
-    if section == "trainer":
-        return TRAINER.get(option, NOTHING)
-    if section not in ("model", "adapter", "data"):
-        return WHOLE.get(section, NOTHING)
-    if not option:  # the class itself
-        return NOTHING if section == "data" else FIXED
-    if (section, option) == ("model", "optimizer") and below and below not in _OPTIMIZER_STATE:
-        return NOTHING
-    if (found := option_above(name, settings)) is not None:
-        return found.at_resume
-    return SIZES | ACCURACY if section == "model" else NOTHING  # an option of a user's own module
+def _is_refused(name: str) -> bool:
+    if _is("adapter", name):
+        return name not in _FREE_OF_ADAPTER
+    return name in _FIXED or _is("model.quantization", name)
+
+
+def _gives_up_rollout(name: str) -> bool:
+    """Whether micro-batches made before the change of a setting may differ from those made after it."""
+    section, _, option = name.partition(".")
+    return option in _OF_BATCHES if section == "trainer" else section == "model" and name not in _PLACES
 
 
 def check_changes(changes: Sequence[Change]) -> None:
     """Refuse changes that cannot be applied to a run that continues."""
-    _refuse([change for change in changes if REFUSED in change.effects])
+    _refuse(changes)
     for change in changes:
         if change.name == "trainer.max_steps" and 0 <= change.after < change.step:
             raise CheckpointError(
@@ -225,7 +191,8 @@ def check_changes(changes: Sequence[Change]) -> None:
             )
 
 
-def _refuse(changes: list[Change]) -> None:
+def _refuse(changes: Sequence[Change]) -> None:
+    changes = [change for change in changes if _is_refused(change.name)]
     names = {change.name for change in changes}
     changes = [change for change in changes if not any(name != change.name and _is(name, change.name) for name in names)]
     if changes:
@@ -255,19 +222,3 @@ def _shown(value: Any) -> str:
     kind = imported_class(value) if isinstance(value, str) else None
     text = yaml.safe_dump(value if kind is None else kind.__name__, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
-
-
-# ---- applying
-
-
-def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:
-    """Remove the rest of a rollout from a checkpoint, so that the loader draws a new one. Returns its number of micro-batches."""
-    loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-    count = 0
-    for state in (state for state in loaders if isinstance(state, dict) and "ranks" in state):
-        count += len(state["ranks"][0]["pending"])
-        if state["ahead"]:  # their prompts are drawn again
-            (state["epoch"], state["next_prompt"]), state["ahead"] = state["ahead"][0], []
-        for rank in state["ranks"]:
-            rank["pending"], rank["ahead"] = [], []
-    return count

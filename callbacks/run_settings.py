@@ -1,7 +1,6 @@
 """The settings of a run as plain data: collected for checkpoints, and flattened so that `resume.py` can compare them."""
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
@@ -12,8 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
 from hybrid_lightning.callbacks.run_folder import find_callback
-from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, to_plain
-from hybrid_lightning.options import Option, options_of
+from hybrid_lightning.configurable import Configurable, constructor_defaults, imported_class, public_path, to_plain
 from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.training.language import LanguageModule
 
@@ -44,21 +42,6 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configura
 def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
     """The saved arguments of a module's constructor, as plain data."""
     return {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
-
-
-def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
-    """What depends on a setting such as `model.loss.clip_low`: as its own class declares it, or else the class above.
-
-    The flattened settings have the classes of modules and parts. None for an option that no class declares.
-    """
-    found = None
-    place, *parts = name.split(".")
-    for part in parts:
-        kind = settings.get(place)
-        kind = imported_class(kind) if isinstance(kind, str) else None
-        found = (options_of(kind).get(part) if kind is not None else None) or found
-        place = f"{place}.{part}"
-    return found
 
 
 def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,10 +112,3 @@ def _flattened(name: str, value: Any, usual: Any = None) -> Iterator[tuple[str, 
             yield from _flattened(f"{name}.{number}", item)
     else:
         yield name, value, usual
-
-
-def imported_class(path: str) -> type | None:
-    """The class of a path if its module is already imported: a checkpoint must not cause an import."""
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hybrid_lightning.configurable import constructor_defaults
+from hybrid_lightning.configurable import constructor_defaults, imported_class, public_path
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
 
@@ -154,8 +154,12 @@ class Parser(LightningArgumentParser):
             self.error(self._placed(refusal))
 
     def dump(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        """Make a text of a config, which was checked as it was parsed; jsonargparse would check all of its parts once more."""
-        return super().dump(*args, **_unchecked(kwargs))
+        """Make a text of a config, with the public paths of our classes, where jsonargparse has the shortest ones.
+
+        The config was checked as it was parsed; jsonargparse would check all of its parts once more.
+        """
+        text = super().dump(*args, **_unchecked(kwargs))
+        return re.sub(r"(?<=class_path: )hybrid_lightning\.[\w.]+", lambda found: _public(found[0]), text)
 
     def save(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a config, as `dump`."""
@@ -230,6 +234,11 @@ class Parser(LightningArgumentParser):
             ends = {full if "." in name else full.rpartition(".")[2]: full for full in reversed(names)}
             near = [ends[end] for end in get_close_matches(name, ends, n=1, cutoff=0.75)]
         return f"; did you mean --{near[0]}?" if near else f"; {self.command} --help lists all options"
+
+
+def _public(path: str) -> str:
+    kind = imported_class(path)
+    return path if kind is None else public_path(kind)
 
 
 def _of_trl(name: str) -> str:

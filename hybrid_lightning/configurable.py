@@ -9,8 +9,7 @@ A class is named by its public path, such as hybrid_lightning.losses.GSPOLoss, s
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from hybrid_lightning.errors import ConfigError
@@ -144,6 +143,13 @@ def public_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def imported_class(path: str) -> type | None:
+    """The class of a path if its module is already imported: a checkpoint must not cause an import."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
 def as_call(config: Mapping[str, Any]) -> str:
     """The config of a class as a call.
 
@@ -155,22 +161,3 @@ def as_call(config: Mapping[str, Any]) -> str:
         return str(dict(config))
     arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
     return f"{config['class_path'].rpartition('.')[2]}({arguments})"
-
-
-def public_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a package that imports a module only when one of its names is first used.
-
-    Classes so get short paths that do not change when files move, and code that needs only torch does not wait for PEFT.
-
-    Args:
-        package: Full name of the package.
-        names: Module in the package, or with a leading dot beside it -> its public names.
-    """
-    modules = {name: module for module, of_module in names.items() for name in of_module}
-
-    def find(name: str) -> Any:
-        if name not in modules:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f".{modules[name]}", package), name)
-
-    return find

@@ -13,7 +13,7 @@ import hybrid_lightning
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "options", "stopping", "hub", "user_calls", "user_code", "reasoning_gym_tasks"}
+GROUND = {"types", "errors", "configurable", "lazy", "stopping", "hub", "user_calls", "user_code", "reasoning_gym_tasks"}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),
@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": GROUND | LEAVES,
     "episodes": GROUND | LEAVES | {"model"},
     "training": GROUND | LEAVES | {"model", "episodes", "process", "quiet"},
-    "policy": {"configurable", "model", "training"},
+    "policy": {"lazy"},
     "export": GROUND | LEAVES | POLICY,
     "memory": GROUND | LEAVES | POLICY | {"process"},
     "reports": GROUND | LEAVES | POLICY,
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "process": set(),
     "quiet": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
-    "__init__": GROUND,
+    "__init__": {"lazy"},
 }
 HEAVY = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib", "rich"}
 

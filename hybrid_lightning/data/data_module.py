@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -15,7 +15,6 @@ from hybrid_lightning.data.formatting import PromptFormat
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Splits
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.options import Option
 from hybrid_lightning.types import Prompt
 
 Encode = Callable[[Prompt], list[int]]
@@ -45,11 +44,6 @@ class PromptDataModule(Configurable, LightningDataModule):
         eval_batch_size: Prompts per batch of validation, test and prediction.
         seed: Seed for drawing validation and test prompts.
     """
-
-    # A change has effects through the prompts alone, which are compared themselves.
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
-        ("source", "format", "max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size", "seed"), Option()
-    )
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.environment import Environment, Step
@@ -25,7 +25,6 @@ from hybrid_lightning.environments.local_episodes import (
 from hybrid_lightning.environments.process_state import ProcessSettings, RandomStates, exits_said
 from hybrid_lightning.environments.workers import Workers
 from hybrid_lightning.errors import ConfigError, EpisodeError
-from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.types import Message, Prompt
 
 logger = logging.getLogger(__name__)
@@ -48,11 +47,6 @@ class EpisodeLimits(Configurable):
     Raises:
         ConfigError: If a value is impossible.
     """
-
-    OPTIONS: ClassVar[dict[str, Option]] = {
-        **dict.fromkeys(("max_turns", "max_tokens", "too_long"), Option(MADE_BY | ACCURACY, scores=True)),
-        **dict.fromkeys(("step_timeout_s", "max_failed_share", "workers"), Option()),
-    }
 
     def __init__(
         self,

@@ -11,36 +11,6 @@ loader.py             the train dataloader: draws prompts, asks for rollouts, an
 batching.py           pads, splits, joins and saves rows
 """
 
-from typing import TYPE_CHECKING
+from hybrid_lightning.lazy import lazy_names
 
-from hybrid_lightning.configurable import public_names
-
-if TYPE_CHECKING:
-    from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-    from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-    from hybrid_lightning.rollout.rollout_engine import RolloutEngine
-    from hybrid_lightning.rollout.sampler import Sampler
-    from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
-    from hybrid_lightning.rollout.vllm.servers import VLLMServerSampler
-
-__all__ = [
-    "DynamicSampling",
-    "RolloutEngine",
-    "RolloutLoader",
-    "RolloutSchedule",
-    "Sampler",
-    "VLLMSampler",
-    "VLLMServerSampler",
-]
-
-__getattr__ = public_names(
-    __name__,
-    {
-        "dynamic_sampling": ["DynamicSampling"],
-        "loader": ["RolloutLoader", "RolloutSchedule"],
-        "rollout_engine": ["RolloutEngine"],
-        "sampler": ["Sampler"],
-        "vllm.in_process": ["VLLMSampler"],
-        "vllm.servers": ["VLLMServerSampler"],
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -156,7 +156,7 @@ class _Position(NamedTuple):
 class _Ahead(NamedTuple):
     """A rollout that was begun and is not trained on yet."""
 
-    before: _Position | None  # before it was begun; None if a checkpoint had all of it
+    before: _Position  # before it was begun
     minibatches: RolloutFuture[list[PolicyBatch]]  # without what `add_logprobs` computes; all ranks ask for it together
 
 
@@ -258,27 +258,28 @@ class RolloutLoader:
         It is plain data and tensors. Rollouts ahead whose completions are under way are waited for; where the run has been asked
         to stop, or its engine has failed, the run that is resumed begins them again. All ranks must call this together.
         """
-        ahead, now = [], self._position
+        places, ahead, now = [], [], self._position
         # What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise.
         put_off = RunStopped, RolloutError if self.run.world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
                 ahead.append(entry.minibatches.result())
+                places.append(list(entry.before.prompts))
             except put_off:  # raised again when the rollout is needed
-                assert entry.before is not None, "what a checkpoint had is there"
                 now = entry.before
                 break
         kept = [*self._pending, *(batch for minibatches in ahead for batch in minibatches)]
-        places = {id(prompt): place for place, prompt in enumerate(self.prompts)}
+        numbers = {id(prompt): number for number, prompt in enumerate(self.prompts)}
         scored = {batch.rollout_number: batch.rollout for batch in kept if batch.rollout is not None}
         mine = {
             "pending": [batch_to_state(batch) for batch in self._pending],
             "ahead": [[batch_to_state(batch) for batch in minibatches] for minibatches in ahead],
-            "rollouts": {number: rollout_to_state(rollout, places) for number, rollout in scored.items()},
+            "rollouts": {number: rollout_to_state(rollout, numbers) for number, rollout in scored.items()},
             "generator": now.generator,
             "random": self._resumed_random_state or capture_random_state(),
         }
         return {
+            "ahead": places,
             "prompts": len(self.prompts),
             "digest": self._prompts_digest,
             "shuffle": self.shuffle,
@@ -292,27 +293,31 @@ class RolloutLoader:
         """Continue from a `state_dict`.
 
         Another number of ranks distributes the remaining rows among themselves, and continues with the same completions. Other
-        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up.
+        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up. It is given up
+        as well if the state says so (`given_up`), and the prompts of rollouts ahead are drawn again.
         """
         same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
-        self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
+        given_up = state.get("given_up", False)
+        epoch, next_prompt = state["ahead"][0] if given_up and state["ahead"] else (state["epoch"], state["next_prompt"])
+        self._cursor.position = (epoch, next_prompt if same else 0)
         self._rollouts = state["next_rollout"]
         saved: list[dict[str, Any]] = state["ranks"]
         self._pending, self._ahead = deque(), deque()
-        if same:
-            self._load_batches(saved)
+        if same and not given_up:
+            self._load_batches(saved, state["ahead"])
         else:
+            self.run.restart_epoch()
+        if not same:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
                 "kind of order: training starts at the beginning of the new order, and the rollout in progress is given up"
             )
-            self.run.restart_epoch()
         self.generator.set_state(saved[0]["generator"].cpu())
         if self.run.rank < len(saved):
             self._resumed_random_state = saved[self.run.rank]["random"]
         self._resumed = True
 
-    def _load_batches(self, saved: list[dict[str, Any]]) -> None:
+    def _load_batches(self, saved: list[dict[str, Any]], places: list[list[int]]) -> None:
         rank, ranks, device = self.run.rank, self.run.world_size, self.run.device or torch.device("cpu")
         scored: dict[int, ScoredRollout] = {}
         for number in saved[0]["rollouts"]:
@@ -325,8 +330,11 @@ class RolloutLoader:
             return [replace(batch, rollout=scored.get(batch.rollout_number)) for batch in mine]
 
         self._pending.extend(own([one["pending"] for one in saved]))
-        for minibatches in zip(*(one["ahead"] for one in saved), strict=True):
-            self._ahead.append(_Ahead(None, RolloutFuture.of(own(list(minibatches)))))
+        first, generator = self._rollouts - len(places), saved[0]["generator"].cpu()
+        for number, (epoch, start) in enumerate(places):
+            before = _Position((epoch, start), generator, first + number)
+            minibatches = own([one["ahead"][number] for one in saved])
+            self._ahead.append(_Ahead(before, RolloutFuture.of(minibatches)))
 
     @cached_property
     def _prompts_digest(self) -> str:

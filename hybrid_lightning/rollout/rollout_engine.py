@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeights, SamplingRequest, ServedModel, Stops, WeightsVersion
@@ -54,9 +53,6 @@ class RolloutEngine(Configurable, ABC):
         ConfigError: If a value is impossible.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
-        ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p"), Option(MADE_BY | ACCURACY, scores=True)
-    )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
     needs_weight_sync = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
     is_remote = False  # whether completions are made in other processes, while this one goes on (see `begin`)

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
 from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decoding_of
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -50,7 +49,6 @@ class Sampler(RolloutEngine):
     The other arguments are those of `RolloutEngine`.
     """
 
-    OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
 
     def __init__(
         self,

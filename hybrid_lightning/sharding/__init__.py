@@ -1,12 +1,5 @@
-"""Training over several processes: communication, FSDP2, and checkpoints that resume under every strategy."""
+"""Training over several processes: communication, strategies that split the model, and checkpoints that all of them can read."""
 
-from typing import TYPE_CHECKING
+from hybrid_lightning.lazy import lazy_names
 
-from hybrid_lightning.configurable import public_names
-
-if TYPE_CHECKING:
-    from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-
-__all__ = ["FSDP2Strategy"]
-
-__getattr__ = public_names(__name__, {"fsdp2": ["FSDP2Strategy"]})
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -1,4 +1,4 @@
-"""`LanguageModule`: Lightning's hooks, and the run of a Trainer. Nothing else in this package takes a LightningModule or a Trainer.
+"""`LanguageModule`: Lightning's hooks, and the run of a Trainer; nothing else in this package takes a LightningModule or Trainer.
 
     LanguageModule <- PolicyModule                        RLTask: its own rollouts and their rewards
                    <- ExampleModule <- SupervisedModule   ExampleTask: completions in the data
@@ -492,14 +492,16 @@ class _LightningRun(Run):
 
 
 def restart_epoch(trainer: Trainer) -> None:
-    """Let a resumed run count the micro-batches of its epoch from 0, where an epoch has another number of them than before.
+    """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the state of the train dataloader.
 
-    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches. Counts over all
-    epochs stay. To be called between Lightning's `setup_data` and the first micro-batch.
+    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there is
+    now another number of them. Counts over all epochs stay.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    loop = trainer.fit_loop
+    progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
     total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-    count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
+    assert loader is not None and loader.limits is not None
+    count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
     current.ready = current.started = current.processed = count
     # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
     current.completed = count - (total.processed - total.completed)

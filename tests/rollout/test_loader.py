@@ -207,17 +207,30 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_p
     state = loader.state_dict()
     for changed in (build(prompts=13), build(shuffle=False)):
         told = []
-        changed.on_other_prompts = lambda told=told: told.append(True)
+        changed.on_given_up = lambda told=told: told.append(True)
         changed.load_state_dict(state)
         fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
         assert told and not changed._pending
         assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
     same = build(device="meta")
-    same.on_other_prompts = lambda: pytest.fail("the same prompts")
+    same.on_given_up = lambda: pytest.fail("the same prompts")
     same.load_state_dict(state)
     assert same._cursor.position == loader._cursor.position
     batch = next(iter(same))
     assert batch.sequences.prompt_ids.is_meta and batch.advantages.is_meta and same.generator.device.type == "cpu"
+
+
+def test_a_rollout_that_is_given_up_is_drawn_again_with_those_ahead_of_it():
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
+    loader = build(schedule=schedule)
+    next(iter(loader))
+    state, expected = loader.state_dict(), loader._ahead[0].before.prompts
+    for given_up, position, pending in ((False, loader._cursor.position, 1), (True, expected, 0)):
+        resumed, told = build(schedule=schedule), []
+        resumed.on_given_up = lambda told=told: told.append(True)
+        resumed.load_state_dict({**state, "given_up": given_up})
+        assert (resumed._cursor.position, len(resumed._pending), len(resumed._ahead)) == (position, pending, pending)
+        assert bool(told) == given_up
 
 
 class Elsewhere(Source):

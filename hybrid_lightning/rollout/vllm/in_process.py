@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
-from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
@@ -53,10 +52,6 @@ class VLLMSampler(VLLMEngine):
     """
 
     shares_device = True
-    # Where and how fast completions are made, and not which.
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
-        ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args"), Option()
-    )
 
     def __init__(
         self,

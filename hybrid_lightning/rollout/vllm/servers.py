@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
-from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, SamplingRequest, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
@@ -64,8 +63,6 @@ class VLLMServerSampler(VLLMEngine):
     """
 
     is_remote = shared_by_ranks = True
-    # Where and how fast completions are made, and not which.
-    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
     def __init__(
         self,

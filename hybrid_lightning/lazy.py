@@ -1,0 +1,38 @@
+"""`lazy_names`: public names that are imported when they are first used, from the one list of them: the stub of the package.
+
+The stub, such as `engine/__init__.pyi`, has the line `from MODULE import NAME as NAME` for each name. Type checkers and editors
+read it, too. So classes have short paths that do not change when files move, and code that needs only torch does not wait for
+PEFT. Every process imports this module, so it imports little itself.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make `__getattr__` and `__dir__` of a package from the stub beside its file. `__all__` is then the names in the stub."""
+    modules: dict[str, str] = {}  # name -> module that has it; empty until a name is first used
+
+    def read() -> dict[str, str]:
+        if not modules:
+            import ast
+
+            with open(f"{file}i", encoding="utf-8") as stub:
+                imports = [node for node in ast.parse(stub.read()).body if isinstance(node, ast.ImportFrom)]
+            modules.update({alias.name: str(node.module) for node in imports for alias in node.names})
+        return modules
+
+    def find(name: str) -> Any:
+        if name == "__all__":
+            return sorted(read())
+        if name not in read():
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(modules[name]), name)
+
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *read()})
+
+    return find, listed

@@ -19,7 +19,7 @@ from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
@@ -46,31 +46,32 @@ class Diagnosis(OncePerRollout):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first validation."""
-        if isinstance(pl_module, PolicyModule) and pl_module.episodes is None:  # which also end for other reasons
-            values = pl_module.last_evaluation.get("", {})
-            share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.eval_samples}", 0.0)
-            most = pl_module.sampler.max_new_tokens
+        if isinstance(pl_module, PolicyModule) and pl_module.task.generation.episodes is None:  # which also end for other reasons
+            values = pl_module.evaluation.last.get("", {})
+            share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.task.evaluation.samples}", 0.0)
+            most = pl_module.task.generation.sampler.max_new_tokens
             self._say(trainer, *findings.of_cut(share, share - right, "the first validation", most))  # at least so many
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, if they were made."""
         if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
             return
-        calibration, pl_module.last_calibration = pl_module.last_calibration, None
+        calibration, pl_module.task.last_calibration = pl_module.task.last_calibration, None
         if calibration is not None and not self._begun:
             self._begin(trainer, pl_module, *calibration, "the calibration")
 
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
         """Look at the first completions that there are, and ask the reward for reference answers."""
         self._begun = True
-        credited = policy.credited(rollouts, rewards)
-        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, policy.sampler.max_new_tokens, credited))
+        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
+        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, most, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            solved = policy.last_evaluation.get("", {}).get(f"avg@{policy.eval_samples}", 0.0) > 0
+            solved = policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
             pays = solved or bool(rewards.of_counted().correct.any())
-            self._say(trainer, *reference_rewards(policy, prompts, getattr(data, "format", None), _REFERENCES, pays).findings)
+            references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
+            self._say(trainer, *references.findings)
 
     # ---- in training
 
@@ -99,7 +100,7 @@ class Diagnosis(OncePerRollout):
             self._say(trainer, *self._monitored(pl_module).add_step(_logged(trainer, ("entropy", "ratio/mean", *_NORMS))))
 
     def _monitored(self, policy: PolicyModule) -> TrainingMonitor:
-        self._monitor = self._monitor or TrainingMonitor(policy.rollout_schedule.prompts_per_rollout)
+        self._monitor = self._monitor or TrainingMonitor(policy.task.schedule.prompts_per_rollout)
         return self._monitor
 
     def _say(self, trainer: Trainer, *found: Finding) -> None:
@@ -197,7 +198,7 @@ class Doctor(Callback):
         self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
             rollouts, rewards, _ = pl_module.last_rollout
-            sequences = pl_module.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
+            sequences = pl_module.task.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -208,12 +209,12 @@ class Doctor(Callback):
         sequences, before = self._before
         after, mask = _logprobs(pl_module, sequences), sequences.sampled_mask
         advantages = pl_module.last_rollout[2][: len(mask)]
-        reference = before if pl_module.loss.needs_reference else None
-        entropy = torch.zeros_like(after) if pl_module.loss.needs_entropy else None
-        length = float(pl_module.max_completion_tokens)
+        reference = before if pl_module.task.loss.needs_reference else None
+        entropy = torch.zeros_like(after) if pl_module.task.loss.needs_entropy else None
+        length = float(pl_module.task.generation.max_completion_tokens)
         inputs = LossInputs(after, advantages, mask, before, reference, entropy=entropy, max_completion_tokens=length)
         with torch.no_grad():
-            measured = pl_module.loss(inputs).metrics
+            measured = pl_module.task.loss(inputs).metrics
         self._change = Change.between(before, after, mask, measured)
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -227,21 +228,21 @@ class Doctor(Callback):
         """
         assert policy.last_rollout is not None and self._change is not None
         rollouts, rewards, _ = policy.last_rollout
-        answers, m, change = policy.answers(rollouts), self._metrics, self._change
+        answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
         pays = bool(rewards.of_counted().correct.any())
-        references = reference_rewards(policy, data.train_prompts, data.format, _ALL_REFERENCES, pays)
+        references = reference_rewards(policy.task.generation, data.train_prompts, data.format, _ALL_REFERENCES, pays)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
-        validated = len(data.validation_prompts) * (1 + policy.eval_samples) * validations
+        validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
         values = {
             "reference": references.note,
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
             "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at max_new_tokens="
-            f"{policy.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            f"{policy.task.generation.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
             "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
@@ -253,16 +254,16 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*references.findings, *_tokens(policy, rollouts)]
-        credited, most = policy.credited(rollouts, rewards), policy.sampler.max_new_tokens
+        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
         self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
-        self.found += findings.of_answers(answers) if policy.episodes is None else []
+        self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
         self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), str(policy.trainer.precision))
         self.found += findings.of_change(change, steps) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
         """Seconds of a step, and of the run by what one of the rollout's completions took."""
-        m, schedule = self._metrics, policy.rollout_schedule
+        m, schedule = self._metrics, policy.task.schedule
         step, minibatches = m.get("time/step_s", 0.0), schedule.minibatches_per_rollout
         made = (m.get("time/generate_s", 0.0) + m.get("time/reward_s", 0.0)) * minibatches * schedule.epochs_per_rollout
         updated = m.get("time/update_s", 0.0) * minibatches
@@ -273,7 +274,7 @@ class Doctor(Callback):
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
-    ((logprobs, _, _),) = policy.update.measure([sequences])
+    ((logprobs, _, _),) = policy.task.passes.measure([sequences])
     assert logprobs is not None
     return logprobs
 

@@ -69,7 +69,7 @@ class GracefulStop(Callback):
         self.signals.last_words = lambda: _go_on_from(trainer)
         self._processes = gather_objects((platform.node(), os.getpid()))
         if hasattr(pl_module, "signals"):
-            pl_module.signals = self.signals  # type: ignore[assignment]
+            pl_module.run.signals = self.signals  # type: ignore[assignment]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on ranks stop together. Lightning has installed its own handler of SIGTERM, which broadcasts at any time."""

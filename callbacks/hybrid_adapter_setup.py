@@ -5,7 +5,7 @@ The plan is that of the checkpoint, else one of a file, else a new one (`plannin
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -25,8 +25,8 @@ from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
-from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
+from hybrid_lightning.training.module import LanguageModule
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
 
@@ -63,7 +63,6 @@ class HybridAdapterSetup(Configurable, Callback):
     Raises:
         ConfigError: If a value is impossible.
     """
-
 
     def __init__(
         self,
@@ -130,7 +129,7 @@ class HybridAdapterSetup(Configurable, Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the plan for modules that do not save it themselves."""
         checkpoint[SETTINGS_KEY] = self.resume.state()
-        if not isinstance(pl_module, AdaptedModule) and self.plan is not None:
+        if not isinstance(pl_module, LanguageModule) and self.plan is not None:
             checkpoint[CHECKPOINT_KEY] = new_state(self.plan, self.plan.model_digest)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -152,11 +151,11 @@ class HybridAdapterSetup(Configurable, Callback):
 
         This is done before weights are loaded.
         """
-        pl_module.check_start_weights(self.keep_start_weights)
+        pl_module.task.check_start_weights(self.keep_start_weights)
         if self.planning.target_modules is not None or self.planning.rank_pattern:
-            self.planning.ranks(self.planning.candidates(pl_module.pretrained.skeleton()))
+            self.planning.ranks(self.planning.candidates(pl_module.policy.pretrained.skeleton()))
         if self.given_plan is not None:
-            self.given_plan.check_model(pl_module.pretrained.skeleton())
+            self.given_plan.check_model(pl_module.policy.pretrained.skeleton())
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
         """Refuse a plan file that is not the plan that the model already has or gets."""
@@ -173,13 +172,13 @@ class HybridAdapterSetup(Configurable, Callback):
         if plan is None and trainer.state.fn != "fit":
             return None
         if isinstance(pl_module, LanguageModule):
-            pl_module.check_start_weights(self.keep_start_weights)
+            pl_module.task.check_start_weights(self.keep_start_weights)
             if plan is None:
                 pl_module.check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores
         if plan is None:
             with time_charged_to(trainer, "scoring"):
                 plan = Planner(self.planning, trainer, pl_module).plan()
-        if isinstance(pl_module, AdaptedModule):
+        if isinstance(pl_module, LanguageModule):
             pl_module.adapt(plan, self.keep_start_weights)
             return plan
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import

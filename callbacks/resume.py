@@ -17,7 +17,7 @@ from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_settings import describe_part, flatten_settings, settings_of
 from hybrid_lightning.configurable import Configurable, imported_class
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.training.examples import ExampleModule
+from hybrid_lightning.training.example_module import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
 _ON_SCREEN = 1_000  # characters of an episode
@@ -46,8 +46,8 @@ class RolloutProgress(RichProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start listening to the generation of rollouts."""
         super().setup(trainer, pl_module, stage)
-        if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.generation_listeners:
-            pl_module.generation_listeners.append(self._show_generation)
+        if isinstance(pl_module, LanguageModule) and self._show_generation not in pl_module.run.listeners:
+            pl_module.run.listeners.append(self._show_generation)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Metrics to show, without the version number of the run folder."""
@@ -62,8 +62,8 @@ class RolloutProgress(RichProgressBar):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening to the generation."""
         super().teardown(trainer, pl_module, stage)
-        if isinstance(pl_module, LanguageModule) and self._show_generation in pl_module.generation_listeners:
-            pl_module.generation_listeners.remove(self._show_generation)
+        if isinstance(pl_module, LanguageModule) and self._show_generation in pl_module.run.listeners:
+            pl_module.run.listeners.remove(self._show_generation)
 
     def _stop_progress(self) -> None:
         """Take the bar away, so that what the run says at its end is the end of the screen."""

@@ -31,7 +31,7 @@ from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
-from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import LanguageModule
 
 # The metrics whose curves are kept, in the order of the page.
 CURVES = (
@@ -190,7 +190,7 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     """Results of each problem of the last validation, and the greedy completions of some."""
     if not isinstance(pl_module, LanguageModule):
         return {"problems": [], "samples": []}
-    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.eval_samples}", "greedy_accuracy")
+    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.task.evaluation.samples}", "greedy_accuracy")
     rows = []
     for problem, values in evaluation.by_problem.items():
         rows.append([*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)])

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.configurable import Configurable, constructor_defaults, imported_class, public_path, to_plain
 from hybrid_lightning.rollout.prompt_order import prompts_digest
-from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.module import LanguageModule
 
 # Settings that are dicts and are given as a whole: what one key means depends on the others.
 _UNDIVIDED = ("adapter.rank_pattern",)

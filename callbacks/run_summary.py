@@ -21,9 +21,8 @@ from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
 from hybrid_lightning.metrics import LOWER, UPPER
-from hybrid_lightning.training.adaptation import AdaptedModule
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 
 class RunSummary(Callback):
@@ -119,7 +118,7 @@ class RunSummary(Callback):
         plan, now = applied_plan(pl_module), time.perf_counter()
         trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         base = sum(parameter.numel() for parameter in pl_module.parameters())
-        base = pl_module.base_parameters if isinstance(pl_module, LanguageModule) else base
+        base = pl_module.policy.base_parameters if isinstance(pl_module, LanguageModule) else base
         checkpoint = trainer.checkpoint_callback
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
@@ -157,7 +156,7 @@ class RunSummary(Callback):
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module
         if trainer.is_global_zero and metrics:
-            sets = module.last_evaluation if isinstance(module, LanguageModule) else ()
+            sets = module.evaluation.last if isinstance(module, LanguageModule) else ()
             values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
             say_completions(module)
@@ -197,7 +196,7 @@ def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str
     """What people compare runs by, the first columns of TensorBoard's page of hyperparameters."""
     plan = applied_plan(pl_module)
     lora = plan.lora if plan is not None and plan.lora_modules else None
-    rates = pl_module.rates if isinstance(pl_module, AdaptedModule) else {}
+    rates = pl_module.rates if isinstance(pl_module, LanguageModule) else {}
     sizes = ("prompts_per_rollout", "samples_per_prompt", "minibatches_per_rollout", "examples_per_step")
     found = {
         "model": arguments.get("model"),
@@ -208,7 +207,7 @@ def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str
         "alpha": None if lora is None else lora.alpha,
         **{f"lr_{group}": rates[group] for group in ("lora", "full") if group in rates},
         **{name: arguments.get(name) for name in sizes},
-        "max_new_tokens": pl_module.sampler.max_new_tokens if isinstance(pl_module, LanguageModule) else None,
+        "max_new_tokens": pl_module.task.generation.sampler.max_new_tokens if isinstance(pl_module, LanguageModule) else None,
         "seed": arguments.get("seed"),
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -219,7 +218,7 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def _eval_samples(pl_module: LightningModule) -> int:
-    return pl_module.eval_samples if isinstance(pl_module, LanguageModule) else 1
+    return pl_module.task.evaluation.samples if isinstance(pl_module, LanguageModule) else 1
 
 
 def _measures(pl_module: LightningModule) -> dict[str, str]:
@@ -227,7 +226,8 @@ def _measures(pl_module: LightningModule) -> dict[str, str]:
     measures = {"accuracy": f"val/avg@{_eval_samples(pl_module)}"}
     if isinstance(pl_module, PolicyModule):
         return measures
-    return {"loss": "val/loss"} | (measures if isinstance(pl_module, LanguageModule) and pl_module.reward is not None else {})
+    scored = isinstance(pl_module, LanguageModule) and pl_module.task.reward is not None
+    return {"loss": "val/loss"} | (measures if scored else {})
 
 
 def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:

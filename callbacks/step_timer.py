@@ -81,7 +81,7 @@ class StepTimer(Callback):
         self.clock.device = trainer.strategy.root_device
         self.clock.restart("startup")
         if hasattr(pl_module, "clock"):
-            pl_module.clock = self.clock  # type: ignore[assignment]
+            pl_module.run.clock = self.clock  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         """Times and tokens so far, for a resumed run."""

@@ -7,14 +7,12 @@ other libraries' error messages what to do.
 
 import inspect
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -51,12 +49,12 @@ from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
-from hybrid_lightning.training.examples import (
+from hybrid_lightning.training.example_module import (
     PreferenceModule,  # noqa: F401  (as above)
     SupervisedModule,  # noqa: F401  (as above)
 )
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.module import LanguageModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.user_code import in_user_code
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
@@ -241,15 +239,15 @@ class HybridLightningCLI(LightningCLI):
                 check_run_folder(self.trainer)
             if isinstance(self.model, LanguageModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
-            self.model.load()
+            self.model.policy.load()
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Replace the MLflow logger by ours, and make policies without weights; a plan gets just the arguments of the policy."""
+        """Replace the MLflow logger by ours; a plan gets just the arguments of the policy."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
-        make = _arguments_of if self.subcommand == "plan" else partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
-        self.parser.add_instantiator(make, LanguageModule, subclasses=True)
+        if self.subcommand == "plan":
+            self.parser.add_instantiator(_arguments_of, LanguageModule, subclasses=True)
         self.parser.add_instantiator(_made, Configurable, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -283,13 +281,6 @@ def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, *
     if not issubclass(policy, PolicyModule):
         raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
     return policy_arguments(policy, *given, **named)
-
-
-def _unloaded(
-    make: Callable[..., Any], policy: type[LanguageModule], *given: Any, applied_instantiation_links: Any, **named: Any
-) -> Any:
-    """A policy whose model is not loaded yet."""
-    return make(policy.unloaded, *given, applied_instantiation_links=applied_instantiation_links, **named)
 
 
 def _made(kind: type[Configurable], *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:

@@ -4,8 +4,8 @@ from hybrid_lightning.training.example_module import ExampleModule as ExampleMod
 from hybrid_lightning.training.example_module import PreferenceModule as PreferenceModule
 from hybrid_lightning.training.example_module import SupervisedModule as SupervisedModule
 from hybrid_lightning.training.module import LanguageModule as LanguageModule
-from hybrid_lightning.training.policy_module import PolicyModule as PolicyModule
 from hybrid_lightning.training.optim import ConstantSchedule as ConstantSchedule
 from hybrid_lightning.training.optim import CosineSchedule as CosineSchedule
 from hybrid_lightning.training.optim import LearningRateSchedule as LearningRateSchedule
 from hybrid_lightning.training.optim import LinearSchedule as LinearSchedule
+from hybrid_lightning.training.policy_module import PolicyModule as PolicyModule

@@ -45,9 +45,9 @@ from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
-from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.optim import ConstantSchedule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 # What a run has if nothing else is said: of the Trainer, of its checkpoints, and of its logger.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -135,7 +135,7 @@ class Trainer(LightningTrainer):
         if self.interrupted and isinstance(self.lightning_module, LanguageModule):
             # Lightning calls no teardown hook then, and the process may live on, as that of a notebook.
             with suppress(Exception):  # what ended the run is what is to be seen
-                self.lightning_module.end_generation()
+                self.lightning_module.task.generation.shut_down()
         super()._teardown()
         folder = find_callback(self, RunFolder)
         if self.interrupted and folder is not None and self.is_global_zero:
@@ -168,8 +168,8 @@ class Trainer(LightningTrainer):
     def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
         """Check settings, data, reward and monitors before a model is loaded.
 
-        The command line does so with a module that is made `unloaded`. The data module keeps the data that it reads here. A data
-        module that overrides how data is prepared or set up is not asked before its time.
+        A module loads its weights when they are first needed, so that none are loaded here. The data module keeps the data that it
+        reads here. A data module that overrides how data is prepared or set up is not asked before its time.
 
         Args:
             model: The module that is going to be run.
@@ -191,7 +191,7 @@ class Trainer(LightningTrainer):
         self.state.fn = TrainerFn.FITTING if fits else TrainerFn(command)
         try:
             model.check_settings()
-            model.pretrained.check()  # asks the hub for the model, before the data is downloaded
+            model.policy.pretrained.check()  # asks the hub for the model, before the data is downloaded
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
             adapter = find_callback(self, HybridAdapterSetup)
@@ -206,19 +206,19 @@ class Trainer(LightningTrainer):
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
             if sets:
-                check_monitors(self, model.evaluation.names(model, sets), model.training_metrics)
+                check_monitors(self, model.evaluation.names(model, sets), model.task.training_metrics)
         datamodule.setup(self.state.fn)
         if self.state.fn == "fit":
-            model.check_enough(datamodule.train_prompts)
-            model.check_encoding(datamodule.train_prompts)
+            model.task.check_enough(datamodule.train_prompts)
+            model.task.generation.check_encoding(datamodule.train_prompts)
         tests = self.state.fn in ("test", "predict")
-        model.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
+        model.task.generation.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
 
     def _check_memory(self, model: LanguageModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule | None) -> None:
         """Refuse a rollout engine that takes more of the GPU than training leaves, by the plan of the run's memory."""
         launcher = self.strategy.launcher
         forks = launcher is not None and launcher.is_interactive_compatible  # and a process that has asked a GPU cannot fork
-        if not isinstance(model, PolicyModule) or not isinstance(model.sampler, VLLMSampler) or forks:
+        if not isinstance(model, PolicyModule) or not isinstance(model.task.generation.sampler, VLLMSampler) or forks:
             return
         flags = TrainerFlags.of_trainer(self)
         if flags.on_cpu or flags.device_bytes is None:
@@ -301,7 +301,7 @@ class Trainer(LightningTrainer):
         """
         adapter = _adapter_of(self, "doctor")
         policy, data = _examined(model, datamodule)
-        schedule, planning = policy.rollout_schedule, adapter.planning
+        schedule, planning = policy.task.schedule, adapter.planning
         scored = adapter.given_plan is None and planning.budget.needs_scores
         scored_prompts = (planning.calibration_prompts or schedule.prompts_per_rollout) if scored else 0
         steps, every = float(self.max_steps), self.val_check_interval if self.limit_val_batches else None
@@ -382,7 +382,7 @@ class Trainer(LightningTrainer):
             return
         if free is None:
             raise ConfigError("--fit needs the memory of a device; give --device_gib")
-        changes, fitted = Fitting(settings, sharding, model.loss.needs_reference).search()
+        changes, fitted = Fitting(settings, sharding, model.task.loss.needs_reference).search()
         if changes:
             console().print(memory_table([replace(own, method="as it is"), replace(fitted, method="changed")]))
             show("\n".join(f"{' '.join(change.overrides)} costs {change.cost}" for change in changes))
@@ -425,5 +425,5 @@ def _prepares_itself(datamodule: PromptDataModule) -> bool:
 
 def _all_ours(model: LanguageModule, trainer: LightningTrainer) -> bool:
     """Whether only code of this project and of Lightning can log something in a validation."""
-    parts = [model, model.loss, *trainer.callbacks]  # type: ignore[attr-defined]
+    parts = [model, model.task.loss, *trainer.callbacks]  # type: ignore[attr-defined]
     return all(type(part).__module__.partition(".")[0] in ("hybrid_lightning", "lightning") for part in parts)

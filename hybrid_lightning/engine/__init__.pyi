@@ -2,6 +2,7 @@ from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
 from hybrid_lightning.engine.attention import UnsupportedAttentionError as UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend as Backend
 from hybrid_lightning.engine.backend import PlannedBackend as PlannedBackend
+from hybrid_lightning.engine.backend import autocast_dtype as autocast_dtype
 from hybrid_lightning.engine.backend import has_operators as has_operators
 from hybrid_lightning.engine.compiling import OneKernel as OneKernel
 from hybrid_lightning.engine.decoding import Decoding as Decoding

@@ -17,7 +17,7 @@ from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, is_adapter_weight, peft_weights, training_of
 from hybrid_lightning.sharding.checkpoints import read_checkpoint
 from hybrid_lightning.sharding.sharded_folder import read_weights
-from hybrid_lightning.training.adaptation import adapter_state
+from hybrid_lightning.training.checkpoint import adapter_state
 
 
 def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None = None, datamodule: Any = None) -> TrainedPolicy:

@@ -27,7 +27,7 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checks import check_optimizer
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 _MAX_PROMPTS = 500  # at most so many are encoded to find the longest
 

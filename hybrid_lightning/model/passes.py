@@ -84,7 +84,7 @@ class Passes:
         """
         width, device = sequences.completion_ids.shape[1], self.policy.device
         chunks = self.chunks(sequences) if len(sequences) else []
-        idle = max(gather_counts(len(chunks), device)) - len(chunks) if self.policy.weights.passes_together else 0
+        idle = max(gather_counts(len(chunks), device)) - len(chunks) if self.policy.weights.sharded else 0
         parts = [self.logprobs(sequences.rows(chunk)) for chunk in chunks]
         for _ in range(idle):
             self.idle()
@@ -113,7 +113,7 @@ class Passes:
             For each part the log-probabilities [B, T] of the policy, None if not wanted; their entropies [B, T], or zeros; and
             the log-probabilities of the start policy, None if not wanted.
         """
-        policy, together = self.policy, self.policy.weights.passes_together
+        policy, together = self.policy, self.policy.weights.sharded
 
         def measure_one(sequences: Sequences) -> Measured:
             logprobs = start = None
@@ -131,7 +131,7 @@ class Passes:
                 return [measure_one(sequences) for sequences in parts]
 
         with policy.inference():
-            return policy.weights.in_passes(measure_all)
+            return policy.weights.as_forward(measure_all)
 
     # ---- checkpoints
 

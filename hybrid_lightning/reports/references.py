@@ -18,7 +18,7 @@ from hybrid_lightning.errors import HybridLightningError, shorten
 from hybrid_lightning.reports.findings import Finding
 from hybrid_lightning.rewards import evaluate_reward
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
-from hybrid_lightning.training.language import LanguageModule
+from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import Completion, Prompt
 
 # What a prompt says -> the answer in the form that it asks for.
@@ -42,7 +42,7 @@ class References:
 
 
 def reference_rewards(
-    policy: LanguageModule, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
+    generation: Generation, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
 ) -> References:
     """Ask the reward for the reference answers of `count` training prompts, evenly spread; random states stay as they are.
 
@@ -51,13 +51,13 @@ def reference_rewards(
     """
     some = [prompts[len(prompts) * place // count] for place in range(count)] if len(prompts) > count else list(prompts)
     some = [prompt for prompt in some if prompt.completions or (prompt.answer or "").strip()]
-    if policy.episodes is not None:
+    if generation.episodes is not None:
         return References("not applicable: what an episode earns follows from what happens in the environment")
     if not some:
         return References("not applicable: the data has no reference answers (answer_column)")
     state = capture_random_state()
     try:
-        return _tried(policy, some, form, pays)
+        return _tried(generation, some, form, pays)
     except HybridLightningError as error:
         finding = Finding("reference", f"the reward fails on a reference answer: {error}", "correct the reward or the row")
         return References("the reward fails", (finding,))
@@ -65,17 +65,19 @@ def reference_rewards(
         restore_random_state(state)
 
 
-def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
+def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
     asked = [list(_asked(prompt, form)) for prompt in prompts]
-    paid = _best(policy, prompts, asked)
+    paid = _best(generation, prompts, asked)
     shown = next((text for text, earned in paid if earned), asked[0][0])
     missing = [prompt for prompt, (_, earned) in zip(prompts, paid, strict=True) if not earned]
     earned = len(prompts) - len(missing)
     note = f"{earned} of {len(prompts)} reference answers are paid, such as {shorten(shown)}"
     if not missing:
-        return References(note, tuple(_paid_by_accident(policy, prompts, [text for text, _ in paid])))
+        return References(note, tuple(_paid_by_accident(generation, prompts, [text for text, _ in paid])))
     tried, zero = f"{missing[0].place}, {shorten(_answer(missing[0]))}", "your reward gives the reference answer 0"
-    others = [] if earned else _best(policy, prompts, [[make(_answer(prompt)) for make in _FORMS.values()] for prompt in prompts])
+    others = (
+        [] if earned else _best(generation, prompts, [[make(_answer(prompt)) for make in _FORMS.values()] for prompt in prompts])
+    )
     elsewhere = [text for text, is_paid in others if is_paid]
     level: Literal["error", "warning", "note"]
     if earned:
@@ -90,16 +92,16 @@ def _tried(policy: LanguageModule, prompts: list[Prompt], form: PromptFormat | N
     else:
         text = f"{zero}: it can pay for nothing ({len(prompts)} rows tried, first {tried})"
         remedy, level = "correct the reward, or the answer_column of data.source", "error"
-        if _has_pattern(policy):
+        if _has_pattern(generation):
             text = f"{zero} in all forms that are known here ({len(prompts)} rows tried, first {tried})"
             remedy, level = "see that the reward's pattern finds the answer in the form that the prompt asks for", "warning"
     return References(note, (Finding("reference", text, remedy, level),))
 
 
-def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
+def _paid_by_accident(generation: Generation, prompts: list[Prompt], texts: Sequence[str]) -> Iterator[Finding]:
     """Whether wrong answers are paid as well as right ones."""
-    right = _values(policy, prompts, texts)
-    wrong = _of_other_answers(policy, prompts, dict(enumerate(texts)))
+    right = _values(generation, prompts, texts)
+    wrong = _of_other_answers(generation, prompts, dict(enumerate(texts)))
     rows = [row for row, value in wrong.items() if value >= right[row]]
     if len(rows) > len(wrong) / 2:
         first = prompts[rows[0]]
@@ -110,7 +112,7 @@ def _paid_by_accident(policy: LanguageModule, prompts: list[Prompt], texts: Sequ
         yield Finding("accident", text, "let the reward compare with the row's answer, if there is a right one")
 
 
-def _best(policy: LanguageModule, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
+def _best(generation: Generation, prompts: list[Prompt], forms: Sequence[Sequence[str]]) -> list[tuple[str, bool]]:
     """For each prompt the first of its completions that is paid, and True; else its last one, and False.
 
     Paid is what earns more than 0 of every part that measures correctness or, for rewards that are never above 0, more than the
@@ -119,30 +121,31 @@ def _best(policy: LanguageModule, prompts: list[Prompt], forms: Sequence[Sequenc
     best = [(texts[-1], False) for texts in forms]
     for number in range(max(map(len, forms))):
         rows = [row for row, texts in enumerate(forms) if not best[row][1] and number < len(texts)]
-        values = _values(policy, [prompts[row] for row in rows], [forms[row][number] for row in rows])
+        values = _values(generation, [prompts[row] for row in rows], [forms[row][number] for row in rows])
         unpaid = {row: forms[row][number] for row, value in zip(rows, values, strict=True) if value <= 0}
-        controls = _of_other_answers(policy, prompts, unpaid)
+        controls = _of_other_answers(generation, prompts, unpaid)
         for row, value in zip(rows, values, strict=True):
             if value > 0 or value > controls.get(row, value):
                 best[row] = (forms[row][number], True)
     return best
 
 
-def _of_other_answers(policy: LanguageModule, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
+def _of_other_answers(generation: Generation, prompts: list[Prompt], texts: Mapping[int, str]) -> dict[int, float]:
     """What texts (row -> text) earn with the answer of another row in the place of their own, where rows' answers differ."""
     wrong = {row: other for row in texts if (other := _other(prompts, row)) is not None}
     written = [texts[row].replace(_answer(prompts[row]), other) for row, other in wrong.items()]
-    return dict(zip(wrong, _values(policy, [prompts[row] for row in wrong], written), strict=True))
+    return dict(zip(wrong, _values(generation, [prompts[row] for row in wrong], written), strict=True))
 
 
-def _values(policy: LanguageModule, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+def _values(generation: Generation, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """What texts earn of the parts that measure correctness: the least of them."""
     if not texts:
         return []
-    assert policy.reward is not None
-    completions = [_completion(policy, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    rewards = evaluate_reward(policy.reward, completions, prompts)
-    right = [rewards.parts[term.name] for term in policy.reward_terms() if term.measures_correctness] or [rewards.total]
+    assert generation.reward is not None
+    completions = [_completion(generation, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    rewards = evaluate_reward(generation.reward, completions, prompts)
+    terms = generation.reward_terms()
+    right = [rewards.parts[term.name] for term in terms if term.measures_correctness] or [rewards.total]
     least: list[float] = torch.stack(right).amin(dim=0).tolist()
     return least
 
@@ -168,9 +171,9 @@ def _asked(prompt: Prompt, form: PromptFormat | None) -> Iterator[str]:
     yield answer
 
 
-def _has_pattern(policy: LanguageModule) -> bool:
+def _has_pattern(generation: Generation) -> bool:
     """Whether a term of the reward looks for answers by a pattern, which may be one that no known form has."""
-    scorers = [scorer for term in policy.reward_terms() for scorer in (term, *getattr(term, "scorers", ()))]
+    scorers = [scorer for term in generation.reward_terms() for scorer in (term, *getattr(term, "scorers", ()))]
     return any(getattr(scorer, "pattern", None) is not None for scorer in scorers)
 
 
@@ -178,11 +181,11 @@ def _answer(prompt: Prompt) -> str:
     return prompt.completions[0] if prompt.completions else str(prompt.answer)
 
 
-def _completion(policy: LanguageModule, prompt: Prompt, text: str) -> Completion:
+def _completion(generation: Generation, prompt: Prompt, text: str) -> Completion:
     """A text as if the policy had sampled it to its end."""
-    thinking = policy.pretrained.encoder.render(prompt).rstrip().endswith("<think>")
+    thinking = generation.policy.pretrained.encoder.render(prompt).rstrip().endswith("<think>")
     whole = f".\n</think>\n{text}" if thinking else text
     tokens = len(whole)
     with suppress(Exception):  # tokenizers that lack a part of it have no error class of their own
-        tokens = len(policy.tokenizer(whole, add_special_tokens=False)["input_ids"])
+        tokens = len(generation.policy.pretrained.tokenizer(whole, add_special_tokens=False)["input_ids"])
     return Completion(whole, tokens + 1, finished=True, thinking=thinking)

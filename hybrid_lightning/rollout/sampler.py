@@ -11,7 +11,7 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,6 @@ class Sampler(RolloutEngine):
 
     The other arguments are those of `RolloutEngine`.
     """
-
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class ExampleModule(LanguageModule):
         self.task = ExampleTask(
             trained_by, examples_per_step, generation, self._max_tokens, self._eval_samples, self._seed, type(self).__name__
         )
-        self.add_module("evaluation", self.task.evaluation)
+        self.evaluation = self.task.evaluation
 
 
 class SupervisedModule(ExampleModule):

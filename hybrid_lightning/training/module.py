@@ -9,7 +9,7 @@ modules make both from options with flat names (`policy_module.py`, `example_mod
 """
 
 import io
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -106,7 +106,9 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     adapter_attribute = "model"  # see `Adaptable`
     task: Task
+    evaluation: Evaluation  # of the task; a part of this module, since its metrics move to the device
 
+    @abstractmethod  # the constructor of a subclass makes the task
     def __init__(
         self,
         *,
@@ -148,7 +150,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- the policy
 
     def _register(self, model: nn.Module) -> None:
-        self.add_module("model", model)
+        setattr(self, self.adapter_attribute, model)
 
     def _precision(self) -> Any:
         """A context with the Trainer's precision; without a Trainer, with the precision of the model's dtype."""
@@ -347,11 +349,6 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self._step.log_gradient_norms(optimizer)
 
     # ---- evaluation
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """Measures the policy on held-out data; a part of this module, since its metrics move to the device."""
-        return cast(Evaluation, self._modules["evaluation"])
 
     def on_validation_epoch_start(self) -> None:
         """Give a rollout engine with weights of its own the policy's current weights."""

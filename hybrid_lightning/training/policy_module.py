@@ -103,4 +103,4 @@ class PolicyModule(LanguageModule):
             mask_truncated_completions=mask_truncated_completions,
             dynamic_sampling=dynamic_sampling,
         )
-        self.add_module("evaluation", self.task.evaluation)
+        self.evaluation = self.task.evaluation

@@ -68,7 +68,7 @@ class Step:
                 run.check_stop()  # before ranks wait for each other
             elif run.signals.requested:
                 continue
-            with run.one_process():
+            with run.interruptible_alone():
                 if number < len(chunks):
                     loss, of_chunk = self._chunk_loss(batch.rows(chunks[number]), tokens)
                     losses.append(loss.detach())

@@ -105,7 +105,7 @@ class Task(ABC):
         """Try which fast passes a model that has just been split supports: now, since all ranks take forward passes together."""
         policy = self.policy
         with policy.inference():
-            policy.weights.in_passes(policy.engine.prepare)
+            policy.weights.as_forward(policy.engine.prepare)
         self.generation.compare_again()
 
     def new_step(self) -> Step:

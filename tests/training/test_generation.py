@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hybrid_lightning.rollout.conversation import Conversation
 from lightning.pytorch import Callback
 from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
 
@@ -17,7 +18,6 @@ from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.conversation import Conversation
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Begun
 from hybrid_lightning.types import Prompt

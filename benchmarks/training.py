@@ -23,8 +23,8 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.environments import Environment, EpisodeLimits, Step
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.rollout.interface import Stops
+from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.trainer import Trainer
 from hybrid_lightning.training.module import PolicyModule

@@ -19,8 +19,8 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.engine import Backend, Engine
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.interface import SamplingRequest, Stops
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
 TURNS, SAMPLES, PROMPT_TOKENS, GOAL = 3, 8, 32, 1.15

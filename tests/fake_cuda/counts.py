@@ -34,8 +34,8 @@ from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
 from hybrid_lightning.rollout import Sampler, sampler
-from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.interface import Stops
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
 Counter = fake_gpu.counter()

@@ -7,8 +7,8 @@ import torch
 from vllm_fake_server import ENGINE, MODEL, FakeNccl, FakeServer
 
 from hybrid_lightning.rollout import VLLMServerSampler
-from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.interface import SamplingRequest, ServedModel
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.vllm import dispatch, servers
 from hybrid_lightning.types import Prompt
 

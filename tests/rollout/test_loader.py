@@ -316,7 +316,7 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
     failing.source.failure = failure
     cut = failing.state_dict()
     assert [len(state["ranks"][0]["ahead"]) for state in (cut, whole)] == [0, 2]
-    with pytest.raises(RolloutError, match="cancelled" if isinstance(failure, RunStopped) else "no server answers"):
+    with pytest.raises(type(failure)):
         take(failing, 1)
     for state, again in ((whole, 0), (cut, 2)):
         seed(7)

@@ -158,7 +158,7 @@ class ByEquation(Callback):
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
                 self.importance = [torch.ones_like(old) for old, _ in self.old]
-                sampling = zip(rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
+                sampling = zip(self.rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
                 # The policy before the rollout's first step is not the one that sampled: weighed, or the ratio is to the latter.
                 if "rollouts_ahead" in self.options and self.options["correction"] is None:
                     self.old = [(own[mask], entropy) for (own, mask), (_, entropy) in zip(sampling, self.old, strict=True)]

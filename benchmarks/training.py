@@ -73,14 +73,15 @@ class Gated(Callback):
         self.gate.ready([pl_module.encode(prompt) for prompt in prompts], trained, **self.facts(pl_module))
         trainer.should_stop = not self.gate.wait()
 
-    def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: LightningTrainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """After the last micro-batch of a rollout: report, and wait for the next. The wait is all that is not timed."""
         assert isinstance(pl_module, PolicyModule)
         loader = trainer.train_dataloader
         assert isinstance(loader, RolloutLoader)
         if (trainer.fit_loop.batch_idx + 1) % loader.micro_batches_per_rollout == 0:
-            assert pl_module.last_rollout is not None
-            lengths = pl_module.last_rollout[0].sequences.sampled_mask.sum(dim=1)
+            lengths = batch.rollout.rollouts.sequences.sampled_mask.sum(dim=1)
             self.gate.done(lengths.tolist(), trainer.global_step, **self.details(trainer))
             trainer.should_stop = not self.gate.wait()
 

@@ -20,7 +20,7 @@ from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.training.policy_module import PolicyModule
-from hybrid_lightning.types import LossInputs, Rewards, Rollouts, Sequences, counted_groups
+from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
 _NORMS = ("grad_norm/full", "grad_norm/lora")
@@ -113,10 +113,11 @@ class Diagnosis(OncePerRollout):
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said, so that a resumed run goes on from there."""
         found = {kind: vars(finding) for kind, finding in self.found.items()}
-        return {"begun": self._begun, "found": found, "monitor": self._monitor and vars(self._monitor)}
+        return {**super().state_dict(), "begun": self._begun, "found": found, "monitor": self._monitor and vars(self._monitor)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._begun = state_dict["begun"]
         self.found = {kind: Finding(**found) for kind, found in state_dict["found"].items()}
         self._monitor = state_dict["monitor"] and TrainingMonitor(**state_dict["monitor"])
@@ -187,6 +188,7 @@ class Doctor(Callback):
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
+        self._rollout: ScoredRollout | None = None  # of the step
         self._before: tuple[Sequences, Tensor] | None = None  # completions, and their log-probabilities before the step
         self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
         self._change: Change | None = None
@@ -194,10 +196,11 @@ class Doctor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""
-        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None
+        assert isinstance(pl_module, PolicyModule)
         self._differs = self._differs or bool(batch.advantages.any())
         if self._before is None:
-            rollouts, rewards, _ = pl_module.last_rollout
+            self._rollout = batch.rollout
+            rollouts, rewards, _ = batch.rollout
             sequences = pl_module.task.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
 
@@ -205,10 +208,10 @@ class Doctor(Callback):
         """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
         if trainer.fit_loop._should_accumulate():
             return
-        assert isinstance(pl_module, PolicyModule) and pl_module.last_rollout is not None and self._before is not None
+        assert isinstance(pl_module, PolicyModule) and self._before is not None
         sequences, before = self._before
         after, mask = _logprobs(pl_module, sequences), sequences.sampled_mask
-        advantages = pl_module.last_rollout[2][: len(mask)]
+        advantages = batch.rollout.advantages[: len(mask)]
         reference = before if pl_module.task.loss.needs_reference else None
         entropy = torch.zeros_like(after) if pl_module.task.loss.needs_entropy else None
         length = float(pl_module.task.generation.max_completion_tokens)
@@ -226,8 +229,8 @@ class Doctor(Callback):
         The run that is meant has so many optimizer `steps`, infinitely many without a limit, and `validations`, the one before
         training included. `scored_prompts` are those whose completions score its modules, 0 if it does not score.
         """
-        assert policy.last_rollout is not None and self._change is not None
-        rollouts, rewards, _ = policy.last_rollout
+        assert self._rollout is not None and self._change is not None
+        rollouts, rewards, _ = self._rollout
         answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)

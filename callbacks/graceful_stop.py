@@ -18,6 +18,7 @@ from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
+from hybrid_lightning.training.module import LanguageModule
 
 # Messages of gloo, NCCL and torch's watchdog about a lost connection.
 _SIGNS = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL|gloo|heartbeat", re.IGNORECASE)
@@ -68,8 +69,8 @@ class GracefulStop(Callback):
         self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
         self.signals.last_words = lambda: _go_on_from(trainer)
         self._processes = gather_objects((platform.node(), os.getpid()))
-        if hasattr(pl_module, "signals"):
-            pl_module.run.signals = self.signals  # type: ignore[assignment]
+        if isinstance(pl_module, LanguageModule):
+            pl_module.run.signals = self.signals
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on ranks stop together. Lightning has installed its own handler of SIGTERM, which broadcasts at any time."""

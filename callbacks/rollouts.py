@@ -81,20 +81,28 @@ class RolloutProgress(RichProgressBar):
 
 
 class OncePerRollout(Callback, ABC):
-    """Base of callbacks that look at each rollout once, though several batches may be made of it."""
+    """Base of callbacks that look at each rollout once, when it is trained on, though several batches may be made of it."""
 
-    _last: Any = None
+    _last: int | None = None  # number of the rollout that was seen last
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the rollout of the batch if it is a new one."""
-        rollout = getattr(pl_module, "last_rollout", None)
-        if rollout is not None and rollout is not self._last:
-            self._last = rollout
+        rollout = getattr(batch, "rollout", None)
+        if rollout is not None and batch.rollout_number != self._last:
+            self._last = batch.rollout_number
             self.on_rollout(trainer, *rollout)
 
     @abstractmethod
     def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
         """Look at a rollout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rollout was seen, so that a run that is resumed within it does not look at it again."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore which rollout was seen."""
+        self._last = state_dict["last"]
 
 
 class RolloutSamples(OncePerRollout):
@@ -129,10 +137,11 @@ class RolloutSamples(OncePerRollout):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of rollouts, so that a resumed run writes the same pages as a run that was not stopped."""
-        return {"seen": self._seen}
+        return {**super().state_dict(), "seen": self._seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of rollouts."""
+        super().load_state_dict(state_dict)
         self._seen = state_dict["seen"]
 
     def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
@@ -238,10 +247,11 @@ class RewardDivergence(OncePerRollout):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, so that a resumed run warns where a run that was not stopped would."""
-        return {"history": list(self._history), "warned": sorted(self._warned)}
+        return {**super().state_dict(), "history": list(self._history), "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history."""
+        super().load_state_dict(state_dict)
         self._history.extend(state_dict["history"])  # if the window is smaller now, the newest entries stay
         self._warned.update(state_dict["warned"])
 

@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.run_folder import find_callback
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.step_times import Amortized, PhaseClock
-from hybrid_lightning.types import PolicyBatch
+from hybrid_lightning.types import PolicyBatch, ScoredRollout
 
 # Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.
 ROLLOUT_PHASES = ("generate", "reward", "logprobs")
@@ -59,7 +60,7 @@ class StepTimer(Callback):
         self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
         self._tokens: dict[str, float] = defaultdict(float)  # of all processes and steps, including those of earlier runs
         self._amortized = Amortized()  # divides what a rollout costs among its steps
-        self._rollout: dict[str, float] = {}  # metrics of the rollout that is trained on
+        self._rollout: int | None = None  # number of the rollout that is trained on
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
 
     def totals(self) -> dict[str, float]:
@@ -80,18 +81,18 @@ class StepTimer(Callback):
         self._forget()
         self.clock.device = trainer.strategy.root_device
         self.clock.restart("startup")
-        if hasattr(pl_module, "clock"):
-            pl_module.run.clock = self.clock  # type: ignore[assignment]
+        if isinstance(pl_module, LanguageModule):
+            pl_module.run.clock = self.clock
 
     def state_dict(self) -> dict[str, Any]:
         """Times and tokens so far, for a resumed run."""
         spread = {"amounts": self._amortized.amounts, "steps": self._amortized.steps}
-        return {"seconds": self.totals(), "tokens": dict(self._tokens), "spread": spread}
+        return {"seconds": self.totals(), "tokens": dict(self._tokens), "spread": spread, "rollout": self._rollout}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the times and tokens of the run that is resumed."""
         self._earlier_seconds, self._tokens = state_dict["seconds"], defaultdict(float, state_dict["tokens"])
-        self._amortized = Amortized(**state_dict["spread"])
+        self._amortized, self._rollout = Amortized(**state_dict["spread"]), state_dict["rollout"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the first step."""
@@ -126,13 +127,13 @@ class StepTimer(Callback):
         now = self.clock.seconds()
         spent = {name: now.get(name, 0.0) - self._stamp.get(name, 0.0) for name in STEP_PHASES}
         self._stamp = now
-        schedule: Any = getattr(pl_module, "rollout_schedule", None)
+        schedule = pl_module.task.schedule if isinstance(pl_module, LanguageModule) else None
         tokens, begins = dict.fromkeys(_ROLLOUT_TOKENS, 0.0), spent["generate"] > 0
         if schedule is not None and schedule.rollouts_ahead:  # in whose time others were generated
-            begins, self._rollout = batch.metrics != self._rollout, batch.metrics
+            begins, self._rollout = batch.rollout_number != self._rollout, batch.rollout_number
             tokens["tokens"] = batch.metrics["num_tokens"] / trainer.world_size if begins else 0.0
         elif begins:
-            tokens = _rollout_tokens(pl_module)
+            tokens = _rollout_tokens(batch.rollout)
         step = _mean_over_processes(trainer, {**spent, **tokens})
         if begins or step["generate"] > 0:
             steps = schedule.steps_per_rollout if begins else max(1, self._amortized.steps)
@@ -154,9 +155,9 @@ def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 
-def _rollout_tokens(pl_module: LightningModule) -> dict[str, float]:
-    """Tokens of the last rollout of this process: those that were sampled, and all with prompts and what was added."""
-    sequences = pl_module.last_rollout[0].sequences  # type: ignore[index, union-attr]
+def _rollout_tokens(rollout: ScoredRollout) -> dict[str, float]:
+    """Tokens of a rollout of this process: those that were sampled, and all with prompts and what was added."""
+    sequences = rollout.rollouts.sequences
     tokens = float(sequences.completion_mask.sum()) + float(sequences.prompt_mask.sum())
     return {"generated_tokens": float(sequences.sampled_mask.sum()), "tokens": tokens}
 

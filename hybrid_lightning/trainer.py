@@ -206,7 +206,7 @@ class Trainer(LightningTrainer):
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
             if sets:
-                check_monitors(self, model.evaluation.names(model, sets), model.task.training_metrics)
+                check_monitors(self, model.evaluation.names(sets), model.task.training_metrics)
         datamodule.setup(self.state.fn)
         if self.state.fn == "fit":
             model.task.check_enough(datamodule.train_prompts)

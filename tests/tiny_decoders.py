@@ -10,6 +10,7 @@ from tiny_models import SIZES, build_model
 
 from hybrid_lightning.engine import Backend, Engine, base_model, use_fused_modules
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.types import Prompt
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,8 +77,8 @@ def sampled(engine, tokenizer, passes):
     embedded = base_model(engine.model).get_input_embeddings()
     hook = embedded.register_forward_hook(lambda *_: passes.append(engine._pass is not None))
     try:
-        draws = torch.Generator().manual_seed(3)
-        rollouts = Sampler(max_new_tokens=12).sample(engine, tokenizer, prompts, ids, 4, generator=draws)
+        request = SamplingRequest(prompts, ids, 4, torch.Generator().manual_seed(3))
+        rollouts = Sampler(max_new_tokens=12).sample(engine, tokenizer, request)
     finally:
         hook.remove()
     return rollouts.sequences.completion_ids, rollouts.sampling_logprobs

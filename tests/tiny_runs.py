@@ -91,8 +91,8 @@ def with_holes(rollouts: Rollouts) -> Rollouts:
 class Interrupted(OftenDone):
     """Completions in which an environment added tokens."""
 
-    def sample(self, *args, **options):
-        return with_holes(super().sample(*args, **options))
+    def sample(self, engine, tokenizer, request):
+        return with_holes(super().sample(engine, tokenizer, request))
 
 
 class Failing(PolicyModule):

@@ -19,7 +19,7 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.engine import Backend, Engine
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.interface import Stops
+from hybrid_lightning.rollout.interface import SamplingRequest, Stops
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -49,17 +49,17 @@ def seconds_of_rounds(engine: Engine, count: int, rounds: int, tokens: int, adde
     sampler, whole = Sampler(tokens), Sampler(TURNS * tokens)
     prompts = [Prompt(text="?", index=index) for index in range(count)]
     ids, rows = torch.randint(3, 12, (count, PROMPT_TOKENS)).tolist(), range(count * SAMPLES)
-    parts = (engine, tokenizer, prompts, ids, SAMPLES)
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad(), engine.sampling():
         for _ in range(rounds + 1):
-            draws, started = [PromptDraws(prompts, SAMPLES, 0) for _ in times], time.perf_counter()
-            episodes = sampler.conversation(*parts, capacity=TURNS * tokens + (TURNS - 1) * added, stops=NEVER)
-            episodes.first(draws[0])
+            requests = [SamplingRequest(prompts, ids, SAMPLES, PromptDraws(prompts, SAMPLES, 0), stops=NEVER) for _ in times]
+            started, capacity = time.perf_counter(), TURNS * tokens + (TURNS - 1) * added
+            episodes = sampler.conversation(engine, tokenizer, requests[0], capacity)
+            episodes.first()
             for _ in range(TURNS - 1):
-                episodes.next(rows, [[5] * added] * len(rows), draws[0])
+                episodes.next(rows, [[5] * added] * len(rows))
             between = time.perf_counter()
-            whole.sample(*parts, generator=draws[1], stops=NEVER)
+            whole.sample(engine, tokenizer, requests[1])
             for found, passed in zip(times, (between - started, time.perf_counter() - between), strict=True):
                 found.append(passed)
     return times[0][1:], times[1][1:]

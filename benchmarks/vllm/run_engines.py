@@ -24,7 +24,8 @@ from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
-from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.interface import PolicyWeights, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 
 _OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, or the engine would leave them out
 

@@ -28,8 +28,8 @@ class RolloutFuture(Generic[_T]):
     The first part may be made elsewhere, by servers or another thread; `wait` waits for it. The rest is computed by `result`,
     once. An engine in this process has no first part: it computes all when `result` is called.
 
-    If waiting or computing fails, what was begun is cancelled. An interrupt (a signal) leaves the future cancelled; any other
-    exception is raised again by the next `result`.
+    If waiting or computing fails, what was begun is cancelled, and the next `result` raises the same: an exception, or that the
+    run has been asked to stop.
 
     Args:
         compute: Computes the result.
@@ -59,7 +59,7 @@ class RolloutFuture(Generic[_T]):
         self._source, self._context = source, context
         self._on_wait, self._on_cancel = on_wait, on_cancel
         self._values: list[_T] = []  # the result, once it is known
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._cancelled = False
         self._is_remote: bool = isinstance(source, Future) or (source is not None and source._is_remote)
         self._waited = not self._is_remote
@@ -149,7 +149,8 @@ class RolloutFuture(Generic[_T]):
 
     def _fail(self, error: BaseException) -> None:
         self.cancel()
-        self._failure = error if isinstance(error, Exception) else None
+        if not isinstance(error, KeyboardInterrupt):  # which a user means for now
+            self._failure = error
 
 
 def in_thread(call: Callable[[], _T], name: str) -> "Future[_T]":

@@ -21,6 +21,7 @@ from hybrid_lightning.data.arithmetic import FACTORS, hashed_split, worked_answe
 from hybrid_lightning.environments import EpisodeLimits, GuessNumber, PlainCalls, ToolEnvironment, calculator
 from hybrid_lightning.rewards import ExactMatch, FinalAnswer
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -109,7 +110,8 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works():
     for cue in "=:":
         prompts = [Prompt(text=row.question.replace("=", cue), answer=row.answer) for row in rows]
         ids = [tokenizer(prompt.text).input_ids for prompt in prompts]
-        rollouts = Sampler(max_new_tokens=20).sample(engine_of(model), tokenizer, prompts, ids, 1, greedy=True)
+        request = SamplingRequest(prompts, ids, greedy=True)
+        rollouts = Sampler(max_new_tokens=20).sample(engine_of(model), tokenizer, request)
         accuracy[cue] = sum(reward(rollouts.completions, prompts)) / len(prompts)
     assert accuracy["="] < 0.5
     assert accuracy[":"] > 0.6

@@ -190,11 +190,11 @@ def feed(callback, accuracies, **parts):
         correct = torch.arange(101) < 100 * accuracy
         values = {name: torch.full((101,), series[step]).where(counted, torch.nan) for name, series in parts.items()}
         rewards = Rewards(correct.float(), {"match": correct.float(), **values}, correct | ~counted, counted=counted)
-        module = SimpleNamespace(last_rollout=(None, rewards, None))
+        batch = SimpleNamespace(rollout=(None, rewards, None), rollout_number=step)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):  # every micro-batch of a rollout brings the same one
-                callback.on_train_batch_start(SimpleNamespace(global_step=step), module, None, 0)
+                callback.on_train_batch_start(SimpleNamespace(global_step=step), None, batch, 0)
         messages += [str(warning.message) for warning in caught]
     return messages
 

@@ -27,9 +27,9 @@ def clock_of_the_test(monkeypatch):
 
 
 class SlowSampler(Sampler):
-    def sample(self, *arguments, **options):
+    def sample(self, engine, tokenizer, request):
         TIME.now += GENERATE
-        return super().sample(*arguments, **options)
+        return super().sample(engine, tokenizer, request)
 
 
 class SlowReward(StartsWithDigit):
@@ -170,8 +170,9 @@ def test_values_are_means_over_processes_and_rates_count_all_of_them():
     mask = torch.ones(1, 60, dtype=torch.bool)  # of which 50 were sampled
     sequences = SimpleNamespace(completion_mask=mask, sampled_mask=mask[:, :50], prompt_mask=mask[:, :40])
     schedule = RolloutSchedule(1, 1, minibatches_per_rollout=2)
-    module = SimpleNamespace(last_rollout=(SimpleNamespace(sequences=sequences),), rollout_schedule=schedule)
-    values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, None)
+    module, rollouts = SimpleNamespace(rollout_schedule=schedule), SimpleNamespace(sequences=sequences)
+    batch = SimpleNamespace(rollout=SimpleNamespace(rollouts=rollouts))
+    values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, batch)
     times = {"generate": 1.5, "reward": 1.0, "logprobs": 0.0, "update": 6.0, "other": 1.0, "step": 9.5}
     assert {f"time/{name}_s": value for name, value in times.items()}.items() <= values.items()
     assert values["throughput/generated_tokens_per_second"] == pytest.approx((50 + 100) / 3)

@@ -11,6 +11,7 @@ from transformers import BloomConfig, LlamaConfig, MambaConfig, MistralConfig, Q
 from hybrid_lightning.engine import packing, token_logprobs
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -42,8 +43,8 @@ def test_decoding_agrees_with_training_in_special_families(family, monkeypatch):
     monkeypatch.setattr(kernels, "decode_attention", lambda *parts: decoded.append(len(parts[0])) or original(*parts))
     model, tokenizer = special_model({**SPECIAL, **WIDE}[family]), build_tokenizer()
     prompts, draws = [SHARED[0][0], SHARED[0][3]], torch.Generator().manual_seed(1)
-    arguments = (engine_of(model), tokenizer, [Prompt(text="")] * 2, prompts, 4)
-    rollouts = Sampler(max_new_tokens=40).sample(*arguments, generator=draws)
+    request = SamplingRequest([Prompt(text="")] * 2, prompts, 4, draws)
+    rollouts = Sampler(max_new_tokens=40).sample(engine_of(model), tokenizer, request)
     logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
     mask = rollouts.sequences.completion_mask
     assert (len(set(decoded)) > 1) == (family in WIDE and kernels.library is library), "rows leave as they end"

@@ -1,6 +1,14 @@
-"""Helpers that tests of training have, too."""
+"""Helpers that tests of training have, too, and as many sums as make four small rollouts."""
 
 import sys
 from pathlib import Path
 
+import pytest
+from tiny_runs import write_sums
+
 sys.path.append(str(Path(__file__).parents[1] / "training"))
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("episodes") / "sums.jsonl", 16)

@@ -189,7 +189,7 @@ class ByTurn(Log):
     """And the gradient of the first step from each sampled token alone, with the advantage of its turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (rollouts, _, shown), loss = pl_module.last_rollout, pl_module.loss
+        (rollouts, _, shown), loss = batch.rollout, pl_module.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
         assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
         value = 0.0
@@ -254,7 +254,9 @@ def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
 def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
     policy = by_turn(GRPOLoss(), Talk(broken="fails"), dynamic_sampling=DynamicSampling(1))
     policy["episodes"] = EpisodeLimits(max_tokens=60, max_failed_share=1.0)
-    _, rewards, shown = fit(model, sums, tmp_path, policy=policy, max_steps=1).last_rollout
+    log = Log()
+    fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
+    _, rewards, shown = log.batches[0].rollout
     assert not rewards.counted.all() and rewards.counted.any() and shown.any() and not shown[~rewards.counted].any()
 
 

@@ -143,9 +143,9 @@ class Copying(Sampler):
         self.model.load_state_dict(received(weights, everything), strict=False)
         self.version = weights.version
 
-    def sample(self, engine, tokenizer, prompts, *arguments, **options):
-        self.prompts.append(len(prompts))
-        return super().sample(engine.of(self.model), tokenizer, prompts, *arguments, **options)
+    def sample(self, engine, tokenizer, request):
+        self.prompts.append(len(request.prompts))
+        return super().sample(engine.of(self.model), tokenizer, request)
 
     def release_memory(self):
         self.released += 1
@@ -159,8 +159,8 @@ class InterruptedCopying(Copying):
 
     wrong = 0.0
 
-    def sample(self, *arguments, **options):
-        rollouts = with_holes(super().sample(*arguments, **options))
+    def sample(self, engine, tokenizer, request):
+        rollouts = with_holes(super().sample(engine, tokenizer, request))
         sequences = rollouts.sequences.without(torch.arange(len(rollouts.sequences)) < 4)
         logprobs = rollouts.sampling_logprobs * sequences.sampled_mask
         logprobs[4, 0] += self.wrong

@@ -236,7 +236,7 @@ def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of,
     # TRL replaces Qwen3's template, which drops thoughts, by one of its own.
     parts["chat_template"] = "keep_history" if template == "qwen3" else None
     policy, log = run_ours(folder, tmp_path, said, environment, **parts)
-    rollouts, _, advantages = policy.last_rollout
+    rollouts, _, advantages = log.batches[-1].rollout
     starts = [prompt.columns["start"] for prompt in rollouts.prompts]
     theirs = run_trl(folder, tmp_path, said, starts, functions, options)
 

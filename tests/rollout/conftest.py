@@ -7,7 +7,7 @@ import torch
 from vllm_fake_server import ENGINE, MODEL, FakeNccl, FakeServer
 
 from hybrid_lightning.rollout import VLLMServerSampler
-from hybrid_lightning.rollout.interface import ServedModel
+from hybrid_lightning.rollout.interface import SamplingRequest, ServedModel
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.vllm import dispatch, servers
 from hybrid_lightning.types import Prompt
@@ -77,6 +77,7 @@ def begin(tokenizer):
 
     def begin_by(sampler, ids, samples=2, seed=0, **options):
         prompts = [Prompt(text=str(number), index=number) for number in range(len(ids))]
-        return sampler.begin(ENGINE, tokenizer, prompts, ids, samples, generator=PromptDraws(prompts, samples, seed), **options)
+        request = SamplingRequest(prompts, ids, samples, PromptDraws(prompts, samples, seed), **options)
+        return sampler.begin(ENGINE, tokenizer, request)
 
     return begin_by

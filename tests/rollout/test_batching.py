@@ -30,7 +30,7 @@ def batch(rows, first, with_old=True):
     values = sequences.completion_ids.float()
     advantages = torch.tensor([float(i) for i in numbers])
     old, trained = (values * 2, sequences.completion_ids % 2 == 0) if with_old else (None, None)
-    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5}, trained)
+    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5}, policy_mask=trained)
 
 
 def rows_of(batches):

@@ -9,8 +9,9 @@ from tiny_models import SIZES, build_model, engine_of
 from transformers import MistralConfig
 
 from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
-from hybrid_lightning.rollout.conversation import Conversation
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import Conversation
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -25,16 +26,16 @@ def added_to(row, turn):
     return [3 + (7 * row + turn + place) % 40 for place in range((3 * row + turn) % 6)]
 
 
-def play(begin, engine, tokenizer, rows=ROWS, limits=None, **settings):
+def play(begin, engine, tokenizer, rows=ROWS, capacity=CAPACITY, **settings):
     """Turns of episodes: the number of each one, its message, log-probabilities, and all that stood before it."""
     ids = [tokenizer(text).input_ids for text in TEXTS]
     sampler = Sampler(**{"max_new_tokens": 12, "stop": ["7", "3"], **settings})
     contexts = [list(ids[row // SAMPLES]) for row in range(len(TEXTS) * SAMPLES)]
-    draws, turns = PromptDraws(PROMPTS, SAMPLES, 3), []
+    request, turns = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3)), []
 
     def noted(rows, turn):
-        parts = (turn.tokens.tolist(), turn.logprobs, turn.lengths.tolist(), turn.finished.tolist())
-        messages = []
+        tokens, lengths = turn.sequences.completion_ids.tolist(), turn.sequences.completion_mask.sum(dim=1).tolist()
+        parts, messages = (tokens, turn.sampling_logprobs, lengths, turn.finished.tolist()), []
         for row, tokens, logprobs, length, finished in zip(rows, *parts, strict=True):
             messages.append((row, tokens[:length], logprobs[:length], list(contexts[row]), finished))
             assert not logprobs[length:].any() and set(tokens[length:]) <= {tokenizer.pad_token_id}
@@ -42,13 +43,13 @@ def play(begin, engine, tokenizer, rows=ROWS, limits=None, **settings):
         turns.append(messages)
 
     with torch.no_grad(), engine.sampling():
-        conversation = begin(sampler, engine, tokenizer, PROMPTS, ids, SAMPLES, capacity=CAPACITY)
-        noted(range(len(contexts)), conversation.first(draws))
+        conversation = begin(sampler, engine, tokenizer, request, capacity)
+        noted(range(len(contexts)), conversation.first())
         for number, going_on in enumerate(rows):
             added = [added_to(row, number) for row in going_on]
             for row, tokens in zip(going_on, added, strict=True):
                 contexts[row] += tokens
-            noted(going_on, conversation.next(going_on, added, draws, limits and [limits[row] for row in going_on]))
+            noted(going_on, conversation.next(going_on, added))
     return turns
 
 
@@ -71,16 +72,18 @@ def test_a_message_does_not_depend_on_which_other_episodes_go_on(tokenizer):
     assert messages_of(alone)[1:] == of_sixth[1:]
 
 
-def test_every_episode_has_a_limit_of_its_own(tokenizer):
-    limits = [1, 2, 30, 1, 3, 4, 9, 2, 6]
+def test_what_is_left_of_the_capacity_is_each_episodes_own_limit(tokenizer):
     engine = engine_of(build_model("llama"))
-    free, cut = (play(Sampler.conversation, engine, tokenizer, ROWS[:1], given) for given in ([30] * 9, limits))
-    for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
-        assert tokens == whole[: limits[row]] and finished == (ended and len(whole) <= limits[row])
-    assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
     ids = [tokenizer(text).input_ids for text in TEXTS]
-    begun = Sampler(12).conversation(engine, tokenizer, PROMPTS, ids, SAMPLES, capacity=CAPACITY)
-    lengths = begun.first(PromptDraws(PROMPTS, SAMPLES, 3), [1, 6, 11]).lengths.view(len(TEXTS), SAMPLES)
+    free, cut = (play(Sampler.conversation, engine, tokenizer, ROWS[:1], given, stop=["7"]) for given in (CAPACITY, 18))
+    said = {row: len(context) + len(tokens) - len(ids[row // SAMPLES]) for row, tokens, _, context, _ in cut[1]}
+    for (row, tokens, finished), (_, whole, ended) in zip(messages_of(cut)[1], messages_of(free)[1], strict=True):
+        assert tokens == whole[: len(tokens)] and finished == (ended and len(whole) == len(tokens))
+        assert said[row] <= 18 and (len(tokens) == len(whole) or said[row] == 18)
+    assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
+    request = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), limits=[1, 6, 11])
+    first = Sampler(12).conversation(engine, tokenizer, request, CAPACITY).first()
+    lengths = first.sequences.completion_mask.sum(dim=1).view(len(TEXTS), SAMPLES)
     assert (lengths <= torch.tensor([[1], [6], [11]])).all() and lengths.max() > 6, "and a prompt's first messages one"
 
 

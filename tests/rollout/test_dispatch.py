@@ -11,6 +11,7 @@ import torch
 from vllm_fake_server import ENGINE, Weights, complete, shares
 
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 
@@ -20,7 +21,7 @@ def test_a_rollout_is_what_the_servers_answer_and_told_of_as_it_arrives(start, b
     begun = begin(build(start(), start(), weights=Weights(3)), [[3, 5], [4], [6, 7, 8]], on_completion=told.__setitem__)
     begun.wait()
     assert sorted(told) == list(range(6)), "before anybody asks for them"
-    rollouts = begun.finish()
+    rollouts = begun.result()
     tokens = rollouts.sequences.completion_ids
     assert tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1], [12, 2, 1], [12, 3, 1]]
     torch.testing.assert_close(rollouts.sampling_logprobs, tokens * -0.5)
@@ -32,19 +33,21 @@ def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weigh
     sampler = build(server, weights=Weights(1))
     sampler.inflight_updates = True
     prompts = [Prompt(text=str(number), index=number) for number in range(2)]
-    draws, turns, may_end, holds = PromptDraws(prompts, 2, 0), [], threading.Event(), server.on_finish_weight_update
-    conversation = sampler.conversation(ENGINE, tokenizer, prompts, [[3, 5], [4]], 2, capacity=20)
-    assert conversation.first(draws, [8, 5]).tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]
-    turn = conversation.next([1, 2, 3], [[7, 7], [], [9]], draws, [4, 8, 30])
-    assert turn.lengths.tolist() == [3, 3, 3] and turn.finished.all() and turn.weights_step.unique().tolist() == [1]
+    turns, may_end, holds = [], threading.Event(), server.on_finish_weight_update
+    request = SamplingRequest(prompts, [[3, 5], [4]], 2, PromptDraws(prompts, 2, 0), limits=[8, 5])
+    conversation = sampler.conversation(ENGINE, tokenizer, request, 13)
+    first = conversation.first().sequences.completion_ids
+    assert first.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]
+    turn = conversation.next([1, 2, 3], [[7, 7, 7], [], [9]])
+    assert turn.finished.all() and turn.sequences.weights_step.tolist() == [[1] * 3] * 3
     asked = [body for body in server.asked("/inference/v1/generate") if body]
     contexts = {(*body["token_ids"],): body["sampling_params"] for body in asked}
-    expected = {(3, 5): (2, 8), (4,): (2, 5), (3, 5, 10, 3, 1, 7, 7): (1, 4), (4, 6, 2, 1): (1, 8), (4, 6, 3, 1, 9): (1, 16)}
+    expected = {(3, 5): (2, 8), (4,): (2, 5), (3, 5, 10, 3, 1, 7, 7, 7): (1, 7), (4, 6, 2, 1): (1, 8), (4, 6, 3, 1, 9): (1, 8)}
     assert {ids: (asked["n"], asked["max_tokens"]) for ids, asked in contexts.items()} == expected
 
     def go_on():  # in the midst of the update, for which it waits, and again after it
-        turns.append(conversation.next([0, 1], [[7], [8]], draws))
-        turns.append(conversation.next([1], [[9]], draws))
+        turns.append(conversation.next([0, 1], [[7], []]))
+        turns.append(conversation.next([0], [[9]]))
 
     server.on_finish_weight_update = lambda body: (may_end.wait(10), holds(body))[1]
     other = threading.Thread(target=go_on)
@@ -54,12 +57,12 @@ def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weigh
         sampler.update(Weights(2), served)
         assert not turns
     other.join(10)
-    assert [turn.weights_step.tolist() for turn in turns] == [[[2] * 3] * 2, [[2] * 3]]
+    assert [turn.sequences.weights_step.tolist() for turn in turns] == [[[2] * 3] * 2, [[2] * 3]]
     seeds = [body["sampling_params"]["seed"] for body in server.asked("/inference/v1/generate") if body]
     assert len(set(seeds)) == len(seeds) == 8
     sampler.version = None  # as after an update that failed
     with pytest.raises(RolloutError, match="no vLLM server has the policy's weights"):
-        conversation.next([1], [[9]], draws)
+        conversation.next([0], [[9]])
 
 
 def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer(start, build):
@@ -76,13 +79,13 @@ def test_requests_are_spread_evenly_a_prompt_in_one_and_a_slow_server_gets_fewer
 def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(start, build):
     server = start(delay=0.3)
     sampler = build(server, weights=Weights(1))
-    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None)
+    asked = ([[3, 4], [5]], [sampler._parameters([1], 2, number, False) for number in range(2)], None, None)
     began, begun = time.monotonic(), sampler.complete(*asked)
     assert time.monotonic() - began < 0.25
     begun.wait()
     assert time.monotonic() - began > 0.3
-    answers = begun.finish()
-    assert [len(group) for group in answers] == [2, 2] and begun.finish() == answers
+    answers = begun.result()
+    assert [len(group) for group in answers] == [2, 2] and begun.result() == answers
     time.sleep(0.2)
     server.delay = 30
     begun = sampler.complete(*asked)
@@ -91,7 +94,7 @@ def test_requests_are_made_while_the_caller_goes_on_and_end_with_the_engine(star
     sampler.shut_down()
     assert len(server.ended) == 2
     with pytest.raises(RolloutError, match="were ended"):
-        begun.finish()
+        begun.result()
 
 
 @pytest.mark.parametrize(("nccl", "dies"), [(False, False), (True, True)], indirect=["nccl"])
@@ -104,13 +107,13 @@ def test_requests_go_on_over_an_update_and_each_token_says_which_weights_made_it
     servers[0].fails_updates = int(dies)
     with pytest.warns(UserWarning, match="is left out") if dies else contextlib.nullcontext():
         sampler.update(Weights(2), served)
-    began, rollouts = time.monotonic(), begun.finish()
+    began, rollouts = time.monotonic(), begun.result()
     assert time.monotonic() - began < 5, "what the other server was asked is not waited for"
     assert [row[0] for row in rollouts.sequences.completion_ids.tolist()] == [2 + sum(row) % 11 for row in ids for _ in range(2)]
     steps = sorted(rollouts.sequences.weights_step.tolist())
     assert steps == [[1, 2, 2]] * (4 if dies else 8) + [[2, 2, 2]] * (4 if dies else 0), "those of the other server begin again"
     assert {body["mode"] for server in servers for body in server.asked("/pause")} == {"abort", "keep"}
-    assert begin(sampler, ids, seed=1).finish().sequences.weights_step.unique().tolist() == [2]
+    assert begin(sampler, ids, seed=1).result().sequences.weights_step.unique().tolist() == [2]
 
 
 def after(seconds, action):
@@ -153,7 +156,7 @@ def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout
         complete(sampler)
     odd.on_inference_v1_generate = lambda body: broken(body, {"token_ids": [2, 10**6, 1]})
     with pytest.raises(RolloutError, match="gave token 1000000, and the policy has"):
-        begin(sampler, [[3, 5]]).finish()
+        begin(sampler, [[3, 5]]).result()
 
 
 def test_what_a_server_fails_at_is_tried_again_and_what_it_hangs_at_or_dies_with_goes_to_the_others(start, build):

@@ -1,17 +1,20 @@
 import itertools
 import random
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource, TrainedRollout
-from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.stopping import RunStopped
-from hybrid_lightning.types import Prompt, Sequences
+from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 
-class Source(RolloutSource):
+class Source:
     """Completions are random numbers; each sequence's prompt id is the index of its prompt."""
 
     def __init__(self, samples, fail_at=None):
@@ -28,27 +31,56 @@ class Source(RolloutSource):
         mask = torch.arange(4)[None] < lengths[:, None]
         sampled = mask & ((tokens % 3 > 0) | (torch.arange(4) == 0))  # an environment added the others
         sequences = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask, sampled_mask=sampled)
-        return TrainedRollout(sequences, -tokens.float() * mask, torch.randn(rows), {"reward": float(tokens.float().mean())})
-
-    def takes_part(self, advantages):
-        return torch.ones_like(advantages, dtype=torch.bool)
+        logprobs, advantages, metrics = -tokens.float() * mask, torch.randn(rows), {"reward": float(tokens.float().mean())}
+        scored = scored_rollout(prompts, sequences, logprobs, advantages, self.samples)
+        return RolloutFuture.of(TrainedRollout(sequences, logprobs, advantages, metrics, scored=scored))
 
     def add_logprobs(self, batches, on_policy):
         self.on_policy += [on_policy] * len(batches)
         return batches
 
 
-def build(prompts=12, source=None, schedule=None, accumulate=1, **arguments):
+def scored_rollout(prompts, sequences, logprobs, advantages, samples):
+    """Every second completion is an episode."""
+    lengths, rows = sequences.sampled_mask.sum(dim=1).tolist(), len(sequences)
+    said = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
+    episode = Episode(said, 1, "answered", (0.5,), {"calls": 2}, (3,))
+    completions = [Completion(f"{row}", length, True, False, episode if row % 2 else None) for row, length in enumerate(lengths)]
+    finished = torch.arange(rows) % 3 > 0
+    rollouts = Rollouts(tuple(prompts), sequences, tuple(completions), logprobs, finished, samples)
+    return ScoredRollout(rollouts, Rewards(-advantages, {"part": advantages}, finished), advantages)
+
+
+class Run(RunContext):
+    """A run with these answers."""
+
+    accumulate_grad_batches, rank, world_size, device, steps_left = 1, 0, 1, torch.device("cpu"), float("inf")
+
+    def __init__(self, **answers):
+        super().__init__()
+        self.restarts = 0
+        vars(self).update(answers)
+
+    def restart_epoch(self):
+        self.restarts += 1
+
+
+def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **arguments):
     schedule = schedule or RolloutSchedule(4, 2, minibatches_per_rollout=2)
     source = source or Source(schedule.samples_per_prompt)
     data = [Prompt(text=str(i), index=i) for i in range(prompts)]
     generator = torch.Generator().manual_seed(0)
-    return RolloutLoader(data, source, schedule, accumulate_grad_batches=lambda: accumulate, generator=generator, **arguments)
+    run = run or Run(accumulate_grad_batches=accumulate)
+    return RolloutLoader(data, source, schedule, run, generator=generator, **arguments)
 
 
 def flat(batch):
+    """All of a micro-batch, and of the rollout that comes with it."""
     tensors = (batch.sequences.prompt_ids, batch.sequences.completion_ids, batch.sampling_logprobs, batch.advantages)
-    return [*(tensor.tolist() for tensor in tensors), batch.metrics]
+    rollouts, rewards, advantages = batch.rollout
+    tensors += (rollouts.sequences.completion_ids, rollouts.sampling_logprobs, rollouts.finished, rewards.total, advantages)
+    plain = [rollouts.prompts, [(text, vars(text)) for text in rollouts.completions], batch.rollout_number, batch.metrics]
+    return [*(tensor.tolist() for tensor in tensors), *plain]
 
 
 def batches_of(loader, count):
@@ -102,10 +134,10 @@ def test_only_the_first_step_of_a_single_pass_is_on_policy():
         assert source.on_policy == expected
 
 
-def test_rows_that_take_no_part_are_left_out_and_the_others_dealt_evenly():
+def test_rows_that_contribute_nothing_are_left_out_and_the_others_dealt_evenly():
     class Some(Source):
-        def takes_part(self, advantages):
-            return advantages > 0
+        def roll_out(self, prompts, generator, draw_more=None):
+            return super().roll_out(prompts, generator).then(lambda made: replace(made, contributes=made.advantages > 0))
 
     torch.manual_seed(3)
     everything = list(build(accumulate=2))
@@ -180,25 +212,35 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match="cannot be split evenly into 6"):
         build(accumulate=3)
     with pytest.raises(ConfigError, match="multiple of the 3 devices"):
-        build(world_size=3)
+        build(run=Run(world_size=3))
     with pytest.raises(ConfigError, match="prompts_per_rollout must be at least 1"):
         RolloutSchedule(0, 1)
 
 
 def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead():
     schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
-    loaders = [build(rank=rank, world_size=2, schedule=schedule) for rank in range(2)]
+    loaders = [build(run=Run(rank=rank, world_size=2), schedule=schedule) for rank in range(2)]
     for loader in loaders:
         next(iter(loader))
     states = [loader.state_dict() for loader in loaders]
     one = build(schedule=schedule)
     one.load_state_dict({**states[0], "ranks": [state["ranks"][0] for state in states]})
     batches = list(one)
-    left = [[*own._pending, *own._ahead[0].begun.finish()] for own in loaders]
+    left = [[*own._pending, *own._ahead[0].minibatches.result()] for own in loaders]
     expected = [[row for part in step for row in part.advantages.tolist()] for step in zip(*left, strict=True)]
     assert [batch.advantages.tolist() for batch in batches[:3]] == expected and len(batches) == 6
     visited = [i for batch in batches[1:5] for i in batch.sequences.prompt_ids[::2, 0].tolist()]
     assert len(set(visited)) == 8, "then the rollouts that follow"
+    assert [batch.rollout_number for batch in batches[:4]] == [0, 1, 1, 2]
+    shown, of_ranks = batches[0].rollout, [own._taken[0].rollout for own in loaders]
+    assert shown.rollouts.prompts == tuple(prompt for part in of_ranks for prompt in part.rollouts.prompts)
+    assert shown.rollouts.completions == tuple(text for part in of_ranks for text in part.rollouts.completions)
+    assert torch.equal(shown.rewards.total, torch.cat([part.rewards.total for part in of_ranks]))
+    two, third = build(run=Run(rank=1, world_size=2), schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
+    two.load_state_dict(one.state_dict())
+    mine = two._ahead[0].minibatches.result()[0].rollout
+    assert mine.rollouts.prompts == third.rollouts.prompts[2:] and mine.rollouts.completions == third.rollouts.completions[4:]
+    assert torch.equal(mine.advantages, third.advantages[4:])
 
 
 def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_put_on_the_policys_device():
@@ -206,16 +248,13 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_p
     next(iter(loader))
     state = loader.state_dict()
     for changed in (build(prompts=13), build(shuffle=False)):
-        told = []
-        changed.on_given_up = lambda told=told: told.append(True)
         changed.load_state_dict(state)
         fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
-        assert told and not changed._pending
+        assert changed.run.restarts == 1 and not changed._pending
         assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
-    same = build(device="meta")
-    same.on_given_up = lambda: pytest.fail("the same prompts")
+    same = build(run=Run(device=torch.device("meta")))
     same.load_state_dict(state)
-    assert same._cursor.position == loader._cursor.position
+    assert same._cursor.position == loader._cursor.position and not same.run.restarts
     batch = next(iter(same))
     assert batch.sequences.prompt_ids.is_meta and batch.advantages.is_meta and same.generator.device.type == "cpu"
 
@@ -240,9 +279,10 @@ class Elsewhere(Source):
         super().__init__(samples)
         self.events, self.failure = [], failure
 
-    def begin(self, prompts, generator, draw_more=None):
-        rollout, number = self.roll_out(prompts, generator), self.calls - 1
+    def roll_out(self, prompts, generator, draw_more=None):
+        rollout, number, made = super().roll_out(prompts, generator).result(), self.calls - 1, Future()
         rollout.metrics["number"] = number
+        made.set_result(None)
 
         def finish():
             if self.failure is not None:
@@ -251,7 +291,7 @@ class Elsewhere(Source):
             return rollout
 
         self.events.append(f"begin {number}")
-        return Begun(finish, lambda: self.events.append(f"wait {number}"), lambda: self.events.append(f"cancel {number}"))
+        return RolloutFuture(finish, made, on_wait=lambda: self.events.append(f"wait {number}"))
 
     def add_logprobs(self, batches, on_policy):
         self.events.append(f"train {batches[0].metrics['number']:.0f}")
@@ -260,12 +300,11 @@ class Elsewhere(Source):
 
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_not(ahead):
-    schedule, made, batches = RolloutSchedule(4, 2, rollouts_ahead=ahead), 0, []
-    source = Elsewhere(2)
-    loader = build(source=source, schedule=schedule, steps_left=lambda: 8 - made)
+    schedule, batches, run, source = RolloutSchedule(4, 2, rollouts_ahead=ahead), [], Run(steps_left=8), Elsewhere(2)
+    loader = build(source=source, schedule=schedule, run=run)
     for batch in batches_of(loader, 8):
         batches.append(flat(batch)[:3])
-        made += 1
+        run.steps_left -= 1
     expected = ["begin 0"]
     for number in range(8):  # the engine has nothing under way of a rollout when it is given other weights for a later one
         later = range(number + ahead if number else 1, min(8, number + ahead + 1))
@@ -282,13 +321,16 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
     expected = take(build(source=Elsewhere(2), schedule=schedule), 6)
     seed(5)
     loader = build(source=Elsewhere(2), schedule=schedule)
-    first = take(loader, 1)
-    loader.source.failure = failure
-    cut = loader.state_dict()
-    loader.source.failure = None
-    whole = loader.state_dict()
-    assert [len(state["ahead"]) for state in (cut, whole)] == [0, 2]
+    first, whole = take(loader, 1), loader.state_dict()
     assert take(loader, 5) == expected[1:], "saving changes nothing"
+    seed(5)
+    failing = build(source=Elsewhere(2), schedule=schedule)
+    take(failing, 1)
+    failing.source.failure = failure
+    cut = failing.state_dict()
+    assert [len(state["ranks"][0]["ahead"]) for state in (cut, whole)] == [0, 2]
+    with pytest.raises(type(failure)):
+        take(failing, 1)
     for state, again in ((whole, 0), (cut, 2)):
         seed(7)
         resumed = build(source=Elsewhere(2), schedule=schedule)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, MinPLogitsWarper, Qwen3_5TextConf
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.sampler import Sampler, draw_tokens, filter_logits, sums_by_doubling
 from hybrid_lightning.types import Prompt
 
@@ -15,9 +16,8 @@ TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=")
 
 def sample(model, tokenizer, samples=3, seed=0, texts=TEXTS, greedy=False, **settings):
     prompts, ids = [Prompt(text=text, index=i) for i, text in enumerate(texts)], [tokenizer(text).input_ids for text in texts]
-    arguments = (engine_of(model), tokenizer, prompts, ids, samples)
-    sampler, generator = Sampler(**{"max_new_tokens": 12, **settings}), torch.Generator().manual_seed(seed)
-    return sampler.sample(*arguments, generator=generator, greedy=greedy)
+    request = SamplingRequest(prompts, ids, samples, torch.Generator().manual_seed(seed), greedy)
+    return Sampler(**{"max_new_tokens": 12, **settings}).sample(engine_of(model), tokenizer, request)
 
 
 def assert_plain_logprobs(model, rollouts, temperature=1.0):

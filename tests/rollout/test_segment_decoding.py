@@ -19,6 +19,7 @@ from tiny_models import FAMILIES, build_model
 from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, segment_decoding
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler, draw_by_integers, draw_tokens
 from hybrid_lightning.types import Prompt
@@ -29,8 +30,8 @@ PROMPTS = [Prompt(text=text, index=place) for place, text in enumerate(TEXTS)]
 
 def sample(engine, tokenizer, length=24, samples=5, **settings):
     ids = [tokenizer(text).input_ids for text in TEXTS]
-    draws = PromptDraws(PROMPTS, samples, 3)
-    return Sampler(max_new_tokens=length, **settings).sample(engine, tokenizer, PROMPTS, ids, samples, generator=draws)
+    request = SamplingRequest(PROMPTS, ids, samples, PromptDraws(PROMPTS, samples, 3))
+    return Sampler(max_new_tokens=length, **settings).sample(engine, tokenizer, request)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "adapted and fused"])

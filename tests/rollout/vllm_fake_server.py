@@ -20,8 +20,9 @@ import torch
 from tiny_models import VOCABULARY, build_model
 from torch.distributed import TCPStore
 
+from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.interface import WeightsVersion
-from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, in_thread
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
 
 MODEL = build_model("llama")
 ENGINE = SimpleNamespace(model=MODEL)
@@ -300,7 +301,7 @@ class FakeNccl:
                     self.group.broadcast(value, source).wait()
                     self.group.barrier().wait()
 
-                stream.jobs.append(in_thread(late))
+                stream.jobs.append(in_thread(late, "vLLM"))
                 self.stream = stream
 
             def destroy(self):
@@ -357,7 +358,7 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
     """Complete prompts, and make sure that each has its own answers, in order."""
     ids = [[3, 4 + number] for number in range(prompts)]
     asked = [sampler._parameters([1], samples, number, False) for number in range(prompts)]
-    answers = sampler.complete(ids, asked, on_token).finish()
+    answers = sampler.complete(ids, asked, on_token, None).result()
     assert [[list(answer.tokens) for answer in group] for group in answers] == [
         [[2 + sum(prompt) % 11, 2 + number, 1] for number in range(samples)] for prompt in ids
     ]

@@ -1,6 +1,7 @@
 """A tiny training run that does the same work on any number of ranks."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ class ByPrompt(Sampler):
         super().__init__(max_new_tokens)
         self.short, self.holes = short, holes
 
-    def sample(self, engine, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
+    def sample(self, engine, tokenizer, request):
         parts = []
-        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        for prompt, ids in zip(request.prompts, request.prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
-            parts.append(sampler.sample(engine, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
+            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own)
+            parts.append(sampler.sample(engine, tokenizer, alone))
         return with_holes(join_rollouts(parts)) if self.holes else join_rollouts(parts)
 
 
@@ -57,8 +59,8 @@ class Log(Callback):
         self.steps, self.prompts, self.runs = [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if pl_module.last_rollout is not None:  # a run resumed within a rollout has none yet
-            self.prompts.append([prompt.index for prompt in pl_module.last_rollout[0].prompts])
+        if batch.rollout is not None:
+            self.prompts.append([prompt.index for prompt in batch.rollout.rollouts.prompts])
         self.runs.append(len(batch.sequences))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

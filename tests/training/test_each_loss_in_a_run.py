@@ -148,28 +148,17 @@ class ByEquation(Callback):
         self.loss, self.term, self.weights, self.options = loss, term, weights, options
         self.advantages = ADVANTAGES[type(advantage)]
         self.base = build_model("llama", std=0.1)
-        self.rollout, self.minibatch, self.steps, self.ratios, self.made = None, 0, 0, [], []
-
-    def on_train_start(self, trainer, pl_module):
-        measure = pl_module._measured
-
-        def measured(*arguments):
-            metrics = measure(*arguments)
-            self.made.append(pl_module.last_rollout)
-            return metrics
-
-        pl_module._measured = measured
+        self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        rollout = self.made[trainer.global_step // (2 * MINIBATCHES)]
-        if rollout is not self.rollout:
-            self.rollout, self.minibatch = rollout, 0
+        if batch.rollout is not self.rollout:
+            self.rollout, self.minibatch = batch.rollout, 0
             with torch.no_grad():
                 sequences = self.rollout[0].sequences
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
                 self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
                 self.importance = [torch.ones_like(old) for old, _ in self.old]
-                sampling = zip(rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
+                sampling = zip(self.rollout[0].sampling_logprobs, sequences.sampled_mask, strict=True)
                 # The policy before the rollout's first step is not the one that sampled: weighed, or the ratio is to the latter.
                 if "rollouts_ahead" in self.options and self.options["correction"] is None:
                     self.old = [(own[mask], entropy) for (own, mask), (_, entropy) in zip(sampling, self.old, strict=True)]

@@ -18,8 +18,10 @@ from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.future import RolloutFuture
+from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Begun
+from hybrid_lightning.rollout.rollout_engine import Conversation
 from hybrid_lightning.types import Prompt
 
 
@@ -47,17 +49,16 @@ class Elsewhere(Sampler):
             self.version = weights.version
             self.copy_of(self.engine)
 
-    def sample(self, engine, *arguments, **options):
-        return self.begin(engine, *arguments, **options).finish()
+    def sample(self, engine, tokenizer, request):
+        return self.begin(engine, tokenizer, request).result()
 
-    @property
-    def _conversation(self):
-        return Conversation
+    def conversation(self, *arguments):
+        return Conversation(self, *arguments)
 
     def copy_of(self, engine):
         self.engine, self.own = engine, engine and engine.of(copy.deepcopy(engine.model), is_copy=True)
 
-    def begin(self, engine, *arguments, **options):
+    def begin(self, engine, tokenizer, request):
         with self.asking:
             if engine is not self.engine and isinstance(engine, Engine):  # nothing has been trained yet
                 self.copy_of(engine)
@@ -67,26 +68,26 @@ class Elsewhere(Sampler):
         def sample():
             with torch.no_grad(), self.lock, own.sampling():
                 own.model.eval()
-                found = super(Elsewhere, self).sample(own, *arguments, **options)
+                found = super(Elsewhere, self).sample(own, tokenizer, request)
                 time.sleep(0.03)  # long enough for an update that does not wait
             self.running -= 1
             made_by = torch.full_like(found.sequences.completion_ids, step)
             return replace(found, sequences=replace(found.sequences, weights_step=made_by))
 
         made = self.threads.submit(sample)
-        return Begun(made.result, lambda: made.exception() and None, made.cancel)
+        return RolloutFuture(made.result, made, on_cancel=made.cancel)
 
 
 class Patient(Elsewhere):
     """Begins later turns of a rollout that is under way over an update only after it."""
 
-    def begin(self, engine, *arguments, **options):
-        rollout = self.seeds.index(options["generator"]._seed)
-        if rollout in range(2, len(LAGS) - 1) and "turn" in options["generator"]._names[0]:
+    def begin(self, engine, tokenizer, request):
+        rollout = self.seeds.index(request.draws._seed)
+        if rollout in range(2, len(LAGS) - 1) and "turn" in request.draws._names[0]:
             until = time.monotonic() + 30
             while self.version.step < rollout - 1 and time.monotonic() < until:
                 time.sleep(0.005)
-        return super().begin(engine, *arguments, **options)
+        return super().begin(engine, tokenizer, request)
 
 
 class Loan(Callback):
@@ -276,8 +277,7 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an
     stops = policy.generation._stops
 
     def begun():
-        draws = PromptDraws(prompts, 2, 0)
-        return ahead.begin(policy.engine, prompts, 2, [0], generator=draws, greedy=False, stops=stops)
+        return ahead.begin(policy.engine, SamplingRequest(prompts, (), 2, PromptDraws(prompts, 2, 0), stops=stops), [0])
 
     slow, began = begun(), time.monotonic()
     time.sleep(0.5)
@@ -287,4 +287,4 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an
     for ended in (slow, other):
         ended.wait()
         with pytest.raises(RolloutError, match="were ended"):
-            ended.finish()
+            ended.result()

@@ -133,8 +133,8 @@ class Sampled(Log):
         self.rollouts = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.rollouts or self.rollouts[-1] is not pl_module.last_rollout:
-            self.rollouts.append(pl_module.last_rollout)
+        if not self.rollouts or self.rollouts[-1] is not batch.rollout:
+            self.rollouts.append(batch.rollout)
 
 
 def test_metrics_are_of_all_groups_denominators_of_those_trained_on_and_a_run_resumes_bit_for_bit(model, sums, tmp_path):

@@ -83,8 +83,8 @@ def test_how_a_step_is_split_changes_nothing_but_the_forward_passes(model, sums,
 class NeverDone(Sampler):
     """No token ends a completion."""
 
-    def sample(self, *args, **options):
-        return super().sample(*args, **{**options, "stops": Stops((10_000,), None)})
+    def stops(self, tokenizer, ids=None):
+        return Stops((10_000,), None)
 
 
 def test_where_every_completion_is_cut_and_masked_it_ends_before_it_begins_or_says_so(model, sums, tmp_path):
@@ -125,7 +125,8 @@ def test_a_step_without_any_advantage_has_a_gradient_of_zero_and_logs_what_other
 def test_a_logger_has_the_metrics_of_the_rollout_at_every_step(model, sums, tmp_path):
     """They are logged once a rollout, and again where an epoch has ended within it."""
     rewards, logger = [], CSVLogger(tmp_path, "log", version=0)
-    seen = LambdaCallback(on_train_batch_end=lambda _, policy, *of: rewards.append(float(policy.last_rollout[1].total.mean())))
+    mean = lambda batch: float(batch.rollout.rewards.total.mean())  # noqa: E731
+    seen = LambdaCallback(on_train_batch_end=lambda _, policy, outputs, batch, *of: rewards.append(mean(batch)))
     flags = {"max_steps": 6, "logger": logger, "log_every_n_steps": 1, "limit_train_batches": 3}
     fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, **flags)
     rows = csv.DictReader((tmp_path / "log/version_0/metrics.csv").open())

@@ -19,7 +19,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.module_run import ModuleRun
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")
@@ -173,7 +173,7 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
     policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
     policy.generation.check()
-    monkeypatch.setattr(Generation, "_step", property(lambda self: steps[-1]))
+    monkeypatch.setattr(ModuleRun, "step", property(lambda self: steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(120)])  # so many that some wait, however late the update comes
     begun = policy.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60
@@ -182,9 +182,9 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     weights = copy.deepcopy(policy.model.state_dict())
     move(policy, seed=5)
     steps.append(1)
-    later = policy.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).finish()
+    later = policy.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).result()
     assert later.sequences.weights_step[later.sequences.sampled_mask].unique().tolist() == [1]
-    rollouts = begun.finish()
+    rollouts = begun.result()
     mask, step = rollouts.sequences.sampled_mask, rollouts.sequences.weights_step
     both = [row for row in range(len(mask)) if step[row][mask[row]].unique().tolist() == [0, 1]]
     assert both, "some were under way"

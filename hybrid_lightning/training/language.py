@@ -386,18 +386,15 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.trainer.fit_loop._combined_loader = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `AdaptedModule`; with the fast passes of this run, and their tokens."""
+        """See `AdaptedModule`; with the tokens of passes."""
         super().on_save_checkpoint(checkpoint)
-        passes = self.engine.passes() if self.engine.is_prepared else {}
-        checkpoint[CHECKPOINT_KEY] |= {"passes": passes, **saved_pass_tokens(self)}
+        checkpoint[CHECKPOINT_KEY] |= saved_pass_tokens(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `AdaptedModule`. A resumed run that computes by other passes says so."""
+        """See `AdaptedModule`."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None:
             restore_pass_tokens(self, checkpoint[CHECKPOINT_KEY])
-            if self.trainer.state.fn == "fit":
-                self.engine.continues(checkpoint[CHECKPOINT_KEY].get("passes", {}))
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch with a new optimizer step, even if the last epoch ended in the middle of one."""

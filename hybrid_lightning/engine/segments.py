@@ -109,7 +109,7 @@ def attend_backward(
 
 
 def _asked(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:
-    """What both operators take, by its names (see `why_no_varlen`)."""
+    """What both operators take, by its names; the schemas of torch 2.8 to 2.13 have all of it."""
     window = -1
     if segments.causal and settings.window is not None and settings.window < segments.most_keys:
         window = settings.window - 1

@@ -38,7 +38,6 @@ from hybrid_lightning.data.choice_options import lettered_options, option_letter
 from hybrid_lightning.data.conversations import is_conversation
 from hybrid_lightning.data.preset_source import PresetSource, boxed_answer, cell_text
 from hybrid_lightning.data.splitting import Row, Splits, problem_key
-from hybrid_lightning.data.tables import to_text
 from hybrid_lightning.errors import ConfigError, shorten
 
 # What copies of AIME write around a number: opencompass/AIME2025 has 336^\circ, others have floats or keep LaTeX's delimiters.
@@ -206,9 +205,6 @@ class MMLUPro(PresetSource):
         answer = cell_text(columns, "answer")
         if answer not in letters:
             raise ValueError(f"column 'answer' is {answer!r}, which is no letter of the {len(options)} options")
-        index = columns.get("answer_index")
-        if index is not None and to_text(index) != str(letters.index(answer)):
-            raise ValueError(f"column 'answer' is {answer!r}, but 'answer_index' is {index}")
         return f"{cell_text(columns, 'question')}\n\n{lettered_options(options)}", answer
 
 

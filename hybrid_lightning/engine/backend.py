@@ -126,7 +126,7 @@ class Backend:
         return logits
 
     def _has_out_dtype(self, device: torch.device) -> bool:
-        return device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+        return device.type == "cuda" and torch.version.hip is None
 
     def projection(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """`prepacked_product` for an output layer: logits of a weight of 16 bits are float32, see `float_logits`."""
@@ -187,7 +187,7 @@ def _why_no_kernels(dtype: torch.dtype) -> str:
     """Why attention by segments cannot be had in a dtype on an accelerator that could have it; empty where it can."""
     if dtype not in HALF:
         return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
-    return why_no_varlen()
+    return ""
 
 
 @cache
@@ -196,26 +196,6 @@ def _why_not_on(index: int | None) -> str:
         return "this torch was built without FlashAttention"
     capability = torch.cuda.get_device_capability(index)
     return "" if capability >= _OLDEST else f"it needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
-
-
-@cache
-def why_no_varlen() -> str:
-    """Why torch has no FlashAttention for sequences of unequal lengths that `segments.py` could call; empty where it has.
-
-    The schemas of torch 2.8.0, 2.10.0, 2.12.1 and 2.13 have all that is wanted.
-    """
-    both = {"query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale"}
-    both |= {"window_size_left", "window_size_right"}
-    wanted = {
-        "_flash_attention_forward": both | {"return_debug_mask", "seqused_k"},
-        "_flash_attention_backward": both | {"grad_out", "out", "logsumexp", "rng_state", "unused"},
-    }
-    for name, arguments in wanted.items():
-        operator = getattr(torch.ops.aten, name, None)
-        known = {argument.name for argument in operator.default._schema.arguments} if operator is not None else set()
-        if missing := sorted(arguments - known):
-            return f"torch {torch.__version__} knows no {missing[0]} for {name}"
-    return ""
 
 
 @cache
@@ -231,9 +211,7 @@ def fakes_multiply_to_floats() -> bool:
 @cache
 def _has_onednn() -> bool:
     """Whether torch has oneDNN's operators, and the processor is one where they are faster."""
-    packed = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    reorder = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and packed and reorder and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _onednn(rows: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ Axes are those of `attention.py`, with N queries and M keys in all segments toge
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +48,7 @@ def joined(first: Attended, second: Attended) -> Attended:
     return Attended(*joined_results(*first, *second))
 
 
-@partial(OneKernel, "rows h _, h rows, rows h _, h rows")
+@OneKernel
 def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
     sums = torch.logaddexp(one_sum, other_sum)
@@ -110,7 +109,7 @@ def attend_backward(
 
 
 def _asked(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:
-    """What both operators take, by its names (see `why_no_varlen`)."""
+    """What both operators take, by its names; the schemas of torch 2.8 to 2.13 have all of it."""
     window = -1
     if segments.causal and settings.window is not None and settings.window < segments.most_keys:
         window = settings.window - 1

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.episodes.turns import TurnEncoder
-from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
+from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
 from hybrid_lightning.model.loading import DTYPES, stop_token_ids
 from hybrid_lightning.model.prompts import PromptEncoder
@@ -79,7 +79,6 @@ def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> N
 
     Raises:
         PlanError: If the model does not have the weights that were adapted.
-        CheckpointError: If a trained weight is missing.
         ModelError: If a weight is not finite, or too large for the dtype.
     """
     policy.plan.check_model(model)
@@ -101,8 +100,6 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
         module, prefix = model.get_submodule(planned.name), f"{PEFT_PREFIX}{planned.name}."
         if planned.mode == "full":
             for part in dict(module.named_parameters(recurse=False)):
-                if prefix + part not in policy.weights:
-                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing; give a checkpoint that is whole")
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
             settings, weights = policy.plan.lora_of(planned), policy.weights

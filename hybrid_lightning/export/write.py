@@ -58,10 +58,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target = target.absolute()
     check_target(target)
     partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"folder={str(target)!r} cannot be made: {error}; give a folder elsewhere") from error
+    partial.mkdir(parents=True)
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:

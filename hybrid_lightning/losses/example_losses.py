@@ -52,14 +52,10 @@ class ExampleLoss(Configurable, ABC):
             inputs: Log-probabilities, mask and denominators; advantages are ignored.
 
         Raises:
-            ConfigError: If the rows are not a whole number of examples, or the reference is missing.
+            ConfigError: If the reference is missing.
         """
-        name = type(self).__name__
-        if len(inputs.sampled_mask) % self.rows_per_example:
-            rows = len(inputs.sampled_mask)
-            raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {rows}; give whole examples")
         if self.needs_reference and inputs.ref_logprobs is None:
-            raise ConfigError(f"{name} compares with the start policy; give LossInputs.ref_logprobs")
+            raise ConfigError(f"{type(self).__name__} compares with the start policy; give LossInputs.ref_logprobs")
         total = self.step_weight(inputs)
         shares = {term: values.sum() / total for term, values in self.terms(inputs).items()}
         loss = shares.pop("loss")

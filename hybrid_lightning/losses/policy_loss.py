@@ -132,11 +132,7 @@ class PolicyLoss(Configurable, ABC):
             self.check_token_advantages()
         inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-        returned = self.policy_term(inputs, old_logprobs)
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
-            raise ConfigError(f"{type(self).__name__}.policy_term returned {what}; return two tensors, the loss and the ratio")
-        term, ratio = returned
+        term, ratio = self.policy_term(inputs, old_logprobs)
         for what, value in (("loss", term), ("ratio", ratio)):
             self._check_shape("policy_term", what, value, inputs.logprobs.shape, inputs.logprobs.shape[:1])
         per_token_loss = F.per_token(term, inputs.sampled_mask)
@@ -244,39 +240,17 @@ class ClippedLoss(PolicyLoss):
         return {f"clip_ratio/{name}_mean": share(flag.to(ratio.dtype), inputs) for name, flag in flags.items()}
 
 
-COUNTS = (
-    "num_sequences",
-    "num_tokens",
-    "updated_sequences",
-    "updated_tokens",
-    "max_completion_tokens",
-    "micro_batch_tokens",
-    "num_micro_batches",
-)
-
-
 def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_entropy: bool) -> None:
-    """Raise ConfigError for inputs that are missing, impossible, or would broadcast to something that is not meant."""
+    """Raise ConfigError for inputs that are missing, or would broadcast to something that is not meant."""
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
-    floating = {"advantages": of_advantages, **dict.fromkeys(per_token, shape)}
-    for field, want in {**floating, "sampled_mask": shape}.items():
+    for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:
             raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}; it must be {want}")
-    if inputs.sampled_mask.dtype != torch.bool:
-        raise ConfigError(f"{name}: sampled_mask is {inputs.sampled_mask.dtype}; convert it with `.bool()`")
-    for field in floating:
-        value = getattr(inputs, field)
-        if value is not None and not value.is_floating_point():
-            raise ConfigError(f"{name}: {field} is {value.dtype}; convert it with `.float()`")
-    for field in COUNTS:
-        value = getattr(inputs, field)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name}: {field}={value} is no count; give that of the optimizer step, or None")
     if needs_reference and inputs.ref_logprobs is None:
         raise ConfigError(
             f"{name}: kl_coef is not 0, but ref_logprobs is None; give the start policy's log-probabilities, or set kl_coef=0"

@@ -100,15 +100,10 @@ def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
         correct: Number c of correct completions of each prompt, [P].
         k: Number of completions of which at least one has to be correct.
 
-    Raises:
-        ValueError: If k is not between 1 and n.
-
     Example:
         >>> pass_at_k(4, torch.tensor([0, 1, 4]), 2)
         tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
-    if not 1 <= k <= samples:
-        raise ValueError(f"k={k}; give a k from 1 to the number of samples, {samples}")
     wrong = samples - correct.to(torch.float64)
     all_wrong = torch.ones_like(wrong)
     for drawn in range(k):
@@ -125,16 +120,11 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
             rewarded; the answer then counts as correct to the share of its completions that are.
         ks: Numbers of voters k, each from 1 to n.
 
-    Raises:
-        ValueError: If a k is not between 1 and n.
-
     Example:
         >>> maj_at_k(["5", "5", "6"], [True, True, False], [1, 2, 3])  # in two of the three pairs the answers differ
         [0.6666666666666666, 0.6666666666666666, 1.0]
     """
     samples = len(answers)
-    if not all(1 <= k <= samples for k in ks):
-        raise ValueError(f"ks={list(ks)}; give each k from 1 to the number of samples, {samples}")
     votes: dict[str, list[bool]] = {}
     for answer, right in zip(answers, correct, strict=True):
         if answer is not None:

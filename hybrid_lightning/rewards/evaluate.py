@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lightning.errors import HybridLightningError, RewardError, shorten
+from hybrid_lightning.errors import HybridLightningError, RewardError
 from hybrid_lightning.rewards.arriving import ArrivingRewards
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.terms import name_completion, term_values, title
@@ -71,7 +71,7 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
         For each of the B completions its answer, or None (see `RewardFunction.extract_answer`).
 
     Raises:
-        RewardError: If the term raises, or returns neither a text nor None.
+        RewardError: If the term raises.
     """
     terms = [term for term, _ in reward.terms()]
     term = next((term for term in terms if term.measures_correctness), terms[0])
@@ -84,10 +84,5 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
         except Exception as error:
             message = f"{title(term)}.extract_answer raised {describe_error(error)} {name_completion(completion, prompt)}"
             raise RewardError(message) from error
-        if answer is not None and not isinstance(answer, str):
-            raise RewardError(
-                f"{title(term)}.extract_answer returned {shorten(answer)} {name_completion(completion, prompt)}; it must "
-                "return the answer as text, or None if there is none"
-            )
         answers.append(answer)
     return answers

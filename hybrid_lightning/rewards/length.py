@@ -164,7 +164,7 @@ class CosineLength(_OverCorrectness):
         name: Name under which it is logged; None for `cosine_length`.
 
     Raises:
-        ConfigError: If the limit is below 1, or `reward` does not measure correctness.
+        ConfigError: If `reward` does not measure correctness.
     """
 
     def __init__(
@@ -178,8 +178,6 @@ class CosineLength(_OverCorrectness):
         at_limit: float | None = None,
         name: str | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise ConfigError(f"CosineLength: max_tokens={max_tokens}; give at least 1, usually the sampler's max_new_tokens")
         super().__init__(reward, (0.0, 1.0), name)
         self.max_tokens = max_tokens
         self.right, self.wrong = (right_shortest, right_longest), (wrong_shortest, wrong_longest)
@@ -206,12 +204,10 @@ class GroupLength(_OverCorrectness):
         name: Name under which it is logged; None for `group_length`.
 
     Raises:
-        ConfigError: If the weight is not positive, or `reward` does not measure correctness.
+        ConfigError: If `reward` does not measure correctness.
     """
 
     def __init__(self, reward: RewardFunction, weight: float = 1.0, name: str | None = None) -> None:
-        if not weight > 0:
-            raise ConfigError(f"GroupLength: weight={weight}; give a positive number, at most 1 where right must beat short")
         super().__init__(reward, (1.0, weight), name)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:

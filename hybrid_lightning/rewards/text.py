@@ -11,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
 from hybrid_lightning.user_code import compile_pattern
@@ -129,9 +129,6 @@ class RepetitionPenalty(RewardFunction):
         ngram_words: Number of words in an n-gram. Solutions in which formulas recur need longer n-grams than the 3 of open-r1.
         name: Name under which it is logged; None for `repetition_penalty`.
 
-    Raises:
-        ConfigError: If `ngram_words` is below 1.
-
     Example:
         >>> RepetitionPenalty(ngram_words=2)(["a b c d", "so so so so", "so"], [Prompt(text="?")] * 3)
         [0.0, -0.6666666666666667, 0.0]
@@ -140,8 +137,6 @@ class RepetitionPenalty(RewardFunction):
     measures_correctness = False
 
     def __init__(self, ngram_words: int = 3, name: str | None = None) -> None:
-        if ngram_words < 1:
-            raise ConfigError(f"RepetitionPenalty: ngram_words={ngram_words}; give at least 1")
         self.ngram_words = ngram_words
         self._name = name
 

@@ -43,7 +43,6 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
     content = content_of(train())
     state, path = content["state_dict"], tmp_path / "last.ckpt"
     lacking = {name: weight for name, weight in state.items() if "model.layers.1.mlp.up_proj.lora_A" not in name}
-    short = next(name for name in state if ".lora_B." in name)
     stray = "model.base_model.model.elsewhere.lora_A.default.weight"
 
     def save(**changes):
@@ -57,7 +56,6 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused(train, tmp_path):
         (lambda: save(hyper_parameters={}), "does not say which base model"),
         (lambda: save(state_dict=lacking), "lacks the trained weight '.*up_proj.lora_A.weight'"),
         (lambda: save(state_dict=state | {stray: torch.zeros(2, 2)}), "has what is not in its plan: the trained weight 'base"),
-        (lambda: save(state_dict=state | {short: state[short][:1]}), r"lora_B\.weight has shape \(1, 4\), where the plan has"),
     ):
         write()
         with pytest.raises((CheckpointError, ConfigError), match=message):

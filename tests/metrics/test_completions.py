@@ -86,10 +86,3 @@ def test_equal_votes_are_shared_silence_has_none_and_many_are_counted_in_time():
     one, _, all_of_them = maj_at_k(answers, correct, [1, 64, 128])
     assert one == pytest.approx(sum(correct) / 128)
     assert all_of_them == pytest.approx(2 / 8), "answers 0 to 7 have four votes each, the others three"
-
-
-@pytest.mark.parametrize("k", [0, 3])
-def test_more_than_was_sampled_is_refused(k):
-    for estimate in (lambda: pass_at_k(2, torch.tensor([1]), k), lambda: maj_at_k(["a", "b"], [True, False], [k])):
-        with pytest.raises(ValueError, match="from 1 to the number of samples, 2"):
-            estimate()

@@ -74,6 +74,21 @@ def make_model() -> Callable[..., PreTrainedModel]:
     return build_model
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs what torch's compiler would get as it is, without machine code; gives the names of functions as they are traced."""
+    from torch._inductor import compile_fx
+
+    from hybrid_lightning.engine import compiling
+
+    names: list[str] = []
+    make = compiling._compile
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda graph, inputs, **_: lambda given: graph(*given))
+    monkeypatch.setattr(compiling, "_compile", lambda *given: names.append(given[0].__name__) or make(*given))
+    monkeypatch.setattr(compiling, "CODES", {})
+    return names
+
+
 @pytest.fixture(params=["kernels", "torch"])
 def with_and_without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with the CPU kernels and by torch alone."""

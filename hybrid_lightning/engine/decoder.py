@@ -2,45 +2,158 @@
 
 transformers calls a dozen modules per layer, each of which looks for hooks, passes its arguments on by name, and slices and
 transposes its tensors. On a CPU that takes as long as a small model's layer computes: without it a token of SmolLM2-135M took 0.9
-of the time and one of the embedded policy 0.8, with the same numbers bit for bit.
+of the time and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator torch compiles all of a layer
+but its attention.
 
-Once for each model a layer of each kind is tried on a few tokens. If its numbers are not those of transformers' own, the model's
-own pass is used.
+Once for each model its layers are tried on a few tokens (`trials.py`). If their numbers are not those of transformers' own,
+the model's own pass is used.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention import AttentionSettings, Packing
-from hybrid_lightning.engine.backend import HALF, Backend
-from hybrid_lightning.engine.decoder_layers import KnownLayer, PlainLayer, projections
-from hybrid_lightning.engine.fused_lora import FusedLora
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine.attention import Packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import CompilingError, compiling_pays, give_up_compiling
+from hybrid_lightning.engine.decoder_layers import (
+    CompiledLayer,
+    KnownLayer,
+    LayerParts,
+    PlainLayer,
+    adapters_of,
+    compiled_layers,
+    signed,
+)
+from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine.segment_decoding import SegmentDecoding
+from hybrid_lightning.engine.trials import why_layers_differ
+
+logger = logging.getLogger(__name__)
 
 Pass = Callable[[Tensor, Tensor, Packing, Tensor | None], Tensor]  # the arguments of `Engine.hidden`
 
-_TOKENS = 12  # of a trial
-# How far a layer may be off, relative to what it adds to the hidden states: in float32, and where 16 bits round in between.
-_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.1
+
+class FastDecoder:
+    """Makes the fastest pass of a model that gives the same numbers as its own; which one that is, is tried once.
+
+    Attributes:
+        calls_parts: Whether there is a faster pass than the model's own.
+        compiles: Whether its layers are compiled.
+        why_own: Why the model's own pass has to be used, in words for the user; empty where there is a faster one.
+        why_not_compiled: Why its layers are not compiled; empty where they are, or where that would not pay.
+    """
+
+    def __init__(self) -> None:
+        self.why_own = self.why_not_compiled = ""
+        self.calls_parts = self.compiles = self._tried = False
+
+    def assume(self) -> None:
+        """Let passes by plain calls give the same numbers without a trial, as for a model without weights."""
+        self.calls_parts = self._tried = True
+
+    def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
+        """Find out which passes give the model's own numbers, before the first of them is made.
+
+        The model is in eval mode, its weights are whole, and not within `prepacked_weights`. Products have the dtype; None takes
+        that of each weight.
+        """
+        if self._tried:
+            return
+        self._tried = True
+        decoder: Any = base_model(model).get_decoder()
+        name = type(decoder).__name__
+
+        def compiled_or_plain(known: KnownLayer) -> LayerParts:
+            whole = compiled_layers([known], layers)
+            if whole is None:
+                self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
+            return PlainLayer(known) if whole is None else whole[0]
+
+        if compiling_pays(next(decoder.parameters()).device):
+            rank_zero_info(f"torch compiles the layers of {name} for sampling, once")
+            failure: Exception | str
+            try:
+                failure = why_layers_differ(decoder, layers, backend, dtype, compiled_or_plain)
+            except CompilingError as error:
+                failure = error
+            if not failure:
+                self.calls_parts = self.compiles = True
+                return
+            self.why_not_compiled = give_up_compiling(f"{name} is sampled from", failure)
+        difference = why_layers_differ(decoder, layers, backend, dtype, PlainLayer)
+        self.calls_parts = not difference
+        if difference:
+            self.why_own = f"calling its parts one by one gave {difference}"
+            logger.warning(
+                "%s is sampled from by its own forward pass, which takes longer, since %s; "
+                "try an older version of transformers, as this one may be newer than this project knows",
+                name,
+                self.why_own,
+            )
+
+    def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
+        """The pass of a model within `prepacked_weights`, for as long as these; None if the model's own has to be used."""
+        if not self.calls_parts:
+            return None
+        decoder: Any = base_model(model).get_decoder()
+        plain = _pass(decoder, [PlainLayer(layer) for layer in layers], backend)
+        whole = compiled_layers(layers, layers) if self.compiles else None
+        if whole is None:
+            return plain
+        compiled, step = _pass(decoder, whole, backend), _step_pass(decoder, whole, backend)
+        adapters = adapters_of(layers)
+
+        def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
+            for adapter in adapters:
+                if adapter.disable_adapters:
+                    return plain(ids, positions, packing, wanted)
+            if self.compiles:
+                try:
+                    if isinstance(packing, SegmentDecoding):
+                        return step(ids, positions, packing)
+                    return compiled(ids, positions, packing, wanted)
+                except CompilingError as error:  # for a kind of numbers that the trial had not
+                    self.compiles = False
+                    self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
+            return plain(ids, positions, packing, wanted)  # the packing gets again what it got before the error
+
+        return hidden_states
 
 
-def fast_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
-    """The pass of a decoder by plain calls, within `prepacked_weights` and for as long as these."""
-    plain = [PlainLayer(layer) for layer in layers]
-    last = len(plain) - 1
+def _pass(decoder: Any, layers: Sequence[LayerParts], backend: Backend) -> Pass:
+    last = len(layers) - 1
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
         hidden, angles = _embedded(decoder, ids, positions)
         with backend.in_pass():
-            for number, layer in enumerate(plain):
+            for number, layer in enumerate(layers):
                 attended = packing.attend(number, *layer.heads(hidden, angles), layer.settings)
                 if wanted is not None and number == last:  # of all others only the keys and values are needed
                     hidden, attended = hidden[wanted], attended[wanted]
                 hidden = layer.output(hidden, attended.flatten(1))
+            return decoder.norm.forward(hidden)
+
+    return hidden_states
+
+
+def _step_pass(
+    decoder: Any, layers: Sequence[CompiledLayer], backend: Backend
+) -> Callable[[Tensor, Tensor, SegmentDecoding], Tensor]:
+    """The pass of one token of each row: nothing is computed but two functions of each layer and attention between them."""
+
+    def hidden_states(ids: Tensor, positions: Tensor, decoding: SegmentDecoding) -> Tensor:
+        hidden, (cosines, sines) = _embedded(decoder, ids, positions)
+        sines = signed(sines)
+        with backend.in_pass():
+            for number, layer in enumerate(layers):
+                query = layer.before(hidden, cosines, sines, decoding.places, *decoding.cache(number))
+                shared, own = decoding.attend_to_kept(number, query, layer.settings)
+                hidden = layer.after(hidden, *shared, *own)
             return decoder.norm.forward(hidden)
 
     return hidden_states
@@ -51,47 +164,3 @@ def _embedded(decoder: Any, ids: Tensor, positions: Tensor) -> tuple[Tensor, tup
     hidden = decoder.embed_tokens(ids)
     cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
     return hidden, (cosines[0].contiguous(), sines[0].contiguous())
-
-
-def why_layers_differ(decoder: Any, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> str:
-    """How layers by plain calls give other numbers than transformers' own; empty if they do not.
-
-    Args:
-        decoder: The decoder, in eval mode, with whole weights, and not within `prepacked_weights`.
-        layers: Its layers, of which the first of each kind is tried: they take different ways by what their projections are.
-        backend: Of its fused layers.
-        dtype: Dtype of the products; None takes that of each weight.
-    """
-    kinds = {tuple(map(_kind, projections(layer))): number for number, layer in reversed(list(enumerate(layers)))}
-    device = next(decoder.parameters()).device
-    ids = torch.randint(decoder.config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad(), backend.in_pass():
-        hidden, angles = _embedded(decoder, ids, torch.arange(_TOKENS, device=device))
-        halves = hidden.dtype in HALF or dtype in HALF or torch.is_autocast_enabled(device.type)
-        for number in sorted(kinds.values()):
-            own = decoder.layers[number]
-            given = {"attention_mask": None, "position_embeddings": tuple(part[None] for part in angles)}
-            expected = own(hidden[None], **given, packing=_OneSequence())[0]
-            with prepacked_weights(own, backend, dtype, layers[number].same_input()):
-                layer = PlainLayer(layers[number])
-                attended = _OneSequence().attend(0, *layer.heads(hidden, angles), layer.settings)
-                found = layer.output(hidden.clone(), attended.reshape(len(hidden), -1))
-            off = float((found - expected).float().norm() / (expected - hidden).float().norm())
-            if not off <= (_TOLERANCE_HALF if halves else _TOLERANCE):
-                return f"other numbers, {off:.2g} of what layer {number} adds to the hidden states"
-    return ""
-
-
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    plain = isinstance(module, FusedLora) and module.plain_adapter() is not None
-    return type(module), plain, next(module.parameters()).dtype
-
-
-class _OneSequence:
-    """A `Packing` of one sequence."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
-        query, key, value = (part.to(value.dtype).transpose(0, 1)[None] for part in (query, key, value))
-        result = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scaling, enable_gqa=True)
-        return result[0].transpose(0, 1)

@@ -3,25 +3,44 @@
 They are recognised by their classes and their parts, and a trial then has to give the same numbers (`decoder.py`). A layer with
 hooks does not count as known, since its modules have to be called as modules. What FSDP puts around a layer does not matter: it
 gathers weights, which are whole already wherever layers are computed in this way (`Engine.sampling`).
+
+For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
+of a layer takes some seventy small operations there, each of which takes longer to launch than to compute. The first function
+also writes keys and values to where they are kept, and the second puts together what was found among two runs of keys, so that
+decoding calls attention's kernels between them and nothing else. The functions take tensors alone, and each set of projections
+with the same input has LoRA, if only one of zeros, so that all layers of a model share what was compiled for the first: those
+with LoRA of whatever rank and those that are fully trained.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, autocast_dtype
+from hybrid_lightning.engine.compiling import Axes, Code, compiled
 from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of
-from hybrid_lightning.engine.prepacked import added_product, products_together
+from hybrid_lightning.engine.fused_layers import norm as llama_norm
+from hybrid_lightning.engine.fused_lora import FusedLora
+from hybrid_lightning.engine.prepacked import ProductFactors, added_product, product_factors, products_together
+from hybrid_lightning.engine.segments import grouped, joined_results, ungrouped
 
 _DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+_FEWEST = 2  # rank of LoRA that is compiled
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # known layers -> their attention
     LlamaDecoderLayer: LlamaAttention,
     MistralDecoderLayer: MistralAttention,
@@ -104,6 +123,107 @@ def _check_unwatched(*modules: nn.Module) -> None:
             raise UnknownLayerError(f"hooks watch the calls of {own_class(module).__name__}")
 
 
+class Norm(NamedTuple):
+    """A root mean square norm."""
+
+    weight: Tensor  # [n]
+    eps: float
+
+
+class Projections(NamedTuple):
+    """Linear layers with the same input: y = x W' + b + (x A') s B' of each, one behind the other.
+
+    Two products compute LoRA of all: A' of all lie side by side, and s B' of all are blocks in the diagonal of one matrix. All
+    are transposed beforehand: in compiled code each transposed view takes the host half a microsecond, at every token.
+    """
+
+    weights: tuple[Tensor, ...]  # W' of each, [n, m]
+    biases: tuple[Tensor | None, ...]  # b of each, [m]
+    lora_a: Tensor | None  # A' of all, [n, r of all]
+    lora_b: Tensor | None  # s B' of all, [r of all, m of all]
+
+
+class BeforeAttention(NamedTuple):
+    """What makes a layer's queries, keys and values."""
+
+    norm: Norm
+    projections: Projections
+    head_norms: tuple[Norm, Norm] | None  # of queries and keys
+    head_size: int
+
+
+class AfterAttention(NamedTuple):
+    """What makes a layer's output of the result of attention."""
+
+    output: Projections
+    norm: Norm
+    gate_and_up: Projections
+    down: Projections
+
+
+def before_attention(
+    hidden: Tensor, cosines: Tensor, sines: Tensor, places: Tensor, keys: Tensor, values: Tensor, layer: BeforeAttention
+) -> Tensor:
+    """Queries [N R, K, D], see `grouped`, of hidden states [N, n] and rotary embeddings [N, D], whose sines are `signed`.
+
+    Keys and values are written to their places [N] among those of more tokens, [M, K, D].
+    """
+    groups = keys.shape[1]
+    heads = _project(_normed(hidden, layer.norm), layer.projections).unflatten(1, (-1, layer.head_size))
+    query, key, value = heads.split([heads.shape[1] - 2 * groups, groups, groups], dim=1)
+    if layer.head_norms is not None:
+        query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
+    keys.index_copy_(0, places, _rotated(key, cosines, sines).to(keys.dtype))
+    values.index_copy_(0, places, value.to(values.dtype))
+    return grouped(_rotated(query, cosines, sines).to(keys.dtype), groups)
+
+
+def after_attention(
+    hidden: Tensor, one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor, layer: AfterAttention
+) -> Tensor:
+    """Hidden states [N, n] after the layer, from those before it and what grouped queries found among two runs of keys.
+
+    That is [N R, K, D], with log-sum-exps [K, N R] (see `Attended`).
+    """
+    repeats = layer.output.weights[0].shape[0] // one[0].numel()
+    attended = ungrouped(joined_results.plain(one, one_sum, other, other_sum)[0], repeats).flatten(1)
+    hidden = hidden + _project(attended, layer.output)
+    gate, up = _project(_normed(hidden, layer.norm), layer.gate_and_up).chunk(2, dim=1)
+    return hidden + _project(F.silu(gate) * up, layer.down)
+
+
+def _project(x: Tensor, layers: Projections) -> Tensor:
+    """[N, n] -> [N, m of all layers], in the dtype of the weights or autocast's."""
+    results = []
+    for weight, bias in zip(layers.weights, layers.biases, strict=True):
+        rows = x.to(weight.dtype)
+        results.append(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
+    result = torch.cat(results, dim=1) if len(results) > 1 else results[0]  # which is where compiled products write to
+    if layers.lora_a is None or layers.lora_b is None:
+        return result
+    low = x.to(layers.lora_a.dtype) @ layers.lora_a
+    return torch.addmm(result, low.to(result.dtype), layers.lora_b.to(result.dtype))
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Queries or keys [N, heads, D] with rotary embeddings, for sines that are `signed`."""
+    return x * cosines[:, None] + x.roll(x.shape[-1] // 2, dims=-1) * sines[:, None]
+
+
+def signed(sines: Tensor) -> Tensor:
+    """Sines [N, D] of which the first half is negative, so that the two halves of x are rotated by the same products."""
+    first, second = sines.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    return llama_norm.plain(x, norm.weight, norm.eps)[0]
+
+
+_ROWS: Axes = {0: "rows"}
+_ROOM: Axes = {0: "room"}
+
+
 class PlainLayer:
     """A layer by plain calls of its parts."""
 
@@ -129,6 +249,127 @@ class PlainLayer:
         return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
 
 
+class CompiledLayer:
+    """A layer by `before_attention` and `after_attention`, while weights do not change.
+
+    Decoding calls these two as they are; `heads` and `output`, as `PlainLayer` has them, are for other passes.
+    """
+
+    def __init__(self, known: KnownLayer, before: BeforeAttention, after: AfterAttention) -> None:
+        self.settings = known.settings
+        queries, keys = (weight.shape[1] // before.head_size for weight in before.projections.weights[:2])
+        self._backend, self._heads, self._repeats, self._size = known.backend, keys, queries // keys, before.head_size
+        self._dtype = before.projections.weights[2].dtype  # of values, without autocast
+        found: tuple[Axes, Axes] = ({0: ("rows", self._repeats)}, {1: ("rows", self._repeats)})
+        self.before = _Body(before_attention, before, (_ROWS, _ROWS, _ROWS, _ROWS, _ROOM, _ROOM))
+        self.after = _Body(after_attention, after, (_ROWS, *found, *found))
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D], for attention of any kind."""
+        count, dtype = hidden.shape[0], autocast_dtype(hidden.device) or self._dtype
+        values = hidden.new_empty(count, self._heads, self._size, dtype=dtype)
+        keys = torch.empty_like(values, dtype=self._backend.key_dtype(values))
+        places = torch.arange(count, device=hidden.device)
+        query = self.before(hidden, angles[0], signed(angles[1]), places, keys, values)
+        return ungrouped(query, self._repeats), keys, values
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [N, n] after the layer from those before it and attention's result [N, H D]."""
+        found = grouped(attended.unflatten(1, (-1, self._size)), self._heads).contiguous()
+        sums = found.new_zeros(found.shape[1::-1], dtype=torch.float32)
+        # Of other keys there are none: whatever was found among them has no weight.
+        return self.after(hidden, found, sums, -found, sums - torch.inf)
+
+
+LayerParts = PlainLayer | CompiledLayer
+
+
+class _Body:
+    """A function of rows, whose `axes` are those that change, and of a layer's weights, by code that is looked up once."""
+
+    def __init__(self, function: Callable[..., Any], layer: NamedTuple, axes: Sequence[Axes]) -> None:
+        self.function, self.layer, self.axes = function, layer, [*axes]
+        self.weights = [part for part in tree_leaves(layer) if isinstance(part, Tensor)]
+        self.ranks: list[int] = []
+        for part in tree_leaves(layer, is_leaf=lambda part: isinstance(part, Projections)):
+            own = part._asdict() if isinstance(part, Projections) else {"": part}
+            axis = {"lora_a": {1: f"rank {len(self.ranks)}"}, "lora_b": {0: f"rank {len(self.ranks)}"}}
+            for name, leaves in own.items():
+                self.axes += [axis.get(name, {}) for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor)]
+            if isinstance(part, Projections) and part.lora_a is not None:
+                self.ranks.append(part.lora_a.shape[1])
+        self._room = axes.index(_ROOM) if _ROOM in axes else None  # the first tensor that has this axis
+        self.code: Code | None = None
+        self._sizes: list[int] = []  # of the last call: number of rows, room for keys, ranks
+        self._fits = False  # whether the code fits these
+
+    def __call__(self, *rows: Tensor) -> Any:
+        if isinstance(rows[0], FakeTensor):
+            return self.function(*rows, self.layer)
+        sizes = [rows[0].shape[0], *self.ranks]
+        if self._room is not None:
+            sizes.insert(1, rows[self._room].shape[0])
+        if sizes != self._sizes:
+            if self.code is None and sizes[0] > 1:
+                self.code = compiled(self.function, (*rows, self.layer), self.axes)
+            self._fits, self._sizes = self.code is not None and self.code.fits(*sizes), sizes
+        if self.code is None or not self._fits:
+            return self.function(*rows, self.layer)
+        return self.code.run(*sizes, *rows, *self.weights)
+
+
+def compiled_layers(layers: list[KnownLayer], all_layers: list[KnownLayer]) -> list[CompiledLayer] | None:
+    """Some layers, to be compiled; None if one has a projection of another kind, such as a quantized one.
+
+    Where one of all layers of the model has LoRA, the others get LoRA of zeros, with which they give the same numbers.
+    """
+    sets = [[0, 1, 2], [3], [4, 5], [6]]  # of projections with the same input
+    adapted = [any(isinstance(projections(layer)[place], FusedLora) for layer in all_layers for place in some) for some in sets]
+    parts = []
+    for layer in layers:
+        factors = [product_factors(module) for module in projections(layer)]
+        found = [factor for factor in factors if factor is not None]
+        if len(found) < len(factors):
+            return None
+        heads, output, gate_and_up, down = (
+            _projections([found[place] for place in some], lora) for some, lora in zip(sets, adapted, strict=True)
+        )
+        head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
+        before = BeforeAttention(_norm(layer.norms[0]), heads, head_norms, layer.head_size)
+        after = AfterAttention(output, _norm(layer.norms[1]), gate_and_up, down)
+        parts.append(CompiledLayer(layer, before, after))
+    return parts
+
+
+def _projections(layers: list[ProductFactors], lora: bool) -> Projections:
+    """With `lora` all have LoRA, if only one of zeros, and of rank 2 at least: torch compiles sizes 0 and 1 apart."""
+    weights, biases = tuple(factors.weight.T for factors in layers), tuple(factors.bias for factors in layers)
+    if not lora:
+        return Projections(weights, biases, None, None)
+    pairs = [_lora_of(factors) for factors in layers]
+    lora_a, lora_b = torch.cat([down for down, _ in pairs]), torch.block_diag(*(up.T for _, up in pairs))
+    missing = (0, 0, 0, max(0, _FEWEST - len(lora_a)))
+    return Projections(weights, biases, F.pad(lora_a, missing).T.contiguous(), F.pad(lora_b, missing))
+
+
+def _lora_of(factors: ProductFactors) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r], of rank 0 where there is no LoRA."""
+    if factors.lora_a is not None and factors.lora_b is not None:
+        return factors.lora_a, factors.lora_b
+    rows, columns = factors.weight.shape
+    return factors.weight.new_empty(0, columns), factors.weight.new_empty(rows, 0)
+
+
+def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
+    """The adapters in the layers, which can be disabled."""
+    modules = [module for layer in layers for module in projections(layer)]
+    return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
+
+
 def projections(layer: KnownLayer) -> list[nn.Module]:
     """Those to queries, keys, values, of attention's result, to gate and up, and back."""
     return [*layer.queries_keys_values, layer.output, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+
+
+def _norm(norm: FusedRMSNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.variance_epsilon)

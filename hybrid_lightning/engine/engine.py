@@ -9,14 +9,13 @@ The code that loads the model makes its engine, and hands it to all others. `eng
 others are not; a run logs this once.
 """
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from hybrid_lightning.engine.attention import AttentionCalls, Packing, Unsupport
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
-from hybrid_lightning.engine.decoder import Pass, fast_pass, why_layers_differ
+from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
 from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_attention
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
@@ -35,8 +34,6 @@ from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepack
 from hybrid_lightning.engine.step_graphs import Graphs
 from hybrid_lightning.types import Sequences
 
-logger = logging.getLogger(__name__)
-
 # Each pass that can be fast, and what runs in its place where it is not.
 _INSTEAD = {
     "packed training": "padded training",
@@ -46,10 +43,12 @@ _INSTEAD = {
     "CPU kernels": "torch's own operators",
     "prepacked weights": "weights as they are",
     "fast decoding": "torch's own decoding",
-    "compiled norms": "norms without torch.compile",
+    "compiled layers": "layers without torch.compile",
 }
 
 _OTHERWISE = "its layers attend as the kernels cannot"
+# Known where something is sampled: with its adapter enabled, and layers tried.
+_OF_SAMPLING = ("prepacked weights", "fast decoding", "compiled layers")
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
@@ -85,9 +84,10 @@ class Engine:
         self.backend = backend or Backend()
         self.graphs = Graphs()
         self._trial: _Trial | None = None
-        self._why_own: str | None = None  # why the model's own pass decodes; empty where there is a faster one, None: not tried
+        self._fast = FastDecoder()
         self._pass: Pass | None = None
         self._is_to_report = self._has_reported = False
+        self._former: dict[str, str] = {}  # passes of the run that is continued, until they are compared with these
 
     def of(self, adapted: nn.Module, is_copy: bool = False) -> "Engine":
         """The engine of the same model with an adapter in it, which takes over the results of trials; that of a copy does not."""
@@ -109,6 +109,10 @@ class Engine:
         """Log once which passes are fast: at the next `prepare`, when the model is on its device and perhaps sharded."""
         self._is_to_report = True
 
+    def continues(self, passes: Mapping[str, str]) -> None:
+        """Warn once this is known to compute otherwise than the run that it continues, which had these `passes`."""
+        self._former = dict(passes)
+
     def assume_packing(self, dtype: torch.dtype) -> None:
         """Let the model attend by packings without a trial, as for a model without weights, with products of this dtype.
 
@@ -124,7 +128,7 @@ class Engine:
         """Let completions of a model that was not tried be decoded as fast as those of one whose layers ask for this."""
         why_no_segments = self._tried.why_no_segments or ("" if all(calls.by_segments) else _OTHERWISE)
         self._trial = replace(self._tried, calls=calls, why_no_segments=why_no_segments)
-        self._why_own = ""
+        self._fast.assume()
 
     @property
     def packs(self) -> bool:
@@ -150,24 +154,17 @@ class Engine:
             "fused layers": self._why_not_fused(),
             "CPU kernels": self.backend.why_no_operators(device, trial.dtype),
             "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
-            "fast decoding": self._known_layers()[1] or self._why_own or "",
+            "fast decoding": self._known_layers()[1] or self._fast.why_own,
         }
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
-            reasons["compiled norms"] = why_not_compiled(device, trial.dtype)
+            if not reasons["fast decoding"]:
+                reasons["compiled layers"] = why_not_compiled(device, trial.dtype) or self._fast.why_not_compiled
         return reasons
 
     def description(self) -> str:
         """`passes` in one line, such as `engine: packed training and shared prompts; torch's own decoding, since ...`."""
-        passes = self.passes()
-        fast = [name for name, reason in passes.items() if not reason]
-        slow: dict[str, list[str]] = {}
-        for name, reason in passes.items():
-            if reason:
-                slow.setdefault(reason, []).append(_INSTEAD[name])
-        parts = [_listed(fast)] if fast else []
-        parts += [f"{_listed(names)}, since {reason}" for reason, names in slow.items()]
-        return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {'; '.join(parts)}"
+        return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those whose numbers [W] are wanted.
@@ -188,34 +185,35 @@ class Engine:
         """
         self._trial = self._trial or self._try_packing()
         layers, _ = self._known_layers()
-        if layers and self._why_own is None:
-            self._try_layers(layers, dtype)
-        self._report()
+        if layers:
+            self._fast.try_once(self.model, layers, self.backend, dtype)
+        self._report(decodes=True)
         together = [part for layer in layers for part in layer.same_input()]
         with prepacked_weights(self.model, self.backend, dtype, together):
-            decoder = base_model(self.model).get_decoder()
-            self._pass = fast_pass(decoder, layers, self.backend) if layers and not self._why_own else None
+            self._pass = self._fast.new_pass(self.model, layers, self.backend) if layers else None
             try:
                 yield
             finally:
                 self._pass = None
 
-    def _report(self) -> None:
+    def _report(self, decodes: bool = False) -> None:
         if self._is_to_report and not self._has_reported:
             self._has_reported = True
             rank_zero_info(self.description())
-
-    def _try_layers(self, layers: list[KnownLayer], dtype: torch.dtype | None) -> None:
-        decoder = base_model(self.model).get_decoder()
-        difference = why_layers_differ(decoder, layers, self.backend, dtype)
-        self._why_own = f"calling its parts one by one gave {difference}" if difference else ""
-        if difference:
-            logger.warning(
-                "%s is sampled from by its own forward pass, which takes longer, since %s; "
-                "try an older version of transformers, as this one may be newer than this project knows",
-                type(decoder).__name__,
-                self._why_own,
+        known = {name: self._former.pop(name) for name in [*self._former] if decodes or name not in _OF_SAMPLING}
+        passes = self.passes() if known else {}
+        others = [name for name, reason in known.items() if bool(reason) != bool(passes.get(name, reason))]
+        if others:
+            then, now = (_described({name: of[name] for name in others}) for of in (known, passes))
+            rank_zero_warn(
+                f"the run that is continued had {then}; this one has {now}, and its numbers are rounded otherwise from here on; "
+                "continue it with the versions and on the kind of machine that it began with, if that matters"
             )
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `passes` are known."""
+        return self._trial is not None
 
     @property
     def _tried(self) -> _Trial:
@@ -258,6 +256,17 @@ class Engine:
         if not self._has_adapter:
             return "the model has no adapter, with which its layers are fused"
         return f"no layer of {type(base_model(self.model)).__name__} computes what Llama's do"
+
+
+def _described(passes: Mapping[str, str]) -> str:
+    fast = [name for name, reason in passes.items() if not reason]
+    slow: dict[str, list[str]] = {}
+    for name, reason in passes.items():
+        if reason:
+            slow.setdefault(reason, []).append(_INSTEAD[name])
+    parts = [_listed(fast)] if fast else []
+    parts += [f"{_listed(names)}, since {reason}" for reason, names in slow.items()]
+    return "; ".join(parts)
 
 
 def _listed(names: list[str]) -> str:

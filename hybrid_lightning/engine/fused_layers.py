@@ -161,7 +161,7 @@ class _RMSNorm(torch.autograd.Function):
         return found.view_as(x), None, None, None
 
 
-@OneKernel
+@partial(OneKernel, "rows n, rows n, n, rows _")
 def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     of_normed = (gradient * weight).float()
     exact = x.float()
@@ -194,7 +194,7 @@ def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
-@partial(OneKernel, otherwise=_uncompiled_norm)
+@partial(OneKernel, "rows n, n", otherwise=_uncompiled_norm)
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()
@@ -220,12 +220,12 @@ def _product_of_silu_of_rows(gate: Tensor, up: Tensor) -> Tensor:
     return _product_of_silu(_rows(gate), _rows(up)).view_as(gate)
 
 
-@OneKernel
+@partial(OneKernel, "rows _, rows _")
 def _product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-@OneKernel
+@partial(OneKernel, "rows _, rows _, rows _")
 def _silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
 

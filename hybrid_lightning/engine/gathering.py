@@ -54,6 +54,16 @@ class Repeated:
     valid: Tensor  # [P, G] bool: a value may be taken less often than others
 
 
+def ordered_sums(gradient: Tensor, places: Tensor, valid: Tensor) -> Tensor:
+    """Add up the gradients [places, ...] of values that were taken several times; see `Repeated`.
+
+    That is in float32 at least, and in the order of their places.
+    """
+    parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
+    parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)
+    return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+
+
 def taken(
     values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None = None, repeated: Repeated | None = None
 ) -> Tensor:
@@ -93,10 +103,5 @@ class _Gather(torch.autograd.Function):
         if valid is not None:  # padding got no gradient
             result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
         if ctx.repeated is not None:
-            places, valid = ctx.repeated.places, ctx.repeated.valid
-            parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
-            parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)
-            # In float32 at least, and in the order of their places.
-            sums = parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-            result.index_copy_(0, ctx.repeated.numbers, sums.to(gradient.dtype))
+            result.index_copy_(0, ctx.repeated.numbers, ordered_sums(gradient, ctx.repeated.places, ctx.repeated.valid))
         return result, None, None, None, None

@@ -21,7 +21,7 @@ from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_a
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu.operators import Groups
 from hybrid_lightning.engine.gathering import Grid, Repeated, taken
-from hybrid_lightning.engine.segment_attention import SegmentLayout, segment_attention
+from hybrid_lightning.engine.segment_attention import GatheredKeys, SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.types import Sequences
 
 
@@ -49,8 +49,7 @@ class PackedSequences:
         sequences: B rows. Neighbours with the same prompt share it.
         backend: The model's backend.
         completions: Whether to pack completions, too; False packs the prompts alone, without sharing any.
-        segments: Whether tokens attend by segments where no window hides keys of prompts, which needs no rectangles: all
-            completions are then one band.
+        segments: Whether tokens attend by segments, which need no rectangles: all completions are then one band.
     """
 
     def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True, segments: bool = False) -> None:
@@ -111,8 +110,8 @@ class PackedSequences:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `Packing`."""
-        if self.segments and settings.fits_segments(query, key, value) and not self._hides_prompts(settings.window):
-            return segment_attention(query, key, value, self.layout, settings)
+        if self.segments and settings.fits_segments(query, key, value):
+            return segment_attention(query, key, value, self.layout, self._gathered(settings.window), settings)
         if settings.has_operator(self.backend, query, key, value):
             return packed_attention(query, key, value, self.groups, settings.window, settings.factor(query))
         heads, (tokens, all_heads, _), window = key.shape[1], query.shape, settings.window
@@ -139,9 +138,14 @@ class PackedSequences:
         completions = self.bands[0].lengths if self.bands else None
         return SegmentLayout.of(self.prompts.lengths, completions, self.prompts.shape[1])
 
-    def _hides_prompts(self, window: int | None) -> bool:
-        """Whether completions may not see all keys of their prompts, which segments cannot compute."""
-        return window is not None and window < self.layout.width + self.layout.length and bool(self.bands)
+    @cached_property
+    def gathered(self) -> GatheredKeys:
+        """What completions see where a window hides keys of their prompts."""
+        return gathered_keys(self.prompts.lengths, self.bands[0].lengths, self.layout)
+
+    def _gathered(self, window: int | None) -> GatheredKeys | None:
+        hides = window is not None and window < self.layout.width + self.layout.length
+        return self.gathered if hides and self.bands else None
 
     @cached_property
     def groups(self) -> Groups:

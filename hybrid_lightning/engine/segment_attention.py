@@ -1,7 +1,8 @@
 """Attention of packed prompts and completions by segments, on accelerators: each prompt's keys and values once.
 
 The tokens of a completion see two runs of keys, the prompt's, which all completions of the prompt share, and their own. Each kind
-of run is one call (see `segments.py`), and so are the prompts by themselves: three calls for a layer, whatever the lengths.
+of run is one call (see `segments.py`), and so are the prompts by themselves: three calls for a layer, whatever the lengths. In a
+layer whose window hides some of a prompt's keys each completion's keys are gathered behind those of its prompt instead.
 
 Axes are those of `attention.py`, with N packed tokens.
 """
@@ -16,12 +17,24 @@ from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.backend import autocast_dtype
+from hybrid_lightning.engine.gathering import ordered_sums
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attend_backward, joined
 
 
 @dataclass(frozen=True)
+class GatheredKeys:
+    """The keys of each completion's prompt and its own behind them, which a window can be laid over."""
+
+    segments: Segments
+    index: Tensor  # [M]: the packed token whose key is in each place
+    own: Tensor  # [completion tokens]: the place of each completion token's key
+    repeated: Tensor  # [prompt tokens, G]: the places of each prompt token's key
+    there: Tensor  # [prompt tokens, G] bool: a prompt may have fewer completions than others
+
+
+@dataclass(frozen=True)
 class SegmentLayout:
-    """The segments of prompts and completions that are packed as in `packing.py`."""
+    """The segments of prompts and completions that are packed as `packing.py` says."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -54,22 +67,59 @@ def _begins(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, settings: AttentionSettings) -> Tensor:
+def _members(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all members of groups of these sizes, the number of the group of each and its place there."""
+    group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    return group, torch.arange(len(group), device=sizes.device) - (sizes.cumsum(0) - sizes)[group]
+
+
+def gathered_keys(prompts: Tensor, completions: Tensor, layout: SegmentLayout) -> GatheredKeys:
+    """For lengths [P] of prompts and [P, G] of completions. The prompt's keys come first."""
+    lengths = completions.flatten()
+    there = lengths > 0
+    widths = torch.where(there, prompts.repeat_interleave(completions.shape[1]), 0)
+    ends = (widths + lengths).cumsum(0)
+    begins = ends - widths - lengths  # of each completion's keys
+    prompt_begins = (prompts.cumsum(0) - prompts).repeat_interleave(completions.shape[1])
+    (of_prompt, step), (of_own, own_step), (prompt, place) = (_members(sizes) for sizes in (widths, lengths, prompts))
+    own = begins[of_own] + widths[of_own] + own_step
+    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=prompts.device)
+    index[begins[of_prompt] + step] = prompt_begins[of_prompt] + step
+    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=prompts.device)
+    repeated = begins.view(completions.shape)[prompt] + place[:, None]
+    seen = there.view(completions.shape)[prompt]
+    keys = torch.cat([ends.new_zeros(1), ends]).int()
+    assert layout.own is not None
+    segments = Segments(layout.own.queries, keys, layout.length, layout.width + layout.length, causal=True)
+    return GatheredKeys(segments, index, own, torch.where(seen, repeated, 0), seen)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SegmentLayout,
+    gathered: GatheredKeys | None,
+    settings: AttentionSettings,
+) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
-    After prompts and completions there may be tokens that nobody reads, whose results are zeros.
+    `gathered` are the keys that completions see where the window hides some of a prompt; None where it does not. Behind prompts
+    and completions there may be tokens that nobody reads, whose results are zeros.
     """
     if dtype := autocast_dtype(query.device):  # rotary embeddings may have made float32 of queries and keys
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _SegmentAttention.apply(query, key, value, layout, settings)
+    return _SegmentAttention.apply(query, key, value, layout, gathered, settings)
 
 
-def _runs(layout: SegmentLayout) -> list[tuple[slice, list[tuple[slice, Segments]]]]:
+def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[tuple[slice | Tensor, Segments]]]]:
     """The queries of the prompts and of the completions, and the runs of keys that they see."""
     prompts = slice(0, layout.prompt_tokens)
     completions = slice(layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens)
-    found = [(prompts, [(prompts, layout.prompts)])]
-    if layout.completion_tokens:
+    found: list[tuple[slice, list[tuple[slice | Tensor, Segments]]]] = [(prompts, [(prompts, layout.prompts)])]
+    if gathered is not None:
+        found.append((completions, [(gathered.index, gathered.segments)]))
+    elif layout.completion_tokens:
         assert layout.shared is not None and layout.own is not None
         found.append((completions, [(prompts, layout.shared), (completions, layout.own)]))
     return found
@@ -78,35 +128,52 @@ def _runs(layout: SegmentLayout) -> list[tuple[slice, list[tuple[slice, Segments
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, settings: AttentionSettings
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SegmentLayout,
+        gathered: GatheredKeys | None,
+        settings: AttentionSettings,
     ) -> Tensor:
         found = [
             reduce(joined, (attend(query[mine], key[keys], value[keys], segments, settings) for keys, segments in runs))
-            for mine, runs in _runs(layout)
+            for mine, runs in _runs(layout, gathered)
         ]
         result = _filled([part.result for part in found], len(query))
         ctx.save_for_backward(query, key, value, result, *(part.sums for part in found))
-        ctx.rest = (layout, settings)
+        ctx.rest = (layout, gathered, settings)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, *sums = ctx.saved_tensors
-        layout, settings = ctx.rest
+        layout, gathered, settings = ctx.rest
         gradient = gradient.to(result.dtype).contiguous()
         of_query: list[Tensor] = []
-        of_keys: dict[int, tuple[Tensor, Tensor]] = {}  # of keys and values, by the first packed token of prompts and completions
-        for (mine, runs), total in zip(_runs(layout), sums, strict=True):
+        of_key: dict[int, Tensor] = {}  # by the first packed token of prompts and of completions
+        of_value: dict[int, Tensor] = {}
+        for (mine, runs), total in zip(_runs(layout, gathered), sums, strict=True):
             whole, shares = Attended(result[mine], total), []
             for keys, segments in runs:
-                share, *parts = attend_backward(gradient[mine], whole, query[mine], key[keys], value[keys], segments, settings)
-                shares.append(share)
-                before = of_keys.get(keys.start)
-                of_keys[keys.start] = (parts[0], parts[1]) if before is None else (before[0] + parts[0], before[1] + parts[1])
+                parts = attend_backward(gradient[mine], whole, query[mine], key[keys], value[keys], segments, settings)
+                shares.append(parts[0])
+                for totals, part in zip((of_key, of_value), parts[1:], strict=True):
+                    for first, share in _of_tokens(part, keys, layout, gathered).items():
+                        totals[first] = totals[first] + share if first in totals else share
             of_query.append(sum(shares[1:], start=shares[0]))
-        of_key, of_value = (list(parts) for parts in zip(*of_keys.values(), strict=True))
-        return *(_filled(parts, len(query)) for parts in (of_query, of_key, of_value)), None, None
+        found = (_filled(parts, len(query)) for parts in (of_query, list(of_key.values()), list(of_value.values())))
+        return *found, None, None, None
+
+
+def _of_tokens(gradient: Tensor, keys: slice | Tensor, layout: SegmentLayout, gathered: GatheredKeys | None) -> dict[int, Tensor]:
+    """Gradients of prompts' and completions' keys from those of a run of them: first packed token -> gradients."""
+    if isinstance(keys, slice):
+        return {keys.start: gradient}
+    assert gathered is not None
+    of_prompts = ordered_sums(gradient, gathered.repeated, gathered.there)
+    return {0: of_prompts, layout.prompt_tokens: gradient.index_select(0, gathered.own)}
 
 
 def _filled(parts: list[Tensor], tokens: int) -> Tensor:

@@ -120,17 +120,13 @@ class SegmentDecoding(PackedDecoding):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `PackedDecoding`."""
-        kept, heads = self._cache(layer), key.shape[1]
+        kept, heads = self.cache(layer), key.shape[1]
         for cache, new in zip(kept, (key, value), strict=True):
             cache.index_copy_(0, self.places, new.to(cache.dtype))
-        rows = grouped(query.to(kept[0].dtype), heads)
-        if layer not in self._calls:
-            self._calls[layer] = self._attending(rows, settings)
-        calls = self._calls[layer]
-        both = joined(calls.shared(rows, *self.prompt[layer]), calls.own(rows, *kept))
-        return ungrouped(both.result, query.shape[1] // heads)
+        shared, own = self.attend_to_kept(layer, grouped(query.to(kept[0].dtype), heads), settings)
+        return ungrouped(joined(shared, own).result, query.shape[1] // heads)
 
-    def _cache(self, layer: int) -> tuple[Tensor, Tensor]:
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of completions, [B T, K, D], with room for all tokens; those of the rows that run go to `places`."""
         if layer not in self.own:
             places = len(self.lengths) * self.samples * self.max_new_tokens
@@ -138,13 +134,23 @@ class SegmentDecoding(PackedDecoding):
             self.own[layer] = (keys, values)
         return self.own[layer]
 
+    def attend_to_kept(self, layer: int, query: Tensor, settings: AttentionSettings) -> tuple[Attended, Attended]:
+        """Attention of one token of every row to the prompts' keys and, where its own key is in the cache, to its row's.
+
+        Queries are `grouped`.
+        """
+        if layer not in self._calls:
+            self._calls[layer] = self._attending(query, settings)
+        calls = self._calls[layer]
+        return calls.shared(query, *self.prompt[layer]), calls.own(query, *self.own[layer])
+
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
         """See `PackedDecoding`."""
         query = _as_kept(query)
         places = self.slots[added.owner] * self.max_new_tokens + added.counts - 1
-        for cache, new in zip(self._cache(layer), (key, value), strict=True):
+        for cache, new in zip(self.cache(layer), (key, value), strict=True):
             cache.index_copy_(0, places, new.to(cache.dtype))
         prompts, begins = self.layout.layout.prompts, added.begins.int()
         shared = Segments(begins[self.first_rows], prompts.keys, self.samples * added.most, prompts.most_keys, causal=False)

@@ -16,6 +16,7 @@ Axes are those of `attention.py`, with N queries and M keys in all segments toge
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def joined(first: Attended, second: Attended) -> Attended:
     return Attended(*joined_results(*first, *second))
 
 
-@OneKernel
+@partial(OneKernel, "rows h _, h rows, rows h _, h rows")
 def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
     sums = torch.logaddexp(one_sum, other_sum)

@@ -148,6 +148,8 @@ class FakeModel:
         _ = packed.groups
         if packed.segments:
             packed.layout = self._fake_tensors(packed.layout)
+            if packed.bands:
+                packed.gathered = self._fake_tensors(packed.gathered)
         packed.prompts = self._fake_tensors(packed.prompts)
         packed.bands = [self._fake_tensors(band) for band in packed.bands]
         packed.predictors = self._fake_tensors(packed.predictors)

@@ -388,7 +388,7 @@ def _plain_block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return highest.squeeze(2), (scaled - highest.clamp(min=lowest)).exp().sum(dim=2)
 
 
-_block_sums = OneKernel(_plain_block_sums)
+_block_sums = OneKernel("rows _ _", _plain_block_sums)
 
 
 def _whole(values: Tensor) -> Tensor:

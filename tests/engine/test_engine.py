@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.engine import Engine
 from hybrid_lightning.engine import backend as backends
+from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import engine as engines
 from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.fused_lora import made_like
@@ -103,7 +104,12 @@ def test_layers_that_are_watched_or_wrapped():
     assert "FSDPLlamaDecoderLayer is not known, as where a strategy has wrapped it" in slow(engine)["fast decoding"]
 
 
-def test_a_run_says_it_once_of_the_adapted_model(model, sums, tmp_path, said):
-    fit(model, sums, tmp_path, max_steps=1)
+def test_a_run_says_it_and_a_resumed_one_what_has_changed(model, sums, tmp_path, said, monkeypatch):
+    fit(model, sums, tmp_path / "runs", max_steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
     (line,) = said
-    assert line.startswith("engine: packed training, shared prompts, fused layers"), "and not while it is scored"
+    assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
+    monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
+    message = "continued had fast decoding; this one has torch's own decoding, since calling its parts"
+    with pytest.warns(UserWarning, match=message) as warned:
+        fit(model, sums, tmp_path / "other", ckpt=tmp_path / "last.ckpt", max_steps=2)
+    assert sum("had fast decoding" in str(each.message) for each in warned) == 1

@@ -25,6 +25,7 @@ from benchmarks.memory import plan_qwen3
 from hybrid_lightning.adapters import ExactGradients, LoraSettings, Scoring, SketchedGradients, TailEnergy, find_candidates
 from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.backend import PlannedBackend
+from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
@@ -84,8 +85,9 @@ class Event:
 
 
 def sampling(fake, seen):
-    """Tokens of all completions by the sampler's own loop; gives to `seen` what there was before each."""
+    """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = _sequences(PROMPTS, 1, PROMPT, 1)
+    fake.engine._fast.compiles = True
     made = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
     made.lengths = fake.fake(made.lengths)
@@ -110,8 +112,10 @@ def sampling(fake, seen):
                 if token == TOKENS:
                     raise EnoughError
 
+            call = _Body.__call__
+            body = mock.patch.object(_Body, "__call__", lambda *given: counter.compiled(lambda: call(*given)))
             loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), False, look)
-            with suppress(EnoughError):
+            with suppress(EnoughError), body:
                 loop.decode(loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
 
 
@@ -174,12 +178,12 @@ def scoring(fake, mode):
     return counts
 
 
-def layout_syncs():
-    """What the layout of an update asks the device for, on real tensors."""
+def layout_syncs(window):
+    """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
         packed = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True)
-        _ = packed.layout
+        _ = packed.gathered if window else packed.layout
     return counter.counts.syncs + lists
 
 
@@ -233,7 +237,8 @@ def main():
     warnings.simplefilter("ignore")
     found = {
         "planted": planted(),
-        "syncs of a layout": layout_syncs(),
+        "syncs of a layout": layout_syncs(window=False),
+        "syncs of a layout with a window": layout_syncs(window=True),
         "syncs of stop strings": stop_string_syncs(),
         "traces": traces(),
         "decoding": of_all_layers(decoding),

@@ -76,6 +76,15 @@ def counter():
         def __init__(self):
             super().__init__()
             self.counts = Counts()
+            self._fused = None
+
+        def compiled(self, body):
+            """Call what torch compiles: what it computes between two products is one kernel."""
+            self._fused = _Fused(self.counts)
+            results = body()
+            self._fused.write(tree_leaves(results))
+            self._fused = None
+            return results
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
@@ -93,6 +102,8 @@ def counter():
             result = function(*args, **kwargs)
             if function.namespace == "prim" or _is_view(function) or name in allocating:
                 return result
+            if self._fused is not None and self._fused.takes(name, (args, kwargs), result):
+                return result
             if name in taking:
                 moved = 2 * _size((result,)) + _size(args[1:])
             elif name in setting:
@@ -102,6 +113,44 @@ def counter():
             self.counts.kernels += 1
             self.counts.bytes += moved
             return result
+
+    class _Fused:
+        """The kernels between products. What one of them makes for itself is never in memory."""
+
+        def __init__(self, counts):
+            self.counts, self.kept = counts, []  # all tensors, so that none gets the memory of another
+            self.inside, self.read, self.runs = set(), set(), False  # what a kernel made and has read; whether there is one
+
+        def takes(self, name, given, result):
+            """Whether an operation belongs to a kernel, or is a product."""
+            given = [part for part in tree_leaves(given) if isinstance(part, torch.Tensor)]
+            self.kept += [*given, result]
+            if name in {"mm", "addmm"}:
+                self.write(given)
+                self.read, self.runs = set(), False
+                return False
+            if name == "cat" and not any(_memory(part) in self.inside for part in given):
+                return True  # products write to where it would put them
+            self.counts.kernels += not self.runs
+            self.runs = True
+            if name in setting:
+                given = given[1:]
+                self.counts.bytes += _size(given[-1:])
+            else:
+                self.inside.add(_memory(result))
+            for part in given:
+                place = _memory(part), part.storage_offset()
+                if place[0] not in self.inside and place not in self.read:
+                    self.read.add(place)
+                    self.counts.bytes += _size([part])
+            return True
+
+        def write(self, tensors):
+            """Others read these tensors."""
+            for part in tensors:
+                if _memory(part) in self.inside:
+                    self.inside.discard(_memory(part))
+                    self.counts.bytes += _size([part])
 
     def _memory(tensor) -> int:
         return tensor.untyped_storage()._cdata

@@ -1,7 +1,12 @@
 """Decoding as on an accelerator, run on a CPU: the same completions as `SharedPromptDecoding`, and no wait for the device."""
 
 import math
+import sys
+from collections import Counter
 from contextlib import nullcontext
+from functools import partialmethod
+from itertools import pairwise
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +16,7 @@ from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding
+from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, segment_decoding
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
 from hybrid_lightning.rollout.interface import SamplingRequest
@@ -102,6 +107,36 @@ def test_integers_draw_what_floats_draw_and_no_token_of_probability_zero():
     token, _ = draw_by_integers(logits, uniform, 1.0)
     share = 1 / (1 + math.exp(-1))
     assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03
+
+
+def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(tokenizer, monkeypatch, traced):
+    """Of Python functions and of operators, in the sampler's loop and its layers; of compiled bodies alone those around them."""
+    ours, calls, seen = str(Path(compiling.__file__).parents[1]), Counter(), []
+    expected = sample(fused(build_adapted("qwen3").model, OfAccelerator()), tokenizer, stop=["7", "3"])
+    for module in (decoder, compiling):
+        monkeypatch.setattr(module, "compiling_pays", lambda device: True)
+    monkeypatch.setattr(OfAccelerator, "copies_pay", lambda *_: False)
+    engine = fused(build_adapted("qwen3").model, OfAccelerator())
+
+    def count(frame, event, argument):
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(ours):
+            calls[event] += 1
+
+    with engine.sampling():
+        found = sample(engine, tokenizer, stop=["7", "3"])
+        on_token = partialmethod(Sampler.sample, on_token=lambda *_: seen.append(Counter(calls)))
+        monkeypatch.setattr(Sampler, "sample", on_token)
+        sys.setprofile(count)
+        try:
+            sample(engine, tokenizer, 12)
+        finally:
+            sys.setprofile(None)
+    assert traced.count("before_attention") == traced.count("after_attention") == 1, "the same code for all numbers of rows"
+    assert not engine._fast.why_not_compiled
+    assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
+    assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
+    tokens = [after - before for before, after in pairwise(seen)]
+    assert min(token["call"] for token in tokens) <= 65 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 
 
 class FakeGraph:

@@ -23,7 +23,7 @@ SETTINGS_KEY = "hybrid_lightning_settings"
 
 # Arguments with which an optimizer needs other state than the checkpoint has.
 _OPTIMIZER_STATE = ("amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping")
-# Settings that cannot change, besides those of the adapter. A model that has moved is the same by the digest of its weights.
+# Settings that cannot change, besides those of the adapter.
 _FIXED = {
     *("seed_everything", "trainer.fast_dev_run", "model", "model.dtype", "model.quantization", "model.seed", "model.optimizer"),
     *(f"model.optimizer.{name}" for name in _OPTIMIZER_STATE),
@@ -32,8 +32,9 @@ _FIXED = {
 _FREE_OF_ADAPTER = ("adapter.plan", "adapter.keep_start_weights")
 # Flags that decide which micro-batches there are, or how they are made.
 _OF_BATCHES = ("accumulate_grad_batches", "overfit_batches", "limit_train_batches", "precision")
-# Options of `model` that say where and how fast completions are made, and not which.
+# Options of `model` that say where the model is, which is compared by its weights, and where and how fast completions are made.
 _PLACES = {
+    "model.model",
     *(f"model.sampler.{name}" for name in ("urls", "address", "timeout", "give_up_after")),
     *(f"model.sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args")),
     *(f"model.episodes.{name}" for name in ("workers", "step_timeout_s", "max_failed_share")),
@@ -94,7 +95,7 @@ class Resume:
             if trainer.is_global_zero:
                 say("what is left of the rollout in progress is given up, and the epoch begins anew")
             for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
-                if isinstance(state, dict):  # of the loader, which reads it
+                if isinstance(state, dict) and "ranks" in state:  # of `RolloutLoader`
                     state["given_up"] = True
         held_out = ("model.loss",) if isinstance(trainer.lightning_module, ExampleModule) else ()  # what its loss is measured by
         measured_by = (*_MEASURED_BY, *held_out)

@@ -86,6 +86,8 @@ def test_the_printed_config_has_all_options_and_keeps_texts(folder, tmp_path):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"data": {"format": {"init_args": {"few_shot": rows}}}}))
     printed = yaml.safe_load(run(folder, "fit", "--config", "t.yaml", "--config", tmp_path / "rows.yaml", "--print_config").out)
     assert printed["data"]["init_args"]["format"]["init_args"]["few_shot"] == rows
+    assert printed["model"]["class_path"] == "hybrid_lightning.policy.PolicyModule", "the room and not the file or the package"
+    assert printed["model"]["init_args"]["loss"]["class_path"] == "hybrid_lightning.losses.GRPOLoss"
     for theirs, ours in TRL_NAMES.items():
         found = printed
         for key in ours.split("."):

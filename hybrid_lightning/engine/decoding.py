@@ -62,7 +62,7 @@ class RepeatedCacheDecoding:
         self.rows: Tensor | None = None  # [R], those that run; None for all
 
     def prefill(self, samples: int) -> Tensor:
-        """See `Decoding`."""
+        """Read each prompt once, and repeat its cache for its completions."""
         logits = self._logits(self.ids, position_ids(self.mask)).repeat_interleave(samples, dim=0)
         # Of the cache's ways to take rows, the one that states of recurrent layers have as well.
         self.cache.reorder_cache(torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(samples))  # type: ignore[arg-type]
@@ -70,24 +70,24 @@ class RepeatedCacheDecoding:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoding`."""
+        """Read a token of every row; rows that have left keep their places in the cache."""
         if self.rows is None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
             return self._logits(tokens[:, None], self.mask.long().sum(1, keepdim=True) - 1)
         return self._read(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))
 
     def select(self, rows: Tensor) -> None:
-        """See `Decoding`."""
+        """Keep the cache of these rows alone."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.mask = self.mask[rows]
 
     @property
     def can_extend(self) -> bool:
-        """See `Decoding`. A layer with a window counts columns, also those that a row leaves out."""
+        """False with a window, since its layers count columns, also those that a row leaves out."""
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Decoding`. Rows leave columns of the cache out where others read something."""
+        """Let rows read several tokens; they leave columns of the cache out where others read something."""
         device, width, most = self.mask.device, self.ids.shape[1], max(map(len, tokens))
         self.rows = torch.tensor(rows, device=device)
         own = self.mask[self.rows, width:]

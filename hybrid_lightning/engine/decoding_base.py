@@ -89,7 +89,7 @@ class PackedDecoding(ABC):
         return self.project(hidden[self.layout.last_prompt_token])
 
     def extend(self, rows: Sequence[int], kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Decoding`. All tokens go through the model as one packed sequence."""
+        """Let rows read several tokens, all as one packed sequence."""
         assert self.keeps_rows, "rows have to keep their places"
         device = self.lengths.device
         added = Added.of(rows, kept, [len(part) for part in tokens], device)

@@ -118,7 +118,7 @@ class _Recorder:
     """A packing that records what a layer asks of attention, whose result are the queries."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
+        """Record the arguments, and return the queries."""
         self.asked = [query, key, value, layer, settings]
         return query
 

@@ -109,7 +109,7 @@ class PackedSequences:
         return taken(hidden, of.numbers, of.predicted, of.valid, of.firsts)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
+        """Attend to the prompt and the tokens before, by segments or an operator where there is one."""
         if self.segments and settings.fits_segments(query, key, value):
             return segment_attention(query, key, value, self.layout, self._gathered(settings.window), settings)
         if settings.has_operator(self.backend, query, key, value):

@@ -47,14 +47,14 @@ class SegmentDecoding(PackedDecoding):
     _graph: StepGraph | None
 
     def prefill(self, samples: int) -> Tensor:
-        """See `Decoding`."""
+        """Read the prompts as one packed sequence, and start a row for each completion."""
         logits, self.samples = self.read_prompts(), samples
         self._start(torch.arange(len(self.lengths) * samples, device=self.lengths.device))
         self.used = torch.zeros(len(self.slots), dtype=torch.int32, device=self.slots.device)
         return logits.repeat_interleave(samples, dim=0, output_size=len(self.slots))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoding`. With `graphs` the result lies where that of the next step will be written."""
+        """Read a token of every row. With `graphs` the result lies where the next step will write its own."""
         graphs = self.graphs
         if graphs is None or graphs.why_not:
             return self._step(tokens)
@@ -90,14 +90,14 @@ class SegmentDecoding(PackedDecoding):
         return self.project(self.engine.hidden(tokens, self.positions, self))
 
     def select(self, rows: Tensor) -> None:
-        """See `Decoding`. The rows have to be in ascending order."""
+        """Go on with these rows alone, which have to be in ascending order."""
         used, positions = self.used[rows], self.positions[rows]
         self._start(self.slots[rows])
         self.used, self.positions = used, positions
         self.places += used
 
     def resume(self, added: Added) -> None:
-        """See `PackedDecoding`."""
+        """Start these rows, each with its tokens so far."""
         self._start(added.rows)
         self._ends_differ = True
         used = added.counts[added.begins[1:] - 1]
@@ -119,7 +119,7 @@ class SegmentDecoding(PackedDecoding):
         self._tokens = self._graph = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `PackedDecoding`."""
+        """Store the new keys and values, and attend to the prompt's and the row's own."""
         kept, heads = self.cache(layer), key.shape[1]
         for cache, new in zip(kept, (key, value), strict=True):
             cache.index_copy_(0, self.places, new.to(cache.dtype))
@@ -147,7 +147,7 @@ class SegmentDecoding(PackedDecoding):
     def attend_added(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, added: Added
     ) -> Tensor:
-        """See `PackedDecoding`."""
+        """The same for several tokens of each row, which see each other causally."""
         query = _as_kept(query)
         places = self.slots[added.owner] * self.max_new_tokens + added.counts - 1
         for cache, new in zip(self.cache(layer), (key, value), strict=True):
@@ -169,7 +169,7 @@ class SegmentDecoding(PackedDecoding):
         return _Calls(attending(query, shared, settings), attending(query, own, settings, self.used))
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        """See `PackedDecoding`."""
+        """Keep a layer's keys and values of the prompts, without the tokens that only fill up."""
         tokens, kept = self.layout.prompt_tokens, _as_kept(value)  # and not those that only fill up
         self.prompt[layer] = (key[:tokens].to(kept.dtype).contiguous(), kept[:tokens].contiguous())
 

@@ -53,7 +53,7 @@ class SharedPromptDecoding(PackedDecoding):
     _masks: dict[int | None, Masks]  # of a step, by window
 
     def prefill(self, samples: int) -> Tensor:
-        """See `Decoding`."""
+        """Read the prompts as one packed sequence, and make a slot for each completion."""
         logits, prompts, self.samples = self.read_prompts(), len(self.lengths), samples
         self.slots = torch.arange(prompts * samples, device=self.lengths.device).view(prompts, samples)
         self.slot_of_row = self.slots.flatten()
@@ -62,7 +62,7 @@ class SharedPromptDecoding(PackedDecoding):
         return logits.repeat_interleave(samples, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoding`."""
+        """Read a token of every row."""
         # A row at the end of its room has ended, though it may still be among those that run.
         self.counts = (self.counts + 1).clamp_(max=self.max_new_tokens)
         self.decoded = min(self.decoded + 1, self.max_new_tokens)
@@ -73,14 +73,14 @@ class SharedPromptDecoding(PackedDecoding):
         self._new, self.own_width, self._masks = new, self._own_width(), {}
 
     def select(self, rows: Tensor) -> None:
-        """See `Decoding`."""
+        """Go on with these rows alone; without `keeps_rows` slots are given up once they are few."""
         self.slot_of_row, self.counts = self.slot_of_row[rows], self.counts[rows]
         if not self.keeps_rows:
             self._give_up_slots()
         self._start_rows()
 
     def resume(self, added: Added) -> None:
-        """See `PackedDecoding`."""
+        """Go on with these rows, each with its tokens so far."""
         self.slot_of_row, self.counts = added.rows, added.counts[added.begins[1:] - 1]
         self._start_rows()
         self.decoded, self.differ = added.longest, True
@@ -115,7 +115,7 @@ class SharedPromptDecoding(PackedDecoding):
         return moved
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `PackedDecoding`."""
+        """Store the new keys and values in their slots, and attend to the prompt's and the slot's own."""
         if self._has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
             rest = (self._new.slots, self._new.counts, self.lengths, settings.window, settings.factor(query))
@@ -151,7 +151,7 @@ class SharedPromptDecoding(PackedDecoding):
         return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
     def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
-        """See `PackedDecoding`."""
+        """Keep a layer's keys and values of the prompts, padded, one row a prompt."""
         by_operator = self._has_operator(settings, query, key, value)
         key_dtype = key.dtype if by_operator else self.engine.backend.key_dtype(key)
         tokens = self.layout.prompt_tokens

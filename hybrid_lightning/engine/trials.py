@@ -143,7 +143,7 @@ class _OneSequence:
     """A `Packing` of one sequence, in any precision."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
+        """Causal attention over all tokens."""
         query, key, value = (part.to(value.dtype).transpose(0, 1)[None] for part in (query, key, value))
         result = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scaling, enable_gqa=True)
         return result[0].transpose(0, 1)

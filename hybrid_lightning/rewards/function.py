@@ -105,7 +105,7 @@ class FunctionReward(RewardFunction):
         self.overlap = self.asynchronous and not self.batched if overlap is None else overlap
 
     def overlaps(self, prompt: Prompt) -> int:
-        """See `overlap`."""
+        """`concurrency` with `overlap`, else 0."""
         return self.concurrency if self.overlap else 0
 
     def _loaded(self) -> Callable[..., Any]:

@@ -131,23 +131,23 @@ class DelegatingReward(RewardFunction):
         return completion
 
     def overlaps(self, prompt: Prompt) -> int:
-        """See `RewardFunction.overlaps`."""
+        """How many completions of a prompt its scorer takes as they arrive."""
         return self.scorer(prompt).overlaps(prompt)
 
     def turn_rewards(self, completion: str, prompt: Prompt) -> Sequence[float] | None:
-        """See `RewardFunction.turn_rewards`."""
+        """What the scorer of the prompt pays for each turn."""
         return self.scorer(prompt).turn_rewards(self.seen(completion), prompt)
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """See `RewardFunction.extract_answer`."""
+        """The answer that the scorer of the prompt extracts."""
         return self.scorer(prompt).extract_answer(self.seen(completion), prompt)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """See `RewardFunction.check_prompt`."""
+        """Check that the scorer of the prompt can score its completions."""
         self.scorer(prompt).check_prompt(prompt)
 
     def check_length(self, max_new_tokens: int) -> None:
-        """See `RewardFunction.check_length`."""
+        """Check every scorer."""
         for reward in self.scorers:
             reward.check_length(max_new_tokens)
 

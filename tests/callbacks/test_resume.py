@@ -85,6 +85,7 @@ def test_a_limit_of_one_batch_is_not_one_of_all():
         ("model.lr_lora", True, False),
         ("model.reward.bonus", True, True),
         ("model.sampler.temperature", True, True),
+        ("model.model", False, False),
         ("model.sampler.urls", False, False),
         ("model.episodes.workers", False, False),
         ("validation prompts", False, True),
@@ -94,7 +95,7 @@ def test_a_limit_of_one_batch_is_not_one_of_all():
     ],
 )
 def test_what_a_change_makes_invalid(name, given_up, measured):
-    resume, loader, summary = Resume(), {}, {"before": {"val/avg@2": 0.5}}
+    resume, loader, summary = Resume(), {"ranks": []}, {"before": {"val/avg@2": 0.5}}
     resume._new = [Change(3, name, 1, 7)]
     checkpoint = {"loops": {"fit_loop": {"state_dict": {"combined_loader": [loader]}}}, "callbacks": {"RunSummary": summary}}
     resume.apply(checkpoint, LightningTrainer(logger=False, enable_checkpointing=False))

@@ -67,8 +67,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
 def test_what_is_changed_is_applied_under_every_strategy(runs):
     _, found = runs
     (expected,), (unchanged,) = found["one process", "changed"], found["one process", "fsdp2 sharded"]
-    assert expected["steps"][0]["loss"] == unchanged["steps"][0]["loss"]
-    assert expected["steps"][1]["loss"] != unchanged["steps"][1]["loss"]
+    assert expected["steps"][0]["loss"] != unchanged["steps"][0]["loss"], "the rollout in progress is drawn again"
     for reader in CHANGING[1:]:
         for resumed in found[reader, "changed"]:
             assert_same_run(resumed, expected, reader)

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, over_tasks
 from benchmarks.study.estimates import Estimate, correlation
-from benchmarks.study.methods import METHODS
+from benchmarks.study.methods import ALL
 from benchmarks.tables import table
 
 FEWEST_TO_CORRELATE = 5
@@ -49,9 +49,7 @@ def choices(comparisons: Sequence[Comparison]) -> str:
     """
     with_gap = [comparison for comparison in comparisons if comparison.has_gap]
     rows, sizes_and_gains = [], []
-    for name, method in METHODS.items():
-        if name != "hybrid" and not method.chooses:
-            continue
+    for name in (method.name for method in ALL if method.name == "hybrid" or method.chooses):
         gained = [comparison.over(name, "lora") for comparison in comparisons]
         if any(gained):
             over_lora = over_tasks(with_gap, name, "lora")

@@ -138,19 +138,14 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, model, rows, tmp_path):
+def test_modules_are_scored_by_the_loss_itself(kind, model, rows, tmp_path):
     module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)
     data, trainer = build_examples(kind, rows), build_trainer(tmp_path)
     trainer.strategy._lightning_module, trainer.datamodule, module.trainer = module, data, trainer
     data.trainer = trainer
     order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()
     base, reference = build_model("llama", std=0.1).requires_grad_(True), build_model("llama", std=0.1)
-    losses = module.calibration_losses(None, steps=3)
-    assert losses.info["prompts"] == 12 and losses.info["steps"] == len(losses.step_ends) == 3 < len(losses)
-    values = [float(loss.detach()) for loss in losses]
-    for step, (begin, end) in enumerate(zip([0, *losses.step_ends], losses.step_ends, strict=False)):
-        chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
-        assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
+    assert module.calibration_losses().info["prompts"] == 4
     losses = module.calibration_losses(6)
     total = 6 * module.rows_per_example
     assert losses.info == {"signal": "examples", "sequences": total, "useful_sequences": total, "prompts": 6}

@@ -65,9 +65,12 @@ OPTIONS = [
     ("model.reward=my_parts.Unready", r"Unready\.check_prompt raised SystemExit: not now \(my_parts\.py line \d+\); correct it"),
     ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
     ("trainer.devices=[0,1]", r"trainer: `devices` selected with .* give --trainer\.devices=1, or auto"),
-    ("trainer.strategy=lightning.pytorch.strategies.FSDPStrategy", r"FSDPStrategy is FSDP1, which is not supported; give fsdp"),
+    (
+        "trainer.strategy.class_path=lightning.pytorch.strategies.FSDPStrategy",
+        r"FSDPStrategy is FSDP1, which is not supported; give fsdp",
+    ),
     ("model.dtype=bfloat16 trainer.precision=bf16-true", r"precision=bf16-true is not supported: .*; use bf16-mixed"),
-    ("model.quantization=Int8", r"model\.quantization.*Int8.*NF4"),
+    ("model.quantization=Int8", r"quantization: unknown class Int8; give one of NF4"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
     ("trainer.logger=MLFlowLogger trainer.logger.save_dir=file", "MLflow's store .*'file'; give another place by --trainer"),

@@ -19,6 +19,7 @@ from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
 
@@ -159,7 +160,7 @@ class StepLines(Callback):
         if trainer.fit_loop._should_accumulate() or not trainer.is_global_zero:
             return
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        names = ("loss", *getattr(pl_module, "shown_metrics", ()), "accuracy", "entropy", *_NORMS, "time/step_s")
+        names = ("loss", *_shown(pl_module), "accuracy", "entropy", *_NORMS, "time/step_s")
         shown = (f"{name} {value:.4g}" for name, value in _logged(trainer, names).items())
         text = f"Step {trainer.global_step}{steps}: {'  '.join(shown)}"
         if console().is_jupyter:
@@ -169,6 +170,10 @@ class StepLines(Callback):
             self._shown.update({"text/plain": text}, raw=True)
         else:
             say(text)
+
+
+def _shown(pl_module: LightningModule) -> tuple[str, ...]:
+    return pl_module.task.shown_metrics if isinstance(pl_module, LanguageModule) else ()
 
 
 def _logged(trainer: Trainer, names: Iterable[str]) -> dict[str, float]:

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
@@ -56,7 +55,7 @@ class EvaluationReport(Callback):
         self._report(trainer, pl_module, "test")
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        scores: Any = getattr(pl_module, "last_evaluation", None)
+        scores = pl_module.evaluation.last if isinstance(pl_module, LanguageModule) else {}
         folder = run_folder(trainer)
         if not scores or not trainer.is_global_zero:
             return
@@ -90,7 +89,8 @@ class EvaluationReport(Callback):
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """What besides the policy determines its scores: the reward, the format of the problems, the dtypes of the passes."""
-    parts = {"reward": getattr(pl_module, "reward", None), "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
+    reward = pl_module.task.reward if isinstance(pl_module, LanguageModule) else None
+    parts = {"reward": reward, "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
     names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
     dtype = pl_module.hparams.get("dtype")
     return {**names, **({"dtype": str(dtype)} if dtype else {}), "precision": str(trainer.precision)}

@@ -185,7 +185,7 @@ def shown_text(completion: Completion) -> str:
 
 def say_completions(pl_module: LightningModule) -> None:
     """Show the greedy completions of the first prompts of a validation, one a line as wide as the screen; in notebooks none."""
-    greedy = getattr(getattr(pl_module, "evaluation", None), "greedy", None)
+    greedy = pl_module.evaluation.greedy if isinstance(pl_module, LanguageModule) else None
     if greedy is None or console().is_jupyter:
         return
     rollouts, rewards = greedy

@@ -172,7 +172,8 @@ class RunReport(Callback):
 
 def shares_ahead(pl_module: LightningModule) -> set[str]:
     """Metrics that compare with the start policy, and so mean nothing before training."""
-    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
+    loss = pl_module.task.loss if isinstance(pl_module, LanguageModule) else None
+    return {f"val/{name}" for name in getattr(loss, "shares_ahead", ())}
 
 
 def _replace(path: Path, text: str) -> Path:

@@ -142,7 +142,7 @@ class RunSummary(Callback):
             "lora_modules": 0 if plan is None else len(plan.lora_modules),
             "trainable_parameters": trainable,
             "trainable_share": round(trainable / base, 6),
-            "loss": type(getattr(pl_module, "loss", None)).__name__,
+            "loss": _loss_name(pl_module),
             "model": str(pl_module.hparams.get("model", "")),
             "validation": {"before": {**self._before, **dict.fromkeys(shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
@@ -200,7 +200,7 @@ def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str
     sizes = ("prompts_per_rollout", "samples_per_prompt", "minibatches_per_rollout", "examples_per_step")
     found = {
         "model": arguments.get("model"),
-        "loss": type(getattr(pl_module, "loss", None)).__name__,
+        "loss": _loss_name(pl_module),
         "adapter": None if plan is None else plan.method,
         "budget": None if plan is None else as_call(plan.budget),
         "rank": None if lora is None else lora.rank,
@@ -215,6 +215,10 @@ def _compared(pl_module: LightningModule, arguments: dict[str, Any]) -> dict[str
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _loss_name(pl_module: LightningModule) -> str:
+    return type(pl_module.task.loss if isinstance(pl_module, LanguageModule) else getattr(pl_module, "loss", None)).__name__
 
 
 def _eval_samples(pl_module: LightningModule) -> int:

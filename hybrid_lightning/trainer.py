@@ -28,7 +28,7 @@ from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer, time_charged_to
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError, HybridLightningError
+from hybrid_lightning.errors import ConfigError, DiagnosisError, HybridLightningError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
@@ -159,8 +159,8 @@ class Trainer(LightningTrainer):
     def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
         """Check settings, data, reward and monitors before a model is loaded.
 
-        A module loads its weights when they are first needed, so that none are loaded here. The data module keeps the data that it
-        reads here. A data module that overrides how data is prepared or set up is not asked before its time.
+        A module loads its weights when they are first needed, so that none are loaded here. The data module keeps the data that
+        it reads here. A data module that overrides how data is prepared or set up is not asked before its time.
 
         Args:
             model: The module that is going to be run.

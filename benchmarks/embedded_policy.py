@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from benchmarks.training import quiet_trainer
 from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.data.arithmetic import FACTORS, hashed_split, worked_answer
-from hybrid_lightning.training.examples import SupervisedModule
+from hybrid_lightning.training.example_module import SupervisedModule
 from hybrid_lightning.training.optim import CosineSchedule, build_optimizer
 
 WORKED_CUE_SHARE = 0.6  # lines with ":"

@@ -40,7 +40,7 @@ from hybrid_lightning.engine.compiling import CODES
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Prompt
 
 Found = dict[str, Any]
@@ -79,7 +79,7 @@ class LastStep(Differences):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == trainer.max_steps - 1:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            self.passes = pl_module.engine.description()
+            self.passes = pl_module.policy.engine.description()
 
 
 class Seen(Callback):
@@ -119,7 +119,7 @@ class Day:
         seed_everything(0, verbose=False)
         settings, clock, last = self.settings(workload, steps), Clock(self.cuda, steps), LastStep()
         policy = build_policy(settings, **given.pop("policy", {}))
-        policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
+        policy.policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
         trainer = train(settings, policy, [*callbacks, build_adapter(workload, method), last, Gated(clock)], **given)
         apart = torch.cat(last.found) if last.found else torch.zeros(1)
         found: Found = {
@@ -224,7 +224,7 @@ def graphs(day: Day) -> Iterator[Found]:
     prompts = [Prompt(text, index=index) for index, text in enumerate(day.settings(size, 1).prompts[: size.prompts])]
 
     def generate(on: bool, tokens: int) -> Tensor:
-        policy.sampler = Sampler(max_new_tokens=tokens, cuda_graphs=on)
+        policy.task.generation.sampler = Sampler(max_new_tokens=tokens, cuda_graphs=on)
         with torch.autocast(day.device, torch.bfloat16):
             made = policy.generate(prompts, size.samples, PromptDraws(prompts, size.samples, 0))
         return made.sequences.completion_ids.cpu()

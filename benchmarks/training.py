@@ -27,7 +27,7 @@ from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.trainer import Trainer
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Message, Prompt
 
 
@@ -70,7 +70,7 @@ class Gated(Callback):
         assert isinstance(pl_module, PolicyModule)
         prompts = trainer.datamodule.train_prompts  # type: ignore[attr-defined]
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        self.gate.ready([pl_module.encode(prompt) for prompt in prompts], trained, **self.facts(pl_module))
+        self.gate.ready([pl_module.task.generation.encode(prompt) for prompt in prompts], trained, **self.facts(pl_module))
         trainer.should_stop = not self.gate.wait()
 
     def on_train_batch_end(
@@ -106,7 +106,7 @@ class Differences(Callback):
         trained = batch.old_logprobs
         if trained is None:  # the policy is still the one that sampled
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                trained, _ = pl_module.logprobs(batch.sequences)
+                trained, _ = pl_module.task.passes.logprobs(batch.sequences)
         self.found.append((trained - batch.sampling_logprobs)[batch.sequences.sampled_mask].abs())
 
 

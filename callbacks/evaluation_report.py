@@ -13,6 +13,7 @@ from hybrid_lightning.callbacks.rollouts import say_completions
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
+from hybrid_lightning.training.module import LanguageModule
 
 Scores = Mapping[str, Mapping[str, float]]  # set -> metric -> value
 _OF_VALIDATION = re.compile(r"(?:val(?:id(?:ation)?)?|eval|test)(?![a-z])")

@@ -136,7 +136,7 @@ class StepTimer(Callback):
             tokens = _rollout_tokens(batch.rollout)
         step = _mean_over_processes(trainer, {**spent, **tokens})
         if begins or step["generate"] > 0:
-            steps = schedule.steps_per_rollout if begins else max(1, self._amortized.steps)
+            steps = schedule.steps_per_rollout if begins and schedule is not None else max(1, self._amortized.steps)
             self._amortized.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
             for name in _ROLLOUT_TOKENS:
                 self._tokens[name] += step[name] * trainer.world_size

@@ -46,7 +46,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
     prompts, before = settings.prompts, resident_bytes()[0]
     given = {"max_tokens_per_micro_batch": case.max_tokens, "gradient_checkpointing": case.checkpointing}
     policy = build_policy(settings, loss=GRPOLoss(kl_coef=case.kl_coef), eval_samples=case.samples, **given)
-    policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
+    policy.policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
     probe = MemoryProbe()
     budget = ModuleBudget(SHARES[case.method])
     adapter = HybridAdapterSetup(budget=budget, rank=case.rank, alpha=2 * case.rank, keep_start_weights=case.keep_start_weights)

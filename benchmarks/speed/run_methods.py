@@ -15,7 +15,7 @@ from benchmarks.training import Gated, build_adapter, build_policy, gradient_byt
 from benchmarks.worker import Gate
 from benchmarks.workloads import Settings
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 
 class Accounted(Gated):

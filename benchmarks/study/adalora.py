@@ -12,8 +12,8 @@ from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from torch import Tensor
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.training.examples import SupervisedModule
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.example_module import SupervisedModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 ORTHOGONALITY = 0.1  # weight of |P'P - 1| + |QQ' - 1|, the paper's choice on most tasks
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.study.policies import shape_of
 from hybrid_lightning.configurable import constructor_defaults
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: a rule that was given up, for SmolLM2 the same as today's
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's

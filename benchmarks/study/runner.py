@@ -137,7 +137,7 @@ def _run(job: Job, path: Path) -> str:
         job=vars(job),
         options=options,
         config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
-        model_digest=module.base_digest[:16],
+        model_digest=module.policy.base_digest[:16],
         commit=installed.pop("commit"),
         versions=installed,
         curve=curve.points,

@@ -114,7 +114,7 @@ def main() -> None:
     policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()
     # Scored by chance, which takes no rollouts: all sides train the same modules.
     adapter = HybridAdapterSetup(budget=ModuleBudget(0.1), scorer=Random(), rank=workload.rank, alpha=workload.alpha)
-    measured = Measured(gate, timer, policy.sampler, differences)
+    measured = Measured(gate, timer, policy.task.generation.sampler, differences)
     train(settings, policy, [timer, adapter, differences, measured])
 
 

@@ -187,6 +187,14 @@ class LanguageModule(Configurable, LightningModule, ABC):
         """Complete prompts with the current policy (see `Generation.generate`)."""
         return self.task.generation.generate(prompts, samples_per_prompt, draws, greedy)
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt (see `Generation.encode`)."""
+        return self.task.generation.encode(prompt)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that these prompts can be trained on or scored (see `Task.check_prompts`). Data modules call it."""
+        self.task.check_prompts(prompts)
+
     def calibration_losses(self, num_prompts: int | None = None) -> CalibrationLosses:
         """Losses of the start policy, whose mean gradient scores the modules, on training prompts of the Trainer's data module.
 

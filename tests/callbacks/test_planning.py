@@ -91,7 +91,7 @@ def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share, ful
     policy = fit(model, sums, tmp_path, build_adapter(share), policy={"reward": Constant()}, max_steps=0)
     assert len(policy.plan.full_modules) == full and len(policy.plan.lora_modules) == 14 - full
     assert policy.plan.scorer is None and all(module.score is None for module in policy.plan.candidates)
-    assert policy.last_calibration is None and [path.name for path in (tmp_path / "version_0").iterdir()] == ["plan.json"]
+    assert policy.task.last_calibration is None and [path.name for path in (tmp_path / "version_0").iterdir()] == ["plan.json"]
 
 
 def test_a_plan_from_answers_says_so_and_is_of_as_many_prompts_as_a_rollout_has(model, sums, tmp_path, capsys):

@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 import yaml
 from cli_runs import done, run
-from hybrid_lightning.training.adaptation import CHECKPOINT_FORMAT, CHECKPOINT_KEY
+from hybrid_lightning.training.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums

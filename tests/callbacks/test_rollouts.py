@@ -140,7 +140,7 @@ class Watch(Callback):
         self.totals, self.generation, self.metrics = [], [], []
 
     def on_train_start(self, trainer, pl_module):
-        pl_module.generation_listeners.append(lambda *state: self.on_token(trainer.progress_bar_callback, state))
+        pl_module.run.listeners.append(lambda *state: self.on_token(trainer.progress_bar_callback, state))
 
     def on_token(self, bar, state):
         task = next(task for task in bar.progress.tasks if task.id == bar._generation_task)
@@ -169,7 +169,7 @@ def test_generation_has_a_bar_that_is_hidden_when_done_beside_reward_and_length(
     assert watch.metrics[0].keys() >= {"reward", "completions/mean_length"} and "v_num" not in watch.metrics[0]
     output = screen.file.getvalue()
     assert "reward: " in output and "completions/mean_length: " in output and "epoch 0" in output.lower()
-    assert [listener for listener in policy.generation_listeners if "RolloutProgress" in str(listener)] == [], "after the run"
+    assert [listener for listener in policy.run.listeners if "RolloutProgress" in str(listener)] == [], "after the run"
 
 
 def test_the_bar_of_the_last_epoch_ends_where_the_run_does(model, sums, tmp_path, screen):

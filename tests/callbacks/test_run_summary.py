@@ -25,7 +25,7 @@ def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_p
 
 def test_all_values(model, finished):
     root, module, summary = finished.folder, finished.policy, finished.summary
-    share = pytest.approx(module.plan.trainable_parameters() / module.base_parameters, abs=1e-6)
+    share = pytest.approx(module.plan.trainable_parameters() / module.policy.base_parameters, abs=1e-6)
     expected = {"full_modules": list(module.plan.full_modules), "lora_modules": 11, "steps": 6, "eval_samples": 4}
     expected |= {"trainable_parameters": module.plan.trainable_parameters(), "trainable_share": share, "loss": "GRPOLoss"}
     expected |= {"model": str(model), "run_folder": str(root), "checkpoint": str(root / "checkpoints" / "last.ckpt")}

@@ -79,14 +79,14 @@ def run(model, sums, root, *callbacks, ckpt=None, policy=None, data=None, share=
     torch.manual_seed(11)
     arguments = {"sampler": SlowSampler(max_new_tokens=6), "reward": SlowReward(), "loss": SlowLoss(), **(policy or {})}
     module = build_policy(model, **arguments)
-    plain = module.logprobs
+    plain = module.task.passes.logprobs
 
     def logprobs(sequences):
         if not torch.is_grad_enabled():
             TIME.now += LOGPROBS
         return plain(sequences)
 
-    module.logprobs = logprobs
+    module.task.passes.logprobs = logprobs
     timer, slow = StepTimer(), Slow()
     trainer = build_trainer(root, timer, slow, build_adapter(share), *callbacks, **{"max_steps": STEPS, **flags})
     trainer.fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)

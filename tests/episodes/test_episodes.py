@@ -72,7 +72,7 @@ def test_all_episodes_of_a_group_get_one_seed_and_a_row_can_have_its_own(play):
     begun = [completion.episode.messages[1]["content"] for completion in rollouts.completions]
     assert begun[:3] == [begun[0]] * 3 and begun[3:] == ["go7"] * 3
     policy, greedy = play(Talk(), samples=1, greedy=True)
-    sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.seed))
+    sampled = policy.generate(PROMPTS, 2, evaluation_draws(PROMPTS, 2, policy.task.seed))
     with pytest.raises(RolloutError, match="began the episodes of the data row 0 differently, although they have one seed"):
         play(Talk(broken="begins"))
     assert greedy.completions[0].episode.messages[1] == sampled.completions[0].episode.messages[1], "also of an evaluation"
@@ -118,10 +118,10 @@ def test_every_bound_ends_an_episode_with_its_reason_and_an_answer_that_does_not
 def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play):
     policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
     failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])
-    rewards = policy.score(rollouts)
+    rewards = policy.task.generation.score(rollouts)
     assert 0 < failed.sum() < len(failed)
     assert torch.equal(rewards.counted, ~failed) and not rollouts.sequences.sampled_mask[failed].any()
-    advantages = policy.advantage.of_rewards(rewards, 8)
+    advantages = policy.task.advantage.of_rewards(rewards, 8)
     assert not advantages[failed].any() and advantages[~failed].any()
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
         play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=0.0)
@@ -189,7 +189,7 @@ class ByTurn(Log):
     """And the gradient of the first step from each sampled token alone, with the advantage of its turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (rollouts, _, shown), loss = batch.rollout, pl_module.loss
+        (rollouts, _, shown), loss = batch.rollout, pl_module.task.loss
         advantages, lengths = turn_advantages(rollouts), rollouts.sequences.sampled_mask.sum(dim=1)
         assert shown.shape == lengths.shape and len({round(value, 5) for value in advantages.values()}) > len(lengths)
         value = 0.0
@@ -242,10 +242,10 @@ def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
     policy = build_policy(model, **arguments(NowOrLater(), 30))
     prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(8)]
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
-    rewards, useful = policy.score(rollouts), {}
-    for policy.credit in ("episode", "turn"):
-        of_groups = useful[policy.credit] = policy._useful_groups(rollouts, rewards)
-        metrics = rollout_metrics(rollouts, rewards, policy.credited(rollouts, rewards))
+    rewards, useful = policy.task.generation.score(rollouts), {}
+    for policy.task.credit in ("episode", "turn"):
+        of_groups = useful[policy.task.credit] = policy._useful_groups(rollouts, rewards)
+        metrics = rollout_metrics(rollouts, rewards, policy.task.credited(rollouts, rewards))
         assert metrics["frac_reward_zero_std"] == pytest.approx(1 - float(of_groups.float().mean()))
     assert not (useful["episode"] & ~useful["turn"]).any() and useful["turn"].sum() > useful["episode"].sum()
 

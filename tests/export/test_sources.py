@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, policy_of_module, write_policy
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, new_state
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, new_state
 
 
 def content_of(trained, **changes):

@@ -51,10 +51,10 @@ class Case:
     def measure(self, root: Path) -> tuple[dict[str, dict[str, int]], AdapterPlan]:
         """Largest memory of each moment, and what was trained."""
         policy = PolicyModule(**self.policy)
-        policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
+        policy.policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
         steps = (
-            policy.rollout_schedule.minibatches_per_rollout + 1
+            policy.task.schedule.minibatches_per_rollout + 1
         )  # to the first of the second rollout, which finds gradients and optimizer state
         # A validation drops gradients, which the next rollout would else find.
         flags = {"max_steps": steps, "val_check_interval": steps, "check_val_every_n_epoch": None}

@@ -42,7 +42,7 @@ def adapted(folder, use_dora=False, frozen=(), only=None, **options):
 
 
 def weights_of(policy, step=0, base="base"):
-    return CurrentWeights(policy.model, policy.weights, base, step, True)
+    return CurrentWeights(policy.model, policy.policy.weights, base, step, True)
 
 
 def received(weights, everything=True, dtype=torch.float32):
@@ -58,7 +58,7 @@ def received(weights, everything=True, dtype=torch.float32):
 def assert_same(other, values, policy):
     """A model that gets the values computes what the policy computes."""
     other.load_state_dict(values, strict=False)
-    with torch.no_grad(), policy.inference():
+    with torch.no_grad(), policy.policy.inference():
         torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -109,7 +109,7 @@ def test_a_version_is_that_of_the_values_and_labels_of_others_are_none(model):
         assert weights_of(policy).version != first
         parameter.view(-1)[3] -= 2**-20
     assert weights_of(policy).version == first
-    with policy.start_policy():
+    with policy.policy.start_policy():
         start = weights_of(policy)
         assert start.version != first
         values = received(start)
@@ -170,8 +170,8 @@ class InterruptedCopying(Copying):
 def test_only_what_was_sampled_is_compared(model):
     policy, prompts = adapted(model, sampler=InterruptedCopying()), [Prompt(text="12+3="), Prompt(text="1+1=")]
     policy.generate(prompts, 4)
-    policy.generation.compare_again()
-    policy.sampler.wrong = -50.0
+    policy.task.generation.compare_again()
+    policy.task.generation.sampler.wrong = -50.0
     with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
         policy.generate(prompts, 4)
 

@@ -15,7 +15,7 @@ from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.model.precision import check_precision
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Prompt
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])

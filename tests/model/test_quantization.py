@@ -22,7 +22,7 @@ from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkp
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.model.quantization import NF4, check_quantization, quantize_base
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.training.module import PolicyModule
+from hybrid_lightning.training.policy_module import PolicyModule
 
 pytest.importorskip("bitsandbytes")
 
@@ -193,6 +193,6 @@ def test_it_trains_with(wide, sums, tmp_path, policy, adapter, flags):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled="precision" in flags):
         assert torch.equal(loaded.model(IDS).logits, module.eval().model(IDS).logits)
         if "keep_start_weights" not in adapter:
-            with loaded.start_policy(), module.start_policy():
+            with loaded.policy.start_policy(), module.policy.start_policy():
                 assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
-    assert type(loaded.quantization) is NF4
+    assert type(loaded.policy.quantization) is NF4

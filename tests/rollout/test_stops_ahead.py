@@ -60,7 +60,7 @@ class Life(Callback):
 
         def count(frame, *_):
             if "/hybrid_lightning/" in frame.f_code.co_filename and stop.signals.taken_over:
-                phase = policy.clock._running[-1] if self.has_begun else "before training"
+                phase = policy.run.clock._running[-1] if self.has_begun else "before training"
                 self.calls[phase] += 1
                 if phase == self.phase and self.calls[phase] == self.call:
                     self.came = time.monotonic()

@@ -33,7 +33,7 @@ class Die(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.first = trainer.global_rank == 0
-        pl_module.generation_listeners.append(self.listen)
+        pl_module.run.listeners.append(self.listen)
 
     def listen(self, running, decoded, total):
         self.tokens += 1

@@ -36,7 +36,7 @@ class Streamed(Callback):
     """All weights as a rollout engine gets them, whose shapes are known without gathering them, and those that are trained."""
 
     def on_train_end(self, trainer, pl_module):
-        current = CurrentWeights(pl_module.model, pl_module.weights, "base", 2, True)
+        current = CurrentWeights(pl_module.model, pl_module.policy.weights, "base", 2, True)
         self.held = {"version": str(current.version), "weights": {}}
         for everything in (True, False):
             values = {}

@@ -14,7 +14,7 @@ from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
 
@@ -60,9 +60,9 @@ def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, su
     assert_same_policy(loaded, module)
     for part in ("loss", "reward", "sampler", "correction", "optimization.schedule"):
         assert config_with_defaults(attrgetter(part)(loaded)) == config_with_defaults(attrgetter(part)(module))
-    terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.reward, reward))
+    terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.task.reward, reward))
     assert terms == expected
-    assert loaded.rates == module.rates and loaded.rollout_schedule == module.rollout_schedule
+    assert loaded.rates == module.rates and loaded.task.schedule == module.task.schedule
     assert loaded.optimization.optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
 
 
@@ -75,7 +75,7 @@ def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
     module, path = save(model, sums, tmp_path, build_adapter(**adapter))
     loaded = PolicyModule.load_from_checkpoint(path)
     assert_same_policy(loaded, module)
-    assert loaded.keep_start_weights == module.keep_start_weights
+    assert loaded.policy.keep_start_weights == module.policy.keep_start_weights
     content = torch.load(path, weights_only=True)
     assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
     assert content[CHECKPOINT_KEY]["plan"]["digest"] == module.plan.digest
@@ -97,7 +97,7 @@ def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weig
     module, path = save(model, sums, tmp_path)
     loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
     assert_same_policy(loaded, module)
-    assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
+    assert isinstance(loaded.task.reward, LengthPenalty) and loaded.task.evaluation.samples == 3
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
         PolicyModule.load_from_checkpoint(path, model=str(other))

@@ -71,13 +71,13 @@ class ByHand(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.prompts = []
-        look_up = pl_module.roll_out
+        look_up = pl_module.task.roll_out
 
         def noting(prompts, generator, draw_more):
             self.prompts = list(prompts)
             return look_up(prompts, generator)
 
-        pl_module.roll_out = noting
+        pl_module.task.roll_out = noting
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         trained = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
@@ -102,7 +102,7 @@ def test_a_step_is_that_of_separate_sequences(kind, model, rows, tmp_path):
     if kind == "preference":
         assert check.losses[0] == pytest.approx(math.log(2), abs=1e-5), "it begins at the start policy"
     logged = {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
-    assert {"loss", "time"} <= logged <= module.training_metrics, "what is logged is known before"
+    assert {"loss", "time"} <= logged <= module.task.training_metrics, "what is logged is known before"
 
 
 def test_it_goes_on_bit_for_bit(model, rows, tmp_path):
@@ -124,7 +124,7 @@ def test_it_goes_on_bit_for_bit(model, rows, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     module = build_module(kind, model, reward=StartsWithDigit(), eval_samples=2)
-    module.sampler.max_new_tokens = 4
+    module.task.generation.sampler.max_new_tokens = 4
     data = build_examples(kind, rows, validation_fraction=0.25)
     data.eval_batch_size = 4
     (found,) = build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
@@ -132,7 +132,7 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     with torch.no_grad():
         assert found["val/loss"] == pytest.approx(float(loss_by_hand(kind, base, base, data.validation_prompts)), abs=1e-5)
     assert 0 <= found["val/avg@2"] <= 1 and "val/greedy_accuracy" in found
-    module.reward = None
+    module.task.reward = None
     (found,) = build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert "val/loss" in found and not any("accuracy" in name for name in found)
 
@@ -177,4 +177,4 @@ def test_no_loss_and_a_row_that_the_model_cannot_read_are_refused(model):
     module = build_module("supervised", model)
     long = Prompt(text="1+1=", completions=("2" * 130,), index=7, source="rows.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 of the prompt\), more than the 128"):
-        module.check_prompts([long])
+        module.task.check_prompts([long])

@@ -94,8 +94,8 @@ class Loan(Callback):
     """Gives `Elsewhere` the policy's engine, which threads lack, tells it of each rollout, and keeps each step's weights."""
 
     def on_train_start(self, trainer, pl_module):
-        self.weights, generation, sampler = [], pl_module.generation, pl_module.sampler
-        sampler.copy_of(pl_module.engine)
+        self.weights, generation, sampler = [], pl_module.task.generation, pl_module.task.generation.sampler
+        sampler.copy_of(pl_module.policy.engine)
         begin = generation.begin
 
         def noted(prompts, samples, draws, *arguments, **options):
@@ -222,11 +222,11 @@ def test_completions_are_scored_while_others_are_still_generated(model):
         if running < 32 and not seen:
             seen.append(Seen.apart.wait(20))
 
-    policy.generation_listeners.append(listener)
-    arriving = policy.arriving(prompts, 4)
+    policy.run.listeners.append(listener)
+    arriving = policy.task.generation.arriving(prompts, 4)
     rollouts = policy.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
     assert seen == [True]
-    assert torch.equal(policy.score(rollouts, arriving).total, policy.score(rollouts).total)
+    assert torch.equal(policy.task.generation.score(rollouts, arriving).total, policy.task.generation.score(rollouts).total)
 
 
 def test_validation_is_by_the_weights_of_now(model, sums, tmp_path):
@@ -255,7 +255,7 @@ def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(weights[name])
-            logprobs.append([token_logprobs(module.engine, batch.sequences, 1.0)[0] for batch in log.batches])
+            logprobs.append([token_logprobs(module.policy.engine, batch.sequences, 1.0)[0] for batch in log.batches])
     for number, batch in enumerate(log.batches):
         sampled, step = batch.sequences.sampled_mask, batch.sequences.weights_step
         expected = torch.zeros_like(batch.sampling_logprobs)
@@ -273,11 +273,11 @@ def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_
 
 def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an_environment_is_slow(model):
     policy = build_policy(model, environment=Slow(), episodes=EpisodeLimits(workers=1), turn_template="{content}", reward=None)
-    ahead, prompts = EpisodesAhead(policy.episodes), [Prompt(text="3+4=")]
-    stops = policy.generation._stops
+    ahead, prompts = EpisodesAhead(policy.task.generation.episodes), [Prompt(text="3+4=")]
+    stops = policy.task.generation._stops
 
     def begun():
-        return ahead.begin(policy.engine, SamplingRequest(prompts, (), 2, PromptDraws(prompts, 2, 0), stops=stops), [0])
+        return ahead.begin(policy.policy.engine, SamplingRequest(prompts, (), 2, PromptDraws(prompts, 2, 0), stops=stops), [0])
 
     slow, began = begun(), time.monotonic()
     time.sleep(0.5)

@@ -29,16 +29,16 @@ def unloaded(model, kind=PolicyModule, **arguments):
 
 def test_what_is_loaded_later_is_the_same_module_and_a_constructor_that_looks_at_it_has_it_loaded(model):
     module, expected = unloaded(model), PolicyModule(GRPOLoss(), ExactMatch(), model=str(model))
-    assert not module.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
-    module.load()
-    assert module.is_loaded and module.state_dict().keys() == expected.state_dict().keys()
+    assert not module.policy.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
+    module.policy.load()
+    assert module.policy.is_loaded and module.state_dict().keys() == expected.state_dict().keys()
     for name in ("base_parameters", "pretrained.stop_ids", "base_digest"):
         assert attrgetter(name)(module) == attrgetter(name)(expected)
     first = module.model
-    module.load()
+    module.policy.load()
     assert module.model is first, "once"
     module = unloaded(model, Widened)
-    assert module.width == 32 and module.is_loaded
+    assert module.width == 32 and module.policy.is_loaded
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_settings_are_checked_once_a_run_which_may_be_before_the_model_is_loaded
     trainer, data = build_trainer(tmp_path, build_adapter(scorer=Random())), build_data(sums)
     module = build_policy(model, kind=PolicyModule.unloaded)
     trainer.check(module, data)
-    assert not module.is_loaded
-    module.load()
+    assert not module.policy.is_loaded
+    module.policy.load()
     trainer.fit(module, datamodule=data)
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in expected.state_dict().items())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hybrid_lightning.training.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
@@ -17,7 +17,7 @@ from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
-from hybrid_lightning.training import update
+from hybrid_lightning.training import step
 
 
 def assert_same_gradients(found, expected):
@@ -44,7 +44,7 @@ class Watch(Log):
     def on_train_batch_end(self, trainer, pl_module, *arguments):
         self.handle.remove()
         super().on_train_batch_end(trainer, pl_module, *arguments)
-        known = pl_module.training_metrics | {"val"}
+        known = pl_module.task.training_metrics | {"val"}
         assert {name.partition("/")[0] for name in self.metrics[-1]} <= known, "what a policy logs is known before"
 
 
@@ -143,12 +143,12 @@ def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(
     monkeypatch.setattr(update, "default_token_budget", lambda model, device: 12)
     policy = fit(model, sums, tmp_path, ckpt=path, max_steps=2)
     saved = torch.load(path, weights_only=True)[CHECKPOINT_KEY]
-    assert policy.tokens_of_pass == 24 and saved["tokens_of_pass"] == {"tokens": 24, "memory": 80 * gib}
+    assert policy.task.passes._chosen == 24 and saved["tokens_of_pass"] == {"tokens": 24, "memory": 80 * gib}
     for memory, given, taken in ((141, None, 24), (None, None, 12), (80, 100, 100), (40, None, 12)):
         assert not said
         monkeypatch.setattr(update, "memory_of", lambda device, memory=memory: memory and memory * gib)
-        policy.tokens_of_pass, policy.max_tokens_per_micro_batch = None, given
+        policy.task.passes._chosen, policy.max_tokens_per_micro_batch = None, given
         update.restore_pass_tokens(policy, saved)
-        assert policy.update.token_budget() == taken, "an option goes before"
+        assert policy.task.passes.token_budget() == taken, "an option goes before"
         assert bool(update.saved_pass_tokens(policy)) == bool(memory and not given), "a CPU keeps none"
     assert len(said) == 1 and "this device has 40 GiB" in said[0]

@@ -32,7 +32,7 @@ def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule
     options = {"urls": [request.getfixturevalue("server").url]} if request.param is VLLMServerSampler else {}
     sampler = request.param(max_new_tokens=20, **options)
     policy = policy_of(sampler, model, "hybrid")
-    policy.generation.check()
+    policy.task.generation.check()
     yield policy
     sampler.shut_down()
 
@@ -40,11 +40,11 @@ def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule
 @pytest.fixture
 def sampler(policy: PolicyModule) -> Iterator[RolloutEngine]:
     """The engine, whose settings a test may change."""
-    before = dict(vars(policy.sampler))
-    yield policy.sampler
+    before = dict(vars(policy.task.generation.sampler))
+    yield policy.task.generation.sampler
     for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"):
-        setattr(policy.sampler, name, before[name])
-    policy.generation.__dict__.pop("_stops", None)
+        setattr(policy.task.generation.sampler, name, before[name])
+    policy.task.generation.__dict__.pop("_stops", None)
 
 
 def prompts(texts=TEXTS) -> list[Prompt]:
@@ -68,14 +68,14 @@ def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(poli
 
 
 def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
-    policy.episodes = Episodes(Talk(), EpisodeLimits(max_tokens=40), sampler, policy.pretrained, "{content}")
-    policy.generation.__dict__.pop("_stops", None)
+    policy.task.generation.episodes = Episodes(Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}")
+    policy.task.generation.__dict__.pop("_stops", None)
     try:
         rollouts = complete(policy, samples=8)
     finally:
-        policy.episodes.shut_down()
-        del policy.episodes
-        policy.generation.__dict__.pop("_stops", None)
+        policy.task.generation.episodes.shut_down()
+        del policy.task.generation.episodes
+        policy.task.generation.__dict__.pop("_stops", None)
     assert max(completion.episode.turns for completion in rollouts.completions) > 1
     assert (rollouts.sequences.completion_mask & ~rollouts.sequences.sampled_mask).any()
     assert largest_difference(policy, rollouts) < 1e-4
@@ -87,11 +87,11 @@ def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token
     assert all(completion == rollouts.completions[row] for row, completion in told.items())
     assert set(rollouts.finished.nonzero().flatten().tolist()) <= set(told)
     assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.samples_per_prompt == 4
-    stop = set(policy.pretrained.stop_ids)
+    stop = set(policy.policy.pretrained.stop_ids)
     rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)
     for row, (tokens, finished, text) in enumerate(rows):
         ids = rollouts.sequences.prompt_ids[row][rollouts.sequences.prompt_mask[row]].tolist()
-        assert ids == policy.encode(rollouts.prompts[row // 4]), "those of a prompt are neighbours"
+        assert ids == policy.task.generation.encode(rollouts.prompts[row // 4]), "those of a prompt are neighbours"
         assert finished == (tokens[-1] in stop) and not stop & set(tokens[:-1])
         assert text.num_tokens == len(tokens) and text.finished == finished
     assert rollouts.finished.any()
@@ -110,9 +110,9 @@ def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it_and_ano
 
 def logits_of(policy: PolicyModule, rollouts) -> Iterator[tuple[list[int], torch.Tensor]]:
     """The tokens of each completion, and the policy's logits for them."""
-    with policy.inference():
+    with policy.policy.inference():
         for row, tokens in enumerate(tokens_of(rollouts)):
-            prompt = policy.encode(rollouts.prompts[row // rollouts.samples_per_prompt])
+            prompt = policy.task.generation.encode(rollouts.prompts[row // rollouts.samples_per_prompt])
             yield tokens, policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
@@ -123,7 +123,7 @@ def test_greedy_takes_the_most_probable_token_and_a_completion_ends_by_its_stop_
         assert logits.argmax(-1).tolist() == tokens and len(tokens) <= 3
     assert max(map(len, tokens_of(rollouts))) == 3
     first = tokens_of(rollouts)[0][0]  # with which the policy stops at once, if it is a stop token
-    policy.generation.__dict__["_stops"] = type(policy.generation._stops)((first,), None)
+    policy.task.generation.__dict__["_stops"] = type(policy.task.generation._stops)((first,), None)
     rollouts = complete(policy, TEXTS[:1], samples=1, greedy=True)
     assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [True]
     assert rollouts.sampling_logprobs.shape == (1, 1)
@@ -131,7 +131,7 @@ def test_greedy_takes_the_most_probable_token_and_a_completion_ends_by_its_stop_
 
 def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_text(policy, sampler):
     sampler.stop = ("1",)
-    policy.generation.__dict__.pop("_stops", None)
+    policy.task.generation.__dict__.pop("_stops", None)
     rollouts = complete(policy, samples=8)
     ended = [policy.tokenizer.decode(tokens).endswith("1") for tokens in tokens_of(rollouts)]  # one token is one character
     assert any(ended)
@@ -172,17 +172,17 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
 ):
     sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
     policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
-    policy.generation.check()
+    policy.task.generation.check()
     monkeypatch.setattr(ModuleRun, "step", property(lambda self: steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(120)])  # so many that some wait, however late the update comes
-    begun = policy.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
+    begun = policy.task.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60
     while not any(dispatch._answers for dispatch in sampler._dispatches) and time.monotonic() < until:
         time.sleep(0.005)
     weights = copy.deepcopy(policy.model.state_dict())
     move(policy, seed=5)
     steps.append(1)
-    later = policy.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).result()
+    later = policy.task.generation.begin(asked[:1], 1, PromptDraws(asked[:1], 1, 0), ahead=True).result()
     assert later.sequences.weights_step[later.sequences.sampled_mask].unique().tolist() == [1]
     rollouts = begun.result()
     mask, step = rollouts.sequences.sampled_mask, rollouts.sequences.weights_step
@@ -212,13 +212,13 @@ def test_a_prompt_without_room_is_refused_progress_is_told_and_an_exception_from
     with pytest.raises(ConfigError, match="exceed"):
         complete(policy, ("1" * 60,), samples=1)
     calls, stop = [], Mock(side_effect=KeyboardInterrupt)
-    policy.generation_listeners.append(lambda running, decoded, longest: calls.append((running, decoded, longest)))
+    policy.run.listeners.append(lambda running, decoded, longest: calls.append((running, decoded, longest)))
     complete(policy)
     assert calls and all(longest == 20 for *_, longest in calls)
-    policy.generation_listeners.append(stop)
+    policy.run.listeners.append(stop)
     with pytest.raises(KeyboardInterrupt):
         complete(policy)
-    policy.generation_listeners.clear()
+    policy.run.listeners.clear()
     assert largest_difference(policy, complete(policy)) < 1e-4, "what was begun is gone"
 
 
@@ -236,4 +236,4 @@ def test_a_server_of_another_model_is_refused(tmp_path, server):
     sampler = VLLMServerSampler(max_new_tokens=8, urls=[server.url])
     policy = policy_of(sampler, write_model(tmp_path / "model", layers=2))
     with pytest.raises(ConfigError, match="another model: num_hidden_layers is 3 there and 2 in the policy's config"):
-        policy.generation.check()
+        policy.task.generation.check()

@@ -55,7 +55,7 @@ def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_i
     before_run = train(folder, tmp_path / "before")
     sampler = VLLMSampler(max_new_tokens=8)
     policy = policy_of(sampler, folder, "hybrid")
-    policy.generation._stops  # noqa: B018  (made before, since imports are not what is tested)
+    policy.task.generation._stops  # noqa: B018  (made before, since imports are not what is tested)
     moments, frozen = [state()], gc.get_freeze_count()
     policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
     moments.append(state())

@@ -51,7 +51,7 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
     sampler.temperature = 0.7
     assert largest_difference(policy, complete(policy)) < 3e-4
     sampler.temperature = 1.0
-    with policy.start_policy():
+    with policy.policy.start_policy():
         start = complete(policy)
         assert largest_difference(policy, start) < 1e-4, "without the adapter"
     assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
@@ -123,7 +123,7 @@ def test_no_prompt_is_read_with_the_weights_before(tmp_path):
     sampler = VLLMSampler(max_new_tokens=8, engine_args={"block_size": 32, "enable_prefix_caching": True})
     prompts = [Prompt(text="1+2+3+4+5+6+7+8+9+" * 2 + "7=")]
     policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
-    assert len(policy.encode(prompts[0])) > 32, "a whole block"
+    assert len(policy.task.generation.encode(prompts[0])) > 32, "a whole block"
 
     def difference():
         return largest_difference(policy, policy.generate(prompts, 4, PromptDraws(prompts, 4, 0)))
@@ -151,7 +151,7 @@ class TestOneEngine:
         complete(policy)
         move(policy, seed=9)
         # The engine is made to believe that it has the new weights, so that they are not sent.
-        new = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True).version
+        new = CurrentWeights(policy.model, policy.policy.weights, sampler._base, 0, True).version
         assert new != sampler.version
         sampler.version = new
         with pytest.raises(RolloutError, match=r"completed with weights of version .*, and the policy has"):
@@ -160,7 +160,7 @@ class TestOneEngine:
             sampler._llm.llm_engine.set_weight_version(str(new))
         stale = complete(policy)
         assert largest_difference(policy, stale) > 1e-2
-        sampler.version, policy.generation._agrees = None, True
+        sampler.version, policy.task.generation._agrees = None, True
         assert largest_difference(policy, complete(policy)) < 1e-4, "nothing of it is left"
 
     @pytest.mark.parametrize("left_out", ["v_proj", "up_proj"])
@@ -183,11 +183,11 @@ class TestOneEngine:
 
         policy, sampler = hybrid
         complete(policy)
-        config = policy.pretrained.config
+        config = policy.policy.pretrained.config
         largest = 2 * config.intermediate_size * config.hidden_size * 4  # gate and up
         move(policy, seed=2)
-        weights = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True)
-        model = policy.generation._served_model
+        weights = CurrentWeights(policy.model, policy.policy.weights, sampler._base, 0, True)
+        model = policy.task.generation._served_model
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             sampler.update(weights, model, False)
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

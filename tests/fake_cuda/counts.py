@@ -172,6 +172,7 @@ class Unchecked(Scoring):
 def scoring(fake, mode):
     """Forward and backward pass, and what is kept of the gradients."""
     losses, candidates = losses_of(fake), find_candidates(fake.model)
+    fake.model.requires_grad_(False)  # or gradients are dropped before they are taken
     with counting(fake) as counts:
         Unchecked(fake.model, candidates, losses(), TailEnergy(), 16, mode).collect_gradients(lambda seen: None)
     counts.syncs = [f"{len(counts.syncs) / len(candidates):g} {name}" for name in set(counts.syncs)]

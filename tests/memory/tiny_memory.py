@@ -8,7 +8,7 @@ from tiny_runs import build_trainer
 
 from benchmarks.memory.probe import MemoryProbe
 from benchmarks.training import GivenPrompts, HashedReward
-from hybrid_lightning.adapters import AdapterPlan, ModuleBudget, Scorer
+from hybrid_lightning.adapters import AdapterPlan, ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
@@ -26,7 +26,6 @@ class Case:
     completion_tokens: int = 20
     validation: int = 6
     keep_start_weights: bool = True
-    scorer: Scorer | None = None
     more: dict[str, Any] = field(default_factory=dict)  # arguments of the policy
 
     @property
@@ -40,7 +39,7 @@ class Case:
     @property
     def adapter(self) -> HybridAdapterSetup:
         kept = {"keep_start_weights": self.keep_start_weights}
-        return HybridAdapterSetup(budget=ModuleBudget(self.share), scorer=self.scorer, rank=8, **kept)
+        return HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, **kept)
 
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""

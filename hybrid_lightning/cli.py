@@ -45,7 +45,7 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.quiet import quiet_libraries
-from hybrid_lightning.remedies import with_remedy
+from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
@@ -107,6 +107,7 @@ class HybridLightningCLI(LightningCLI):
         # Building the options of a command takes long, so only those of a command that is given are built.
         self._made = set(self.subcommands())
         if isinstance(arguments, list):
+            check_whole_configs(arguments)
             self._made &= set(arguments)
         super().__init__(
             LanguageModule,

@@ -1,4 +1,4 @@
-"""Remedies: add what to do to error messages of other libraries.
+"""Remedies: add what to do to error messages of other libraries, and refuse configs whose mistake nothing else would notice.
 
 `cli_parser.py` words mistakes in arguments; this file is about messages of Lightning and of the operating system.
 """
@@ -6,7 +6,13 @@
 import errno
 import re
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid_lightning.errors import ConfigError
 
 # Pattern in a message about the Trainer's flags, a disk or a file -> what to do, which is put behind the message.
 _REMEDIES = (
@@ -32,6 +38,9 @@ _REMEDIES = (
 # Errors that no change of the code would fix: of a disk, which name no file, and of a file or folder.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# Modules for different kinds of training: a config is for one of them only.
+_KINDS = ("PolicyModule", "SupervisedModule", "PreferenceModule")
+_WHOLE = {"model", "data", "trainer"}  # a config with these sections is complete by itself
 
 
 def with_remedy(message: str) -> str:
@@ -49,8 +58,41 @@ def is_machine_error(error: BaseException) -> bool:
     return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
 
 
+def check_whole_configs(arguments: Sequence[str]) -> None:
+    """Refuse configs for different kinds of training in one command: the last one would silently replace the others.
+
+    Raises:
+        ConfigError: If there are two such configs.
+    """
+    first = None
+    for path in config_paths(arguments):
+        kind = _kind(path)
+        first = first or (kind and (path, kind))
+        if first and kind and kind != first[1]:
+            raise ConfigError(
+                f"--config {first[0]} trains a {first[1]} and --config {path} a {kind}: neither lies on top of the other; give "
+                "one of the two, and what is to differ from it as options or in a config without model.class_path"
+            )
+
+
 def config_paths(arguments: Sequence[str]) -> list[str]:
     """Paths of the configs among arguments of the command line."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[], nargs="?")
     return [path for path in parser.parse_known_args(arguments)[0].config if path]
+
+
+def _kind(path: str) -> str | None:
+    """Which of our modules a config is for; None for an overlay, for a user's own module, and for a file that cannot be read."""
+    try:
+        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # the parser will report what is wrong with it
+        return None
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if isinstance(model, str):
+        model = {"class_path": model}
+    if not isinstance(model, Mapping):
+        return None
+    named = model.get("class_path", _KINDS[0] if content.keys() >= _WHOLE else None)
+    name = str(named).rpartition(".")[2]
+    return name if name in _KINDS else None

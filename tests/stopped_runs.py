@@ -15,7 +15,7 @@ from hybrid_lightning.callbacks import RunSummary
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
-from hybrid_lightning.training import evaluation, module
+from hybrid_lightning.training import evaluation
 
 # An epoch has three rollouts of two steps of two micro-batches; a validation comes after the fourth step, and one at the end.
 FIT = (

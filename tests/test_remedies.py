@@ -1,7 +1,8 @@
-"""What libraries say of devices and disks ends with a remedy."""
+"""What libraries say of devices and disks ends with a remedy, and configs of different kinds are no overlays."""
 
 import errno
 import os
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +11,11 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hybrid_lightning.remedies import is_machine_error, with_remedy
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.remedies import check_whole_configs, is_machine_error, with_remedy
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+KIND = {"sft": "SupervisedModule", "dpo": "PreferenceModule"}
 
 
 def test_a_machine_without_a_gpu_says_what_to_give(folder, monkeypatch):
@@ -38,3 +43,25 @@ def test_a_machine_without_a_gpu_says_what_to_give(folder, monkeypatch):
 def test_what_the_machine_refuses_is_no_mistake_of_ours(error, of_machine, another_place):
     assert is_machine_error(error) == of_machine
     assert with_remedy(str(error)).endswith("--trainer.logger.save_dir=FOLDER") == another_place
+
+
+def test_a_config_of_another_kind_is_no_overlay(folder):
+    for first, second in (("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3")):
+        given = ["fit", "--config", f"{CONFIGS}/{first}.yaml", f"--config={CONFIGS}/{second}.yaml"]
+        kinds = [KIND.get(name, "PolicyModule") for name in (first, second)]
+        said = rf"{first}\.yaml trains a {kinds[0]} and .*{second}\.yaml a {kinds[1]}: .* give one of"
+        with pytest.raises(ConfigError, match=said):
+            check_whole_configs(given)
+    assert_refused(run(folder, *given), f"error: --config {CONFIGS}/{said}")
+    assert not (folder / "runs").exists()
+
+
+def test_a_module_of_ones_own_and_files_that_say_nothing_are_left_alone_but_a_class_alone_counts(tmp_path):
+    for name, text in {"own": "model: mine.MyPolicy", "list": "- a", "broken": "a: [", "empty": ""}.items():
+        (tmp_path / name).write_text(text)
+    others = [f"--config={path}" for path in tmp_path.iterdir()]
+    overlays = [f"--config={path}" for path in CONFIGS.glob("*/*.yaml")]
+    check_whole_configs(["fit", f"--config={CONFIGS}/gspo.yaml", *overlays, *others, "--config"])
+    (tmp_path / "switch.yaml").write_text("model: SupervisedModule")
+    with pytest.raises(ConfigError, match=r"gspo\.yaml trains a PolicyModule and .*switch\.yaml a SupervisedModule"):
+        check_whole_configs(["fit", f"--config={CONFIGS}/gspo.yaml", "-c", f"{tmp_path}/switch.yaml"])

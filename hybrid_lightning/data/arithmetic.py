@@ -16,6 +16,8 @@ from hybrid_lightning.errors import ConfigError
 
 FACTORS = range(2, 10)  # the digits that `ProductSource` multiplies by, unless it is told otherwise
 _HASH_BUCKETS = 10  # of which one is validation and one is test
+_MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
+_MAX_PRODUCTS = 8_000_000  # all of them are enumerated, which takes some seconds
 
 
 class OperandSource(PromptSource):
@@ -27,8 +29,15 @@ class OperandSource(PromptSource):
     sign: ClassVar[str]  # OP
 
     def __init__(self, low: int, high: int, train_size: int | None, validation_size: int, test_size: int, seed: int) -> None:
+        if not 0 <= low <= high:
+            raise ConfigError(f"data.source: low={low} and high={high} are no range; give 0 <= low <= high")
+        sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+        for split, size in sizes.items():
+            smallest = 1 if split == "train" else 0
+            if size is not None and size < smallest:
+                raise ConfigError(f"data.source: {split}_size={size} is too small; give at least {smallest}")
         self.low, self.high, self.seed = low, high, seed
-        self._sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+        self._sizes = sizes
 
     @abstractmethod
     def operands(self) -> Iterable[tuple[int, int]]:
@@ -103,6 +112,11 @@ class ArithmeticSource(OperandSource):
         seed: int = 0,
     ) -> None:
         super().__init__(low, high, train_size, validation_size, test_size, seed)
+        if high - low >= _MAX_NUMBERS:
+            raise ConfigError(
+                f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; take fewer than "
+                f"{_MAX_NUMBERS} numbers"
+            )
 
     def operands(self) -> Iterable[tuple[int, int]]:
         """All ordered pairs of numbers."""
@@ -159,7 +173,17 @@ class ProductSource(OperandSource):
         high_factor: int = FACTORS[-1],
     ) -> None:
         super().__init__(low, high, train_size, validation_size, test_size, seed)
+        if not 0 <= low_factor <= high_factor:
+            raise ConfigError(
+                f"data.source: low_factor={low_factor} and high_factor={high_factor} are no range; give 0 <= low_factor <= "
+                "high_factor"
+            )
         self.factors = range(low_factor, high_factor + 1)
+        if (products := (high - low + 1) * len(self.factors)) > _MAX_PRODUCTS:
+            raise ConfigError(
+                f"data.source: low={low} to high={high} and its factors make {products} products, which are all enumerated; take "
+                f"narrower ranges, of at most {_MAX_PRODUCTS}"
+            )
 
     def operands(self) -> Iterable[tuple[int, int]]:
         """Every number with every factor."""

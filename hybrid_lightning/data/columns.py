@@ -60,13 +60,19 @@ class TableSource(PromptSource):
         test_fraction: float = 0.0,
         split_seed: int = 0,
     ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"max_rows={max_rows}; give at least 1, or null for all rows")
         self._used = [] if template is None else template_fields("template", template)
+        if template is not None and not self._used:
+            raise ConfigError(f"template={template!r} uses no column; name at least one in braces, such as {{question}}")
         check_fractions(validation_fraction, test_fraction)
         self.question_column = question_column
         self.answer_column = answer_column
         self.template = template
         self.options_column = options_column
         self.answer_pattern = None if answer_pattern is None else compile_pattern(answer_pattern, 1, "answer_pattern", re.NOFLAG)
+        if answer_pattern is not None and answer_column is None:
+            raise ConfigError(f"answer_pattern={answer_pattern!r} has nothing to search in; set answer_column")
         self.max_rows = max_rows
         self.skip_bad_rows = skip_bad_rows
         self.validation_fraction = validation_fraction

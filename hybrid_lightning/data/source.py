@@ -3,9 +3,11 @@
 `Mixture` joins several sources, each as a named set. `EpisodeSource` has rows for environments that draw their own tasks.
 """
 
+import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -75,7 +77,7 @@ class Mixture(PromptSource):
             None: all training rows are one pool, which each epoch goes through once.
 
     Raises:
-        ConfigError: If a set is a mixture, or a weight belongs to no set.
+        ConfigError: If there is no set, a set is a mixture, or a weight is not positive or belongs to no set.
 
     Example:
         >>> from hybrid_lightning.data import ArithmeticSource, ProductSource
@@ -85,12 +87,16 @@ class Mixture(PromptSource):
     """
 
     def __init__(self, sources: dict[str, PromptSource], weights: dict[str, float] | None = None) -> None:
+        if not sources or "" in sources:
+            raise ConfigError("Mixture: a set has no name; name each, as in sources: {gsm8k: {class_path: GSM8K}}")
         for name, source in sources.items():
             if isinstance(source, Mixture):
                 raise ConfigError(f"Mixture: set {name!r} is a mixture itself; list its sets here")
-        for name in weights or {}:
+        for name, weight in (weights or {}).items():
             if name not in sources:
                 raise ConfigError(f"Mixture: weights has {name!r}, which is no set; the sets are {', '.join(sources)}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"Mixture: the weight of {name!r} is {weight}; give a positive number, or leave the set out")
         self.sources = sources
         self.weights = weights
 
@@ -131,6 +137,9 @@ class EpisodeSource(PromptSource):
         test_count: Number of test tasks.
         prompt: What the policy is asked in front of what the environment says.
 
+    Raises:
+        ConfigError: If a number is negative, or there is no task.
+
     Example:
         >>> splits = EpisodeSource(count=2, validation_count=1, prompt="Guess the number.").load()
         >>> [(row.question, row.columns) for row in splits.train]
@@ -145,8 +154,14 @@ class EpisodeSource(PromptSource):
         test_count: int = 100,
         prompt: str = "Play the game.",
     ) -> None:
+        counts = {"count": count, "validation_count": validation_count, "test_count": test_count}
+        for name, value in counts.items():
+            if not 0 <= value <= _SEEDS:
+                raise ConfigError(f"EpisodeSource: {name}={value}; give 0 to {_SEEDS} tasks")
+        if not sum(counts.values()):
+            raise ConfigError("EpisodeSource: count, validation_count and test_count are all 0; ask for at least one task")
         self.seed, self.prompt = seed, prompt
-        self._counts = {"train": count, "validation": validation_count, "test": test_count}
+        self._counts = dict(zip(_SPLITS, counts.values(), strict=True))
 
     def read(self) -> Splits:
         """Draw the seeds of each split."""
@@ -159,11 +174,15 @@ class EpisodeSource(PromptSource):
         return [Row(self.prompt, None, index, kind, {"seed": seed}, task=f"seed {seed}") for index, seed in enumerate(seeds)]
 
 
-def _check(name: str, splits: Splits) -> None:
+def _check(name: str, splits: Any) -> None:
     """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
+    if not isinstance(splits, Splits):
+        raise DataError(f"{name}.read returned a {type(splits).__name__}; return Splits(train=[Row(...), ...], ...)")
     for split, rows in vars(splits).items():
         seen: set[tuple[str, int]] = set()
         for position, row in enumerate(rows):
+            if not isinstance(row, Row):
+                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}; make it a Row(question, answer)")
             for field, allowed in (("question", str), ("answer", (str, type(None)))):
                 value = getattr(row, field)
                 if not isinstance(value, allowed):

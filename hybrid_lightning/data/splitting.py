@@ -72,7 +72,7 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
         The splits, each in the order of `rows`. Sizes are exact, except that copies of a problem are never separated.
 
     Raises:
-        ConfigError: If a fraction is out of range.
+        ConfigError: If a fraction is out of range, or so small or large that a split would be empty.
     """
     check_fractions(validation_fraction, test_fraction)
     copies: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -85,15 +85,27 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
         taken[name] = []
         while groups and len(taken[name]) < round(fraction * len(rows)):
             taken[name] += groups.pop()
+        if fraction and not taken[name]:
+            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is no row at all; raise {name}_fraction")
     taken["train"] = [position for group in groups for position in group]
+    if rows and not taken["train"]:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave no row to train on, of "
+            f"{len(rows)} with {len(copies)} different questions; lower them"
+        )
     return Splits(**{name: [rows[position] for position in sorted(positions)] for name, positions in taken.items()})
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Raise ConfigError if a fraction is not a share."""
+    """Raise ConfigError if a fraction is not a share, or both leave nothing to train on."""
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value}; give a share of the rows between 0 and 1, such as 0.1")
+    if validation_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} add up to "
+            f"{validation_fraction + test_fraction} and leave no rows to train on; their sum must be below 1"
+        )
 
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:

@@ -4,6 +4,7 @@
 - `RewardBySet` scores each set of a mixture with a reward of its own.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
-from hybrid_lightning.rewards.terms import term_values
 from hybrid_lightning.types import Prompt
 
 
@@ -25,13 +25,17 @@ class WeightedSum(RewardFunction):
         weights: One weight for each reward, negative for a penalty; None for 1.0 each.
 
     Raises:
-        ConfigError: If a weight is missing, or two rewards have the same name.
+        ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
     """
 
     def __init__(self, rewards: list[RewardFunction], weights: list[float] | None = None) -> None:
+        if not rewards:
+            raise ConfigError("rewards=[]; give at least one reward")
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards):
             raise ConfigError(f"weights={weights} for {len(rewards)} rewards; give one weight for each reward")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError(f"weights={weights} are not all finite; give finite numbers")
         self._terms = [
             (term, weight * inner) for reward, weight in zip(rewards, weights, strict=True) for term, inner in reward.terms()
         ]
@@ -61,10 +65,12 @@ class RewardBySet(DelegatingReward):
         name: Name under which it is logged; None for `reward_by_set`.
 
     Raises:
-        ConfigError: If a reward is a sum, or some of the rewards measure correctness and others do not.
+        ConfigError: If there is no set, a reward is a sum, or some of the rewards measure correctness and others do not.
     """
 
     def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
+        if not rewards:
+            raise ConfigError("RewardBySet: rewards={}; give each set a reward, as in rewards: {gsm8k: MathMatch}")
         for set_name, reward in rewards.items():
             if reward.terms() != [(reward, 1.0)]:
                 raise ConfigError(
@@ -86,9 +92,10 @@ class RewardBySet(DelegatingReward):
             self.scorer(prompt)
         values = torch.zeros(len(completions), dtype=torch.float64)
         for set_name, rows in positions.items():
-            values[rows] = term_values(
-                self.rewards[set_name], [completions[row] for row in rows], [prompts[row] for row in rows]
-            ).double()
+            own = self.rewards[set_name]([completions[row] for row in rows], [prompts[row] for row in rows])
+            if len(own) != len(rows):
+                raise ValueError(f"the reward of set {set_name!r} returned {len(own)} values for {len(rows)} completions")
+            values[rows] = torch.as_tensor(own, dtype=torch.float64)
         return values
 
     def scorer(self, prompt: Prompt) -> RewardFunction:

@@ -16,6 +16,7 @@ from hybrid_lightning.user_calls import await_all, call_within, run_async
 from hybrid_lightning.user_code import describe_error, load_function
 
 logger = logging.getLogger(__name__)
+_KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}
 _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
@@ -31,7 +32,7 @@ class FunctionReward(RewardFunction):
     `completion` is called for each completion. Other parameters are filled by name: `prompts` or `prompt` (objects of class
     `Prompt`), `answer` (the reference answer), `set_name`, and any column of the data. In a function of `completions` they are
     lists of length B, as in TRL, and `**columns` takes all columns. A parameter with a default may be missing from the data, and
-    `arguments` give a value to any parameter, also in place of a column. Completions are texts, also where prompts are messages.
+    `arguments` may give a value to any parameter that is no column. Completions are texts, also where prompts are messages.
 
     A function may be `async`. A function of one `completion` is then awaited for several completions at the same time, from when
     the first completion has ended on, while the policy still generates others (see `overlap`).
@@ -67,6 +68,10 @@ class FunctionReward(RewardFunction):
         arguments: dict[str, Any] | None = None,
         overlap: bool | None = None,
     ) -> None:
+        if timeout_s is not None and not timeout_s > 0:
+            raise ConfigError(f"FunctionReward: timeout_s={timeout_s}; give a positive number of seconds, or null for no limit")
+        if on_timeout is not None and timeout_s is None:
+            raise ConfigError(f"FunctionReward: on_timeout={on_timeout} has no effect without a limit; set timeout_s")
         if concurrency < 1:
             raise ConfigError(f"FunctionReward: concurrency={concurrency}; give at least 1")
         self._given = None if isinstance(function, str) else function
@@ -87,19 +92,19 @@ class FunctionReward(RewardFunction):
         if self.batches_only and not self.batched:
             raise ConfigError(f"{type(self).__name__}: {self.function} has no parameter completions; take FunctionReward")
         self._own = _BATCH if self.batched else _SINGLE
+        named = {
+            name: entry for name, entry in parameters.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
+        }
+        own = parameters[self._own[0]]
+        if own.name not in named:
+            raise ConfigError(f"function={self.function!r} takes {own} by position alone; write the parameter as {own.name}")
         self.arguments = dict(arguments or {})
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        free = {name: entry for name, entry in parameters.items() if entry.kind not in variable and name not in self._own}
+        free = {name: entry for name, entry in named.items() if name not in self._own}
         self.wanted = [name for name in free if name not in self.arguments]  # of what is known about a prompt
         self.needed = [name for name in self.wanted if free[name].default is inspect.Parameter.empty]
         self.takes_prompts = self._own[1] in parameters
         self.takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
-        for name in self.arguments if not self.takes_all else ():
-            if name not in free:
-                raise ConfigError(
-                    f"arguments.{name}={shorten(self.arguments[name])}: {self.function} has no parameter {name!r} that could be "
-                    f"given; it has {', '.join(free) or 'none'}"
-                )
+        self._check_arguments(free)
         call = loaded if inspect.isroutine(loaded) else type(loaded).__call__
         self.asynchronous = inspect.iscoroutinefunction(call)
         self.overlap = self.asynchronous and not self.batched if overlap is None else overlap
@@ -111,9 +116,29 @@ class FunctionReward(RewardFunction):
     def _loaded(self) -> Callable[..., Any]:
         return load_function(self.function) if self._given is None else self._given
 
+    def _check_arguments(self, free: dict[str, inspect.Parameter]) -> None:
+        for name, value in self.arguments.items():
+            if name in (*_BATCH, *_SINGLE, "answer", "set_name"):
+                raise ConfigError(
+                    f"arguments.{name}={shorten(value)}: what {self.function} gets as {name} is the run's; leave it out"
+                )
+            if name not in free and not self.takes_all:
+                raise ConfigError(
+                    f"arguments.{name}={shorten(value)}: {self.function} has no parameter {name!r} that could be given; it "
+                    f"has {', '.join(free) or 'none'}"
+                )
+            kind = _kind(free[name]) if name in free else None
+            if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
+                raise ConfigError(f"arguments.{name}={shorten(value)}; give {kind}, which {self.function} takes there")
+
     def check_prompt(self, prompt: Prompt) -> None:
-        """Check that the row has every column that the function needs."""
+        """Check that the row has every column that the function needs, and no column that `arguments` give a value to as well."""
         values = _values(prompt)
+        for name in self.arguments.keys() & values.keys():
+            raise DataError(
+                f"arguments.{name} of reward function {self.function} is also a column of {prompt.place}; leave it out, or "
+                "rename the parameter"
+            )
         for name in self.needed:
             if name not in values:
                 raise DataError(
@@ -225,6 +250,14 @@ def _messages(completion: str, prompt: Prompt) -> Any:
     if episode is not None:
         return [dict(message) for message in dropwhile(lambda message: message["role"] != "assistant", episode.messages)]
     return [{"role": "assistant", "content": str(completion)}]
+
+
+def _kind(parameter: inspect.Parameter) -> str | None:
+    """What values a parameter takes, by its annotation or else its default, in words; None if neither is a plain type."""
+    wanted = parameter.annotation
+    if wanted is parameter.empty:
+        wanted = type(parameter.default)
+    return _KINDS.get(wanted if isinstance(wanted, str) else getattr(wanted, "__name__", ""))
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import tiny_runs
 import torch
 import yaml
 from cli_runs import done, run
-from hybrid_lightning.training.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
@@ -25,6 +24,7 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy import CosineSchedule, PolicyModule
 from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.training.checkpoint import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 
 # ---- which changes are refused
 

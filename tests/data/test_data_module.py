@@ -42,6 +42,8 @@ def test_batches_are_of_prompts_and_a_policy_makes_those_of_training():
 
 def test_what_a_source_of_ones_own_gets_wrong_is_said():
     for returned, message in (
+        ([Row("1+1=", "2")], r"Mine\.read returned a list; return Splits\("),
+        (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple; make it a Row\(question, answer\)"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None; give text"),
         (Splits(train=[Row("1", "1", 4, "s"), Row("2", "2", 4, "s")]), "two train rows from 's' have the index 4; number them"),
     ):
@@ -60,13 +62,16 @@ def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
     assert "validation prompts" not in caplog.text
 
 
-def test_prompts_that_are_too_long_or_cannot_be_counted_and_stages_without_rows_are_refused():
+def test_prompts_that_are_too_long_or_cannot_be_counted_impossible_limits_and_stages_without_rows_are_refused():
     data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
     message = "all 3 train prompts are longer than max_prompt_tokens=4; raise it, the shortest has 5 tokens and the longest 7"
     with pytest.raises(DataError, match=message):
         data.setup("fit", encode=words)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
+    for name in ("max_prompt_tokens", "eval_batch_size"):
+        with pytest.raises(ConfigError, match=f"{name}=0; give at least 1"):
+            PromptDataModule(Words(), PlainFormat(), **{name: 0})
     for stage, split in (("validate", "validation"), ("predict", "test")):
         with pytest.raises(DataError, match=f"Words has no {split} rows, which {stage} needs"):
             PromptDataModule(Words(train=3), PlainFormat()).setup(stage)

@@ -41,8 +41,10 @@ def test_prompts_keep_the_name_weight_row_and_source_of_their_set():
 
 def test_sets_and_weights_that_do_not_fit_are_refused():
     for arguments, error, message in (
+        (({},), ConfigError, "has no name; name each"),
         (({"a": Mixture(SETS)},), ConfigError, "set 'a' is a mixture itself"),
         ((SETS, {"sum": 1}), ConfigError, "'sum', which is no set; the sets are sums, quiz, aime"),
+        ((SETS, {"sums": float("nan")}), ConfigError, "weight of 'sums' is nan"),
         ((SETS, {"sums": 1}), DataError, "set 'quiz' has training rows but no weight"),
         ((SETS, {"sums": 1, "quiz": 1, "aime": 1}), DataError, "set 'aime' has a weight but no training rows"),
     ):
@@ -84,3 +86,9 @@ def test_rows_with_one_question_are_copies_of_a_problem_only_if_they_have_one_ta
     assert [row.task for row in splits.train] == ["b", "c"] and dropped["train"] == 1
     parts = [{row.task for row in part} for part in vars(split_rows(rows, 0.25, 0.25, seed=0)).values()]
     assert sum(map(len, parts)) == 3 and all(parts)
+
+
+def test_bad_arguments():
+    for arguments, message in (((-1,), "count=-1; give 0 to"), ((0, 0, 0, 0), "at least one task")):
+        with pytest.raises(ConfigError, match=message):
+            EpisodeSource(*arguments)

@@ -58,6 +58,7 @@ async def careless_async(completion): return 1 / int(completion)
 def careless_batch(completions): return [1 / int(text) for text in completions]
 def nothing(completion): return None
 def neither(text): return 1.0
+def by_place(completions, /): return [1.0 for _ in completions]
 def sorts(completions): completions.sort(); return [float(len(text)) for text in completions]
 def leaves(completion): raise SystemExit(2)
 clients = []
@@ -119,8 +120,9 @@ def test_in_python_the_function_itself():
     prompts = [Prompt(text="Go", index=index) for index in range(2)]
     assert list(reward(["a", "bcd"], prompts)) == [1.5, 3.5] and reward.name == "length"
     assert reward.to_config()["init_args"]["function"].endswith("test_in_python_the_function_itself.<locals>.<lambda>")
-    with pytest.raises(ConfigError, match="FunctionReward: concurrency=0; give"):
-        FunctionReward(len, concurrency=0)
+    for arguments in ({"timeout_s": 0}, {"on_timeout": 1.0}, {"concurrency": 0}):
+        with pytest.raises(ConfigError, match="FunctionReward: "):
+            FunctionReward(len, **arguments)
 
 
 def test_a_module_by_its_dotted_name_and_what_a_reward_says_of_itself(here, monkeypatch):
@@ -171,8 +173,7 @@ ZERO = r"zero \(\w+\.py line {line}\) for rows\.jsonl row 1 with completion '0'"
 
 def test_a_fault_names_the_line_and_the_row(here):
     for function, completions, message in (
-        *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async")),
-        ("careless_batch", ["1", "0"], r"ZeroDivisionError: .* for a batch of 2 completions, the first for rows\.jsonl row 0"),
+        *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async", "careless_batch")),
         ("nothing", ["1"], r"\(nothing\) returned None, which is no number, for rows\.jsonl row 0 .*, 0\.0 where it does not"),
         ("leaves", ["a"], r"raised SystemExit: 2 \(\w+\.py line {line}\) for rows\.jsonl row 0"),
     ):
@@ -188,6 +189,7 @@ def test_what_cannot_be_found_is_said_at_start(here):
         ("no_file.py:f", "there is no file .*no_file.py"),
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
         ("my_rewards.py:neither", "has the parameters text; call one of them completions"),
+        ("my_rewards.py:by_place", "takes completions by position alone"),
         ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class; give .* by class_path"),
@@ -204,7 +206,7 @@ def test_a_class_may_be_asynchronous_too():
             return [1.0 / len(text) for text in completions]
 
     assert evaluate_reward(Judge(), ["a", "bc"], PROMPTS).total.tolist() == [1.0, 0.5]
-    with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* for a batch of 2 completions"):
+    with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* row 1 with completion ''"):
         evaluate_reward(Judge(), ["a", ""], PROMPTS)
 
 
@@ -221,13 +223,22 @@ def test_parameters_that_are_no_columns_are_arguments(here):
 
 
 def test_arguments_that_do_not_fit_are_refused(here):
-    message = r"arguments\.tolerence=1: .*:near has no parameter 'tolerence' .* answer, tolerance, words"
-    with pytest.raises(ConfigError, match=message):
-        FunctionReward("my_rewards.py:near", arguments={"tolerence": 1})
+    for function, arguments, message in (
+        ("near", {"tolerence": 1}, r"arguments\.tolerence=1: .*:near has no parameter 'tolerence' .* answer, tolerance, words"),
+        ("near", {"answer": "1"}, "what my_rewards.py:near gets as answer is the run's"),
+        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide'; give a number, which my_rewards\.py:near takes there"),
+        ("near", {"tolerance": True}, "give a number, which .* takes there"),
+        ("near_batch", {"tolerance": "0.1"}, "give a number, which .* takes there"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FunctionReward(f"my_rewards.py:{function}", arguments=arguments)
 
 
-def test_a_missing_column_is_named_before_training(here):
+def test_a_missing_or_hidden_column_is_named_before_training(here):
     reward = FunctionReward("my_rewards.py:batch")
+    given = FunctionReward("my_rewards.py:near", arguments={"tolerance": 0.5})
     reward.check_prompt(PROMPTS[0])
     with pytest.raises(DataError, match=r"needs 'tolerance', but x\.csv row 7 has no such column; it has a, answer, set_name"):
         reward.check_prompt(Prompt(text="?", answer="1", index=7, source="x.csv", columns={"a": 1}))
+    with pytest.raises(DataError, match=r"arguments\.tolerance of .* is also a column of rows.jsonl row 0; leave it out"):
+        given.check_prompt(PROMPTS[0])

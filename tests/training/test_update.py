@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
@@ -17,7 +16,7 @@ from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.interface import Stops
-from hybrid_lightning.training import step
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
 
 
 def assert_same_gradients(found, expected):

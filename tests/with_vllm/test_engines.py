@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from hybrid_lightning.training.module_run import ModuleRun
 from ranks_of_tests import run
 from test_ranks_with_vllm import check, train
 from tiny_runs import Talk
@@ -19,7 +20,6 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.training.module_run import ModuleRun
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from tiny_models import VOCABULARY, build_model, build_tokenizer, build_wide_model
 
 from hybrid_lightning.adapters import ModuleBudget, Random, TailEnergy
@@ -187,7 +188,7 @@ def build_trainer(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **flag
 def check(policy: PolicyModule, root: Path, stage: str = "fit", **flags: Any) -> None:
     """Check the settings of a policy's run, as is done before it begins."""
     policy._trainer = build_trainer(root, **flags)
-    policy.trainer.state.fn = stage
+    policy.trainer.state.fn = TrainerFn(stage)
     policy.check_settings()
 
 

@@ -53,6 +53,8 @@ class Passes:
 
     def token_budget(self) -> int:
         """The most tokens that one forward and backward pass of training may take."""
+        if self.max_tokens:
+            return self.max_tokens
         if self._chosen is None:  # computing it takes as long as one layer of a small policy
             self._chosen = self.budget_of_now()
         return self._chosen

@@ -327,7 +327,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
     # ---- training
 
     def on_fit_start(self) -> None:
-        """Let a resumed run's loader continue from its state in the checkpoint."""
+        """Begin an optimizer step, and let a resumed run's loader continue from its state in the checkpoint."""
+        self._step = self.task.new_step()
         # Where a schedule has asked for the run's number of steps, Lightning has made the train dataloader already, before it
         # restores the state of its loops, and would not restore the loader's any more. So it has to make another one.
         self.trainer.fit_loop._combined_loader = None

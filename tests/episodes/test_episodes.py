@@ -244,7 +244,7 @@ def test_a_group_whose_returns_tie_teaches_by_turn_what_was_left_to_earn(model):
     rollouts = policy.generate(prompts, 3, PromptDraws(prompts, 3, 5))
     rewards, useful = policy.task.generation.score(rollouts), {}
     for policy.task.credit in ("episode", "turn"):
-        of_groups = useful[policy.task.credit] = policy._useful_groups(rollouts, rewards)
+        of_groups = useful[policy.task.credit] = policy.task._useful_groups(rollouts, rewards)
         metrics = rollout_metrics(rollouts, rewards, policy.task.credited(rollouts, rewards))
         assert metrics["frac_reward_zero_std"] == pytest.approx(1 - float(of_groups.float().mean()))
     assert not (useful["episode"] & ~useful["turn"]).any() and useful["turn"].sum() > useful["episode"].sum()

@@ -1,7 +1,5 @@
 """Which modules are quantized and how, that adapter and start policy are as exact on them as on plain ones, and runs on them."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -120,9 +118,9 @@ def test_a_base_of_which_nothing_can_be_quantized_is_refused(make_model):
 def test_strategies_that_split_weights_are_refused_and_bitsandbytes_is_asked_for_by_name(monkeypatch):
     for strategy in (FSDP2Strategy, FSDPStrategy):
         with pytest.raises(ConfigError, match=rf"NF4 does not work with {strategy.__name__}.*trainer\.strategy=ddp"):
-            check_quantization(NF4(), SimpleNamespace(strategy=strategy()))
+            check_quantization(NF4(), strategy())
     for fine in (SingleDeviceStrategy("cpu"), DDPStrategy()):
-        check_quantization(NF4(), SimpleNamespace(strategy=fine))
+        check_quantization(NF4(), fine)
     monkeypatch.setattr("hybrid_lightning.model.quantization.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"NF4 needs the package bitsandbytes.*hybrid-lightning\[quantization\]"):
         NF4()

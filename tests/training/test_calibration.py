@@ -29,18 +29,19 @@ def calibrate(model, sums, prompts=8, data=None, **arguments):
     settings = {"sampler": Sampler(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 40}
     policy = build_policy(model, **{**settings, **arguments})
     policy._device = torch.device("meta")  # scoring is where the model is: Lightning has not moved the module itself yet
+    policy.policy.load()
     trainer = build_trainer(model.parent)
     data = data or build_data(sums)
     policy.trainer = trainer
     trainer.datamodule, data.trainer = data, trainer
     rollouts = []
-    generate = policy.generate
+    generate = policy.task.generation.generate
 
     def listen(*args, **kwargs):
         rollouts.append(generate(*args, **kwargs))
         return rollouts[-1]
 
-    policy.generate = listen
+    policy.task.generation.generate = listen
     losses = policy.calibration_losses(prompts)
     policy.model.requires_grad_(True)
     return policy, join_rollouts(rollouts), losses

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybrid_lightning.rollout.conversation import Conversation
 from lightning.pytorch import Callback
 from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trained
 
@@ -224,7 +223,7 @@ def test_completions_are_scored_while_others_are_still_generated(model):
 
     policy.run.listeners.append(listener)
     arriving = policy.task.generation.arriving(prompts, 4)
-    rollouts = policy.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
+    rollouts = policy.task.generation.generate(prompts, 4, torch.Generator().manual_seed(0), on_completion=arriving.on_completion)
     assert seen == [True]
     assert torch.equal(policy.task.generation.score(rollouts, arriving).total, policy.task.generation.score(rollouts).total)
 

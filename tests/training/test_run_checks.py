@@ -7,7 +7,6 @@ import pytest
 import tiny_examples
 import tiny_runs
 import torch
-from lightning.pytorch.callbacks import Timer
 from tiny_runs import DigitShare, StartsWithDigit, Talk, build_adapter, build_data, build_policy, build_trainer, check, fit
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +17,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.quantization import NF4
 from hybrid_lightning.rewards import CosineLength, FunctionReward, OverlongPenalty, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling, Sampler, sampler
-from hybrid_lightning.training import run_checks
+from hybrid_lightning.training import module
 from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.types import LossInputs
 
@@ -87,8 +86,8 @@ def test_every_kind_of_training(folder, tmp_path, name, request):
     flags = {"deterministic": True, "gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
     data, model = build_data(folder / "sums.jsonl", validation_fraction=0.2), folder / policy.pop("model", "model")
     with nullcontext() if name == "kernels" else request.getfixturevalue("on_gpu"):
-        module = fit(model, None, tmp_path, build_adapter(), policy=policy, data=data, **flags)
-        module.trainer.export(module, data, folder=str(tmp_path / "exported"))
+        trained = fit(model, None, tmp_path, build_adapter(), policy=policy, data=data, **flags)
+        trained.trainer.export(trained, data, folder=str(tmp_path / "exported"))
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
@@ -106,8 +105,8 @@ def test_every_loss(on_gpu):
 
 def test_training_on_examples(folder, tmp_path, on_gpu):
     with on_gpu:
-        module = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
-    assert module.trainer.global_step > 0
+        trained = tiny_examples.fit("preference", folder / "model", folder / "rows.jsonl", tmp_path, deterministic=True)
+    assert trained.trainer.global_step > 0
 
 
 def test_a_gpu_would_refuse_cumulative_sums():
@@ -151,12 +150,16 @@ def test_what_cannot_work_is_refused(model, tmp_path, policy, flags, message):
 def test_what_is_doubtful_where_it_trains_is_warned_of_there(model, tmp_path):
     for policy, message in (
         ({"sampler": Elsewhere()}, r"model\.correction corrects nothing"),
-        ({"loss": losses.DrGRPOLoss(), "advantage": PerRewardAdvantage()}, "are; give --model.advantage=GroupMeanAdvantage$"),
+        (
+            {"loss": losses.DrGRPOLoss(), "advantage": PerRewardAdvantage()},
+            "divides them; give --model.advantage=GroupMeanAdvantage$",
+        ),
     ):
-        module = build_policy(model, **policy)
-        check(module, tmp_path, "validate")  # warnings of ours are errors
+        checked = build_policy(model, **policy)
+        checked.policy.load()
+        check(checked, tmp_path, "validate")  # warnings of ours are errors
         with pytest.warns(UserWarning, match=message):
-            check(module, tmp_path)
+            check(checked, tmp_path)
 
 
 def late(completion):
@@ -167,19 +170,18 @@ def late_reward(**arguments):
     return FunctionReward(f"{__file__}:late", **arguments)
 
 
-def trainer_on(device, *callbacks, stage="fit"):
-    """A Trainer, as far as it is asked."""
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    return SimpleNamespace(strategy=strategy, callbacks=callbacks, state=SimpleNamespace(fn=stage))
+def run_on(device, stage="fit", ends_by_clock=False):
+    """A run, as far as it is asked."""
+    return SimpleNamespace(device=torch.device(device), stage=stage, ends_by_clock=ends_by_clock)
 
 
 def test_rewards_by_time_and_a_last_moment_are_named_and_nothing_else(monkeypatch):
     monkeypatch.delenv("OMP_DYNAMIC", raising=False)  # a warning of ours is an error
-    warn_of_differences(trainer_on("cpu", Timer("00:01:00:00"), stage="validate"), "sdpa", [late_reward(timeout_s=9)])
+    warn_of_differences(run_on("cpu", "validate", True), "sdpa", [late_reward(timeout_s=9)])
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     timed = late_reward(timeout_s=9, on_timeout=0.0)
     with pytest.warns(UserWarning, match="two runs with one seed may differ") as said:
-        warn_of_differences(trainer_on("cpu", Timer("00:01:00:00")), "sdpa", [DigitShare(), timed])
+        warn_of_differences(run_on("cpu", ends_by_clock=True), "sdpa", [DigitShare(), timed])
     for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
         assert part in str(said[0].message)
     assert "earns on_timeout=0 if it takes more than timeout_s=9" in str(said[0].message)
@@ -189,32 +191,33 @@ def test_rewards_by_time_and_a_last_moment_are_named_and_nothing_else(monkeypatc
 
 def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
-    trainer = trainer_on("cuda")
+    run = run_on("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
-        warn_of_differences(trainer, "packed_flash_attention_2", [])
+        warn_of_differences(run, "packed_flash_attention_2", [])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
-        warn_of_differences(trainer, "packed_sdpa", [])
+        warn_of_differences(run, "packed_sdpa", [])
     torch.use_deterministic_algorithms(True)
     with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
-        warn_of_differences(trainer, "flash_attention_2", [])
-    warn_of_differences(trainer, "sdpa", [])
+        warn_of_differences(run, "flash_attention_2", [])
+    warn_of_differences(run, "sdpa", [])
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
-    warn_of_differences(trainer, "flash_attention_2", [])
+    warn_of_differences(run, "flash_attention_2", [])
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.warns(UserWarning, match="flash_attention_2"):
-        warn_of_differences(trainer, "flash_attention_2", [])
+        warn_of_differences(run, "flash_attention_2", [])
 
 
 @pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
 def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated_and_is_warned(tmp_path, monkeypatch, kind, told):
     policy = build_policy("embedded")
+    policy.policy.load()
     policy._trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
     monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
     heard = []
-    monkeypatch.setattr(run_checks, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
+    monkeypatch.setattr(module, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
     with pytest.warns(UserWarning, match="two runs with one seed may differ") if told else nullcontext():
         policy.check_settings()
     assert heard == told

@@ -68,7 +68,9 @@ def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(poli
 
 
 def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
-    policy.task.generation.episodes = Episodes(Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}")
+    policy.task.generation.episodes = Episodes(
+        Talk(), EpisodeLimits(max_tokens=40), sampler, policy.policy.pretrained, "{content}"
+    )
     policy.task.generation.__dict__.pop("_stops", None)
     try:
         rollouts = complete(policy, samples=8)

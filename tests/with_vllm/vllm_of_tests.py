@@ -106,7 +106,9 @@ def move(policy: PolicyModule, seed: int = 0, by: float = 0.05) -> None:
 def own_logprobs(policy: PolicyModule, rollouts, temperature: float | None = None) -> torch.Tensor:
     """Log-probabilities of completions by the policy's own forward pass, [B, T]."""
     with policy.policy.inference():
-        return token_logprobs(policy.policy.engine, rollouts.sequences, temperature or policy.task.generation.sampler.temperature)[0]
+        return token_logprobs(
+            policy.policy.engine, rollouts.sequences, temperature or policy.task.generation.sampler.temperature
+        )[0]
 
 
 def largest_difference(policy: PolicyModule, rollouts) -> float:

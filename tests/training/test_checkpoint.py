@@ -58,7 +58,8 @@ def test_a_module_and_parts_of_ones_own_come_back_with_their_arguments(model, su
     loaded = Patient.load_from_checkpoint(path)
     assert loaded.patience == 7
     assert_same_policy(loaded, module)
-    for part in ("loss", "reward", "sampler", "correction", "optimization.schedule"):
+    parts = ("task.loss", "task.reward", "task.generation.sampler", "task.correction", "optimization.schedule")
+    for part in parts:
         assert config_with_defaults(attrgetter(part)(loaded)) == config_with_defaults(attrgetter(part)(module))
     terms, expected = ([(type(term), weight) for term, weight in each.terms()] for each in (loaded.task.reward, reward))
     assert terms == expected
@@ -106,8 +107,8 @@ def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weig
     content = torch.load(path, weights_only=True)
     first, *others = weights = content["state_dict"]
     for changed, message in (
-        ({name: weights[name] for name in others}, "lacks 1 trainable weights, such as"),
-        ({**weights, "extra": weights[first]}, "has 1 weights that this model lacks, such as 'extra'"),
+        ({name: weights[name] for name in others}, "no values for 1 trainable weights, such as"),
+        ({**weights, "extra": weights[first]}, "1 weights unknown to this model, such as 'extra'"),
     ):
         torch.save({**content, "state_dict": changed}, tmp_path / "changed.ckpt")
         with pytest.raises(CheckpointError, match=message):

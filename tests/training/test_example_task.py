@@ -15,6 +15,7 @@ from tiny_runs import Log, StartsWithDigit, build_adapter, build_trainer, traine
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.policy import ExampleModule
+from hybrid_lightning.training.example_task import ExampleTask
 from hybrid_lightning.types import Prompt
 
 BETA = 0.5
@@ -28,14 +29,14 @@ def rows(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def holes(monkeypatch):
     """Of a demonstration every third token, from the second on, is not to be learned."""
-    make = ExampleModule.example_sequences
+    make = ExampleTask.sequences_of
 
     def with_holes(*arguments):
         sequences = make(*arguments)
         learned = is_learned(torch.arange(sequences.completion_ids.shape[1]))
         return replace(sequences, sampled_mask=sequences.completion_mask & learned)
 
-    monkeypatch.setattr(ExampleModule, "example_sequences", with_holes)
+    monkeypatch.setattr(ExampleTask, "sequences_of", with_holes)
 
 
 def is_learned(place):
@@ -132,7 +133,7 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
     with torch.no_grad():
         assert found["val/loss"] == pytest.approx(float(loss_by_hand(kind, base, base, data.validation_prompts)), abs=1e-5)
     assert 0 <= found["val/avg@2"] <= 1 and "val/greedy_accuracy" in found
-    module.task.reward = None
+    module.task.generation.reward = None
     (found,) = build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert "val/loss" in found and not any("accuracy" in name for name in found)
 
@@ -147,7 +148,7 @@ def test_modules_are_scored_by_the_loss_itself(kind, model, rows, tmp_path):
     base, reference = build_model("llama", std=0.1).requires_grad_(True), build_model("llama", std=0.1)
     assert module.calibration_losses().info["prompts"] == 4
     losses = module.calibration_losses(6)
-    total = 6 * module.rows_per_example
+    total = 6 * module.task.loss.rows_per_example
     assert losses.info == {"signal": "examples", "sequences": total, "useful_sequences": total, "prompts": 6}
     module.model.requires_grad_(True)
     (sum(losses) / len(losses)).backward()
@@ -173,7 +174,7 @@ def test_what_is_refused_at_start(kind, format, number, message, model, rows, tm
 
 def test_no_loss_and_a_row_that_the_model_cannot_read_are_refused(model):
     with pytest.raises(ConfigError, match=r"needs model\.loss; or take SupervisedModule or PreferenceModule"):
-        ExampleModule.unloaded(model=str(model))
+        ExampleModule(model=str(model))
     module = build_module("supervised", model)
     long = Prompt(text="1+1=", completions=("2" * 130,), index=7, source="rows.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 of the prompt\), more than the 128"):

@@ -99,13 +99,18 @@ class Interrupted(OftenDone):
 class Failing(PolicyModule):
     """Of every four completions of a prompt one is left out, whose rewards are no numbers."""
 
-    def score(self, rollouts, arriving=None):
-        rewards, samples = super().score(rollouts), rollouts.samples_per_prompt
-        counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
-        lost = torch.where(counted, 0.0, torch.nan)
-        return replace(
-            rewards, total=rewards.total + lost, parts={n: part + lost for n, part in rewards.parts.items()}, counted=counted
-        )
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        generation, score = self.task.generation, self.task.generation.score
+
+        def some(rollouts, arriving=None):
+            rewards, samples = score(rollouts), rollouts.samples_per_prompt
+            counted = torch.tensor([(prompt.index + row) % 4 > 0 for prompt in rollouts.prompts for row in range(samples)])
+            lost = torch.where(counted, 0.0, torch.nan)
+            parts = {name: part + lost for name, part in rewards.parts.items()}
+            return replace(rewards, total=rewards.total + lost, parts=parts, counted=counted)
+
+        generation.score = some
 
 
 class Log(Callback):

@@ -108,7 +108,7 @@ def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weig
     first, *others = weights = content["state_dict"]
     for changed, message in (
         ({name: weights[name] for name in others}, "no values for 1 trainable weights, such as"),
-        ({**weights, "extra": weights[first]}, "1 weights unknown to this model, such as 'extra'"),
+        ({**weights, "extra": weights[first]}, "1 weights that this model does not have, such as 'extra'"),
     ):
         torch.save({**content, "state_dict": changed}, tmp_path / "changed.ckpt")
         with pytest.raises(CheckpointError, match=message):

@@ -212,4 +212,5 @@ def rollout_from_state(state: dict[str, Any], prompts: Sequence[Prompt], device:
 
 
 def _episode(named: dict[str, Any]) -> Episode:
-    return Episode(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    return Episode(**values)

@@ -41,7 +41,7 @@ from hybrid_lightning.rollout.batching import (
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
-from hybrid_lightning.rollout.run_context import RunContext
+from hybrid_lightning.rollout.run_state import RunState
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import PolicyBatch, Prompt, ScoredRollout, Sequences
 
@@ -172,7 +172,8 @@ class RolloutLoader:
         prompts: The training prompts, the same on every rank.
         source: Makes rollouts: the task that is trained.
         schedule: Sizes of rollouts and minibatches.
-        run: The run that trains on them. Each of its ranks takes its own P / `world_size` prompts of every rollout.
+        run: Returns the state of the run that trains on them. Each of its ranks takes its own P / `world_size` prompts of every
+            rollout.
         generator: Random generator for sampling, on the CPU and the same on every rank; its state is part of `state_dict`, so
             that a run can continue on another kind of device.
         seed: Seed of the prompt order.
@@ -186,7 +187,7 @@ class RolloutLoader:
         prompts: Sequence[Prompt],
         source: RolloutSource,
         schedule: RolloutSchedule,
-        run: RunContext,
+        run: Callable[[], RunState],
         *,
         generator: torch.Generator | None = None,
         seed: int = 0,
@@ -194,10 +195,11 @@ class RolloutLoader:
         shuffle: bool = True,
     ) -> None:
         schedule.check_prompts(len(prompts))
-        schedule.check_split(run.accumulate_grad_batches, run.world_size)
+        now = run()
+        schedule.check_split(now.accumulate_grad_batches, now.world_size)
         self.prompts, self.source, self.schedule, self.run = list(prompts), source, schedule, run
         self.generator, self.shuffle = generator or torch.Generator(), shuffle
-        self._cursor = PromptCursor(self.prompts, seed, epoch, shuffle, run.rank, run.world_size)
+        self._cursor = PromptCursor(self.prompts, seed, epoch, shuffle, now.rank, now.world_size)
         self._rollouts = epoch * (len(prompts) // schedule.prompts_per_rollout)  # number of the next one
         self._pending: deque[PolicyBatch] = deque()
         self._ahead: deque[_Ahead] = deque()
@@ -214,7 +216,7 @@ class RolloutLoader:
     @property
     def micro_batches_per_rollout(self) -> int:
         """Number of micro-batches that one rollout yields."""
-        return self.schedule.steps_per_rollout * self.run.accumulate_grad_batches
+        return self.schedule.steps_per_rollout * self.run().accumulate_grad_batches
 
     def __iter__(self) -> Iterator[PolicyBatch]:
         """Yield the micro-batches of an epoch, beginning where the last iteration stopped.
@@ -227,7 +229,7 @@ class RolloutLoader:
         if not self._resumed:
             if not self.shuffle:
                 self._cursor.position, self._pending = (self._cursor.position[0], 0), deque()
-            for _ in range(len(self._pending) % self.run.accumulate_grad_batches):
+            for _ in range(len(self._pending) % self.run().accumulate_grad_batches):
                 self._pending.popleft()
         for _ in range(len(self)):
             if self._resumed_random_state is not None:
@@ -236,7 +238,7 @@ class RolloutLoader:
             self._resumed = False
             if not self._pending:
                 self._pending = self._roll_out()
-            if len(self._taken) >= self.run.accumulate_grad_batches or not self._taken:
+            if len(self._taken) >= self.run().accumulate_grad_batches or not self._taken:
                 self._taken, self._random_before = [], capture_random_state()
             self._taken.append(self._pending.popleft())
             yield self._taken[-1]
@@ -260,7 +262,7 @@ class RolloutLoader:
         """
         ahead, now = [], self._position
         # What keeps a rollout from being made and no checkpoint from being saved: of several ranks, what all of them raise.
-        put_off = RunStopped, RolloutError if self.run.world_size > 1 else HybridLightningError
+        put_off = RunStopped, RolloutError if self.run().world_size > 1 else HybridLightningError
         for entry in self._ahead:
             try:
                 ahead.append(entry.minibatches.result())
@@ -285,7 +287,7 @@ class RolloutLoader:
             "epoch": now.prompts[0],
             "next_prompt": now.prompts[1],
             "next_rollout": now.rollouts,
-            "ranks": self.run.gather_over_ranks(mine),
+            "ranks": self.run().gather_over_ranks(mine),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,14 +308,15 @@ class RolloutLoader:
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
                 "kind of order: training starts at the beginning of the new order, and the rollout in progress is given up"
             )
-            self.run.restart_epoch()
+            self.run().restart_epoch()
         self.generator.set_state(saved[0]["generator"].cpu())
-        if self.run.rank < len(saved):
-            self._resumed_random_state = saved[self.run.rank]["random"]
+        if self.run().rank < len(saved):
+            self._resumed_random_state = saved[self.run().rank]["random"]
         self._resumed = True
 
     def _load_batches(self, saved: list[dict[str, Any]]) -> None:
-        rank, ranks, device = self.run.rank, self.run.world_size, self.run.device or torch.device("cpu")
+        run = self.run()
+        rank, ranks, device = run.rank, run.world_size, run.device or torch.device("cpu")
         scored: dict[int, ScoredRollout] = {}
         for number in saved[0]["rollouts"]:
             parts = [rollout_from_state(one["rollouts"][number], self.prompts, device) for one in saved]
@@ -345,7 +348,7 @@ class RolloutLoader:
             first = self._ahead[0].minibatches
             first.wait()
             most, steps = self.schedule.rollouts_ahead, self.schedule.steps_per_rollout
-            while len(self._ahead) <= most and len(self._ahead) * steps < self.run.steps_left:
+            while len(self._ahead) <= most and len(self._ahead) * steps < self.run().steps_left():
                 self._begin()
             batches = self._micro_batches(first.result())
         except BaseException:
@@ -391,7 +394,7 @@ class RolloutLoader:
                 sampling_logprobs=rollout.sampling_logprobs,
                 old_logprobs=None,
                 ref_logprobs=None,
-                num_sequences=float(rows * self.run.world_size) if counted is None else self._sum(counted[of_step]),
+                num_sequences=float(rows * self.run().world_size) if counted is None else self._sum(counted[of_step]),
                 num_tokens=self._sum(sequences.sampled_mask[of_step]),
                 updated_sequences=updated_sequences,
                 updated_tokens=self._sum(sequences.sampled_mask[updated]),
@@ -404,8 +407,8 @@ class RolloutLoader:
 
     def _micro_batches(self, minibatches: Sequence[PolicyBatch]) -> deque[PolicyBatch]:
         """The micro-batches of all passes over a rollout, with what the update has to know, under the current weights."""
-        accumulate, epochs = self.run.accumulate_grad_batches, self.schedule.epochs_per_rollout
-        self.schedule.check_split(accumulate, self.run.world_size)
+        accumulate, epochs = self.run().accumulate_grad_batches, self.schedule.epochs_per_rollout
+        self.schedule.check_split(accumulate, self.run().world_size)
         one_pass: list[PolicyBatch] = []
         for step, minibatch in enumerate(minibatches):
             rows = torch.arange(len(minibatch.sequences), device=minibatch.advantages.device)
@@ -416,4 +419,4 @@ class RolloutLoader:
         return deque(one_pass * epochs)
 
     def _sum(self, values: Tensor) -> float:
-        return float(self.run.sum_over_ranks(values.sum()))
+        return float(self.run().sum_over_ranks(values.sum()))

@@ -9,15 +9,13 @@ before each rollout and each evaluation; only calibration, which the first makes
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
@@ -26,19 +24,13 @@ from hybrid_lightning.episodes.episodes import Episodes, task_seeds
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.precision import product_dtype
-from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
-from hybrid_lightning.rollout.run_context import RunContext
-from hybrid_lightning.sharding.ranks import gather_objects, world_size
+from hybrid_lightning.rollout.run_state import RunState
+from hybrid_lightning.sharding.ranks import check_stop, gather_objects, world_size
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Completion, Prompt, Rollouts
-
-if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine
-    from hybrid_lightning.sharding.weights import Weights
-
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
@@ -46,57 +38,25 @@ _LARGEST_DIFFERENCE = 0.5
 _COMPARED = 4  # completions
 
 
-class Policy(Protocol):
-    """What `Generation` needs of a policy."""
-
-    pretrained: Pretrained
-    weights: "Weights"
-
-    @property
-    def model(self) -> nn.Module:
-        """The language model."""
-
-    @property
-    def engine(self) -> "Engine":
-        """The engine that computes with the model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-
-    @property
-    def base_description(self) -> str:
-        """What tells the weights that training leaves alone from those of other models."""
-
-    @property
-    def has_plain_base(self) -> bool:
-        """Whether the start policy's weights are those of its files."""
-
-    def inference(self) -> AbstractContextManager[Any]:
-        """A context with eval mode, no gradient, and the precision of the run."""
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """A context with the precision of the run."""
-
-
 class Generation:
     """Completes prompts for a policy.
 
     Args:
-        policy: The policy.
+        policy: The policy: `model`, `engine`, `tokenizer`, `pretrained`, `weights`, what its base is (`base_digest`,
+            `quantization`, `plan`), and the contexts `inference()` and `precision()`.
         sampler: Makes the completions.
         episodes: Plays episodes, if completions are those; else None.
-        run: The run that the policy is trained or evaluated in.
+        run: Returns the state of the run that the policy is trained or evaluated in.
         seed: Seed of the tasks of episodes that have no other.
         rollouts_ahead: See `RolloutSchedule`.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Any,
         sampler: RolloutEngine,
         episodes: Episodes | None,
-        run: RunContext,
+        run: Callable[[], RunState],
         *,
         seed: int,
         rollouts_ahead: int,
@@ -132,7 +92,7 @@ class Generation:
         Raises:
             RolloutError: If the engine cannot be given these weights; from the result, if it fails, or has other ones.
         """
-        sampler = self.sampler
+        sampler, run = self.sampler, self.run()
         if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
             self._give(together=False, ahead=ahead)
         if sampler.needs_weight_sync and self._is_behind:
@@ -146,16 +106,15 @@ class Generation:
             draws=draws,
             greedy=greedy,
             stops=self._stops,
-            on_token=self._tell,
+            on_token=partial(self._tell, run.listeners),
             on_completion=on_completion,
         )
         begun = self._begin(request, ahead)
         if sampler.is_remote:
             self._under_way = [*self._still_under_way(), begun]
             # What is made in this process may need all ranks, which a signal must not leave alone.
-            begun = begun.within(self.run.signals.interruptible)
-        step = self.run.step
-        return RolloutFuture(lambda: self._finished(begun, step, greedy), begun)
+            begun = begun.within(run.signals.interruptible)
+        return RolloutFuture(lambda: self._finished(begun, run.step, greedy), begun)
 
     def _begin(self, request: SamplingRequest, ahead: bool) -> RolloutFuture[Rollouts]:
         engine, episodes = self.policy.engine, self.episodes
@@ -176,9 +135,9 @@ class Generation:
             self._under_way = self._still_under_way()
 
         def sample() -> Rollouts:
-            own = sampler.needs_weight_sync
+            computing = nullcontext() if sampler.needs_weight_sync else policy.engine.sampling(product_dtype(policy.model))
             # A signal may end this at once: no other rank waits for this one meanwhile.
-            with self.run.signals.interruptible(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
+            with self.run().signals.interruptible(), computing:
                 return begun.result()
 
         with policy.inference():
@@ -187,16 +146,16 @@ class Generation:
             made_by = torch.full_like(rollouts.sequences.completion_ids, step)
             rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
         # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-        compares = sampler.needs_weight_sync and (not policy.weights.sharded or self.run.is_training)
-        if compares and not self._agrees and step == self.run.step:
+        compares = sampler.needs_weight_sync and (not policy.weights.sharded or self.run().is_training)
+        if compares and not self._agrees and step == self.run().step:
             self._compare(rollouts, greedy)
         return rollouts
 
     def _still_under_way(self) -> list[RolloutFuture[Rollouts]]:
         return [future for future in self._under_way if not future.done()]
 
-    def _tell(self, running: int, decoded: int) -> None:
-        for listener in self.run.listeners:
+    def _tell(self, listeners: Sequence[Callable[[int, int, int], None]], running: int, decoded: int) -> None:
+        for listener in listeners:
             listener(running, decoded, self.sampler.max_new_tokens)
 
     def update(self, ahead: bool = False) -> None:
@@ -222,7 +181,8 @@ class Generation:
             pass  # raised on this rank alone; `check_stop` tells the others
         except RolloutError as error:
             failure = error
-        self.run.check_stop()
+        run = self.run()
+        check_stop(run.signals, run.device or torch.device("cpu"))
         self.fail_together(failure)
 
     def shut_down(self) -> None:
@@ -256,11 +216,14 @@ class Generation:
 
     def _give(self, together: bool, ahead: bool) -> None:
         """Update the engine of this rank; where all ranks are here, `together`, a failure on one is raised on all."""
-        policy, sampler, run, began = self.policy, self.sampler, self.run, time.perf_counter()
+        policy, sampler, run, began = self.policy, self.sampler, self.run(), time.perf_counter()
         before, stopping = sampler.version, self.stopping_together if together else nullcontext
+        base = policy.base_digest
+        if policy.quantization is not None and policy.plan is not None:  # the base is quantized when it is adapted
+            base = f"{base} {policy.quantization.to_config()}"
         from hybrid_lightning.model.current_weights import CurrentWeights  # with PEFT, which is slow to import
 
-        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0)
+        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, run.step, run.rank == 0)
         model = self._served_model
         failure: Exception | None = None
         waits = sampler.is_remote and not (ahead and sampler.inflight_updates)
@@ -293,7 +256,7 @@ class Generation:
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
         sampler, needed = self.sampler, False
-        with self.stopping_together(), self.run.signals.interruptible():
+        with self.stopping_together(), self.run().signals.interruptible():
             needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
         return any(gather_objects(needed))
 
@@ -331,27 +294,28 @@ class Generation:
     def _is_behind(self) -> bool:
         """Whether the engine has no weights yet, or those of an earlier step."""
         version = self.sampler.version
-        return version is None or version.step != self.run.step
+        return version is None or version.step != self.run().step
 
     @property
     def _is_alone(self) -> bool:
         """Whether this rank completes before the others do: the first one, in calibration."""
-        alone = not self.sampler.shared_by_ranks or self.run.rank == 0
+        alone = not self.sampler.shared_by_ranks or self.run().rank == 0
         return alone and self._is_behind and not self.policy.weights.sharded
 
     @property
     def _served_model(self) -> ServedModel:
-        pretrained, device = self.policy.pretrained, self.run.device or next(self.policy.model.parameters()).device
+        run, pretrained = self.run(), self.policy.pretrained
+        device = run.device or next(self.policy.model.parameters()).device
         with self.policy.precision():
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[pretrained.dtype]
-        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, self.run.is_resumed)
+        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, run.is_resumed)
 
     @cached_property
     def _folder(self) -> str | None:
         """The folder from which an engine can read the start policy's weights; None if they are not in one as they are."""
         source = self.policy.pretrained.source
-        if source.adapter is not None or "gguf_file" in source.arguments or not self.policy.has_plain_base:
+        if source.adapter is not None or "gguf_file" in source.arguments or self.policy.quantization is not None:
             return None
         if not source.on_hub:
             return str(source.location)

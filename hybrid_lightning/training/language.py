@@ -42,17 +42,17 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.run_state import RunState
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.sharding.ranks import check_stop, gather_counts, gather_objects, sum_over_ranks
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.training.adaptation import CHECKPOINT_KEY, AdaptedModule
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.training.generation import Generation
-from hybrid_lightning.training.module_run import ModuleRun
 from hybrid_lightning.training.run_checks import check_run
 from hybrid_lightning.training.step_times import PhaseClock
-from hybrid_lightning.training.training_data import make_rollout_loader
+from hybrid_lightning.training.training_data import make_rollout_loader, restart_epoch
 from hybrid_lightning.training.update import Update, restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.types import Completion, PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -117,7 +117,8 @@ class LanguageModule(AdaptedModule, ABC):
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.tokens_of_pass: int | None = None  # what was chosen for the run where that is None
         self.clock = PhaseClock()  # replaced by StepTimer's
-        self.run = ModuleRun(self)
+        self.signals = StopSignals()  # replaced by GracefulStop's, which are those of the process
+        self.generation_listeners: list[Callable[[int, int, int], None]] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
         self.update = Update(self)
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
@@ -265,25 +266,32 @@ class LanguageModule(AdaptedModule, ABC):
         if self.episodes is not None:
             self.episodes.shut_down()
 
-    # ---- signals
+    # ---- the run
 
-    @property
-    def signals(self) -> StopSignals:
-        """How the run is asked to stop; `GracefulStop` gives the signals of the process."""
-        return self.run.signals
-
-    @signals.setter
-    def signals(self, signals: StopSignals) -> None:
-        self.run.signals = signals
-
-    @property
-    def generation_listeners(self) -> list[Callable[[int, int, int], None]]:
-        """Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`)."""
-        return self.run.listeners
+    def run_state(self) -> RunState:
+        """What rollouts have to know of the run now."""
+        trainer: Any = self._trainer
+        if trainer is None:
+            return RunState(self.signals, self.generation_listeners)
+        return RunState(
+            self.signals,
+            self.generation_listeners,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            step=int(trainer.global_step),
+            steps_left=lambda: float(trainer.estimated_stepping_batches - trainer.global_step),
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            device=trainer.strategy.root_device,
+            is_training=bool(trainer.training),
+            is_resumed=trainer.state.fn == "fit" and trainer.ckpt_path is not None,
+            sum_over_ranks=sum_over_ranks,
+            gather_over_ranks=gather_objects,
+            restart_epoch=lambda: restart_epoch(trainer),
+        )
 
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
-        self.run.check_stop()
+        check_stop(self.signals, self.device)
 
     def stopping_together(self) -> AbstractContextManager[None]:
         """See `Generation.stopping_together`."""
@@ -299,19 +307,7 @@ class LanguageModule(AdaptedModule, ABC):
     def generation(self) -> Generation:
         """Completes prompts for this policy."""
         ahead = self.rollout_schedule.rollouts_ahead
-        return Generation(self, self.sampler, self.episodes, self.run, seed=self.seed, rollouts_ahead=ahead)
-
-    @property
-    def base_description(self) -> str:
-        """What tells the weights that training leaves alone from those of other models."""
-        if self.quantization is not None and self.plan is not None:  # the base is quantized when it is adapted
-            return f"{self.base_digest} {self.quantization.to_config()}"
-        return self.base_digest
-
-    @property
-    def has_plain_base(self) -> bool:
-        """Whether the start policy's weights are those of its files."""
-        return self.quantization is None
+        return Generation(self, self.sampler, self.episodes, self.run_state, seed=self.seed, rollouts_ahead=ahead)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

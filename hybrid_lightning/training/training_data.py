@@ -34,7 +34,7 @@ def make_rollout_loader(policy: "LanguageModule", prompts: Sequence[Prompt]) -> 
         prompts,
         policy,
         policy.rollout_schedule,
-        policy.run,
+        policy.run_state,
         generator=torch.Generator().manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch),
         seed=policy.seed,
         epoch=epoch,

@@ -9,8 +9,8 @@ import torch
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, TrainedRollout
-from hybrid_lightning.rollout.run_context import RunContext
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.rollout.run_state import RunState
+from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 
@@ -51,27 +51,13 @@ def scored_rollout(prompts, sequences, logprobs, advantages, samples):
     return ScoredRollout(rollouts, Rewards(-advantages, {"part": advantages}, finished), advantages)
 
 
-class Run(RunContext):
-    """A run with these answers."""
-
-    accumulate_grad_batches, rank, world_size, device, steps_left = 1, 0, 1, torch.device("cpu"), float("inf")
-
-    def __init__(self, **answers):
-        super().__init__()
-        self.restarts = 0
-        vars(self).update(answers)
-
-    def restart_epoch(self):
-        self.restarts += 1
-
-
 def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **arguments):
     schedule = schedule or RolloutSchedule(4, 2, minibatches_per_rollout=2)
     source = source or Source(schedule.samples_per_prompt)
     data = [Prompt(text=str(i), index=i) for i in range(prompts)]
     generator = torch.Generator().manual_seed(0)
-    run = run or Run(accumulate_grad_batches=accumulate)
-    return RolloutLoader(data, source, schedule, run, generator=generator, **arguments)
+    state = RunState(StopSignals(), accumulate_grad_batches=accumulate, **(run or {}))
+    return RolloutLoader(data, source, schedule, lambda: state, generator=generator, **arguments)
 
 
 def flat(batch):
@@ -212,14 +198,14 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match="cannot be split evenly into 6"):
         build(accumulate=3)
     with pytest.raises(ConfigError, match="multiple of the 3 devices"):
-        build(run=Run(world_size=3))
+        build(run={"world_size": 3})
     with pytest.raises(ConfigError, match="prompts_per_rollout must be at least 1"):
         RolloutSchedule(0, 1)
 
 
 def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead():
     schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
-    loaders = [build(run=Run(rank=rank, world_size=2), schedule=schedule) for rank in range(2)]
+    loaders = [build(run={"rank": rank, "world_size": 2}, schedule=schedule) for rank in range(2)]
     for loader in loaders:
         next(iter(loader))
     states = [loader.state_dict() for loader in loaders]
@@ -236,7 +222,7 @@ def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead(
     assert shown.rollouts.prompts == tuple(prompt for part in of_ranks for prompt in part.rollouts.prompts)
     assert shown.rollouts.completions == tuple(text for part in of_ranks for text in part.rollouts.completions)
     assert torch.equal(shown.rewards.total, torch.cat([part.rewards.total for part in of_ranks]))
-    two, third = build(run=Run(rank=1, world_size=2), schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
+    two, third = build(run={"rank": 1, "world_size": 2}, schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
     two.load_state_dict(one.state_dict())
     mine = two._ahead[0].minibatches.result()[0].rollout
     assert mine.rollouts.prompts == third.rollouts.prompts[2:] and mine.rollouts.completions == third.rollouts.completions[4:]
@@ -247,14 +233,16 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_p
     loader = build()
     next(iter(loader))
     state = loader.state_dict()
-    for changed in (build(prompts=13), build(shuffle=False)):
+    told = []
+    run = {"restart_epoch": lambda: told.append(True)}
+    for changed in (build(prompts=13, run=run), build(shuffle=False, run=run)):
         changed.load_state_dict(state)
         fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
-        assert changed.run.restarts == 1 and not changed._pending
+        assert told.pop() and not changed._pending
         assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
-    same = build(run=Run(device=torch.device("meta")))
+    same = build(run={"device": torch.device("meta"), **run})
     same.load_state_dict(state)
-    assert same._cursor.position == loader._cursor.position and not same.run.restarts
+    assert same._cursor.position == loader._cursor.position and not told
     batch = next(iter(same))
     assert batch.sequences.prompt_ids.is_meta and batch.advantages.is_meta and same.generator.device.type == "cpu"
 
@@ -287,11 +275,10 @@ class Elsewhere(Source):
 
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_not(ahead):
-    schedule, batches, run, source = RolloutSchedule(4, 2, rollouts_ahead=ahead), [], Run(steps_left=8), Elsewhere(2)
-    loader = build(source=source, schedule=schedule, run=run)
+    schedule, batches, source = RolloutSchedule(4, 2, rollouts_ahead=ahead), [], Elsewhere(2)
+    loader = build(source=source, schedule=schedule, run={"steps_left": lambda: 8 - len(batches)})
     for batch in batches_of(loader, 8):
         batches.append(flat(batch)[:3])
-        run.steps_left -= 1
     expected = ["begin 0"]
     for number in range(8):  # the engine has nothing under way of a rollout when it is given other weights for a later one
         later = range(number + ahead if number else 1, min(8, number + ahead + 1))

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,7 +20,6 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.training.module_run import ModuleRun
 from hybrid_lightning.types import Prompt
 
 TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")
@@ -173,7 +173,8 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
     policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
     policy.generation.check()
-    monkeypatch.setattr(ModuleRun, "step", property(lambda self: steps[-1]))
+    state = policy.run_state()
+    monkeypatch.setattr(policy.generation, "run", lambda: replace(state, step=steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(120)])  # so many that some wait, however late the update comes
     begun = policy.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60

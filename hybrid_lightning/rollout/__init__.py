@@ -2,8 +2,10 @@
 
 prompt_order.py       in which order training prompts are drawn
 sampler.py            samples completions
-rollout_engine.py     the interface of all that samples completions
-conversation.py       episodes of several turns, which go on with what was added to them
+interface.py          what an engine is asked, and what it is told of weights and model
+rollout_engine.py     the interface of all that samples completions, and of episodes that continue turn by turn
+future.py             a rollout in progress
+run_context.py        what rollouts ask of the run that they belong to
 vllm/                 samples completions by vLLM
 rng.py                random numbers of the sampler, and random states for checkpoints
 dynamic_sampling.py   replaces groups from which nothing can be learned

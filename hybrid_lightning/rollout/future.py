@@ -82,10 +82,6 @@ class RolloutFuture(Generic[_T]):
         """Whether there is nothing to wait for: what is made elsewhere is made, or was cancelled."""
         return self._cancelled or self._waited or (self._source is not None and self._source.done())
 
-    def cancelled(self) -> bool:
-        """Whether it was cancelled."""
-        return self._cancelled
-
     def cancel(self) -> bool:
         """Begin to end what is made elsewhere, since nobody needs it any more; False if the result is known already."""
         if self._values or self._cancelled:

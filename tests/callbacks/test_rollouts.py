@@ -10,6 +10,7 @@ import pytest
 import rich
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.cells import cell_len
 from rich.console import Console
 from tensorboard import plugin_util
@@ -19,7 +20,7 @@ from tiny_runs import build_adapter, build_data, build_trainer, fit
 
 from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary
 from hybrid_lightning.callbacks.display import progress_bar
-from hybrid_lightning.callbacks.rollouts import say_completions
+from hybrid_lightning.callbacks.rollouts import OncePerRollout, say_completions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
@@ -119,6 +120,42 @@ def test_impossible_settings_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             kind(**{name: value})
+
+
+# ---- which rollout
+
+
+class Looks(OncePerRollout):
+    """Notes the step of each look, and what every micro-batch came with."""
+
+    def __init__(self):
+        self.steps, self.seen = [], []
+
+    def on_rollout(self, trainer, rollouts, rewards, advantages):
+        self.steps.append(trainer.global_step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        rollouts, rewards, _ = batch.rollout
+        known = _tokens(rollouts.sequences)
+        assert all(row in known for row in _tokens(batch.sequences)), "its own rollout"
+        assert float(rewards.total.mean()) == pytest.approx(batch.metrics["reward"])
+        texts = [(prompt.text, *map(str, rollouts.completions)) for prompt in rollouts.prompts]
+        self.seen.append((trainer.global_step, batch.rollout_number, texts, rewards.total.tolist()))
+
+
+def _tokens(sequences):
+    return [row[mask].tolist() for row, mask in zip(sequences.completion_ids, sequences.completion_mask, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_callbacks_see_the_rollout_that_is_trained_on_once_whenever_it_was_made_and_after_a_resume(model, sums, tmp_path, ahead):
+    whole, resumed, policy = Looks(), Looks(), {"rollouts_ahead": ahead, "minibatches_per_rollout": 2}
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    fit(model, sums, tmp_path, whole, saver, policy=policy, max_steps=6, enable_checkpointing=True)
+    fit(model, sums, tmp_path, resumed, policy=policy, max_steps=6, ckpt=tmp_path / "step=3.ckpt")
+    assert whole.steps == [0, 2, 4] and resumed.steps == [4], "that of the third step was seen before the stop"
+    assert resumed.seen == whole.seen[3:] and [number for _, number, *_ in whole.seen] == [0, 0, 1, 1, 2, 2]
 
 
 # ---- on the screen

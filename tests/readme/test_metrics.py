@@ -11,8 +11,8 @@ from cli_runs import command
 from pages import PAGES, ROOT
 
 from hybrid_lightning import losses
-from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import LossInputs
 
 REFERENCE = PAGES["docs/reference/metrics.md"]
@@ -62,7 +62,7 @@ def of_losses():
 def of_engines():
     """What is logged beside the rest where an engine has weights of its own, as vLLM has."""
     sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
-    generation = Generation(None, sampler, None, RunContext(), seed=0, rollouts_ahead=0)
+    generation = Generation(None, sampler, None, Run())
     return generation.metrics().keys() | {"sampling/weights_versions"}
 
 

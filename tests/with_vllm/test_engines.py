@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hybrid_lightning.training.module_run import ModuleRun
 from ranks_of_tests import run
 from test_ranks_with_vllm import check, train
 from tiny_runs import Talk
@@ -175,7 +174,7 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
     policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
     policy.task.generation.check()
-    monkeypatch.setattr(ModuleRun, "step", property(lambda self: steps[-1]))
+    monkeypatch.setattr(type(policy.run), "step", property(lambda self: steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(120)])  # so many that some wait, however late the update comes
     begun = policy.task.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60

@@ -59,7 +59,7 @@ def saved_config(trainer: Trainer) -> Path | None:
 
 
 def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
-    """The command that continues from a checkpoint, or from a folder of scores; for a run from Python, the argument to give.
+    """The command that continues from a checkpoint; for a run from Python, the argument to give.
 
     This does not communicate with other ranks.
     """

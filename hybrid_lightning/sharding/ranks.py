@@ -78,22 +78,6 @@ def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: 
     return [found for found, _, _ in answers]
 
 
-def deal(piece: Tensor | None, like: Tensor, owner: int, there: Sequence[bool]) -> list[Tensor | None] | None:
-    """Send the rank `owner` the tensors of all ranks: those of each rank where this is the owner, and None elsewhere.
-
-    `piece` is that of this rank, contiguous, or None if it has none; `like` has its size, shape, dtype and device, on which those
-    of all are; `there` says which ranks have one.
-    """
-    # As bytes, which all backends can send.
-    mine = (torch.empty_like(like) if piece is None else piece.to(like.device)).view(torch.uint8).flatten()
-    if dist.get_rank() != owner:
-        dist.gather(mine, dst=owner)
-        return None
-    parts = [torch.empty_like(mine) for _ in there]
-    dist.gather(mine, parts, dst=owner)
-    return [part.view(like.dtype).view(like.shape) if has else None for part, has in zip(parts, there, strict=True)]
-
-
 def gather_counts(count: int, device: torch.device) -> list[int]:
     """The numbers of all ranks; `device` is the one on which the ranks train."""
     ranks = world_size()

@@ -219,7 +219,8 @@ class PolicyModule(LanguageModule):
             schedule=schedule,
         )
         if environment is not None:
-            self.episodes = Episodes(environment, episodes or EpisodeLimits(), self.sampler, self.pretrained, turn_template)
+            limits, turn_rewards = episodes or EpisodeLimits(), credit == "turn"
+            self.episodes = Episodes(environment, limits, self.sampler, self.pretrained, turn_template, turn_rewards)
         self.sampler.requests_go_on = self.sampler.completes_elsewhere and rollouts_ahead > 1
         if rollouts_ahead and self.sampler.completes_elsewhere:
             self.shown_metrics = (*self.shown_metrics, "sampling/waited_s", "sampling/engine_idle_s")

@@ -52,8 +52,8 @@ class Objects:
         """Forget the object of an episode."""
         self._objects.pop(number, None)
 
-    async def call(self, number: int, seed: int, method: str, arguments: tuple[Any, ...], timeout_s: float | None) -> Any:
-        """Make the object of an episode ("new"), or call a method of it.
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float | None) -> Any:
+        """Call a method of the object of an episode, which is made for a "start".
 
         Returns:
             What it answers, checked.
@@ -62,11 +62,20 @@ class Objects:
             FaultError, LateError: Why it does not answer.
             HybridLightningError: Whatever of that kind it raises, which is no fault of the environment.
         """
-        function = partial(getattr(self._objects[number], method), *arguments) if method != "new" else self._new
-        value, error = await call(
-            function, timeout_s, _CHECKS.get(method, lambda value: value), alone=not self._environment.thread_safe
-        )
-        if method == "close":
+        made = [self._objects[number]] if number in self._objects else []
+
+        def start() -> Any:
+            made.append(self._new())
+            return made[0].start(*arguments)
+
+        if method == "close" and not made:  # it could not be made
+            return None
+        function = start if method == "start" else partial(getattr(made[0], method), *arguments)
+        check = _CHECKS.get(method, lambda value: value)
+        value, error = await call(function, timeout_s, check, alone=not self._environment.thread_safe)
+        if method == "start" and made:
+            self._objects[number] = made[0]
+        elif method == "close":
             self.drop(number)
         if isinstance(error, HybridLightningError):
             raise error
@@ -76,9 +85,6 @@ class Objects:
             raise FaultError(f"{self.name}.{method} {error};")
         if error is not None:
             raise FaultError(f"{self.name}.{method} raised {describe_error(error)}") from error
-        if method == "new":
-            self._objects[number] = value
-            return None
         return value
 
     def _new(self) -> Environment:
@@ -99,6 +105,12 @@ def late_message(name: str, method: str, timeout_s: float | None) -> str:
 def random_states() -> tuple[Any, Any, torch.Tensor]:
     """The states of the global generators of Python, NumPy and torch (of the CPU)."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def same_random_states(one: tuple[Any, Any, torch.Tensor], other: tuple[Any, Any, torch.Tensor]) -> bool:
+    """Whether the generators would continue in the same way."""
+    numpy = all(np.array_equal(*pair) for pair in zip(one[1], other[1], strict=True))
+    return one[0] == other[0] and numpy and torch.equal(one[2], other[2])
 
 
 def restore_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.environment import Environment, Step
-from hybrid_lightning.environments.objects import Objects, random_states, restore_random_states
+from hybrid_lightning.environments.objects import Objects, random_states, restore_random_states, same_random_states
 from hybrid_lightning.environments.running_episode import Failure, RunningEpisode, Started, TimedOut
 from hybrid_lightning.environments.workers import Workers
 from hybrid_lightning.errors import ConfigError, EpisodeError
@@ -176,8 +175,9 @@ class RunningEpisodes:
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
         episodes = [self._episodes.pop(number) for number in ended]
         if episodes and type(self.environment).close is not Environment.close:
-            with suppress(LoopLostError):
-                self._run(_together([episode.close() for episode in episodes]))
+            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others have less time
+                with suppress(LoopLostError):
+                    self._run(_together([episode.close() for episode in together]))
         for number in ended:
             self._objects.drop(number)
         self._warn_close(episodes)
@@ -255,7 +255,7 @@ class RunningEpisodes:
             yield
         finally:
             os.chdir(folder)
-            if pickle.dumps(before) != pickle.dumps(random_states()):
+            if not same_random_states(before, random_states()):
                 restore_random_states(before)
                 self._warn(
                     "global generators",

@@ -39,8 +39,8 @@ class Place(Protocol):
     def has(self, number: int) -> bool:
         """Whether there is an object for an episode. It may be lost with its process."""
 
-    async def call(self, number: int, seed: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """Make the object of an episode ("new"), or call a method of it, and return what it answers."""
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
+        """Call a method of the object of an episode, which is made for a "start", and return what it answers."""
 
 
 class RunningEpisode:
@@ -120,9 +120,8 @@ class RunningEpisode:
                     return Failure(str(fault))
 
     async def _begin(self) -> None:
-        """Make the object, start it, and let it answer what it has answered before."""
+        """Start an object, and let it answer what it has answered before."""
         self._turn = 0
-        await self._call("new")
         started = await self._call("start", deepcopy(self._prompt), self._seed)  # the prompt is shared by a group
         if self._started is None:
             self._started = started
@@ -146,7 +145,7 @@ class RunningEpisode:
     async def _call(self, method: str, *arguments: Any) -> Any:
         timeout_s = min(self._step_timeout_s, self._place.close_s) if method == "close" else self._step_timeout_s
         try:
-            return await self._place.call(self._number, self._seed, method, arguments, timeout_s)
+            return await self._place.call(self._number, method, arguments, timeout_s)
         except FaultError as fault:
             raise type(fault)(f"{fault} {self._where()}") from fault
 

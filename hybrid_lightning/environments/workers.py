@@ -80,9 +80,9 @@ class Workers:
         """Whether there is an object for an episode."""
         return number in self._of(number).numbers
 
-    async def call(self, number: int, seed: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """Make the object of an episode ("new"), or call a method of it; see `Objects.call`."""
-        return await self._of(number).call((number, seed, method, arguments), timeout_s)
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
+        """Call a method of the object of an episode, which is made for a "start"; see `Objects.call`."""
+        return await self._of(number).call(number, method, arguments, timeout_s)
 
     async def close(self) -> None:
         """End the processes."""
@@ -103,22 +103,22 @@ class _Process:
         self._popen: subprocess.Popen[bytes] | None = None
         self._connection: Connection
 
-    async def call(self, request: tuple[int, int, str, tuple[Any, ...]], timeout_s: float) -> Any:
-        number, _, method, _ = request
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
+        """See `Objects.call`."""
         async with self._turn:
-            if method != "new" and number not in self.numbers:
+            if method != "start" and number not in self.numbers:
                 raise LostError(f"{self._name} was lost with its process")
             try:
                 if self._popen is None:
                     self._popen = self._started()
                     await self._received("import", _READY_S)
+                (self.numbers.discard if method == "close" else self.numbers.add)(number)
                 with suppress(OSError):  # if it has ended, nothing can be received
-                    self._connection.send(request)
+                    self._connection.send((number, method, arguments))
                 value = await self._received(method, timeout_s)
             except asyncio.CancelledError:  # after Ctrl-C: its answer is for nobody
                 self.kill()
                 raise
-            (self.numbers.discard if method == "close" else self.numbers.add)(number)
             return value
 
     async def _received(self, method: str, timeout_s: float) -> Any:
@@ -202,16 +202,15 @@ def main() -> None:
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, requests), daemon=True).start()
     while True:
-        number, seed, method, arguments = requests.get()
-        if method == "new":
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+        number, method, arguments = requests.get()
+        if method == "start":
+            for seed_it in (random.seed, np.random.seed, torch.manual_seed):
+                seed_it(arguments[1])  # the seed of the episode
         else:
             restore_random_states(states[number])
         try:
             # Without a time limit: the process is killed if it takes too long.
-            reply = run_async(objects.call(number, seed, method, arguments, None)), None
+            reply = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
         except BaseException as error:  # an environment has stopped the event loop, or cancelled what runs on it

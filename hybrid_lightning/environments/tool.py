@@ -118,7 +118,11 @@ def _without_nullable(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     plain = {name: _without_nullable(entry) for name, entry in schema.items() if not (name == "nullable" and entry is True)}
-    return {"anyOf": [plain, {"type": "null"}]} if len(plain) < len(schema) else plain
+    if len(plain) < len(schema):
+        for name, null in (("type", "null"), ("enum", None), ("anyOf", {"type": "null"})):
+            if name in plain:
+                plain[name] = [*([plain[name]] if isinstance(plain[name], str) else plain[name]), null]
+    return plain
 
 
 def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:

@@ -62,20 +62,20 @@ class Objects:
             FaultError, LateError: Why it does not answer.
             HybridLightningError: Whatever of that kind it raises, which is no fault of the environment.
         """
-        made = [self._objects[number]] if number in self._objects else []
+        made: list[Environment] = []
 
         def start() -> Any:
             made.append(self._new())
             return made[0].start(*arguments)
 
-        if method == "close" and not made:  # it could not be made
+        if method == "close" and number not in self._objects:  # it could not be made
             return None
-        function = start if method == "start" else partial(getattr(made[0], method), *arguments)
+        function = start if method == "start" else partial(getattr(self._objects[number], method), *arguments)
         check = _CHECKS.get(method, lambda value: value)
         value, error = await call(function, timeout_s, check, alone=not self._environment.thread_safe)
-        if method == "start" and made:
+        if made:
             self._objects[number] = made[0]
-        elif method == "close":
+        if method == "close":
             self.drop(number)
         if isinstance(error, HybridLightningError):
             raise error

@@ -113,7 +113,7 @@ class RunningEpisodes:
         self.environment, self.limits, self._on_wait = environment, limits, on_wait
         told = limits.step_timeout_s, turn_rewards
         self._workers = Workers(environment, limits.workers, *told) if limits.workers else None
-        self._objects = Objects(environment, *told)
+        self._place = self._workers or Objects(environment, *told)
         self._episodes: dict[int, RunningEpisode] = {}  # those that have not ended
         self._count = 0  # episodes of the rollout
         self._failures: list[Failure] = []
@@ -137,9 +137,8 @@ class RunningEpisodes:
         self.finish()
         self._count, self._failures = len(prompts), []
         self._answered, self._late = Counter(), Counter()
-        place = self._workers or self._objects
         self._episodes = {
-            number: RunningEpisode(number, prompt, int(seed), place, self.limits.step_timeout_s)
+            number: RunningEpisode(number, prompt, int(seed), self._place, self.limits.step_timeout_s)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         }
         answers = self._ask("start", {number: episode.start() for number, episode in self._episodes.items()})
@@ -179,7 +178,7 @@ class RunningEpisodes:
                 with suppress(LoopLostError):
                     self._run(_together([episode.close() for episode in together]))
         for number in ended:
-            self._objects.drop(number)
+            self._place.drop(number)
         self._warn_close(episodes)
 
     def close(self) -> None:
@@ -208,7 +207,7 @@ class RunningEpisodes:
                 "it all its episodes; `await` what takes long, or make the method or tool an ordinary function"
             )
             for number in works.keys() - answers.keys():
-                self._objects.drop(number)
+                self._place.drop(number)
                 note(number, TimedOut(late) if kind == "step" else Failure(late, late=True))
         return answers
 

@@ -39,6 +39,9 @@ class Place(Protocol):
     def has(self, number: int) -> bool:
         """Whether there is an object for an episode. It may be lost with its process."""
 
+    def drop(self, number: int) -> None:
+        """Forget the object of an episode."""
+
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         """Call a method of the object of an episode, which is made for a "start", and return what it answers."""
 

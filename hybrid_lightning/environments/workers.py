@@ -80,6 +80,10 @@ class Workers:
         """Whether there is an object for an episode."""
         return number in self._of(number).numbers
 
+    def drop(self, number: int) -> None:
+        """Forget the object of an episode."""
+        self._of(number).numbers.discard(number)
+
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         """Call a method of the object of an episode, which is made for a "start"; see `Objects.call`."""
         return await self._of(number).call(number, method, arguments, timeout_s)

@@ -322,8 +322,9 @@ def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
     environment.prepare("{{ messages }}")
     episodes = RunningEpisodes(environment, EpisodeLimits(workers=2))
     try:
-        episodes.start(prompts(), SEEDS)
-        answers = episodes.step({number: said("hi") for number in range(4)})
+        for _ in range(2):  # rollouts
+            episodes.start(prompts(), SEEDS)
+            answers = episodes.step({number: said("hi") for number in range(4)})
         with pytest.raises(SandboxError, match="no sandbox"):
             episodes.step({0: said("raise")})
     finally:

@@ -1,78 +1,39 @@
-"""Calls of the user's code: with a time limit, awaited, in threads; see `user_code.py` for how it is found."""
+"""Calls of the user's code: `async` functions on one event loop, ordinary ones in threads of one pool, with time limits.
+
+    run_async(work)                  from any thread: run a coroutine on the event loop of this process
+    await call(function, timeout_s)  on an event loop: any function, awaited if it is `async`, otherwise in a thread
+
+A thread cannot be stopped: an ordinary function that takes too long continues in the background, and its result is ignored.
+`user_code.py` finds the functions.
+"""
 
 import asyncio
 import inspect
-import itertools
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
+from weakref import WeakKeyDictionary
 
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # process id -> event loop: a forked process has no thread that runs the loop
-_lock = threading.Lock()
-_numbers = itertools.count()
+_SLICE_S = 0.1  # in which a caller looks whether the event loop still runs
+_SIDE_BY_SIDE = 64  # ordinary functions that run at the same time
+_GROW_S, _IDLE_S = 0.005, 5.0  # in which a call should have ended, and after which an idle thread ends
 
-
-def run_async(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end on the event loop that all calls in this process share.
-
-    The loop is shared because HTTP clients and the like belong to the loop on which they were first used. It runs in a thread
-    of its own, so that this also works where the calling thread already has a loop, as in a notebook.
-    """
-    future = asyncio.run_coroutine_threadsafe(work, _loop())
-    try:
-        return future.result()
-    except BaseException:  # above all Ctrl-C: the coroutine must not go on in the background
-        future.cancel()
-        raise
-
-
-async def await_all(
-    calls: list[Callable[[], Awaitable[Any]]], timeout_s: float | None, concurrency: int
-) -> list[Any | BaseException]:
-    """Await several calls, `concurrency` at a time, each with a time limit of its own; None for no limit.
-
-    Returns:
-        For each call its result, or the exception that it raised: `TimeoutError` if it took too long.
-    """
-    turns = asyncio.Semaphore(concurrency)
-
-    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
-        async with turns:  # waiting for a turn does not count towards the time limit
-            return await asyncio.wait_for(call(), timeout_s)
-
-    return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
-
-
-def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
-    """Call an ordinary function with a time limit; None for no limit.
-
-    A thread cannot be stopped: a function that takes too long goes on in the background, and its result is ignored.
-
-    Raises:
-        TimeoutError: If the function takes longer than `timeout_s`.
-    """
-    if timeout_s is None:
-        return function()
-    future: Future[Outcome] = Future()
-    threading.Thread(target=lambda: future.set_result(outcome_of(function)), name="user-code", daemon=True).start()
-    value, error = future.result(timeout_s)
-    if error is not None:
-        raise error
-    return value
+Outcome = tuple[Any, BaseException | None]  # what a call returned, or else what it raised
 
 
 class TookTooLongError(TimeoutError):
-    """A call was given up, since it took longer than it may; a TimeoutError may also come from the called function itself."""
+    """A call was given up because it took too long; a TimeoutError may also come from the called function itself."""
 
 
-Outcome = tuple[Any, BaseException | None]  # what a call returned, or else what it raised
+class LoopLostError(RuntimeError):
+    """The event loop of this process was blocked or stopped by code that runs on it. Later calls get a new one."""
 
 
 def outcome_of(function: Callable[[], Any]) -> Outcome:
@@ -83,78 +44,202 @@ def outcome_of(function: Callable[[], Any]) -> Outcome:
         return None, error
 
 
+def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), on_wait: Callable[[], None] = lambda: None) -> Any:
+    """Run a coroutine to its end on the event loop that all calls in this process share.
+
+    The loop is shared because HTTP clients and the like belong to the loop on which they were first used. It runs in a thread
+    of its own, so that this also works where the calling thread already has a loop, as in a notebook.
+
+    Args:
+        work: The coroutine.
+        blocked_s: Seconds for which code may keep the loop from running anything else.
+        on_wait: Called from time to time while the calling thread waits; an exception from it cancels the coroutine.
+
+    Raises:
+        LoopLostError: If the loop was blocked for longer, or stopped.
+    """
+    loop, thread = _shared_loop()
+    future = asyncio.run_coroutine_threadsafe(work, loop)
+    answered, since = threading.Event(), time.monotonic()
+    loop.call_soon_threadsafe(answered.set)
+    try:
+        while not futures.wait([future], _SLICE_S).done:
+            on_wait()
+            if answered.is_set():
+                answered, since = threading.Event(), time.monotonic()
+                loop.call_soon_threadsafe(answered.set)
+            elif time.monotonic() - since > blocked_s or not thread.is_alive():
+                with _lock:
+                    if _loops.get(os.getpid()) == (loop, thread):
+                        del _loops[os.getpid()]
+                raise LoopLostError("code on the event loop has " + ("blocked" if thread.is_alive() else "stopped") + " it")
+        return future.result()
+    finally:  # above all after Ctrl-C: the coroutine must not continue in the background
+        future.cancel()
+
+
+async def call(
+    function: Callable[[], Any],
+    timeout_s: float | None = None,
+    then: Callable[[Any], Any] = lambda value: value,
+    alone: bool = False,
+) -> Outcome:
+    """Call a function once, await what it returns if it is awaitable, and apply `then` to the value.
+
+    Args:
+        function: An `async` function is called on the running event loop, any other one in a thread.
+        timeout_s: Seconds for all of it, from when the function is called; None for no limit. What is awaited for longer is
+            cancelled, and not waited for if it ignores that.
+        then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
+        alone: Whether an ordinary function must not run beside others that are called so. All of these share one thread, until
+            one of them takes too long.
+
+    Returns:
+        The outcome; its error is `TookTooLongError` if the time was over.
+    """
+    if inspect.iscoroutinefunction(function):
+        work, error = outcome_of(function)
+        return (None, error) if error is not None else await _awaited(work, timeout_s, then)
+    began = time.monotonic()
+
+    def called() -> Any:
+        nonlocal began
+        began = time.monotonic()
+        value = function()
+        return value if inspect.isawaitable(value) else then(value)
+
+    value, error = await _lanes()[alone].outcome(called, timeout_s)
+    if error is None and inspect.isawaitable(value):
+        left_s = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
+        return await _awaited(value, left_s, then)
+    return value, error
+
+
+async def await_all(calls: list[Callable[[], Any]], timeout_s: float | None, concurrency: int) -> list[Any | BaseException]:
+    """Call several functions, `concurrency` at a time, each with a time limit of its own; None for no limit.
+
+    Returns:
+        For each function its result, or the exception that it raised: `TimeoutError` if it took too long.
+    """
+    turns = asyncio.Semaphore(concurrency)
+
+    async def one(function: Callable[[], Any]) -> Any:
+        async with turns:  # waiting for a turn does not count towards the time limit
+            value, error = await call(function, timeout_s)
+            return value if error is None else error
+
+    return await asyncio.gather(*map(one, calls))
+
+
+def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
+    """Call an ordinary function with a time limit; None for no limit.
+
+    Raises:
+        TimeoutError: If the function takes longer than `timeout_s`.
+    """
+    if timeout_s is None:
+        return function()
+    value, error = run_async(call(function, timeout_s))
+    if error is not None:
+        raise error
+    return value
+
+
+async def _awaited(work: Awaitable[Any], timeout_s: float | None, then: Callable[[Any], Any]) -> Outcome:
+    async def whole() -> Outcome:
+        try:
+            return then(await work), None
+        except BaseException as error:  # SystemExit would end the event loop
+            return None, error
+
+    task = asyncio.create_task(whole())
+    try:
+        # Not `asyncio.wait_for`, which waits for as long as the code ignores that it is cancelled.
+        await asyncio.wait({task}, timeout=timeout_s)
+        return task.result() if task.done() else (None, TookTooLongError())
+    finally:
+        task.cancel()
+
+
 @dataclass(eq=False)
 class _Call:
     function: Callable[[], Any]
     outcome: "asyncio.Future[Outcome]"
-    timeout_s: float
-    began: float = 0.0  # by `time.monotonic`
+    given_up: bool = False
 
 
-class CallThreads:
-    """Threads in which ordinary functions run for an event loop; see `call_within`.
+class _Lane:
+    """Threads in which ordinary functions run for an event loop. They do not hold up the end of the process.
 
-    Calls wait in a queue: one thread is enough while they are short, since handing over each call to a thread of its own takes
-    far longer than an answer that is there at once. While they take long there are twice as many every few milliseconds.
+    One thread is enough while calls are short, since handing each of them to a thread of its own takes far longer than an answer
+    that is there at once. While they take long there are twice as many threads every few milliseconds.
 
     Args:
-        most: Calls that run at the same time, at most; those that were given up do not count.
+        most: Calls at the same time; those that were given up do not count.
     """
 
-    _GROW_S, _IDLE_S = 0.002, 1.0  # seconds in which a call should have ended, and after which an idle thread ends
-
     def __init__(self, most: int) -> None:
-        self.most = most
-        self._lock = threading.Lock()
+        self._places, self._lock = asyncio.Semaphore(most), threading.Lock()
         self._waiting: SimpleQueue[_Call] = SimpleQueue()
-        self._running: set[_Call] = set()
         self._ended: deque[tuple[_Call, Outcome]] = deque()
-        self._asked = self._begun = 0  # calls; one that a thread has just taken is in neither of the two above
-        self._threads = 0  # without those that run a call that was given up
-        self._watched = self._told = False  # whether the event loop will look at the calls, and at those that have ended
+        self._begun = 0  # calls
+        self._threads = 0  # without those whose call was given up
+        self._grows = self._told = False  # whether the loop will look at the calls that wait, and at those that have ended
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
-        """Await an ordinary function. `timeout_s` after it is called the outcome is `TookTooLongError`; None is no limit."""
-        loop = asyncio.get_running_loop()
-        call = _Call(function, loop.create_future(), float("inf") if timeout_s is None else timeout_s)
-        with self._lock:
-            self._waiting.put(call)
-            self._asked += 1
-            if not self._threads:
-                self._add_thread(loop)
-        if not self._watched:
-            self._watched = True
-            loop.call_later(self._GROW_S, self._watch, loop, self._begun)
-        return await call.outcome
+        async with self._places:  # waiting for a place does not count towards the time limit
+            loop = asyncio.get_running_loop()
+            call = _Call(function, loop.create_future())
+            with self._lock:
+                self._waiting.put(call)
+                if not self._threads:
+                    self._add_thread()
+            if not self._grows:
+                self._grows = True
+                loop.call_later(_GROW_S, self._grow, loop, self._begun)
+            try:
+                done, _ = await asyncio.wait({call.outcome}, timeout=timeout_s)
+                return call.outcome.result() if done else (None, TookTooLongError())
+            finally:
+                with self._lock:
+                    if not call.outcome.done():
+                        call.given_up = True
+                        self._threads -= 1
 
-    def _add_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _add_thread(self) -> None:
         self._threads += 1
-        threading.Thread(target=self._run, args=(loop,), name="user-code", daemon=True).start()
+        threading.Thread(target=self._run, name="user-code", daemon=True).start()
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _grow(self, loop: asyncio.AbstractEventLoop, begun: int) -> None:
+        """Add threads if no call has begun since there were so many; look again while calls wait."""
+        with self._lock:
+            waiting = self._waiting.qsize()
+            for _ in range(min(max(1, self._threads), waiting) if self._begun == begun else 0):
+                self._add_thread()
+        self._grows = waiting > 0
+        if self._grows:
+            loop.call_later(_GROW_S, self._grow, loop, self._begun)
+
+    def _run(self) -> None:
         while True:
             try:
-                call = self._waiting.get(timeout=self._IDLE_S)
+                call = self._waiting.get(timeout=_IDLE_S)
             except Empty:
                 with self._lock:
                     if self._waiting.empty():
                         self._threads -= 1
                         return
                 continue
-            call.began = time.monotonic()
-            with self._lock:
-                self._begun += 1
-                self._running.add(call)
+            self._begun += 1
             outcome = outcome_of(call.function)
             with self._lock:
-                if call not in self._running:  # it was given up
+                if call.given_up:
                     return
-                self._running.remove(call)
                 self._ended.append((call, outcome))
                 told, self._told = self._told, True
             if not told:
                 with suppress(RuntimeError):  # the loop has been closed meanwhile
-                    loop.call_soon_threadsafe(self._settle)
+                    call.outcome.get_loop().call_soon_threadsafe(self._settle)
             del call, outcome  # while it waits for the next one
 
     def _settle(self) -> None:
@@ -164,125 +249,26 @@ class CallThreads:
             if not call.outcome.done():
                 call.outcome.set_result(outcome)
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, begun: int) -> None:
-        """Give up calls that take too long, and add threads for those that wait; so many calls had `begun` the last time."""
-        now = time.monotonic()
-        with self._lock:
-            for call in [call for call in self._running if now - call.began > call.timeout_s]:
-                self._running.remove(call)
-                self._threads -= 1
-                self._ended.append((call, (None, TookTooLongError())))
-            waiting = self._asked - self._begun
-            if self._begun == begun:
-                for _ in range(min(max(1, self._threads), waiting, self.most - self._threads)):
-                    self._add_thread(loop)
-            self._watched = bool(self._running or waiting)
-            left = min((call.began + call.timeout_s - now for call in self._running), default=0.0)
-        self._settle()
-        if self._watched:
-            loop.call_later(self._GROW_S if waiting else max(self._GROW_S, min(left, 0.1)), self._watch, loop, self._begun)
+
+# Semaphores belong to one event loop: lanes for calls side by side, and for those alone.
+_lanes_of: "WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Lane, _Lane]]" = WeakKeyDictionary()
+_loops: dict[int, tuple[asyncio.AbstractEventLoop, threading.Thread]] = {}  # by process id: a forked process has no such thread
+_lock = threading.Lock()
 
 
-async def outcome_awaited(work: Awaitable[Any], timeout_s: float | None, name: str | None = None) -> Outcome:
-    """Await something in a task of this name, whatever it raises.
-
-    What takes longer than `timeout_s` (None: no limit) is cancelled, and not waited for if it ignores that; its outcome is
-    `TookTooLongError`.
-    """
-
-    async def caught() -> Outcome:
-        try:
-            return await work, None
-        except BaseException as error:
-            return None, error
-
-    task = asyncio.create_task(caught(), name=name)
-    try:
-        await asyncio.wait({task}, timeout=timeout_s)
-        if not task.done():
-            return None, TookTooLongError()
-        return (None, asyncio.CancelledError()) if task.cancelled() else task.result()
-    finally:
-        task.cancel()
+def _lanes() -> tuple[_Lane, _Lane]:
+    loop = asyncio.get_running_loop()
+    if loop not in _lanes_of:
+        _lanes_of[loop] = _Lane(_SIDE_BY_SIDE), _Lane(1)
+    return _lanes_of[loop]
 
 
-def outcome_within(function: Callable[[], Any], timeout_s: float, then: Callable[[Any], Any] = lambda value: value) -> Outcome:
-    """Call a function, await what it returns if that is to be awaited, and do `then` with the value, all within a time limit.
-
-    It is awaited on the event loop that all calls share (see `run_async`), or where code of another call holds that up for a
-    quarter of the time, on one of its own; if it was held up in the middle, the function is called once more. The outcome after
-    `timeout_s` is `TookTooLongError`.
-    """
-    until = time.monotonic() + timeout_s
-
-    def called() -> Outcome:
-        value, error = outcome_of(function)
-        return (value, error) if error is not None or inspect.isawaitable(value) else outcome_of(lambda: then(value))
-
-    async def run(value: Awaitable[Any], settled: Future[Outcome], name: str) -> None:
-        async def whole() -> None:
-            try:
-                settled.set_result((then(await value), None))
-            except BaseException as error:
-                settled.set_result((None, error if time.monotonic() < until else TookTooLongError()))
-
-        if settled.set_running_or_notify_cancel():  # otherwise another loop has it
-            await outcome_awaited(whole(), until - time.monotonic(), name)
-
-    value: Any = None
-    for shared in (True, False):
-        if value is None:
-            try:
-                value, error = call_within(called, max(0.0, until - time.monotonic()))
-            except TimeoutError:  # of `call_within`: those of the function are in the outcome
-                break
-            if error is not None or not inspect.isawaitable(value):
-                return value, error
-        loop, settled, name = _loop() if shared else _new_loop(), Future[Outcome](), f"user-code-{next(_numbers)}"
-        work = asyncio.run_coroutine_threadsafe(run(value, settled, name), loop)
-        outcome = _result(settled, loop, name, until)
-        has_begun = not settled.cancel()
-        if outcome is not None or (has_begun and settled.done()):
-            outcome = outcome or settled.result()
-            if not shared and not isinstance(outcome[1], TookTooLongError):  # what takes too long goes on
-                loop.call_soon_threadsafe(loop.stop)
-            return outcome
-        if has_begun:
-            work.cancel()
-            value = None
-    return None, TookTooLongError()
-
-
-def _result(settled: Future[Outcome], loop: asyncio.AbstractEventLoop, name: str, until: float) -> Outcome | None:
-    """The outcome of a call in the task `name` of an event loop; None if code of another call holds up the loop.
-
-    If code holds it up, others get a new loop from now on. At `until`, by `time.monotonic`, the outcome is `TookTooLongError`.
-    """
-    quarter_s = max(0.0, until - time.monotonic()) / 4
-    for _ in range(4):
-        goes_on = threading.Event()
-        loop.call_soon_threadsafe(goes_on.set)
-        with suppress(TimeoutError):
-            return settled.result(quarter_s)
-        if not goes_on.is_set():
-            with _lock:
-                if _loops.get(os.getpid()) is loop:
-                    del _loops[os.getpid()]
-            holding = asyncio.current_task(loop)
-            if holding is not None and holding.get_name() != name:
-                return None
-    return None, TookTooLongError()
-
-
-def _loop() -> asyncio.AbstractEventLoop:
+def _shared_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     with _lock:
         if os.getpid() not in _loops:
             _loops.clear()
-            _loops[os.getpid()] = _new_loop()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True)
+            thread.start()
+            _loops[os.getpid()] = loop, thread
         return _loops[os.getpid()]
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True).start()
-    return loop

@@ -1,32 +1,28 @@
 """Environments: what a policy acts in over several turns, such as tools that it may call, or a game.
 
 environment.py        the contract: `start`, `step`, `close`
-running.py            the environments of a rollout, side by side, with their bounds and faults
-local_episodes.py     where they run: in this process
-process_state.py      what they may change for all of it, and how it is put back
+running.py            the environments of a rollout, side by side, with their bounds
+running_episode.py    one of them, which is begun again after a fault
+objects.py            where they are: in this process
 workers.py            or in others
 answers.py            checks what they answer
 tool_environment.py   an environment of tools that the policy may call
-calls.py              how it writes calls
+tool.py               what a tool is, and how its arguments are checked
+calls.py              how the policy writes calls
 tools.py              a calculator, Python with a session, search over documents
-foreign.py            environments of other packages: Gymnasium's form, TextArena, SkyRL, TextWorld, OpenEnv
+foreign.py            environments of other packages: Gymnasium's form, OpenEnv
 trl_environment.py    TRL's environment classes
-games.py              a number to be guessed, several attempts at a problem, games that TextWorld makes
+games.py              a number to be guessed, several attempts at a problem
 """
 
 from hybrid_lightning.environments.calls import Call, CallFormat, HermesCalls, LlamaCalls, MalformedCall, PlainCalls
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
-from hybrid_lightning.environments.foreign import (
-    GymEnvironment,
-    OpenEnvEnvironment,
-    SkyRLEnvironment,
-    TextArenaEnvironment,
-    TextWorldEnvironment,
-)
-from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment, textworld_game
-from hybrid_lightning.environments.local_episodes import Failure, Started, TimedOut
+from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
+from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
-from hybrid_lightning.environments.tool_environment import Tool, ToolEnvironment
+from hybrid_lightning.environments.running_episode import Failure, Started, TimedOut
+from hybrid_lightning.environments.tool import Tool
+from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.environments.tools import DocumentSearch, PythonSession, calculator
 from hybrid_lightning.environments.trl_environment import TRLEnvironment
 
@@ -48,15 +44,11 @@ __all__ = [
     "PythonSession",
     "ReasoningGymEnvironment",
     "RunningEpisodes",
-    "SkyRLEnvironment",
     "Started",
     "Step",
     "TRLEnvironment",
-    "TextArenaEnvironment",
-    "TextWorldEnvironment",
     "TimedOut",
     "Tool",
     "ToolEnvironment",
     "calculator",
-    "textworld_game",
 ]

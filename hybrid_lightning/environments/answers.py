@@ -3,6 +3,7 @@
 What passes is plain data, copied: the environment may change its objects afterwards.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from hybrid_lightning.environments.environment import CUT_MARK, Step
-from hybrid_lightning.errors import shorten
+from hybrid_lightning.errors import one_line, shorten
 from hybrid_lightning.types import Message
 
 MAX_CHARS = 1_000_000  # of all messages of an answer: what is beyond is cut before it is made into tokens
@@ -21,7 +22,7 @@ _LARGEST = torch.finfo(torch.float32).max  # rewards are summed up in float32
 
 
 class OddAnswerError(Exception):
-    """An answer that is none; the text says what it is instead, and what it has to be."""
+    """An answer of another form; the text says what it is, and what it has to be."""
 
 
 def checked_messages(value: Any) -> tuple[Message, ...]:
@@ -34,12 +35,13 @@ def checked_messages(value: Any) -> tuple[Message, ...]:
         return ()
     entries = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(entries, Sequence) or isinstance(entries, (bytes, bytearray)):
-        raise OddAnswerError(f"returned {shorten(value)}; it must return messages, such as {_EXAMPLE}")
-    copy = _Copy()
+        raise OddAnswerError(f"returned {shorten(value)}; it must return messages, such as [{_EXAMPLE}]")
     messages: list[Message] = []
+    left = MAX_CHARS
     for entry in entries:
-        messages.append(copy.message(entry))
-        if copy.left <= 0:
+        messages.append(_copied(entry, left))
+        left -= len(messages[-1]["content"]) + _MESSAGE_CHARS
+        if left <= 0:
             break
     return tuple(messages)
 
@@ -61,66 +63,45 @@ def checked_step(value: Any) -> Step:
         raise OddAnswerError(f"returned end={shorten(value.end)}; it must be 'over' or 'answered'")
     if not isinstance(value.counts, Mapping):
         raise OddAnswerError(f"returned counts={shorten(value.counts)}; it must be a dict of numbers")
-    counts = {_Copy().text(name): _number(count, f"counts[{name!r}]") for name, count in value.counts.items()}
+    counts = {str(name): _number(count, f"counts[{name!r}]") for name, count in value.counts.items()}
     return Step(checked_messages(value.messages), _number(value.reward, "reward"), bool(over), value.end, counts)
 
 
-_EXAMPLE = '[{"role": "user", "content": "..."}]'
+def checked_reward(value: Any) -> float:
+    """What `final_reward` returned, as a number.
+
+    Raises:
+        OddAnswerError: If it is something else.
+    """
+    return _number(value, "reward")
 
 
-class _Copy:
-    """Copies data for messages, and cuts what is too long."""
+_EXAMPLE = '{"role": "user", "content": "..."}'
 
-    def __init__(self) -> None:
-        self.left = MAX_CHARS
 
-    def message(self, entry: Any) -> Message:
-        if isinstance(entry, str):
-            entry = {"role": "user", "content": entry}
-        if not isinstance(entry, Mapping) or "role" not in entry or "content" not in entry:
-            raise OddAnswerError(
-                f"returned the message {shorten(entry)}; a message has a role and a content, as {_EXAMPLE[1:-1]}"
-            )
-        if not isinstance(entry["role"], str) or not entry["role"] or entry["role"] == "assistant":
-            raise OddAnswerError(
-                f"returned a message of role {shorten(entry['role'])}; give a role such as user or tool, not the policy's"
-            )
-        if not isinstance(entry["content"], str):
-            raise OddAnswerError(f"returned a message with the content {shorten(entry['content'])}; it must be text")
-        self.left -= _MESSAGE_CHARS
-        role = _Copy().text(entry["role"])  # which is not cut
-        return {"role": role, **{_Copy().text(key): self.plain(value) for key, value in entry.items() if key != "role"}}
-
-    def plain(self, value: Any) -> Any:
-        """A copy of data as JSON has it."""
-        self.left -= 1
-        if isinstance(value, str):
-            return self.text(value)
-        if self.left <= 0:
-            raise OddAnswerError(f"returned a message of more than {MAX_CHARS:,} values")
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        if isinstance(value, Mapping):
-            return {_Copy().text(key): self.plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.plain(item) for item in value]
-        raise OddAnswerError(f"returned a message with {shorten(value)}; a message is made of texts, numbers, lists and dicts")
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, str):
-            raise OddAnswerError(f"returned the key {shorten(value)}; it must be text")
-        text = str.__str__(value)  # no subclass
-        if len(text) > self.left:
-            text = text[: max(0, self.left)] + CUT_MARK
-        self.left -= len(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise OddAnswerError(
-                f"returned text with {shorten(text[error.start])} at position {error.start}, which is no character; decode bytes "
-                'with errors="replace"'
-            ) from None
-        return text
+def _copied(entry: Any, most: int) -> Message:
+    """A message as plain data, its text cut to `most` characters and a mark."""
+    message = {"role": "user", "content": entry} if isinstance(entry, str) else entry
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise OddAnswerError(f"returned the message {shorten(entry)}; a message has a role and a content, as {_EXAMPLE}")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not role or role == "assistant":
+        raise OddAnswerError(f"returned a message of role {shorten(role)}; give a role such as user or tool, not the policy's")
+    if not isinstance(content, str):
+        raise OddAnswerError(f"returned a message with the content {shorten(content)}; it must be text")
+    if len(content) > most:
+        content = content[:most] + CUT_MARK
+    try:
+        text = json.dumps({**message, "content": content}, ensure_ascii=False)
+        text.encode()  # what is no character, such as half of one, cannot be made into tokens
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OddAnswerError(
+            f"returned a message that cannot be written as JSON ({one_line(error)}); make it of texts, numbers, lists and dicts, "
+            'and decode bytes with errors="replace"'
+        ) from None
+    if len(text) > 10 * MAX_CHARS:
+        raise OddAnswerError(f"returned a message with {len(text):,} characters beside its content; shorten them")
+    return json.loads(text)  # type: ignore[no-any-return]
 
 
 def _scalar(value: Any) -> Any:

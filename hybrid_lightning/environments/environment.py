@@ -3,8 +3,9 @@
 An *episode* is one prompt and a run of turns. In each turn the policy samples a message, and the environment answers with
 messages of its own, a reward, and whether the episode is over:
 
-    environment.start(prompt, seed)      messages behind the prompt, before the first turn
-    environment.step(message)  ...       once a turn
+    environment.start(prompt, seed)      messages after the prompt, before the first turn
+    environment.step(message)            once a turn
+    environment.final_reward()           what it earns besides the rewards of its turns
     environment.close()
 
 There is one object for each episode, made with the arguments of the object in the config. All episodes of a group get the same
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Literal, Self
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.types import Message, Prompt
 
-CUT_MARK = "... [cut]"  # behind a text whose end is left out
+CUT_MARK = "... [cut]"  # after a text whose end is left out
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ class Environment(Configurable, ABC):
         False
     """
 
-    # Whether steps of several episodes may run at the same time, in threads. Not where they draw from the global generators of
-    # Python, NumPy or torch, or use other global state: those run one at a time, each with random states of its own. Where `step`
-    # is `async`, the episodes are awaited together in either case.
+    # Whether ordinary methods of several episodes may run at the same time, in threads; otherwise they run one at a time, in one
+    # thread. Methods that are `async` are awaited together in either case. All episodes of a process share its global state: what
+    # draws from the global generators of Python, NumPy or torch repeats itself in processes of its own alone (episodes.workers).
     thread_safe: ClassVar[bool] = False
 
     chat_template: str | None = None  # what `prepare` was given
-    step_timeout_s: float = inf  # seconds for each call, of `EpisodeLimits`; set before `start`
+    # Set before `start`:
+    step_timeout_s: float = inf  # seconds for each call, of `EpisodeLimits`
+    turn_rewards: bool = False  # whether the reward of each turn counts by itself (model.credit=turn), and not their sum alone
 
     def start(self, prompt: Prompt, seed: int) -> "Messages | Awaitable[Messages]":
         """Begin the episode. It may be `async`.
@@ -73,7 +76,7 @@ class Environment(Configurable, ABC):
             seed: The same for all episodes of a group, in [0, 2^31): all that is random in the task has to follow from it.
 
         Returns:
-            Messages behind those of the prompt, such as the rules of a game; by default none. A text is a message of the user.
+            Messages after those of the prompt, such as the rules of a game; by default none. A text is a message of the user.
         """
         return ()
 
@@ -88,6 +91,14 @@ class Environment(Configurable, ABC):
             A `Step`, or a tuple of its messages, reward and over. A text among the messages is a message of the user. The same
             messages have to get the same answers for the same seed: an episode whose environment has failed is begun again.
         """
+
+    def final_reward(self) -> float | Awaitable[float]:
+        """Return what the episode earns at its end, in addition to the rewards of its turns; by default nothing.
+
+        Asked once, whether the environment, the policy or a bound ended the episode, but not after a step that failed or took too
+        long. An episode for which it fails is left out. It may be `async`.
+        """
+        return 0.0
 
     def close(self) -> Awaitable[None] | None:
         """Free what the episode has used. Called once, also if the episode was cut off."""

@@ -1,33 +1,24 @@
 """Environments of other packages, taken as they are: an object is made for each episode, and used by its methods.
 
-    GymEnvironment        reset(seed), step(text) -> observation, reward, terminated, truncated, info    Gymnasium, GEM
-    TextArenaEnvironment  reset(num_players, seed), get_observation(), step(text) -> done, info          TextArena
-    SkyRLEnvironment      init(prompt), step(text) -> observations, reward, done, metadata               SkyRL Gym
-    TextWorldEnvironment  reset(), step(text) -> state, score, done                                      TextWorld
-    OpenEnvEnvironment    a client: reset(seed), step(action) -> observation, reward, done               OpenEnv
+    GymEnvironment      reset(seed), step(text) -> observation, reward, terminated, truncated, info    Gymnasium, GEM
+    OpenEnvEnvironment  a client: reset(seed), step(action) -> observation, reward, done               OpenEnv
 
 No package is imported here. `make` names what makes the object: a function or class, with `arguments`; it also gets the seed
-of the episode if it has a parameter `seed`. Objects are made within an episode, and steps run one at a time with random states of
-their own, since these packages draw from Python's and NumPy's global generators.
+of the episode if it has a parameter `seed`. Objects are made within an episode. Other forms are short classes of your own: see
+`examples/` for TextArena, SkyRL Gym and TextWorld.
 """
 
 import inspect
 import json
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
-from urllib.request import urlopen
 
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.errors import ConfigError, one_line, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
-
-_BANNER = re.compile(r"^[ _|\\/$>]+\n", re.MULTILINE)  # the lines of the picture that TextWorld's games begin with
-_ECHO = re.compile(r"\n\[(?!GAME\])[^\]\n]*\] ")  # in front of what a player said, in the texts of TextArena's wrappers
 
 
 class ForeignEnvironment(Environment):
@@ -98,133 +89,11 @@ class GymEnvironment(ForeignEnvironment):
         return Step(said(observation), reward, any(map(bool, over)))
 
 
-class TextArenaEnvironment(ForeignEnvironment):
-    """A game of TextArena for one player. The reward is what `close` says in the turn in which the game is done.
-
-    Of each observation only what is new is shown, without the player's own messages.
-
-    Args:
-        make: As in `ForeignEnvironment`.
-        arguments: Its arguments, such as `{env_id: GuessTheNumber-v0-raw}`, a game without wrappers.
-    """
-
-    def __init__(self, make: str = "textarena.make", arguments: dict[str, Any] | None = None) -> None:
-        super().__init__(make, arguments)
-        self._seen = ""
-
-    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Reset with the seed, for one player.
-
-        Raises:
-            ConfigError: If it is a game for several.
-        """
-        try:
-            self._begin(seed).reset(num_players=1, seed=seed)
-        except Exception as error:
-            if "player" not in str(error).lower():
-                raise
-            raise self._for_several(error) from error
-        return said(self._new())
-
-    def step(self, message: Message) -> Step:
-        """Make a move."""
-        over = bool(self.game.step(message["content"])[0])
-        news = [self._new(message["content"])]
-        if not over:
-            return Step(said(news[0]))
-        rewards, infos = self.game.close()
-        reason = infos.get(0, {}).get("reason") if isinstance(infos, Mapping) else None
-        if reason and reason not in news[0]:
-            news.append(str(reason))
-        return Step(said("\n".join(filter(None, news))), (rewards or {}).get(0, 0.0), over=True)
-
-    def _for_several(self, why: BaseException) -> ConfigError:
-        return ConfigError(f"{self._make}: the game is not for one player alone ({one_line(why)}); choose a game for one player")
-
-    def _new(self, own: str = "") -> str:
-        """What the player has not read yet."""
-        player, observation = self.game.get_observation()
-        if player != 0:
-            raise self._for_several(ValueError(f"it is the turn of player {player}"))
-        if isinstance(observation, list):  # (who, text, kind) of each message since the last observation
-            return "\n".join(as_text(text) for who, text, *_ in observation if who != player)
-        text = as_text(observation)
-        new = text.removeprefix(self._seen) if text != self._seen else text
-        self._seen = text
-        if echo := _ECHO.match(new):  # the player's own message
-            answer = new.find("\n[GAME] ", echo.end() + new.startswith(own, echo.end()) * len(own))
-            new = new[answer:] if answer >= 0 else ""
-        return new.strip()
-
-
-class SkyRLEnvironment(ForeignEnvironment):
-    """An environment of SkyRL Gym. `extras` gets the columns of the row, and `reward_spec.ground_truth` its reference answer.
-
-    What `init` adds behind the prompt is said before the first turn; an environment that changes the prompt itself is refused, as
-    is done better by the data. `postprocessed_action` is ignored: the policy is trained on what it sampled.
-
-    Args:
-        make: As in `ForeignEnvironment`.
-        arguments: Its arguments, such as `{id: gsm8k_multi_turn}`.
-    """
-
-    def __init__(self, make: str = "skyrl_gym.make", arguments: dict[str, Any] | None = None) -> None:
-        super().__init__(make, arguments)
-
-    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Make the environment of the row, and give it the prompt."""
-        extras = {**prompt.columns, **self._arguments.get("extras", {})}
-        if prompt.answer is not None:
-            extras.setdefault("reward_spec", {"ground_truth": prompt.answer})
-        game = self._begin(seed, **({"extras": deepcopy(extras)} if takes(self._function, "extras") else {}))
-        asked = [{"role": "user", "content": prompt.text}] if prompt.messages is None else [dict(m) for m in prompt.messages]
-        answer = game.init(deepcopy(asked))
-        conversation = answer[0] if isinstance(answer, tuple) else answer
-        if not isinstance(conversation, list) or conversation[: len(asked)] != asked:
-            raise ConfigError(f"{self._make}: init changes the prompt of {prompt.place}; give the data the prompt that it wants")
-        return said(conversation[len(asked) :])
-
-    def step(self, message: Message) -> Step:
-        """Act with the text of the message."""
-        answer = self.game.step(message["content"])
-        if not isinstance(answer, Mapping) or not {"observations", "reward", "done"} <= answer.keys():
-            raise self._answer("step", answer)
-        return Step(said(answer["observations"]), answer["reward"], bool(answer["done"]))
-
-
-class TextWorldEnvironment(ForeignEnvironment):
-    """A game of TextWorld. The reward of a turn is by how much it raised the score.
-
-    Args:
-        make: As in `ForeignEnvironment`: by default a game is made for each seed (see `textworld_game`), or `textworld.start`.
-        arguments: Its arguments, such as `{challenge: tw-coin_collector, settings: {level: 3}}`, or `{path: game.z8}`.
-    """
-
-    def __init__(
-        self, make: str = "hybrid_lightning.environments.textworld_game", arguments: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(make, arguments)
-        self._score = 0.0
-
-    def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Begin the game. The picture that its text begins with is left out."""
-        state = self._begin(seed).reset()
-        return said(_BANNER.sub("", _feedback(state)).strip())
-
-    def step(self, message: Message) -> Step:
-        """Give a command."""
-        answer = self.game.step(message["content"].strip())
-        if not isinstance(answer, tuple) or len(answer) != 3:
-            raise self._answer("step", answer)
-        state, score, over = answer
-        before, self._score = self._score, float(score)
-        return Step(said(_feedback(state).strip()), self._score - before, bool(over))
-
-
 class OpenEnvEnvironment(ForeignEnvironment):
     """An environment on a server that speaks OpenEnv, such as a space of the Hugging Face hub.
 
-    An action that is refused as not valid is the policy's fault: the policy is told, and it is counted (`refused_actions`).
+    An action that is refused as not valid is the policy's fault: the policy is told, and it is counted (`refused_actions`). Where
+    all actions are refused, `action` is not the field that takes a text, or the action needs others.
 
     The server must make the same task for the same seed. Steps of several episodes run at the same time, each in a session of its
     own: raise the server's `max_concurrent_envs` to at least the episodes of a rollout.
@@ -270,25 +139,8 @@ class OpenEnvEnvironment(ForeignEnvironment):
         except Exception as error:
             if type(error).__name__ != "ValidationError" and "VALIDATION_ERROR" not in str(error):
                 raise
-            self._check_action()
             return Step(said(f"error: the action is not valid: {one_line(error)}"), counts={"refused_actions": 1})
         return self._read(result)
-
-    def _check_action(self) -> None:
-        """Make sure that actions are refused for their text alone, not for their fields."""
-        kind: Any = self._action_class
-        schema: Any = {}
-        if hasattr(kind, "model_json_schema"):
-            schema = kind.model_json_schema()
-        else:
-            with suppress(OSError, ValueError, KeyError), urlopen(f"{self._arguments['base_url']}/schema", timeout=10) as answer:
-                schema = json.load(answer)["action"]
-        fields, needed = schema.get("properties", {}), set(schema.get("required", ()))
-        if fields and (self._action not in fields or needed - {self._action}):
-            raise ConfigError(
-                f"action={self._action!r}: the actions of {self._make} have the fields {', '.join(fields)} and need "
-                f"{', '.join(sorted(needed)) or 'none'}; name the one that takes the text, and let action_class fill in others"
-            )
 
     def _read(self, result: Any) -> Step:
         observation, reward = result.observation, result.reward
@@ -374,8 +226,3 @@ def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> boo
     except (TypeError, ValueError):  # written in C
         return not by_name
     return name in parameters or (not by_name and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()))
-
-
-def _feedback(state: Any) -> str:
-    """The text of a state of TextWorld, or of an observation that is text itself."""
-    return as_text(getattr(state, "feedback", state))

@@ -1,14 +1,9 @@
-"""Games of our own: a number to be guessed, several attempts at a problem of reasoning-gym, games that TextWorld makes."""
+"""Games of our own: a number to be guessed, several attempts at a problem of reasoning-gym."""
 
-import hashlib
-import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid_lightning.environments.environment import Environment, Step
@@ -133,38 +128,3 @@ class ReasoningGymEnvironment(Environment):
             return Step((), score, over=True, end="answered", counts={"attempts": 1.0})
         said = self.wrong.replace("{left}", str(self.left))
         return Step([{"role": "user", "content": said}], counts={"attempts": 1.0})
-
-
-def textworld_game(challenge: str, seed: int, settings: dict[str, Any] | None = None) -> Any:
-    """Make a game of TextWorld from a seed, and open it; for `TextWorldEnvironment`.
-
-    A game is compiled once, which takes 2 to 9 s, and kept under ~/.cache/hybrid_lightning/textworld, where it takes 0.5 MB.
-
-    Args:
-        challenge: Name of a challenge of TextWorld, such as "tw-coin_collector".
-        seed: The same for the same game.
-        settings: Settings of the challenge, such as `{"level": 3}`.
-
-    Raises:
-        ConfigError: If TextWorld is not installed, or it has no such challenge.
-    """
-    try:
-        import textworld
-        from textworld.challenges import CHALLENGES
-    except ImportError as error:
-        raise ConfigError("textworld_game needs the library textworld; pip install textworld") from error
-    if challenge not in CHALLENGES:
-        raise ConfigError(f"challenge={challenge!r} is none of TextWorld; give one of {', '.join(CHALLENGES)}")
-    recipe = json.dumps([textworld.__version__, challenge, seed, settings], sort_keys=True)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning" / "textworld"
-    # Its interpreter knows games of TextWorld by "tw-", and then leaves out the line of status.
-    path = folder / f"tw-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.z8"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            options = textworld.GameOptions()
-            options.seeds, options.path = seed, f"{made}/game.z8"
-            textworld.generator.compile_game(CHALLENGES[challenge][1](dict(settings or {}), options), options)
-            for suffix in (".json", ".z8"):  # the game last: other processes may make the same one
-                os.replace(f"{made}/game{suffix}", path.with_suffix(suffix))
-    return textworld.start(str(path))

@@ -3,31 +3,24 @@
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import suppress
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.environment import Environment, Step
-from hybrid_lightning.environments.local_episodes import (
-    CLOSE_S,
-    Answer,
-    Episode,
-    Failure,
-    LocalEpisodes,
-    PassedOnError,
-    Started,
-    TimedOut,
-    late_message,
-)
-from hybrid_lightning.environments.process_state import ProcessSettings, RandomStates, exits_said
+from hybrid_lightning.environments.objects import Objects, random_states, restore_random_states, same_random_states
+from hybrid_lightning.environments.running_episode import Failure, RunningEpisode, Started, TimedOut
 from hybrid_lightning.environments.workers import Workers
 from hybrid_lightning.errors import ConfigError, EpisodeError
 from hybrid_lightning.types import Message, Prompt
+from hybrid_lightning.user_calls import LoopLostError, run_async
 
 logger = logging.getLogger(__name__)
+_HOPELESS = 8  # answers of a rollout: where the first ones are all late, the others will be, too
+_Answer = Started | Step | TimedOut | float
 
 
 class EpisodeLimits(Configurable):
@@ -37,12 +30,14 @@ class EpisodeLimits(Configurable):
         max_turns: Messages of the policy in an episode; it then ends with the reason "turns".
         max_tokens: Tokens of an episode behind its prompt, sampled and added; it then ends with the reason "tokens".
         step_timeout_s: Seconds for each call of an environment. A step that takes longer ends its episode with the reason "time".
+            If the first eight steps of a rollout all do, the run stops.
         too_long: What happens to an answer of the environment that would not fit into `max_tokens`: "cut" ends it in a mark,
             "end" leaves it out and ends the episode with the reason "tokens".
         max_failed_share: Share of the episodes of a rollout that may be left out since their environment failed; with more the
             run stops.
-        workers: Number of processes in which environments run, each one at a time: for those that change global state, take much
-            processor time or hang. 0: in this process. Each rollout that is under way (`rollouts_ahead`) has as many of its own.
+        workers: Number of processes in which environments run, each one at a time: for those that draw from global random
+            generators, change other global state, take much processor time or hang. 0: in this process. Each rollout that is
+            under way (`rollouts_ahead`) has the same number of its own.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -77,10 +72,15 @@ class RunningEpisodes:
     are done, changes nothing for another. An environment that fails by its own fault (it raises, or answers something odd) is
     begun again with the same seed, at most twice, and gets the policy's messages again.
 
+    In this process `async` methods are awaited together, ordinary ones run in threads, side by side where the class is
+    `thread_safe`. The states of the global random generators and the working folder are as before afterwards, but shared by the
+    episodes: what draws from global generators repeats itself with `limits.workers` alone.
+
     Args:
         environment: The object of the config, prepared for the model.
         limits: Bounds of the episodes.
-        on_wait: Called from time to time while processes are waited for; an exception from it ends these.
+        on_wait: Called from time to time while environments are waited for; an exception from it ends them.
+        turn_rewards: Whether the reward of each turn counts by itself (see `Environment.turn_rewards`).
 
     Example:
         >>> class Echo(Environment):
@@ -92,17 +92,28 @@ class RunningEpisodes:
         >>> answers = episodes.step({1: {"role": "assistant", "content": "bye"}})
         >>> answers[1].messages, answers[1].over
         (({'role': 'user', 'content': 'You said bye'},), True)
+        >>> episodes.conclude([1])
+        {1: 0.0}
         >>> episodes.close()
     """
 
-    def __init__(self, environment: Environment, limits: EpisodeLimits, on_wait: Callable[[], None] = lambda: None) -> None:
-        self.environment, self.limits = environment, limits
-        self._episodes: dict[int, Episode] = {}  # those that have not ended
+    def __init__(
+        self,
+        environment: Environment,
+        limits: EpisodeLimits,
+        on_wait: Callable[[], None] = lambda: None,
+        turn_rewards: bool = False,
+    ) -> None:
+        self.environment, self.limits, self._on_wait = environment, limits, on_wait
+        told = limits.step_timeout_s, turn_rewards
+        self._workers = Workers(environment, limits.workers, *told) if limits.workers else None
+        self._place = self._workers or Objects(environment, *told)
+        self._episodes: dict[int, RunningEpisode] = {}  # those that have not ended
         self._count = 0  # episodes of the rollout
         self._failures: list[Failure] = []
+        self._answered: Counter[str] = Counter()  # starts, steps and final rewards of the rollout
+        self._late: Counter[str] = Counter()  # those that took too long
         self._warned: set[str] = set()
-        self._here: LocalEpisodes | None = None
-        self._workers = Workers(environment, limits.workers, limits.step_timeout_s, on_wait) if limits.workers else None
 
     def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Started]:
         """Begin the episodes of a rollout, which are numbered from 0; those of the rollout before are over.
@@ -110,95 +121,110 @@ class RunningEpisodes:
         The seeds are in [0, 2^31), and the same for all episodes of a group.
 
         Returns:
-            For each episode the messages behind those of its prompt, or why it is left out.
+            For each episode the messages after those of its prompt, or why it is left out.
 
         Raises:
-            EpisodeError: If more than `max_failed_share` of the episodes have failed.
+            EpisodeError: If more than `max_failed_share` of the episodes have failed, or the first ones all took too long.
             HybridLightningError: Whatever of that kind an environment raises.
         """
         assert len(prompts) == len(seeds), f"{len(seeds)} seeds for {len(prompts)} prompts"
         self.finish()
         self._count, self._failures = len(prompts), []
-        pairs = enumerate(zip(prompts, seeds, strict=True))
-        self._episodes = {number: Episode(number, prompt, int(seed)) for number, (prompt, seed) in pairs}
-        answers = self._advance(dict.fromkeys(self._episodes))
-        return [answers[number] for number in range(len(prompts))]  # type: ignore[misc]
+        self._answered, self._late = Counter(), Counter()
+        self._episodes = {
+            number: RunningEpisode(number, prompt, int(seed), self._place, self.limits.step_timeout_s)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        }
+        answers = self._ask("start", {number: episode.start() for number, episode in self._episodes.items()})
+        return [answers[number] for number in range(len(prompts))]
 
     def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Failure | TimedOut]:
-        """Let the environments answer messages of the policy, by number of the episode; who are over by that are finished.
+        """Let the environments answer messages of the policy, by number of the episode. Those that fail or are late are ended.
 
         Raises:
             EpisodeError, HybridLightningError: See `start`.
         """
-        answers = self._advance(messages)
-        self.finish([number for number, answer in answers.items() if isinstance(answer, Step) and answer.over])
-        return {number: answers[number] for number in messages}  # type: ignore[misc]
+        answers = self._ask("step", {number: self._episodes[number].step(message) for number, message in messages.items()})
+        return {number: answers[number] for number in messages}
+
+    def conclude(self, numbers: Iterable[int]) -> dict[int, float | Failure]:
+        """End episodes, as far as they have not ended, and close their environments.
+
+        Returns:
+            By number what each earns at its end, besides the rewards of its turns, or why it is left out after all.
+
+        Raises:
+            EpisodeError, HybridLightningError: See `start`.
+        """
+        ended = [number for number in numbers if number in self._episodes]
+        earned: dict[int, Any] = dict.fromkeys(ended, 0.0)
+        if type(self.environment).final_reward is not Environment.final_reward:
+            earned = self._ask("final reward", {number: self._episodes[number].final_reward() for number in ended})
+        self.finish(ended)
+        return earned
 
     def finish(self, numbers: Iterable[int] | None = None) -> None:
         """Close the environments of these episodes, as far as they are not yet closed; None for all."""
         ended = [number for number in (list(self._episodes) if numbers is None else numbers) if number in self._episodes]
-        if not ended:
-            return
+        episodes = [self._episodes.pop(number) for number in ended]
+        if episodes and type(self.environment).close is not Environment.close:
+            for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others have less time
+                with suppress(LoopLostError):
+                    self._run(_together([episode.close() for episode in together]))
         for number in ended:
-            del self._episodes[number]
-        if self._workers is not None:
-            self._workers.end(ended)
-            self._warn_close(self._workers.close_fault)
-        elif self._here is not None:
-            self._run(self._here, self._here.end(ended), min(CLOSE_S, self.limits.step_timeout_s))
+            self._place.drop(number)
+        self._warn_close(episodes)
 
     def close(self) -> None:
         """Finish all episodes and end all processes. Episodes may be started again."""
         self.finish()
         if self._workers is not None:
-            self._workers.close()
-        if self._here is not None:
-            self._here.loop.call_soon_threadsafe(self._here.loop.stop)
-            self._here = None
+            run_async(self._workers.close())
 
-    def _advance(self, messages: Mapping[int, Message | None]) -> dict[int, Answer]:
-        """The answers to messages, in the order in which they came."""
-        answers: dict[int, Answer] = {}
+    def _ask(self, kind: str, works: Mapping[int, Coroutine[Any, Any, Any]]) -> dict[int, Any]:
+        """The answers of environments, in the order in which they came."""
+        answers: dict[int, Any] = {}
 
-        def note(number: int, answer: Answer) -> None:
-            answers[number] = answer
-            self._note(number, messages[number], answer)
+        def note(number: int, answer: Any) -> None:
+            if number not in answers:  # a loop that was given up may continue
+                answers[number] = answer
+                self._note(kind, number, answer)
 
-        while waiting := {number: message for number, message in messages.items() if number not in answers}:
-            if self._workers is not None:
-                self._workers.advance([(self._episodes[number], message) for number, message in waiting.items()], note)
-                continue
-            if self._here is None:
-                self._here = LocalEpisodes(self.environment, self.limits.step_timeout_s)
-                self._here.thread.start()
-            here = self._here
+        async def one(number: int, work: Coroutine[Any, Any, Any]) -> None:
+            note(number, await work)
 
-            async def one(number: int, message: Message | None, here: LocalEpisodes = here) -> None:
-                answer = await here.advance(self._episodes[number], message)
-                if not here.given_up:
-                    note(number, answer)
-
-            holding = self._run(here, _together([one(*item) for item in waiting.items()]), self.limits.step_timeout_s)
-            if holding is not None and holding in waiting and holding not in answers:
-                episode = self._episodes[holding]
-                method, turn = ("start", 0) if waiting[holding] is None else ("step", len(episode.turns) + 1)
-                limit = f"episodes.step_timeout_s={self.limits.step_timeout_s:g}"
-                text = late_message(here.name, method, limit, episode.place(turn))
-                note(holding, Failure(text) if waiting[holding] is None else TimedOut(text))
+        try:
+            self._run(_together([one(*item) for item in works.items()]))
+        except LoopLostError as lost:
+            late = (
+                f"{type(self.environment).__name__}: {lost} (episodes.step_timeout_s={self.limits.step_timeout_s:g} s), and with "
+                "it all its episodes; `await` what takes long, or make the method or tool an ordinary function"
+            )
+            for number in works.keys() - answers.keys():
+                self._place.drop(number)
+                note(number, TimedOut(late) if kind == "step" else Failure(late, late=True))
         return answers
 
-    def _note(self, number: int, message: Message | None, answer: Answer) -> None:
-        episode = self._episodes[number]
-        if isinstance(answer, Step):
-            assert message is not None
-            episode.turns.append((message, answer))
-        elif isinstance(answer, tuple):
-            episode.started = answer
-        else:
-            del self._episodes[number]
-        if isinstance(answer, TimedOut) and self._workers is None:
-            text = "such a call goes on in the background, where it takes processor time and may change global state"
-            self._warn("time", f"{answer.reason}; {text}: with episodes.workers its process is ended")
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._workers is not None:
+            run_async(work, on_wait=self._on_wait)
+            return
+        with self._process_kept():
+            run_async(work, self.limits.step_timeout_s, self._on_wait)
+
+    def _note(self, kind: str, number: int, answer: _Answer) -> None:
+        self._answered[kind] += 1
+        if isinstance(answer, (Failure, TimedOut)):
+            self._warn_close([self._episodes.pop(number)])
+        if isinstance(answer, TimedOut) or (isinstance(answer, Failure) and answer.late):
+            background = "such a call continues in the background; with episodes.workers its process is ended"
+            self._warn("time", f"{answer.reason}; {background}" if self._workers is None else answer.reason)
+            self._late[kind] += 1
+            if self._late[kind] == self._answered[kind] == _HOPELESS:
+                raise EpisodeError(
+                    f"the first {_HOPELESS} environments of a rollout that were asked for a {kind} all took too long, the last "
+                    f"one: {answer.reason}; mend the environment, or raise episodes.step_timeout_s"
+                )
         if isinstance(answer, Failure):
             self._failures.append(answer)
             if len(self._failures) > self.limits.max_failed_share * self._count:
@@ -208,57 +234,31 @@ class RunningEpisodes:
                     "environment, or raise the share"
                 )
 
-    def _run(self, here: LocalEpisodes, work: Coroutine[Any, Any, None], limit_s: float) -> int | None:
-        """Run something on the event loop of the episodes, which an environment's code may hold up for `limit_s`.
+    @contextmanager
+    def _process_kept(self) -> Iterator[None]:
+        """Put back what training depends on and environments share: the states of the global generators, and the working folder.
 
-        Returns:
-            The number of an episode whose code has held it up for longer, whereby all objects are lost, since their coroutines
-            belong to it; None if all went well.
+        A rollout ahead of training, in a thread of its own, cannot do so, since the main thread goes on meanwhile.
         """
-        ours, settings, folder = RandomStates.now(), ProcessSettings(), os.getcwd()
-        with exits_said(here.name):
-            future = asyncio.run_coroutine_threadsafe(work, here.loop)
-            try:
-                while not future.done() and here.thread.is_alive():
-                    with suppress(TimeoutError, CancelledError):
-                        future.result(min(1.0, limit_s / 4))
-                    holding = here.holds_up
-                    if not future.done() and holding is not None and time.monotonic() - holding[1] > limit_s:
-                        here.given_up, self._here = True, None
-                        self._episodes = {number: episode.lost() for number, episode in self._episodes.items()}
-                        return holding[0]
-                if future.cancelled() or not here.thread.is_alive():
-                    self._here = None
-                    raise EpisodeError(
-                        f"{here.name} has stopped the event loop, or cancelled tasks, of all its episodes; let it end its own "
-                        "tasks alone, or run it in processes (episodes.workers)"
-                    )
-                future.result()  # what it has raised
-                if not ours.same(RandomStates.now()):
-                    how = "in threads of its own" if here.own_states else "although it is thread_safe"
-                    remedy = "" if here.own_states else "set thread_safe = False in the class, or "
-                    self._warn(
-                        "global generators",
-                        f"{here.name} draws from the global random generators of Python, NumPy or torch {how}, so that its "
-                        f"episodes may depend on each other; {remedy}run it in processes (episodes.workers)",
-                    )
-            except PassedOnError as passed:
-                raise passed.error from None
-            finally:
-                future.cancel()  # after Ctrl-C
-                ours.restore()
-                os.chdir(folder)
-                if changed := settings.restore():
-                    self._warn(
-                        "settings",
-                        f"{here.name} changes {', '.join(changed)} for the whole process, which is undone after each answer; run "
-                        "it in processes (episodes.workers), where it keeps what it sets",
-                    )
-        self._warn_close(here.close_fault)
-        return None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, folder = random_states(), os.getcwd()
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            if not same_random_states(before, random_states()):
+                restore_random_states(before)
+                self._warn(
+                    "global generators",
+                    f"{type(self.environment).__name__} draws from the global random generators of Python, NumPy or torch, which "
+                    "all episodes share, so that it does not repeat itself by its seed; run it in processes (episodes.workers), "
+                    "where each episode has states of its own",
+                )
 
-    def _warn_close(self, fault: str) -> None:
-        if fault:
+    def _warn_close(self, episodes: Iterable[RunningEpisode]) -> None:
+        for fault in filter(None, (episode.close_fault for episode in episodes)):
             self._warn("close", f"{fault}; what it has used may not be free, and further such faults are not shown")
 
     def _warn(self, kind: str, text: str) -> None:
@@ -267,12 +267,11 @@ class RunningEpisodes:
             logger.warning("%s", text)
 
 
-async def _together(works: list[Coroutine[Any, Any, None]]) -> None:
+async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Await all; the first exception cancels the others."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.gather(*tasks)
-    except Exception as error:
+    finally:
         for task in tasks:
             task.cancel()
-        raise error if isinstance(error, PassedOnError) else PassedOnError(error) from error

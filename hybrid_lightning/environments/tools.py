@@ -18,7 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from hybrid_lightning.environments.tool_environment import Tool
+from hybrid_lightning.environments.tool import Tool
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sandbox.candidate import WHOLE
 from hybrid_lightning.sandbox.launch import Box, Limits, launch

@@ -3,16 +3,17 @@
 import inspect
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from hybrid_lightning.environments.calls import CallFormat
 from hybrid_lightning.environments.environment import Step
 from hybrid_lightning.environments.foreign import said, takes
-from hybrid_lightning.environments.process_state import RandomStates
+from hybrid_lightning.environments.objects import random_states, restore_random_states
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Message, Prompt
-from hybrid_lightning.user_calls import outcome_within
+from hybrid_lightning.user_calls import call
 from hybrid_lightning.user_code import load_function
 
 
@@ -20,8 +21,13 @@ class TRLEnvironment(ToolEnvironment):
     """An environment class of TRL: `reset(**row)` begins an episode, and all its other public methods are tools.
 
     The row has the columns of the data, `prompt`, `answer` and `seed`, as far as `reset` takes them. What `reset` returns (None,
-    text or blocks of text) is said before the first turn. `get_reward()`, if there is one, is asked after each turn: a turn earns
-    by how much it has changed, so that the rewards of an episode add up to its last value, however the episode ends.
+    text or blocks of text) is said before the first turn. `get_reward()`, if there is one, is asked once, at the end of an
+    episode. With `model.credit=turn` it is asked after each turn instead: a turn earns by how much it has changed, so that the
+    rewards of an episode add up to its last value.
+
+    TRL gives no seed, and the episodes of a process share the global random generators: an environment that draws from them
+    repeats itself, and begins the episodes of a group alike, with `episodes.workers` alone. Ordinary tools of several episodes
+    run one at a time, as in TRL; `async` ones are awaited together.
 
     Args:
         factory: The class, or a function that makes an object: `package.module.Class` or `path/to/file.py:Class`.
@@ -34,7 +40,7 @@ class TRLEnvironment(ToolEnvironment):
         ConfigError: If there is no such class, it has no `reset` or no tool, or a tool cannot be described to a policy.
     """
 
-    thread_safe: ClassVar[bool] = False  # TRL gives no seed, so that what is random comes from the global generators
+    thread_safe: ClassVar[bool] = False  # TRL calls one at a time
 
     def __init__(
         self,
@@ -44,9 +50,9 @@ class TRLEnvironment(ToolEnvironment):
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
     ) -> None:
-        before = RandomStates.now()  # the run's, which the object in the config must not change
+        before = random_states()  # the run's, which the object in the config must not change
         self._object = load_function(factory, "factory")(**deepcopy(arguments or {}))
-        before.restore()
+        restore_random_states(before)
         # On the class: on the object, properties would be evaluated.
         methods = [name for name, _ in inspect.getmembers(type(self._object), inspect.isfunction) if not name.startswith("_")]
         if "reset" not in methods:
@@ -67,13 +73,21 @@ class TRLEnvironment(ToolEnvironment):
         observation = self._object.reset(**{name: value for name, value in row.items() if takes(self._object.reset, name)})
         return [*super().start(prompt, seed), *said(observation)]
 
-    def step(self, message: Message) -> Step:
+    async def step(self, message: Message) -> Step:
         """Call what the policy asks for."""
-        step = super().step(message)
+        step = await super().step(message)
+        return replace(step, reward=await self._earned()) if self.turn_rewards else step
+
+    async def final_reward(self) -> float:
+        """Ask `get_reward`, unless each turn has done so."""
+        return 0.0 if self.turn_rewards else await self._earned()
+
+    async def _earned(self) -> float:
+        """By how much the reward has changed since it was last asked."""
         if self._get_reward is None:
-            return step
-        value, error = outcome_within(self._get_reward, self.tool_timeout_s, float)
+            return 0.0
+        value, error = await call(self._get_reward, self.tool_timeout_s, float, alone=True)
         if error is not None:
             raise error
         before, self._reward = self._reward, value
-        return Step(step.messages, value - before, step.over, step.end, step.counts)
+        return value - before

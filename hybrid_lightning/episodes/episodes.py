@@ -75,6 +75,12 @@ class _Row:
         self.steps += self.steps[-1:] * len(ids)
         self.sampled += [False] * len(ids)
 
+    def earn(self, reward: float) -> None:
+        """Add what it earns at its end, as a reward of its last turn."""
+        if reward:
+            self.rewards += [0.0] * (len(self.texts) - len(self.rewards))
+            self.rewards[-1] += reward
+
     def fail(self) -> None:
         """Leave the episode out: nothing of it is trained on."""
         self.end, self.ids, self.sampled, self.logprobs, self.steps, self.lengths = "failed", [], [], [], [], []
@@ -90,7 +96,8 @@ class _Row:
 class Episodes:
     """Plays the episodes of a policy.
 
-    The environment is as it is configured; each episode gets an object of its own. `on_wait` is that of `RunningEpisodes`.
+    The environment is as it is configured; each episode gets an object of its own. `on_wait` and `turn_rewards` are those of
+    `RunningEpisodes`.
     """
 
     def __init__(
@@ -100,11 +107,12 @@ class Episodes:
         sampler: RolloutEngine,
         pretrained: Pretrained,
         turn_template: str | None,
+        turn_rewards: bool = False,
         on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.environment, self.limits, self.sampler, self.pretrained = environment, limits, sampler, pretrained
-        self._turn_template = turn_template
-        self._running = RunningEpisodes(environment, limits, on_wait)
+        self._turn_template, self._turn_rewards = turn_template, turn_rewards
+        self._running = RunningEpisodes(environment, limits, on_wait, turn_rewards)
 
     @classmethod
     def of(
@@ -114,10 +122,11 @@ class Episodes:
         sampler: RolloutEngine,
         pretrained: Pretrained,
         turn_template: str | None,
+        turn_rewards: bool = False,
     ) -> Self | None:
         """The episodes of a policy's options; None without an environment, where ConfigError if there are options for one."""
         if environment is not None:
-            return cls(environment, limits or EpisodeLimits(), sampler, pretrained, turn_template)
+            return cls(environment, limits or EpisodeLimits(), sampler, pretrained, turn_template, turn_rewards)
         for name, value in (("episodes", limits), ("turn_template", turn_template)):
             if value is not None:
                 raise ConfigError(f"model.{name} is for episodes, and model.environment is not set; set it, or remove {name}")
@@ -138,9 +147,8 @@ class Episodes:
 
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
         """The same for another thread: with a tokenizer of its own, and processes for the environments."""
-        other = Episodes(
-            self.environment, self.limits, self.sampler, self.pretrained.clone_for_thread(), self._turn_template, on_wait
-        )
+        options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
+        other = Episodes(self.environment, self.limits, self.sampler, *options)
         _ = other.turns  # reads the tokenizer, here and not in that thread
         return other
 
@@ -172,12 +180,18 @@ class Episodes:
                 answers = running.step({number: rows[number].messages[-1] for number in continuing})
                 added = {number: self._hear(rows[number], answers[number]) for number in continuing}
                 ended = [number for number in numbers if rows[number].end not in ("", "failed")]
+                for number, earned in running.conclude(ended).items():
+                    if isinstance(earned, Failure):
+                        rows[number].fail()
+                    else:
+                        rows[number].earn(earned)
                 numbers = [number for number in continuing if not rows[number].end]
                 if not numbers:
                     break
                 if request.on_completion is not None:
                     for number in ended:
-                        request.on_completion(number, rows[number].completion())
+                        if rows[number].end != "failed":
+                            request.on_completion(number, rows[number].completion())
                 said = conversation.next(numbers, [added[number] for number in numbers])
         finally:
             running.finish()
@@ -209,7 +223,8 @@ class Episodes:
             if any(other != firsts[0] for other in firsts):
                 raise RolloutError(
                     f"{type(self.environment).__name__} began the episodes of {prompt.place} differently, although they have one "
-                    "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed"
+                    "seed, so that their rewards cannot be compared; let all that is random in the task follow from the seed, or "
+                    "set episodes.workers if it draws from global random generators"
                 )
             begins.append(firsts[0] if firsts else ids)
         return rows, begins

@@ -86,7 +86,7 @@ class PolicyModule(LanguageModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template)
+        played = Episodes.of(environment, episodes, self._sampler, self.policy.pretrained, turn_template, credit == "turn")
         scored_by = EpisodeReturn() if reward is None and environment is not None else reward
         generation = Generation(self.policy, self._sampler, scored_by, self.run, self._seed, played, rollouts_ahead)
         self.task = RLTask(

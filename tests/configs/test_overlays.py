@@ -5,6 +5,7 @@ runs go under each strategy is in `tests/sharding`, and with the losses and adap
 """
 
 import json
+import tempfile
 from itertools import cycle
 from typing import Any
 
@@ -54,10 +55,13 @@ CHAT = ROOT / "configs" / "qwen3.yaml"
 LORA = ROOT / "configs" / "adapter" / "lora.yaml"  # a random policy earns nothing by which modules could be scored
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "environment").glob("*.yaml")), ids=lambda path: path.stem)
+ENVIRONMENTS = [path for folder in ("configs/environment", "examples") for path in sorted((ROOT / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
 def test_an_environment_trains(path, tiny, here, monkeypatch):
-    pytest.importorskip(path.stem, reason="needs it: pip install 'hybrid-lightning[environments]'")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    pytest.importorskip(path.stem, reason=f"needs {path.stem}, which {path.relative_to(ROOT)} says how to install")
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
     count = {"reasoning_gym": "size"}.get(path.stem, "count")
     sizes = {count: 4, f"validation_{count}": 2, f"test_{count}": 0}
     options = [f"--model.model={tiny}", "--model.dtype=float32", "--trainer.precision=32-true", "--model.eval_samples=1"]

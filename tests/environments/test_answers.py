@@ -18,12 +18,6 @@ def short_messages(monkeypatch):
     monkeypatch.setattr(answers, "MAX_CHARS", MOST)
 
 
-class Endless(dict):
-    def items(self):
-        yield from {"role": "user", **self}.items()
-        yield from ((str(number), number) for number in itertools.count())
-
-
 def test_messages_in_every_form_are_copies_with_all_that_they_hold():
     for value in ("hi", USER, [USER], ("hi",), [MappingProxyType(USER)], [{"role": np.str_("user"), "content": "hi"}]):
         (message,) = checked_messages(value)
@@ -44,9 +38,11 @@ def test_what_is_no_message_is_said():
         ([{"role": "user"}], "a message has a role and a content"),
         ([{"role": "assistant", "content": "hi"}], "role 'assistant'; give a role such as user or tool"),
         ([{"role": "user", "content": b"hi"}], "the content b'hi'; it must be text"),
-        (["\ud800"], r"with '\\ud800' at position 0, which is no character"),
-        ([{**USER, "x": {1}}], r"with \{1\}; a message is made of texts"),
-        ([{**USER, 3: 1}], "the key 3; it must be text"),
+        (["\ud800"], r"that cannot be written as JSON .*'\\ud800' in .* decode bytes with errors=\"replace\""),
+        (
+            [{**USER, "x": {1}}],
+            r"that cannot be written as JSON \(Object of type set .* make it of texts, numbers, lists and dicts",
+        ),
     ):
         with pytest.raises(OddAnswerError, match=message):
             checked_messages(value)
@@ -58,9 +54,9 @@ def test_floods_are_cut():
     messages = checked_messages(["x" * (MOST // 2)] * 10)
     assert 2 <= len(messages) <= 3 and messages[-1]["content"].endswith(CUT_MARK)
     messages = checked_messages([""] * MOST)
-    assert len(messages) == MOST / 1_000 and messages[-1] == {"role": "user", "content": CUT_MARK}
-    with pytest.raises(OddAnswerError, match="more than 20,000 values"):
-        checked_messages([{**USER, "x": [[]] * MOST}])
+    assert len(messages) == MOST / 1_000
+    with pytest.raises(OddAnswerError, match="characters beside its content"):
+        checked_messages([{**USER, "x": [[]] * 10 * MOST}])
 
 
 ONES = [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1), torch.ones(()), Decimal(1)]
@@ -79,7 +75,6 @@ def test_what_is_no_step_is_said():
         (("hi", 1.0, True, {}), "it must return a Step"),
         (("hi", "1", True), "returned reward='1'; it must be a number"),
         (("hi", Decimal("nan"), True), "returned reward=Decimal"),
-        (([Endless(USER)], 1.0, True), "returned a message of more than 20,000 values"),
         (("hi", 1e39, True), r"returned reward=1e\+39; it must be finite"),
         (("hi", 10**400, True), "returned reward=1000"),
         (("hi", 1.0, 2), "returned over=2; it must be True or False"),

@@ -10,13 +10,8 @@ from typing import Annotated
 import numpy as np
 import pytest
 
-from hybrid_lightning.environments import (
-    GymEnvironment,
-    OpenEnvEnvironment,
-    SkyRLEnvironment,
-    TextArenaEnvironment,
-    TextWorldEnvironment,
-)
+from hybrid_lightning.environments import GymEnvironment, OpenEnvEnvironment
+from hybrid_lightning.environments.answers import checked_messages, checked_step
 from hybrid_lightning.environments.foreign import as_text
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
@@ -37,9 +32,9 @@ def play(environment, moves, prompt=PROMPT, seed=3):
     random.seed(seed)
     np.random.seed(seed)
     environment = environment.new()
-    said, rewards, over = texts(environment.start(prompt, seed)), [], False
+    said, rewards, over = texts(checked_messages(environment.start(prompt, seed))), [], False
     for move in moves:
-        step = environment.step({"role": "assistant", "content": move})
+        step = checked_step(environment.step({"role": "assistant", "content": move}))
         said += texts(step.messages)
         rewards.append(float(step.reward))
         over = step.over
@@ -94,109 +89,15 @@ def test_what_does_not_fit_is_said_in_one_line():
         (lambda: GymEnvironment("no_such_package.make"), "make='no_such_package.make': there is no module 'no_such_package'"),
         (lambda: play(GymEnvironment(here("Odd")), []), "cannot be written as text .*wrap the environment"),
         (lambda: play(GymEnvironment(here("Odd"), {"said": [{"type": "image"}]}), []), "a block of type 'image'; only texts"),
-        *(
-            (lambda kind=kind: read_odd(kind), f"step returned 'text', which is not what {kind.__name__} takes")
-            for kind in (GymEnvironment, SkyRLEnvironment, TextWorldEnvironment)
+        (
+            lambda: play(GymEnvironment(here("Odd"), {"said": "go"}), ["a"]),
+            "step returned 'text', which is not what GymEnvironment",
         ),
-        (lambda: play(SkyRLEnvironment(here("Rewriter")), []), "init changes the prompt of the data row 0"),
         (lambda: play(OpenEnvEnvironment("http://x", here("Client"), observation="body"), []), "no such field; it has text"),
-        (lambda: play(TextArenaEnvironment(here("Duel"), {"env_id": "raw"}), []), "not for one player alone .Two players"),
-        (lambda: play(TextArenaEnvironment(here("Turns"), {"env_id": "raw"}), ["a"]), "alone .it is the turn of player 1"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             make()
         assert "\n" not in str(caught.value)
-
-
-def read_odd(kind):
-    environment = kind(here("Odd"))
-    environment.game = Odd()
-    environment.step({"role": "assistant", "content": "a"})
-
-
-class Arena:
-    """TextArena's form: raw messages, or all of them as one text as its wrappers give it."""
-
-    def __init__(self, env_id):
-        self.raw, self.messages = env_id == "raw", []
-
-    def reset(self, num_players, seed=None):
-        self.messages = [(-1, f"{num_players} player, seed {seed}", "PROMPT")]
-
-    def get_observation(self):
-        if not self.raw:
-            return 0, "".join(f"\n[{'GAME' if who else 'Player'}] {text}" for who, text, _ in self.messages)
-        new, self.messages = self.messages, []
-        return 0, new
-
-    def step(self, action):
-        self.messages.append((0, action if self.raw else f"[{action}]", "ACTION"))
-        self.over = action.startswith("end")
-        if not self.over:
-            self.messages.append((-1, "go on", "MESSAGE"))
-        return self.over, {}
-
-    def close(self):
-        return {0: 0.25}, {0: {"reason": "All is done."}}
-
-
-class Duel(Arena):
-    def reset(self, num_players, seed=None):
-        assert num_players == 2, "Two players are needed"
-
-
-class Turns(Arena):
-    def get_observation(self):
-        return int(len(self.messages) > 1), super().get_observation()[1]
-
-
-@pytest.mark.parametrize(("form", "mark"), [("raw", ""), ("wrapped", "[GAME] ")])
-def test_textarena(form, mark):
-    said, rewards, over = play(TextArenaEnvironment(here("Arena"), {"env_id": form}), ["two\nlines", "", "end it"])
-    assert said == [f"{mark}1 player, seed 3", f"{mark}go on", f"{mark}go on", "All is done."]
-    assert rewards == [0.0, 0.0, 0.25] and over
-
-
-class SkyRL:
-    def __init__(self, env_config=None, extras=None):
-        self.extras = extras
-
-    def init(self, prompt):
-        return [*prompt, {"role": "user", "content": f"level {self.extras['level']}"}], {}
-
-    def step(self, action):
-        done = action == self.extras["reward_spec"]["ground_truth"]
-        observations = [] if done else [{"role": "user", "content": [{"type": "text", "text": "no"}]}]
-        return {"observations": observations, "reward": float(done), "done": done, "metadata": {}}
-
-
-class Rewriter(SkyRL):
-    def init(self, prompt):
-        return [{"role": "system", "content": "Be good."}, *prompt], {}
-
-
-def test_skyrl_gets_the_row():
-    environment = SkyRLEnvironment(here("SkyRL"))
-    assert play(environment, ["3", "4"]) == (["level 2", "no"], [0.0, 1.0], True)
-    chat = Prompt(messages=({"role": "user", "content": "2+2"},), columns={"reward_spec": {"ground_truth": "5"}, "level": 1})
-    assert play(environment, ["5"], chat) == (["level 1"], [1.0], True)
-
-
-class World:
-    def __init__(self, seed):
-        self.seed, self.score = seed, 0
-
-    def reset(self):
-        return SimpleNamespace(feedback=f"  $$$ | \\__ \n  $$  $$>\n\nWelcome to {self.seed}.\n\n> $5 <\n")
-
-    def step(self, command):
-        self.score += {"take coin": 3, "drop coin": -1}.get(command, 0)
-        return SimpleNamespace(feedback="\nDone.\n\n"), self.score, command == "quit"
-
-
-def test_textworld_rewards_what_raises_the_score():
-    said, rewards, over = play(TextWorldEnvironment(here("World")), [" take coin\n", "wait", "drop coin", "quit"])
-    assert said == ["Welcome to 3.\n\n> $5 <", *["Done."] * 4] and rewards == [3.0, 0.0, -1.0, 0.0] and over
 
 
 @dataclass
@@ -225,7 +126,6 @@ def test_openenv_by_a_class_of_client():
     assert play(environment, ["a"], seed=0) == (["http://x 0"], [0.0], True), "over from the start"
     seedless = OpenEnvEnvironment("http://x", here("Client"), observation="text", arguments={"seedless": True})
     assert play(seedless, [])[0] == ["http://x None"]
-    assert environment.thread_safe and not TextArenaEnvironment.thread_safe and not GymEnvironment.thread_safe
 
 
 def test_observations_as_text():
@@ -257,35 +157,6 @@ def test_gem():
     environment = GymEnvironment("gem.make", {"env_id": "game:GuessTheNumber-v0-easy"})
     ends = [play(environment, guesses[n : n + 1]) for n in range(10)]
     assert sorted(rewards[0] for _, rewards, over in ends if over) == [1.0] and all("guessed" in said[1] for said, _, _ in ends)
-
-
-@pytest.mark.parametrize("suffix", ["", "-raw", "-train"])
-def test_textarena_itself(suffix):
-    real("textarena")
-    environment = TextArenaEnvironment(arguments={"env_id": f"GuessTheNumber-v0{suffix}"})
-    ends = [play(environment, [f"[{n}]"]) for n in range(1, 21)]
-    won = [said[-1] for said, rewards, over in ends if over and rewards == [1.0]]
-    assert len(won) == 1 and "Congratulations" in won[0]
-    said, rewards, over = play(environment, ["foo", "foo"])
-    assert over and len(rewards) == 2 and "foo" not in said[1]
-    replays(TextArenaEnvironment(arguments={"env_id": "Sokoban-v0-raw"}), ["[up]"])
-
-
-def test_skyrl_itself():
-    real("skyrl_gym")
-    environment = SkyRLEnvironment(arguments={"id": "gsm8k_multi_turn", "extras": {"max_turns": 3}})
-    said, rewards, over = play(environment, ["#### 3", "It is\n#### 4"])
-    assert over and "exact format" in said[0] and rewards == pytest.approx([0.2 / 3, 1.0])
-
-
-def test_textworld_itself(tmp_path, monkeypatch):
-    real("textworld")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arguments = {"challenge": "tw-coin_collector", "settings": {"level": 1}}
-    said, rewards, over = replays(TextWorldEnvironment(arguments=arguments), ["look", "take coin"])
-    assert over and rewards == [0.0, 1.0] and "$" not in said[0] and "coin" in said[0] and not said[1].endswith("0/1")
-    with pytest.raises(ConfigError, match="challenge='chess' is none of TextWorld; give one of tw-"):
-        play(TextWorldEnvironment(arguments={"challenge": "chess"}), [])
 
 
 @pytest.fixture
@@ -344,5 +215,3 @@ def test_openenv_itself(server):
     assert refused.counts == {"refused_actions": 1} and "x0" in texts(both[0].step({"content": "y"}).messages)[0]
     for one in both:
         one.close()
-    with pytest.raises(ConfigError, match=r"action='guess': the actions of .* have the fields .*message.* and need message;"):
-        play(OpenEnvEnvironment(server, action="guess"), ["1"])

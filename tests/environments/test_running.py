@@ -1,5 +1,4 @@
 import asyncio
-import logging
 import os
 import random
 import re
@@ -10,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import fork_server
@@ -20,9 +18,7 @@ import torch
 
 from hybrid_lightning.environments import Environment, EpisodeLimits, Failure, RunningEpisodes, Step, TimedOut
 from hybrid_lightning.errors import ConfigError, EpisodeError, SandboxError
-from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import Prompt
-from hybrid_lightning.user_calls import CallThreads, TookTooLongError
 
 SEEDS = [7, 7, 8, 8]
 LOG = Counter()
@@ -35,12 +31,6 @@ def prompts(count=4):
 
 def said(text):
     return {"role": "assistant", "content": text}
-
-
-@pytest.fixture(autouse=True)
-def only_what_we_say(monkeypatch):
-    """Python reports tasks of loops that environments have stopped when it collects them, in whichever test that is."""
-    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)
 
 
 def play(environment, *turns, seeds=SEEDS, share=1.0, workers=0, timeout_s=30.0):
@@ -81,7 +71,6 @@ class Draws(Environment):
         asyncio.run(asyncio.sleep(0))  # as clients do that hide an event loop
         self.turn += 1
         self.words.append("mine")
-        time.sleep(0.002 * (message["content"] == "late"))
         message["content"] = "changed"
         return Step(f"{self.turn} {self.words} {random.random()} {np.random.rand()} {torch.rand(1).item()}", over=self.turn == 3)
 
@@ -90,13 +79,9 @@ class AsyncDraws(Environment):
     """Draws between waits, also in tasks of its own."""
 
     async def start(self, prompt, seed):
-        random.seed(seed)
-        os.chdir("..")
         return str(random.random())
 
     async def step(self, message):
-        if message["content"] == "blocks":
-            time.sleep(1_000)
         await asyncio.sleep(0.01 * random.random())
         return f"{await asyncio.gather(self.one(), self.one())} {await self.one()}", 0, False
 
@@ -105,22 +90,24 @@ class AsyncDraws(Environment):
         return random.random(), np.random.rand()
 
 
-@pytest.mark.parametrize("kind", [lambda: Draws(["word"]), AsyncDraws])
-def test_the_members_of_a_group_get_the_same_and_nothing_touches_the_generators_of_the_run(kind):
+def test_what_draws_from_global_generators_touches_nothing_of_the_run_and_is_told_to_use_processes(caplog):
     random.seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), os.getcwd()
-    answers = play(kind(), "now", {0: "late", 3: "now", 1: "now", 2: "late"})
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), os.getcwd()) == before
-    for row in answers:
-        assert row[0] == row[1] != row[2] == row[3]
-    random.seed(2)
-    alone = play(kind(), "now", "now", seeds=[8])
-    assert [row[0] for row in alone] == [row[2] for row in answers]  # whoever else plays, and whatever was drawn before
+    for kind in (Draws, AsyncDraws):
+        caplog.clear()
+        play(kind(), "now", "now") if kind is AsyncDraws else play(kind(["word"]), "now", "now")
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), os.getcwd()) == before
+        (record,) = caplog.records
+        assert f"{kind.__name__} draws from the global random generators" in record.message and "workers" in record.message
 
 
-def test_processes_give_the_same_as_one(forked):
-    for kind, turns, workers in ((lambda: Draws([]), ("now", "now", "now"), 2), (AsyncDraws, ("now",), 1)):
-        assert play(kind(), *turns, workers=workers) == play(kind(), *turns)
+def test_in_processes_the_members_of_a_group_get_the_same_whatever_the_others_do(forked):
+    for kind, workers in ((lambda: Draws(["word"]), 2), (AsyncDraws, 1)):
+        answers = play(kind(), "now", {3: "now", 1: "now", 2: "now", 0: "now"}, workers=workers)
+        for row in answers:
+            assert row[0] == row[1] != row[2] == row[3]
+        alone = play(kind(), "now", "now", seeds=[8], workers=workers)
+        assert [row[0] for row in alone] == [row[2] for row in answers]
 
 
 class Faulty(Environment):
@@ -189,8 +176,8 @@ def test_what_fails_by_its_own_fault_is_begun_again_with_what_was_said(place, cl
         ("exit", r"Faulty.step raised SystemExit: 3 \(test_running.py line \d+\) at turn 2"),
         ("interrupt", r"Faulty.step raised KeyboardInterrupt: "),  # nobody's Ctrl-C
         ("stop iteration", r"Faulty.step raised StopIteration"),
-        ("other step", r"Faulty answered otherwise at turn 1 .* begun again after a fault; all that is random in it"),
-        ("other start", r"Faulty answered otherwise at the start of .* begun again after a fault"),
+        ("other step", r"Faulty answered differently at turn 1 .* begun again after a fault; all that is random in it"),
+        ("other start", r"Faulty answered differently at the start of .* begun again after a fault"),
     ],
 )
 def test_what_goes_on_failing_is_left_out_with_the_reason_and_the_others_go_on(when, said_of_it):
@@ -214,42 +201,34 @@ def test_what_goes_wrong_in_close_is_said_once(caplog):
     assert [record.message.count("Faulty.close took more than 1 s") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("error", [SandboxError("no sandbox"), RunStopped(15)])
-def test_what_is_no_fault_of_an_environment_ends_the_run(error):
+def test_what_is_no_fault_of_an_environment_ends_the_run():
     class Stops(Environment):
         def step(self, message):
-            raise error
+            raise SandboxError("no sandbox")
 
     class AsyncStops(Environment):
-        async def step(self, message, inner=False):
-            if inner:
-                raise error
-            await asyncio.gather(self.step(message, inner=True))
+        async def step(self, message):
+            await asyncio.gather(Stops().step(message))
 
     for kind in (Stops, AsyncStops):
-        with pytest.raises(type(error)):
+        with pytest.raises(SandboxError):
             play(kind(), "go")
 
 
-class OwnsTheLoop(Environment):
+class StopsTheLoop(Environment):
     async def step(self, message):
-        loop = asyncio.get_running_loop()
-        if message["content"] == "cancel":
-            for task in asyncio.all_tasks():
-                task.cancel()
-        loop.call_soon({"stop": loop.stop, "exit": sys.exit, "cancel": int}[message["content"]])
-        await asyncio.sleep(1)
+        if message["content"] == "stop":
+            asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.1)
+        return "", 0, False
 
 
-# What still waited on it is collected later.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_ends_the_event_loop_of_all_episodes_ends_the_run(forked):
-    for what in ("stop", "exit", "cancel"):
-        with pytest.raises(EpisodeError, match=r"OwnsTheLoop has stopped the event loop, or cancelled .*\(episodes\.workers\)"):
-            play(OwnsTheLoop(), what, timeout_s=2.0)
-    _, answers = play(OwnsTheLoop(), "exit", seeds=[7], workers=1)
-    assert "OwnsTheLoop.step ended its process with exit code 1" in answers[0].reason
+def test_a_loop_that_is_stopped_ends_the_episodes_on_it_and_a_process_counts_as_failed(forked, caplog):
+    _, stopped, later = play(StopsTheLoop(), {0: "stop", 1: "go"}, {2: "go"})
+    assert all(isinstance(answer, TimedOut) for answer in stopped.values()) and later == {2: ""}
+    assert "StopsTheLoop: code on the event loop has stopped it" in caplog.text
+    _, answers = play(StopsTheLoop(), "stop", seeds=[7], workers=1)
+    assert "StopsTheLoop.step ended its process with exit code 1" in answers[0].reason
 
 
 class Slow(list):
@@ -277,6 +256,7 @@ class Hangs(Environment):
 
 class AsyncHangs(Hangs):
     async def step(self, message):
+        LOG[message["content"]] += 1
         try:
             await asyncio.sleep(1_000 * (message["content"] == "hang"))
         except asyncio.CancelledError:
@@ -284,21 +264,40 @@ class AsyncHangs(Hangs):
         return super().step({**message, "content": message["content"].replace("blocks", "hang")})
 
 
-@pytest.mark.parametrize("how", ["hang", "blocks", "read"])
-def test_a_step_that_hangs_ends_its_episode_alone(how, caplog):
+@pytest.mark.parametrize(("kind", "how"), [(Hangs, "hang"), (AsyncHangs, "hang"), (Hangs, "read")])
+def test_a_step_that_hangs_ends_its_episode_alone_and_is_said_with_its_name(kind, how, caplog):
     turns = "hi", {0: "now", 1: how, 2: "now", 3: "now"}, {0: "on", 2: "on", 3: "on"}
-    for kind in (AsyncHangs,) if how == "blocks" else (Hangs, AsyncHangs):
-        caplog.clear()
-        *_, second, third = play(kind(), *turns, timeout_s=0.5)
-        assert isinstance(second.pop(1), TimedOut) and set(second.values()) == {"hi now"}
-        assert set(third.values()) == {"hi now on"}
-        assert f"{kind.__name__}.step took more than episodes.step_timeout_s=0.5 s at turn 2 of games.csv row 0" in caplog.text
+    *_, second, third = play(kind(), *turns, timeout_s=0.5)
+    assert isinstance(second.pop(1), TimedOut) and set(second.values()) == {"hi now"}
+    assert set(third.values()) == {"hi now on"}
+    assert f"{kind.__name__}.step took more than episodes.step_timeout_s=0.5 s at turn 2 of games.csv row 0" in caplog.text
+
+
+def test_what_blocks_the_event_loop_ends_the_turn_for_those_that_wait_with_it_and_no_call_is_made_again(caplog):
+    *_, second, third = play(AsyncHangs(), "hi", {0: "now", 1: "blocks", 2: "later"}, {3: "on"}, timeout_s=0.5)
+    assert isinstance(second[1], TimedOut) and isinstance(second[2], TimedOut) and third == {3: "hi on"}
+    assert LOG["blocks"] == LOG["now"] == 1 and LOG["later"] <= 1
+    assert "AsyncHangs: code on the event loop has blocked it" in caplog.text and "`await` what takes long" in caplog.text
 
 
 def test_a_start_that_hangs_is_left_out():
     (answers,) = play(Hangs(), seeds=[7, 99], timeout_s=0.3)
     assert answers[0] == "" and isinstance(answers[1], Failure) and "Hangs.start took more than" in answers[1].reason
     assert LOG["hangs"] == 1  # which was long enough
+
+
+def test_a_rollout_whose_first_steps_all_hang_stops_the_run(caplog):
+    for kind, turns in ((Hangs, ["hang"]), (AsyncHangs, ["hang"]), (Hangs, [])):
+        caplog.clear()
+        what = "step" if turns else "start"
+        hopeless = (
+            f"first 8 environments of a rollout that were asked for a {what} all took .* the last one: {kind.__name__}.{what}"
+        )
+        with pytest.raises(EpisodeError, match=hopeless):
+            play(kind(), *turns, seeds=[7 if turns else 99] * 10, timeout_s=0.1)
+        assert len([record for record in caplog.records if f"{kind.__name__}.{what} took more than" in record.message]) == 1
+    *_, last = play(Hangs(), {n: "hang" if n else "fine" for n in range(10)}, seeds=[7] * 10, timeout_s=0.1)
+    assert last[0] == "fine" and sum(isinstance(answer, TimedOut) for answer in last.values()) == 9
 
 
 def test_a_process_that_hangs_or_dies_is_another_one_for_its_other_episodes(forked):
@@ -323,8 +322,9 @@ def test_processes_see_no_gpu_know_the_template_and_end_with_the_run(forked):
     environment.prepare("{{ messages }}")
     episodes = RunningEpisodes(environment, EpisodeLimits(workers=2))
     try:
-        episodes.start(prompts(), SEEDS)
-        answers = episodes.step({number: said("hi") for number in range(4)})
+        for _ in range(2):  # rollouts
+            episodes.start(prompts(), SEEDS)
+            answers = episodes.step({number: said("hi") for number in range(4)})
         with pytest.raises(SandboxError, match="no sandbox"):
             episodes.step({0: said("raise")})
     finally:
@@ -342,7 +342,7 @@ from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpi
 from hybrid_lightning.types import Prompt
 episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
 episodes.start([Prompt(text="Go")], [1])
-print(episodes._workers._processes[0].popen.pid, flush=True)
+print(episodes._workers._processes[0]._popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -384,36 +384,52 @@ class Threads(Environment):
             Threads.inside += 1
             Threads.most = max(Threads.most, Threads.inside)
             self.seen.add(threading.current_thread())
-        time.sleep(random.random() / 100 if message["content"] == "draw" else float(message["content"]))
+        time.sleep(float(message["content"]))
         with self.lock:
             Threads.inside -= 1
         return "ok", 1, False
 
 
-def test_thread_safe_steps_share_threads_while_they_are_short_and_are_side_by_side_and_told_if_they_draw(caplog):
+class OneThread(Threads):
+    thread_safe = False
+    seen: ClassVar[set[threading.Thread]] = set()
+
+
+def test_steps_run_side_by_side_in_few_threads_and_what_is_not_thread_safe_in_one(caplog):
     play(Threads(), "0", seeds=[1] * 200)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
     assert play(Threads(), "0.3", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
-    state = random.getstate()
-    assert not caplog.records
-    play(Threads(), "draw", "draw")
-    (record,) = caplog.records
-    assert "Threads draws from the global random generators" in record.message and "thread_safe = False" in record.message
-    assert random.getstate() == state
+    Threads.most = 0
+    play(OneThread(), "0.001", "0.001", seeds=[1] * 20)
+    assert len(OneThread.seen) == Threads.most == 1 and not caplog.records
 
 
-def test_a_call_that_a_thread_has_just_taken_has_its_time_limit():
-    threads = CallThreads(1)
-    waiting = threads._waiting
+class EarnsAtEnd(Environment):
+    """Earns half a point for each turn, at the end."""
 
-    def get(timeout):
-        call = waiting.get(timeout=timeout)
-        time.sleep(0.1)  # meanwhile the event loop looks at the calls
-        return call
+    def start(self, prompt, seed):
+        self.turns = 0
 
-    threads._waiting = SimpleNamespace(put=waiting.put, empty=waiting.empty, get=get)
-    _, error = asyncio.run(asyncio.wait_for(threads.outcome(lambda: time.sleep(20), 0.2), 10))
-    assert isinstance(error, TookTooLongError)
+    def step(self, message):
+        self.turns += 1
+        return message["content"], 0, False
+
+    async def final_reward(self):
+        LOG["asked"] += 1
+        return 0.5 * self.turns / (0 if self.turns == 3 else 1)
+
+
+def test_what_is_earned_at_the_end_is_asked_once(forked):
+    for workers in (0, 1):
+        LOG.clear()
+        episodes = RunningEpisodes(EarnsAtEnd(), EpisodeLimits(max_failed_share=1, workers=workers))
+        episodes.start(prompts(3), [7, 7, 8])
+        for going in ([0, 1, 2], [1, 2], [2]):
+            episodes.step({number: said("go") for number in going})
+        earned = episodes.conclude([0, 1, 2])
+        assert (earned[0], earned[1]) == (0.5, 1.0) and "EarnsAtEnd.final_reward raised Zero" in earned[2].reason
+        assert episodes.conclude([0, 1, 2]) == {} and LOG["asked"] == (0 if workers else 3)
+        episodes.close()
 
 
 WRONG = {"max_turns": (0, 1.5), "max_tokens": (0,), "step_timeout_s": (0, float("nan")), "workers": (-1, True)}

@@ -13,7 +13,8 @@ from test_calls import TEMPLATES
 
 from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, RunningEpisodes, Tool, ToolEnvironment
 from hybrid_lightning.environments.calls import Call
-from hybrid_lightning.environments.tool_environment import COUNTS, checked_arguments, describe_tool
+from hybrid_lightning.environments.tool import describe_tool
+from hybrid_lightning.environments.tool_environment import COUNTS
 from hybrid_lightning.errors import ConfigError, SandboxError
 from hybrid_lightning.types import Prompt
 
@@ -63,18 +64,25 @@ def give(kind: str) -> object:
     return values[kind]
 
 
-async def wait(seconds: float, blocking: bool = False) -> str:
+async def wait(seconds: float) -> str:
     """Wait.
 
     Args:
         seconds: How long.
-        blocking: Whether others wait, too.
     """
     WAITED.append(seconds)
-    if blocking:
-        time.sleep(seconds)
     await asyncio.sleep(seconds)
     return "waited"
+
+
+def sleep(seconds: float) -> str:
+    """Sleep.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return "slept"
 
 
 WAITED = []
@@ -142,8 +150,8 @@ def test_calls_are_answered_in_order_and_an_answer_ends_the_episode():
 TOLD = [
     ("<tool_call>add(1)</tool_call>", "unparsable", "error: the call cannot be read: the JSON is wrong"),
     (call("sub", x=1), "unknown_tool", "error: there is no tool 'sub'; the tools are add, give"),
-    (call("add"), "arguments", "error: add needs the argument 'x'; its arguments are x (integer), y (number)"),
-    (call("add", x=1, z=2), "arguments", "error: add has no argument 'z'; its arguments are x (integer), y (number)"),
+    (call("add"), "arguments", "error: add got wrong arguments: 'x' is a required property; its arguments are x, y"),
+    (call("add", x=1, z=2), "arguments", "error: add got wrong arguments: Additional properties are not allowed ('z' was"),
     (call("give", kind="raise"), "raised", "error: give raised KeyError: 'no\\nsuch thing'"),
     (call("give", kind="exit"), "raised", "error: give raised SystemExit: SystemExit"),
     (call("give", kind="timeout"), "raised", "error: give raised TimeoutError: by itself"),
@@ -167,19 +175,18 @@ def test_what_goes_wrong_is_told_to_the_policy_and_counted():
         answers(hermes([give]), call("give", kind="stop"))
 
 
-def test_many_tools_that_block_hold_up_neither_each_other_nor_those_that_wait():
-    blocking, waiting, late = call("wait", seconds=30, blocking=True), call("wait", seconds=0.1), call("wait", seconds=30)
-    began = time.monotonic()
-    # A quarter of the time passes before a call that is held up gets another loop; it has the rest on a busy machine.
-    steps = answers(hermes([wait], tool_timeout_s=2), late, *[blocking, waiting] * 4)
-    assert [told(step)[0] for step in steps[1:]] == ["error: wait was not done after 2 s", "waited"] * 4
-    assert all(counted(step) == {"calls": 1, "time": 1} for step in steps[:2])
-    assert time.monotonic() - began < 7  # one by one it would be 10 s
+def test_tools_that_wait_do_so_together_and_each_is_called_once():
     WAITED.clear()
-    calls = [call("wait", seconds=seconds, blocking=True) for seconds in (30, 0, 0, 0)]
-    steps = answers(hermes([wait], tool_timeout_s=1), *calls)
-    assert [told(step)[0] for step in steps[1:]] == ["waited"] * 3
-    assert sorted(WAITED) == [0, 0, 0, 30], "what has not begun is called once"
+    one, late = call("wait", seconds=0.5), call("wait", seconds=30)
+    began = time.monotonic()
+    steps = answers(hermes([wait, sleep], tool_timeout_s=2), *[one] * 15, one + one + call("sleep", seconds=0.5) + one, late)
+    assert time.monotonic() - began < 6  # one by one it would be 10 s, and without those that come in late 3.5 s
+    assert [told(step) for step in steps[:15]] == [["waited"]] * 15 and told(steps[15]) == ["waited", "waited", "slept", "waited"]
+    assert told(steps[16]) == ["error: wait was not done after 2 s"] and counted(steps[16]) == {"calls": 1, "time": 1}
+    assert sorted(WAITED) == [0.5] * 18 + [30]
+    began = time.monotonic()
+    assert all(told(step) == ["slept"] for step in answers(hermes([sleep]), *[call("sleep", seconds=0.5)] * 16))
+    assert time.monotonic() - began < 3  # one by one it would be 8 s
 
 
 def test_all_calls_of_a_message_stay_within_the_time_of_a_step():
@@ -213,7 +220,7 @@ def test_tools_that_draw_belong_into_processes(caplog, monkeypatch):
 
 
 def schema(tool):
-    return describe_tool(tool)[1]["function"]
+    return describe_tool(tool)[1].schema["function"]
 
 
 def test_a_schema_says_what_signature_and_docstring_say():
@@ -250,7 +257,7 @@ def test_wrong_arguments_of_the_environment():
     for arguments, message in (
         ({"tools": []}, r"tools=\[\]; give a list"),
         ({"tools": ["absent.module.f"]}, "tools='absent.module.f': there is no module"),
-        ({"tools": [Notes]}, "is no function"),
+        ({"tools": [Notes]}, "is not a function"),
         ({"tools": [add, add]}, "two tools are called 'add'"),
         ({"tools": [add], "tool_timeout_s": 0}, "tool_timeout_s=0; give"),
         ({"tools": [add, give], "call_format": PlainCalls("<(.)>")}, "there are 2 tools"),
@@ -262,27 +269,37 @@ def test_wrong_arguments_of_the_environment():
 KINDS = "a: str, b: list[int], c: dict[str, float], d: Literal['x', 1], e: Size, f: int | None, g: int | str, h: bool"
 EVERY = tool_of(KINDS, dict.fromkeys("abcdefgh", "One."))
 RIGHT = {"a": "", "b": [1], "c": {"k": 1}, "d": 1, "e": "l", "f": None, "g": "", "h": False}
-WRONG = [("a", 1, "string"), ("a", [[]], "string, not a list"), ("b", [1, "2"], "array"), ("b", {}, "array, not an object")]
-WRONG += [("c", {"k": "1"}, "object"), ("d", "y", 'one of "x", 1'), ("d", True, "one of"), ("e", "S", 'one of "s", "l"')]
-WRONG += [("f", 1.5, "integer or null"), ("f", True, "integer"), ("g", None, "integer or string"), ("h", 1, "boolean")]
+WRONG = [("a", 1, "'string'"), ("a", [[]], "'string'"), ("b", [1, "2"], "'integer'"), ("b", {}, "'array'")]
+WRONG += [
+    ("c", {"k": "1"}, "'number'"),
+    ("d", "y", "is not one of ['x', 1]"),
+    ("d", True, "'string', 'integer'"),
+    ("e", "S", "one of"),
+]
+WRONG += [("f", 1.5, "'integer'"), ("f", True, "'integer'"), ("g", None, "'integer', 'string'"), ("h", 1, "'boolean'")]
 
 
 def test_arguments_are_checked_by_their_types():
-    parameters = schema(EVERY)["parameters"]
-    assert checked_arguments(Call("tool", RIGHT), parameters) == (RIGHT, "")
+    described = describe_tool(EVERY)[1]
+    assert described.arguments(Call("tool", RIGHT)) == (RIGHT, "")
+    assert described.schema["function"]["parameters"]["properties"]["f"]["nullable"], "as the chat template shows it"
     for name, value, kind in WRONG:
-        _, said = checked_arguments(Call("tool", {**RIGHT, name: value}), parameters)
-        assert f"wants the argument {name!r} as" in said and kind in said
+        _, said = described.arguments(Call("tool", {**RIGHT, name: value}))
+        assert said.startswith(f"got wrong argument {name!r}: ") and kind in said, said
+    deep = [[]]
+    for _ in range(100_000):
+        deep = [deep]
+    assert "too deep" in described.arguments(Call("tool", {**RIGHT, "a": deep}))[1]
 
 
 def test_a_plain_call_gives_the_only_argument():
     for tool, text, result in (
         (add, "[add: 2]", "3.0"),
         (add, '[add: {"x": 1, "y": 3}]', "4"),
-        (add, "[add: 2.5]", "error: add wants the argument 'x' as integer, not 2.5"),
+        (add, "[add: 2.5]", "error: add got wrong argument 'x': 2.5 is not of type 'integer'"),
         (give, "[give: list]", '[1, "ä"]'),
         (draw, "[draw: 1]", "error: draw takes no arguments"),
-        (EVERY, "[tool: 1]", "error: tool takes several arguments; give them as JSON: a (string), b (array)"),
+        (EVERY, "[tool: 1]", "error: tool takes several arguments; give them as JSON: a, b, c"),
     ):
         for form in (None, PlainCalls(r"\[\w+: (.*)\]")):  # which has no names, and is for the only tool
             (step,) = answers(ToolEnvironment([tool], form), text)
@@ -290,7 +307,7 @@ def test_a_plain_call_gives_the_only_argument():
 
 
 def test_the_chat_template_decides_about_form_role_and_description():
-    """Roles and forms of further templates are in `policy/test_turns`."""
+    """Roles and forms of further templates are in `episodes/test_turns`."""
     environments = []
     for template in ((TEMPLATES / "qwen3.jinja").read_text(), (TEMPLATES / "gemma.jinja").read_text()):
         environment = ToolEnvironment([add])
@@ -302,7 +319,7 @@ def test_the_chat_template_decides_about_form_role_and_description():
     (message,) = gemma.start(CHAT, 1)
     assert message["role"] == "system" and "add: Add two numbers." in message["content"] and "[add: ...]" in message["content"]
     assert gemma.start(Prompt(text="Add."), 1) == ()
-    assert gemma.step({"role": "assistant", "content": "[add: 1]"}).messages[0]["role"] == "user"
+    assert asyncio.run(gemma.step({"role": "assistant", "content": "[add: 1]"})).messages[0]["role"] == "user"
 
 
 def test_a_config_names_functions_by_their_module():

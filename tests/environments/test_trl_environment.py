@@ -1,6 +1,9 @@
 """TRL's environment classes, such as its documentation has them."""
 
+import asyncio
 import random
+import time
+from typing import ClassVar
 
 import pytest
 from transformers.utils import get_json_schema
@@ -8,17 +11,20 @@ from transformers.utils import get_json_schema
 from hybrid_lightning.environments import EpisodeLimits, HermesCalls, RunningEpisodes, TRLEnvironment
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
+from hybrid_lightning.user_code import load_function
 
 
 class Counter:
-    """Counts up to a goal; what it begins with is drawn from the global generator, since TRL gives no seed."""
+    """Counts up to a goal, from a number that follows from the seed."""
+
+    asked: ClassVar[list[int]] = []
 
     def __init__(self, step=1):
         self.by = step
         random.seed(4)
 
     def reset(self, goal, **row):
-        self.count, self.goal, self.row = random.randint(1, 10**6), goal, row
+        self.count, self.goal, self.row = random.Random(row["seed"]).randint(1, 10**6), goal, row
         self.first = self.count
         return [{"type": "text", "text": f"It is {self.count}."}]
 
@@ -33,12 +39,14 @@ class Counter:
 
     async def wait(self) -> str:
         """Do nothing."""
+        await asyncio.sleep(0.3)
         return "waited"
 
     def _since(self):
         return self.count - self.first
 
     def get_reward(self):
+        self.asked.append(self.count)
         return min(1.0, self._since() / self.goal)
 
 
@@ -65,38 +73,51 @@ ADD = '<tool_call>{"name": "add", "arguments": {"times": 1}}</tool_call>'
 WAIT = '<tool_call>{"name": "wait", "arguments": {}}</tool_call>'
 
 
-def episode(name, messages, prompt=PROMPT, **options):
-    """What an episode says, its rewards, and how it ends."""
-    episodes = RunningEpisodes(
-        TRLEnvironment(here(name), call_format=HermesCalls(), **options), EpisodeLimits(max_failed_share=1)
-    )
-    begun = episodes.start([prompt, prompt], [7, 7])
-    assert begun[0] == begun[1], "a group has one task, although TRL gives no seed"
-    said, rewards, end = [message["content"] for message in begun[0]], [], ""
+def episode(name, messages, prompt=PROMPT, turn_rewards=False, arguments=None):
+    """What an episode says, its rewards, and what it earns at its end; beside it is another one, which makes the same calls."""
+    environment = TRLEnvironment(here(name), arguments, HermesCalls())
+    episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=1), turn_rewards=turn_rewards)
+    said = [message["content"] for message in episodes.start([prompt, prompt], [7, 7])[0]]
+    rewards = []
     for message in messages:
-        step = episodes.step({0: {"role": "assistant", "content": message}})[0]
+        step = episodes.step({number: {"role": "assistant", "content": message} for number in (0, 1)})[0]
         if not hasattr(step, "reward"):
             return step.reason
         said += [answer["content"] for answer in step.messages]
         rewards.append(step.reward)
-        end = step.end if step.over else ""
+    earned = episodes.conclude([0, 1])[0]
     episodes.close()
-    return said, rewards, end
+    return said, rewards, earned
 
 
-def test_public_methods_are_tools_and_rewards_add_up_to_the_last_value():
+def test_public_methods_are_tools_and_the_reward_is_asked_once_or_each_turn():
     before = random.getstate()
-    said, rewards, end = episode("Counter", [ADD, WAIT, ADD + ADD, "Done."], arguments={"step": 1})
+    asked = load_function(here("Counter")).asked
+    said, rewards, earned = episode("Counter", [ADD, WAIT, ADD + ADD, "Done."], arguments={"step": 1})
     assert said[-4:] == ["1 more", "waited", "2 more", "3 more"] and "It is " in said[-5]
-    assert rewards == [0.25, 0.0, 0.5, 0.0] and end == "answered"
-    assert episode("Counter", [ADD], arguments={"step": 3})[1] == [0.75]
+    assert rewards == [0.0] * 4 and earned == 0.75 and len(asked) == 2, "once for each episode"
     assert random.getstate() == before
+    assert episode("Counter", [ADD], arguments={"step": 3})[1:] == ([0.0], 0.75), "also where a bound ends it"
+    _, rewards, earned = episode("Counter", [ADD, WAIT, ADD + ADD, "Done."], turn_rewards=True)
+    assert rewards == [0.25, 0.0, 0.5, 0.0] and earned == 0.0 and len(asked) == 4 + 2 * 4
+
+
+def test_async_tools_of_several_calls_and_episodes_are_awaited_together():
+    began = time.monotonic()
+    episodes = RunningEpisodes(TRLEnvironment(here("Counter"), call_format=HermesCalls()), EpisodeLimits())
+    episodes.start([PROMPT] * 16, [7] * 16)
+    steps = episodes.step({number: {"role": "assistant", "content": WAIT + WAIT} for number in range(16)})
+    episodes.close()
+    assert all([message["content"] for message in step.messages] == ["waited"] * 2 for step in steps.values())
+    assert time.monotonic() - began < 2  # one by one it would be 10 s
 
 
 def test_rewards_may_be_async_or_missing_and_one_that_raises_is_no_reward():
-    assert episode("Judged", [WAIT, "Done."])[1] == [0.5, 0.0]
-    assert episode("Free", [ADD, "Done."])[1] == [0.0, 0.0]
-    assert "ZeroDivisionError: division by zero" in episode("Judged", [WAIT], Prompt(text="", columns={"goal": 0}))
+    assert episode("Judged", [WAIT, "Done."])[2] == 0.5 and episode("Judged", [WAIT, "Done."], turn_rewards=True)[1] == [0.5, 0.0]
+    assert episode("Free", [ADD, "Done."])[1:] == ([0.0, 0.0], 0.0)
+    unlucky = Prompt(text="", columns={"goal": 0})
+    assert "ZeroDivisionError: division by zero" in episode("Judged", [WAIT], unlucky)[2].reason
+    assert "ZeroDivisionError: division by zero" in episode("Judged", [WAIT], unlucky, turn_rewards=True)
 
 
 def test_tools_are_described_as_trl_does_reset_gets_the_row_and_checkpoints_the_arguments():

@@ -1,0 +1,1 @@
+"""Adapters of other packages, each in a file that can be copied."""

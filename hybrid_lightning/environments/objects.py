@@ -1,0 +1,120 @@
+"""`Objects`: the environments of one process, an object for each episode, and calls of their methods."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_reward, checked_step
+from hybrid_lightning.environments.environment import Environment
+from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.user_calls import TookTooLongError, call
+from hybrid_lightning.user_code import describe_error
+
+CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer
+_CHECKS: dict[str, Callable[[Any], Any]] = {"start": checked_messages, "step": checked_step, "final_reward": checked_reward}
+
+
+class FaultError(Exception):
+    """An environment's own fault, on one line, such as "Game.step raised ValueError: no board"."""
+
+
+class LateError(FaultError):
+    """A call of an environment took too long."""
+
+
+class LostError(FaultError):
+    """The object was lost with its process, which is no fault of its episode."""
+
+
+class Objects:
+    """Environments of this process. Its calls are awaited on the event loop of `user_calls`.
+
+    Args:
+        environment: The object of the config.
+        step_timeout_s: What each object is told.
+        turn_rewards: Likewise.
+    """
+
+    def __init__(self, environment: Environment, step_timeout_s: float, turn_rewards: bool) -> None:
+        self.name, self.close_s = type(environment).__name__, CLOSE_S
+        self._environment, self._step_timeout_s, self._turn_rewards = environment, step_timeout_s, turn_rewards
+        self._objects: dict[int, Environment] = {}
+
+    def has(self, number: int) -> bool:
+        """Whether there is an object for an episode."""
+        return number in self._objects
+
+    def drop(self, number: int) -> None:
+        """Forget the object of an episode."""
+        self._objects.pop(number, None)
+
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float | None) -> Any:
+        """Call a method of the object of an episode, which is made for a "start".
+
+        Returns:
+            What it answers, checked.
+
+        Raises:
+            FaultError, LateError: Why it does not answer.
+            HybridLightningError: Whatever of that kind it raises, which is no fault of the environment.
+        """
+        made: list[Environment] = []
+
+        def start() -> Any:
+            made.append(self._new())
+            return made[0].start(*arguments)
+
+        if method == "close" and number not in self._objects:  # it could not be made
+            return None
+        function = start if method == "start" else partial(getattr(self._objects[number], method), *arguments)
+        check = _CHECKS.get(method, lambda value: value)
+        value, error = await call(function, timeout_s, check, alone=not self._environment.thread_safe)
+        if made:
+            self._objects[number] = made[0]
+        if method == "close":
+            self.drop(number)
+        if isinstance(error, HybridLightningError):
+            raise error
+        if isinstance(error, TookTooLongError):
+            raise LateError(late_message(self.name, method, timeout_s))
+        if isinstance(error, OddAnswerError):
+            raise FaultError(f"{self.name}.{method} {error};")
+        if error is not None:
+            raise FaultError(f"{self.name}.{method} raised {describe_error(error)}") from error
+        return value
+
+    def _new(self) -> Environment:
+        environment = self._environment.new()
+        if environment is self._environment:
+            raise ConfigError(
+                f"{self.name} makes one object for all episodes, which would share its state; make a new one each time"
+            )
+        environment.step_timeout_s, environment.turn_rewards = self._step_timeout_s, self._turn_rewards
+        return environment
+
+
+def late_message(name: str, method: str, timeout_s: float | None) -> str:
+    """What is said about a call that took too long."""
+    return f"{name}.{method} took more than {'' if method == 'close' else 'episodes.step_timeout_s='}{timeout_s:g} s"
+
+
+def random_states() -> tuple[Any, Any, torch.Tensor]:
+    """The states of the global generators of Python, NumPy and torch (of the CPU)."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def same_random_states(one: tuple[Any, Any, torch.Tensor], other: tuple[Any, Any, torch.Tensor]) -> bool:
+    """Whether the generators would continue in the same way."""
+    numpy = all(np.array_equal(*pair) for pair in zip(one[1], other[1], strict=True))
+    return one[0] == other[0] and numpy and torch.equal(one[2], other[2])
+
+
+def restore_random_states(states: tuple[Any, Any, torch.Tensor]) -> None:
+    """Let the global generators continue from these states."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])

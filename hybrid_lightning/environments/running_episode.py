@@ -1,0 +1,157 @@
+"""`RunningEpisode`: one episode with its environment, which is begun again after a fault of its own."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hybrid_lightning.environments.environment import Step
+from hybrid_lightning.environments.objects import CLOSE_AGAIN_S, FaultError, LateError, LostError
+from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.types import Message, Prompt
+
+BEGUN_AGAIN = 2  # times at most, after faults of the environment
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An episode is left out: its environment failed by its own fault, also when it was begun again."""
+
+    reason: str  # one line
+    late: bool = False  # whether a call took too long
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """An episode ends: a step took longer than it may."""
+
+    reason: str  # one line
+
+
+Started = tuple[Message, ...] | Failure
+
+
+class Place(Protocol):
+    """Where environments are: `Objects` of this process, or `Workers`."""
+
+    name: str
+    close_s: float
+
+    def has(self, number: int) -> bool:
+        """Whether there is an object for an episode. It may be lost with its process."""
+
+    def drop(self, number: int) -> None:
+        """Forget the object of an episode."""
+
+    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
+        """Call a method of the object of an episode, which is made for a "start", and return what it answers."""
+
+
+class RunningEpisode:
+    """An episode. Its methods are awaited one after another; what they raise is no fault of the environment, and ends the run.
+
+    Args:
+        number: Of the episode in its rollout.
+        prompt: The problem.
+        seed: Of its group.
+        place: Where its environment is.
+        step_timeout_s: Seconds for each call.
+    """
+
+    def __init__(self, number: int, prompt: Prompt, seed: int, place: Place, step_timeout_s: float) -> None:
+        self.close_fault = ""
+        self._number, self._prompt, self._seed, self._place, self._step_timeout_s = number, prompt, seed, place, step_timeout_s
+        self._started: tuple[Message, ...] | None = None  # what `start` answered; None before
+        self._turns: list[tuple[Message, Step]] = []  # messages of the policy, with what they were answered
+        self._turn = 0  # at which it is; 0: it starts
+        self._faults = 0
+
+    async def start(self) -> Started:
+        """Begin, and return the messages after those of the prompt."""
+        answer = await self._answer(None)
+        assert not isinstance(answer, (Step, TimedOut))
+        return answer
+
+    async def step(self, message: Message) -> Step | Failure | TimedOut:
+        """Let the environment answer a message of the policy."""
+        answer = await self._answer(message)
+        assert not isinstance(answer, tuple)
+        return answer
+
+    async def final_reward(self) -> float | Failure:
+        """What it earns at its end (see `Environment.final_reward`)."""
+        try:
+            if not self._place.has(self._number):
+                await self._begin()
+            return await self._call("final_reward")  # type: ignore[no-any-return]
+        except LostError:
+            return await self.final_reward()
+        except FaultError as fault:
+            await self.close()
+            return Failure(str(fault), late=isinstance(fault, LateError))
+
+    async def close(self) -> None:
+        """Close the environment, if there is one. What goes wrong is noted in `close_fault`."""
+        try:
+            if self._place.has(self._number):
+                await self._call("close")
+        except (FaultError, HybridLightningError) as fault:
+            self.close_fault = "" if isinstance(fault, LostError) else str(fault)
+            if isinstance(fault, LateError):
+                self._place.close_s = CLOSE_AGAIN_S
+
+    async def _answer(self, message: Message | None) -> tuple[Message, ...] | Step | Failure | TimedOut:
+        while True:
+            try:
+                if not self._place.has(self._number):
+                    await self._begin()
+                if message is None:
+                    assert self._started is not None
+                    return self._started
+                step = await self._step(len(self._turns) + 1, message)
+                self._turns.append((message, step))
+                return step
+            except LateError as late:  # it is not begun again, since that would take as long
+                is_new = self._turn > len(self._turns)
+                await self.close()
+                return TimedOut(str(late)) if is_new else Failure(str(late), late=True)
+            except LostError:
+                continue
+            except FaultError as fault:
+                await self.close()
+                self._faults += 1
+                if self._faults > BEGUN_AGAIN:
+                    return Failure(str(fault))
+
+    async def _begin(self) -> None:
+        """Start an object, and let it answer what it has answered before."""
+        self._turn = 0
+        started = await self._call("start", deepcopy(self._prompt), self._seed)  # the prompt is shared by a group
+        if self._started is None:
+            self._started = started
+        elif started != self._started:
+            raise self._differs()
+        for turn, (message, before) in enumerate(self._turns, start=1):
+            step = await self._step(turn, message)
+            if (step.messages, step.reward, step.over) != (before.messages, before.reward, before.over):
+                raise self._differs()
+
+    def _differs(self) -> FaultError:
+        return FaultError(
+            f"{self._place.name} answered differently {self._where()} when it was begun again after a fault; all that is random "
+            "in it has to follow from the seed"
+        )
+
+    async def _step(self, turn: int, message: Message) -> Step:
+        self._turn = turn
+        return await self._call("step", dict(message))  # type: ignore[no-any-return]  # a copy, which it may change
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        timeout_s = min(self._step_timeout_s, self._place.close_s) if method == "close" else self._step_timeout_s
+        try:
+            return await self._place.call(self._number, method, arguments, timeout_s)
+        except FaultError as fault:
+            raise type(fault)(f"{fault} {self._where()}") from fault
+
+    def _where(self) -> str:
+        turn = f"at turn {self._turn}" if self._turn else "at the start"
+        return f"{turn} of {self._prompt.place} (seed {self._seed})"

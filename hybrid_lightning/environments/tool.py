@@ -1,0 +1,173 @@
+"""`Tool`: what a policy may call, what it is told about it, and how the arguments of its calls are checked.
+
+A tool is a Python function, or an object of class `Tool` where it keeps something between the calls of an episode. Its signature
+and docstring become a JSON schema, which chat templates show to the policy.
+"""
+
+import inspect
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.environments.calls import Call
+from hybrid_lightning.errors import ConfigError, one_line, shorten
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator  # slow to import
+
+
+class Tool(Configurable, ABC):
+    """Base class of tools that keep something between the calls of an episode. A subclass needs only `__call__`.
+
+    The policy is told its docstring, with the arguments in Google's form, and its type hints.
+
+    Example:
+        >>> class Notebook(Tool):
+        ...     def start(self, seed):
+        ...         self.notes = []
+        ...     def __call__(self, note: str) -> str:
+        ...         '''Write something down.
+        ...
+        ...         Args:
+        ...             note: What to write.
+        ...         '''
+        ...         self.notes.append(note)
+        ...         return f"{len(self.notes)} notes"
+        >>> Notebook().name
+        'notebook'
+    """
+
+    @property
+    def name(self) -> str:
+        """Name by which the policy calls it; a subclass may set another."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call of the policy, by text or what can be written as JSON. It may be `async`."""
+
+    def start(self, seed: int) -> None:
+        """Begin an episode; the seed is that of `Environment.start`."""
+
+    def close(self) -> None:
+        """Free what the episode has used."""
+
+    def new(self) -> Self:
+        """An object for one episode, made with the same arguments."""
+        return type(self)(**self._init_args)
+
+
+class ToolSchema:
+    """The JSON schema of a tool, by which the arguments of its calls are checked.
+
+    Args:
+        schema: `{"type": "function", "function": {"name", "description", "parameters"}}`.
+    """
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.schema = schema
+
+    @cached_property
+    def _validator(self) -> "Draft202012Validator":
+        from jsonschema import Draft202012Validator
+
+        return Draft202012Validator({**_without_nullable(self.schema["function"]["parameters"]), "additionalProperties": False})
+
+    def arguments(self, call: Call) -> tuple[dict[str, Any], str]:
+        """The arguments of a call by their names, and what is wrong with them, if anything."""
+        from jsonschema.exceptions import best_match
+
+        schema = self._validator.schema
+        known, required = schema.get("properties", {}), schema.get("required", [])
+        arguments = dict(call.arguments)
+        if call.text is not None and not (arguments and arguments.keys() <= known.keys()):
+            needed = required or list(known)[:1]
+            if len(needed) > 1:
+                return {}, f"takes several arguments; give them as JSON: {', '.join(known)}"
+            if call.text and not needed:
+                return {}, "takes no arguments"
+            arguments = {name: self._converted(call.text, known[name]) for name in needed}
+        try:
+            error = best_match(self._validator.iter_errors(arguments))
+            if error is None:
+                return arguments, ""
+            place = f" {error.path[0]!r}" if error.path else "s"
+            wrong = f"got wrong argument{place}: {error.message[:300]}"
+        except RecursionError:  # in the text of an error
+            wrong = "got wrong arguments: they are too deep"
+        return {}, f"{wrong}; its arguments are {', '.join(known) or 'none'}"
+
+    def _converted(self, text: str, schema: dict[str, Any]) -> Any:
+        """The value that a plain text stands for: itself where the schema accepts a text, otherwise what it is as JSON."""
+        if self._validator.evolve(schema=schema).is_valid(text):
+            return text
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text  # which does not fit, and is reported
+
+
+def _without_nullable(schema: Any) -> Any:
+    """A schema in which `"nullable": True`, which is OpenAPI's, is written as JSON Schema has it."""
+    if isinstance(schema, list):
+        return [_without_nullable(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {name: _without_nullable(entry) for name, entry in schema.items() if not (name == "nullable" and entry is True)}
+    if len(plain) < len(schema):
+        for name, null in (("type", "null"), ("enum", None), ("anyOf", {"type": "null"})):
+            if name in plain:
+                plain[name] = [*([plain[name]] if isinstance(plain[name], str) else plain[name]), null]
+    return plain
+
+
+def describe_tool(tool: Callable[..., Any]) -> tuple[str, ToolSchema]:
+    """The name and the schema of a tool, from its signature and docstring.
+
+    Raises:
+        ConfigError: If it lacks a docstring, a type hint or the description of an argument, or takes any number of arguments.
+    """
+    if isinstance(tool, Tool):
+        return tool.name, _schema(type(tool).__call__, tool.name, True)
+    name = getattr(tool, "__name__", None)
+    if isinstance(tool, type) or not callable(tool) or not isinstance(name, str):
+        raise ConfigError(
+            f"ToolEnvironment: the tool {shorten(tool)} is not a function; give a function or a hybrid_lightning Tool"
+        )
+    return name, _schema(getattr(tool, "__func__", tool), name, inspect.ismethod(tool))
+
+
+@cache
+def _schema(function: Callable[..., Any], name: str, bound: bool) -> ToolSchema:
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[bound:]
+        odd = [entry for entry in parameters if entry.kind not in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
+        if odd:
+            raise TypeHintParsingException(f"{odd[0]} cannot be given by name")
+        hints = get_type_hints(function)
+
+        def described() -> None: ...
+
+        described.__name__, described.__doc__ = name, _SECTION.sub("", inspect.getdoc(function) or "")
+        described.__annotations__ = {entry.name: hints[entry.name] for entry in parameters if entry.name in hints}
+        described.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        if hints.get("return") in _RETURNED:  # as in TRL's prompts; what else a tool may return has no JSON type
+            described.__annotations__["return"] = hints["return"]
+        return ToolSchema(dict(get_json_schema(described)))
+    except (DocstringParsingException, TypeHintParsingException, NameError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the tool {name} cannot be described to a policy: {one_line(error)}; write a docstring that says what it does, with "
+            "every argument under `Args:`, and give every argument a type hint"
+        ) from error
+
+
+_RETURNED = (str, int, float, bool, list, dict)
+# Sections of a docstring that are not for the policy.
+_SECTION = re.compile(r"^(?:Examples?|Notes?|Yields|Raises|References):[ \t]*\n(?:[ \t]+.*(?:\n|\Z)|\n)*", re.MULTILINE)

@@ -45,7 +45,7 @@ from hybrid_lightning.cli_parser import Parser, cause_of, is_ours, print_error, 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
+from hybrid_lightning.memory import TrainerFlags
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
@@ -243,10 +243,10 @@ class HybridLightningCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Replace the MLflow logger by ours, and make policies without weights; a plan gets just the arguments of the policy."""
+        """Replace the MLflow logger by ours, and make policies without weights."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
-        make = _arguments_of if self.subcommand == "plan" else partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
+        make = partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
         self.parser.add_instantiator(make, LanguageModule, subclasses=True)
         self.parser.add_instantiator(_made, Configurable, subclasses=True)
 
@@ -274,13 +274,6 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if folder is not None:
             log_config(trainer, folder / self.config_filename)
-
-
-def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
-    """The arguments of a policy instead of the policy, for `plan`."""
-    if not issubclass(policy, PolicyModule):
-        raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
-    return policy_arguments(policy, *given, **named)
 
 
 def _unloaded(

@@ -28,7 +28,7 @@ class MemoryCase:
     keep_start_weights: bool = True
     kl_coef: float = 0.0
     validates: bool = False
-    strategy: str | None = None  # ddp, fsdp2 or fsdp1, on two processes
+    strategy: str | None = None  # ddp or fsdp2, on two processes
     device: str = "cpu"  # or cuda
 
     @property

@@ -14,6 +14,7 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.engine import Backend, Engine, TokenSizes, UnsupportedAttentionError, begins_group, has_operators
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine.packing import MULTIPLE
 from hybrid_lightning.engine.passes import plain_projection
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes
@@ -74,7 +75,7 @@ class Passes:
             within += max(layers) + converted / len(layers)
         else:
             kept += sum(layers) + converted
-        return PassBytes(kept, logits, backward=kept + within + (0 if self.packs else logits))
+        return PassBytes(kept, logits, backward=kept + within + (0 if self.packs and self._plain_projection else logits))
 
     def decoding(self, prompts: int, samples: int, sizes: ModelSizes | None) -> PassBytes:
         """The sampling of `samples` completions of full length for each of the prompts that a device completes together.
@@ -103,7 +104,8 @@ class Passes:
         prompt, completion = rows.prompt_ids.shape[1], rows.completion_ids.shape[1]
         if not self.packs:
             return len(rows) * (prompt + completion)
-        return int(begins_group(rows).sum()) * prompt + len(rows) * (completion - 1)
+        tokens = int(begins_group(rows).sum()) * prompt + len(rows) * (completion - 1)
+        return tokens + -tokens % MULTIPLE
 
     def _kept(self, recurs: bool, rows: Sequences, sizes: ModelSizes | None) -> float:
         """Bytes that a token keeps in a layer."""

@@ -43,7 +43,7 @@ from hybrid_lightning.cli_parser import Parser, cause_of, is_ours, print_error, 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
+from hybrid_lightning.memory import TrainerFlags
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
@@ -54,7 +54,6 @@ from hybrid_lightning.training.example_module import (
     SupervisedModule,  # noqa: F401  (as above)
 )
 from hybrid_lightning.training.module import LanguageModule
-from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.user_code import in_user_code
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
@@ -243,11 +242,9 @@ class HybridLightningCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Replace the MLflow logger by ours; a plan gets just the arguments of the policy."""
+        """Replace the MLflow logger by ours."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
-        if self.subcommand == "plan":
-            self.parser.add_instantiator(_arguments_of, LanguageModule, subclasses=True)
         self.parser.add_instantiator(_made, Configurable, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -274,13 +271,6 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if folder is not None:
             log_config(trainer, folder / self.config_filename)
-
-
-def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
-    """The arguments of a policy instead of the policy, for `plan`."""
-    if not issubclass(policy, PolicyModule):
-        raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
-    return policy_arguments(policy, *given, **named)
 
 
 def _made(kind: type[Configurable], *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:

@@ -34,9 +34,8 @@ from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
-from hybrid_lightning.memory import plan_memory
-from hybrid_lightning.memory.fitting import Fitting, room, taken, verdict
-from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
+from hybrid_lightning.memory import RunSettings, TrainerFlags, plan_memory
+from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
 from hybrid_lightning.quiet import quiet_libraries
@@ -214,8 +213,8 @@ class Trainer(LightningTrainer):
         flags = TrainerFlags.of_trainer(self)
         if flags.on_cpu or flags.device_bytes is None:
             return
-        settings = run_settings(arguments_of(model), adapter, datamodule, flags)
-        problem = why_not_fitting(settings, plan_method(settings, flags.sharding))
+        settings = RunSettings.of(model, adapter, datamodule, flags)
+        problem = why_not_fitting(settings, plan_method(settings))
         if problem is not None:
             raise ConfigError(problem)
 
@@ -323,16 +322,15 @@ class Trainer(LightningTrainer):
 
     def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: PromptDataModule) -> list[Finding]:
         """Say what the run takes at its peak and what there is."""
-        flags = TrainerFlags.of_trainer(self)
         try:
-            settings = run_settings(arguments_of(model), adapter, datamodule, flags)
-            method = plan_method(settings, flags.sharding)
+            settings = RunSettings.of(model, adapter, datamodule, TrainerFlags.of_trainer(self))
+            method = plan_method(settings)
         except HybridLightningError as error:
             say(f"{'memory':<16}cannot be planned: {error}")
             return []
-        say(f"{'memory':<16}{verdict(method, settings, flags.sharding)}")
-        free = room(settings, flags.sharding)
-        return [] if free is None else of_memory(taken(method), free, method.peak_phase)
+        say(f"{'memory':<16}{verdict(method, settings)}")
+        free = room(settings)
+        return [] if free is None else of_memory(taken(method, settings), free, method.peak_phase)
 
     def plan(
         self,
@@ -347,7 +345,7 @@ class Trainer(LightningTrainer):
         """Print how much memory a run will take, and whether it fits, from the model's config alone: no weights are loaded.
 
         Args:
-            model: The arguments of the policy, which itself is not made (see `policy_arguments`).
+            model: The policy, whose weights need not be loaded.
             datamodule: Its data, which is read only to find the length of prompts.
             flags: Flags of the Trainer that the run will have.
             fit: Look for the fewest changes with which it fits.
@@ -355,36 +353,40 @@ class Trainer(LightningTrainer):
             device_gib: Memory of each device in GiB: a GPU, unless trainer.accelerator=cpu; None takes what is here.
 
         Raises:
-            ConfigError: If there is no callback HybridAdapterSetup, a value is impossible, or no changes are enough.
-            ModelError: If there is no such model, or it cannot be traced.
+            ConfigError: If there is no callback HybridAdapterSetup, the model is not a PolicyModule, a value is impossible, or no
+                changes are enough.
+            ModelError: If there is no such model.
         """
-        settings = run_settings(model, _adapter_of(self, "plan"), datamodule, flags, prompt_tokens)
-        sharding, show = flags.sharding, partial(console().print, soft_wrap=True)
-        methods = plan_memory(settings, sharding)
+        adapter, show = _adapter_of(self, "plan"), partial(console().print, soft_wrap=True)
+        if not isinstance(model, PolicyModule):
+            kind = type(model).__name__
+            raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {kind}; give a config of RL")
+        settings = RunSettings.of(model, adapter, datamodule, flags, prompt_tokens)
+        methods = plan_memory(settings)
         own = next(method for method in methods if method.method == own_method(settings))
-        show(memory_title(methods, settings, sharding))
-        console().print(memory_table(methods))
+        show(memory_title(methods, settings))
+        console().print(memory_table(methods, settings))
         show(memory_notes(methods, settings))
-        problem, free = why_not_fitting(settings, own), room(settings, sharding)
-        show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings, sharding))
+        problem, free = why_not_fitting(settings, own), room(settings)
+        show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings))
         if not fit:
-            if free is not None and taken(own) > free:
+            if free is not None and taken(own, settings) > free:
                 show("--fit looks for the fewest changes with which it fits")
             return
         if free is None:
             raise ConfigError("--fit needs the memory of a device; give --device_gib")
-        changes, fitted = Fitting(settings, sharding, model.task.loss.needs_reference).search()
+        changes, fitted = find_changes(settings, model.task.loss.needs_reference)
         if changes:
-            console().print(memory_table([replace(own, method="as it is"), replace(fitted, method="changed")]))
-            show("\n".join(f"{' '.join(change.overrides)} costs {change.cost}" for change in changes))
-            show(verdict(fitted, settings, sharding))
-        if taken(fitted) > free:
+            console().print(memory_table([replace(own, method="as it is"), replace(fitted, method="changed")], settings))
+            show("\n".join(f"{change.overrides} costs {change.cost}" for change in changes))
+            show(verdict(fitted, settings))
+        if taken(fitted, settings) > free:
             raise ConfigError(
                 "no changes are enough for this model on this device; take a smaller model or shorter completions, or split it "
                 "over devices (--config configs/strategy/fsdp.yaml)"
             )
         if changes:
-            show(f"Add to the command: {' '.join(text for change in changes for text in change.overrides)}")
+            show(f"Add to the command: {' '.join(change.overrides for change in changes)}")
 
 
 def _any(callbacks: list[Callback], kind: type[Callback]) -> bool:

@@ -1,6 +1,6 @@
 """Plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs: `python -m benchmarks.memory.plan_qwen3`.
 
-By the models' configs alone, in half a minute. Prints a table.
+By the models' configs alone, in seconds. Prints a table.
 """
 
 from typing import Any
@@ -10,8 +10,9 @@ from transformers import Qwen3Config
 
 from benchmarks.commands import command
 from benchmarks.tables import table
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.memory import FSDP2, MethodMemory, RunSettings, Sharding, SingleDevice, plan_memory
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.memory import FSDP2, MethodMemory, RunSettings, Sharding, SingleDevice, TrainerFlags, plan_memory
+from hybrid_lightning.rollout.loader import RolloutSchedule
 
 # As in config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-32B on the Hugging Face hub (layers and heads are also in
 # table 1 of the technical report, arXiv 2505.09388), and the number of parameters in billions that their model cards give.
@@ -24,11 +25,9 @@ SIZES = {
 SAME = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 # The rollouts of configs/gsm8k_qwen3.yaml, without a KL term.
 RUN: dict[str, Any] = {
-    **{"prompts_per_rollout": 32, "samples_per_prompt": 8, "prompt_tokens": 384, "completion_tokens": 512},
-    **{"micro_batches": 4 * 8, "accumulate_grad_batches": 8},
-    **{"eval_prompts": 25, "eval_samples": 4, "calibration_prompts": 32},
-    **{"dtype": torch.bfloat16, "mixed_precision": True, "on_cpu": False},
-    **{"keep_start_weights": False, "lora": LoraSettings(16, 32)},
+    **{"schedule": RolloutSchedule(32, 8, minibatches_per_rollout=4), "prompt_tokens": 384, "completion_tokens": 512},
+    **{"planning": HybridAdapterSetup(rank=16, alpha=32, calibration_prompts=32).planning, "keep_start_weights": False},
+    **{"eval_prompts": 25, "eval_samples": 4, "dtype": torch.bfloat16},
 }
 SHARDINGS: dict[str, Sharding] = {"1 GPU": SingleDevice(), "8 GPUs, FSDP2": FSDP2(8)}
 GIB = 2**30
@@ -40,7 +39,8 @@ def config(name: str) -> Qwen3Config:
 
 
 def plan(name: str, sharding: Sharding) -> list[MethodMemory]:
-    found, wanted = plan_memory(RunSettings(config=config(name), **RUN), sharding), SIZES[name][-1]
+    flags = TrainerFlags(sharding, on_cpu=False, precision="bf16-mixed", accumulate_grad_batches=8)
+    found, wanted = plan_memory(RunSettings(config=config(name), flags=flags, **RUN)), SIZES[name][-1]
     billions = found[0].parameters / 1e9
     assert abs(billions - wanted) < 0.05, f"{name} has {billions:.2f} billion parameters, which is not what its card says"
     return found

@@ -73,7 +73,7 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "bytes": [max(planned.values()), max(measured.values())],
         "moments": [max(planned, key=planned.__getitem__), max(measured, key=measured.__getitem__)],
-        "growth": [plan["growth"], max(rank["growth"] for rank in found["process"])],
+        "process": [plan["process"], max(rank["process"] for rank in found["process"])],
         "parts": {part: [max(parts[part] for parts in moments) for moments in trained] for part in PARTS},
     }
 
@@ -88,11 +88,11 @@ def tables(cases: Sequence[dict[str, Any]]) -> str:
     rows = []
     for case in cases:
         numbers = []
-        for pair in (case["bytes"], case["growth"]):
+        for pair in (case["bytes"], case["process"]):
             numbers += [f"{pair[1] / MIB:,.1f}", f"{difference(pair):+.1%}"]
         rows.append([case["case"]["model"], case["name"], *numbers, " / ".join(dict.fromkeys(case["moments"]))])
-    header = ["model", "case", "tensors, MiB", "planned", "growth, MiB", "planned", "most while"]
-    furthest = [f"{name} {max(abs(difference(case[name])) for case in cases):.0%}" for name in ("bytes", "growth")]
+    header = ["model", "case", "tensors, MiB", "planned", "process, MiB", "planned", "most while"]
+    furthest = [f"{name} {max(abs(difference(case[name])) for case in cases):.0%}" for name in ("bytes", "process")]
     parts = [pair for case in cases for pair in case["parts"].values()]
     apart = max(abs(planned - measured) for planned, measured in parts) / MIB
     return f"{table(header, rows, left=2)}\n\nFurthest off: {', '.join(furthest)}; any of {', '.join(PARTS)} {apart:.1f} MiB."

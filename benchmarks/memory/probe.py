@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from benchmarks.live_tensors import LiveTensors
 from benchmarks.processes import forget_peak, resident_bytes
 from benchmarks.training import gradient_bytes, optimizer_bytes, tensor_bytes
 from hybrid_lightning.engine import SharedPromptDecoding
-from hybrid_lightning.memory.fake_model import LiveTensors
 
 
 class MemoryProbe(Callback):

@@ -14,12 +14,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.commands import versions
+from benchmarks.live_tensors import LiveTensors
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Job, Record
 from benchmarks.study.store import write
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
-from hybrid_lightning.memory.fake_model import LiveTensors
 
 # Nothing of a run is kept but its record and its log.
 QUIET = {

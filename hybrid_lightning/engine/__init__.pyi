@@ -1,3 +1,6 @@
+from hybrid_lightning.engine.activations import TokenSizes as TokenSizes
+from hybrid_lightning.engine.activations import activation_bytes as activation_bytes
+from hybrid_lightning.engine.activations import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
 from hybrid_lightning.engine.attention import UnsupportedAttentionError as UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend as Backend
@@ -15,11 +18,9 @@ from hybrid_lightning.engine.logprobs import logprobs_of_hidden as logprobs_of_h
 from hybrid_lightning.engine.logprobs import token_logprobs as token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences as PackedSequences
 from hybrid_lightning.engine.packing import begins_group as begins_group
-from hybrid_lightning.engine.passes import activation_bytes as activation_bytes
 from hybrid_lightning.engine.passes import base_model as base_model
 from hybrid_lightning.engine.passes import default_token_budget as default_token_budget
 from hybrid_lightning.engine.passes import memory_of as memory_of
 from hybrid_lightning.engine.passes import own_hidden as own_hidden
-from hybrid_lightning.engine.passes import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding as SegmentDecoding
 from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding as SharedPromptDecoding

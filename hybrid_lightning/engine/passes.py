@@ -1,10 +1,4 @@
-"""One forward pass of a Hugging Face causal language model, padded or packed, and how many tokens it takes at a time.
-
-Sampling and training share it. The default number of tokens is what keeps the device busy; more would only take memory. For the
-backward pass a decoder keeps, for each token and layer, at most about 16 vectors of the hidden size and 5 of the feed-forward
-layer's size (counted on transformers' Llama with LoRA on all linear layers: 1.0 MB per token of SmolLM2-135M; with fused layers
-0.46). With gradient checkpointing it keeps one vector of the hidden size for each layer, and all of them for one layer at a time.
-"""
+"""One forward pass of a Hugging Face causal language model, padded or packed, which sampling and training share."""
 
 import inspect
 from collections.abc import Callable
@@ -17,19 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
+from hybrid_lightning.engine.activations import activation_bytes, tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls, Packing
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.types import Sequences
-
-# Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M). On an accelerator a pass takes
-# this share of what is left beside weights, gradients and optimizer; the rest is for logits, for a layer's whole weights where
-# they are sharded, and for what lies between tensors.
-_ON_CPU = 0.68e9
-_OF_THE_REST, _USABLE = 0.5, 0.9
-_ON_ACCELERATOR = 8e9  # where its memory is not known
-_STATE = 12  # bytes of a trained weight beside itself: its gradient, and two moments in float32
-_BYTES = 2  # per number: activations have 16 bits under autocast; models in float32 are small
-_LEAST = 256  # tokens
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -178,7 +163,7 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
 
 
 def default_token_budget(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a pass for this model: at least 256, and more the smaller the model is, and the more memory an accelerator has.
+    """`tokens_of_pass` for a model: what keeps its device busy; more would only take memory.
 
     The device is the one that computes; weights, which may be sharded, may be on another one.
     """
@@ -195,25 +180,3 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory of an accelerator; None where it is not known, and of a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def activation_bytes(total: int, weights: float, trained: float) -> float:
-    """Bytes that a pass may spend on activations on an accelerator with `total` bytes.
-
-    There lie so many bytes of weights, of which so many weights are trained.
-    """
-    return _OF_THE_REST * max(0.0, _USABLE * total - weights - _STATE * trained)
-
-
-def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool, rest: float | None = None) -> int:
-    """The same as `default_token_budget`, by the config of a language model that is not loaded.
-
-    With gradient checkpointing it recomputes. `rest` are an accelerator's `activation_bytes`; None where its memory is not known.
-    """
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    layer = 16 * hidden + 5 * inner
-    layers = config.num_hidden_layers
-    numbers = layers * hidden + layer if recomputes else layers * layer
-    accelerator = _ON_ACCELERATOR if rest is None else rest
-    return max(_LEAST, int((_ON_CPU if on_cpu else accelerator) / (numbers * _BYTES)))

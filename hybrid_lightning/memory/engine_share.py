@@ -9,8 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 
@@ -35,20 +33,21 @@ class EngineShare:
 def engine_share(settings: RunSettings, parameters: int) -> EngineShare:
     """What the engine of a run takes of each device; nothing if the policy samples by itself, or servers do.
 
-    On an accelerator `settings.device_bytes` must be known. The engine has all `parameters` of the model, with LoRA merged.
+    The memory of an accelerator must be known. The engine has all `parameters` of the model, with LoRA merged.
     """
     sampler = settings.sampler
     if not isinstance(sampler, VLLMSampler):
         return EngineShare()
-    dtype = torch.bfloat16 if settings.mixed_precision else settings.dtype
+    dtype = settings.product_dtype
     weights = parameters * dtype.itemsize
     tokens = sampler.max_model_len or settings.prompt_tokens + settings.completion_tokens
     least = weights + tokens * cache_bytes_of_token(settings.config, dtype)
-    if settings.on_cpu:
+    if settings.flags.on_cpu:
         whole = weights + sampler.cache_bytes_on_cpu(settings.config, dtype)
         return EngineShare(weights, whole, whole, least)
-    assert settings.device_bytes is not None, "the engine takes a share of the device's memory"
-    whole = int(sampler.gpu_memory_utilization * settings.device_bytes)
+    memory = settings.flags.device_bytes
+    assert memory is not None, "the engine takes a share of the device's memory"
+    whole = int(sampler.gpu_memory_utilization * memory)
     return EngineShare(weights, whole, {"nothing": whole, "kv_cache": weights, "weights": 0}[sampler.sleep], least)
 
 
@@ -57,8 +56,8 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
 
     `training` has for each phase of the run the bytes that training takes in it, and whether the engine samples in it.
     """
-    sampler, device = settings.sampler, settings.device_bytes
-    if settings.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
+    sampler, device = settings.sampler, settings.flags.device_bytes
+    if settings.flags.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
         return None
     room = device - CONTEXT_BYTES
     where = f"of {_gib(room)} ({_gib(device)} without the GPU's context)"

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
-from hybrid_lightning.memory.peaks import MethodMemory
-from hybrid_lightning.memory.process_growth import START_BYTES
+from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.strategies import Sharding
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 
 # Row of the table -> fields of `Components` that it adds up.
@@ -24,15 +22,15 @@ COMPONENT_NAMES = {
 }
 
 
-def memory_title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
+def memory_title(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     """What is planned, in one line."""
-    where = "CPU" if settings.on_cpu else "accelerator"
-    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
+    sharding, where = settings.flags.sharding, "CPU" if settings.flags.on_cpu else "accelerator"
+    name = f"{sharding.name} with CPU offload" if sharding.offloads else sharding.name
     devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
     return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
 
 
-def memory_table(methods: Sequence[MethodMemory]) -> Table:
+def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Table:
     """Planned memory as a table for the screen, one column per method."""
     table = Table("")
     for method in methods:
@@ -47,8 +45,8 @@ def memory_table(methods: Sequence[MethodMemory]) -> Table:
         table.add_row(phase, *(format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods))
     table.add_section()
     table.add_row("tensors together", *(format_bytes(method.peak_bytes) for method in methods))
-    if all(method.growth is not None for method in methods):
-        table.add_row("growth of the process", *(format_bytes(method.growth_bytes) for method in methods))
+    if settings.flags.on_cpu:
+        table.add_row("process", *(format_bytes(method.process_bytes) for method in methods))
     return table
 
 
@@ -66,22 +64,22 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     if isinstance(settings.sampler, VLLMSampler):
         share = methods[0].share
         kept = format_bytes(share.updating) if share.updating else "nothing on the device, and its weights on the host,"
-        slept = "" if settings.on_cpu else f" (sampler.sleep={settings.sampler.sleep})"
+        slept = "" if settings.flags.on_cpu else f" (sampler.sleep={settings.sampler.sleep})"
         lines.append(
             f"rollout engine: {format_bytes(share.sampling)} while it samples, {format_bytes(share.weights)} of it for its copy "
             f"of the weights; it keeps {kept} while the policy is updated{slept}."
         )
-    if methods[0].growth is not None:
+    if settings.flags.on_cpu:
         lines.append(
-            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
-            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
-            f"{format_bytes(START_BYTES)}, Python and libraries, where this was measured; each process takes both."
+            f"process: tensors together, {format_bytes(PROCESS_BYTES)} for Python and libraries, and what lies between tensors; "
+            "each process takes all of it."
         )
     else:
         lines.append(
             f"Not in it: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and what the "
             "allocator keeps for itself."
         )
+    lines.extend(f"Bounded from above: {bound}." for bound in methods[0].bounds)
     return "\n".join(lines)
 
 

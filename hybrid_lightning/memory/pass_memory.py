@@ -1,181 +1,215 @@
-"""Bytes that passes through the model hold at their peak: updating, scoring, and decoding.
+"""Bytes that passes through a model hold at their peak, in closed form: updating, scoring, and decoding.
 
-Each pass is traced on a model of one layer and on one of two. Their difference is what each further layer adds.
+What a token keeps is in `engine/activations.py`. Here it is multiplied by the tokens of a pass, and what does not grow with them
+is added: weights that autocast converts, blocks of logits, copies of weights for decoding.
 """
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
 
-from hybrid_lightning.engine import Backend, SegmentDecoding, SharedPromptDecoding, begins_group, decoding_of, logprobs_of_hidden
-from hybrid_lightning.memory.fake_model import FakeModel
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.engine import Backend, Engine, TokenSizes, UnsupportedAttentionError, begins_group, has_operators
+from hybrid_lightning.engine.backend import packs
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine.packing import MULTIPLE
+from hybrid_lightning.engine.passes import plain_projection
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.sampler import draw_by_integers, draw_tokens, filter_logits
 from hybrid_lightning.types import Sequences
+
+# Hidden vectors that norms keep in float32, at most, where the engine does not fuse them: Gemma's, of which a layer has four.
+_NORMS = 14
 
 
 @dataclass(frozen=True)
-class Traced:
+class PassBytes:
     """Bytes that a pass holds at its peak."""
 
     activations: float
     logits: float
     backward: float = 0.0  # everything that the backward pass holds at its peak
-    cache: float = 0.0  # keys and values
+    cache: float = 0.0  # keys and values, or recurrent states
     packed: float = 0.0  # copies of weights in the order or dtype in which products read them
 
-    def combine(self, other: "Traced", function: Callable[[float, float], float]) -> "Traced":
-        """Apply a function to each field of both."""
-        return Traced(*(function(getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)))
 
+class Passes:
+    """The passes of a run with the model on the meta device, whose layers are fused as the engine does.
 
-def passes_of_step(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """Rows of each pass of one micro-batch, of `prompts` on each device, if all rows take part and have full length."""
-    rows = _rollout(settings, prompts)
-    return _split_into_passes(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
+    In all methods `sizes` are None for the base model as it is scored.
 
+    Attributes:
+        bounds: What is bounded from above and not predicted, in words for the user.
+    """
 
-def passes_of_scoring(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """Rows of each pass of scoring, which splits a rollout of `prompts` by the token budget alone."""
-    return _split_into_passes(_rollout(settings, prompts), settings)
+    def __init__(self, settings: RunSettings, model: PreTrainedModel) -> None:
+        self.settings, self.sizes = settings, TokenSizes(settings.config)
+        self.width, self.base_width = settings.product_dtype.itemsize, settings.dtype.itemsize
+        layers = find_candidates(model).values()
+        self._linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+        self._prepacks = all(type(layer) is nn.Linear for layer in layers)
+        self._plain_projection = plain_projection(model) is not None
+        self._head_norms = any(name.endswith(".q_norm") for name, _ in model.named_modules())
+        attention = settings.attention or model.config._attn_implementation
+        why_not_packed = _why_not_packed(model, settings.product_dtype)
+        self.packs, self._keeps_scores = not why_not_packed, bool(why_not_packed) and attention == "eager"
+        use_fused_layers(model, Backend())
+        kinds = {type(module) for module in model.modules()}
+        self._fused, self._fused_mlp = FusedRMSNorm in kinds, FusedMLP in kinds
+        self.bounds = self._bounds(why_not_packed)
 
+    def update(self, rows: Sequences, sizes: ModelSizes | None) -> PassBytes:
+        """A forward and backward pass over some rows."""
+        of_token, width = self.sizes, self.width
+        tokens, predicted = self._tokens(rows), rows.completion_ids.numel()
+        layers = [tokens * self._kept(recurs, rows, sizes) for recurs in of_token.recurs]
+        converted, logits = self._converted(sizes), self._logits(predicted)
+        within = tokens * self._kept_within_backward(sizes)
+        # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
+        kept = width * of_token.hidden * (2 * tokens + predicted * (1 + self.settings.entropy_gradient))
+        if self.settings.gradient_checkpointing:
+            kept += len(layers) * tokens * self.base_width * of_token.hidden
+            within += max(layers) + converted / len(layers)
+        else:
+            kept += sum(layers) + converted
+        return PassBytes(kept, logits, backward=kept + within + (0 if self.packs and self._plain_projection else logits))
 
-class Traces:
-    """Traces the passes of a run, each kind of pass once."""
+    def decoding(self, prompts: int, samples: int, sizes: ModelSizes | None) -> PassBytes:
+        """The sampling of `samples` completions of full length for each of the prompts that a device completes together.
 
-    def __init__(self, settings: RunSettings) -> None:
-        self.settings = settings
-        self._known: dict[Hashable, Traced] = {}
-        self._models: dict[tuple[int, float | None], FakeModel] = {}
-
-    def update(self, rows: Sequences, share_full: float | None) -> Traced:
-        """Trace a forward and backward pass.
-
-        `share_full` is the share of the candidates' parameters that is trained fully, while the others have LoRA; None for the
-        base model as it is scored.
+        The peak is where the prompts have been read, or at the last token.
         """
-        sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
-        return self._by_share(("update", *sizes), share_full, lambda fake: _trace_update(fake, rows))
+        of_token, rows = self.sizes, prompts * samples
+        asked, answered = self.settings.prompt_tokens, self.settings.completion_tokens
+        keys = FLOAT32_BYTES if self._attends_by_products else self.width
+        token = of_token.attending * (keys * of_token.keys + self.width * of_token.values)
+        places = prompts * asked + rows * answered if self.packs else rows * (asked + answered)
+        cache = token * places + rows * sum(of_token.recurs) * of_token.states.bytes(self.width)
+        largest = max(of_token.kept(recurs).bytes(self.width) for recurs in of_token.recurs)
+        reading = prompts * asked * (token + largest / 2)  # a layer keeps nothing; half of what it makes is there at a time
+        logits = FLOAT32_BYTES * rows * of_token.vocabulary
+        repeats = not self.packs or (not self.settings.flags.on_cpu and self.width == FLOAT32_BYTES)  # keys for all heads
+        repeated = repeats * 2 * self.width * rows * (asked + answered) * of_token.queries
+        return PassBytes(repeated + max(0, reading - cache - logits), logits, cache=cache, packed=self._packed(sizes))
 
-    def decoding(self, prompts: int, samples: int, share_full: float | None) -> Traced:
-        """Trace the sampling of `samples` completions of full length for each of the prompts that a device completes together."""
-        return self._by_share(("decoding", prompts, samples), share_full, lambda fake: _trace_decoding(fake, prompts, samples))
+    def cut(self, rows: Sequences, tokens: int) -> list[Sequences]:
+        """Rows of each pass, by the most tokens of a pass."""
+        return [rows.rows(run) for run in split_by_tokens(rows, tokens)]
 
-    def _by_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
-        """Interpolate between LoRA on all candidates and all of them trained fully."""
-        if share_full is None or share_full in (0, 1):
-            return self._by_layers((*name, share_full), share_full, trace)
-        lora, full = (self._by_layers((*name, share), share, trace) for share in (0, 1))
-        return lora.combine(full, lambda few, many: few + share_full * (many - few))
+    def _tokens(self, rows: Sequences) -> int:
+        """Tokens that are computed: in a packed pass each prompt once, and no completion's last token."""
+        prompt, completion = rows.prompt_ids.shape[1], rows.completion_ids.shape[1]
+        if not self.packs:
+            return len(rows) * (prompt + completion)
+        tokens = int(begins_group(rows).sum()) * prompt + len(rows) * (completion - 1)
+        return tokens + -tokens % MULTIPLE
 
-    def _by_layers(self, name: Hashable, share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
-        """Extrapolate from one and two layers to all of the model's."""
-        if name not in self._known:
-            layers = self.settings.layers
-            one = trace(self._model(1, share_full))
-            if layers > 1:
-                two = trace(self._model(2, share_full))
-                one = one.combine(two, lambda first, both: first + (layers - 1) * (both - first))
-            self._known[name] = one
-        return self._known[name]
+    def _kept(self, recurs: bool, rows: Sequences, sizes: ModelSizes | None) -> float:
+        """Bytes that a token keeps in a layer."""
+        of_token, width, share = self.sizes, self.width, _share_full(sizes)
+        if recurs or not self._fused:
+            kept = of_token.kept(recurs).bytes(width) + (0 if recurs else _NORMS * of_token.hidden * (FLOAT32_BYTES - width))
+        else:
+            # Of a fused MLP's last layer LoRA computes the input anew, and full training keeps it.
+            mlp = (2 + share) * of_token.inner if self._fused_mlp else of_token.kept_by_mlp()
+            kept = width * (of_token.kept_by_fused_attention(self._head_norms) + mlp)
+            # Under autocast a float32 base has residuals, and queries and keys as they are rotated, of 32 bits.
+            kept += (self.base_width - width) * (2 * of_token.hidden + of_token.queries + of_token.keys)
+        if self._attends_by_products:  # which keeps its inputs as it cuts them out
+            kept += self.base_width * (of_token.queries + of_token.keys) + width * of_token.values
+        if self._keeps_scores and not recurs:
+            kept += 3 * width * of_token.heads * (rows.prompt_ids.shape[1] + rows.completion_ids.shape[1])
+        if share < 1:
+            # The rows between A and B. PEFT's own layers keep their inputs as well, and more with DoRA or dropout.
+            lora = self.settings.planning.lora
+            own = 2 if lora.dropout or lora.use_dora else int(self.settings.quantization is not None)
+            kept += width * (7 * lora.rank + own * (5 * of_token.hidden + of_token.inner))
+        return kept
 
-    def _model(self, layers: int, share_full: float | None) -> FakeModel:
-        """Each is made once, which takes as long as a trace."""
-        if (layers, share_full) not in self._models:
-            self._models[layers, share_full] = FakeModel(self.settings, layers, share_full)
-        return self._models[layers, share_full]
+    def _kept_within_backward(self, sizes: ModelSizes | None) -> float:
+        """Bytes of a token that the backward pass through a layer makes at a time."""
+        of_token = self.sizes
+        inner = of_token.inner + of_token.experts * of_token.expert_inner
+        scanned = max(of_token.kept(recurs).wide for recurs in of_token.recurs)
+        return self.width * (2 * of_token.hidden + (2 - _share_full(sizes)) * inner) + FLOAT32_BYTES * scanned
 
+    @property
+    def _converts_base(self) -> bool:
+        """Whether autocast converts weights of the base, which it keeps for the backward pass."""
+        return self.base_width > self.width
 
-def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
-    packed = fake.engine.packed(rows)
-    tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
-    fake.fake_layout(packed)
-    with fake.computing() as live:
-        with fake.autocast():
-            hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
-            kept, before = live.bytes, live.peak
-            live.restart_peak()
-            bonus = fake.settings.entropy_gradient
-            logprobs, entropy = logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0, bonus)
-            loss = logprobs.mean() + entropy.mean() if bonus else logprobs.mean()
-            del entropy
-            del hidden
-        with_logits = live.peak
-        live.restart_peak()
-        loss.backward()
-    logits = with_logits - kept
-    return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
+    @property
+    def _attends_by_products(self) -> bool:
+        """Whether a CPU attends by products and not by an operator, which takes numbers of one dtype.
 
+        Rotary embeddings make float32 queries and keys of a float32 base.
+        """
+        return self.packs and self.settings.flags.on_cpu and (self._converts_base or not has_operators())
 
-def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
-    settings = fake.settings
-    rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
-    decoding = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
-    assert isinstance(decoding, SharedPromptDecoding | SegmentDecoding), "the model is taken to be packed"
-    fake.fake_layout(decoding.layout)
-    decoding.lengths = fake.fake(decoding.lengths)
-    dtype = torch.bfloat16 if settings.mixed_precision else None
-    with fake.computing() as live, torch.no_grad(), fake.autocast(), fake.engine.sampling(dtype):
-        decoding.prepack_projection()
-        packed = live.bytes
-        live.restart_peak()
-        logits = decoding.prefill(samples)
-        reading = live.peak
-        if settings.completion_tokens > 1:
-            del logits
-            if isinstance(decoding, SharedPromptDecoding):  # the other's cache has its full length from the start
-                _fill_cache(decoding, prompts * samples)
-            live.restart_peak()
-            logits = decoding.step(decoding.lengths.new_zeros(prompts * samples))
-        cache = sum(part.nbytes for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair)
-        forward, before = live.peak, live.bytes - logits.nbytes
-        live.restart_peak()
-        _draw(logits, fake.engine.backend)
-        of_logits = live.peak - before
-        peak = max(reading, forward, live.peak) - packed
-        del logits
-    return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache, packed=packed)
+    def _converted(self, sizes: ModelSizes | None) -> float:
+        """Bytes of the converted weights in layers; trained ones are float32."""
+        if not self.settings.mixed_precision:
+            return 0
+        full, trained = (0, 0) if sizes is None else (sizes.full, sizes.trainable)
+        return self.width * (trained + (self._linear - full if self._converts_base else 0))
 
+    def _logits(self, predicted: int) -> float:
+        """Bytes of the logits of so many tokens: of a block at a time, or without packing all together."""
+        vocabulary, on_cpu = self.sizes.vocabulary, self.settings.flags.on_cpu
+        if not self.packs:
+            return predicted * vocabulary * (2 * self.width + 4 * FLOAT32_BYTES)
+        most = Backend().most_logits(torch.device("cpu" if on_cpu else "cuda")) // vocabulary
+        block = -(-predicted // -(-predicted // max(1, most)))  # blocks are of equal size
+        weight = self.width * vocabulary * self.sizes.hidden if self._converts_base else 0
+        if on_cpu and has_operators() and self._plain_projection and not self.settings.entropy_gradient:
+            return weight + block * vocabulary * (FLOAT32_BYTES + self.width % FLOAT32_BYTES)  # an operator needs no copies
+        return weight + 3 * block * vocabulary * FLOAT32_BYTES
 
-def _draw(logits: Tensor, backend: Backend) -> None:
-    """Sample from logits as the sampler does at its defaults."""
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    if backend.usable(logits):
-        backend.draw_tokens(logits, uniform, 1.0)
-    elif not backend.is_cpu(logits.device):
-        draw_by_integers(logits, uniform, 1.0)
-    else:
-        scaled = logits.float()
-        token = draw_tokens(filter_logits(scaled, 0, 1.0), uniform)
-        scaled.log_softmax(dim=-1).gather(1, token[:, None])
+    def _packed(self, sizes: ModelSizes | None) -> float:
+        """Bytes of copies of weights while they do not change (see `engine/prepacked.py`, `Backend.projection`)."""
+        on_cpu, width, lora = self.settings.flags.on_cpu, self.width, self.settings.planning.lora
+        copied: float = 0
+        if sizes is not None:
+            plain = self._prepacks and not lora.use_dora and self.settings.quantization is None
+            low_rank = sizes.trainable - sizes.full  # copied once as they are and once scaled
+            if plain and (on_cpu or self._converts_base):
+                copied += width * sizes.low_rank
+            if plain:
+                copied += low_rank * (width if not on_cpu else 2 * width if width < FLOAT32_BYTES else 0)
+            copied += width * sizes.full if width < FLOAT32_BYTES else 0  # trained weights are float32
+        output = self.sizes.vocabulary * self.sizes.hidden
+        if self._converts_base:
+            copied += width * output
+        if on_cpu and packs(torch.float32) and self._plain_projection and (width == FLOAT32_BYTES or not has_operators()):
+            copied += FLOAT32_BYTES * output
+        return copied
 
-
-def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
-    """Grow the cache to its full length, so that the next step is that of the last token."""
-    decoding.step(decoding.lengths.new_zeros(rows))  # allocates room for the first tokens
-    made = {layer: [(*part.shape[:3], part.shape[4], part.dtype) for part in pair] for layer, pair in decoding.own.items()}
-    decoding.own.clear()
-    for layer, pair in made.items():
-        keys, values = (decoding.lengths.new_empty(*size[:3], decoding.max_new_tokens, size[3], dtype=size[4]) for size in pair)
-        decoding.own[layer] = (keys, values)
-    decoding.decoded = decoding.max_new_tokens - 2
-
-
-def _split_into_passes(rows: Sequences, settings: RunSettings) -> list[Sequences]:
-    return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass())]
+    def _bounds(self, why_not_packed: str) -> list[str]:
+        of_token, found = self.sizes, []
+        if why_not_packed:
+            found.append(f"passes repeat prompts and have the logits of all tokens, since {why_not_packed}")
+        if any(of_token.recurs):
+            found.append("recurrent layers keep what torch's own code for them does; a GPU's kernels for them keep less")
+        if of_token.experts:
+            found.append(f"a token keeps what the {of_token.experts} experts that it is sent to compute")
+        if not self._fused and not all(of_token.recurs):
+            found.append("layers that the engine does not fuse keep what transformers' own may keep at most")
+        return found
 
 
-def _rollout(settings: RunSettings, prompts: int) -> Sequences:
-    return _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
+def _share_full(sizes: ModelSizes | None) -> float:
+    return 1.0 if sizes is None else sizes.share_full
 
 
-def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:
-    """Rows of these sizes, in which each prompt has different tokens."""
-    number = torch.arange(prompts).repeat_interleave(samples)[:, None]
-    prompt_ids = number.expand(-1, prompt_tokens)
-    completion_ids = torch.zeros(len(number), completion_tokens, dtype=torch.long)
-    prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
-    return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)
+def _why_not_packed(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Why the engine will not pack a model's sequences, as far as its config and weights tell; empty where it may."""
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    try:
+        Engine(model).assume_packing(dtype)
+    except UnsupportedAttentionError as error:
+        return str(error)
+    return ""

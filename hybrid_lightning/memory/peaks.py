@@ -6,23 +6,29 @@ What a device holds is in `strategies.py`, and what it computes in between in `p
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
-from hybrid_lightning.memory.process_growth import Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
-from hybrid_lightning.memory.strategies import FSDP1, PASS, Components, Sharding
+from hybrid_lightning.memory.strategies import PASS, Components
 from hybrid_lightning.model.pretrained import meta_model
-from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
+from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.memory.pass_memory import Traced, Traces
+    from hybrid_lightning.memory.pass_memory import PassBytes
 
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
+# A process on a CPU has Python and its libraries beside its tensors, and gaps between tensors that the allocator cannot use, as a
+# share of them; measured by `benchmarks/memory`.
+PROCESS_BYTES = 500 * 2**20
+_GAPS = 0.05
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class MethodMemory:
     trainable: int  # parameters that are trained
     peaks: dict[str, Components]  # phase of the run -> memory at its peak
     host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
-    growth: Growth | None = None  # of the process, on a CPU
     share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
+    bounds: tuple[str, ...] = ()  # what is bounded from above and not predicted, in words for the user
 
     @property
     def peak_phase(self) -> str:
@@ -44,14 +50,13 @@ class MethodMemory:
 
     @property
     def peak_bytes(self) -> float:
-        """Bytes at the largest peak."""
+        """Bytes of all tensors at the largest peak."""
         return self.peaks[self.peak_phase].total
 
     @property
-    def growth_bytes(self) -> float:
-        """Bytes by which a process on a CPU grows: its tensors, and what comes with them."""
-        assert self.growth is not None, "only on a CPU do tensors lie in the memory of the process"
-        return self.growth.total
+    def process_bytes(self) -> float:
+        """Bytes of a process on a CPU at the largest peak."""
+        return PROCESS_BYTES + (1 + _GAPS) * self.peak_bytes
 
     @property
     def largest_components(self) -> Components:
@@ -60,39 +65,35 @@ class MethodMemory:
         return Components(**{name: max(getattr(peak, name) for peak in self.peaks.values()) for name in names})
 
 
-def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]:
+def plan_memory(settings: RunSettings) -> list[MethodMemory]:
     """Plan the memory that full fine-tuning, LoRA and hybrid take on a device.
 
-    Of several devices it is the first, which alone scores the modules. Completions are taken to have full length, every row to
-    have an advantage, and the budget to choose the largest modules. So the result is an upper bound for any run, and what a run
-    with such completions takes.
+    Of several devices it is the first. Completions are taken to have full length, every row to have an advantage, and the budget
+    to choose the largest modules. So the result is an upper bound for any run, and what a run with such completions takes.
 
     Returns:
         The methods: full fine-tuning, LoRA, and the run's own plan or budget if it is neither of them.
 
     Raises:
         ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot make a step on a CPU.
-        ModelError: If the model cannot be traced.
+        ModelError: If transformers has no such model, or nothing in it can be adapted.
     """
-    _check(settings, sharding)
-    run = _Run(settings, sharding)
+    _check(settings)
+    run = _Run(settings)
     return [run.method(name, budget) for name, budget in _budgets(settings).items()]
 
 
-def plan_method(settings: RunSettings, sharding: Sharding, traces: "Traces | None" = None) -> MethodMemory:
-    """Plan the run's own method alone; errors as of `plan_memory`.
-
-    `traces` may be those of settings that differ in numbers of prompts and tokens, budget or optimizer alone; None makes them.
-    """
-    _check(settings, sharding)
+def plan_method(settings: RunSettings) -> MethodMemory:
+    """Plan the run's own method alone; errors as of `plan_memory`."""
+    _check(settings)
     name = own_method(settings)
-    return _Run(settings, sharding, traces).method(name, _budgets(settings)[name])
+    return _Run(settings).method(name, _budgets(settings)[name])
 
 
 def own_method(settings: RunSettings) -> str:
     """The name of the run's own method."""
     *_, last = _budgets(settings)
-    return last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
+    return last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.planning.budget.share, last)
 
 
 def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
@@ -104,52 +105,46 @@ def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
 def _budgets(settings: RunSettings) -> dict[str, Budget]:
     """Name and budget of each method."""
     budgets: dict[str, Budget] = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}
-    share = settings.budget.share
+    budget = settings.planning.budget
     if settings.plan is not None:
-        budgets["plan"] = settings.budget
-    elif 0 < share < 1:
-        budgets[f"hybrid {share:.0%}"] = settings.budget
+        budgets["plan"] = budget
+    elif 0 < budget.share < 1:
+        budgets[f"hybrid {budget.share:.0%}"] = budget
     return budgets
 
 
-def _check(settings: RunSettings, sharding: Sharding) -> None:
+def _check(settings: RunSettings) -> None:
     """Refuse settings that `fit` would refuse."""
-    minibatches = settings.micro_batches // settings.accumulate_grad_batches
-    schedule = RolloutSchedule(settings.prompts_per_rollout, settings.samples_per_prompt, minibatches)
-    schedule.check_split(settings.accumulate_grad_batches, sharding.devices)
-    check_positions(settings.text_config, settings.prompt_tokens, settings.completion_tokens)
+    sharding = settings.flags.sharding
+    settings.schedule.check_split(settings.flags.accumulate_grad_batches, sharding.devices)
+    check_positions(settings.config.get_text_config(), settings.prompt_tokens, settings.completion_tokens)
     if settings.quantization is not None and not sharding.whole_on_every_device:
         kind = type(settings.quantization).__name__
         raise ConfigError(f"model.quantization={kind} does not work with {sharding.name}; use trainer.strategy=ddp")
-    if isinstance(sharding, FSDP1) and settings.dtype != settings.trained_dtype:
-        raise ConfigError(
-            f"FSDP1 wants one dtype, but trained weights are {settings.trained_dtype} and the others {settings.dtype}; use "
-            "--config configs/strategy/fsdp2.yaml, model.dtype=float32, or model.dtype=bfloat16 with trainer.precision=bf16-true"
-        )
 
 
 class _Run:
     """A run, with what does not depend on the method."""
 
-    def __init__(self, settings: RunSettings, sharding: Sharding, traces: "Traces | None" = None) -> None:
-        self.settings, self.sharding = settings, sharding
-        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
-        self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
-        self.prompts = settings.prompts_per_rollout // sharding.devices
-        from hybrid_lightning.memory.pass_memory import Traces  # imports PEFT, which is slow
+    def __init__(self, settings: RunSettings) -> None:
+        from hybrid_lightning.memory.pass_memory import Passes  # imports PEFT, which is slow
 
-        self.traces = traces or Traces(settings)
-        self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}  # phase -> prompts, completions of each
-        if settings.eval_prompts:
-            self.generated["validating"] = (settings.eval_prompts, settings.eval_samples)
+        self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
+        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimization.optimizer)
+        self.model = meta_model(settings.config, settings.dtype)
+        self.candidates = find_candidates(self.model, settings.planning.target_modules)
+        self.passes = Passes(settings, self.model)
+        self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
 
     def method(self, name: str, budget: Budget) -> MethodMemory:
         """Peaks of all phases with one method."""
-        settings = self.settings
+        settings, planning = self.settings, self.settings.planning
         given = settings.plan if name == "plan" else None
-        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora, settings.rank_pattern)
-        sizes = measure_sizes(settings, plan)
-        peaks = {phase: self._generating(sizes, *counts) for phase, counts in self.generated.items()}
+        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, planning.lora, planning.rank_pattern)
+        sizes = measure_sizes(self.model, plan, settings.keep_start_weights, settings.quantization)
+        peaks = {"generating": self._generating(sizes, self.prompts, settings.schedule.samples_per_prompt)}
+        if settings.eval_prompts:
+            peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
         if given is None and budget.needs_scores:
             peaks |= self._scoring(sizes)
         peaks |= self._updating(sizes)
@@ -158,65 +153,42 @@ class _Run:
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
         host = self.sharding.host(sizes, self.optimizer.state)
-        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share)
-        return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
-
-    def _budgeted(self, weights: float, trained: float) -> RunSettings:
-        """The settings with the token budget that a device has beside its bytes of weights and its number of trained ones."""
-        return replace(self.settings, max_tokens_per_micro_batch=self.settings.tokens_of_pass(weights, trained))
-
-    def _growth(self, memory: MethodMemory, sizes: ModelSizes) -> Growth:
-        """Growth of the process in the phase in which it is largest."""
-        batches = set(self.generated.values())
-        if "validating" in self.generated:
-            batches.add((self.settings.eval_prompts, 1))  # the greedy completions
-        if "calibrating" in memory.peaks:
-            batches.add((self._calibration_batch, self.settings.samples_per_prompt))
-        if self.settings.sampler.needs_weight_sync:
-            batches.clear()  # which others complete
-        found = []
-        for phase, peak in memory.peaks.items():
-            # The model as it was loaded is in the file that it was read from until it is split.
-            split = not self.sharding.whole_on_every_device and phase not in ("calibrating", "scoring")
-            found.append(process_growth(self.settings, sizes, peak.total, batches, split, memory.share))
-        return max(found, key=lambda growth: growth.total)
-
-    @property
-    def _calibration_batch(self) -> int:
-        """Calibration prompts that are completed together."""
-        from hybrid_lightning.training.calibration import calibration_batch  # as above
-
-        return min(self.settings.scored_prompts, calibration_batch(self.settings.prompts_per_rollout))
+        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, tuple(self.passes.bounds))
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.needs_weight_sync:
             return self.sharding.held("resting", sizes, self.optimizer.state)
         held = self.sharding.held("generating", sizes, self.optimizer.state)
-        return _computing(held, self.traces.decoding(prompts, samples, sizes.share_full))
+        return _computing(held, self.passes.decoding(prompts, samples, sizes))
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of calibrating and scoring, where devices have the base model as loaded, or a share of it, and nothing else."""
-        settings, devices = self.settings, self.sharding.scoring_devices
-        base = sizes.parameters * settings.dtype.itemsize
-        prompts = settings.scored_prompts
+        from hybrid_lightning.training.calibration import calibration_batch  # imports PEFT, as above
+
+        settings, devices = self.settings, 1 if self.sharding.whole_on_every_device else self.sharding.devices
+        base, samples = sizes.parameters * settings.dtype.itemsize, settings.schedule.samples_per_prompt
         passes = self.sharding.held_to_score("scoring", sizes, base)
         # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
-        loaded = base if settings.on_cpu and devices > 1 else 0.0
+        loaded = base if self.on_cpu and devices > 1 else 0.0
         if settings.sampler.needs_weight_sync:
             calibrating = passes
         else:
-            generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
+            batch = min(settings.scored_prompts, calibration_batch(settings.schedule.prompts_per_rollout))
+            generated = self.passes.decoding(batch, samples, None)
             calibrating = _computing(self.sharding.held_to_score("calibrating", sizes, base), generated)
-        calibrating = replace(calibrating, weights=calibrating.weights + loaded)
-        from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
-
-        # The sums of gradients are kept in the memory of the host; devices that score together have a pass's gradients as well.
-        sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates / devices if settings.on_cpu else 0.0
-        of_pass = settings.dtype.itemsize * sizes.candidates / devices if devices > 1 else 0.0
-        held = replace(passes, weights=passes.weights + loaded, gradients=sums + of_pass)
+        # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
+        # beside its part of the sums, and as many that others have sent.
+        exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
+        sums = FLOAT32_BYTES * sizes.candidates / devices if exact and self.on_cpu else 0.0
+        sent = 2 * settings.dtype.itemsize * sizes.candidates if loaded else 0.0
+        held = replace(passes, weights=passes.weights + loaded, gradients=sums + sent)
+        rows = _sequences(settings, settings.scored_prompts)
         # Rows all have the same length, so that the pass with most rows has most tokens.
-        longest = max(passes_of_scoring(self._budgeted(passes.weights, 0.0), prompts), key=len)
-        return {"calibrating": calibrating, "scoring": _largest((held, held, held), self.traces.update(longest, None))}
+        longest = max(self.passes.cut(rows, settings.tokens_of_pass(passes.weights)), key=len)
+        return {
+            "calibrating": replace(calibrating, weights=calibrating.weights + loaded),
+            "scoring": _largest((held, held, held), self.passes.update(longest, None)),
+        }
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.
@@ -225,42 +197,46 @@ class _Run:
         several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
         the gradients of earlier ones.
         """
-        from hybrid_lightning.memory.pass_memory import passes_of_step  # as above
-
-        sharding, state = self.sharding, self.optimizer.state
+        settings, sharding, state = self.settings, self.sharding, self.optimizer.state
         begin, forward, backward = (sharding.held(moment, sizes, state) for moment in PASS)
         devices = 1 if sharding.whole_on_every_device else sharding.devices
-        budgeted = self._budgeted(sizes.weight_bytes / devices, sizes.trainable / devices)
-        first, *others = passes_of_step(budgeted, self.prompts)
+        accumulated = settings.flags.accumulate_grad_batches
+        rows = _sequences(settings, self.prompts)
+        rows = rows.rows(slice(0, max(1, len(rows) // (settings.schedule.minibatches_per_rollout * accumulated))))
+        tokens = settings.tokens_of_pass(sizes.weight_bytes / devices, sizes.trainable / devices)
+        first, *others = self.passes.cut(rows, tokens)
         cleared = [replace(held, gradients=0) for held in (begin, forward, backward)]
-        if self.settings.accumulate_grad_batches > 1:
+        if accumulated > 1:
             stages = (begin, forward, backward)
         else:
             stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
-        peaks = [_largest(stages, self.traces.update(first, sizes.share_full))]
+        peaks = [_largest(stages, self.passes.update(first, sizes))]
         if others:
-            longest = self.traces.update(max(others, key=len), sizes.share_full)
-            peaks.append(_largest((begin, forward, backward), longest))
+            peaks.append(_largest((begin, forward, backward), self.passes.update(max(others, key=len), sizes)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / devices
-        if step and not self.settings.on_cpu and not sharding.cpu_offload:
+        if step and not self.on_cpu and not sharding.offloads:
             optimizer = forward.optimizer + step
             updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
         return updating
 
 
-def _largest(stages: tuple[Components, Components, Components], traced: "Traced") -> Components:
+def _sequences(settings: RunSettings, prompts: int) -> Sequences:
+    """Rows of a rollout of so many prompts, each with tokens of its own, in which all rows take part and have full length."""
+    number = torch.arange(prompts).repeat_interleave(settings.schedule.samples_per_prompt)[:, None]
+    prompt_ids = number.expand(-1, settings.prompt_tokens)
+    completion_ids = torch.zeros(len(number), settings.completion_tokens, dtype=torch.long)
+    prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
+    return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)
+
+
+def _largest(stages: tuple[Components, Components, Components], found: "PassBytes") -> Components:
     """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
     begin, forward, backward = stages
-    nothing = replace(traced, activations=0.0, logits=0.0)
-    peaks = [
-        _computing(begin, nothing),
-        _computing(forward, traced),
-        _computing(backward, replace(nothing, activations=traced.backward)),
-    ]
+    peaks = [begin, _computing(forward, found), replace(backward, activations=found.backward)]
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _computing(held: Components, traced: "Traced") -> Components:
+def _computing(held: Components, found: "PassBytes") -> Components:
     """What a device holds together with what a pass computes."""
-    return replace(held, packed=traced.packed, activations=traced.activations, cache=traced.cache, logits=traced.logits)
+    return replace(held, packed=found.packed, activations=found.activations, cache=found.cache, logits=found.logits)

@@ -1,88 +1,234 @@
-"""`RunSettings`: the settings of a run that decide how much memory it takes."""
+"""`RunSettings`: what decides how much memory a run takes. It is read from the objects of the run, whose weights are not loaded."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from transformers import PretrainedConfig
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import activation_bytes, tokens_of_pass
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
+from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
+from hybrid_lightning.model.loading import DTYPES
+from hybrid_lightning.model.precision import check_precision
 from hybrid_lightning.model.quantization import Quantization
+from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.training.optim import OptimizerCallable
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
+from hybrid_lightning.sharding.checks import check_optimizer
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.training.optim import Optimization
+from hybrid_lightning.training.policy_module import PolicyModule
+
+_MAX_PROMPTS = 500  # at most so many are encoded to find the longest
+
+
+@dataclass(frozen=True)
+class TrainerFlags:
+    """Flags of a Trainer, which need not be built, since its devices may not be on this machine."""
+
+    sharding: Sharding = field(default_factory=SingleDevice)
+    on_cpu: bool = True
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    validates: bool = True
+    device_bytes: int | None = None  # memory of each accelerator, or of the machine; None: unknown
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any], device_gib: float | None = None) -> "TrainerFlags":
+        """Read the Trainer's part of a config.
+
+        `device_gib` is the memory of each device in GiB, which is then a GPU unless the accelerator is "cpu"; None takes the
+        devices of this machine.
+
+        Raises:
+            ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
+        """
+        if device_gib is not None and not device_gib > 0:
+            raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
+        kind = flags.get("accelerator") or "auto"
+        on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
+        devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
+        of_apple = kind == "mps" or torch.backends.mps.is_available()
+        device = torch.device("cpu") if on_cpu else torch.device("mps" if of_apple else "cuda", 0)
+        return cls(
+            sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
+            on_cpu=on_cpu,
+            precision=str(flags.get("precision") or "32-true"),
+            accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
+            validates=flags.get("limit_val_batches") != 0,
+            device_bytes=_memory_of(device) if device_gib is None else int(device_gib * 2**30),
+        )
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
+        """The flags of a Trainer that is built."""
+        device = trainer.strategy.root_device
+        on_cpu = device.type == "cpu"
+        return cls(
+            _sharding(trainer.strategy, trainer.world_size, on_cpu),
+            on_cpu,
+            str(trainer.precision),
+            trainer.accumulate_grad_batches,
+            validates=trainer.limit_val_batches != 0,
+            device_bytes=_memory_of(device),
+        )
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run, named as in the policy, the adapter callback and the data module."""
+    """A run, and the lengths of its sequences."""
 
     config: PretrainedConfig  # of the model
     prompt_tokens: int  # length of each prompt
-    completion_tokens: int  # `sampler.max_new_tokens`, which is taken as the length of every completion
-    prompts_per_rollout: int = 8  # over all devices
-    samples_per_prompt: int = 8
-    micro_batches: int = 1  # that a rollout is split into: minibatches_per_rollout x accumulate_grad_batches
-    accumulate_grad_batches: int = 1
+    completion_tokens: int  # length of every completion, or of all of an episode that follows the prompt
+    schedule: RolloutSchedule
+    planning: Any  # a `callbacks.planning.Planning`: budget, LoRA, candidates, and how they are scored
+    flags: TrainerFlags = field(default_factory=TrainerFlags)
+    sampler: RolloutEngine = field(default_factory=Sampler)
+    optimization: Optimization = field(default_factory=Optimization)
+    dtype: torch.dtype = torch.float32  # of the frozen weights; trained ones are float32
+    quantization: Quantization | None = None  # of the frozen weights
+    attention: str | None = None  # implementation that is asked for
+    gradient_checkpointing: bool = False
+    max_tokens_per_micro_batch: int | None = None
+    entropy_gradient: bool = False  # whether the loss has an entropy bonus
     eval_prompts: int = 0  # prompts that a device validates together; 0: no validation
     eval_samples: int = 8
-    calibration_prompts: int | None = None  # None: as many as in a rollout
-    dtype: torch.dtype = torch.float32  # of the frozen weights
-    trained_dtype: torch.dtype = torch.float32  # of the trained weights
-    mixed_precision: bool = False  # matrix products in bfloat16, by autocast
-    on_cpu: bool = True
-    max_tokens_per_micro_batch: int | None = None
-    gradient_checkpointing: bool = False
-    optimizer: OptimizerCallable = AdamW
-    budget: Budget = field(default_factory=ModuleBudget)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    target_modules: Sequence[str] | None = None
-    keep_start_weights: bool = True
-    entropy_gradient: bool = False  # whether the loss has an entropy bonus
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
-    quantization: Quantization | None = None  # of the frozen base model
-    scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps in the memory of the host
-    sampler: RolloutEngine = field(default_factory=Sampler)
-    device_bytes: int | None = None  # memory of each accelerator, or of the machine with CPUs; None: unknown
+    keep_start_weights: bool = True
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    @property
-    def layers(self) -> int:
-        """Number of decoder layers of the model."""
-        return int(self.text_config.num_hidden_layers)
+    @classmethod
+    def of(
+        cls, policy: PolicyModule, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None
+    ) -> "RunSettings":
+        """Read the settings of a policy, whose weights may not be loaded, of the callback `HybridAdapterSetup`, and of the data.
+
+        Prompts have `prompt_tokens`; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
+
+        Raises:
+            ConfigError: If a value is impossible, or the length of the prompts or the memory of a device cannot be determined.
+            ModelError: If the model's config cannot be read.
+        """
+        pretrained, optimizer, task = policy.policy.pretrained, policy.optimization.optimizer, policy.task
+        sampler = task.generation.sampler
+        check_precision(flags.precision, pretrained.dtype, optimizer)
+        if isinstance(flags.sharding, FSDP2):
+            check_optimizer(optimizer, flags.sharding.name)
+        if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
+            raise ConfigError(
+                "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
+                f"{sampler.gpu_memory_utilization} is a share"
+            )
+        return cls(
+            pretrained.config,
+            _prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
+            task.generation.max_completion_tokens,
+            task.schedule,
+            adapter.planning,
+            flags,
+            sampler,
+            policy.optimization,
+            dtype=DTYPES[pretrained.dtype],
+            quantization=policy.policy.quantization,
+            attention=pretrained.attn_implementation,
+            gradient_checkpointing=policy.policy.gradient_checkpointing,
+            max_tokens_per_micro_batch=task.passes.max_tokens,
+            entropy_gradient=task.loss.needs_entropy,
+            eval_prompts=_eval_prompts(data) if flags.validates else 0,
+            eval_samples=task.evaluation.samples,
+            plan=adapter.given_plan,
+            keep_start_weights=adapter.keep_start_weights,
+        )
 
     @property
-    def text_config(self) -> Any:
-        """Config of the language model, which for multimodal models is a part of `config`."""
-        return self.config.get_text_config()
+    def mixed_precision(self) -> bool:
+        """Whether autocast makes products of 16 bits."""
+        return self.flags.precision.endswith("mixed")
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        return torch.bfloat16 if self.mixed_precision else self.dtype
 
     @property
     def scored_prompts(self) -> int:
         """Prompts that are completed in order to score the modules."""
-        return self.calibration_prompts or self.prompts_per_rollout
-
-    @property
-    def largest_rank(self) -> int:
-        """The largest rank that LoRA has in any module, or could have by the pattern."""
-        if self.plan is not None:
-            return max(self.plan.ranks, default=self.lora.rank)
-        return max([self.lora.rank, *self.rank_pattern.values()])
+        return int(self.planning.calibration_prompts or self.schedule.prompts_per_rollout)
 
     def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
         """Tokens that a pass may take on a device with so many bytes of weights, of which so many weights are trained."""
         if self.max_tokens_per_micro_batch:
             return self.max_tokens_per_micro_batch
-        known = self.device_bytes is not None and not self.on_cpu
-        rest = activation_bytes(self.device_bytes or 0, weights, trained) if known else None
-        return tokens_of_pass(self.text_config, self.gradient_checkpointing, self.on_cpu, rest)
+        on_cpu, memory = self.flags.on_cpu, self.flags.device_bytes
+        rest = None if on_cpu or memory is None else activation_bytes(memory, weights, trained)
+        return tokens_of_pass(self.config, self.gradient_checkpointing, on_cpu, rest)
+
+
+def _prompt_tokens(policy: PolicyModule, data: Any) -> int:
+    limit = getattr(data, "max_prompt_tokens", None)
+    if limit is not None:
+        return int(limit)
+    try:
+        return max(len(policy.encode(prompt)) for prompt in data.train_prompts[:_MAX_PROMPTS])
+    except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
+        raise ConfigError(f"the length of the prompts cannot be found out ({one_line(error)}); give --prompt_tokens") from error
+
+
+def _eval_prompts(data: Any) -> int:
+    batch = getattr(data, "eval_batch_size", None)
+    limit = getattr(data, "_limits", {}).get("validation")
+    return 0 if batch is None else min(batch, limit or batch)
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of the memory of a GPU, or of this machine; None where that is not known."""
+    if device.type == "cpu":
+        with suppress(AttributeError, ValueError, OSError):  # not on Windows
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return torch.mps.recommended_max_memory()
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _device_count(devices: Any, on_cpu: bool) -> int:
+    """Number of devices that `trainer.devices` asks for."""
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if str(devices) in ("auto", "-1", "None"):
+        return 1 if on_cpu else max(1, torch.accelerator.device_count())
+    return _at_least_one("devices", devices)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    count = 1 if value is None else int(value)
+    if count < 1:
+        raise ConfigError(f"trainer.{name}={value} leaves no device; give at least 1")
+    return count
+
+
+def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, FSDP2Strategy) or name == "fsdp":
+        return FSDP2(devices, cpu_offload=getattr(strategy, "cpu_offload", False) and not on_cpu)
+    if isinstance(strategy, DDPStrategy) or (name.startswith("ddp") and name in StrategyRegistry.available_strategies()):
+        return DDP(devices)
+    if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
+        return SingleDevice() if devices == 1 else DDP(devices)  # Lightning's choice
+    raise ConfigError(f"trainer.strategy={name} cannot be planned for; take auto, ddp, or --config configs/strategy/fsdp2.yaml")

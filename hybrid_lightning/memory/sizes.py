@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError, one_line
-from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.model.pretrained import meta_model
-from hybrid_lightning.model.quantization import NF4, Quantization
+from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
 from hybrid_lightning.training.optim import OptimizerCallable
 
@@ -27,31 +26,35 @@ class ModelSizes:
 
     parameters: int  # of the base model
     trainable: int  # trained parameters
-    full: int  # those of them that are in fully trained modules
-    trained_width: int  # bytes of a trained parameter, and of its gradient
+    full: int  # trained parameters in fully trained modules
     frozen_bytes: int  # bytes of the base model's weights that are kept
     block_bytes: int  # bytes of the largest decoder block, including its adapter
     block_gradients: int  # bytes of that block's gradients
-    block_parameters: int  # parameters of that block, trained or not
     outside_bytes: int  # bytes of weights outside of blocks: embeddings, output layer
     candidates: int  # parameters of all candidates
-    share_full: float  # share of the candidates' parameters that is trained fully
+    low_rank: int  # parameters of the candidates that have LoRA
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of the trained weights, which is also that of their gradients."""
-        return self.trainable * self.trained_width
+        """Bytes of the trained weights, and of their gradients."""
+        return self.trainable * FLOAT32_BYTES
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
 
+    @property
+    def share_full(self) -> float:
+        """Share of the candidates' parameters that is trained fully."""
+        return self.full / self.candidates
 
-def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
-    """Measure a run's model when it is adapted as planned."""
-    model = meta_model(settings.config, settings.dtype)
-    width, trained_width = settings.dtype.itemsize, settings.trained_dtype.itemsize
+
+def measure_sizes(
+    model: PreTrainedModel, plan: AdapterPlan, keep_start_weights: bool, quantization: Quantization | None = None
+) -> ModelSizes:
+    """Measure a model on the meta device when it is adapted as planned, and its frozen weights are quantized."""
+    width = next(model.parameters()).element_size()
     blocks = decoder_blocks(model)
     in_block = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = sum(p.numel() for p in model.parameters() if id(p) not in in_block)
@@ -59,7 +62,7 @@ def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
     base = [sum(p.numel() for p in block.parameters()) for block in blocks]
     frozen = [numbers * width for numbers in base]
     trained = [0] * len(blocks)
-    full = 0
+    full = low_rank = 0
     planned = {module.name: module for module in plan.candidates}
     for name, module in find_candidates(model).items():
         number, shape = owner[id(module)], linear_shape(module)
@@ -68,39 +71,33 @@ def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
         if mode == "full":
             trained[number] += numbers
             full += numbers
-            if not settings.keep_start_weights:
+            if not keep_start_weights:
                 frozen[number] -= numbers * width
             continue
         if mode == "lora":
             trained[number] += plan.lora_of(planned[name]).parameters(shape)
-        if settings.quantization is not None and settings.quantization.takes(shape):
-            frozen[number] += quantized_bytes(settings.quantization, shape) - shape[0] * shape[1] * width
-    sizes = [kept + trained_width * count for kept, count in zip(frozen, trained, strict=True)]
+            low_rank += numbers
+        if quantization is not None and quantization.takes(shape):
+            frozen[number] += quantized_bytes(shape) - shape[0] * shape[1] * width
+    sizes = [kept + FLOAT32_BYTES * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)
-    candidates = sum(module.parameters for module in plan.candidates)
     return ModelSizes(
         parameters=outside + sum(base),
         trainable=sum(trained),
         full=full,
-        trained_width=trained_width,
         frozen_bytes=outside * width + sum(frozen),
         block_bytes=sizes[largest],
-        block_gradients=trained_width * trained[largest],
-        block_parameters=base[largest] + trained[largest],
+        block_gradients=FLOAT32_BYTES * trained[largest],
         outside_bytes=outside * width,
-        candidates=candidates,
-        share_full=full / candidates,
+        candidates=sum(module.parameters for module in plan.candidates),
+        low_rank=low_rank,
     )
 
 
-def quantized_bytes(quantization: Quantization, shape: tuple[int, int]) -> int:
-    """Bytes of a quantized weight of this shape, (outputs, inputs), including its scales."""
-    outputs, inputs = shape
-    count = outputs * inputs
-    if isinstance(quantization, NF4):
-        # A scale of 8 bits per 64 weights, a scale of 32 bits per 256 of those, and two small tables.
-        return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
-    return count + 2 * FLOAT32_BYTES * outputs
+def quantized_bytes(shape: tuple[int, int]) -> int:
+    """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
+    count = shape[0] * shape[1]
+    return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
 
 
 @dataclass(frozen=True)
@@ -111,13 +108,13 @@ class OptimizerBytes:
     step: float  # in addition during a step on an accelerator, where it updates all tensors together
 
 
-def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.float32) -> OptimizerBytes:
-    """Measure an optimizer's memory by letting it make one step on weights of the dtype that is trained.
+def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
+    """Measure an optimizer's memory by letting it make one step.
 
     Raises:
         ConfigError: If the optimizer cannot make a step on a CPU.
     """
-    parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE, dtype=dtype))
+    parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE))
     try:
         built = optimizer([{"params": [parameter], "lr": 0.0, "name": "full"}])
         parameter.grad = torch.ones_like(parameter)
@@ -127,8 +124,7 @@ def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.flo
     kept = [
         value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
     ]
-    # By default torch's own optimizers compute the denominators of all tensors at once (for bfloat16 weights only some at a
-    # time).
+    # By default torch's own optimizers compute the denominators of all tensors at once.
     given, of_torch = built.defaults, type(built).__module__.startswith("torch.")
     one_by_one = given.get("fused") or given.get("foreach") is False or not of_torch
     state = sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel()

@@ -22,7 +22,7 @@ class Components:
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
-    cache: float = 0.0  # keys and values while generating
+    cache: float = 0.0  # keys and values, or recurrent states, while generating
     logits: float = 0.0
     engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
 
@@ -32,43 +32,38 @@ class Components:
         return sum(getattr(self, entry.name) for entry in fields(self))
 
 
+@dataclass(frozen=True)
 class Sharding:
     """How a model and its training state are spread over N devices, over all nodes."""
 
     name: ClassVar[str]
-    whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights
-    cpu_offload = False  # whether what a device has a share of lies in the memory of the host
-    scores_together: ClassVar[bool] = False  # True: all devices score modules, each with a share of the base model
+    whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights, and all score modules together
 
-    def __init__(self, devices: int = 1) -> None:
-        self.devices = devices
+    devices: int = 1
 
     @property
-    def scoring_devices(self) -> int:
-        """Devices that score modules together; where it is one, it has all of the base model."""
-        return self.devices if self.scores_together else 1
+    def offloads(self) -> bool:
+        """Whether what a device has a share of lies in the memory of the host."""
+        return False
 
     def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
         """What one device holds; `optimizer` are the bytes of optimizer state per trained parameter."""
         copies, state = self._copies(moment, sizes), sizes.trainable * optimizer
-        return Components(sizes.weight_bytes, copies, gradients=self._gradients(sizes), optimizer=state)
+        return Components(sizes.weight_bytes, copies, gradients=sizes.trained_bytes, optimizer=state)
 
     def host(self, sizes: ModelSizes, optimizer: float) -> float:
         """Bytes of it that lie in the memory of the host instead."""
         return 0.0
 
     def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
-        """The same while completions are sampled that score modules, and in the passes that score them, but for gradients.
+        """What one device holds while completions are sampled that score modules, and in the passes that score them.
 
-        `base` are the bytes of the model as it was loaded.
+        Gradients are left out. `base` are the bytes of the model as it was loaded.
         """
         return Components(base)
 
     def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
         return 0.0
-
-    def _gradients(self, sizes: ModelSizes) -> float:
-        return sizes.trained_bytes
 
 
 class SingleDevice(Sharding):
@@ -86,33 +81,40 @@ class DDP(Sharding):
         return sizes.trained_bytes
 
 
+@dataclass(frozen=True)
 class FSDP2(Sharding):
     """A share of everything on each device, and whole copies of the weights in use.
 
-    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks. With
+    While generating, all weights are in use; while updating, the weights of one or two blocks and what is outside of blocks. With
     `cpu_offload` the share is kept in the memory of the host, not on the device.
     """
 
     name = "FSDP2"
     whole_on_every_device = False
-    scores_together = True
 
-    def __init__(self, devices: int = 1, cpu_offload: bool = False) -> None:
-        super().__init__(devices)
-        self.cpu_offload = cpu_offload
+    cpu_offload: bool = False
+
+    @property
+    def offloads(self) -> bool:
+        """See `Sharding`."""
+        return self.cpu_offload
 
     def held(self, moment: Moment, sizes: ModelSizes, optimizer: float) -> Components:
         """See `Sharding`."""
         return self._split(super().held(moment, sizes, optimizer))
 
+    def host(self, sizes: ModelSizes, optimizer: float) -> float:
+        """See `Sharding`."""
+        share = self._share(super().held("forward", sizes, optimizer))
+        return share.weights + share.gradients + share.optimizer if self.cpu_offload else 0.0
+
     def held_to_score(self, moment: Literal["calibrating", "scoring"], sizes: ModelSizes, base: float) -> Components:
         """See `Sharding`."""
-        held = super().held_to_score(moment, sizes, base)
-        if self.scoring_devices == 1:
-            return held
+        if self.devices == 1:
+            return Components(base)
         # As while generating; or as in a training pass, but that a gradient leaves the device when it has been made.
         copies = sizes.outside_bytes + (base if moment == "calibrating" else 2 * sizes.block_bytes)
-        return self._split(replace(held, copies=copies))
+        return self._split(Components(base, copies))
 
     def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
         outside, block = sizes.outside_bytes, sizes.block_bytes
@@ -127,36 +129,10 @@ class FSDP2(Sharding):
         }
         return copies[moment]
 
-    def host(self, sizes: ModelSizes, optimizer: float) -> float:
-        """See `Sharding`."""
-        share = self._share(super().held("forward", sizes, optimizer))
-        return share.weights + share.gradients + share.optimizer if self.cpu_offload else 0.0
-
     def _split(self, held: Components) -> Components:
         """What one device holds of what all hold together; copies are its own."""
         return Components(copies=held.copies) if self.cpu_offload else self._share(held)
 
     def _share(self, held: Components) -> Components:
         weights, gradients, optimizer = (part / self.devices for part in (held.weights, held.gradients, held.optimizer))
-        return Components(weights, held.copies, gradients=gradients, optimizer=optimizer)
-
-
-class FSDP1(FSDP2):
-    """Like FSDP2, but all weights have the same dtype, and frozen weights in blocks have gradients too, which are zero."""
-
-    name = "FSDP1"
-    scores_together = False
-
-    def _copies(self, moment: Moment, sizes: ModelSizes) -> float:
-        outside, block = sizes.outside_bytes, sizes.block_bytes
-        copies: dict[Moment, float] = {
-            "generating": sizes.weight_bytes,
-            "begin": outside + block,
-            "backward": outside + 2 * block + 2 * sizes.trained_width * sizes.block_parameters,
-        }
-        return copies[moment] if moment in copies else super()._copies(moment, sizes)
-
-    def _gradients(self, sizes: ModelSizes) -> float:
-        # Nothing outside of blocks is trained. With offload, the host also has the summed gradients of trained weights beside
-        # those of a pass.
-        return sizes.weight_bytes - sizes.outside_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
+        return replace(held, weights=weights, gradients=gradients, optimizer=optimizer)

@@ -15,5 +15,5 @@ def test_one_case_from_beginning_to_end(monkeypatch, tmp_path):
     assert planned.main(["--models", "embedded", "--out", str(tmp_path)]) == 0
     (found,) = json.loads((tmp_path / "memory.json").read_text())["cases"]
     assert found["plan"][0]["trainable"] == found["tensors"][0]["trainable"]
-    assert abs(planned.difference(found["bytes"])) < 0.02
+    assert abs(planned.difference(found["bytes"])) < 0.1
     assert found["parts"]["gradients"][0] == found["parts"]["gradients"][1] > 0

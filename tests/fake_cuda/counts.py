@@ -5,7 +5,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -18,6 +18,7 @@ with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
 import torch
+from fake_model import FakeModel
 from tiny_models import build_tokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -27,13 +28,10 @@ from hybrid_lightning.engine import decoding_of, logprobs_of_hidden
 from hybrid_lightning.engine.backend import PlannedBackend
 from hybrid_lightning.engine.decoder_layers import _Body
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.memory import RunSettings
-from hybrid_lightning.memory.fake_model import FakeModel
-from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
 from hybrid_lightning.rollout import Sampler, sampler
 from hybrid_lightning.rollout.interface import Stops
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Prompt, Sequences
 
 Counter = fake_gpu.counter()
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
@@ -41,23 +39,24 @@ TOKENS = 8  # that are looked at
 CONFIG = plan_qwen3.config("Qwen3-0.6B")
 
 
-def settings():
-    lora = LoraSettings(rank=16, alpha=32)
-    sizes = {"prompt_tokens": PROMPT, "completion_tokens": COMPLETION}
-    run = {"prompts_per_rollout": PROMPTS, "samples_per_prompt": SAMPLES, "dtype": torch.bfloat16, "mixed_precision": True}
-    return RunSettings(CONFIG, **sizes, **run, on_cpu=False, lora=lora)
+def sequences(prompts, samples, prompt_tokens, completion_tokens):
+    """Rows of these sizes, in which each prompt has different tokens."""
+    prompt_ids = torch.arange(prompts).repeat_interleave(samples)[:, None].expand(-1, prompt_tokens)
+    completion_ids = torch.zeros(prompts * samples, completion_tokens, dtype=torch.long)
+    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids)]
+    return Sequences(prompt_ids, masks[0], completion_ids, masks[1])
 
 
 @contextmanager
 def counting(fake):
-    with fake.computing(), fake.autocast(), Counter() as counter:
+    with fake.computing(), Counter() as counter:
         yield counter.counts
 
 
 @cache
 def fake_model(layers, share):
     """A share of 0 is LoRA, None the model as it is scored."""
-    return FakeModel(settings(), layers, share, "cuda:0")
+    return FakeModel(CONFIG, layers, share, LoraSettings(rank=16, alpha=32), "cuda:0")
 
 
 def of_all_layers(count, share=0):
@@ -86,7 +85,7 @@ class Event:
 
 def sampling(fake, seen):
     """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
-    rows = _sequences(PROMPTS, 1, PROMPT, 1)
+    rows = sequences(PROMPTS, 1, PROMPT, 1)
     fake.engine._fast.compiles = True
     made = decoding_of(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
     fake.fake_layout(made.layout)
@@ -101,7 +100,6 @@ def sampling(fake, seen):
         torch.no_grad(),
         fake.engine.sampling(torch.bfloat16),
         fake.computing(),
-        fake.autocast(),
     ):
         made.prepack_projection()
         plain = Sampler(COMPLETION, cuda_graphs=False)
@@ -142,7 +140,7 @@ def ideal_decoding(rank):
 
 def losses_of(fake):
     """A function that gives the loss of four prompts with all of their completions."""
-    rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
+    rows = sequences(4, SAMPLES, PROMPT, COMPLETION)
     packed = fake.engine.packed(rows)
     tokens = fake.fake(rows.completion_ids[rows.sampled_mask])
     fake.fake_layout(packed)
@@ -183,7 +181,7 @@ def layout_syncs(window):
     """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
-        packed = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True)
+        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True)
         _ = packed.gathered if window else packed.layout
     return counter.counts.syncs + lists
 
@@ -194,17 +192,6 @@ def stop_string_syncs():
     with Counter() as counter:
         criteria(torch.randint(3, 12, (8, 9)), None)
     return counter.counts.syncs
-
-
-def traces():
-    """What the plan of a run on a GPU counts, on a machine without one and on the device itself."""
-    run = replace(settings(), prompts_per_rollout=4, max_tokens_per_micro_batch=4000)
-    (rows, *_) = passes_of_step(run, 4)
-    found = {}
-    for device in ("cpu", "cuda:0"):
-        fake = FakeModel(run, 1, 0, device)
-        found[device] = [astuple(_trace_update(fake, rows)), astuple(_trace_decoding(fake, 4, SAMPLES))]
-    return found
 
 
 def planted():
@@ -241,7 +228,6 @@ def main():
         "syncs of a layout": layout_syncs(window=False),
         "syncs of a layout with a window": layout_syncs(window=True),
         "syncs of stop strings": stop_string_syncs(),
-        "traces": traces(),
         "decoding": of_all_layers(decoding),
         "decoding of FFT": of_all_layers(decoding, share=1),
         "ideal": {"decoding": ideal_decoding(16), "decoding of FFT": ideal_decoding(0)},

@@ -76,12 +76,6 @@ def test_passes_of_four_prompts_wait_for_nothing_add_in_one_order_and_keep_their
     assert counts["sketches"]["bytes"] < 1.02 * counts["scoring"]["bytes"]
 
 
-def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):
-    """Activations, logits, backward pass, cache and copies of an update and of sampling, to the byte."""
-    here, there = counts["traces"].values()
-    assert here == there
-
-
 def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
     """Once for all of its layers, to learn the shapes of what follows."""
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from hybrid_lightning.engine import TokenSizes
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, ServedModel
@@ -310,7 +311,4 @@ def _answer(output: Any) -> Answer:
 
 def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the KV cache for one token, which has the dtype of the engine's weights."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
+    return TokenSizes(config).cached * dtype.itemsize

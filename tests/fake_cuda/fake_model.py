@@ -1,0 +1,94 @@
+"""`FakeModel`: an adapted model of a few layers, whose tensors have a shape and a device but no memory."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from hybrid_lightning.adapters.apply import apply_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.engine import AttentionCalls, Engine, PlannedBackend, own_hidden, use_fused_layers
+from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.types import Sequences
+
+
+class FakeModel:
+    """The model of a config in bfloat16 on an accelerator, adapted as `share` says, or with None as it is scored."""
+
+    def __init__(self, config, layers, share, lora, device):
+        self.device, self.mode = torch.device(device), FakeTensorMode()
+        backend, model = PlannedBackend(on_cpu=False), meta_model(config, torch.bfloat16, layers)
+        candidates = find_candidates(model)
+        if share is None:
+            for module in candidates.values():
+                module.weight.requires_grad_(True)
+            use_fused_layers(model, backend)
+        else:
+            with torch.device("meta"):
+                model = apply_plan(model, plan_of_budget(candidates, ModuleBudget(share), lora), True, torch.float32, backend)
+        self.model, self.engine = model, Engine(model, backend)
+        self.engine.assume_packing(torch.bfloat16)
+        self._fake_weights()
+        self._record_attention()
+
+    def fake(self, tensor):
+        """Fake tensor of the same shape and dtype; one that is fake already as it is."""
+        return tensor if isinstance(tensor, FakeTensor) else FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
+
+    def fake_layout(self, packed):
+        """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""
+        _ = packed.groups
+        if packed.segments:
+            packed.layout = self._fake_tensors(packed.layout)
+            if packed.bands:
+                packed.gathered = self._fake_tensors(packed.gathered)
+        for name in ("prompts", "predictors", "ids", "positions", "last_prompt_token"):
+            setattr(packed, name, self._fake_tensors(getattr(packed, name)))
+        packed.bands = [self._fake_tensors(band) for band in packed.bands]
+
+    @contextmanager
+    def computing(self):
+        """Within this context the model can be called, under autocast; a gradient is freed as soon as it is complete."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        hooks = [part.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None)) for part in trained]
+        try:
+            with self.mode, torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _fake_weights(self):
+        made = {}  # for weights that two modules share
+        for module in self.model.modules():
+            for name, part in module._parameters.items():
+                if part is not None:
+                    if part not in made:
+                        made[part] = nn.Parameter(self.fake(part), requires_grad=part.requires_grad)
+                    module._parameters[name] = made[part]
+            for name, part in module._buffers.items():
+                if part is not None:
+                    module._buffers[name] = self.fake(part)
+
+    def _record_attention(self):
+        """Let the engine know what the layers ask of attention, with which it decodes by plain calls of their parts."""
+        calls, ids = AttentionCalls(), torch.zeros(1, 2, dtype=torch.long)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+        self.fake_layout(packed)
+        with self.computing(), torch.no_grad(), self.engine.backend.in_pass():
+            own_hidden(self.model, packed.ids, packed.positions, packed, calls)
+        self.engine.assume_calls(calls)
+
+    def _fake_tensors(self, value):
+        """A copy of a dataclass (or tensor) with fake tensors, also in nested dataclasses."""
+        if isinstance(value, torch.Tensor):
+            return self.fake(value)
+        if not dataclasses.is_dataclass(value):
+            return value
+        return dataclasses.replace(
+            value, **{entry.name: self._fake_tensors(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        )

@@ -117,7 +117,7 @@ def test_errors_of_the_hub_are_one_line(data_set):
     for arguments, message in (
         (
             {"test_split": "dev"},
-            "test_split='dev' of data set .* Unknown split .*train.*check path, name, revision",
+            "test_split='dev' of data set .* Unknown split .*train.*check path, name, split",
         ),
         ({"name": "main"}, "BuilderConfig 'main' not found. Available: .*default"),
         ({"question_column": "q"}, "has no column 'q'"),

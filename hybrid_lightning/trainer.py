@@ -113,12 +113,19 @@ class Trainer(LightningTrainer):
         return super()._run(model, ckpt_path, weights_only)
 
     def check_checkpoint(self, ckpt_path: str | None) -> None:
-        """Check that a checkpoint exists, if one is given by its path. The command line does so before anything is loaded.
+        """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
-            CheckpointError: If there is no such checkpoint.
+            CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an
+                earlier `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
         """
-        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc", "registry"):  # words of Lightning
+        folder = getattr(self.checkpoint_callback, "dirpath", None)
+        if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
+            raise CheckpointError(
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet; give its path, such "
+                "as runs/NAME/version_0/checkpoints/last.ckpt"
+            )
+        if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
             require_checkpoint(ckpt_path)
 
     def _teardown(self) -> None:

@@ -8,7 +8,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterable
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
@@ -24,11 +24,27 @@ class OperandSource(PromptSource):
     """Base of the arithmetic tasks: problems `a OP b=`, whose split is fixed by a hash of the operands, whatever the seed.
 
     A model that was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
+
+    Args:
+        low: Smallest number.
+        high: Largest number.
+        train_size: Number of training problems; None takes all there are.
+        validation_size: Number of validation problems.
+        test_size: Number of test problems.
+        seed: Seed for drawing problems and their order.
     """
 
     sign: ClassVar[str]  # OP
 
-    def __init__(self, low: int, high: int, train_size: int | None, validation_size: int, test_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        low: int,
+        high: int,
+        train_size: int | None = None,
+        validation_size: int = 200,
+        test_size: int = 400,
+        seed: int = 0,
+    ) -> None:
         if not 0 <= low <= high:
             raise ConfigError(f"data.source: low={low} and high={high} are no range; give 0 <= low <= high")
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
@@ -86,10 +102,7 @@ class ArithmeticSource(OperandSource):
     Args:
         low: Smallest operand.
         high: Largest operand.
-        train_size: Number of training problems; None takes all there are.
-        validation_size: Number of validation problems.
-        test_size: Number of test problems.
-        seed: Seed for drawing problems and their order.
+        **drawn: Arguments of `OperandSource`: sizes of the splits, and a seed.
 
     Raises:
         ConfigError: If there are not that many problems.
@@ -102,16 +115,8 @@ class ArithmeticSource(OperandSource):
 
     sign = "+"
 
-    def __init__(
-        self,
-        low: int = 10,
-        high: int = 99,
-        train_size: int | None = None,
-        validation_size: int = 200,
-        test_size: int = 400,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(low, high, train_size, validation_size, test_size, seed)
+    def __init__(self, low: int = 10, high: int = 99, **drawn: Any) -> None:
+        super().__init__(low, high, **drawn)
         if high - low >= _MAX_NUMBERS:
             raise ConfigError(
                 f"data.source: low={low} to high={high} is too wide, since all pairs are enumerated; take fewer than "
@@ -143,12 +148,9 @@ class ProductSource(OperandSource):
     Args:
         low: Smallest number.
         high: Largest number; the embedded policy knows numbers of two and three digits.
-        train_size: Number of training problems; None takes all there are.
-        validation_size: Number of validation problems.
-        test_size: Number of test problems.
-        seed: Seed for drawing problems and their order.
         low_factor: Smallest number that it is multiplied by.
         high_factor: Largest number that it is multiplied by.
+        **drawn: Arguments of `OperandSource`: sizes of the splits, and a seed.
 
     Raises:
         ConfigError: If there are not that many problems.
@@ -165,14 +167,11 @@ class ProductSource(OperandSource):
         self,
         low: int = 10,
         high: int = 999,
-        train_size: int | None = None,
-        validation_size: int = 200,
-        test_size: int = 400,
-        seed: int = 0,
         low_factor: int = FACTORS[0],
         high_factor: int = FACTORS[-1],
+        **drawn: Any,
     ) -> None:
-        super().__init__(low, high, train_size, validation_size, test_size, seed)
+        super().__init__(low, high, **drawn)
         if not 0 <= low_factor <= high_factor:
             raise ConfigError(
                 f"data.source: low_factor={low_factor} and high_factor={high_factor} are no range; give 0 <= low_factor <= "

@@ -178,5 +178,5 @@ def _explain(error: Exception, parameter: str, split: str, path: str, name: str 
         explained = hub.explain(error)
     return explained or (
         f"{parameter}={split!r} of data set {path!r} cannot be loaded: {type(error).__name__}: {text}; check path, name, "
-        "revision and split"
+        "split and revision (at refs/convert/parquet the hub has most data sets as files)"
     )

@@ -61,6 +61,7 @@ Departures from TRL: an optional dual clip, and an entropy bonus with the denomi
 """
 
 import warnings
+from typing import Any
 
 from torch import Tensor
 
@@ -104,25 +105,14 @@ class GRPOLoss(TokenClippedLoss):
     Args:
         clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
         clip_high: Where A > 0, the ratio of a token counts no more than 1 + clip_high.
-        dual_clip: Where A < 0, the ratio of a token counts no more than this; None for no bound.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range, or the clip range is one for GSPO.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, **others: Any) -> None:
+        super().__init__(clip_low, clip_high, **others)
 
 
 class DAPOLoss(TokenClippedLoss):
@@ -131,10 +121,7 @@ class DAPOLoss(TokenClippedLoss):
     Args:
         clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
         clip_high: Where A > 0, the ratio of a token counts no more than 1 + clip_high.
-        dual_clip: Where A < 0, the ratio of a token counts no more than this; None for no bound.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range, or the clip range is one for GSPO.
@@ -143,16 +130,8 @@ class DAPOLoss(TokenClippedLoss):
         UserWarning: If the range is not wider above, as when a class switched on the command line keeps the range of `GRPOLoss`.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, **others: Any) -> None:
+        super().__init__(clip_low, clip_high, **others)
         if clip_high <= clip_low:
             warnings.warn(
                 f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "

@@ -25,6 +25,8 @@ GSPO-token is for (A_t in place of A): `GSPOLoss` refuses them.
 Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token is multiplied by its s_t.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
@@ -43,25 +45,14 @@ class SequenceClippedLoss(ClippedLoss):
     Args:
         clip_low: Where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
         clip_high: Where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
-        dual_clip: Where A < 0, the ratio of a sequence counts no more than this; None for no bound.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **others: Arguments of `ClippedLoss`: dual clip, and the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range, or the clip range is one for GRPO.
     """
 
-    def __init__(
-        self,
-        clip_low: float = 3e-4,
-        clip_high: float = 4e-4,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+    def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, **others: Any) -> None:
+        super().__init__(clip_low, clip_high, **others)
 
     def check_range(self) -> None:
         """Raise ConfigError if the clip range is too large for ratios of sequences."""

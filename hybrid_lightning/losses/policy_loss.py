@@ -27,6 +27,7 @@ bonus and the metrics do not change (as in TRL, except that its bonus is then ov
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,9 +188,7 @@ class ClippedLoss(PolicyLoss):
         clip_low: Where A < 0, the ratio counts no less than 1 - clip_low.
         clip_high: Where A > 0, the ratio counts no more than 1 + clip_high.
         dual_clip: Where A < 0, the ratio counts no more than this; None for no bound.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -203,11 +202,9 @@ class ClippedLoss(PolicyLoss):
         clip_low: float,
         clip_high: float,
         dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
+        **terms: Any,
     ) -> None:
-        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
+        super().__init__(**terms)
         name = type(self).__name__
         if not 0 <= clip_low < 1:
             raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, as ratios are positive; set e.g. 0.2")

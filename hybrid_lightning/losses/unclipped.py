@@ -27,6 +27,7 @@ would add nothing since the gate is bounded.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,7 @@ class CISPOLoss(PolicyLoss):
 
     Args:
         cap: Largest importance weight of a token.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -54,10 +53,8 @@ class CISPOLoss(PolicyLoss):
     policy_term_ignores_zero_advantage = True
     takes_token_advantages = True
 
-    def __init__(
-        self, cap: float = 5.0, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0
-    ) -> None:
-        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
+    def __init__(self, cap: float = 5.0, **terms: Any) -> None:
+        super().__init__(**terms)
         if not (math.isfinite(cap) and cap > 1):
             raise ConfigError(
                 f"{type(self).__name__}: cap={cap} must be finite and above 1, the ratio where nothing has changed; set e.g. 5"
@@ -85,9 +82,7 @@ class SAPOLoss(PolicyLoss):
     Args:
         tau_positive: Steepness of the gate where A > 0.
         tau_negative: Steepness of the gate elsewhere.
-        kl_coef: Weight of the KL to the start policy.
-        kl_importance_weight: Multiply the KL by the importance ratio.
-        entropy_coef: Weight of the entropy bonus.
+        **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 
     Raises:
         ConfigError: If a value is out of its range.
@@ -96,15 +91,8 @@ class SAPOLoss(PolicyLoss):
     policy_term_ignores_zero_advantage = True
     takes_token_advantages = True
 
-    def __init__(
-        self,
-        tau_positive: float = 1.0,
-        tau_negative: float = 1.05,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
+    def __init__(self, tau_positive: float = 1.0, tau_negative: float = 1.05, **terms: Any) -> None:
+        super().__init__(**terms)
         for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
             if not (math.isfinite(tau) and tau > 0):
                 raise ConfigError(f"{type(self).__name__}: {name}={tau} must be finite and above 0; set e.g. 1.0")

@@ -62,7 +62,7 @@ def test_impossible_values_are_refused_at_once():
 
 
 def test_products_may_have_larger_factors_with_numbers_of_their_own_and_the_same_splits():
-    wide = ProductSource(100, 199, None, 0, 0, low_factor=5, high_factor=40)
+    wide = ProductSource(100, 199, low_factor=5, high_factor=40, validation_size=0, test_size=0)
     rows = wide.load().train
     assert all(row.answer == str(row.columns["a"] * row.columns["b"]) for row in rows)
     assert {row.columns["b"] for row in rows} == set(range(5, 41)) and len({row.index for row in rows}) > 2000

@@ -185,7 +185,7 @@ def test_a_long_line_does_not_hold_up_training():
 
 def test_a_row_without_usable_tests_is_refused(reward):
     for columns, message in (
-        ({}, "'test' is missing or empty"),
+        ({}, "'test' has neither code, nor a list of asserts"),
         ({"test": "def check(candidate:"}, "'test' is no Python code"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "entry_point_column must name"),
         ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'entry_point': 'Solution\\(' is no expression"),

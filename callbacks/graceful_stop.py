@@ -129,7 +129,7 @@ class GracefulStop(Callback):
         self._taken, self._progress = 0, _progress(trainer)
         due = trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         self._due = _place(trainer) if due else None
-        if not hasattr(pl_module, "signals"):
+        if not isinstance(pl_module, LanguageModule):
             check_stop(self.signals, trainer.strategy.root_device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

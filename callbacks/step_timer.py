@@ -113,7 +113,7 @@ class StepTimer(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the update, unless the module itself marks its beginning, after all callbacks."""
-        if not hasattr(pl_module, "clock"):
+        if not isinstance(pl_module, LanguageModule):
             self.clock.switch("update")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

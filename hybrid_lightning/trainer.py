@@ -28,7 +28,7 @@ from hybrid_lightning.callbacks.run_report import RunReport
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer, time_charged_to
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import ConfigError, DiagnosisError, HybridLightningError
+from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError, HybridLightningError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint

@@ -96,15 +96,19 @@ class RolloutFuture(Generic[_T]):
         """Wait for what is made elsewhere; `result` has little to do after it."""
         if self._waited or self._cancelled:
             return
-        began = time.perf_counter()
+        source, began = self._source, time.perf_counter()
         try:
             with self._context():
-                if isinstance(self._source, RolloutFuture):
-                    self._source.wait()
-                elif self._source is not None:
-                    self._wait_for(self._source)
+                if isinstance(source, RolloutFuture):
+                    source.wait()
+                elif source is not None:
+                    while not wait([source], _SLICE_S).done:
+                        self._on_wait()
+                    self._on_wait()
         except BaseException as error:
             self._fail(error)
+            if isinstance(source, Future):  # servers are told before the process ends
+                wait([source], _END_S)
             raise
         finally:
             self.waited_s += time.perf_counter() - began
@@ -132,16 +136,6 @@ class RolloutFuture(Generic[_T]):
             raise
         self._compute = self._source = None  # whose results need not stay in memory
         return self._values[0]
-
-    def _wait_for(self, source: "Future[Any]") -> None:
-        try:
-            while not wait([source], _SLICE_S).done:
-                self._on_wait()
-            self._on_wait()
-        except BaseException:  # a signal, too: servers are told before the process ends
-            self.cancel()
-            wait([source], _END_S)
-            raise
 
     def _fail(self, error: BaseException) -> None:
         self.cancel()

@@ -19,6 +19,7 @@ An engine whose completions are made elsewhere makes them meanwhile; of another 
 are trained on in the order in which they were begun, none is dropped, and none is begun that the run will not train on.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -64,6 +65,7 @@ class TrainedRollout:
 class RolloutSource(Protocol):
     """Makes rollouts, and computes what the update must know beforehand: the task that is trained."""
 
+    @abstractmethod
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> RolloutFuture[TrainedRollout]:
@@ -82,6 +84,7 @@ class RolloutSource(Protocol):
             The future, whose result all ranks ask for together.
         """
 
+    @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 

@@ -14,7 +14,7 @@ from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
+CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
 
 
 def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def full_gradients(rollout):
 
 def test_the_plan_is_that_of_an_independent_singular_value_decomposition(model, sums, tmp_path):
     policy, rollouts = build_policy(model), []
-    generate = policy.generate
-    policy.generate = lambda *args, **kwargs: rollouts.append(generate(*args, **kwargs)) or rollouts[-1]
+    generate = policy.task.generation.generate
+    policy.task.generation.generate = lambda *args, **kwargs: rollouts.append(generate(*args, **kwargs)) or rollouts[-1]
     adapter = build_adapter(calibration_prompts=12, scorer=scorers.PreconditionedTail())
     build_trainer(tmp_path, adapter, max_steps=0).fit(policy, datamodule=build_data(sums))
     plan = policy.plan

@@ -4,6 +4,7 @@ import html
 import io
 import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +24,7 @@ from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, say_completions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
 
 
@@ -66,7 +68,7 @@ def test_completions_fit_a_narrow_screen_and_stay_out_of_notebooks(monkeypatch):
     evaluation = SimpleNamespace(greedy=(rollouts, SimpleNamespace(total=rewards)))
     for notebook in (False, True):
         monkeypatch.setattr(rich, "_console", screen := Console(width=50, file=io.StringIO(), force_jupyter=notebook))
-        say_completions(SimpleNamespace(evaluation=evaluation))
+        say_completions(Mock(spec=LanguageModule, evaluation=evaluation))
         lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (reward 0)\n"
         assert screen.file.getvalue() == lines and all(cell_len(line) <= 50 for line in lines.splitlines())
 

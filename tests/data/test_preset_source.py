@@ -99,7 +99,6 @@ def test_a_bad_row_is_named_or_skipped(tmp_path):
         ("math", {"solution": "no box"}, r"the solution has no \\boxed\{\} with an answer"),
         ("aime25", {"answer": 1000}, "'1000' is no whole number from 0 to 999"),
         ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is no letter of the 10 options"),
-        ("mmlu_pro", {"answer_index": 8.5}, "column 'answer' is 'C', but 'answer_index' is 8.5"),
         ("dapo", {"reward_model": "x"}, "column 'reward_model' is no JSON"),
         ("dapo", {"reward_model": {}}, "there is no column 'ground_truth'"),
         ("leetcode", {"test": ""}, "column 'test' is empty"),

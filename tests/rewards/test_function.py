@@ -173,7 +173,8 @@ ZERO = r"zero \(\w+\.py line {line}\) for rows\.jsonl row 1 with completion '0'"
 
 def test_a_fault_names_the_line_and_the_row(here):
     for function, completions, message in (
-        *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async", "careless_batch")),
+        *((name, ["1", "0"], ZERO) for name in ("careless", "careless_async")),
+        ("careless_batch", ["1", "0"], r"ZeroDivisionError: .* for a batch of 2 completions, the first for rows\.jsonl row 0"),
         ("nothing", ["1"], r"\(nothing\) returned None, which is no number, for rows\.jsonl row 0 .*, 0\.0 where it does not"),
         ("leaves", ["a"], r"raised SystemExit: 2 \(\w+\.py line {line}\) for rows\.jsonl row 0"),
     ):
@@ -206,7 +207,7 @@ def test_a_class_may_be_asynchronous_too():
             return [1.0 / len(text) for text in completions]
 
     assert evaluate_reward(Judge(), ["a", "bc"], PROMPTS).total.tolist() == [1.0, 0.5]
-    with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* row 1 with completion ''"):
+    with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* for a batch of 2 completions"):
         evaluate_reward(Judge(), ["a", ""], PROMPTS)
 
 

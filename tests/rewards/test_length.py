@@ -95,8 +95,6 @@ def test_it_is_trls():
 
 def test_bad_arguments_and_a_penalty_that_the_sampler_never_reaches_are_refused():
     for build, message in (
-        (lambda: CosineLength(ExactMatch(), 0), "max_tokens=0; give at least 1"),
-        (lambda: GroupLength(ExactMatch(), weight=0), "weight=0; give a positive number"),
         (lambda: OverlongPenalty(10, 11), r"buffer_tokens=11 must be from 1 to max_tokens=10; set"),
         (lambda: OverlongPenalty(20, 4).check_length(16), r"max_new_tokens=16, but .* begins after 16 .* set max_tokens=16"),
         (lambda: RewardBySet({"long": OverlongPenalty(20, 4)}).check_length(16), "the penalty begins after 16"),

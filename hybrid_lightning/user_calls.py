@@ -12,18 +12,16 @@ import inspect
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 from weakref import WeakKeyDictionary
 
 _SLICE_S = 0.1  # in which a caller looks whether the event loop still runs
 _SIDE_BY_SIDE = 64  # ordinary functions that run at the same time
-_GROW_S, _IDLE_S = 0.005, 5.0  # in which a call should have ended, and after which an idle thread ends
 
 Outcome = tuple[Any, BaseException | None]  # what a call returned, or else what it raised
 
@@ -165,14 +163,12 @@ async def _awaited(work: Awaitable[Any], timeout_s: float | None, then: Callable
 class _Call:
     function: Callable[[], Any]
     outcome: "asyncio.Future[Outcome]"
-    given_up: bool = False
+    has_ended: bool = False
+    given_up: bool = False  # the event loop waits for it no more
 
 
 class _Lane:
     """Threads in which ordinary functions run for an event loop. They do not hold up the end of the process.
-
-    One thread is enough while calls are short, since handing each of them to a thread of its own takes far longer than an answer
-    that is there at once. While they take long there are twice as many threads every few milliseconds.
 
     Args:
         most: Calls at the same time; those that were given up do not count.
@@ -180,74 +176,45 @@ class _Lane:
 
     def __init__(self, most: int) -> None:
         self._places, self._lock = asyncio.Semaphore(most), threading.Lock()
-        self._waiting: SimpleQueue[_Call] = SimpleQueue()
-        self._ended: deque[tuple[_Call, Outcome]] = deque()
-        self._begun = 0  # calls
-        self._threads = 0  # without those whose call was given up
-        self._grows = self._told = False  # whether the loop will look at the calls that wait, and at those that have ended
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
+        self._under_way = self._threads = 0  # without calls that were given up, and their threads
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
         async with self._places:  # waiting for a place does not count towards the time limit
-            loop = asyncio.get_running_loop()
-            call = _Call(function, loop.create_future())
+            call = _Call(function, asyncio.get_running_loop().create_future())
             with self._lock:
-                self._waiting.put(call)
-                if not self._threads:
-                    self._add_thread()
-            if not self._grows:
-                self._grows = True
-                loop.call_later(_GROW_S, self._grow, loop, self._begun)
+                self._calls.put(call)
+                self._under_way += 1
+                if self._under_way > self._threads:
+                    self._threads += 1
+                    threading.Thread(target=self._run, name="user-code", daemon=True).start()
             try:
                 done, _ = await asyncio.wait({call.outcome}, timeout=timeout_s)
                 return call.outcome.result() if done else (None, TookTooLongError())
             finally:
                 with self._lock:
-                    if not call.outcome.done():
+                    if not call.has_ended:
                         call.given_up = True
+                        self._under_way -= 1
                         self._threads -= 1
-
-    def _add_thread(self) -> None:
-        self._threads += 1
-        threading.Thread(target=self._run, name="user-code", daemon=True).start()
-
-    def _grow(self, loop: asyncio.AbstractEventLoop, begun: int) -> None:
-        """Add threads if no call has begun since there were so many; look again while calls wait."""
-        with self._lock:
-            waiting = self._waiting.qsize()
-            for _ in range(min(max(1, self._threads), waiting) if self._begun == begun else 0):
-                self._add_thread()
-        self._grows = waiting > 0
-        if self._grows:
-            loop.call_later(_GROW_S, self._grow, loop, self._begun)
 
     def _run(self) -> None:
         while True:
-            try:
-                call = self._waiting.get(timeout=_IDLE_S)
-            except Empty:
-                with self._lock:
-                    if self._waiting.empty():
-                        self._threads -= 1
-                        return
-                continue
-            self._begun += 1
+            call = self._calls.get()
             outcome = outcome_of(call.function)
             with self._lock:
                 if call.given_up:
                     return
-                self._ended.append((call, outcome))
-                told, self._told = self._told, True
-            if not told:
-                with suppress(RuntimeError):  # the loop has been closed meanwhile
-                    call.outcome.get_loop().call_soon_threadsafe(self._settle)
+                call.has_ended = True
+                self._under_way -= 1
+            with suppress(RuntimeError):  # the event loop has been closed meanwhile
+                call.outcome.get_loop().call_soon_threadsafe(_settle, call.outcome, outcome)
             del call, outcome  # while it waits for the next one
 
-    def _settle(self) -> None:
-        with self._lock:
-            ended, self._ended, self._told = self._ended, deque(), False
-        for call, outcome in ended:
-            if not call.outcome.done():
-                call.outcome.set_result(outcome)
+
+def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
 
 
 # Semaphores belong to one event loop: lanes for calls side by side, and for those alone.

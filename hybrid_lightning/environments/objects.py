@@ -99,7 +99,7 @@ class Objects:
 
 def late_message(name: str, method: str, timeout_s: float | None) -> str:
     """What is said about a call that took too long."""
-    return f"{name}.{method} took more than {'' if method == 'close' else 'episodes.step_timeout_s='}{timeout_s:g} s"
+    return f"{name}.{method} took more than {'' if method in ('close', 'import') else 'episodes.step_timeout_s='}{timeout_s:g} s"
 
 
 def random_states() -> tuple[Any, Any, torch.Tensor]:

@@ -115,7 +115,7 @@ class _Process:
             try:
                 if self._popen is None:
                     self._popen = self._started()
-                    await self._received("import", _READY_S)
+                    await self._is_ready()
                 (self.numbers.discard if method == "close" else self.numbers.add)(number)
                 with suppress(OSError):  # if it has ended, nothing can be received
                     self._connection.send((number, method, arguments))
@@ -125,6 +125,12 @@ class _Process:
                 raise
             return value
 
+    async def _is_ready(self) -> None:
+        try:
+            await self._received("import", _READY_S)
+        except FaultError as fault:
+            raise EpisodeError(f"{fault}; see its error output above, and what its module does on import") from None
+
     async def _received(self, method: str, timeout_s: float) -> Any:
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
         descriptor = self._connection.fileno()
@@ -133,22 +139,13 @@ class _Process:
             await asyncio.wait_for(readable.wait(), timeout_s)
         except TimeoutError:
             self.kill()
-            if method == "import":
-                raise EpisodeError(
-                    f"a process for {self._name} was not ready after {timeout_s:g} s; see what its module does on import"
-                ) from None
             raise LateError(late_message(self._name, method, timeout_s)) from None
         finally:
             loop.remove_reader(descriptor)
         try:
             value, error = self._connection.recv()
         except (EOFError, OSError):
-            code = self.kill()
-            if method == "import":
-                raise EpisodeError(
-                    f"a process for {self._name} ended with exit code {code} before it was ready; see its error output above"
-                ) from None
-            raise FaultError(f"{self._name}.{method} ended its process with exit code {code}") from None
+            raise FaultError(f"{self._name}.{method} ended its process with exit code {self.kill()}") from None
         if error is not None:
             raise error
         return value
@@ -214,7 +211,7 @@ def main() -> None:
             restore_random_states(states[number])
         try:
             # Without a time limit: the process is killed if it takes too long.
-            reply = run_async(objects.call(number, method, arguments, None)), None
+            reply: tuple[Any, Exception | None] = run_async(objects.call(number, method, arguments, None)), None
         except (FaultError, HybridLightningError) as error:
             reply = None, error
         except BaseException as error:  # an environment has stopped the event loop, or cancelled what runs on it

@@ -55,7 +55,6 @@ from hybrid_lightning.training.examples import (
     SupervisedModule,  # noqa: F401  (as above)
 )
 from hybrid_lightning.training.language import LanguageModule
-from hybrid_lightning.training.module import PolicyModule
 from hybrid_lightning.user_code import in_user_code
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.

@@ -16,6 +16,7 @@ from hybrid_lightning.engine.attention import AttentionCalls, Packing
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.types import Sequences
 
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, inside a PEFT model or as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]

@@ -140,7 +140,7 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     if not settings.gradient_checkpointing:
         cost = "a third more time, in updates"
         kinds.append([Change("--model.gradient_checkpointing=true", cost, {"gradient_checkpointing": True})])
-    if find_spec("bitsandbytes") is not None and sharding.whole_on_every_device:  # FSDP2 cannot split what it makes
+    if find_spec("bitsandbytes") is not None and sharding.parts == 1:  # FSDP2 cannot split what it makes
         from bitsandbytes.optim import AdamW8bit
 
         cost, fewer_bits = "a little exactness, in the optimizer's state", replace(settings.optimization, optimizer=AdamW8bit)

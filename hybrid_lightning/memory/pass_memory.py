@@ -69,7 +69,7 @@ class Passes:
         converted, logits = self._converted(sizes), self._logits(predicted)
         within = tokens * self._kept_within_backward(sizes)
         # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
-        kept = width * of_token.hidden * (2 * tokens + predicted * (1 + self.settings.entropy_gradient))
+        kept: float = width * of_token.hidden * (2 * tokens + predicted * (1 + self.settings.entropy_gradient))
         if self.settings.gradient_checkpointing:
             kept += len(layers) * tokens * self.base_width * of_token.hidden
             within += max(layers) + converted / len(layers)
@@ -80,7 +80,7 @@ class Passes:
     def decoding(self, prompts: int, samples: int, sizes: ModelSizes | None) -> PassBytes:
         """The sampling of `samples` completions of full length for each of the prompts that a device completes together.
 
-        The peak is where the prompts have been read, or at the last token.
+        The peak is where the prompts are read, or at the last token.
         """
         of_token, rows = self.sizes, prompts * samples
         asked, answered = self.settings.prompt_tokens, self.settings.completion_tokens
@@ -88,12 +88,13 @@ class Passes:
         token = of_token.attending * (keys * of_token.keys + self.width * of_token.values)
         places = prompts * asked + rows * answered if self.packs else rows * (asked + answered)
         cache = token * places + rows * sum(of_token.recurs) * of_token.states.bytes(self.width)
-        largest = max(of_token.kept(recurs).bytes(self.width) for recurs in of_token.recurs)
-        reading = prompts * asked * (token + largest / 2)  # a layer keeps nothing; half of what it makes is there at a time
+        # A layer keeps nothing; half of what it keeps for a backward pass is there at a time.
+        within = max(of_token.kept(recurs).bytes(self.width) for recurs in of_token.recurs) / 2
         logits = FLOAT32_BYTES * rows * of_token.vocabulary
         repeats = not self.packs or (not self.settings.flags.on_cpu and self.width == FLOAT32_BYTES)  # keys for all heads
-        repeated = repeats * 2 * self.width * rows * (asked + answered) * of_token.queries
-        return PassBytes(repeated + max(0, reading - cache - logits), logits, cache=cache, packed=self._packed(sizes))
+        step = rows * (within + repeats * 2 * self.width * (asked + answered) * of_token.queries)
+        reading = prompts * asked * (token + within)
+        return PassBytes(max(step, reading - cache - logits), logits, cache=cache, packed=self._packed(sizes))
 
     def cut(self, rows: Sequences, tokens: int) -> list[Sequences]:
         """Rows of each pass, by the most tokens of a pass."""

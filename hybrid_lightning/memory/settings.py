@@ -1,4 +1,4 @@
-"""`RunSettings`: what decides how much memory a run takes. It is read from the objects of the run, whose weights are not loaded."""
+"""`RunSettings`: what decides how much memory a run takes, read from the objects of the run, whose weights are not loaded."""
 
 import os
 from collections.abc import Mapping

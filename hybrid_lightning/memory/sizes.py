@@ -22,17 +22,18 @@ _PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model with an adapter."""
+    """Sizes of a model with an adapter. Bytes of blocks include the adapter."""
 
     parameters: int  # of the base model
-    trainable: int  # trained parameters
-    full: int  # trained parameters in fully trained modules
+    base_bytes: int  # bytes of the base model as it was loaded
     frozen_bytes: int  # bytes of the base model's weights that are kept
-    block_bytes: int  # bytes of the largest decoder block, including its adapter
+    outside_bytes: int  # bytes of weights outside of decoder blocks: embeddings, output layer
+    block_bytes: int  # bytes of the largest block
     block_gradients: int  # bytes of that block's gradients
-    outside_bytes: int  # bytes of weights outside of blocks: embeddings, output layer
     candidates: int  # parameters of all candidates
+    full: int  # parameters of the candidates that are trained fully
     low_rank: int  # parameters of the candidates that have LoRA
+    trainable: int  # trained parameters, LoRA's included
 
     @property
     def trained_bytes(self) -> int:
@@ -83,14 +84,15 @@ def measure_sizes(
     largest = max(range(len(blocks)), key=sizes.__getitem__)
     return ModelSizes(
         parameters=outside + sum(base),
-        trainable=sum(trained),
-        full=full,
+        base_bytes=(outside + sum(base)) * width,
         frozen_bytes=outside * width + sum(frozen),
+        outside_bytes=outside * width,
         block_bytes=sizes[largest],
         block_gradients=FLOAT32_BYTES * trained[largest],
-        outside_bytes=outside * width,
         candidates=sum(module.parameters for module in plan.candidates),
+        full=full,
         low_rank=low_rank,
+        trainable=sum(trained),
     )
 
 

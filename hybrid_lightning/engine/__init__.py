@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.activations import TokenSizes, activation_bytes, tokens_of_pass
+    from hybrid_lightning.engine.activations import PassBytes, Rows, TokenSizes, Trained, activation_bytes, tokens_of_pass
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
     from hybrid_lightning.engine.compiling import OneKernel
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.fused_lora import use_peft_lora
     from hybrid_lightning.engine.logprobs import logprobs_of_hidden, token_logprobs
     from hybrid_lightning.engine.packing import PackedSequences, begins_group
+    from hybrid_lightning.engine.pass_memory import PassMemory
     from hybrid_lightning.engine.passes import base_model, default_token_budget, memory_of, own_hidden
     from hybrid_lightning.engine.segment_decoding import SegmentDecoding
     from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding
@@ -30,10 +31,14 @@ __all__ = [
     "Engine",
     "OneKernel",
     "PackedSequences",
+    "PassBytes",
+    "PassMemory",
     "PlannedBackend",
+    "Rows",
     "SegmentDecoding",
     "SharedPromptDecoding",
     "TokenSizes",
+    "Trained",
     "UnsupportedAttentionError",
     "activation_bytes",
     "base_model",
@@ -54,7 +59,7 @@ __all__ = [
 __getattr__ = public_names(
     __name__,
     {
-        "activations": ("TokenSizes", "activation_bytes", "tokens_of_pass"),
+        "activations": ("PassBytes", "Rows", "TokenSizes", "Trained", "activation_bytes", "tokens_of_pass"),
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
         "compiling": ("OneKernel",),
@@ -66,6 +71,7 @@ __getattr__ = public_names(
         "fused_lora": ("use_peft_lora",),
         "logprobs": ("logprobs_of_hidden", "token_logprobs"),
         "packing": ("PackedSequences", "begins_group"),
+        "pass_memory": ("PassMemory",),
         "passes": ("base_model", "default_token_budget", "memory_of", "own_hidden"),
     },
 )

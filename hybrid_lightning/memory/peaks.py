@@ -1,26 +1,24 @@
 """Plan the memory of a run at the peaks of its phases, for full fine-tuning, LoRA and hybrid.
 
-What a device holds is in `strategies.py`, and what it computes in between in `pass_memory.py`.
+What a device holds is in `strategies.py`, and what it computes in between in `engine/pass_memory.py`.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
 from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_positions
 from hybrid_lightning.types import Sequences
-
-if TYPE_CHECKING:
-    from hybrid_lightning.memory.pass_memory import PassBytes
 
 _PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
@@ -102,7 +100,7 @@ class _Run:
     """A run, with what does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:
-        from hybrid_lightning.memory.pass_memory import Passes  # imports PEFT, which is slow
+        from hybrid_lightning.engine import PassMemory  # imports PEFT, which is slow
 
         self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
         settings.schedule.check_split(settings.flags.accumulate_grad_batches, self.sharding.devices)
@@ -110,7 +108,8 @@ class _Run:
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimization.optimizer)
         self.model = meta_model(settings.config, settings.dtype)
         self.candidates = find_candidates(self.model, settings.planning.target_modules)
-        self.passes = Passes(settings, self.model)
+        options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
+        self.passes = PassMemory(self.model, settings.product_dtype.itemsize, self.on_cpu, *options)
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
 
     def method(self, name: str) -> MethodMemory:
@@ -130,8 +129,27 @@ class _Run:
         peaks = {
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
-        host = sum(self._state(sizes)) if self.sharding.offloads else 0.0
-        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, tuple(self.passes.bounds))
+        host = sum(self._state(sizes)) if self.sharding.cpu_offload else 0.0
+        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds)
+
+    def _trained(self, sizes: ModelSizes) -> Trained:
+        lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
+        inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # with a mask or a norm beside them
+        low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
+        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, lora.rank, inputs, plain)
+
+    def _rows(self, prompts: int, completions: int) -> Rows:
+        return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
+
+    def _cut(self, prompts: int, tokens: int, micro_batches: int = 1) -> list[Rows]:
+        """The passes of the first micro-batch of a rollout, as training cuts them: all rows take part and have full length."""
+        settings, samples = self.settings, self.settings.schedule.samples_per_prompt
+        number = torch.arange(prompts).repeat_interleave(samples)[:, None]
+        number = number[: max(1, len(number) // micro_batches)]
+        prompt_ids, completion_ids = (number.expand(-1, n) for n in (settings.prompt_tokens, settings.completion_tokens))
+        prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
+        runs = split_by_tokens(Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask), tokens)
+        return [self._rows((run.stop - 1) // samples - run.start // samples + 1, run.stop - run.start) for run in runs]
 
     def _state(self, sizes: ModelSizes) -> tuple[float, float, float]:
         """A device's part of weights, gradients and optimizer state, in bytes."""
@@ -142,7 +160,7 @@ class _Run:
     def _held(self, moment: Moment, sizes: ModelSizes) -> Components:
         """What a device holds whatever is computed."""
         copies = self.sharding.copies(moment, sizes)
-        if self.sharding.offloads:
+        if self.sharding.cpu_offload:
             return Components(copies=copies)
         if moment in ("calibrating", "scoring"):
             # On CPUs the model as it was loaded, from which the parts are made, is in the same memory.
@@ -154,7 +172,8 @@ class _Run:
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
             return self._held("resting", sizes)
-        return _computing(self._held("generating", sizes), self.passes.decoding(prompts, samples, sizes))
+        found = self.passes.sampling(self._rows(prompts, prompts * samples), self._trained(sizes))
+        return _computing(self._held("generating", sizes), found)
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of calibrating and scoring, where devices have the base model as loaded, or a part of it, and nothing else."""
@@ -164,7 +183,7 @@ class _Run:
         held = calibrating = self._held("scoring", sizes)
         if not settings.sampler.has_own_weights:
             batch = min(settings.scored_prompts, calibration_batch(settings.schedule.prompts_per_rollout))
-            generated = self.passes.decoding(batch, settings.schedule.samples_per_prompt, None)
+            generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
             calibrating = _computing(self._held("calibrating", sizes), generated)
         if self.on_cpu:
             # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
@@ -172,10 +191,10 @@ class _Run:
             exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
-        rows = _sequences(settings, settings.scored_prompts)
+        passes = self._cut(settings.scored_prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
         # Rows all have the same length, so that the pass with most rows has most tokens.
-        longest = max(self.passes.cut(rows, settings.tokens_of_pass(sizes.base_bytes / parts)), key=len)
-        return {"calibrating": calibrating, "scoring": _largest((held, held, held), self.passes.update(longest, None))}
+        longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
+        return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.
@@ -186,41 +205,32 @@ class _Run:
         """
         settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
         begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
-        rows = _sequences(settings, self.prompts)
-        rows = rows.rows(slice(0, max(1, len(rows) // (settings.schedule.minibatches_per_rollout * accumulated))))
         tokens = settings.tokens_of_pass(sizes.weight_bytes / parts, sizes.trainable / parts)
-        first, *others = self.passes.cut(rows, tokens)
+        first, *others = self._cut(self.prompts, tokens, settings.schedule.minibatches_per_rollout * accumulated)
         cleared = tuple(replace(held, gradients=0.0) for held in (begin, forward, backward))
         stages = (begin, forward, backward)
         if accumulated == 1:
             stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
-        peaks = [_largest(stages, self.passes.update(first, sizes))]
+        trained = self._trained(sizes)
+        peaks = [_largest(stages, self.passes.training(first, trained))]
         if others:
-            peaks.append(_largest((begin, forward, backward), self.passes.update(max(others, key=len), sizes)))
+            later = max(others, key=lambda rows: rows.completions)
+            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
-        if step and not self.on_cpu and not self.sharding.offloads:
+        if step and not self.on_cpu and not self.sharding.cpu_offload:
             weights, gradients, optimizer = self._state(sizes)
             updating["optimizer step"] = Components(weights, gradients=gradients, optimizer=optimizer + step)
         return updating
 
 
-def _sequences(settings: RunSettings, prompts: int) -> Sequences:
-    """Rows of a rollout of so many prompts, each with tokens of its own, in which all rows take part and have full length."""
-    number = torch.arange(prompts).repeat_interleave(settings.schedule.samples_per_prompt)[:, None]
-    prompt_ids = number.expand(-1, settings.prompt_tokens)
-    completion_ids = torch.zeros(len(number), settings.completion_tokens, dtype=torch.long)
-    prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
-    return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)
-
-
-def _largest(stages: tuple[Components, Components, Components], found: "PassBytes") -> Components:
+def _largest(stages: tuple[Components, Components, Components], found: PassBytes) -> Components:
     """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
     begin, forward, backward = stages
     peaks = [begin, _computing(forward, found), replace(backward, activations=found.backward)]
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _computing(held: Components, found: "PassBytes") -> Components:
+def _computing(held: Components, found: PassBytes) -> Components:
     """What a device holds together with what a pass computes."""
     return replace(held, packed=found.packed, activations=found.activations, cache=found.cache, logits=found.logits)

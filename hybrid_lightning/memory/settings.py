@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from transformers import PretrainedConfig
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import activation_bytes, tokens_of_pass
+from hybrid_lightning.engine import activation_bytes, memory_of, tokens_of_pass
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES
@@ -49,13 +49,13 @@ class TrainerFlags:
         devices of this machine.
 
         Raises:
-            ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
+            ConfigError: If memory cannot be planned for the strategy, or a device has no memory.
         """
         if device_gib is not None and not device_gib > 0:
             raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
-        devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
+        devices = _device_count(flags.get("devices", "auto"), on_cpu) * int(flags.get("num_nodes") or 1)
         of_apple = kind == "mps" or torch.backends.mps.is_available()
         device = torch.device("cpu") if on_cpu else torch.device("mps" if of_apple else "cuda", 0)
         return cls(
@@ -199,9 +199,7 @@ def _memory_of(device: torch.device) -> int | None:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if device.type == "mps" and torch.backends.mps.is_available():
         return torch.mps.recommended_max_memory()
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_of(device) if torch.cuda.is_available() else None
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:
@@ -212,14 +210,7 @@ def _device_count(devices: Any, on_cpu: bool) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1", "None"):
         return 1 if on_cpu else max(1, torch.accelerator.device_count())
-    return _at_least_one("devices", devices)
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    count = 1 if value is None else int(value)
-    if count < 1:
-        raise ConfigError(f"trainer.{name}={value} leaves no device; give at least 1")
-    return count
+    return int(devices)
 
 
 def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:

@@ -36,18 +36,15 @@ class Sharding:
     """How a model and its training state are spread over N devices, over all nodes."""
 
     name: ClassVar[str]
+    splits: ClassVar[bool] = False  # weights, gradients and optimizer state over all devices, which score modules together
+    cpu_offload = False  # whether what a device has a part of lies in the memory of the host
 
     devices: int = 1
 
     @property
     def parts(self) -> int:
-        """Devices over which weights, gradients and optimizer state are split, and which score modules together."""
-        return 1
-
-    @property
-    def offloads(self) -> bool:
-        """Whether what a device has a part of lies in the memory of the host."""
-        return False
+        """Devices over which weights, gradients and optimizer state are split."""
+        return self.devices if self.splits else 1
 
     def copies(self, moment: Moment, sizes: ModelSizes) -> float:
         """Bytes of copies that a device has beside its part."""
@@ -78,19 +75,9 @@ class FSDP2(Sharding):
     `cpu_offload` the part is kept in the memory of the host, not on the device.
     """
 
-    name = "FSDP2"
+    name, splits = "FSDP2", True
 
     cpu_offload: bool = False
-
-    @property
-    def parts(self) -> int:
-        """See `Sharding`."""
-        return self.devices
-
-    @property
-    def offloads(self) -> bool:
-        """See `Sharding`."""
-        return self.cpu_offload
 
     def copies(self, moment: Moment, sizes: ModelSizes) -> float:
         """See `Sharding`."""

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tiny_memory import Case, with_flags
+from tiny_memory import Case
 from tiny_models import FAMILIES, VOCABULARY, build_model
 
 from benchmarks.live_tensors import LiveTensors
 from hybrid_lightning.engine import TokenSizes, default_token_budget, tokens_of_pass
+from hybrid_lightning.engine.pass_memory import PassMemory
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes
-from hybrid_lightning.memory.peaks import _Run, _sequences, plan_method
+from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.model.pretrained import meta_model
 
 SETTINGS = Case(more={"prompts_per_rollout": 4}).settings()
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1}
@@ -73,13 +75,8 @@ def test_layers_keep_no_more_than_the_bound_and_not_much_less(family, dtype):
         return kept_bytes
 
     counted = (kept(3) - kept(1)) / (2 * 64)  # of a token, without what does not grow with them
-    precision = "32-true" if dtype == torch.float32 else "bf16-mixed"
-    settings = replace(
-        with_flags(SETTINGS, precision=precision), config=config, dtype=dtype, prompt_tokens=32, completion_tokens=32
-    )
-    run = _Run(settings)
-    rows = _sequences(settings, 1)
-    bound = sum(run.passes._kept(recurs, rows, None) for recurs in run.passes.sizes.recurs)
+    passes = PassMemory(meta_model(config, dtype), dtype.itemsize, on_cpu=True)
+    bound = sum(passes.kept(recurs, 64, None) for recurs in passes.sizes.recurs)
     assert counted < bound + 2 * 64 * dtype.itemsize < 3 * counted
 
 

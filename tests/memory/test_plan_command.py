@@ -119,7 +119,6 @@ OFFLOADED = FSDP2Strategy(cpu_offload=True)
         ({"devices": 2, "strategy": OFFLOADED, "accelerator": "cuda"}, FSDP2(2, cpu_offload=True)),
         ({"devices": 2, "strategy": FSDP2Strategy(), "accelerator": "cuda", "limit_val_batches": 0}, FSDP2(2)),
         ({"strategy": "fsdp2"}, "trainer.strategy=fsdp2 cannot be planned for"),
-        *(({name: count}, f"trainer.{name}={count} leaves no device") for name, count in (("devices", -3), ("num_nodes", 0))),
     ],
 )
 def test_flags_of_the_trainer(flags, sharding):

@@ -13,19 +13,18 @@ from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
 from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_positions
+from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
 
 _PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
-# A process on a CPU has Python and its libraries beside its tensors, and gaps between tensors that the allocator cannot use, as a
-# share of them; measured by `benchmarks/memory`.
-PROCESS_BYTES = 500 * 2**20
-_GAPS = 0.1
+# Beside its tensors a process on a CPU has Python and its libraries, and gaps, as a share of them (`benchmarks/memory`).
+PROCESS_BYTES, _GAPS = 500 * 2**20, 0.1
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class _Run:
         self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
         settings.schedule.check_split(settings.flags.accumulate_grad_batches, self.sharding.devices)
         check_positions(settings.config.get_text_config(), settings.prompt_tokens, settings.completion_tokens)
-        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimization.optimizer)
+        self.optimizer = optimizer_bytes(settings.optimization.optimizer)
         self.model = meta_model(settings.config, settings.dtype)
         self.candidates = find_candidates(self.model, settings.planning.target_modules)
         options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
@@ -129,14 +128,14 @@ class _Run:
         peaks = {
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
-        host = sum(self._state(sizes)) if self.sharding.cpu_offload else 0.0
+        host = self._part(sizes).total if self.sharding.cpu_offload else 0.0
         return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds)
 
     def _trained(self, sizes: ModelSizes) -> Trained:
         lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
         inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # with a mask or a norm beside them
         low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
-        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, lora.rank, inputs, plain)
+        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain)
 
     def _rows(self, prompts: int, completions: int) -> Rows:
         return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
@@ -151,11 +150,10 @@ class _Run:
         runs = split_by_tokens(Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask), tokens)
         return [self._rows((run.stop - 1) // samples - run.start // samples + 1, run.stop - run.start) for run in runs]
 
-    def _state(self, sizes: ModelSizes) -> tuple[float, float, float]:
-        """A device's part of weights, gradients and optimizer state, in bytes."""
-        state = sizes.trainable * self.optimizer.state
-        weights, gradients, optimizer = (part / self.sharding.parts for part in (sizes.weight_bytes, sizes.trained_bytes, state))
-        return weights, gradients, optimizer
+    def _part(self, sizes: ModelSizes) -> Components:
+        """A device's part of weights, gradients and optimizer state."""
+        parts, state = self.sharding.parts, sizes.trainable * self.optimizer.state
+        return Components(sizes.weight_bytes / parts, gradients=sizes.trained_bytes / parts, optimizer=state / parts)
 
     def _held(self, moment: Moment, sizes: ModelSizes) -> Components:
         """What a device holds whatever is computed."""
@@ -166,8 +164,7 @@ class _Run:
             # On CPUs the model as it was loaded, from which the parts are made, is in the same memory.
             loaded = sizes.base_bytes if self.on_cpu and self.sharding.parts > 1 else 0.0
             return Components(sizes.base_bytes / self.sharding.parts + loaded, copies)
-        weights, gradients, optimizer = self._state(sizes)
-        return Components(weights, copies, gradients=gradients, optimizer=optimizer)
+        return replace(self._part(sizes), copies=copies)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
@@ -180,9 +177,10 @@ class _Run:
         from hybrid_lightning.training.calibration import calibration_batch  # imports PEFT, as above
 
         settings, parts = self.settings, self.sharding.parts
+        prompts = settings.planning.calibration_prompts or settings.schedule.prompts_per_rollout
         held = calibrating = self._held("scoring", sizes)
         if not settings.sampler.has_own_weights:
-            batch = min(settings.scored_prompts, calibration_batch(settings.schedule.prompts_per_rollout))
+            batch = min(prompts, calibration_batch(settings.schedule.prompts_per_rollout))
             generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
             calibrating = _computing(self._held("calibrating", sizes), generated)
         if self.on_cpu:
@@ -191,7 +189,7 @@ class _Run:
             exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
-        passes = self._cut(settings.scored_prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
+        passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
         # Rows all have the same length, so that the pass with most rows has most tokens.
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
@@ -207,10 +205,10 @@ class _Run:
         begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
         tokens = settings.tokens_of_pass(sizes.weight_bytes / parts, sizes.trainable / parts)
         first, *others = self._cut(self.prompts, tokens, settings.schedule.minibatches_per_rollout * accumulated)
-        cleared = tuple(replace(held, gradients=0.0) for held in (begin, forward, backward))
         stages = (begin, forward, backward)
         if accumulated == 1:
-            stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
+            clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
+            stages = (clear[0], clear[1], clear[2])
         trained = self._trained(sizes)
         peaks = [_largest(stages, self.passes.training(first, trained))]
         if others:
@@ -219,8 +217,8 @@ class _Run:
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
         if step and not self.on_cpu and not self.sharding.cpu_offload:
-            weights, gradients, optimizer = self._state(sizes)
-            updating["optimizer step"] = Components(weights, gradients=gradients, optimizer=optimizer + step)
+            part = self._part(sizes)
+            updating["optimizer step"] = replace(part, optimizer=part.optimizer + step)
         return updating
 
 

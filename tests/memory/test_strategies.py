@@ -1,17 +1,14 @@
-"""What each of several devices holds, and what an optimizer keeps."""
+"""What each of several devices holds."""
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
-import torch
 from tiny_memory import Case, with_flags
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.peaks import plan_method
-from hybrid_lightning.memory.sizes import OptimizerBytes, optimizer_bytes
 
 SETTINGS = with_flags(Case(0.0, validation=0).settings(), on_cpu=False)
 HYBRID = with_flags(Case(0.5, validation=0).settings(), on_cpu=False)
@@ -63,17 +60,6 @@ def test_what_is_offloaded_is_not_on_the_device():
         assert (other.copies, other.activations, other.cache) == (one.copies, one.activations, one.cache)
     held = plain.peaks["generating"]
     assert offloaded.host == held.weights + held.gradients + held.optimizer
-
-
-def test_optimizers_are_asked():
-    adam, momentum = torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)
-    for given, (state, step) in {adam: (8, 4), partial(adam, fused=True): (8, 0), momentum: (4, 4)}.items():
-        assert optimizer_bytes(given) == OptimizerBytes(state, step)
-    with pytest.raises(ConfigError, match=r"model\.optimizer cannot be planned for"):
-        optimizer_bytes(torch.optim.LBFGS)
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    eight = optimizer_bytes(bitsandbytes.optim.AdamW8bit)
-    assert 2 <= eight.state < 2.1 and eight.step == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
+from hybrid_lightning.engine.activations import PassBytes as PassBytes
+from hybrid_lightning.engine.activations import Rows as Rows
 from hybrid_lightning.engine.activations import TokenSizes as TokenSizes
+from hybrid_lightning.engine.activations import Trained as Trained
 from hybrid_lightning.engine.activations import activation_bytes as activation_bytes
 from hybrid_lightning.engine.activations import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
@@ -18,6 +21,7 @@ from hybrid_lightning.engine.logprobs import logprobs_of_hidden as logprobs_of_h
 from hybrid_lightning.engine.logprobs import token_logprobs as token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences as PackedSequences
 from hybrid_lightning.engine.packing import begins_group as begins_group
+from hybrid_lightning.engine.pass_memory import PassMemory as PassMemory
 from hybrid_lightning.engine.passes import base_model as base_model
 from hybrid_lightning.engine.passes import default_token_budget as default_token_budget
 from hybrid_lightning.engine.passes import memory_of as memory_of

@@ -95,6 +95,40 @@ class TokenSizes:
         return 4 * self.hidden + 2 * self.queries + self.keys + self.values + head_norms * (self.queries + self.keys)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What an adapter trains, in float32; numbers of parameters."""
+
+    full: int  # of the linear modules that are trained fully
+    low_rank: int  # of the linear modules that have LoRA
+    lora: int  # of LoRA's A and B
+    share_full: float  # of what can be trained
+    rank: int  # of LoRA
+    inputs: int = 0  # how often LoRA's layers keep their inputs: the engine's keep them once for all with the same input
+    prepacks: bool = True  # whether the engine copies weights of LoRA's layers for decoding
+
+
+@dataclass(frozen=True)
+class Rows:
+    """So many prompts and completions of them all, of these lengths."""
+
+    prompts: int
+    completions: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes that a pass holds at its peak."""
+
+    activations: float
+    logits: float
+    backward: float = 0.0  # everything that the backward pass holds at its peak
+    cache: float = 0.0  # keys and values, or recurrent states
+    packed: float = 0.0  # copies of weights in the order or dtype in which products read them
+
+
 def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool, rest: float | None = None) -> int:
     """Tokens of a pass for a model with this config: at least 256, and more the smaller it is, and the more memory there is.
 

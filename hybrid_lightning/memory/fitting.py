@@ -11,11 +11,11 @@ from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
 from hybrid_lightning.memory.memory_table import COMPONENT_NAMES, format_bytes
 from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory, plan_method
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.strategies import Components
 from hybrid_lightning.model.quantization import NF4
 
 _LEFT_SHARE = 0.05  # of a GPU, which its allocator cannot use
-_FEWEST_PROMPTS = 4  # in a rollout, below which a step says little
-_FEWEST_RANKS = 4
+_FEWEST_PROMPTS, _FEWEST_RANKS = 4, 4  # prompts in a rollout, below which a step says little
 _GAIN = 0.99  # a change helps if the worst moment takes less than this share of what it took
 
 
@@ -35,12 +35,10 @@ class Change:
 
 def room(settings: RunSettings) -> float | None:
     """Bytes that a run may take of each device, on a CPU of its share of the machine; None where that is not known."""
-    flags = settings.flags
-    if flags.device_bytes is None:
+    memory, devices = settings.flags.device_bytes, settings.flags.sharding.devices
+    if memory is None:
         return None
-    if flags.on_cpu:
-        return flags.device_bytes / flags.sharding.devices
-    return flags.device_bytes - max(CONTEXT_BYTES, _LEFT_SHARE * flags.device_bytes)
+    return memory / devices if settings.flags.on_cpu else memory - max(CONTEXT_BYTES, _LEFT_SHARE * memory)
 
 
 def taken(method: MethodMemory, settings: RunSettings) -> float:
@@ -50,12 +48,11 @@ def taken(method: MethodMemory, settings: RunSettings) -> float:
 
 def verdict(method: MethodMemory, settings: RunSettings) -> str:
     """Whether a run fits by its own method, and what takes most at the worst moment, in one line."""
-    free, needed = room(settings), taken(method, settings)
-    peak = method.peaks[method.peak_phase]
+    free, needed, peak = room(settings), taken(method, settings), method.peaks[method.peak_phase]
     sums = {name: sum(getattr(peak, part) for part in parts) for name, parts in COMPONENT_NAMES.items()}
     part = max(sums, key=sums.__getitem__)
-    largest = f"{part} {format_bytes(sums[part])}"
-    most = f"{method.method} takes up to {format_bytes(needed)}, most of it while {method.peak_phase} ({largest})"
+    phase, size = method.peak_phase, format_bytes(sums[part])
+    most = f"{method.method} takes up to {format_bytes(needed)}, most of it while {phase} ({part} {size})"
     memory = settings.flags.device_bytes
     if free is None or memory is None:
         return f"{most}; give --device_gib, the memory of a device in GiB, for whether that fits"
@@ -84,7 +81,7 @@ def find_changes(settings: RunSettings, needs_reference: bool) -> tuple[list[Cha
     while taken(found, settings) > free:
         for stronger in _stronger(strengths, kinds):
             better = _planned(settings, _chosen(stronger, kinds))
-            if better is not None and _total(better, found.peak_phase) < _GAIN * found.peak_bytes:
+            if better is not None and better.peaks.get(found.peak_phase, Components()).total < _GAIN * found.peak_bytes:
                 strengths, found = stronger, better
                 break
         else:
@@ -125,8 +122,7 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     planning, schedule, sharding = settings.planning, settings.schedule, settings.flags.sharding
     cost = "nothing: no KL term needs them"
     kinds = [[Change("--adapter.keep_start_weights=false", cost, {"keep_start_weights": False})]]
-    if needs_reference or not settings.keep_start_weights:
-        kinds.clear()
+    kinds = [] if needs_reference or not settings.keep_start_weights else kinds
     cost = "time, in validations"
     counts = _halves(settings.eval_prompts, 1)
     kinds.append([Change(f"--data.eval_batch_size={count}", cost, {"eval_prompts": count}) for count in counts])
@@ -140,12 +136,12 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
     if not settings.gradient_checkpointing:
         cost = "a third more time, in updates"
         kinds.append([Change("--model.gradient_checkpointing=true", cost, {"gradient_checkpointing": True})])
-    if find_spec("bitsandbytes") is not None and sharding.whole_on_every_device:  # FSDP2 cannot split what it makes
+    if find_spec("bitsandbytes") is not None and sharding.parts == 1:  # FSDP2 cannot split what it makes
         from bitsandbytes.optim import AdamW8bit
 
         cost, fewer_bits = "a little exactness, in the optimizer's state", replace(settings.optimization, optimizer=AdamW8bit)
         kinds.append([Change("--model.optimizer=bitsandbytes.optim.AdamW8bit", cost, {"optimization": fewer_bits})])
-        if settings.quantization is None and settings.mixed_precision:
+        if settings.quantization is None and settings.flags.precision.endswith("mixed"):
             cost = "exactness of the frozen weights, and time"
             kinds.append([Change("--model.quantization=NF4", cost, {"quantization": NF4()})])
     if settings.plan is None and isinstance(planning.budget, ModuleBudget):
@@ -157,10 +153,6 @@ def _kinds(settings: RunSettings, needs_reference: bool) -> list[list[Change]]:
         options = [(f"--adapter.rank={lora.rank} --adapter.alpha={lora.alpha:g}", lora) for lora in loras]
         kinds.append([Change(overrides, "capacity of LoRA", planning={"lora": lora}) for overrides, lora in options])
     return kinds
-
-
-def _total(method: MethodMemory, phase: str) -> float:
-    return method.peaks[phase].total if phase in method.peaks else 0.0
 
 
 def _halves(count: int, least: int) -> Iterator[int]:

@@ -25,7 +25,7 @@ COMPONENT_NAMES = {
 def memory_title(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     """What is planned, in one line."""
     sharding, where = settings.flags.sharding, "CPU" if settings.flags.on_cpu else "accelerator"
-    name = f"{sharding.name} with CPU offload" if sharding.offloads else sharding.name
+    name = f"{sharding.name} with CPU offload" if sharding.cpu_offload else sharding.name
     devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
     return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
 

@@ -1,34 +1,30 @@
 """Plan the memory of a run at the peaks of its phases, for full fine-tuning, LoRA and hybrid.
 
-What a device holds is in `strategies.py`, and what it computes in between in `pass_memory.py`.
+What a device holds is in `strategies.py`, and what it computes in between in `engine/pass_memory.py`.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, plan_of_budget
+from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, OptimizerBytes, measure_sizes, optimizer_bytes
-from hybrid_lightning.memory.strategies import PASS, Components
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
+from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_positions
+from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
 
-if TYPE_CHECKING:
-    from hybrid_lightning.memory.pass_memory import PassBytes
-
+_PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
-# A process on a CPU has Python and its libraries beside its tensors, and gaps between tensors that the allocator cannot use, as a
-# share of them; measured by `benchmarks/memory`.
-PROCESS_BYTES = 500 * 2**20
-_GAPS = 0.05
+# Beside its tensors a process on a CPU has Python and its libraries, and gaps, as a share of them (`benchmarks/memory`).
+PROCESS_BYTES, _GAPS = 500 * 2**20, 0.1
 
 
 @dataclass(frozen=True)
@@ -78,22 +74,19 @@ def plan_memory(settings: RunSettings) -> list[MethodMemory]:
         ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot make a step on a CPU.
         ModelError: If transformers has no such model, or nothing in it can be adapted.
     """
-    _check(settings)
     run = _Run(settings)
-    return [run.method(name, budget) for name, budget in _budgets(settings).items()]
+    return [run.method(name) for name in dict.fromkeys(("FFT", "LoRA", own_method(settings)))]
 
 
 def plan_method(settings: RunSettings) -> MethodMemory:
     """Plan the run's own method alone; errors as of `plan_memory`."""
-    _check(settings)
-    name = own_method(settings)
-    return _Run(settings).method(name, _budgets(settings)[name])
+    return _Run(settings).method(own_method(settings))
 
 
 def own_method(settings: RunSettings) -> str:
     """The name of the run's own method."""
-    *_, last = _budgets(settings)
-    return last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.planning.budget.share, last)
+    share = settings.planning.budget.share
+    return "plan" if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(share, f"hybrid {share:.0%}")
 
 
 def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
@@ -102,93 +95,104 @@ def why_not_fitting(settings: RunSettings, method: MethodMemory) -> str | None:
     return misfit(settings, method.share, peaks)
 
 
-def _budgets(settings: RunSettings) -> dict[str, Budget]:
-    """Name and budget of each method."""
-    budgets: dict[str, Budget] = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}
-    budget = settings.planning.budget
-    if settings.plan is not None:
-        budgets["plan"] = budget
-    elif 0 < budget.share < 1:
-        budgets[f"hybrid {budget.share:.0%}"] = budget
-    return budgets
-
-
-def _check(settings: RunSettings) -> None:
-    """Refuse settings that `fit` would refuse."""
-    sharding = settings.flags.sharding
-    settings.schedule.check_split(settings.flags.accumulate_grad_batches, sharding.devices)
-    check_positions(settings.config.get_text_config(), settings.prompt_tokens, settings.completion_tokens)
-    if settings.quantization is not None and not sharding.whole_on_every_device:
-        kind = type(settings.quantization).__name__
-        raise ConfigError(f"model.quantization={kind} does not work with {sharding.name}; use trainer.strategy=ddp")
-
-
 class _Run:
     """A run, with what does not depend on the method."""
 
     def __init__(self, settings: RunSettings) -> None:
-        from hybrid_lightning.memory.pass_memory import Passes  # imports PEFT, which is slow
+        from hybrid_lightning.engine import PassMemory  # imports PEFT, which is slow
 
         self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
-        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimization.optimizer)
+        settings.schedule.check_split(settings.flags.accumulate_grad_batches, self.sharding.devices)
+        check_positions(settings.config.get_text_config(), settings.prompt_tokens, settings.completion_tokens)
+        self.optimizer = optimizer_bytes(settings.optimization.optimizer)
         self.model = meta_model(settings.config, settings.dtype)
         self.candidates = find_candidates(self.model, settings.planning.target_modules)
-        self.passes = Passes(settings, self.model)
+        options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
+        self.passes = PassMemory(self.model, settings.product_dtype.itemsize, self.on_cpu, *options)
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
 
-    def method(self, name: str, budget: Budget) -> MethodMemory:
+    def method(self, name: str) -> MethodMemory:
         """Peaks of all phases with one method."""
         settings, planning = self.settings, self.settings.planning
-        given = settings.plan if name == "plan" else None
-        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, planning.lora, planning.rank_pattern)
+        budget = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}.get(name, planning.budget)
+        plan = settings.plan if name == "plan" else None
+        scored = plan is None and budget.needs_scores
+        plan = plan or plan_of_budget(self.candidates, budget, planning.lora, planning.rank_pattern)
         sizes = measure_sizes(self.model, plan, settings.keep_start_weights, settings.quantization)
         peaks = {"generating": self._generating(sizes, self.prompts, settings.schedule.samples_per_prompt)}
         if settings.eval_prompts:
             peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
-        if given is None and budget.needs_scores:
-            peaks |= self._scoring(sizes)
+        peaks |= self._scoring(sizes) if scored else {}
         peaks |= self._updating(sizes)
         share = engine_share(settings, sizes.parameters)
         peaks = {
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
-        host = self.sharding.host(sizes, self.optimizer.state)
-        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, tuple(self.passes.bounds))
+        host = self._part(sizes).total if self.sharding.cpu_offload else 0.0
+        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds)
+
+    def _trained(self, sizes: ModelSizes) -> Trained:
+        lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
+        inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # with a mask or a norm beside them
+        low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
+        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain)
+
+    def _rows(self, prompts: int, completions: int) -> Rows:
+        return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
+
+    def _cut(self, prompts: int, tokens: int, micro_batches: int = 1) -> list[Rows]:
+        """The passes of the first micro-batch of a rollout, as training cuts them: all rows take part and have full length."""
+        settings, samples = self.settings, self.settings.schedule.samples_per_prompt
+        number = torch.arange(prompts).repeat_interleave(samples)[:, None]
+        number = number[: max(1, len(number) // micro_batches)]
+        prompt_ids, completion_ids = (number.expand(-1, n) for n in (settings.prompt_tokens, settings.completion_tokens))
+        prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
+        runs = split_by_tokens(Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask), tokens)
+        return [self._rows((run.stop - 1) // samples - run.start // samples + 1, run.stop - run.start) for run in runs]
+
+    def _part(self, sizes: ModelSizes) -> Components:
+        """A device's part of weights, gradients and optimizer state."""
+        parts, state = self.sharding.parts, sizes.trainable * self.optimizer.state
+        return Components(sizes.weight_bytes / parts, gradients=sizes.trained_bytes / parts, optimizer=state / parts)
+
+    def _held(self, moment: Moment, sizes: ModelSizes) -> Components:
+        """What a device holds whatever is computed."""
+        copies = self.sharding.copies(moment, sizes)
+        if self.sharding.cpu_offload:
+            return Components(copies=copies)
+        if moment in ("calibrating", "scoring"):
+            # On CPUs the model as it was loaded, from which the parts are made, is in the same memory.
+            loaded = sizes.base_bytes if self.on_cpu and self.sharding.parts > 1 else 0.0
+            return Components(sizes.base_bytes / self.sharding.parts + loaded, copies)
+        return replace(self._part(sizes), copies=copies)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.needs_weight_sync:
-            return self.sharding.held("resting", sizes, self.optimizer.state)
-        held = self.sharding.held("generating", sizes, self.optimizer.state)
-        return _computing(held, self.passes.decoding(prompts, samples, sizes))
+            return self._held("resting", sizes)
+        found = self.passes.sampling(self._rows(prompts, prompts * samples), self._trained(sizes))
+        return _computing(self._held("generating", sizes), found)
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
-        """Peaks of calibrating and scoring, where devices have the base model as loaded, or a share of it, and nothing else."""
+        """Peaks of calibrating and scoring, where devices have the base model as loaded, or a part of it, and nothing else."""
         from hybrid_lightning.training.calibration import calibration_batch  # imports PEFT, as above
 
-        settings, devices = self.settings, 1 if self.sharding.whole_on_every_device else self.sharding.devices
-        base, samples = sizes.parameters * settings.dtype.itemsize, settings.schedule.samples_per_prompt
-        passes = self.sharding.held_to_score("scoring", sizes, base)
-        # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
-        loaded = base if self.on_cpu and devices > 1 else 0.0
-        if settings.sampler.needs_weight_sync:
-            calibrating = passes
-        else:
-            batch = min(settings.scored_prompts, calibration_batch(settings.schedule.prompts_per_rollout))
-            generated = self.passes.decoding(batch, samples, None)
-            calibrating = _computing(self.sharding.held_to_score("calibrating", sizes, base), generated)
-        # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
-        # beside its part of the sums, and as many that others have sent.
-        exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
-        sums = FLOAT32_BYTES * sizes.candidates / devices if exact and self.on_cpu else 0.0
-        sent = 2 * settings.dtype.itemsize * sizes.candidates if loaded else 0.0
-        held = replace(passes, weights=passes.weights + loaded, gradients=sums + sent)
-        rows = _sequences(settings, settings.scored_prompts)
+        settings, parts = self.settings, self.sharding.parts
+        prompts = settings.planning.calibration_prompts or settings.schedule.prompts_per_rollout
+        held = calibrating = self._held("scoring", sizes)
+        if not settings.sampler.needs_weight_sync:
+            batch = min(prompts, calibration_batch(settings.schedule.prompts_per_rollout))
+            generated = self.passes.sampling(self._rows(batch, batch * settings.schedule.samples_per_prompt), None)
+            calibrating = _computing(self._held("calibrating", sizes), generated)
+        if self.on_cpu:
+            # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
+            # beside its part of the sums, and as many that others have sent.
+            exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
+            sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
+            held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
+        passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
         # Rows all have the same length, so that the pass with most rows has most tokens.
-        longest = max(self.passes.cut(rows, settings.tokens_of_pass(passes.weights)), key=len)
-        return {
-            "calibrating": replace(calibrating, weights=calibrating.weights + loaded),
-            "scoring": _largest((held, held, held), self.passes.update(longest, None)),
-        }
+        longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
+        return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.
@@ -197,46 +201,34 @@ class _Run:
         several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
         the gradients of earlier ones.
         """
-        settings, sharding, state = self.settings, self.sharding, self.optimizer.state
-        begin, forward, backward = (sharding.held(moment, sizes, state) for moment in PASS)
-        devices = 1 if sharding.whole_on_every_device else sharding.devices
-        accumulated = settings.flags.accumulate_grad_batches
-        rows = _sequences(settings, self.prompts)
-        rows = rows.rows(slice(0, max(1, len(rows) // (settings.schedule.minibatches_per_rollout * accumulated))))
-        tokens = settings.tokens_of_pass(sizes.weight_bytes / devices, sizes.trainable / devices)
-        first, *others = self.passes.cut(rows, tokens)
-        cleared = [replace(held, gradients=0) for held in (begin, forward, backward)]
-        if accumulated > 1:
-            stages = (begin, forward, backward)
-        else:
-            stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
-        peaks = [_largest(stages, self.passes.update(first, sizes))]
+        settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
+        begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
+        tokens = settings.tokens_of_pass(sizes.weight_bytes / parts, sizes.trainable / parts)
+        first, *others = self._cut(self.prompts, tokens, settings.schedule.minibatches_per_rollout * accumulated)
+        stages = (begin, forward, backward)
+        if accumulated == 1:
+            clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
+            stages = (clear[0], clear[1], clear[2])
+        trained = self._trained(sizes)
+        peaks = [_largest(stages, self.passes.training(first, trained))]
         if others:
-            peaks.append(_largest((begin, forward, backward), self.passes.update(max(others, key=len), sizes)))
+            later = max(others, key=lambda rows: rows.completions)
+            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
-        step = self.optimizer.step * sizes.trainable / devices
-        if step and not self.on_cpu and not sharding.offloads:
-            optimizer = forward.optimizer + step
-            updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
+        step = self.optimizer.step * sizes.trainable / parts
+        if step and not self.on_cpu and not self.sharding.cpu_offload:
+            part = self._part(sizes)
+            updating["optimizer step"] = replace(part, optimizer=part.optimizer + step)
         return updating
 
 
-def _sequences(settings: RunSettings, prompts: int) -> Sequences:
-    """Rows of a rollout of so many prompts, each with tokens of its own, in which all rows take part and have full length."""
-    number = torch.arange(prompts).repeat_interleave(settings.schedule.samples_per_prompt)[:, None]
-    prompt_ids = number.expand(-1, settings.prompt_tokens)
-    completion_ids = torch.zeros(len(number), settings.completion_tokens, dtype=torch.long)
-    prompt_mask, completion_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
-    return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)
-
-
-def _largest(stages: tuple[Components, Components, Components], found: "PassBytes") -> Components:
+def _largest(stages: tuple[Components, Components, Components], found: PassBytes) -> Components:
     """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
     begin, forward, backward = stages
     peaks = [begin, _computing(forward, found), replace(backward, activations=found.backward)]
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _computing(held: Components, found: "PassBytes") -> Components:
+def _computing(held: Components, found: PassBytes) -> Components:
     """What a device holds together with what a pass computes."""
     return replace(held, packed=found.packed, activations=found.activations, cache=found.cache, logits=found.logits)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from transformers import PretrainedConfig
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import activation_bytes, tokens_of_pass
+from hybrid_lightning.engine import activation_bytes, memory_of, tokens_of_pass
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES
@@ -49,15 +49,14 @@ class TrainerFlags:
         devices of this machine.
 
         Raises:
-            ConfigError: If memory cannot be planned for the strategy, there is no device, or it has no memory.
+            ConfigError: If memory cannot be planned for the strategy, or a device has no memory.
         """
         if device_gib is not None and not device_gib > 0:
             raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and device_gib is None and not torch.accelerator.is_available())
-        devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
-        of_apple = kind == "mps" or torch.backends.mps.is_available()
-        device = torch.device("cpu") if on_cpu else torch.device("mps" if of_apple else "cuda", 0)
+        devices = _device_count(flags.get("devices", "auto"), on_cpu) * int(flags.get("num_nodes") or 1)
+        device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator() or torch.device("cuda")
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
@@ -71,10 +70,9 @@ class TrainerFlags:
     def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
         """The flags of a Trainer that is built."""
         device = trainer.strategy.root_device
-        on_cpu = device.type == "cpu"
         return cls(
-            _sharding(trainer.strategy, trainer.world_size, on_cpu),
-            on_cpu,
+            _sharding(trainer.strategy, trainer.world_size, device.type == "cpu"),
+            device.type == "cpu",
             str(trainer.precision),
             trainer.accumulate_grad_batches,
             validates=trainer.limit_val_batches != 0,
@@ -106,9 +104,8 @@ class RunSettings:
     keep_start_weights: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "completion_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prompt_tokens < 1:
+            raise ConfigError(f"prompt_tokens must be at least 1, got {self.prompt_tokens}")
 
     @classmethod
     def of(
@@ -122,11 +119,11 @@ class RunSettings:
             ConfigError: If a value is impossible, or the length of the prompts or the memory of a device cannot be determined.
             ModelError: If the model's config cannot be read.
         """
-        pretrained, optimizer, task = policy.policy.pretrained, policy.optimization.optimizer, policy.task
+        pretrained, task = policy.policy.pretrained, policy.task
         sampler = task.generation.sampler
-        check_precision(flags.precision, pretrained.dtype, optimizer)
-        if isinstance(flags.sharding, FSDP2):
-            check_optimizer(optimizer, flags.sharding.name)
+        check_precision(flags.precision, pretrained.dtype, policy.optimization.optimizer)
+        if flags.sharding.splits:
+            check_optimizer(policy.optimization.optimizer, flags.sharding.name)
         if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
             raise ConfigError(
                 "there is no GPU here; give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
@@ -154,19 +151,9 @@ class RunSettings:
         )
 
     @property
-    def mixed_precision(self) -> bool:
-        """Whether autocast makes products of 16 bits."""
-        return self.flags.precision.endswith("mixed")
-
-    @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of products."""
-        return torch.bfloat16 if self.mixed_precision else self.dtype
-
-    @property
-    def scored_prompts(self) -> int:
-        """Prompts that are completed in order to score the modules."""
-        return int(self.planning.calibration_prompts or self.schedule.prompts_per_rollout)
+        """The dtype of products, which autocast makes."""
+        return torch.bfloat16 if self.flags.precision.endswith("mixed") else self.dtype
 
     def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
         """Tokens that a pass may take on a device with so many bytes of weights, of which so many weights are trained."""
@@ -198,11 +185,9 @@ def _memory_of(device: torch.device) -> int | None:
     if device.type == "cpu":
         with suppress(AttributeError, ValueError, OSError):  # not on Windows
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "mps" and torch.backends.mps.is_available():
+    if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_of(device) if torch.cuda.is_available() else None
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:
@@ -213,14 +198,7 @@ def _device_count(devices: Any, on_cpu: bool) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1", "None"):
         return 1 if on_cpu else max(1, torch.accelerator.device_count())
-    return _at_least_one("devices", devices)
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    count = 1 if value is None else int(value)
-    if count < 1:
-        raise ConfigError(f"trainer.{name}={value} leaves no device; give at least 1")
-    return count
+    return int(devices)
 
 
 def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:

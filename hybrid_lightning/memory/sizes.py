@@ -1,38 +1,32 @@
-"""Sizes of a model and its optimizer state: parameters and bytes, counted on the meta device.
-
-What an optimizer keeps for each trained parameter is measured by letting it make a step on a small one.
-"""
+"""Sizes of a model: parameters and bytes, counted on the meta device."""
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
-from hybrid_lightning.training.optim import OptimizerCallable
 
 FLOAT32_BYTES = 4
-_PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model with an adapter."""
+    """Sizes of a model with an adapter. Bytes of blocks include the adapter."""
 
     parameters: int  # of the base model
-    trainable: int  # trained parameters
-    full: int  # trained parameters in fully trained modules
+    base_bytes: int  # bytes of the base model as it was loaded
     frozen_bytes: int  # bytes of the base model's weights that are kept
-    block_bytes: int  # bytes of the largest decoder block, including its adapter
+    outside_bytes: int  # bytes of weights outside of decoder blocks: embeddings, output layer
+    block_bytes: int  # bytes of the largest block
     block_gradients: int  # bytes of that block's gradients
-    outside_bytes: int  # bytes of weights outside of blocks: embeddings, output layer
     candidates: int  # parameters of all candidates
+    full: int  # parameters of the candidates that are trained fully
     low_rank: int  # parameters of the candidates that have LoRA
+    trainable: int  # trained parameters, LoRA's included
+    rank: int  # the largest of LoRA
 
     @property
     def trained_bytes(self) -> int:
@@ -83,14 +77,16 @@ def measure_sizes(
     largest = max(range(len(blocks)), key=sizes.__getitem__)
     return ModelSizes(
         parameters=outside + sum(base),
-        trainable=sum(trained),
-        full=full,
+        base_bytes=(outside + sum(base)) * width,
         frozen_bytes=outside * width + sum(frozen),
+        outside_bytes=outside * width,
         block_bytes=sizes[largest],
         block_gradients=FLOAT32_BYTES * trained[largest],
-        outside_bytes=outside * width,
         candidates=sum(module.parameters for module in plan.candidates),
+        full=full,
         low_rank=low_rank,
+        trainable=sum(trained),
+        rank=max(plan.ranks, default=0),
     )
 
 
@@ -98,34 +94,3 @@ def quantized_bytes(shape: tuple[int, int]) -> int:
     """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
     count = shape[0] * shape[1]
     return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
-
-
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """Bytes that an optimizer takes per trained parameter."""
-
-    state: float  # kept between steps
-    step: float  # in addition during a step on an accelerator, where it updates all tensors together
-
-
-def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
-    """Measure an optimizer's memory by letting it make one step.
-
-    Raises:
-        ConfigError: If the optimizer cannot make a step on a CPU.
-    """
-    parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE))
-    try:
-        built = optimizer([{"params": [parameter], "lr": 0.0, "name": "full"}])
-        parameter.grad = torch.ones_like(parameter)
-        built.step()
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"model.optimizer cannot be planned for: {one_line(error)}") from error
-    kept = [
-        value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
-    ]
-    # By default torch's own optimizers compute the denominators of all tensors at once.
-    given, of_torch = built.defaults, type(built).__module__.startswith("torch.")
-    one_by_one = given.get("fused") or given.get("foreach") is False or not of_torch
-    state = sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel()
-    return OptimizerBytes(state, step=0.0 if one_by_one else 4.0)

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, one_line
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
+_PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more
 WIDTH_OF_ONE_RATE = 96  # up to this hidden size fully trained modules take LoRA's learning rate
 
 
@@ -203,3 +204,34 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     if hidden is None:
         raise ConfigError("the model has no hidden size from which the rate of full modules follows; give model.lr_full")
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / hidden)
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """Bytes that an optimizer takes per trained parameter."""
+
+    state: float  # kept between steps
+    step: float  # in addition during a step on an accelerator, where it updates all tensors together
+
+
+def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
+    """Measure an optimizer's memory by letting it make one step.
+
+    Raises:
+        ConfigError: If the optimizer cannot make a step on a CPU.
+    """
+    parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE))
+    try:
+        built = make_optimizer(optimizer, [{"params": [parameter], "lr": 0.0, "name": "full"}])
+        parameter.grad = torch.ones_like(parameter)
+        built.step()
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"model.optimizer cannot be planned for: {one_line(error)}") from error
+    kept = [
+        value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
+    ]
+    # By default torch's own optimizers compute the denominators of all tensors at once.
+    given, of_torch = built.defaults, type(built).__module__.startswith("torch.")
+    one_by_one = given.get("fused") or given.get("foreach") is False or not of_torch
+    state = sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel()
+    return OptimizerBytes(state, step=0.0 if one_by_one else 4.0)

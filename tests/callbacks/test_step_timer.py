@@ -12,10 +12,10 @@ from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES
 from hybrid_lightning.losses import GRPOLoss, TokenTruncation
-from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training import step_times
+from hybrid_lightning.training.module import LanguageModule
 
 GENERATE, REWARD, LOGPROBS, UPDATE, BEFORE, AFTER, VALIDATION, SAVE, SCORE = 64.0, 16.0, 3.0, 8.0, 0.25, 0.5, 20.0, 40.0, 7.0
 STEPS = 6

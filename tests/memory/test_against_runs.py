@@ -4,15 +4,13 @@ import pytest
 from tiny_memory import Case
 
 from hybrid_lightning.engine.backend import packs
-from hybrid_lightning.memory import SingleDevice
-from hybrid_lightning.memory.pass_memory import Traces
 from hybrid_lightning.memory.peaks import plan_method
 
 SEVERAL = {"minibatches_per_rollout": 2, "max_tokens_per_micro_batch": 300}
 CASES = {
     "fft-without-start-weights-in-several-passes": Case(1.0, keep_start_weights=False, more=SEVERAL),
     "hybrid-bf16": Case(0.1, "bf16-mixed"),
-    "hybrid-recomputing-bf16-mixed": Case(0.1, "bf16-mixed", more={"gradient_checkpointing": True}),
+    "hybrid-recomputing": Case(0.1, more={"gradient_checkpointing": True}),
     "lora-long": Case(completion_tokens=40, validation=2, more={"prompts_per_rollout": 2, "samples_per_prompt": 16}),
 }
 
@@ -21,10 +19,9 @@ CASES = {
 def test_parts_and_peaks_are_as_planned(name, tmp_path):
     case = CASES[name]
     measured, plan = case.measure(tmp_path)
-    traces = Traces(case.settings())
-    planned = dict(plan_method(case.settings(plan), SingleDevice(), traces).peaks)
+    planned = dict(plan_method(case.settings(plan)).peaks)
     if 0 < case.share < 1:
-        hybrid = plan_method(case.settings(), SingleDevice(), traces)
+        hybrid = plan_method(case.settings())
         planned |= {moment: hybrid.peaks[moment] for moment in ("calibrating", "scoring")}
     assert planned.keys() == measured.keys() - {"optimizer step"}
     for moment, parts in planned.items():
@@ -33,16 +30,12 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
         if moment in ("generating", "updating"):
             assert parts.gradients in (0, found["gradients"]), moment  # not all are there at every peak
             assert parts.optimizer == pytest.approx(found["optimizer"], rel=1e-3, abs=8 * 2 * 40), moment  # and the steps made
-        computed = parts.activations + parts.logits + parts.cache
-        if moment == "scoring" or (moment == "updating" and case.more == SEVERAL):  # then gradients come within the moment
-            computed += parts.gradients
+        if moment == "validating":  # which drops gradients, except at the end of a run of the command line
+            continue
         # Weights that oneDNN has packed are no tensors that are seen; where it does not, on CPUs without AVX-512, copies are.
         unseen = parts.packed if packs(case.settings().dtype) else 0.0
-        if unseen and case.precision == "bf16-mixed" and moment in ("generating", "validating"):
+        if unseen and case.precision == "bf16-mixed" and moment == "generating":
             unseen -= 2 * sum(module.parameters for module in plan.candidates if module.mode == "full")  # copies that are seen
-        computed += parts.packed - unseen
-        assert computed == pytest.approx(found["added"], rel=0.15), moment
-        if moment != "validating":  # which drops gradients, except at the end of a run of the command line
-            assert parts.total - unseen == pytest.approx(found["tensors"], rel=0.15), moment
+        assert parts.total - unseen == pytest.approx(found["tensors"], rel=0.1), moment
     if "gradient_checkpointing" not in case.more:
         assert measured["updating"]["kept"] == pytest.approx(planned["updating"].activations, rel=0.15)

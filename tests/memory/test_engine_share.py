@@ -10,26 +10,21 @@ from cli_runs import assert_refused, done, run
 from hypothesis import given
 from hypothesis import strategies as st
 from rich import get_console
-from tiny_memory import Case
+from tiny_memory import Case, with_flags
 from tiny_models import build_tokenizer
 
-from hybrid_lightning.callbacks import HybridAdapterSetup
-from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import FSDP2, Components, SingleDevice
-from hybrid_lightning.memory import from_config as from_config_module
+from hybrid_lightning.memory import FSDP2, Components, TrainerFlags
+from hybrid_lightning.memory import settings as settings_module
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, engine_share, misfit
-from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
 from hybrid_lightning.memory.peaks import plan_method, why_not_fitting
-from hybrid_lightning.policy import NF4, PolicyModule
-from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("untraced")
 GIB = 2**30
-OURS = replace(Case(0.1, validation=4).settings(), prompts_per_rollout=4, on_cpu=False)
+OURS = with_flags(Case(0.1, validation=4, more={"prompts_per_rollout": 4}).settings(), on_cpu=False)
 OURS.config.num_hidden_layers = 1
 PARAMETERS = 217_984  # of the embedded policy with one layer
 WEIGHTS = 4 * PARAMETERS
@@ -38,7 +33,8 @@ SAMPLING, OTHERS = ("generating", "validating", "calibrating"), ("updating", "sc
 
 def vllm(device_gib=4.0, on_cpu=False, **arguments):
     sampler = VLLMSampler(max_new_tokens=20, **arguments)
-    return replace(OURS, sampler=sampler, on_cpu=on_cpu, device_bytes=None if on_cpu else int(device_gib * GIB))
+    run = with_flags(OURS, on_cpu=on_cpu, device_bytes=None if on_cpu else int(device_gib * GIB))
+    return replace(run, sampler=sampler)
 
 
 @pytest.mark.parametrize(("sleep", "kept"), [("nothing", int(0.25 * 4 * GIB)), ("kv_cache", WEIGHTS), ("weights", 0)])
@@ -50,8 +46,9 @@ def test_a_gpu_is_shared_with_an_engine_that_has_the_weights_with_which_the_poli
     assert share.least == WEIGHTS + (6 + 20) * token
     longer = engine_share(vllm(max_model_len=60), PARAMETERS)
     assert longer.least == WEIGHTS + 60 * token, "vLLM wants room for the context that it is given"
-    for changes, weights in (({"dtype": torch.bfloat16}, 200), ({"mixed_precision": True}, 200), ({"quantization": NF4()}, 400)):
-        assert engine_share(replace(vllm(), **changes), 100).weights == weights, "of a quantized base the dequantized ones"
+    assert engine_share(replace(vllm(), dtype=torch.bfloat16), 100).weights == 200
+    assert engine_share(with_flags(vllm(), precision="bf16-mixed"), 100).weights == 200
+    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "of a quantized base the dequantized ones"
 
 
 @pytest.mark.parametrize(
@@ -74,28 +71,22 @@ def test_on_a_cpu_the_plan_knows_the_cache_that_the_engine_is_given(max_model_le
 def test_peaks_with_an_engine_beside_training_and_with_servers():
     """While it samples: what training keeps, and the whole engine. Else: as without it, and what it keeps."""
     elsewhere = replace(OURS, sampler=VLLMServerSampler(urls=["http://127.0.0.1:1"], max_new_tokens=20))
-    ours, beside, served = (plan_method(settings, SingleDevice()) for settings in (OURS, vllm(), elsewhere))
+    ours, beside, served = map(plan_method, (OURS, vllm(), elsewhere))
     assert ours.peaks.keys() == beside.peaks.keys() == served.peaks.keys() == {*SAMPLING, *OTHERS}
     for phase, before in ours.peaks.items():
         resting = Components(before.weights, before.copies, gradients=before.gradients, optimizer=before.optimizer)
         alone = resting if phase in SAMPLING else before
         assert beside.peaks[phase] == replace(alone, engine=int(0.3 * 4 * GIB) if phase in SAMPLING else WEIGHTS)
         assert served.peaks[phase] == alone
-    assert why_not_fitting(replace(elsewhere, device_bytes=1), served) is None
+    assert why_not_fitting(with_flags(elsewhere, device_bytes=1), served) is None
 
 
 def test_every_device_has_an_engine_of_its_own():
-    ours, beside = (plan_method(settings, FSDP2(2)) for settings in (OURS, vllm()))
+    ours, beside = (plan_method(with_flags(settings, sharding=FSDP2(2))) for settings in (OURS, vllm()))
     resting, before = beside.peaks["generating"], ours.peaks["generating"]
     assert resting.engine == int(0.3 * 4 * GIB) and beside.peaks["updating"].engine == WEIGHTS
     assert resting.weights == before.weights
     assert resting.copies < before.copies, "weights are gathered a block at a time, not all together"
-
-
-def test_a_process_on_a_cpu_grows_by_the_engine_and_its_libraries():
-    ours, beside = (plan_method(settings, SingleDevice()) for settings in (replace(OURS, on_cpu=True), vllm(on_cpu=True)))
-    added = beside.growth_bytes - ours.growth_bytes
-    assert added == pytest.approx(2 * WEIGHTS + 2**26 + 180 * 2**20, rel=0.1), "its weights leave a gap as they are packed"
 
 
 # ---- refused
@@ -150,18 +141,6 @@ def test_who_does_as_told_fits(device, resting, updating, weights, utilization, 
 # ---- from a run
 
 
-def test_a_policy_that_is_made_has_the_settings_of_its_arguments():
-    arguments = {
-        **{"loss": GRPOLoss(), "reward": ExactMatch(), "sampler": VLLMSampler(max_new_tokens=7), "dtype": "bfloat16"},
-        **{"prompts_per_rollout": 4, "samples_per_prompt": 6, "minibatches_per_rollout": 3, "eval_samples": 2},
-        **{"max_tokens_per_micro_batch": 99, "gradient_checkpointing": True},
-    }
-    flags = replace(TrainerFlags.of({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}), device_bytes=GIB)
-    given, made = policy_arguments(PolicyModule, **arguments), arguments_of(PolicyModule.unloaded(**arguments))
-    adapter = HybridAdapterSetup()
-    assert run_settings(made, adapter, None, flags, 5) == run_settings(given, adapter, None, flags, 5)
-
-
 def test_flags_of_a_trainer_that_is_built():
     fsdp2 = {"devices": 2, "strategy": FSDP2Strategy(), "precision": "bf16-mixed", "limit_val_batches": 0}
     given = {"accelerator": "cpu", "accumulate_grad_batches": 2, **fsdp2}
@@ -199,5 +178,5 @@ def test_plan_shows_the_engine_and_has_to_know_the_device(folder, monkeypatch):
     on_cpu = done(folder, "plan", *ENGINE)
     assert re.search(r"rollout engine +│ +64.0 MiB", on_cpu.out) and "refused" not in on_cpu.out
     assert "it keeps 64.0 MiB while the policy is updated." in on_cpu.out
-    monkeypatch.setattr(from_config_module, "_memory_of", lambda device: None)
+    monkeypatch.setattr(settings_module, "_memory_of", lambda device: None)
     assert_refused(run(folder, "plan", *ENGINE, *on_gpu), "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_")

@@ -1,20 +1,17 @@
 """Which changes are found is decided by the peaks that are planned: here by some that are made up."""
 
-from dataclasses import replace
-
 import pytest
-from tiny_memory import Case
+from tiny_memory import Case, with_flags
 
-from hybrid_lightning.memory import Components, MethodMemory, SingleDevice, fitting
+from hybrid_lightning.memory import Components, MethodMemory, fitting
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
-from hybrid_lightning.memory.fitting import Fitting
 
-SETTINGS = replace(Case(0.1, validation=0).settings(), prompts_per_rollout=64, on_cpu=False)
+SETTINGS = with_flags(Case(0.1, validation=0, more={"prompts_per_rollout": 64}).settings(), on_cpu=False)
 
 
-def planned(settings, sharding, traces=None):
-    weights, share = 100.0 * settings.keep_start_weights, settings.budget.share
-    generating = Components(weights, cache=10.0 * settings.prompts_per_rollout)
+def planned(settings):
+    weights, share = 100.0 * settings.keep_start_weights, settings.planning.budget.share
+    generating = Components(weights, cache=10.0 * settings.schedule.prompts_per_rollout)
     updating = Components(weights, activations=400.0 - 200 * settings.gradient_checkpointing, optimizer=1000 * share)
     return MethodMemory("hybrid", 0, 0, {"generating": generating, "updating": updating})
 
@@ -33,9 +30,9 @@ def planned(settings, sharding, traces=None):
 )
 def test_the_fewest_changes_that_cost_least(monkeypatch, free, needs_reference, changes):
     monkeypatch.setattr(fitting, "plan_method", planned)
-    settings = replace(SETTINGS, device_bytes=CONTEXT_BYTES + free)
-    found, method = Fitting(settings, SingleDevice(), needs_reference).search()
-    options = [option.removeprefix("--") for change in found for option in change.overrides]
+    settings = with_flags(SETTINGS, device_bytes=CONTEXT_BYTES + free)
+    found, method = fitting.find_changes(settings, needs_reference)
+    options = [option.removeprefix("--") for change in found for option in change.overrides.split()]
     assert (method.peak_bytes <= free) is (changes is not None)
     if changes is None:
         assert options[-1] == "adapter.budget.share=0.0" and "adapter.keep_start_weights=false" not in options

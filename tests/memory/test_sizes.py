@@ -8,7 +8,6 @@ from benchmarks.memory.quantization import frozen_tensors
 from benchmarks.training import tensor_bytes
 from hybrid_lightning.adapters import LoraSettings, ModuleBudget, apply_plan, find_candidates
 from hybrid_lightning.adapters.budgets import plan_of_budget
-from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure_sizes
 from hybrid_lightning.model.quantization import quantize_base
 from hybrid_lightning.policy import NF4
@@ -19,10 +18,6 @@ LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}
 
 def held(*modules):
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
-
-
-def settings_of(model, **arguments):
-    return RunSettings(model.config, 4, 4, dtype=next(model.parameters()).dtype, lora=LORA, **arguments)
 
 
 # Families, shares, whether start weights are kept, dtypes and ranks.
@@ -37,7 +32,7 @@ def settings_of(model, **arguments):
 def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, ranks):
     model = build_model(family).to(dtype)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA, ranks)
-    sizes = measure_sizes(settings_of(model, keep_start_weights=keep), plan)
+    sizes = measure_sizes(model, plan, keep)
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     adapted = apply_plan(model, plan, keep)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -48,15 +43,10 @@ def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, rank
     assert sizes.share_full == pytest.approx(sum(m.parameters for m in plan.candidates if m.mode == "full") / sizes.candidates)
 
 
-@pytest.mark.parametrize("kind", [NF4])
-def test_a_quantized_base_is_as_small_as_that(kind):
+def test_a_quantized_base_is_as_small_as_that():
     pytest.importorskip("bitsandbytes")
     model = build_model("llama", hidden_size=128, intermediate_size=320).to(torch.bfloat16)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(0.2), LORA)
-    sizes = measure_sizes(settings_of(model, quantization=kind()), plan)
-    quantize_base(model, kind(), plan.full_modules)
-    kept = frozen_tensors(model)
-    for module in model.modules():
-        if isinstance(getattr(module, "scale", None), torch.Tensor):
-            kept += [module.scale, module.state.SCB]
-    assert sizes.frozen_bytes == pytest.approx(tensor_bytes(kept), rel=0.02)
+    sizes = measure_sizes(model, plan, True, NF4())
+    quantize_base(model, NF4(), plan.full_modules)
+    assert sizes.frozen_bytes == pytest.approx(tensor_bytes(frozen_tensors(model)), rel=0.02)

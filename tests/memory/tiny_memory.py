@@ -11,8 +11,7 @@ from benchmarks.training import GivenPrompts, HashedReward
 from hybrid_lightning.adapters import AdapterPlan, ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import RunSettings
-from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments, run_settings
+from hybrid_lightning.memory import RunSettings, TrainerFlags
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler
 
@@ -38,13 +37,12 @@ class Case:
 
     @property
     def adapter(self) -> HybridAdapterSetup:
-        kept = {"keep_start_weights": self.keep_start_weights}
-        return HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, **kept)
+        return HybridAdapterSetup(ModuleBudget(self.share), rank=8, keep_start_weights=self.keep_start_weights)
 
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""
         flags = TrainerFlags.of({"accelerator": "cpu", "devices": 1, "precision": self.precision})
-        settings = run_settings(policy_arguments(PolicyModule, **self.policy), self.adapter, None, flags, prompt_tokens=6)
+        settings = RunSettings.of(PolicyModule.unloaded(**self.policy), self.adapter, None, flags, prompt_tokens=6)
         return replace(settings, eval_prompts=self.validation, plan=plan)
 
     def measure(self, root: Path) -> tuple[dict[str, dict[str, int]], AdapterPlan]:
@@ -52,9 +50,8 @@ class Case:
         policy = PolicyModule(**self.policy)
         policy.policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
-        steps = (
-            policy.task.schedule.minibatches_per_rollout + 1
-        )  # to the first of the second rollout, which finds gradients and optimizer state
+        # To the first step of the second rollout, which finds gradients and optimizer state.
+        steps = policy.task.schedule.minibatches_per_rollout + 1
         # A validation drops gradients, which the next rollout would else find.
         flags = {"max_steps": steps, "val_check_interval": steps, "check_val_every_n_epoch": None}
         trainer = build_trainer(root, probe, self.adapter, precision=self.precision, **flags)
@@ -62,3 +59,8 @@ class Case:
         with probe.measuring():
             trainer.fit(policy, datamodule=GivenPrompts(products, self.validation))
         return probe.moments, policy.plan
+
+
+def with_flags(settings: RunSettings, **flags: Any) -> RunSettings:
+    """The run with other flags of the Trainer."""
+    return replace(settings, flags=replace(settings.flags, **flags))

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hybrid_lightning.training.optim import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
+    OptimizerBytes,
     build_optimizer,
+    optimizer_bytes,
     rate_of_full_modules,
 )
 
@@ -82,3 +85,14 @@ def test_a_model_without_a_config_is_as_wide_as_most_of_its_inputs():
 
 def test_a_policy_trains_full_modules_at_the_rate_that_follows(model):
     assert build_policy(model, lr_full=None, lr_lora=0.03).rates == {"full": 0.03, "lora": 0.03}
+
+
+def test_what_an_optimizer_keeps_is_measured():
+    adam, momentum = torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)
+    for given, (state, step) in {adam: (8, 4), partial(adam, fused=True): (8, 0), momentum: (4, 4)}.items():
+        assert optimizer_bytes(given) == OptimizerBytes(state, step)
+    with pytest.raises(ConfigError, match=r"model\.optimizer cannot be planned for"):
+        optimizer_bytes(torch.optim.LBFGS)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    eight = optimizer_bytes(bitsandbytes.optim.AdamW8bit)
+    assert 2 <= eight.state < 2.1 and eight.step == 0

@@ -1,0 +1,210 @@
+"""`PassMemory`: bytes that passes through a model hold at their peak, in closed form: training, and sampling.
+
+What a token keeps is in `activations.py`. Here it is multiplied by the tokens of a pass, and what does not grow with them is
+added: weights that autocast converts, blocks of logits, copies of weights for decoding. The model is on the meta device.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hybrid_lightning.engine.activations import PassBytes, Rows, TokenSizes, Trained
+from hybrid_lightning.engine.attention import UnsupportedAttentionError
+from hybrid_lightning.engine.backend import Backend, has_operators, packs
+from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine.packing import MULTIPLE
+from hybrid_lightning.engine.passes import plain_projection
+
+# Hidden vectors that norms keep in float32, at most, where they are not fused: Gemma's, of which a layer has four.
+_NORMS = 14
+_FLOAT = 4
+
+
+class PassMemory:
+    """The passes of a model, whose layers get fused.
+
+    In the methods `trained` is None for the base model, all of whose linear modules have gradients as they are scored.
+
+    Args:
+        model: On the meta device, without an adapter.
+        width: Bytes of a number in products: 2 under autocast.
+        on_cpu: Whether a CPU computes.
+        recomputes: Whether there is gradient checkpointing.
+        entropy_gradient: Whether entropies have a gradient.
+        attention: The implementation of attention; None for the one that transformers chooses.
+
+    Attributes:
+        sizes: Sizes of the model.
+        bounds: What is bounded from above and not predicted, in words for the user.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        width: int,
+        on_cpu: bool,
+        recomputes: bool = False,
+        entropy_gradient: bool = False,
+        attention: str | None = None,
+    ) -> None:
+        self.sizes, self.width, self.on_cpu = TokenSizes(model.config), width, on_cpu
+        self.recomputes, self.entropy_gradient = recomputes, entropy_gradient
+        layers = [part for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not _output(model)]
+        self._linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+        self._prepacks = all(type(layer) is nn.Linear for layer in layers)
+        self._base_width = next(model.parameters()).element_size()
+        self._plain_projection = plain_projection(model) is not None
+        self._head_norms = any(name.endswith(".q_norm") for name, _ in model.named_modules())
+        eager = (attention or model.config._attn_implementation) == "eager"
+        why_not_packed = _why_not_packed(model)
+        self._packs, self._keeps_scores = not why_not_packed, bool(why_not_packed) and eager
+        use_fused_layers(model, Backend())
+        kinds = {type(module) for module in model.modules()}
+        self._fused, self._fused_mlp = FusedRMSNorm in kinds, FusedMLP in kinds
+        self.bounds = self._bounds(why_not_packed)
+
+    def training(self, rows: Rows, trained: Trained | None) -> PassBytes:
+        """A forward and backward pass over some rows."""
+        sizes, width, predicted = self.sizes, self.width, rows.completions * rows.completion_tokens
+        tokens = self._tokens(rows)
+        layers = [tokens * self.kept(recurs, rows.prompt_tokens + rows.completion_tokens, trained) for recurs in sizes.recurs]
+        converted, logits = self._converted(trained), self._logits(predicted)
+        within = tokens * self._within_backward(1.0 if trained is None else trained.share_full)
+        # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
+        kept: float = width * sizes.hidden * (2 * tokens + predicted * (1 + self.entropy_gradient))
+        if self.recomputes:
+            kept += len(layers) * tokens * self._base_width * sizes.hidden
+            within += max(layers) + converted / len(layers)
+        else:
+            kept += sum(layers) + converted
+        anew = 0 if self._packs and self._plain_projection else logits  # which the backward pass makes again
+        return PassBytes(kept, logits, backward=kept + within + anew)
+
+    def sampling(self, rows: Rows, trained: Trained | None) -> PassBytes:
+        """The sampling of completions of full length, all together.
+
+        The peak is where the prompts are read, or at the last token.
+        """
+        sizes, width, every = self.sizes, self.width, rows.prompt_tokens + rows.completion_tokens
+        asked = rows.prompts * rows.prompt_tokens
+        token = sizes.attending * ((_FLOAT if self._attends_by_products else width) * sizes.keys + width * sizes.values)
+        places = asked + rows.completions * rows.completion_tokens if self._packs else rows.completions * every
+        cache = token * places + rows.completions * sum(sizes.recurs) * sizes.states.bytes(width)
+        # A layer keeps nothing; half of what it keeps for a backward pass is there at a time.
+        within = max(sizes.kept(recurs).bytes(width) for recurs in sizes.recurs) / 2
+        logits = _FLOAT * rows.completions * sizes.vocabulary
+        repeats = not self._packs or (not self.on_cpu and width == _FLOAT)  # keys, for all heads
+        step = rows.completions * (within + repeats * 2 * width * every * sizes.queries)
+        reading = asked * (token + within)
+        return PassBytes(max(step, reading - cache - logits), logits, cache=cache, packed=self._packed(trained))
+
+    def kept(self, recurs: bool, length: int, trained: Trained | None) -> float:
+        """Bytes that a token of a sequence of this length keeps in a layer for the backward pass."""
+        sizes, width = self.sizes, self.width
+        if recurs or not self._fused:
+            kept = sizes.kept(recurs).bytes(width) + (0 if recurs else _NORMS * sizes.hidden * (_FLOAT - width))
+        else:
+            # Of a fused MLP's last layer LoRA computes the input anew, and full training keeps it.
+            share = 1.0 if trained is None else trained.share_full
+            mlp = (2 + share) * sizes.inner if self._fused_mlp else sizes.kept_by_mlp()
+            kept = width * (sizes.kept_by_fused_attention(self._head_norms) + mlp)
+            # Under autocast a float32 base has residuals, and queries and keys as they are rotated, of 32 bits.
+            kept += (self._base_width - width) * (2 * sizes.hidden + sizes.queries + sizes.keys)
+        if self._attends_by_products:  # which keeps its inputs as it cuts them out
+            kept += self._base_width * (sizes.queries + sizes.keys) + width * sizes.values
+        if self._keeps_scores and not recurs:
+            kept += 3 * width * sizes.heads * length
+        if trained is not None and trained.low_rank:
+            kept += width * (7 * trained.rank + trained.inputs * (5 * sizes.hidden + sizes.inner))
+        return kept
+
+    def _tokens(self, rows: Rows) -> int:
+        """Tokens that are computed: in a packed pass each prompt once, and no completion's last token."""
+        if not self._packs:
+            return rows.completions * (rows.prompt_tokens + rows.completion_tokens)
+        tokens = rows.prompts * rows.prompt_tokens + rows.completions * (rows.completion_tokens - 1)
+        return tokens + -tokens % MULTIPLE
+
+    def _within_backward(self, share_full: float) -> float:
+        """Bytes of a token that the backward pass through a layer makes at a time."""
+        sizes = self.sizes
+        inner = sizes.inner + sizes.experts * sizes.expert_inner
+        scanned = max(sizes.kept(recurs).wide for recurs in sizes.recurs)
+        return self.width * (2 * sizes.hidden + (2 - share_full) * inner) + _FLOAT * scanned
+
+    @property
+    def _converts_base(self) -> bool:
+        """Whether autocast converts weights of the base, which it keeps for the backward pass."""
+        return self._base_width > self.width
+
+    @property
+    def _attends_by_products(self) -> bool:
+        """Whether a CPU attends by products and not by an operator, which takes numbers of one dtype.
+
+        Rotary embeddings make float32 queries and keys of a float32 base.
+        """
+        return self._packs and self.on_cpu and (self._converts_base or not has_operators())
+
+    def _converted(self, trained: Trained | None) -> float:
+        """Bytes of the weights in layers that autocast converts: trained ones are float32."""
+        if self.width == _FLOAT:
+            return 0
+        full, lora = (0, 0) if trained is None else (trained.full, trained.lora)
+        return self.width * (full + lora + (self._linear - full if self._converts_base else 0))
+
+    def _logits(self, predicted: int) -> float:
+        """Bytes of the logits of so many tokens: of a block at a time, or without packing all together."""
+        vocabulary = self.sizes.vocabulary
+        if not self._packs:
+            return predicted * vocabulary * (2 * self.width + 4 * _FLOAT)
+        most = Backend().most_logits(torch.device("cpu" if self.on_cpu else "cuda")) // vocabulary
+        block = -(-predicted // -(-predicted // max(1, most)))  # blocks are of equal size
+        weight = self.width * vocabulary * self.sizes.hidden if self._converts_base else 0
+        if self.on_cpu and has_operators() and self._plain_projection and not self.entropy_gradient:
+            return weight + block * vocabulary * (_FLOAT + self.width % _FLOAT)  # an operator needs no copies
+        return weight + 3 * block * vocabulary * _FLOAT
+
+    def _packed(self, trained: Trained | None) -> float:
+        """Bytes of copies of weights while they do not change (see `prepacked.py` and `Backend.projection`)."""
+        narrow, output = self.width < _FLOAT, self.sizes.vocabulary * self.sizes.hidden
+        copied = self.width * output if self._converts_base else 0
+        if self.on_cpu and packs(torch.float32) and self._plain_projection and not (narrow and has_operators()):
+            copied += _FLOAT * output
+        if trained is None:
+            return copied
+        copied += self.width * trained.full if narrow else 0
+        if trained.prepacks and self._prepacks:
+            copied += self.width * trained.low_rank if self.on_cpu or self._converts_base else 0
+            # A CPU has A and B in float32, or merged; others have them in the dtype of products.
+            copied += trained.lora * (self.width if not self.on_cpu else _FLOAT if narrow else 0)
+        return copied
+
+    def _bounds(self, why_not_packed: str) -> tuple[str, ...]:
+        sizes, found = self.sizes, []
+        if why_not_packed:
+            found.append(f"passes repeat prompts and have the logits of all tokens, since {why_not_packed}")
+        if any(sizes.recurs):
+            found.append("recurrent layers keep what torch's own code for them does; a GPU's kernels for them keep less")
+        if sizes.experts:
+            found.append(f"a token keeps what the {sizes.experts} experts that it is sent to compute")
+        if not self._fused and not all(sizes.recurs):
+            found.append("layers that the engine does not fuse keep what transformers' own may keep at most")
+        return tuple(found)
+
+
+def _output(model: PreTrainedModel) -> nn.Module | None:
+    output: nn.Module | None = model.get_output_embeddings()
+    return output
+
+
+def _why_not_packed(model: PreTrainedModel) -> str:
+    """Why the engine will not pack a model's sequences, as far as its config and weights tell; empty where it may."""
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    try:
+        Engine(model).assume_packing(torch.float32)
+    except UnsupportedAttentionError as error:
+        return str(error)
+    return ""

@@ -222,7 +222,7 @@ def optimizer_bytes(optimizer: OptimizerCallable) -> OptimizerBytes:
     """
     parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE))
     try:
-        built = make_optimizer(optimizer, [{"params": [parameter], "lr": 0.0, "name": "full"}])
+        built = optimizer([{"params": [parameter], "lr": 0.0, "name": "full"}])
         parameter.grad = torch.ones_like(parameter)
         built.step()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:

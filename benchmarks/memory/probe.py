@@ -59,10 +59,11 @@ class MemoryProbe(Callback):
         """Listen to the policy, before its modules are scored."""
         self.policy, self.trainer = pl_module, trainer
         self.live.count([*pl_module.parameters(), *pl_module.buffers()])
-        self._replace("generate", self._generate)
-        self._replace("chunk_loss", self._chunk_loss)
-        self._replace("calibration_losses", self._calibration_losses)
-        self._replace("adapt", self._adapt)
+        task = pl_module.task
+        self._replace(task.generation, "_finished", self._generate)
+        self._replace(task, "chunk_loss", self._chunk_loss)
+        self._replace(task, "calibration_losses", self._calibration_losses)
+        self._replace(pl_module.policy, "adapt", self._adapt)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._begin("updating")
@@ -100,9 +101,9 @@ class MemoryProbe(Callback):
             self._end()
         adapt(*arguments)
 
-    def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        original = getattr(self.policy, name)
-        object.__setattr__(self.policy, name, lambda *arguments, **named: function(original, *arguments, **named))
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, lambda *arguments, **named: function(original, *arguments, **named))
 
     def _begin(self, name: str) -> None:
         self._now, self._start = name, self.live.bytes

@@ -42,7 +42,7 @@ class Case:
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""
         flags = TrainerFlags.of({"accelerator": "cpu", "devices": 1, "precision": self.precision})
-        settings = RunSettings.of(PolicyModule.unloaded(**self.policy), self.adapter, None, flags, prompt_tokens=6)
+        settings = RunSettings.of(PolicyModule(**self.policy), self.adapter, None, flags, prompt_tokens=6)
         return replace(settings, eval_prompts=self.validation, plan=plan)
 
     def measure(self, root: Path) -> tuple[dict[str, dict[str, int]], AdapterPlan]:

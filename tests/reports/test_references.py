@@ -33,7 +33,7 @@ def rows(answers, text="What is it?", **fields):
 
 
 def found(model, reward, prompts, form=None, pays=False, **policy):
-    result = reference_rewards(build_policy(model, reward=reward, **policy), prompts, form, 8, pays)
+    result = reference_rewards(build_policy(model, reward=reward, **policy).task.generation, prompts, form, 8, pays)
     return result, [(finding.kind, finding.level) for finding in result.findings]
 
 

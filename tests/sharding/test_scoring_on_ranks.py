@@ -43,25 +43,28 @@ SIZES = {"sampler": ByPrompt(12, short=tuple(range(0, 24, 3))), "max_tokens_per_
 class Watched(PolicyModule):
     """Notes how much of the model this rank has within its passes, as a share."""
 
-    seen: list
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.seen, logprobs = [], self.task.passes.logprobs
 
-    def logprobs(self, sequences):
         def look(*_):
             own = [p._local_tensor if isinstance(p, DTensor) else p for p in self.model.parameters()]
             self.seen.append(sum(part.numel() for part in own) / sum(p.numel() for p in self.model.parameters()))
 
-        handles = [part.register_forward_hook(look) for part in self.model.modules() if isinstance(part, LlamaMLP)]
-        result = super().logprobs(sequences)
-        for handle in handles:
-            handle.remove()
-        return result
+        def watched(sequences):
+            handles = [part.register_forward_hook(look) for part in self.model.modules() if isinstance(part, LlamaMLP)]
+            result = logprobs(sequences)
+            for handle in handles:
+                handle.remove()
+            return result
+
+        self.task.passes.logprobs = watched
 
 
 def scored(job, folder, root, strategy="auto", devices=1):
     """A module with a plan."""
     adapter, policy, _ = JOBS[job]
     module = build_policy(folder / "model", kind=Watched, **{**SIZES, **policy})
-    module.seen = []
     chosen = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "max_steps": 0}
     if "dtype" in policy:
         chosen["precision"] = "bf16-mixed"
@@ -128,7 +131,6 @@ def refused_and_shares(folder, root, devices):
         said.append(f"{type(raised.value).__name__}: {raised.value}")
     options = {"loss": GRPOLoss(kl_coef=0.1), "epochs_per_rollout": 2, "minibatches_per_rollout": 2}
     module = build_policy(folder / "model", kind=Watched, **{**SIZES, **options})
-    module.seen = []
     trainer = build_trainer(root, build_adapter(), strategy=FSDP2Strategy(), **{**flags, "max_steps": 4})
     trainer.fit(module, datamodule=build_data(folder / "sums.jsonl"))
     return said, module.seen

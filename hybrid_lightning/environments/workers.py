@@ -119,11 +119,10 @@ class _Process:
                 (self.numbers.discard if method == "close" else self.numbers.add)(number)
                 with suppress(OSError):  # if it has ended, nothing can be received
                     self._connection.send((number, method, arguments))
-                value = await self._received(method, timeout_s)
+                return await self._received(method, timeout_s)
             except asyncio.CancelledError:  # after Ctrl-C: its answer is for nobody
                 self.kill()
                 raise
-            return value
 
     async def _is_ready(self) -> None:
         try:
@@ -136,12 +135,13 @@ class _Process:
         descriptor = self._connection.fileno()
         loop.add_reader(descriptor, readable.set)
         try:
-            await asyncio.wait_for(readable.wait(), timeout_s)
-        except TimeoutError:
-            self.kill()
-            raise LateError(late_message(self._name, method, timeout_s)) from None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(readable.wait(), timeout_s)
         finally:
             loop.remove_reader(descriptor)
+        if not readable.is_set():
+            self.kill()
+            raise LateError(late_message(self._name, method, timeout_s))
         try:
             value, error = self._connection.recv()
         except (EOFError, OSError):

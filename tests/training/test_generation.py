@@ -13,6 +13,7 @@ from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trai
 
 from hybrid_lightning.engine import Engine, token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
+from hybrid_lightning.environments.objects import Objects
 from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
@@ -114,27 +115,14 @@ class Slow(Talk):
         time.sleep(60)
 
 
-class Here:
+class Here(Objects):
     """In place of processes, which take seconds to start."""
 
-    close_fault = ""
+    def __init__(self, environment, count, *told):
+        super().__init__(environment, *told)
 
-    def __init__(self, environment, *_):
-        self.environment, self.begun = environment, {}
-
-    def advance(self, jobs, note):
-        for episode, message in jobs:
-            if message is None:
-                self.begun[episode.number] = copy.copy(self.environment)
-                note(episode.number, tuple(self.begun[episode.number].start(episode.prompt, episode.seed)))
-            else:
-                note(episode.number, self.begun[episode.number].step(message))
-
-    def end(self, numbers):
+    async def close(self):
         pass
-
-    def close(self):
-        self.begun = {}
 
 
 def metrics_of(log):

@@ -118,11 +118,12 @@ class Slow(Talk):
 class Here(Objects):
     """In place of processes, which take seconds to start."""
 
-    def __init__(self, environment, count, *told):
-        super().__init__(environment, *told)
-
-    async def close(self):
+    def kill(self):
         pass
+
+
+def in_this_process(environment, count, *told):
+    return [Here(environment, *told)]
 
 
 def metrics_of(log):
@@ -136,7 +137,7 @@ def metrics_of(log):
 def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
     model, sums, tmp_path, ahead, correction, turns, monkeypatch
 ):
-    monkeypatch.setattr(running, "Workers", Here)
+    monkeypatch.setattr(running, "workers_for", in_this_process)
 
     def run(sampler):
         policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "minibatches_per_rollout": 2}
@@ -230,7 +231,7 @@ LAGS = [(0, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 2)]
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_made_it(model, sums, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "Workers", Here)
+    monkeypatch.setattr(running, "workers_for", in_this_process)
     log, loan, episodes = Log(), Loan(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
     policy = {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
     policy |= {"sampler": Patient(), "rollouts_ahead": 2, "optimizer": torch.optim.SGD, "lr_lora": 1.0, "lr_full": 1.0}

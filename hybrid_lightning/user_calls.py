@@ -1,7 +1,7 @@
 """Calls of the user's code: `async` functions on one event loop, ordinary ones in threads of one pool, with time limits.
 
     run_async(work)                  from any thread: run a coroutine on the event loop of this process
-    await call(function, timeout_s)  on an event loop: any function, awaited if it is `async`, otherwise in a thread
+    await call(function, timeout_s)  any function, awaited if it is `async`, otherwise in a thread
 
 A thread cannot be stopped: an ordinary function that takes too long continues in the background, and its result is ignored.
 `user_code.py` finds the functions.
@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
-from weakref import WeakKeyDictionary
 
 _SLICE_S = 0.1  # in which a caller looks whether the event loop still runs
 _SIDE_BY_SIDE = 64  # ordinary functions that run at the same time
@@ -56,7 +55,8 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
     Raises:
         LoopLostError: If the loop was blocked for longer, or stopped.
     """
-    loop, thread = _shared_loop()
+    shared = _shared()
+    loop, thread = shared.loop, shared.thread
     future = asyncio.run_coroutine_threadsafe(work, loop)
     answered, since = threading.Event(), time.monotonic()
     loop.call_soon_threadsafe(answered.set)
@@ -68,8 +68,8 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
                 loop.call_soon_threadsafe(answered.set)
             elif time.monotonic() - since > blocked_s or not thread.is_alive():
                 with _lock:
-                    if _loops.get(os.getpid()) == (loop, thread):
-                        del _loops[os.getpid()]
+                    if _shared_by.get(os.getpid()) is shared:
+                        del _shared_by[os.getpid()]
                 raise LoopLostError("code on the event loop has " + ("blocked" if thread.is_alive() else "stopped") + " it")
         return future.result()
     finally:  # above all after Ctrl-C: the coroutine must not continue in the background
@@ -85,7 +85,7 @@ async def call(
     """Call a function once, await what it returns if it is awaitable, and apply `then` to the value.
 
     Args:
-        function: An `async` function is called on the running event loop, any other one in a thread.
+        function: An `async` function is called on the event loop of this process, any other one in a thread.
         timeout_s: Seconds for all of it, from when the function is called; None for no limit. What is awaited for longer is
             cancelled, and not waited for if it ignores that.
         then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
@@ -95,6 +95,10 @@ async def call(
     Returns:
         The outcome; its error is `TookTooLongError` if the time was over.
     """
+    shared = _shared()
+    if asyncio.get_running_loop() is not shared.loop:
+        there = asyncio.run_coroutine_threadsafe(call(function, timeout_s, then, alone), shared.loop)
+        return await asyncio.wrap_future(there)  # type: ignore[no-any-return]
     if inspect.iscoroutinefunction(function):
         work, error = outcome_of(function)
         return (None, error) if error is not None else await _awaited(work, timeout_s, then)
@@ -106,7 +110,7 @@ async def call(
         value = function()
         return value if inspect.isawaitable(value) else then(value)
 
-    value, error = await _lanes()[alone].outcome(called, timeout_s)
+    value, error = await shared.lanes[alone].outcome(called, timeout_s)
     if error is None and inspect.isawaitable(value):
         left_s = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
         return await _awaited(value, left_s, then)
@@ -217,25 +221,22 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
         future.set_result(outcome)
 
 
-# Semaphores belong to one event loop: lanes for calls side by side, and for those alone.
-_lanes_of: "WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Lane, _Lane]]" = WeakKeyDictionary()
-_loops: dict[int, tuple[asyncio.AbstractEventLoop, threading.Thread]] = {}  # by process id: a forked process has no such thread
+class _Shared:
+    """The event loop of a process, and the lanes of its calls, of which the second one is for those that run alone."""
+
+    def __init__(self) -> None:
+        self.loop, self.lanes = asyncio.new_event_loop(), (_Lane(_SIDE_BY_SIDE), _Lane(1))
+        self.thread = threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True)
+        self.thread.start()
+
+
+_shared_by: dict[int, _Shared] = {}  # by process id: a forked process has no thread that runs the loop
 _lock = threading.Lock()
 
 
-def _lanes() -> tuple[_Lane, _Lane]:
-    loop = asyncio.get_running_loop()
-    if loop not in _lanes_of:
-        _lanes_of[loop] = _Lane(_SIDE_BY_SIDE), _Lane(1)
-    return _lanes_of[loop]
-
-
-def _shared_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+def _shared() -> _Shared:
     with _lock:
-        if os.getpid() not in _loops:
-            _loops.clear()
-            loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=loop.run_forever, name="user-code-loop", daemon=True)
-            thread.start()
-            _loops[os.getpid()] = loop, thread
-        return _loops[os.getpid()]
+        if os.getpid() not in _shared_by:
+            _shared_by.clear()
+            _shared_by[os.getpid()] = _Shared()
+        return _shared_by[os.getpid()]

@@ -47,13 +47,6 @@ class ForeignEnvironment(Environment):
         self.game = self._function(**{**seeded, **deepcopy(self._arguments), **more})
         return self.game
 
-    def _answer(self, method: str, answer: Any) -> ConfigError:
-        """What is wrong with an answer of another form."""
-        return ConfigError(
-            f"{self._make}: {method} returned {shorten(answer)}, which is not what {type(self).__name__} takes; choose the class "
-            "for its form, or wrap it"
-        )
-
     def close(self) -> Awaitable[None] | None:
         """Close the object, if it can be closed."""
         closed = self.game.close() if hasattr(self.game, "close") else None
@@ -84,7 +77,7 @@ class GymEnvironment(ForeignEnvironment):
         """Act with the text of the message."""
         answer = self.game.step(message["content"])
         if not isinstance(answer, tuple) or len(answer) not in (4, 5) or not isinstance(answer[-1], Mapping):
-            raise self._answer("step", answer)
+            raise ConfigError(f"{self._make}: step returned {shorten(answer)}, which is not of Gymnasium's form; wrap it")
         observation, reward, *over, _ = answer
         return Step(said(observation), reward, any(map(bool, over)))
 

@@ -7,13 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from typing import Any, Literal
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.environment import Environment, Step
 from hybrid_lightning.environments.objects import Objects, random_states, restore_random_states, same_random_states
 from hybrid_lightning.environments.running_episode import Failure, RunningEpisode, Started, TimedOut
-from hybrid_lightning.environments.workers import Workers
+from hybrid_lightning.environments.workers import Worker, workers_for
 from hybrid_lightning.errors import ConfigError, EpisodeError
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import LoopLostError, run_async
@@ -106,8 +107,8 @@ class RunningEpisodes:
     ) -> None:
         self.environment, self.limits, self._on_wait = environment, limits, on_wait
         told = limits.step_timeout_s, turn_rewards
-        self._workers = Workers(environment, limits.workers, *told) if limits.workers else None
-        self._place = self._workers or Objects(environment, *told)
+        self._workers = workers_for(environment, limits.workers, *told) if limits.workers else []
+        self._places: Sequence[Objects | Worker] = self._workers or [Objects(environment, *told)]
         self._episodes: dict[int, RunningEpisode] = {}  # those that have not ended
         self._count = 0  # episodes of the rollout
         self._failures: list[Failure] = []
@@ -132,10 +133,10 @@ class RunningEpisodes:
         self._count, self._failures = len(prompts), []
         self._answered, self._late = Counter(), Counter()
         self._episodes = {
-            number: RunningEpisode(number, prompt, int(seed), self._place, self.limits.step_timeout_s)
-            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            number: RunningEpisode(number, prompt, int(seed), place, self.limits.step_timeout_s)
+            for number, (prompt, seed, place) in enumerate(zip(prompts, seeds, cycle(self._places), strict=False))
         }
-        answers = self._ask("start", {number: episode.start() for number, episode in self._episodes.items()})
+        answers = self._ask("start", {number: episode.answer(None) for number, episode in self._episodes.items()})
         return [answers[number] for number in range(len(prompts))]
 
     def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Failure | TimedOut]:
@@ -144,7 +145,7 @@ class RunningEpisodes:
         Raises:
             EpisodeError, HybridLightningError: See `start`.
         """
-        answers = self._ask("step", {number: self._episodes[number].step(message) for number, message in messages.items()})
+        answers = self._ask("step", {number: self._episodes[number].answer(message) for number, message in messages.items()})
         return {number: answers[number] for number in messages}
 
     def conclude(self, numbers: Iterable[int]) -> dict[int, float | Failure]:
@@ -171,15 +172,18 @@ class RunningEpisodes:
             for together in filter(None, (episodes[:1], episodes[1:])):  # if the first one hangs, the others have less time
                 with suppress(LoopLostError):
                     self._run(_together([episode.close() for episode in together]))
-        for number in ended:
-            self._place.drop(number)
+        for episode in episodes:
+            episode.forget()
         self._warn_close(episodes)
 
     def close(self) -> None:
         """Finish all episodes and end all processes. Episodes may be started again."""
         self.finish()
-        if self._workers is not None:
-            run_async(self._workers.close())
+        run_async(self._end_workers())
+
+    async def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
     def _ask(self, kind: str, works: Mapping[int, Coroutine[Any, Any, Any]]) -> dict[int, Any]:
         """The answers of environments, in the order in which they came."""
@@ -201,12 +205,12 @@ class RunningEpisodes:
                 "it all its episodes; `await` what takes long, or make the method or tool an ordinary function"
             )
             for number in works.keys() - answers.keys():
-                self._place.drop(number)
+                self._episodes[number].forget()
                 note(number, TimedOut(late) if kind == "step" else Failure(late, late=True))
         return answers
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._workers is not None:
+        if self._workers:
             run_async(work, on_wait=self._on_wait)
             return
         with self._process_kept():
@@ -218,7 +222,7 @@ class RunningEpisodes:
             self._warn_close([self._episodes.pop(number)])
         if isinstance(answer, TimedOut) or (isinstance(answer, Failure) and answer.late):
             background = "such a call continues in the background; with episodes.workers its process is ended"
-            self._warn("time", f"{answer.reason}; {background}" if self._workers is None else answer.reason)
+            self._warn("time", f"{answer.reason}; {background}" if not self._workers else answer.reason)
             self._late[kind] += 1
             if self._late[kind] == self._answered[kind] == _HOPELESS:
                 raise EpisodeError(

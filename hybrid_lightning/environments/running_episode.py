@@ -2,10 +2,11 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from hybrid_lightning.environments.environment import Step
-from hybrid_lightning.environments.objects import CLOSE_AGAIN_S, FaultError, LateError, LostError
+from hybrid_lightning.environments.objects import CLOSE_AGAIN_S, FaultError, LateError, LostError, Objects
+from hybrid_lightning.environments.workers import Worker
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.types import Message, Prompt
 
@@ -30,22 +31,6 @@ class TimedOut:
 Started = tuple[Message, ...] | Failure
 
 
-class Place(Protocol):
-    """Where environments are: `Objects` of this process, or `Workers`."""
-
-    name: str
-    close_s: float
-
-    def has(self, number: int) -> bool:
-        """Whether there is an object for an episode. It may be lost with its process."""
-
-    def drop(self, number: int) -> None:
-        """Forget the object of an episode."""
-
-    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """Call a method of the object of an episode, which is made for a "start", and return what it answers."""
-
-
 class RunningEpisode:
     """An episode. Its methods are awaited one after another; what they raise is no fault of the environment, and ends the run.
 
@@ -53,11 +38,11 @@ class RunningEpisode:
         number: Of the episode in its rollout.
         prompt: The problem.
         seed: Of its group.
-        place: Where its environment is.
+        place: Where its environment is: in this process, or in another.
         step_timeout_s: Seconds for each call.
     """
 
-    def __init__(self, number: int, prompt: Prompt, seed: int, place: Place, step_timeout_s: float) -> None:
+    def __init__(self, number: int, prompt: Prompt, seed: int, place: Objects | Worker, step_timeout_s: float) -> None:
         self.close_fault = ""
         self._number, self._prompt, self._seed, self._place, self._step_timeout_s = number, prompt, seed, place, step_timeout_s
         self._started: tuple[Message, ...] | None = None  # what `start` answered; None before
@@ -65,17 +50,33 @@ class RunningEpisode:
         self._turn = 0  # at which it is; 0: it starts
         self._faults = 0
 
-    async def start(self) -> Started:
-        """Begin, and return the messages after those of the prompt."""
-        answer = await self._answer(None)
-        assert not isinstance(answer, (Step, TimedOut))
-        return answer
+    async def answer(self, message: Message | None) -> "Started | Step | TimedOut":
+        """Start (`message` None), and return the messages after those of the prompt; or let it answer a message of the policy."""
+        while True:
+            try:
+                if not self._place.has(self._number):
+                    await self._begin()
+                if message is None:
+                    assert self._started is not None
+                    return self._started
+                step = await self._step(len(self._turns) + 1, message)
+                self._turns.append((message, step))
+                return step
+            except LateError as late:  # it is not begun again, since that would take as long
+                is_new = self._turn > len(self._turns)
+                await self.close()
+                return TimedOut(str(late)) if is_new else Failure(str(late), late=True)
+            except LostError:
+                continue
+            except FaultError as fault:
+                await self.close()
+                self._faults += 1
+                if self._faults > BEGUN_AGAIN:
+                    return Failure(str(fault))
 
-    async def step(self, message: Message) -> Step | Failure | TimedOut:
-        """Let the environment answer a message of the policy."""
-        answer = await self._answer(message)
-        assert not isinstance(answer, tuple)
-        return answer
+    def forget(self) -> None:
+        """Forget the environment, without closing it."""
+        self._place.drop(self._number)
 
     async def final_reward(self) -> float | Failure:
         """What it earns at its end (see `Environment.final_reward`)."""
@@ -98,29 +99,6 @@ class RunningEpisode:
             self.close_fault = "" if isinstance(fault, LostError) else str(fault)
             if isinstance(fault, LateError):
                 self._place.close_s = CLOSE_AGAIN_S
-
-    async def _answer(self, message: Message | None) -> tuple[Message, ...] | Step | Failure | TimedOut:
-        while True:
-            try:
-                if not self._place.has(self._number):
-                    await self._begin()
-                if message is None:
-                    assert self._started is not None
-                    return self._started
-                step = await self._step(len(self._turns) + 1, message)
-                self._turns.append((message, step))
-                return step
-            except LateError as late:  # it is not begun again, since that would take as long
-                is_new = self._turn > len(self._turns)
-                await self.close()
-                return TimedOut(str(late)) if is_new else Failure(str(late), late=True)
-            except LostError:
-                continue
-            except FaultError as fault:
-                await self.close()
-                self._faults += 1
-                if self._faults > BEGUN_AGAIN:
-                    return Failure(str(fault))
 
     async def _begin(self) -> None:
         """Start an object, and let it answer what it has answered before."""

@@ -1,4 +1,4 @@
-"""`Workers`: other processes in which environments are, each of them answering one call at a time.
+"""`Worker`: another process in which environments are; it answers one call at a time.
 
 In such a process each episode has states of its own of the global random generators. One that hangs is killed; its other episodes
 are begun anew when they are called next. They see no GPU, and end with the process that started them.
@@ -44,8 +44,8 @@ _COMMAND = (
 _NO_GPU = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
 
 
-class Workers:
-    """Environments of episodes, that of episode n in process n % `count`. Processes are started when they are needed.
+def workers_for(environment: Environment, count: int, step_timeout_s: float, turn_rewards: bool) -> "list[Worker]":
+    """Processes for environments, which are started when they are needed.
 
     Args:
         environment: The object of the config.
@@ -56,74 +56,64 @@ class Workers:
     Raises:
         ConfigError: If the environment cannot be made in another process.
     """
-
-    def __init__(self, environment: Environment, count: int, step_timeout_s: float, turn_rewards: bool) -> None:
-        if not hasattr(os, "killpg"):
-            raise ConfigError(
-                f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no groups of processes that can be ended "
-                "together; leave it out, or train under WSL"
-            )
-        kind = type(environment)
-        self.name, self.close_s = kind.__name__, CLOSE_S
-        try:
-            if kind.__module__ == "__main__":
-                raise TypeError("it is defined in the script itself")
-            made_of = pickle.dumps((kind, environment._init_args, environment.chat_template, step_timeout_s, turn_rewards))
-        except Exception as error:
-            raise ConfigError(
-                f"episodes.workers={count}: {self.name} cannot be made in another process: {one_line(error)}; define it, and the "
-                "functions that it is given, at the top level of a module, or leave out workers"
-            ) from error
-        self._processes = [_Process(self.name, made_of) for _ in range(count)]
-
-    def has(self, number: int) -> bool:
-        """Whether there is an object for an episode."""
-        return number in self._of(number).numbers
-
-    def drop(self, number: int) -> None:
-        """Forget the object of an episode."""
-        self._of(number).numbers.discard(number)
-
-    async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """Call a method of the object of an episode, which is made for a "start"; see `Objects.call`."""
-        return await self._of(number).call(number, method, arguments, timeout_s)
-
-    async def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.kill()
-
-    def _of(self, number: int) -> "_Process":
-        return self._processes[number % len(self._processes)]
+    if not hasattr(os, "killpg"):
+        raise ConfigError(
+            f"episodes.workers={count} needs Linux or macOS: {sys.platform} has no groups of processes that can be ended "
+            "together; leave it out, or train under WSL"
+        )
+    kind = type(environment)
+    try:
+        if kind.__module__ == "__main__":
+            raise TypeError("it is defined in the script itself")
+        made_of = pickle.dumps((kind, environment._init_args, environment.chat_template, step_timeout_s, turn_rewards))
+    except Exception as error:
+        raise ConfigError(
+            f"episodes.workers={count}: {kind.__name__} cannot be made in another process: {one_line(error)}; define it, and the "
+            "functions that it is given, at the top level of a module, or leave out workers"
+        ) from error
+    return [Worker(kind.__name__, made_of) for _ in range(count)]
 
 
-class _Process:
-    """One process, seen from the one that has started it."""
+class Worker:
+    """A process in which environments are, seen from the one that has started it.
+
+    Args:
+        name: Of the environment's class.
+        made_of: What the process makes its environments of.
+    """
 
     def __init__(self, name: str, made_of: bytes) -> None:
-        self.numbers: set[int] = set()  # of episodes whose objects are there
-        self._name, self._made_of = name, made_of
+        self.name, self.close_s = name, CLOSE_S
+        self._made_of = made_of
+        self._numbers: set[int] = set()  # of episodes whose objects are there
         self._turn = asyncio.Semaphore(1)
         self._popen: subprocess.Popen[bytes] | None = None
         self._connection: Connection
 
+    def has(self, number: int) -> bool:
+        """Whether there is an object for an episode. It is lost with the process."""
+        return number in self._numbers
+
+    def drop(self, number: int) -> None:
+        """Forget the object of an episode."""
+        self._numbers.discard(number)
+
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
-        """See `Objects.call`."""
+        """Call a method of the object of an episode, which is made for a "start"; see `Objects.call`."""
         async with self._turn:
-            if method != "start" and number not in self.numbers:
-                raise LostError(f"{self._name} was lost with its process")
+            if method != "start" and not self.has(number):
+                raise LostError(f"{self.name} was lost with its process")
             try:
                 if self._popen is None:
                     self._popen = self._started()
                     await self._is_ready()
-                (self.numbers.discard if method == "close" else self.numbers.add)(number)
+                (self._numbers.discard if method == "close" else self._numbers.add)(number)
                 with suppress(OSError):  # if it has ended, nothing can be received
                     self._connection.send((number, method, arguments))
-                value = await self._received(method, timeout_s)
+                return await self._received(method, timeout_s)
             except asyncio.CancelledError:  # after Ctrl-C: its answer is for nobody
                 self.kill()
                 raise
-            return value
 
     async def _is_ready(self) -> None:
         try:
@@ -136,23 +126,24 @@ class _Process:
         descriptor = self._connection.fileno()
         loop.add_reader(descriptor, readable.set)
         try:
-            await asyncio.wait_for(readable.wait(), timeout_s)
-        except TimeoutError:
-            self.kill()
-            raise LateError(late_message(self._name, method, timeout_s)) from None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(readable.wait(), timeout_s)
         finally:
             loop.remove_reader(descriptor)
+        if not readable.is_set():
+            self.kill()
+            raise LateError(late_message(self.name, method, timeout_s))
         try:
             value, error = self._connection.recv()
         except (EOFError, OSError):
-            raise FaultError(f"{self._name}.{method} ended its process with exit code {self.kill()}") from None
+            raise FaultError(f"{self.name}.{method} ended its process with exit code {self.kill()}") from None
         if error is not None:
             raise error
         return value
 
     def kill(self) -> int | None:
         """End the process, and what it has started. Returns its exit code."""
-        self.numbers = set()
+        self._numbers = set()
         if self._popen is None:
             return None
         ended = self._popen.poll()

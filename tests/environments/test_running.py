@@ -342,7 +342,7 @@ from hybrid_lightning.environments import EpisodeLimits, GuessNumber, RunningEpi
 from hybrid_lightning.types import Prompt
 episodes = RunningEpisodes(GuessNumber(), EpisodeLimits(workers=1))
 episodes.start([Prompt(text="Go")], [1])
-print(episodes._workers._processes[0]._popen.pid, flush=True)
+print(episodes._workers[0]._popen.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ran = fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -13,6 +13,7 @@ from tiny_runs import DigitShare, Log, Talk, build_data, build_policy, fit, trai
 
 from hybrid_lightning.engine import Engine, token_logprobs
 from hybrid_lightning.environments import EpisodeLimits, running
+from hybrid_lightning.environments.objects import Objects
 from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.losses import GRPOLoss, SequenceMask, TokenMask, TokenTruncation
@@ -114,27 +115,15 @@ class Slow(Talk):
         time.sleep(60)
 
 
-class Here:
+class Here(Objects):
     """In place of processes, which take seconds to start."""
 
-    close_fault = ""
-
-    def __init__(self, environment, *_):
-        self.environment, self.begun = environment, {}
-
-    def advance(self, jobs, note):
-        for episode, message in jobs:
-            if message is None:
-                self.begun[episode.number] = copy.copy(self.environment)
-                note(episode.number, tuple(self.begun[episode.number].start(episode.prompt, episode.seed)))
-            else:
-                note(episode.number, self.begun[episode.number].step(message))
-
-    def end(self, numbers):
+    def kill(self):
         pass
 
-    def close(self):
-        self.begun = {}
+
+def in_this_process(environment, count, *told):
+    return [Here(environment, *told)]
 
 
 def metrics_of(log):
@@ -148,7 +137,7 @@ def metrics_of(log):
 def test_a_run_whose_completions_are_made_meanwhile_is_that_of_the_same_schedule_in_turns(
     model, sums, tmp_path, ahead, correction, turns, monkeypatch
 ):
-    monkeypatch.setattr(running, "Workers", Here)
+    monkeypatch.setattr(running, "workers_for", in_this_process)
 
     def run(sampler):
         policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "minibatches_per_rollout": 2}
@@ -242,7 +231,7 @@ LAGS = [(0, 0), (1, 1), (2, 1), (2, 1), (2, 1), (2, 2)]
 
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 def test_turns_after_an_update_are_by_the_new_weights_and_each_token_says_which_made_it(model, sums, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "Workers", Here)
+    monkeypatch.setattr(running, "workers_for", in_this_process)
     log, loan, episodes = Log(), Loan(), EpisodeLimits(max_turns=2, max_tokens=24, workers=1)
     policy = {"environment": Talk(), "episodes": episodes, "turn_template": "{content}", "reward": None}
     policy |= {"sampler": Patient(), "rollouts_ahead": 2, "optimizer": torch.optim.SGD, "lr_lora": 1.0, "lr_full": 1.0}

@@ -104,7 +104,7 @@ def _stream_pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None
             raise ValueError(
                 f"column {column!r} has inputs of a function (fn_name), not of standard input; write them as asserts"
             )
-        inputs, outputs = tests.get("inputs") or [], tests.get("outputs") or []
+        inputs, outputs = tests.get("inputs") or (), tests.get("outputs") or ()
         if not inputs or len(inputs) != len(outputs):
             raise ValueError(f'column {column!r} must have as many "inputs" as "outputs", at least one')
     elif isinstance(tests, Sequence) and tests and all(isinstance(test, Mapping) for test in tests):

@@ -209,4 +209,4 @@ def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
         return SingleDevice() if devices == 1 else DDP(devices)  # Lightning's choice
-    raise ConfigError(f"trainer.strategy={name} cannot be planned for; take auto, ddp, or --config configs/strategy/fsdp2.yaml")
+    raise ConfigError(f"trainer.strategy={name} cannot be planned for; take auto, ddp, or --config configs/strategy/fsdp.yaml")

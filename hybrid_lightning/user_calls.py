@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent import futures
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -80,6 +81,7 @@ async def call(
     function: Callable[[], Any],
     timeout_s: float | None = None,
     then: Callable[[Any], Any] = lambda value: value,
+    threads: "CallThreads | None" = None,
     alone: bool = False,
 ) -> Outcome:
     """Call a function once, await what it returns if it is awaitable, and apply `then` to the value.
@@ -89,19 +91,20 @@ async def call(
         timeout_s: Seconds for all of it, from when the function is called; None for no limit. What is awaited for longer is
             cancelled, and not waited for if it ignores that.
         then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
-        alone: Whether an ordinary function must not run beside others that are called so. All of these share one thread, until
-            one of them takes too long.
+        threads: Where an ordinary function runs; by default in the threads of the `async` function that calls it, or else in those
+            that all share.
+        alone: Whether an ordinary function must not run beside others that are called so.
 
     Returns:
         The outcome; its error is `TookTooLongError` if the time was over.
     """
     shared = _shared()
     if asyncio.get_running_loop() is not shared.loop:
-        there = asyncio.run_coroutine_threadsafe(call(function, timeout_s, then, alone), shared.loop)
+        there = asyncio.run_coroutine_threadsafe(call(function, timeout_s, then, threads, alone), shared.loop)
         return await asyncio.wrap_future(there)  # type: ignore[no-any-return]
     if inspect.iscoroutinefunction(function):
         work, error = outcome_of(function)
-        return (None, error) if error is not None else await _awaited(work, timeout_s, then)
+        return (None, error) if error is not None else await _awaited(work, timeout_s, then, threads)
     began = time.monotonic()
 
     def called() -> Any:
@@ -110,10 +113,11 @@ async def call(
         value = function()
         return value if inspect.isawaitable(value) else then(value)
 
-    value, error = await shared.lanes[alone].outcome(called, timeout_s)
+    async with shared.alone if alone else shared.side_by_side:  # waiting for a place does not count towards the time limit
+        value, error = await (threads or _threads.get() or shared.threads).outcome(called, timeout_s)
     if error is None and inspect.isawaitable(value):
         left_s = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
-        return await _awaited(value, left_s, then)
+        return await _awaited(value, left_s, then, threads)
     return value, error
 
 
@@ -147,8 +151,12 @@ def call_within(function: Callable[[], Any], timeout_s: float | None) -> Any:
     return value
 
 
-async def _awaited(work: Awaitable[Any], timeout_s: float | None, then: Callable[[Any], Any]) -> Outcome:
+async def _awaited(
+    work: Awaitable[Any], timeout_s: float | None, then: Callable[[Any], Any], threads: "CallThreads | None"
+) -> Outcome:
     async def whole() -> Outcome:
+        if threads is not None:
+            _threads.set(threads)  # in the context of this task alone
         try:
             return then(await work), None
         except BaseException as error:  # SystemExit would end the event loop
@@ -171,40 +179,44 @@ class _Call:
     given_up: bool = False  # the event loop waits for it no more
 
 
-class _Lane:
-    """Threads in which ordinary functions run for an event loop. They do not hold up the end of the process.
+class CallThreads:
+    """Threads in which ordinary functions run, as many as there are calls under way. They do not hold up the end of the process.
 
-    Args:
-        most: Calls at the same time; those that were given up do not count.
+    Calls that follow each other run in one thread, until one of them takes too long: so objects that belong to a thread work.
     """
 
-    def __init__(self, most: int) -> None:
-        self._places, self._lock = asyncio.Semaphore(most), threading.Lock()
-        self._calls: SimpleQueue[_Call] = SimpleQueue()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._under_way = self._threads = 0  # without calls that were given up, and their threads
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
-        async with self._places:  # waiting for a place does not count towards the time limit
-            call = _Call(function, asyncio.get_running_loop().create_future())
+        """Await a call that runs in one of the threads."""
+        call = _Call(function, asyncio.get_running_loop().create_future())
+        with self._lock:
+            self._calls.put(call)
+            self._under_way += 1
+            if self._under_way > self._threads:
+                self._threads += 1
+                threading.Thread(target=self._run, name="user-code", daemon=True).start()
+        try:
+            done, _ = await asyncio.wait({call.outcome}, timeout=timeout_s)
+            return call.outcome.result() if done else (None, TookTooLongError())
+        finally:
             with self._lock:
-                self._calls.put(call)
-                self._under_way += 1
-                if self._under_way > self._threads:
-                    self._threads += 1
-                    threading.Thread(target=self._run, name="user-code", daemon=True).start()
-            try:
-                done, _ = await asyncio.wait({call.outcome}, timeout=timeout_s)
-                return call.outcome.result() if done else (None, TookTooLongError())
-            finally:
-                with self._lock:
-                    if not call.has_ended:
-                        call.given_up = True
-                        self._under_way -= 1
-                        self._threads -= 1
+                if not call.has_ended:
+                    call.given_up = True
+                    self._under_way -= 1
+                    self._threads -= 1
+
+    def close(self) -> None:
+        """End the threads; there are no later calls."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._calls.put(None)
 
     def _run(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             outcome = outcome_of(call.function)
             with self._lock:
                 if call.given_up:
@@ -222,14 +234,16 @@ def _settle(future: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
 
 
 class _Shared:
-    """The event loop of a process, and the lanes of its calls, of which the second one is for those that run alone."""
+    """The event loop of a process, the threads of ordinary calls, and how many of these run at the same time."""
 
     def __init__(self) -> None:
-        self.loop, self.lanes = asyncio.new_event_loop(), (_Lane(_SIDE_BY_SIDE), _Lane(1))
+        self.loop, self.threads = asyncio.new_event_loop(), CallThreads()
+        self.side_by_side, self.alone = asyncio.Semaphore(_SIDE_BY_SIDE), asyncio.Semaphore(1)
         self.thread = threading.Thread(target=self.loop.run_forever, name="user-code-loop", daemon=True)
         self.thread.start()
 
 
+_threads: ContextVar[CallThreads | None] = ContextVar("threads", default=None)  # of the `async` function that runs
 _shared_by: dict[int, _Shared] = {}  # by process id: a forked process has no thread that runs the loop
 _lock = threading.Lock()
 

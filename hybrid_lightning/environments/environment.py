@@ -58,9 +58,10 @@ class Environment(Configurable, ABC):
         False
     """
 
-    # Whether ordinary methods of several episodes may run at the same time, in threads; otherwise they run one at a time, in one
-    # thread. Methods that are `async` are awaited together in either case. All episodes of a process share its global state: what
-    # draws from the global generators of Python, NumPy or torch repeats itself in processes of its own alone (episodes.workers).
+    # Episodes run side by side: `async` methods are awaited together, ordinary ones run in threads. Whether these may run in any
+    # thread; otherwise each episode has a thread of its own, which what belongs to a thread (SQLite) needs, and `start` runs for one
+    # episode at a time, so that what it seeds and draws there repeats itself. All episodes of a process share its global state: what
+    # draws from the global generators later, or changes other global state, needs processes (episodes.workers).
     thread_safe: ClassVar[bool] = False
 
     chat_template: str | None = None  # what `prepare` was given

@@ -11,7 +11,7 @@ import torch
 from hybrid_lightning.environments.answers import OddAnswerError, checked_messages, checked_reward, checked_step
 from hybrid_lightning.environments.environment import Environment
 from hybrid_lightning.errors import ConfigError, HybridLightningError
-from hybrid_lightning.user_calls import TookTooLongError, call
+from hybrid_lightning.user_calls import CallThreads, TookTooLongError, call
 from hybrid_lightning.user_code import describe_error
 
 CLOSE_S, CLOSE_AGAIN_S = 10.0, 0.1  # seconds that a `close` may take, and after one that took longer
@@ -43,6 +43,7 @@ class Objects:
         self.name, self.close_s = type(environment).__name__, CLOSE_S
         self._environment, self._step_timeout_s, self._turn_rewards = environment, step_timeout_s, turn_rewards
         self._objects: dict[int, Environment] = {}
+        self._threads: dict[int, CallThreads] = {}  # a thread of its own for each object, unless the class is `thread_safe`
 
     def has(self, number: int) -> bool:
         """Whether there is an object for an episode."""
@@ -51,6 +52,8 @@ class Objects:
     def drop(self, number: int) -> None:
         """Forget the object of an episode."""
         self._objects.pop(number, None)
+        if number in self._threads:
+            self._threads.pop(number).close()
 
     async def call(self, number: int, method: str, arguments: tuple[Any, ...], timeout_s: float | None) -> Any:
         """Call a method of the object of an episode, which is made for a "start".
@@ -72,7 +75,8 @@ class Objects:
             return None
         function = start if method == "start" else partial(getattr(self._objects[number], method), *arguments)
         check = _CHECKS.get(method, lambda value: value)
-        value, error = await call(function, timeout_s, check, alone=not self._environment.thread_safe)
+        threads = None if self._environment.thread_safe else self._threads.setdefault(number, CallThreads())
+        value, error = await call(function, timeout_s, check, threads, alone=threads is not None and method == "start")
         if made:
             self._objects[number] = made[0]
         if method == "close":

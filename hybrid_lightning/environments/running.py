@@ -73,9 +73,9 @@ class RunningEpisodes:
     are done, changes nothing for another. An environment that fails by its own fault (it raises, or answers something odd) is
     begun again with the same seed, at most twice, and gets the policy's messages again.
 
-    In this process `async` methods are awaited together, ordinary ones run in threads, side by side where the class is
-    `thread_safe`. The states of the global random generators and the working folder are as before afterwards, but shared by the
-    episodes: what draws from global generators repeats itself with `limits.workers` alone.
+    In this process `async` methods are awaited together, and ordinary ones run in threads, one for each episode (see
+    `Environment.thread_safe`). The states of the global random generators and the working folder are as before afterwards, but
+    shared by the episodes: what draws from global generators repeats itself with `limits.workers` alone.
 
     Args:
         environment: The object of the config, prepared for the model.

@@ -29,8 +29,8 @@ class ToolEnvironment(Environment):
     arguments, a tool that raises, takes too long or returns too much.
 
     The calls of a message are answered in order; calls of `async` tools that follow each other are awaited together, and so are
-    those of all episodes. Other tools run in threads: side by side for several episodes if the class is `thread_safe`. `step` is
-    `async`: a subclass awaits it.
+    those of all episodes. Other tools run in threads, those of several episodes side by side. `step` is `async`: a subclass
+    awaits it.
 
     Args:
         tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, and objects of class
@@ -153,7 +153,7 @@ class ToolEnvironment(Environment):
         if left_s <= 0:
             return "time", f"error: {name} was not called, since the calls before it took all the time of the step"
         function = function.__call__ if isinstance(function, Tool) else function
-        value, error = await call_user(partial(function, **arguments), left_s, as_text, alone=not self.thread_safe)
+        value, error = await call_user(partial(function, **arguments), left_s, as_text)
         if isinstance(error, TookTooLongError):
             return "time", f"error: {name} was not done after {left_s:.3g} s"
         if isinstance(error, HybridLightningError):

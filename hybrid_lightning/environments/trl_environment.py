@@ -26,8 +26,9 @@ class TRLEnvironment(ToolEnvironment):
     rewards of an episode add up to its last value.
 
     TRL gives no seed, and the episodes of a process share the global random generators: an environment that draws from them
-    repeats itself, and begins the episodes of a group alike, with `episodes.workers` alone. Ordinary tools of several episodes
-    run one at a time, as in TRL; `async` ones are awaited together.
+    repeats itself, and begins the episodes of a group alike, with `episodes.workers` alone. Each episode has a thread of its own
+    for ordinary tools, so that several episodes wait together, where TRL calls one tool after the other; `reset` runs for one
+    episode at a time.
 
     Args:
         factory: The class, or a function that makes an object: `package.module.Class` or `path/to/file.py:Class`.
@@ -40,7 +41,7 @@ class TRLEnvironment(ToolEnvironment):
         ConfigError: If there is no such class, it has no `reset` or no tool, or a tool cannot be described to a policy.
     """
 
-    thread_safe: ClassVar[bool] = False  # TRL calls one at a time
+    thread_safe: ClassVar[bool] = False  # TRL calls all in one thread
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class TRLEnvironment(ToolEnvironment):
         """By how much the reward has changed since it was last asked."""
         if self._get_reward is None:
             return 0.0
-        value, error = await call(self._get_reward, self.tool_timeout_s, float, alone=True)
+        value, error = await call(self._get_reward, self.tool_timeout_s, float)
         if error is not None:
             raise error
         before, self._reward = self._reward, value

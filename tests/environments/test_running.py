@@ -3,6 +3,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -390,18 +391,34 @@ class Threads(Environment):
         return "ok", 1, False
 
 
-class OneThread(Threads):
+class ThreadEach(Threads):
+    """Holds what belongs to a thread, and begins by what it seeds."""
+
     thread_safe = False
     seen: ClassVar[set[threading.Thread]] = set()
 
+    def start(self, prompt, seed):
+        self.rows = sqlite3.connect(":memory:")
+        random.seed(seed)
+        time.sleep(0.001)
+        return str(random.random())
 
-def test_steps_run_side_by_side_in_few_threads_and_what_is_not_thread_safe_in_one(caplog):
+    def step(self, message):
+        return f"{super().step(message)[0]} {self.rows.execute('select 1').fetchone()[0]}", 1, False
+
+
+def test_steps_run_side_by_side_in_few_threads_or_one_for_each_episode(caplog):
     play(Threads(), "0", seeds=[1] * 200)
     assert len(Threads.seen) <= 64  # a thread for each call would take longer than the calls
     assert play(Threads(), "0.3", seeds=[1] * 40)[1] == dict.fromkeys(range(40), "ok") and Threads.most >= 20
-    Threads.most = 0
-    play(OneThread(), "0.001", "0.001", seeds=[1] * 20)
-    assert len(OneThread.seen) == Threads.most == 1 and not caplog.records
+    assert not caplog.records
+    Threads.most, before = 0, threading.active_count()
+    assert play(ThreadEach(), "0.3", "0.3", seeds=[1] * 16)[1] == dict.fromkeys(range(16), "ok 1")
+    assert len(ThreadEach.seen) == Threads.most == 16
+    until = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < until, "threads of episodes that are over"
+        time.sleep(0.01)
 
 
 class EarnsAtEnd(Environment):

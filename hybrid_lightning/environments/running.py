@@ -20,6 +20,7 @@ from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import LoopLostError, run_async
 
 logger = logging.getLogger(__name__)
+_BLOCKED_S = 2.0  # for which the event loop may get no processor time on a busy machine
 _HOPELESS = 8  # answers of a rollout: where the first ones are all late, the others will be, too
 _Answer = Started | Step | TimedOut | float
 
@@ -214,7 +215,7 @@ class RunningEpisodes:
             run_async(work, on_wait=self._on_wait)
             return
         with self._process_kept():
-            run_async(work, self.limits.step_timeout_s, self._on_wait)
+            run_async(work, max(_BLOCKED_S, self.limits.step_timeout_s), self._on_wait)
 
     def _note(self, kind: str, number: int, answer: _Answer) -> None:
         self._answered[kind] += 1

@@ -70,8 +70,11 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
         if policy.plan is not None:
             raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
         return
-    if resumes:
-        _check_resumable(policy, saved)
+    if resumes and saved["quantization"] != _quantization_name(policy):
+        raise CheckpointError(
+            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
+            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
+        )
     if policy.plan is not None and policy.plan.digest != plan.digest:
         raise CheckpointError(
             f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {policy.plan.digest[:12]} is "
@@ -89,20 +92,6 @@ def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
         if names:
             found = what.format(len(names))
             raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
-
-
-def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:
-    # Versions before 0.1.0 trained in two more ways.
-    if saved["quantization"] == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
-        raise CheckpointError(
-            "the checkpoint was trained with model.quantization=Int8 or trainer.precision=bf16-true, which are not supported any "
-            "more; export it, or start a new run with NF4 or bf16-mixed"
-        )
-    if saved["quantization"] != _quantization_name(policy):
-        raise CheckpointError(
-            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
-            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
-        )
 
 
 def _quantization_name(policy: Policy) -> str | None:

@@ -10,7 +10,7 @@ modules make both from options with flat names (`policy_module.py`, `example_mod
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -402,75 +403,54 @@ class LanguageModule(Configurable, LightningModule, ABC):
         return self.evaluation.predict(batch)
 
 
+class _Answer:
+    """An attribute of `_LightningRun` that follows from its Trainer; without one it is as in `Run`."""
+
+    def __init__(self, of_trainer: Callable[[Any], Any]) -> None:
+        self._of_trainer = of_trainer
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Any, owner: type) -> Any:
+        trainer = run._module._trainer
+        return getattr(Run, self._name) if trainer is None else self._of_trainer(trainer)
+
+
 class _LightningRun(Run):
     """The run of a module's Trainer."""
+
+    stage: Any = _Answer(lambda trainer: "" if trainer.state.fn is None else str(trainer.state.fn.value))
+    rank: Any = _Answer(lambda trainer: trainer.global_rank)
+    world_size: Any = _Answer(lambda trainer: trainer.world_size)
+    device: Any = _Answer(lambda trainer: trainer.strategy.root_device)
+    step: Any = _Answer(lambda trainer: trainer.global_step)
+    steps_left: Any = _Answer(lambda trainer: trainer.estimated_stepping_batches - trainer.global_step)
+    accumulate_grad_batches: Any = _Answer(lambda trainer: trainer.accumulate_grad_batches)
+    is_training: Any = _Answer(lambda trainer: trainer.training)
+    is_resumed: Any = _Answer(lambda trainer: trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is not None)
+    scales_loss: Any = _Answer(lambda trainer: getattr(trainer.precision_plugin, "scaler", None) is not None)
+    restarts_epochs: Any = _Answer(lambda trainer: _restarts_epochs(trainer))
+    ends_by_clock: Any = _Answer(lambda trainer: any(isinstance(callback, Timer) for callback in trainer.callbacks))
 
     def __init__(self, module: LanguageModule) -> None:
         super().__init__()
         self._module = module
 
-    @property
-    def _trainer(self) -> Trainer | None:
-        return self._module._trainer
-
-    @property
-    def stage(self) -> str:
-        fn = None if self._trainer is None else self._trainer.state.fn
-        return "" if fn is None else str(fn.value)
-
-    @property
-    def step(self) -> int:
-        return 0 if self._trainer is None else self._trainer.global_step
-
-    @property
-    def steps_left(self) -> float:
-        return self._module.trainer.estimated_stepping_batches - self.step
-
-    @property
-    def rank(self) -> int:
-        return 0 if self._trainer is None else self._trainer.global_rank
-
-    @property
-    def world_size(self) -> int:
-        return 1 if self._trainer is None else self._trainer.world_size
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        return 1 if self._trainer is None else self._trainer.accumulate_grad_batches
-
-    @property
-    def device(self) -> torch.device | None:
-        return None if self._trainer is None else self._trainer.strategy.root_device
-
-    @property
-    def is_training(self) -> bool:
-        return self._trainer is not None and self._trainer.training
-
-    @property
-    def is_resumed(self) -> bool:
-        return self._trainer is not None and self.stage == "fit" and self._trainer.ckpt_path is not None
-
-    @property
-    def scales_loss(self) -> bool:
-        return self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None
-
-    @property
-    def restarts_epochs(self) -> str:
-        trainer: Any = self._trainer
-        if trainer is None:
-            return ""
-        if trainer.overfit_batches:
-            return "trainer.overfit_batches begins each epoch anew"
-        reloads = trainer.reload_dataloaders_every_n_epochs
-        return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""
-
-    @property
-    def ends_by_clock(self) -> bool:
-        callbacks: Any = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(callback, Timer) for callback in callbacks)
-
     def restart_epoch(self) -> None:
-        restart_epoch(self._module.trainer)
+        """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
+
+        With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there
+        is now another number of them. Counts over all epochs stay.
+        """
+        loop = self._module.trainer.fit_loop
+        progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
+        total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
+        assert loader is not None and loader.limits is not None
+        count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
+        current.ready = current.started = current.processed = count
+        # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
+        current.completed = count - (total.processed - total.completed)
 
     def backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):
@@ -497,17 +477,8 @@ class _LightningRun(Run):
             trainer._logger_connector._callback_metrics.pop(name, None)
 
 
-def restart_epoch(trainer: Trainer) -> None:
-    """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the state of the train dataloader.
-
-    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there is
-    now another number of them. Counts over all epochs stay.
-    """
-    loop = trainer.fit_loop
-    progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
-    total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-    assert loader is not None and loader.limits is not None
-    count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
-    current.ready = current.started = current.processed = count
-    # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
-    current.completed = count - (total.processed - total.completed)
+def _restarts_epochs(trainer: Trainer) -> str:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        return "trainer.overfit_batches begins each epoch anew"
+    reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
+from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
 
 CHECKPOINT_KEY = "hybrid_lightning"
 CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
@@ -34,6 +37,15 @@ def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "version that wrote it, or start a new run"
         )
     return state
+
+
+def keep_trained(checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Keep of a checkpoint's weights the trainable ones, and key the states of these optimizers by their names."""
+    trainable, names = trained_names(module), parameter_names(module)
+    checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
+    if optimizers:
+        states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
+        checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
 
 
 def policy_state(policy: Policy, passes: Passes, device: torch.device) -> dict[str, Any]:

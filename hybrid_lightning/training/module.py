@@ -30,7 +30,6 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable, describe_arguments
-from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import autocast_of, check_precision
@@ -44,11 +43,17 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
-from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.sharding.parameters import trained_names
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 from hybrid_lightning.training.calibration import CalibrationLosses
-from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, check_weights, policy_state, restore_policy
+from hybrid_lightning.training.checkpoint import (
+    CHECKPOINT_KEY,
+    adapter_state,
+    check_weights,
+    keep_trained,
+    policy_state,
+    restore_policy,
+)
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
@@ -59,7 +64,6 @@ from hybrid_lightning.training.optim import (
     with_hyper_parameters,
 )
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
 
@@ -146,7 +150,6 @@ class LanguageModule(Configurable, LightningModule, ABC):
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
-        self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
 
     # ---- the policy
 
@@ -235,21 +238,14 @@ class LanguageModule(Configurable, LightningModule, ABC):
         run = (self.trainer, self.trainer.state.fn, self.policy.is_loaded)
         if run == self._checked:
             return
-        trainer, policy, generation, optimizer = self.trainer, self.policy, self.task.generation, self.optimization.optimizer
-        dtype, strategy = policy.pretrained.dtype, trainer.strategy
-        if strategy.root_device.type == "cuda":
-            prepare_gpu(own_allocator=generation.sampler.shares_device)
+        trainer, policy, optimizer = self.trainer, self.policy, self.optimization.optimizer
+        if trainer.strategy.root_device.type == "cuda":
+            prepare_gpu(own_allocator=self.task.generation.sampler.shares_device)
         check_strategy(trainer, optimizer)
         if policy.quantization is not None:
-            check_quantization(policy.quantization, strategy)
-        check_precision(str(trainer.precision), dtype, optimizer)
-        generation.check()
-        if policy.plan is not None:
-            self.task.check_start_weights(policy.keep_start_weights)
-        if policy.is_loaded:  # else the attention is not known
-            attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
-            warn_of_differences(self.run, attention, generation.reward_terms())
-        self.task.check()
+            check_quantization(policy.quantization, trainer.strategy)
+        check_precision(str(trainer.precision), policy.pretrained.dtype, optimizer)
+        self.task.check_run()
         self._checked = run
 
     def configure_model(self) -> None:
@@ -278,12 +274,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trainable weights alone, key the optimizer's state by their names, and add plan, base model and passes."""
-        trainable = trained_names(self)
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
-        if "optimizer_states" in checkpoint:
-            names = parameter_names(self)
-            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
+        keep_trained(checkpoint, self, self.trainer.optimizers if "optimizer_states" in checkpoint else ())
         checkpoint[CHECKPOINT_KEY] = policy_state(self.policy, self.task.passes, self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -386,17 +377,13 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.evaluation.end("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""
+        """Give a rollout engine with weights of its own the policy's current weights."""
         self.task.generation.update()
-        if self.policy.weights.sharded:
-            batches = sum(int(count) for count in self.trainer.num_predict_batches)
-            self._missing_batches = max(gather_counts(batches, self.device)) - batches
+        self.evaluation.begin_predict(sum(int(count) for count in self.trainer.num_predict_batches))
 
     def on_predict_epoch_end(self) -> None:
-        """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
-        own = self.task.generation.sampler.needs_weight_sync
-        for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
-            self.policy.weights.gathered(lambda: None)
+        """Keep step with ranks that have more batches."""
+        self.evaluation.end_predict()
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, greedy and sampled, with their rewards, as records for JSON."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.metrics import check_set_name
@@ -29,6 +30,7 @@ from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -128,6 +130,17 @@ class Task(RolloutSource, ABC):
             return self.passes.logprobs(sequences)
 
     # ---- checks, before time is spent on a run
+
+    def check_run(self) -> None:
+        """Raise ConfigError if settings of the run do not work for policy, engine or task, and warn of doubtful ones."""
+        policy = self.policy
+        self.generation.check()
+        if policy.plan is not None:
+            self.check_start_weights(policy.keep_start_weights)
+        if policy.is_loaded:  # else the attention is not known
+            attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
+            warn_of_differences(self.run, attention, self.generation.reward_terms())
+        self.check()
 
     @abstractmethod
     def check(self) -> None:

@@ -3,7 +3,9 @@
 It stands under the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
 """
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
+from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
 CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
@@ -39,25 +42,40 @@ def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def keep_trained(checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Keep of a checkpoint's weights the trainable ones, and key the states of these optimizers by their names."""
+def save_policy(
+    checkpoint: dict[str, Any], policy: Policy, passes: Passes, module: nn.Module, optimizers: Sequence[Optimizer]
+) -> None:
+    """Keep of a checkpoint the trainable weights of a module alone, and add the entry of its policy.
+
+    The states of these optimizers are keyed by the weights' names.
+    """
     trainable, names = trained_names(module), parameter_names(module)
     checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
     if optimizers:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
         checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-
-
-def policy_state(policy: Policy, passes: Passes, device: torch.device) -> dict[str, Any]:
-    """The entry of a policy that trains on a device."""
     engine = policy.engine
-    return {
+    checkpoint[CHECKPOINT_KEY] = {
         **new_state(policy.plan, policy.base_digest),
         "quantization": _quantization_name(policy),
         "keep_start_weights": policy.keep_start_weights,
         "passes": engine.passes() if engine.is_prepared else {},
-        **passes.state(device),
+        **passes.state(policy.device),
     }
+
+
+def as_one_file(checkpoint: Any) -> Any:
+    """A checkpoint as Lightning can read it: the content of a sharded one, which is a folder, as a file in memory.
+
+    Raises:
+        CheckpointError: If the folder is incomplete.
+    """
+    if not is_sharded_checkpoint(checkpoint):
+        return checkpoint
+    file = io.BytesIO()
+    torch.save(read_weights(Path(checkpoint)), file)
+    file.seek(0)
+    return file
 
 
 def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:

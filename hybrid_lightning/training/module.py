@@ -8,11 +8,10 @@ What is trained is `policy`, a `Policy`; how it is trained is `task`, a `Task`, 
 modules make both from options with flat names (`policy_module.py`, `example_module.py`), and answer Lightning's hooks by them.
 """
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -20,7 +19,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -44,23 +42,14 @@ from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import trained_names
-from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 from hybrid_lightning.training.calibration import CalibrationLosses
-from hybrid_lightning.training.checkpoint import (
-    CHECKPOINT_KEY,
-    adapter_state,
-    check_weights,
-    keep_trained,
-    policy_state,
-    restore_policy,
-)
+from hybrid_lightning.training.checkpoint import adapter_state, as_one_file, check_weights, restore_policy, save_policy
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
     LearningRateSchedule,
     Optimization,
     OptimizerCallable,
-    build_optimizer,
     with_hyper_parameters,
 )
 from hybrid_lightning.training.run import Run
@@ -143,7 +132,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
             self._hparams_initial = self._to_hparams_dict(plain)
         self.optimization = Optimization(optimizer, lr_full, lr_lora, schedule or ConstantSchedule())
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
-        self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, self._register)
+        self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, partial(setattr, self, "model"))
         self.run = _LightningRun(self)
         self._sampler, self._seed = sampler or Sampler(), seed  # for the task, as are these
         self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
@@ -152,9 +141,6 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
 
     # ---- the policy
-
-    def _register(self, model: nn.Module) -> None:
-        setattr(self, self.adapter_attribute, model)
 
     def _precision(self) -> Any:
         """A context with the Trainer's precision; without a Trainer, with the precision of the model's dtype."""
@@ -257,14 +243,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
-        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
-
-        full, lora = parameter_groups(self.policy.model)
-        rates, how, steps = self.rates, self.optimization, self.trainer.estimated_stepping_batches
-        if how.lr_full is None and full and lora:
-            rank_zero_info(f"lr_full: {rates['full']:.3g}, from lr_lora={how.lr_lora:g} and the hidden size")
-        groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
-        return build_optimizer(how.optimizer, groups, how.schedule, steps)  # type: ignore[return-value]
+        built = self.optimization.of_model(self.policy.model, self.trainer.estimated_stepping_batches)
+        return built  # type: ignore[return-value]
 
     def teardown(self, stage: str) -> None:
         """End completions that are under way, and what makes them."""
@@ -274,8 +254,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trainable weights alone, key the optimizer's state by their names, and add plan, base model and passes."""
-        keep_trained(checkpoint, self, self.trainer.optimizers if "optimizer_states" in checkpoint else ())
-        checkpoint[CHECKPOINT_KEY] = policy_state(self.policy, self.task.passes, self.device)
+        optimizers = self.trainer.optimizers if "optimizer_states" in checkpoint else ()
+        save_policy(checkpoint, self.policy, self.task.passes, self, optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is applied already.
@@ -301,12 +281,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
-        if is_sharded_checkpoint(checkpoint_path):  # Lightning cannot read it
-            content = read_weights(Path(checkpoint_path))
-            checkpoint_path = io.BytesIO()
-            torch.save(content, checkpoint_path)
-            checkpoint_path.seek(0)
-        module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        module: Self = super().load_from_checkpoint(as_one_file(checkpoint_path), *arguments, **options)
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

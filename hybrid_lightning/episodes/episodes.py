@@ -146,7 +146,7 @@ class Episodes:
         return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
-        """The same for another thread: with a tokenizer of its own, and processes for the environments."""
+        """These episodes for another thread: with a tokenizer of its own, and processes for the environments."""
         options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
         other = Episodes(self.environment, self.limits, self.sampler, *options)
         _ = other.turns  # reads the tokenizer, here and not in that thread

@@ -164,7 +164,7 @@ class TurnEncoder:
         return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
 
     def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
-        """The same; None if the template refuses the messages."""
+        """What the template writes behind an answer; None if it refuses the messages."""
         try:
             return self._behind(new, add_generation_prompt)
         except (TemplateError, TypeError):  # the latter where a template adds a text to something else
@@ -193,7 +193,7 @@ class TurnEncoder:
         return fitted
 
     def _fit_behind(self, messages: Sequence[Message]) -> list[Message]:
-        """The same, for messages behind an answer."""
+        """Messages behind an answer with the roles that the template can add; ConfigError if it can add none."""
         fitted = self._fit(messages)
         if any(message["role"] == "user" for message in fitted) and self._fault("user"):
             raise ConfigError(self._fault("user"))

@@ -13,7 +13,7 @@ joins, and each group comes as a whole or not at all.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,31 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
-from hybrid_lightning.rollout.interface import WeightsVersion
+from hybrid_lightning.rollout.interface import PolicyWeight, WeightsVersion
 from hybrid_lightning.sharding.ranks import sum_over_ranks
 from hybrid_lightning.sharding.weights import Weights
 
 _PREFIX = "base_model.model."  # that PEFT puts before names
 _FULL = f".modules_to_save.{ADAPTER}."
-
-
-@dataclass(frozen=True)
-class CurrentWeight:
-    """One weight, perhaps with an update that has yet to be merged into it (see `PolicyWeight`)."""
-
-    name: str
-    weight: Tensor  # before the update, whole
-    update: LowRankUpdate | None = None
-    transposed: bool = False
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape in a checkpoint of the base model."""
-        return self.weight.shape
-
-    def write_rows(self, destination: Tensor, first: int) -> None:
-        """See `PolicyWeight`."""
-        write_merged(destination, first, self.weight, self.update, self.transposed)
 
 
 @dataclass(frozen=True)
@@ -93,13 +74,15 @@ class _Part:
         for key, parameter in self.source.named_parameters(recurse=False):
             yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(parameter) else tuple(parameter.shape)
 
-    def weights(self) -> Iterator[CurrentWeight]:
-        """The weights; under FSDP2 all ranks gather them here together."""
+    def weights(self) -> Iterator[PolicyWeight]:
+        """The weights, whose updates are merged when they are written; under FSDP2 all ranks gather them here together."""
         for key, parameter in self.source.named_parameters(recurse=False):
             adapted = key == "weight" and isinstance(self.module, LoraLayer) and self._is_on
             update = self._update() if adapted else None
             whole = _whole(dequantize_module_weight(self.source) if _is_packed(parameter) else parameter)
-            yield CurrentWeight(f"{self.name}.{key}", whole, update, isinstance(self.source, Conv1D))
+            transposed = isinstance(self.source, Conv1D)
+            write = partial(write_merged, weight=whole, update=update, transposed=transposed)
+            yield PolicyWeight(f"{self.name}.{key}", whole.shape, write)
 
     def _update(self) -> LowRankUpdate:
         layer = self.module
@@ -122,11 +105,11 @@ class CurrentWeights:
         self.version = WeightsVersion(step, self._digest())
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
-        """See `PolicyWeights`."""
+        """Name -> shape of each weight that `stream` yields, in its order."""
         return dict(shape for part in self._chosen(everything) for shape in part.shapes())
 
-    def stream(self, everything: bool) -> Iterator[CurrentWeight]:
-        """See `PolicyWeights`."""
+    def stream(self, everything: bool) -> Iterator[PolicyWeight]:
+        """All weights, or those that training changes with all that is joined to them, one at a time."""
         with torch.no_grad():
             for part in self._chosen(everything):
                 yield from part.weights()

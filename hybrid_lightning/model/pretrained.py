@@ -71,7 +71,7 @@ class Pretrained:
         return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
 
     def clone_for_thread(self) -> Self:
-        """The same for another thread: with a tokenizer that is read anew."""
+        """This model for another thread: with a tokenizer that is read anew."""
         other = copy(self)
         for name in ("tokenizer", "encoder"):
             with suppress(AttributeError):  # it has not been read yet

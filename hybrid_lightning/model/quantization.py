@@ -69,7 +69,7 @@ class NF4(Quantization):
         return shape[1] % _BLOCK == 0
 
     def layer(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> nn.Linear:
-        """See `Quantization`."""
+        """Make a linear layer with a frozen weight in 4 bits."""
         from hybrid_lightning.model.quantized_linear import NF4Linear
 
         return NF4Linear(weight, bias, device)

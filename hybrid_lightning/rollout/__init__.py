@@ -5,7 +5,6 @@ sampler.py            samples completions
 interface.py          what an engine is asked, and what it is told of weights and model
 rollout_engine.py     the interface of all that samples completions, and of episodes that continue turn by turn
 future.py             a rollout in progress
-run_context.py        what rollouts ask of the run that they belong to
 vllm/                 samples completions by vLLM
 rng.py                random numbers of the sampler, and random states for checkpoints
 dynamic_sampling.py   replaces groups from which nothing can be learned

@@ -75,7 +75,7 @@ class RolloutFuture(Generic[_T]):
         return RolloutFuture(lambda: function(self.result()), self, on_cancel=on_cancel)
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> "RolloutFuture[_T]":
-        """The same future, waited for and computed within a context."""
+        """This future, waited for and computed within a context."""
         return RolloutFuture(self.result, self, context=context)
 
     def done(self) -> bool:

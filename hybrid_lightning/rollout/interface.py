@@ -65,38 +65,23 @@ class WeightsVersion:
         return cls(int(step), digest) if step.isdecimal() and digest else None
 
 
-class PolicyWeight(Protocol):
+@dataclass(frozen=True)
+class PolicyWeight:
     """One weight as the policy computes with it: LoRA is merged into it."""
 
-    @property
-    def name(self) -> str:
-        """Name in a checkpoint of the base model."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape in such a checkpoint."""
-
-    def write_rows(self, destination: Tensor, first: int) -> None:
-        """Compute the rows from number `first` on in float32, and round them once to the dtype of the destination.
-
-        It is [rows, ...], on the weight's device or another.
-        """
+    name: str  # in a checkpoint of the base model
+    shape: torch.Size  # in such a checkpoint
+    # Fills a destination [rows, ...], on any device, with the rows from a number on: computed in float32, and rounded once to its
+    # dtype.
+    write_rows: Callable[[Tensor, int], None]
 
 
 class PolicyWeights(Protocol):
     """The weights of a policy at one moment, for engines that have weights of their own."""
 
-    @property
-    def version(self) -> WeightsVersion:
-        """Which weights these are."""
-
-    @property
-    def base(self) -> str:
-        """What tells the weights that training leaves alone from those of other models."""
-
-    @property
-    def is_sender(self) -> bool:
-        """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
+    version: WeightsVersion  # which weights these are
+    base: str  # what tells the weights that training leaves alone from those of other models
+    is_sender: bool  # whether this rank sends to engines that all ranks share; the others only help to gather what is split
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""

@@ -42,7 +42,6 @@ from hybrid_lightning.rollout.batching import (
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
-from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.types import PolicyBatch, Prompt, ScoredRollout, Sequences
 
@@ -60,6 +59,25 @@ class TrainedRollout:
     counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
     contributes: Tensor | None = None  # [B] bool: rows that the update needs; None: all
     scored: ScoredRollout | None = None  # what callbacks see of it; None where nothing was sampled
+
+
+class LoaderRun(Protocol):
+    """What the loader asks of the run that trains on its micro-batches (see `Run`)."""
+
+    rank: int
+    world_size: int
+    device: torch.device | None
+    steps_left: float
+    accumulate_grad_batches: int
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks. All ranks have to call it."""
+
+    def gather_over_ranks(self, value: Any) -> list[Any]:
+        """The values of all ranks. All ranks have to call it."""
+
+    def restart_epoch(self) -> None:
+        """Count the micro-batches of the epoch from 0: called when a resumed run finds other training prompts."""
 
 
 class RolloutSource(Protocol):
@@ -189,7 +207,7 @@ class RolloutLoader:
         prompts: Sequence[Prompt],
         source: RolloutSource,
         schedule: RolloutSchedule,
-        run: RunContext,
+        run: LoaderRun,
         *,
         generator: torch.Generator | None = None,
         seed: int = 0,

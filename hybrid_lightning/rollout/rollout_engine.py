@@ -55,10 +55,10 @@ class RolloutEngine(Configurable, ABC):
 
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
     needs_weight_sync = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
-    is_remote = False  # whether completions are made in other processes, while this one goes on (see `begin`)
+    # Whether completions are made in other processes, while this one goes on (see `begin`), by engines that all ranks share.
+    is_remote = False
     inflight_updates = False  # whether requests under way continue with new weights that `update` gives; else there must be none
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
-    shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 

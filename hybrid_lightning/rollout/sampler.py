@@ -38,39 +38,35 @@ class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Args:
+        max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
             spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
             the screen which it is; `true` refuses to go on otherwise.
+        options: Of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
-
-    The other arguments are those of `RolloutEngine`.
     """
 
     def __init__(
         self,
         max_new_tokens: int = 256,
         *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-        min_p: float = 0.0,
         cuda_graphs: bool | Literal["auto"] = "auto",
+        **options: Any,
     ) -> None:
-        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
+        super().__init__(max_new_tokens, **options)
         self.cuda_graphs = cuda_graphs
 
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """See `RolloutEngine`."""
+        """Complete every prompt of a request by the model's own passes."""
         return self.first(engine, tokenizer, request)[0]
 
     def conversation(
         self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest, capacity: int
     ) -> Conversation:
-        """See `RolloutEngine`."""
+        """Begin episodes of several turns, whose keys and values are kept where the model's way to decode can."""
         return _ContinuedConversation(self, engine, tokenizer, request, capacity)
 
     @torch.no_grad()
@@ -179,10 +175,10 @@ class _Decoder:
         """Decode until all sequences have ended, from logits [B, V] of the first token of each.
 
         Args:
-            logits: See above.
+            logits: [B, V], of the first token of each.
             generator: See `SamplingRequest.draws`.
             limits: Most tokens of each sequence, or of each of `samples` that follow one another.
-            samples: See above.
+            samples: Number of sequences that share a limit.
 
         Returns:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
@@ -346,7 +342,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same for accelerators, with log-probabilities, and few passes over the logits.
+    """Draw a token for each row of logits on an accelerator, with its log-probability, in few passes over the logits.
 
     Probabilities are summed up as whole multiples of 2^-40, so that sums are exact, and the same in whatever order the device
     adds. A probability that is smaller than that counts as 0.
@@ -404,7 +400,7 @@ def running_sums(values: Tensor) -> Tensor:
 
 
 def sums_by_doubling(values: Tensor) -> Tensor:
-    """The same, by about log2(n) additions of whole tensors."""
+    """Cumulative sums of [R, n] along the second axis, by about log2(n) additions of whole tensors."""
     step = 1
     while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
         values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)

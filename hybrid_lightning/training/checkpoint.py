@@ -3,15 +3,21 @@
 It stands under the key `hybrid_lightning`, and is enough to rebuild the policy from its base model.
 """
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
+from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
+from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 CHECKPOINT_KEY = "hybrid_lightning"
 CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
@@ -36,16 +42,40 @@ def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def policy_state(policy: Policy, passes: Passes, device: torch.device) -> dict[str, Any]:
-    """The entry of a policy that trains on a device."""
+def save_policy(
+    checkpoint: dict[str, Any], policy: Policy, passes: Passes, module: nn.Module, optimizers: Sequence[Optimizer]
+) -> None:
+    """Keep of a checkpoint the trainable weights of a module alone, and add the entry of its policy.
+
+    The states of these optimizers are keyed by the weights' names.
+    """
+    trainable, names = trained_names(module), parameter_names(module)
+    checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
+    if optimizers:
+        states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
+        checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
     engine = policy.engine
-    return {
+    checkpoint[CHECKPOINT_KEY] = {
         **new_state(policy.plan, policy.base_digest),
         "quantization": _quantization_name(policy),
         "keep_start_weights": policy.keep_start_weights,
         "passes": engine.passes() if engine.is_prepared else {},
-        **passes.state(device),
+        **passes.state(policy.device),
     }
+
+
+def as_one_file(checkpoint: Any) -> Any:
+    """A checkpoint as Lightning can read it: the content of a sharded one, which is a folder, as a file in memory.
+
+    Raises:
+        CheckpointError: If the folder is incomplete.
+    """
+    if not is_sharded_checkpoint(checkpoint):
+        return checkpoint
+    file = io.BytesIO()
+    torch.save(read_weights(Path(checkpoint)), file)
+    file.seek(0)
+    return file
 
 
 def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:
@@ -70,8 +100,11 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
         if policy.plan is not None:
             raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
         return
-    if resumes:
-        _check_resumable(policy, saved)
+    if resumes and saved["quantization"] != _quantization_name(policy):
+        raise CheckpointError(
+            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
+            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
+        )
     if policy.plan is not None and policy.plan.digest != plan.digest:
         raise CheckpointError(
             f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {policy.plan.digest[:12]} is "
@@ -89,20 +122,6 @@ def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
         if names:
             found = what.format(len(names))
             raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
-
-
-def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:
-    # Versions before 0.1.0 trained in two more ways.
-    if saved["quantization"] == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
-        raise CheckpointError(
-            "the checkpoint was trained with model.quantization=Int8 or trainer.precision=bf16-true, which are not supported any "
-            "more; export it, or start a new run with NF4 or bf16-mixed"
-        )
-    if saved["quantization"] != _quantization_name(policy):
-        raise CheckpointError(
-            f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "
-            f"{_quantization_name(policy) or 'null'} now; give the same, or start a new run"
-        )
 
 
 def _quantization_name(policy: Policy) -> str | None:

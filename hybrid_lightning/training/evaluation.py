@@ -21,6 +21,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
 
@@ -171,6 +172,17 @@ class Evaluation(nn.Module):
         of_greedy, of_sampled = ((rollouts, rewards, generation.answers(rollouts)) for rollouts, rewards in (greedy, sampled))
         render = generation.policy.pretrained.encoder.render
         return prediction_records(of_greedy, of_sampled, [render(prompt) for prompt in prompts])
+
+    def begin_predict(self, batches: int) -> None:
+        """Note how many more batches than the so many of this rank another one has, where ranks gather weights together."""
+        sharded, device = self.generation.policy.weights.sharded, self.generation.policy.device
+        self._missing_batches = max(gather_counts(batches, device)) - batches if sharded else 0
+
+    def end_predict(self) -> None:
+        """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
+        own = self.generation.sampler.needs_weight_sync
+        for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
+            self.generation.policy.weights.gathered(lambda: None)
 
     def _scored(self, prompts: Sequence[Prompt]) -> list[tuple[Rollouts, Rewards]]:
         """One greedy completion of each prompt with its reward, and the sampled ones with theirs."""

@@ -340,7 +340,7 @@ class Generation:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
         sampler, needed = self.sampler, False
         with self.run.stopping_together(), self.run.interruptible():
-            needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
+            needed = (weights.is_sender or not sampler.is_remote) and sampler.needs_everything(weights, model)
         return any(gather_objects(needed))
 
     def _compare(self, rollouts: Rollouts, greedy: bool) -> None:
@@ -373,7 +373,7 @@ class Generation:
     @property
     def _is_alone(self) -> bool:
         """Whether this rank completes before the others do: the first one, in calibration."""
-        alone = not self.sampler.shared_by_ranks or self.run.rank == 0
+        alone = not self.sampler.is_remote or self.run.rank == 0
         return alone and self._is_behind and not self.policy.weights.sharded
 
     @property

@@ -8,18 +8,17 @@ What is trained is `policy`, a `Policy`; how it is trained is `task`, a `Task`, 
 modules make both from options with flat names (`policy_module.py`, `example_module.py`), and answer Lightning's hooks by them.
 """
 
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable, describe_arguments
-from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import autocast_of, check_precision
@@ -43,22 +41,18 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
-from hybrid_lightning.sharding.ranks import gather_counts
-from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
+from hybrid_lightning.sharding.parameters import trained_names
 from hybrid_lightning.training.calibration import CalibrationLosses
-from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, check_weights, policy_state, restore_policy
+from hybrid_lightning.training.checkpoint import adapter_state, as_one_file, check_weights, restore_policy, save_policy
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
     LearningRateSchedule,
     Optimization,
     OptimizerCallable,
-    build_optimizer,
     with_hyper_parameters,
 )
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.task import Task
 from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts
 
@@ -138,19 +132,15 @@ class LanguageModule(Configurable, LightningModule, ABC):
             self._hparams_initial = self._to_hparams_dict(plain)
         self.optimization = Optimization(optimizer, lr_full, lr_lora, schedule or ConstantSchedule())
         pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
-        self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, self._register)
+        self.policy = Policy(pretrained, quantization, gradient_checkpointing, self._precision, partial(setattr, self, "model"))
         self.run = _LightningRun(self)
         self._sampler, self._seed = sampler or Sampler(), seed  # for the task, as are these
         self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
         self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
-        self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
 
     # ---- the policy
-
-    def _register(self, model: nn.Module) -> None:
-        setattr(self, self.adapter_attribute, model)
 
     def _precision(self) -> Any:
         """A context with the Trainer's precision; without a Trainer, with the precision of the model's dtype."""
@@ -234,21 +224,14 @@ class LanguageModule(Configurable, LightningModule, ABC):
         run = (self.trainer, self.trainer.state.fn, self.policy.is_loaded)
         if run == self._checked:
             return
-        trainer, policy, generation, optimizer = self.trainer, self.policy, self.task.generation, self.optimization.optimizer
-        dtype, strategy = policy.pretrained.dtype, trainer.strategy
-        if strategy.root_device.type == "cuda":
-            prepare_gpu(own_allocator=generation.sampler.shares_device)
+        trainer, policy, optimizer = self.trainer, self.policy, self.optimization.optimizer
+        if trainer.strategy.root_device.type == "cuda":
+            prepare_gpu(own_allocator=self.task.generation.sampler.shares_device)
         check_strategy(trainer, optimizer)
         if policy.quantization is not None:
-            check_quantization(policy.quantization, strategy)
-        check_precision(str(trainer.precision), dtype, optimizer)
-        generation.check()
-        if policy.plan is not None:
-            self.task.check_start_weights(policy.keep_start_weights)
-        if policy.is_loaded:  # else the attention is not known
-            attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
-            warn_of_differences(self.run, attention, generation.reward_terms())
-        self.task.check()
+            check_quantization(policy.quantization, trainer.strategy)
+        check_precision(str(trainer.precision), policy.pretrained.dtype, optimizer)
+        self.task.check_run()
         self._checked = run
 
     def configure_model(self) -> None:
@@ -260,14 +243,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
-        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
-
-        full, lora = parameter_groups(self.policy.model)
-        rates, how, steps = self.rates, self.optimization, self.trainer.estimated_stepping_batches
-        if how.lr_full is None and full and lora:
-            rank_zero_info(f"lr_full: {rates['full']:.3g}, from lr_lora={how.lr_lora:g} and the hidden size")
-        groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
-        return build_optimizer(how.optimizer, groups, how.schedule, steps)  # type: ignore[return-value]
+        built = self.optimization.of_model(self.policy.model, self.trainer.estimated_stepping_batches)
+        return built  # type: ignore[return-value]
 
     def teardown(self, stage: str) -> None:
         """End completions that are under way, and what makes them."""
@@ -277,13 +254,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trainable weights alone, key the optimizer's state by their names, and add plan, base model and passes."""
-        trainable = trained_names(self)
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
-        if "optimizer_states" in checkpoint:
-            names = parameter_names(self)
-            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-        checkpoint[CHECKPOINT_KEY] = policy_state(self.policy, self.task.passes, self.device)
+        optimizers = self.trainer.optimizers if "optimizer_states" in checkpoint else ()
+        save_policy(checkpoint, self.policy, self.task.passes, self, optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is applied already.
@@ -309,12 +281,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
-        if is_sharded_checkpoint(checkpoint_path):  # Lightning cannot read it
-            content = read_weights(Path(checkpoint_path))
-            checkpoint_path = io.BytesIO()
-            torch.save(content, checkpoint_path)
-            checkpoint_path.seek(0)
-        module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        module: Self = super().load_from_checkpoint(as_one_file(checkpoint_path), *arguments, **options)
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -385,92 +352,67 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self.evaluation.end("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""
+        """Give a rollout engine with weights of its own the policy's current weights."""
         self.task.generation.update()
-        if self.policy.weights.sharded:
-            batches = sum(int(count) for count in self.trainer.num_predict_batches)
-            self._missing_batches = max(gather_counts(batches, self.device)) - batches
+        self.evaluation.begin_predict(sum(int(count) for count in self.trainer.num_predict_batches))
 
     def on_predict_epoch_end(self) -> None:
-        """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
-        own = self.task.generation.sampler.needs_weight_sync
-        for _ in range(0 if own else 2 * self._missing_batches):  # greedily and by sampling
-            self.policy.weights.gathered(lambda: None)
+        """Keep step with ranks that have more batches."""
+        self.evaluation.end_predict()
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, greedy and sampled, with their rewards, as records for JSON."""
         return self.evaluation.predict(batch)
 
 
+class _Answer:
+    """An attribute of `_LightningRun` that follows from its Trainer; without one it is as in `Run`."""
+
+    def __init__(self, of_trainer: Callable[[Any], Any]) -> None:
+        self._of_trainer = of_trainer
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Any, owner: type) -> Any:
+        trainer = run._module._trainer
+        return getattr(Run, self._name) if trainer is None else self._of_trainer(trainer)
+
+
 class _LightningRun(Run):
     """The run of a module's Trainer."""
+
+    stage: Any = _Answer(lambda trainer: "" if trainer.state.fn is None else str(trainer.state.fn.value))
+    rank: Any = _Answer(lambda trainer: trainer.global_rank)
+    world_size: Any = _Answer(lambda trainer: trainer.world_size)
+    device: Any = _Answer(lambda trainer: trainer.strategy.root_device)
+    step: Any = _Answer(lambda trainer: trainer.global_step)
+    steps_left: Any = _Answer(lambda trainer: trainer.estimated_stepping_batches - trainer.global_step)
+    accumulate_grad_batches: Any = _Answer(lambda trainer: trainer.accumulate_grad_batches)
+    is_training: Any = _Answer(lambda trainer: trainer.training)
+    is_resumed: Any = _Answer(lambda trainer: trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is not None)
+    scales_loss: Any = _Answer(lambda trainer: getattr(trainer.precision_plugin, "scaler", None) is not None)
+    restarts_epochs: Any = _Answer(lambda trainer: _restarts_epochs(trainer))
+    ends_by_clock: Any = _Answer(lambda trainer: any(isinstance(callback, Timer) for callback in trainer.callbacks))
 
     def __init__(self, module: LanguageModule) -> None:
         super().__init__()
         self._module = module
 
-    @property
-    def _trainer(self) -> Trainer | None:
-        return self._module._trainer
-
-    @property
-    def stage(self) -> str:
-        fn = None if self._trainer is None else self._trainer.state.fn
-        return "" if fn is None else str(fn.value)
-
-    @property
-    def step(self) -> int:
-        return 0 if self._trainer is None else self._trainer.global_step
-
-    @property
-    def steps_left(self) -> float:
-        return self._module.trainer.estimated_stepping_batches - self.step
-
-    @property
-    def rank(self) -> int:
-        return 0 if self._trainer is None else self._trainer.global_rank
-
-    @property
-    def world_size(self) -> int:
-        return 1 if self._trainer is None else self._trainer.world_size
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        return 1 if self._trainer is None else self._trainer.accumulate_grad_batches
-
-    @property
-    def device(self) -> torch.device | None:
-        return None if self._trainer is None else self._trainer.strategy.root_device
-
-    @property
-    def is_training(self) -> bool:
-        return self._trainer is not None and self._trainer.training
-
-    @property
-    def is_resumed(self) -> bool:
-        return self._trainer is not None and self.stage == "fit" and self._trainer.ckpt_path is not None
-
-    @property
-    def scales_loss(self) -> bool:
-        return self._trainer is not None and getattr(self._trainer.precision_plugin, "scaler", None) is not None
-
-    @property
-    def restarts_epochs(self) -> str:
-        trainer: Any = self._trainer
-        if trainer is None:
-            return ""
-        if trainer.overfit_batches:
-            return "trainer.overfit_batches begins each epoch anew"
-        reloads = trainer.reload_dataloaders_every_n_epochs
-        return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""
-
-    @property
-    def ends_by_clock(self) -> bool:
-        callbacks: Any = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(callback, Timer) for callback in callbacks)
-
     def restart_epoch(self) -> None:
-        restart_epoch(self._module.trainer)
+        """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the train dataloader's state.
+
+        With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there
+        is now another number of them. Counts over all epochs stay.
+        """
+        loop = self._module.trainer.fit_loop
+        progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
+        total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
+        assert loader is not None and loader.limits is not None
+        count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
+        current.ready = current.started = current.processed = count
+        # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
+        current.completed = count - (total.processed - total.completed)
 
     def backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):
@@ -497,17 +439,8 @@ class _LightningRun(Run):
             trainer._logger_connector._callback_metrics.pop(name, None)
 
 
-def restart_epoch(trainer: Trainer) -> None:
-    """Let a resumed run count the micro-batches of its epoch from 0, while Lightning loads the state of the train dataloader.
-
-    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there is
-    now another number of them. Counts over all epochs stay.
-    """
-    loop = trainer.fit_loop
-    progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
-    total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-    assert loader is not None and loader.limits is not None
-    count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
-    current.ready = current.started = current.processed = count
-    # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
-    current.completed = count - (total.processed - total.completed)
+def _restarts_epochs(trainer: Trainer) -> str:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        return "trainer.overfit_batches begins each epoch anew"
+    reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    return "trainer.reload_dataloaders_every_n_epochs would drop the rollouts that were begun" if reloads else ""

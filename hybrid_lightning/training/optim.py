@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -126,6 +127,16 @@ class Optimization:
         """Learning rates of the parameter groups of a model, `full` and `lora`."""
         full = rate_of_full_modules(self.lr_lora, model) if self.lr_full is None else self.lr_full
         return {"full": full, "lora": self.lr_lora}
+
+    def of_model(self, model: nn.Module, total_steps: float) -> dict[str, Any]:
+        """What `configure_optimizers` returns for an adapted model, in a run of so many steps (see `build_optimizer`)."""
+        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
+
+        rates, (full, lora) = self.rates(model), parameter_groups(model)
+        if self.lr_full is None and full and lora:
+            rank_zero_info(f"lr_full: {rates['full']:.3g}, from lr_lora={self.lr_lora:g} and the hidden size")
+        groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
+        return build_optimizer(self.optimizer, groups, self.schedule, total_steps)
 
 
 def build_optimizer(

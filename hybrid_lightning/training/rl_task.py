@@ -22,7 +22,7 @@ from hybrid_lightning.episodes.episodes import episode_metrics, token_advantages
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
-from hybrid_lightning.rewards import EpisodeReturn, rewards_to_go
+from hybrid_lightning.rewards import rewards_to_go
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
@@ -107,13 +107,7 @@ class RLTask(Task):
             of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
             advantages = token_advantages(of_turns, rollouts)
         trained = self.trained_sequences(rollouts, rewards)
-        count = len(rewards.of_counted().total)
-        if count and not trained.sampled_mask.any():
-            rank_zero_warn(
-                f"all {count} completions of a rollout were cut at max_new_tokens={self.generation.sampler.max_new_tokens}, and "
-                "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
-                "model.sampler.max_new_tokens"
-            )
+        run_checks.warn_if_all_are_cut(trained, rewards, self.generation.sampler.max_new_tokens)
         metrics, needed = self._measured(rollouts, rewards, credited), self._contributes(advantages)
         shown = _with_advantages(rollouts, rewards, advantages)
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown)
@@ -162,15 +156,10 @@ class RLTask(Task):
     def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
         """Metrics of a rollout over all ranks."""
         metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics()}
-        episodes, terms = self.generation.episodes, self.generation.reward_terms()
-        if episodes is not None:
+        if self.generation.episodes is not None:
             metrics |= episode_metrics(rollouts.completions)
-            if metrics.get("episodes/return") and not any(isinstance(term, EpisodeReturn) for term in terms):
-                name = type(episodes.environment).__name__
-                text = (
-                    f"{name} gives rewards, and model.reward does not read them; add EpisodeReturn to it, or leave model.reward "
-                )
-                self._warn_once(f"{text}out to train on them alone", "unread rewards")
+            if warning := run_checks.unread_rewards(self.generation, metrics):
+                self._warn_once(warning, "unread rewards")
         return metrics
 
     def _warn_once(self, text: str, what: str) -> None:
@@ -250,9 +239,7 @@ class RLTask(Task):
 
     def check(self) -> None:
         """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
-        run_checks.check_rl(
-            self.run, self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling
-        )
+        run_checks.check_rl(self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling)
 
 
 def _with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:

@@ -4,7 +4,8 @@ A policy by itself has the plain `Run` of this file: one process, no step made y
 subclass that answers from the Trainer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,44 +13,39 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import RolloutError
-from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects, sum_over_ranks
-from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.step_times import PhaseClock
 
 
-class Run(RunContext):
-    """A policy's run, of which no step has been made.
+class Run:
+    """A policy's run: one process, of which no step has been made.
 
     Attributes:
+        signals: How the run is asked to stop.
+        listeners: Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`).
         clock: Times of the phases; `StepTimer` replaces it.
         shares_failures: Whether a failure of one rank's rollout engine is raised on all ranks.
     """
 
+    stage = ""  # `fit`, `validate`, `test` or `predict`; empty without a Trainer
+    rank = 0  # number of this process
+    world_size = 1  # number of processes
+    device: torch.device | None = None  # the device that trains; None: where the model is
+    step = 0  # optimizer steps that were made
+    steps_left = math.inf  # optimizer steps that the run will still make
+    accumulate_grad_batches = 1  # micro-batches of an optimizer step, which can change between epochs
+    is_training = False  # whether all ranks are in the training loop, in which they complete equally often
+    is_resumed = False  # whether training continues from a checkpoint
+    scales_loss = False  # whether a step with infinite gradients is skipped, as under `16-mixed`
+    restarts_epochs = ""  # why an epoch may begin anew in the middle of rollouts, in words; empty if it does not
+    ends_by_clock = False  # whether training ends after a time
+
     def __init__(self) -> None:
-        super().__init__()
+        self.signals = StopSignals()
+        self.listeners: list[Callable[[int, int, int], None]] = []
         self.clock = PhaseClock()
         self.shares_failures = False
-
-    @property
-    def stage(self) -> str:
-        """`fit`, `validate`, `test` or `predict`; empty without a Trainer."""
-        return ""
-
-    @property
-    def scales_loss(self) -> bool:
-        """Whether a step with infinite gradients is skipped, as under `16-mixed`."""
-        return False
-
-    @property
-    def restarts_epochs(self) -> str:
-        """Why an epoch may begin anew in the middle of rollouts, in words; empty if it does not."""
-        return ""
-
-    @property
-    def ends_by_clock(self) -> bool:
-        """Whether training ends after a time."""
-        return False
 
     # ---- ranks and stops
 
@@ -96,6 +92,9 @@ class Run(RunContext):
             raise failure
 
     # ---- the optimizer step
+
+    def restart_epoch(self) -> None:
+        """Count the micro-batches of the epoch from 0: called when a resumed run finds other training prompts."""
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of a chunk of a micro-batch."""

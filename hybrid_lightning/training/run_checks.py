@@ -5,7 +5,7 @@ something, or where a library adds up numbers in whatever order its threads fini
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
-from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import Rewards, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
@@ -43,7 +44,6 @@ def check_options(
 
 
 def check_rl(
-    run: Run,
     schedule: RolloutSchedule,
     generation: Generation,
     loss: PolicyLoss,
@@ -52,7 +52,7 @@ def check_rl(
     dynamic_sampling: DynamicSampling | None,
 ) -> None:
     """Raise ConfigError if settings of a run of reinforcement learning do not go together, and warn of doubtful ones."""
-    sampler = generation.sampler
+    run, sampler = generation.run, generation.sampler
     if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
         raise ConfigError(
             f"model.correction={type(correction).__name__} compares probabilities under the full softmax, and with "
@@ -66,7 +66,7 @@ def check_rl(
     if run.stage != "fit":
         return
     schedule.check_split(run.accumulate_grad_batches, run.world_size)
-    for reason in _against_ahead(run, generation, dynamic_sampling) if schedule.rollouts_ahead else ():
+    for reason in _against_ahead(generation, dynamic_sampling) if schedule.rollouts_ahead else ():
         raise ConfigError(f"model.rollouts_ahead={schedule.rollouts_ahead}: {reason}")
     if not generation.policy.is_loaded:
         return
@@ -82,9 +82,9 @@ def check_rl(
         )
 
 
-def _against_ahead(run: Run, generation: Generation, dynamic_sampling: DynamicSampling | None) -> Iterator[str]:
+def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | None) -> Iterator[str]:
     """Why engine, sampling, environment or flags of the Trainer do not go with rollouts ahead."""
-    sampler = generation.sampler
+    run, sampler = generation.run, generation.sampler
     if sampler.shares_device:
         yield (
             f"{type(sampler).__name__} generates on the device that trains, so that nothing would be done meanwhile; take "
@@ -102,6 +102,28 @@ def _against_ahead(run: Run, generation: Generation, dynamic_sampling: DynamicSa
             "environments run while the policy is trained, and may change what the process has once, such as random generators; "
             "give them processes of their own, by model.episodes.workers=1 or more"
         )
+
+
+def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, max_new_tokens: int) -> None:
+    """Warn of a rollout in which something counts, but the sequences as the loss sees them have no token to learn from."""
+    count = len(rewards.of_counted().total)
+    if count and not trained.sampled_mask.any():
+        rank_zero_warn(
+            f"all {count} completions of a rollout were cut at max_new_tokens={max_new_tokens}, and "
+            "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
+            "model.sampler.max_new_tokens"
+        )
+
+
+def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
+    """What to tell the user of rewards that the environment gives, by a rollout's metrics, and no reward reads; else empty."""
+    if not metrics.get("episodes/return") or any(isinstance(term, EpisodeReturn) for term in generation.reward_terms()):
+        return ""
+    assert generation.episodes is not None, "which have a return"
+    return (
+        f"{type(generation.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn "
+        "to it, or leave model.reward out to train on them alone"
+    )
 
 
 def warn_of_differences(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> None:

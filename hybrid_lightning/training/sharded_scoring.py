@@ -78,15 +78,15 @@ class ShardedScoring(Scoring):
         getattr(split, "set_reduce_scatter_unused_params", lambda _: None)(True)
 
     def own(self) -> list[str]:
-        """Those of this rank."""
+        """The candidates that this rank scores."""
         return self._own
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Those of the split model."""
+        """The candidates in the split model, by name."""
         return self._split
 
     def together(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
-        """See `Scoring`; a signal ends the function at once, and then stops all ranks."""
+        """What a function returns on all ranks, joined. A signal ends it at once, and then stops all ranks."""
 
         def interruptible() -> dict[str, Result]:
             with self._signals.interruptible():
@@ -96,7 +96,10 @@ class ShardedScoring(Scoring):
         return {name: value for part in parts for name, value in part.items()}
 
     def backward_all(self) -> Iterator[int]:
-        """See `Scoring`. A rank without a loss computes the last one, since all gather weights together."""
+        """Run the backward passes of all losses, a loss on each rank at a time, and add up gradients; yields how many are done.
+
+        A rank without a loss computes the last one, since all gather weights together.
+        """
         losses: Any = self._losses
         for first in range(0, len(losses), self._ranks):
             mine = first + self._rank

@@ -1,6 +1,6 @@
 """`Task`: what a policy is trained on, apart from Lightning: its own rollouts (`rl_task.py`), or examples (`example_task.py`).
 
-How an optimizer step is made; a subclass gives the methods that are marked with *:
+How an optimizer step is made; a subclass gives the methods that are marked with * (see `RolloutSource` for the first two):
 
     RolloutLoader                    the train dataloader
       roll_out *                     completions of a batch of prompts, and their advantages
@@ -18,24 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 from hybrid_lightning.user_code import in_user_code
 
 
-class Task(ABC):
+class Task(RolloutSource, ABC):
     """What a policy is trained on.
 
     Args:
@@ -79,20 +80,6 @@ class Task(ABC):
         return self.generation.reward
 
     # ---- training
-
-    @abstractmethod
-    def roll_out(
-        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> RolloutFuture[TrainedRollout]:
-        """Begin to make this rank's part of a rollout with the current weights, and to score it (see `RolloutSource`)."""
-
-    @abstractmethod
-    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Compute what must be known about the micro-batches of one optimizer step before the step begins.
-
-        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
-        All ranks call it together.
-        """
 
     @abstractmethod
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,6 +130,17 @@ class Task(ABC):
             return self.passes.logprobs(sequences)
 
     # ---- checks, before time is spent on a run
+
+    def check_run(self) -> None:
+        """Raise ConfigError if settings of the run do not work for policy, engine or task, and warn of doubtful ones."""
+        policy = self.policy
+        self.generation.check()
+        if policy.plan is not None:
+            self.check_start_weights(policy.keep_start_weights)
+        if policy.is_loaded:  # else the attention is not known
+            attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
+            warn_of_differences(self.run, attention, self.generation.reward_terms())
+        self.check()
 
     @abstractmethod
     def check(self) -> None:

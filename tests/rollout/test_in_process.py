@@ -27,7 +27,7 @@ def served(device="cpu", folder="a folder", dtype=torch.float32):
         ({"gpu_memory_utilization": 1.0}, "must be between 0 and 1, got 1.0"),
         ({"max_model_len": 20, "max_new_tokens": 20}, "leaves no room for a prompt"),
         ({"sleep": "all"}, "must be nothing, kv_cache or weights, got 'all'"),
-        ({"engine_args": {"dtype": "half"}}, "must not have 'dtype', which follows from the policy"),
+        ({"engine_args": {"dtype": "half"}}, "must not have 'dtype'; it follows from the policy"),
         ({"engine_args": {"max_model_len": 3}}, "give it as sampler.max_model_len"),
         ({"engine_args": {"enable_sleep_mode": True}}, "give sampler.sleep"),
     ],

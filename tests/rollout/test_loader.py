@@ -9,8 +9,8 @@ import torch
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, TrainedRollout
-from hybrid_lightning.rollout.run_context import RunContext
 from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 
@@ -51,18 +51,19 @@ def scored_rollout(prompts, sequences, logprobs, advantages, samples):
     return ScoredRollout(rollouts, Rewards(-advantages, {"part": advantages}, finished), advantages)
 
 
-class Run(RunContext):
-    """A run with these answers."""
+class Restarted(Run):
+    """Counts how often it was told to count its epoch from 0."""
 
-    accumulate_grad_batches, rank, world_size, device, steps_left = 1, 0, 1, torch.device("cpu"), float("inf")
-
-    def __init__(self, **answers):
-        super().__init__()
-        self.restarts = 0
-        vars(self).update(answers)
+    restarts = 0
 
     def restart_epoch(self):
         self.restarts += 1
+
+
+def run_with(**answers):
+    run = Restarted()
+    vars(run).update(answers)
+    return run
 
 
 def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **arguments):
@@ -70,7 +71,7 @@ def build(prompts=12, source=None, schedule=None, accumulate=1, run=None, **argu
     source = source or Source(schedule.samples_per_prompt)
     data = [Prompt(text=str(i), index=i) for i in range(prompts)]
     generator = torch.Generator().manual_seed(0)
-    run = run or Run(accumulate_grad_batches=accumulate)
+    run = run or run_with(accumulate_grad_batches=accumulate)
     return RolloutLoader(data, source, schedule, run, generator=generator, **arguments)
 
 
@@ -212,14 +213,14 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(ConfigError, match="cannot be split evenly into 6"):
         build(accumulate=3)
     with pytest.raises(ConfigError, match="multiple of the 3 devices"):
-        build(run=Run(world_size=3))
+        build(run=run_with(world_size=3))
     with pytest.raises(ConfigError, match="prompts_per_rollout must be at least 1"):
         RolloutSchedule(0, 1)
 
 
 def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead():
     schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2, rollouts_ahead=1)
-    loaders = [build(run=Run(rank=rank, world_size=2), schedule=schedule) for rank in range(2)]
+    loaders = [build(run=run_with(rank=rank, world_size=2), schedule=schedule) for rank in range(2)]
     for loader in loaders:
         next(iter(loader))
     states = [loader.state_dict() for loader in loaders]
@@ -236,7 +237,7 @@ def test_another_number_of_ranks_takes_over_what_is_left_and_the_rollouts_ahead(
     assert shown.rollouts.prompts == tuple(prompt for part in of_ranks for prompt in part.rollouts.prompts)
     assert shown.rollouts.completions == tuple(text for part in of_ranks for text in part.rollouts.completions)
     assert torch.equal(shown.rewards.total, torch.cat([part.rewards.total for part in of_ranks]))
-    two, third = build(run=Run(rank=1, world_size=2), schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
+    two, third = build(run=run_with(rank=1, world_size=2), schedule=schedule), one._ahead[0].minibatches.result()[0].rollout
     two.load_state_dict(one.state_dict())
     mine = two._ahead[0].minibatches.result()[0].rollout
     assert mine.rollouts.prompts == third.rollouts.prompts[2:] and mine.rollouts.completions == third.rollouts.completions[4:]
@@ -252,7 +253,7 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order_and_batches_p
         fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
         assert changed.run.restarts == 1 and not changed._pending
         assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
-    same = build(run=Run(device=torch.device("meta")))
+    same = build(run=run_with(device=torch.device("meta")))
     same.load_state_dict(state)
     assert same._cursor.position == loader._cursor.position and not same.run.restarts
     batch = next(iter(same))
@@ -299,7 +300,7 @@ class Elsewhere(Source):
 
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 def test_each_rollout_is_begun_so_many_before_it_is_trained_on_and_none_that_is_not(ahead):
-    schedule, batches, run, source = RolloutSchedule(4, 2, rollouts_ahead=ahead), [], Run(steps_left=8), Elsewhere(2)
+    schedule, batches, run, source = RolloutSchedule(4, 2, rollouts_ahead=ahead), [], run_with(steps_left=8), Elsewhere(2)
     loader = build(source=source, schedule=schedule, run=run)
     for batch in batches_of(loader, 8):
         batches.append(flat(batch)[:3])

@@ -174,7 +174,7 @@ def test_requests_go_on_over_an_update_and_each_token_has_the_probability_of_the
     sampler, steps = VLLMServerSampler(max_new_tokens=16 if episodes else 40, urls=[server.url]), [0]
     policy = policy_of(sampler, model, "hybrid", rollouts_ahead=2, **episodes)
     policy.task.generation.check()
-    monkeypatch.setattr(type(policy.run), "step", property(lambda self: steps[-1]))
+    monkeypatch.setattr(type(policy.run), "step", property(lambda run: steps[-1]))
     asked = prompts([f"{number}*7=" for number in range(120)])  # so many that some wait, however late the update comes
     begun = policy.task.generation.begin(asked, 8, PromptDraws(asked, 8, 0), ahead=True)
     until = time.monotonic() + 60

@@ -61,15 +61,15 @@ class VLLMEngine(RolloutEngine):
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
-        """See `RolloutEngine`; vLLM finds stop strings by itself."""
+        """The tokens that end a completion; vLLM finds stop strings by itself."""
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
 
     def sample(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> Rollouts:
-        """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
+        """Complete every prompt of a request. `on_token` is called from time to time, not after every token."""
         return self.begin(engine, tokenizer, request).result()
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """See `RolloutEngine`."""
+        """Begin to complete every prompt of a request, by the weights of the last `update`."""
         assert self.version is not None, "the engine has to be given weights first"
         device, config = next(engine.model.parameters()).device, getattr(engine.model, "config", None)
         limits, samples = self._checked_limits(engine, request), request.samples_per_prompt
@@ -128,7 +128,7 @@ class VLLMEngine(RolloutEngine):
 
         Args:
             prompt_ids: Token ids of each.
-            parameters: See above.
+            parameters: The arguments of each.
             on_token: See `SamplingRequest`.
             on_answers: Called with the number of a prompt and the answers to it when they are there, perhaps in another thread.
 

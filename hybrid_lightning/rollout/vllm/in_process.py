@@ -27,6 +27,12 @@ _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": None,  # which would take the place of what is planned
 }
+# Arguments of vLLM that are given in another way, and how.
+_NOT_FURTHER = {
+    **dict.fromkeys(("model", "dtype", "load_format", "logprobs_mode"), "it follows from the policy"),
+    **{name: f"give it as sampler.{name}" for name in ("gpu_memory_utilization", "max_model_len")},
+    "enable_sleep_mode": "give sampler.sleep",
+}
 _CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
 _CPU_SEQUENCES = 128  # that are completed together there
 _CPU_TOKENS = 2**13  # of prompts that are taken in together there, at least
@@ -45,11 +51,10 @@ class VLLMSampler(VLLMEngine):
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
+        options: Of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
-
-    The other arguments are those of `RolloutEngine`.
     """
 
     shares_device = True
@@ -61,14 +66,9 @@ class VLLMSampler(VLLMEngine):
         max_model_len: int | None = None,
         sleep: Literal["nothing", "kv_cache", "weights"] = "kv_cache",
         engine_args: dict[str, Any] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-        min_p: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
+        super().__init__(**options)
         if not 0 < gpu_memory_utilization < 1:
             raise ConfigError(f"sampler.gpu_memory_utilization must be between 0 and 1, got {gpu_memory_utilization}")
         if max_model_len is not None and max_model_len <= self.max_new_tokens:
@@ -78,13 +78,8 @@ class VLLMSampler(VLLMEngine):
             )
         if sleep not in ("nothing", "kv_cache", "weights"):
             raise ConfigError(f"sampler.sleep must be nothing, kv_cache or weights, got {sleep!r}")
-        given = set(engine_args or {})
-        if follows := sorted({"model", "dtype", "load_format", "logprobs_mode"} & given):
-            raise ConfigError(f"sampler.engine_args must not have {follows[0]!r}, which follows from the policy; remove it")
-        if other := sorted({"gpu_memory_utilization", "max_model_len"} & given):
-            raise ConfigError(f"sampler.engine_args must not have {other[0]!r}; give it as sampler.{other[0]}")
-        if "enable_sleep_mode" in given:
-            raise ConfigError("sampler.engine_args must not have 'enable_sleep_mode'; give sampler.sleep")
+        for name in _NOT_FURTHER.keys() & (engine_args or {}).keys():
+            raise ConfigError(f"sampler.engine_args must not have {name!r}; {_NOT_FURTHER[name]}")
         self.gpu_memory_utilization, self.max_model_len, self.sleep = gpu_memory_utilization, max_model_len, sleep
         self.engine_args = dict(engine_args or {})
         self._process = IsolatedProcess(_ENVIRONMENT)
@@ -94,7 +89,7 @@ class VLLMSampler(VLLMEngine):
         self._requests = itertools.count()
 
     def check_model(self, model: ServedModel) -> None:
-        """See `RolloutEngine`: vLLM is installed, and its engine can be had on this device."""
+        """Raise ConfigError unless vLLM is installed, and its engine can be had on the device that trains."""
         check_installed(model.device.type)
         if torch.cuda.is_available() and model.device.type == "cpu":
             raise ConfigError(
@@ -103,7 +98,7 @@ class VLLMSampler(VLLMEngine):
             )
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """See `RolloutEngine`."""
+        """Raise ConfigError if a prompt with its longest completion is too long for the model or for `max_model_len`."""
         super().check_prompt(config, prompt_tokens, new_tokens)
         if self.max_model_len is not None:
             self.check_length(prompt_tokens, new_tokens, self.max_model_len, "raise sampler.max_model_len")
@@ -111,11 +106,11 @@ class VLLMSampler(VLLMEngine):
     # ---- weights
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """See `RolloutEngine`: at the start, unless the engine reads them from a folder, and when the base has been quantized."""
+        """True at the start, unless the engine reads the weights from a folder, and when the base has been quantized."""
         return model.folder is None if self._llm is None else self._base != weights.base
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """See `RolloutEngine`. The first call starts the engine."""
+        """Give the engine the policy's weights, unless it has them already. The first call starts it."""
         everything = self.needs_everything(weights, model) if everything is None else everything
         with self._process.entered():
             if self._llm is None:
@@ -217,7 +212,7 @@ class VLLMSampler(VLLMEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None = None,
     ) -> RolloutFuture[list[list[Answer]]]:
-        """See `VLLMEngine`; they are made when they are asked for."""
+        """The answers to P prompts, which are made when they are asked for."""
         return RolloutFuture(lambda: self._completed(prompt_ids, parameters, on_token, on_answers))
 
     @torch.no_grad()
@@ -264,7 +259,7 @@ class VLLMSampler(VLLMEngine):
         return in_order
 
     def release_memory(self) -> None:
-        """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""
+        """Free what `sleep` names, by vLLM's sleep mode, on GPUs."""
         if self._llm is None or self._asleep or self.sleep == "nothing" or not torch.cuda.is_available():
             return
         with self._process.entered():

@@ -191,7 +191,7 @@ class Server:
             await client.post(f"{self.url}/inference/v1/abort_requests", json={"request_ids": ids}, headers=self._headers)
 
     async def label_now(self, client: httpx.AsyncClient) -> str:
-        """See `label`."""
+        """Which weights it has, asked beside other requests."""
         try:
             return self._label(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers)))
         except httpx.HTTPError as error:

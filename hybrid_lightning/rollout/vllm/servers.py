@@ -55,14 +55,13 @@ class VLLMServerSampler(VLLMEngine):
         give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
             weights. Until then it is tried again, in growing intervals.
         address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
+        options: Of `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
-
-    The other arguments are those of `RolloutEngine`.
     """
 
-    is_remote = shared_by_ranks = True
+    is_remote = True
 
     def __init__(
         self,
@@ -71,14 +70,9 @@ class VLLMServerSampler(VLLMEngine):
         timeout: float = 600,
         give_up_after: float = 300,
         address: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-        min_p: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
+        super().__init__(**options)
         if isinstance(urls, str):
             raise ConfigError(f"sampler.urls must be a list, got the string {urls!r}; write [{urls}]")
         if not urls:
@@ -103,7 +97,7 @@ class VLLMServerSampler(VLLMEngine):
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
 
     def check_model(self, model: ServedModel) -> None:
-        """See `RolloutEngine`: all servers are there, and have the policy's model. At a resume one of them is enough.
+        """Make sure that all servers are there, at a resume one of them, and have the policy's model.
 
         Raises:
             ConfigError: If one has been started for something else.
@@ -126,7 +120,7 @@ class VLLMServerSampler(VLLMEngine):
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """See `RolloutEngine`."""
+        """Raise ConfigError if a prompt with its longest completion is too long for the model or for a server."""
         super().check_prompt(config, prompt_tokens, new_tokens)
         known = [server.facts.context for server in self._servers if server.is_known]
         if known:
@@ -135,7 +129,7 @@ class VLLMServerSampler(VLLMEngine):
     # ---- weights
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
-        """See `RolloutEngine`. Asks the servers, until one answers; only the sender does that.
+        """Whether a server has other weights than those of the last update. Asks until one answers; only the sender does that.
 
         Raises:
             RolloutError: If none answers within `give_up_after`.
@@ -145,8 +139,10 @@ class VLLMServerSampler(VLLMEngine):
         return self.version is None or weights.base != self._base or has_other
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
-        """See `RolloutEngine`. With what `needs_everything` has said the weights are iterated over once, whatever happens, as on
-        other ranks; else an update that fails is made again.
+        """Give the servers the policy's weights, unless they have them already.
+
+        With what `needs_everything` has said the weights are iterated over once, whatever happens, as on other ranks; else an
+        update that fails is made again.
 
         Raises:
             RolloutError: If no server could be updated within `give_up_after`.
@@ -173,16 +169,16 @@ class VLLMServerSampler(VLLMEngine):
         self.version, self._base = weights.version, weights.base
 
     def go_on_with(self, version: WeightsVersion) -> None:
-        """See `RolloutEngine`."""
+        """Take tokens by these weights from requests that are under way."""
         for dispatch in self._running:
             dispatch.go_on_with(str(version))
 
     def updating(self) -> AbstractContextManager[Any]:
-        """See `RolloutEngine`."""
+        """Within this context completions that other threads ask for are not begun."""
         return self._asking
 
     def begin(self, engine: "Engine", tokenizer: PreTrainedTokenizerBase, request: SamplingRequest) -> RolloutFuture[Rollouts]:
-        """See `RolloutEngine`. Another thread may call it, too.
+        """Begin to complete a request, by the servers. Another thread may call it, too.
 
         Raises:
             RolloutError: If an update before has failed, so that no server has known weights.
@@ -365,7 +361,7 @@ class VLLMServerSampler(VLLMEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None = None,
     ) -> RolloutFuture[list[list[Answer]]]:
-        """See `VLLMEngine`. The requests are made in a thread of their own."""
+        """Begin to complete P prompts, by requests in a thread of their own."""
         if not prompt_ids:
             return RolloutFuture(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)

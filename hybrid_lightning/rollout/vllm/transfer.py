@@ -174,7 +174,7 @@ class GlooTransfer(Transfer):
     _group: ProcessGroupGloo | None = None
 
     def connect(self) -> None:
-        """See `Transfer`."""
+        """Connect to all workers of the server over gloo, once they have announced themselves."""
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
@@ -190,7 +190,7 @@ class GlooTransfer(Transfer):
         _wait_for(answer, self._limit)
 
     def close(self) -> None:
-        """See `Transfer`."""
+        """Close the connection."""
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class NcclTransfer(Transfer):
         self._closing = threading.Lock()
 
     def connect(self) -> None:
-        """See `Transfer`."""
+        """Connect to all workers of the server over NCCL."""
         self.close()
         self._stream = torch.cuda.Stream(self._device)
         port = free_port()
@@ -251,7 +251,7 @@ class NcclTransfer(Transfer):
             raise RolloutError(f"{self._server.url}: vLLM finds no NCCL in training's environment; {remedy}")
 
     def close(self) -> None:
-        """See `Transfer`. What does not end within five seconds is left behind."""
+        """Abort what is under way, and close the connection."""
         with self._closing:
             communicator, self._communicator = self._communicator, None
         if hasattr(communicator, "comm"):

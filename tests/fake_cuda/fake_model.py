@@ -28,7 +28,7 @@ class FakeModel:
             use_fused_layers(model, backend)
         else:
             with torch.device("meta"):
-                model = apply_plan(model, plan_of_budget(candidates, ModuleBudget(share), lora), True, torch.float32, backend)
+                model = apply_plan(model, plan_of_budget(candidates, ModuleBudget(share), lora), True, backend)
         self.model, self.engine = model, Engine(model, backend)
         self.engine.assume_packing(torch.bfloat16)
         self._fake_weights()

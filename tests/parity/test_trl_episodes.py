@@ -160,8 +160,8 @@ class Played(sampler._ContinuedConversation):
     def _first(self, *arguments):
         return self._say(range(len(self._own)), super()._first, *arguments)
 
-    def _next(self, rows, *arguments):
-        return self._say(rows, super()._next, rows, *arguments)
+    def _next(self, request, rows, added):
+        return self._say(rows, super()._next, request, rows, added)
 
     def _say(self, rows, go_on, *arguments):
         messages = [self._sampler.said[row][self._messages[row]] for row in rows]
@@ -176,7 +176,8 @@ class Played(sampler._ContinuedConversation):
 
 
 class Scripted(Sampler):
-    _conversation = Played
+    def conversation(self, *arguments):
+        return Played(self, *arguments)
 
 
 def run_ours(folder, root, said, environment, **options):

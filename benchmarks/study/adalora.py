@@ -7,25 +7,24 @@ the least important entries of e are masked until the ranks of all modules have 
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from torch import Tensor
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.training.example_module import SupervisedModule
+from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
 ORTHOGONALITY = 0.1  # weight of |P'P - 1| + |QQ' - 1|, the paper's choice on most tasks
 
 
-class _AdaLoRA(LightningModule):
+class _AdaLoRA(LanguageModule):
     """Puts AdaLoRA where the plan has LoRA; the plan has nothing else."""
 
-    model: Any
     _allocated_step = 0
 
     def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
-        assert self.base_digest == plan.model_digest and not plan.full_modules  # type: ignore[attr-defined]
+        assert self.policy.base_digest == plan.model_digest and not plan.full_modules
         steps, rank = self.trainer.max_steps, plan.lora.rank
         config = AdaLoraConfig(
             target_modules=list(plan.lora_modules),
@@ -37,18 +36,18 @@ class _AdaLoRA(LightningModule):
             total_step=steps,
             orth_reg_weight=ORTHOGONALITY,
         )
-        self.model = get_peft_model(self.model, config)
-        self.plan = plan
+        self.policy.set_model(get_peft_model(self.policy.model, config))
+        self.policy.plan = plan
 
     def training_step(self, *arguments: Any) -> Tensor:
         """The loss, and PEFT's regularisation, which it adds only to losses that the model itself computes."""
         loss: Tensor = super().training_step(*arguments)
-        return loss + ORTHOGONALITY * distance_from_orthogonal(self.model)
+        return loss + ORTHOGONALITY * distance_from_orthogonal(self.policy.model)
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Mask what is least important, after each optimizer step and while its gradient is still there."""
         super().on_train_batch_end(*arguments)
-        layers: AdaLoraModel = self.model.base_model
+        layers: AdaLoraModel = self.policy.model.base_model
         if self.trainer.global_step > self._allocated_step:
             self._allocated_step = self.trainer.global_step
             layers.update_and_allocate(self._allocated_step)

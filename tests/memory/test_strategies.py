@@ -9,6 +9,7 @@ from tiny_memory import Case, with_flags
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.rollout.loader import RolloutSchedule
 
 SETTINGS = with_flags(Case(0.0, validation=0).settings(), on_cpu=False)
 HYBRID = with_flags(Case(0.5, validation=0).settings(), on_cpu=False)
@@ -45,8 +46,7 @@ def test_fsdp2_scores_with_a_part_of_the_base():
 def test_a_pass_of_fsdp2_is_largest_where_it_begins_if_what_is_outside_of_blocks_is_wide():
     config = copy.deepcopy(SETTINGS.config)
     config.vocab_size = 100_000
-    few = replace(SETTINGS, config=config, completion_tokens=2, schedule=replace(SETTINGS.schedule, prompts_per_rollout=2))
-    few = replace(few, schedule=replace(few.schedule, samples_per_prompt=1))
+    few = replace(SETTINGS, config=config, completion_tokens=2, schedule=RolloutSchedule(2, 1))
     outside = 4 * (2 * config.vocab_size + 1) * config.hidden_size
     assert planned(FSDP2(2), few).peaks["updating"].copies == pytest.approx(2 * outside, rel=0.05), "which is there twice"
 

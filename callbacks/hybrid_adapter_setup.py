@@ -25,7 +25,7 @@ from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, HybridLightningError, PlanError
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
-from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, new_state
+from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY, adapter_state, check_supported, new_state
 from hybrid_lightning.training.module import LanguageModule
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
@@ -115,6 +115,7 @@ class HybridAdapterSetup(Configurable, Callback):
         if stage == "fit":
             self.resume.begin(trainer, pl_module, self)
             if checkpoint is not None:
+                check_supported(adapter_state(checkpoint))  # before settings are compared, whose remedy would name what is gone
                 self.resume.compare(checkpoint, trainer)
         elif checkpoint is not None:
             check_evaluated(checkpoint, self)

@@ -91,13 +91,17 @@ def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
             raise CheckpointError(f"the checkpoint has {found}, such as {names[0]!r}; it belongs to another model")
 
 
-def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:
-    # Versions before 0.1.0 trained in two more ways.
-    if saved["quantization"] == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
+def check_supported(saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if an entry is of a run that trained in one of two ways that only versions before 0.1.0 had."""
+    if saved.get("quantization") == "Int8" or saved.get("trained_dtype") == "torch.bfloat16":
         raise CheckpointError(
             "the checkpoint was trained with model.quantization=Int8 or trainer.precision=bf16-true, which are not supported any "
             "more; export it, or start a new run with NF4 or bf16-mixed"
         )
+
+
+def _check_resumable(policy: Policy, saved: Mapping[str, Any]) -> None:
+    check_supported(saved)
     if saved["quantization"] != _quantization_name(policy):
         raise CheckpointError(
             f"the checkpoint was trained with model.quantization={saved['quantization'] or 'null'}, but it is "

@@ -11,6 +11,7 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fi
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import Random, Scoring, TailEnergy
+from hybrid_lightning.callbacks.resume import SETTINGS_KEY
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
@@ -81,6 +82,9 @@ def test_a_checkpoint_is_evaluated_alone_and_exported(model, sums, tmp_path, mix
 def test_a_checkpoint_that_was_trained_in_a_way_that_is_gone_is_not_resumed(model, sums, tmp_path, mixed, former):
     content = torch.load(mixed[2], weights_only=True)
     content["hybrid_lightning"] |= former
+    if "quantization" in former:
+        settings = content[SETTINGS_KEY]["settings"]["model"]["init_args"]
+        settings["quantization"] = {"class_path": "hybrid_lightning.policy.Int8", "init_args": {}}
     torch.save(content, tmp_path / "former.ckpt")
     with pytest.raises(CheckpointError, match=r"not supported any more; export it, or start a new run with NF4 or bf16-mixed"):
         run(model, sums, tmp_path, ckpt=tmp_path / "former.ckpt")

@@ -16,7 +16,7 @@ import torch
 import yaml
 from filelock import FileLock
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from hybrid_lightning.errors import ConfigError
@@ -250,50 +250,3 @@ def _mlflow_name(name: str) -> str:
         if name.endswith(f"/{bound}"):
             name = f"{name.removesuffix(f'/{bound}')}_{bound}"
     return re.sub(r"[^\w/. -]", "_", name.replace("@", "_at_"), flags=re.ASCII)
-
-
-# ---- TensorBoard
-
-# TensorBoard sorts groups and cards by name, and digits come first.
-GROUP = "0_overview"
-_SHOWN = (
-    "val/avg@",  # with any number of samples
-    "val/greedy_accuracy",
-    "reward",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "solve_rate/mixed",
-    "entropy",
-    "kl",
-    "clip_ratio/region_mean",
-    "time/step_s",
-    "throughput/tokens_per_second",
-    "val/loss",  # and of training on given completions
-    "val/rewards/accuracies",
-)
-
-
-class TensorBoardOverview(Callback):
-    """Repeats the metrics that show whether a run goes well in one group, the first on the page.
-
-    All metrics are also there under their own names, which are those that users of TRL know.
-    """
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Repeat the training metrics after each optimizer step."""
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._write(trainer, validation=False)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Repeat the accuracies of validations during `fit`, the one before training included."""
-        if trainer.state.fn == "fit":
-            self._write(trainer, validation=True)
-
-    def _write(self, trainer: Trainer, validation: bool) -> None:
-        writers = [logger.experiment for logger in _loggers(trainer) if isinstance(logger, TensorBoardLogger)]
-        for name, value in trainer.callback_metrics.items() if writers else ():
-            stem = re.sub(r"@\d+$", "@", name)
-            if stem in _SHOWN and name.startswith("val/") == validation:
-                card = f"{GROUP}/{_SHOWN.index(stem) + 1} {name.replace('/', ' ')}"
-                for writer in writers:
-                    writer.add_scalar(card, float(value), trainer.global_step)

@@ -18,7 +18,6 @@ from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.loggers import TensorBoardOverview
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
@@ -68,7 +67,7 @@ def run_callbacks(signals: StopSignals | None = None, logged: bool = True) -> li
         ['StepTimer', 'RunSummary', 'EvaluationReport', 'Diagnosis', 'GracefulStop', 'RunReport']
     """
     fixed = [StepTimer(), RunSummary(), EvaluationReport(), Diagnosis(), GracefulStop(signals), RunReport()]
-    return [*fixed, LearningRateMonitor(logging_interval="step"), TensorBoardOverview()] if logged else fixed
+    return [*fixed, LearningRateMonitor(logging_interval="step")] if logged else fixed
 
 
 class Trainer(LightningTrainer):

@@ -140,17 +140,14 @@ def make_plan(
         rank, (outputs, inputs) = ranks.get(name, lora.rank), linear_shape(module)
         bias = 0 if getattr(module, "bias", None) is None else outputs
         score = None if name not in scores.values else float(scores.values[name])
-        shape, own = (outputs, inputs), None if rank == lora.rank else rank
+        shape, own = (outputs, inputs), None if rank in (0, lora.rank) else rank
         modules.append(PlannedModule(name, shape, outputs * inputs + bias, score, "lora" if rank else "frozen", own))
     full = budget.choose(modules, lora)
     return AdapterPlan(
         model=base.model,
         revision=base.revision,
         model_digest=base.digest,
-        candidates=tuple(
-            replace(module, mode="full", rank=None) if module.name in full else replace(module, rank=module.rank or None)
-            for module in modules
-        ),
+        candidates=tuple(replace(module, mode="full", rank=None) if module.name in full else module for module in modules),
         lora=lora,
         budget=config_with_defaults(budget),
         scorer=None if scores.scorer is None else config_with_defaults(scores.scorer),

@@ -32,22 +32,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def find_candidates(
-    model: nn.Module, target_modules: Sequence[str] | None = None, exclude: Sequence[str] = ()
-) -> dict[str, LinearLike]:
+def find_candidates(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[str, LinearLike]:
     """Find the linear modules that can be fully trained or adapted with LoRA.
 
     Args:
         model: Causal language model without an adapter.
         target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
             all candidates.
-        exclude: Modules to leave out, by whole dotted parts anywhere in their names, such as `["layers.0", "down_proj"]`.
 
     Returns:
         Full dotted name -> module, in the model's order.
 
     Raises:
-        ModelError: If nothing is left, a pattern matches nothing, or the model already has an adapter.
+        ModelError: If there are none, a suffix matches nothing, or the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
@@ -57,12 +54,14 @@ def find_candidates(
             f"{type(model).__name__} has no linear module inside numbered decoder blocks; use a decoder-only "
             "transformer whose blocks hold nn.Linear (or transformers' Conv1D) modules"
         )
-    chosen = _matching(candidates, target_modules, "target_modules") if target_modules is not None else set(candidates)
-    if exclude:
-        chosen -= _matching(candidates, exclude, "exclude")
-    if not chosen:
-        raise ModelError(f"target_modules={target_modules} and exclude={list(exclude)} leave no module to adapt; exclude fewer")
-    return {name: module for name, module in candidates.items() if name in chosen}
+    if target_modules is None:
+        return candidates
+    if isinstance(target_modules, str) or not target_modules:
+        raise ModelError(f"target_modules={target_modules!r}; give a list of module names such as ['q_proj', 'v_proj']")
+    for end in target_modules:
+        if not any(_ends(end, name) for name in candidates):
+            raise ModelError(f"target_modules: {end!r} matches no candidate module; give one of {_kinds(candidates)}")
+    return {name: module for name, module in candidates.items() if any(_ends(end, name) for end in target_modules)}
 
 
 def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
@@ -73,20 +72,6 @@ def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
         for name, module in model.named_modules()
         if isinstance(module, LinearLike) and name.startswith(blocks) and owners[id(module.weight)] == 1
     }
-
-
-def _matching(candidates: Mapping[str, LinearLike], patterns: Sequence[str], argument: str) -> set[str]:
-    if isinstance(patterns, str) or not patterns:
-        raise ModelError(f"{argument}={patterns!r}; give a list of module names such as ['q_proj', 'v_proj']")
-    found: set[str] = set()
-    for pattern in patterns:
-        names = {
-            name for name in candidates if (f".{pattern}." in f".{name}." if argument == "exclude" else _ends(pattern, name))
-        }
-        if not names:
-            raise ModelError(f"{argument}: {pattern!r} matches no candidate module; give one of {_kinds(candidates)}")
-        found |= names
-    return found
 
 
 def _ends(end: str, name: str) -> bool:

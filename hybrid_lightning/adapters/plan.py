@@ -11,11 +11,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 Mode = Literal["full", "lora", "frozen"]
 SAMPLES_PER_PARAMETER = 1024  # values that are hashed
 FORMAT = 1  # version of the fields; a plan of another one is refused
-_OPTIONAL = {"digest", "rank"}  # fields that a plan may lack
 _NEW_PLAN = "make a new plan for this model with the score command"
 
 
@@ -53,6 +51,12 @@ class PlannedModule:
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
     rank: int | None = None  # of its LoRA; None: that of the plan's `lora`
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise PlanError(f'{self.name} has the mode "{self.mode}"; it must be one of {", ".join(get_args(Mode))}')
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(f'{self.name} has the rank {self.rank}; it must be at least 1; for no LoRA make the mode "frozen"')
 
     def lora(self, settings: LoraSettings) -> LoraSettings:
         """A plan's LoRA settings at the rank that this module has."""
@@ -126,37 +130,20 @@ class AdapterPlan:
         full = sum(module.parameters for module in self.candidates if module.mode == "full")
         return full + sum(self.lora_of(m).parameters(m.shape) for m in self.candidates if m.mode == "lora")
 
-    def to_peft_config(
-        self,
-        rank: int | None = None,
-        alpha: float | None = None,
-        dropout: float | None = None,
-        use_dora: bool | None = None,
-        use_rslora: bool | None = None,
-    ) -> "LoraConfig":
+    def to_peft_config(self) -> "LoraConfig":
         """The plan as a PEFT config, for code of your own that takes one, such as `get_peft_model` or TRL's trainers.
 
         Use it with a base model in float32: PEFT keeps the copies of fully trained modules in the dtype of the base, and in 16
         bits small optimizer steps vanish (`apply_plan` makes float32 copies).
-
-        Args:
-            rank: LoRA rank r of all modules; here and below, None takes the plan's value.
-            alpha: Numerator of LoRA's scale alpha / rank; it does not change with a new rank by itself.
-            dropout: Probability of dropout on the input of LoRA.
-            use_dora: Whether to use weight-decomposed LoRA (DoRA).
-            use_rslora: Whether to scale by alpha / sqrt(rank) instead.
 
         Returns:
             A new `LoraConfig` with the LoRA modules as `target_modules` and the fully trained ones as `modules_to_save`, both by
             their full names.
 
         Raises:
-            ConfigError: If a value is impossible.
             PlanError: If nothing is trained, or PEFT, which matches names by suffix, would mistake one module for another.
         """
-        given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
-        settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
-        return lora_config(self.modes(), settings, {} if rank else self.own_ranks())
+        return lora_config(self.modes(), self.lora, self.own_ranks())
 
     def own_ranks(self) -> dict[str, int]:
         """Full name of each LoRA module with a rank of its own -> that rank."""
@@ -210,17 +197,20 @@ class AdapterPlan:
         """Build a plan from what `to_dict` returned; `source` says in error messages where it comes from.
 
         Raises:
-            PlanError: If fields are missing, unknown or of the wrong type, or the digest does not fit.
+            PlanError: If fields are missing or unknown, a value is impossible, or the digest does not fit.
         """
-        content = _checked(data, cls, source, {"digest": (str, type(None)), "format": (int,)})
         try:
-            lora = LoraSettings(**_checked(content["lora"], LoraSettings, f"{source}: lora"))
-        except ConfigError as error:
-            raise PlanError(f"{source}: lora: {error}") from error
-        candidates = [_planned_module(item, f"{source}: candidates[{index}]") for index, item in enumerate(content["candidates"])]
-        digest, _ = content.pop("digest", None), content.pop("format")
-        plan = cls(**{**content, "lora": lora, "candidates": tuple(candidates)})
-        if digest is not None and digest != plan.digest:
+            content = dict(data)
+            digest, version = content.pop("digest", None), content.pop("format")
+            if version != FORMAT:
+                raise PlanError(f"it has format {version}, and this version reads {FORMAT}")
+            modules = [PlannedModule(**{**module, "shape": tuple(module["shape"])}) for module in content["candidates"]]
+            plan = cls(**{**content, "lora": LoraSettings(**content["lora"]), "candidates": tuple(modules)})
+            changed = digest not in (None, plan.digest)
+        except (ConfigError, PlanError, KeyError, TypeError, ValueError) as error:
+            cause = f"the field {error} is missing" if isinstance(error, KeyError) else error
+            raise PlanError(f"{source} is no adapter plan: {cause}; correct it, or make a new one by `score`") from error
+        if changed:
             raise PlanError(
                 f"{source} was changed after it was written (its digest does not fit); if that was on purpose, delete "
                 'the line "digest" in it'
@@ -268,20 +258,7 @@ def model_digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def _planned_module(data: Any, source: str) -> PlannedModule:
-    content = _checked(data, PlannedModule, source)
-    shape = content["shape"]
-    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PlanError(f"{source}: shape is {shape}; it must be two positive numbers, outputs and inputs")
-    if content["mode"] not in get_args(Mode):
-        raise PlanError(f'{source}: mode is "{content["mode"]}"; it must be one of {", ".join(get_args(Mode))}')
-    rank = content.get("rank")
-    if rank is not None and rank < 1:
-        raise PlanError(f'{source}: rank is {rank}; it must be at least 1; for no LoRA make the mode "frozen"')
-    return PlannedModule(**{**content, "shape": (shape[0], shape[1])})
-
-
-# ---- JSON: the types of the fields, and a layout that a person can read and edit
+# ---- JSON, in a layout that a person can read and edit
 
 
 def plain(value: Any) -> Any:
@@ -297,29 +274,6 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _checked(data: Any, kind: type, source: str, more: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
-    """A copy of a JSON object that has the fields of a data class, and `more` (name -> allowed types).
-
-    Raises:
-        PlanError: If a field's name or type is wrong; the message names the first, and where the object comes from.
-    """
-    fields = {**(more or {}), **{name: _json_types(hint) for name, hint in get_type_hints(kind).items()}}
-    if not isinstance(data, Mapping):
-        raise PlanError(f"{source} is a {type(data).__name__}; it must be a JSON object")
-    for name in fields:
-        if name not in data and name not in _OPTIONAL:
-            raise PlanError(f'{source} lacks the field "{name}", which every plan has; make it anew')
-    for name, value in data.items():
-        if name not in fields:
-            raise PlanError(f'{source} has an unknown field "{name}"; remove it (known are {", ".join(fields)})')
-        if not _has_type(value, fields[name]):
-            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in fields[name])
-            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}; it must be {expected}')
-    if "format" in fields and data["format"] != FORMAT:
-        raise PlanError(f"{source} has format {data['format']}, and this version reads {FORMAT}; make the plan anew")
-    return dict(data)
-
-
 def _dumps(content: Mapping[str, Any]) -> str:
     """Write a plan as JSON with one line for each field and for each entry of a list."""
     lines = []
@@ -330,25 +284,3 @@ def _dumps(content: Mapping[str, Any]) -> str:
         else:
             lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _json_types(hint: Any) -> tuple[type, ...]:
-    """Types of JSON's values for a type of Python."""
-    origin = get_origin(hint)
-    if origin is UnionType:
-        return tuple(kind for part in get_args(hint) for kind in _json_types(part))
-    if origin is tuple:
-        return (list,)
-    if origin is Literal:
-        return (str,)
-    if is_dataclass(hint) or origin is dict:
-        return (dict,)
-    return (int, float) if hint is float else (hint,)
-
-
-def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):  # bool is a subclass of int
-        return bool in kinds
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, kinds)

@@ -27,8 +27,8 @@ class MergedModel(ExportForm):
     into the base before quantization.
 
     Args:
-        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's files (for a GGUF file,
-            that of training), so that no weight of the base is rounded further.
+        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's config (for a GGUF file,
+            that of training).
 
     Raises:
         ConfigError: If the dtype is another one.
@@ -44,7 +44,7 @@ class MergedModel(ExportForm):
         self.dtype = dtype
 
     def weights_dtype(self, policy: TrainedPolicy) -> str:
-        """The dtype that was asked for, or else that of the base's files."""
+        """The dtype that was asked for, or else that of the base's config."""
         return self.dtype or policy.base.stored_dtype()
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:

@@ -7,20 +7,15 @@
   `base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`. NAME is the module's name in the base model.
 """
 
-import json
-import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -62,22 +57,12 @@ class BaseModel:
         return load_model(self.source, self.dtype, None)
 
     def stored_dtype(self) -> str:
-        """Dtype of most weights in the model's files, a key of `DTYPES`; for a GGUF file, which has none, that of training."""
-        source = self.source
-        if "gguf_file" in source.arguments:
-            return self.dtype
-        counts: Counter[str] = Counter()
-        for path in _weight_files(source):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (no dict)
-                    weight = file.get_slice(name)
-                    counts[weight.get_dtype()] += math.prod(weight.get_shape())
-        stored = counts.most_common(1)[0][0] if counts else ""
-        if not counts:
+        """Dtype that the model's config names, a key of `DTYPES`; for a GGUF file, which has none, that of training."""
+        stored = ""
+        if "gguf_file" not in self.source.arguments:
             with suppress(ModelError):  # the hub cannot be reached
-                stored = str(read_config(source).dtype).removeprefix("torch.")
-        dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored, stored)
-        return dtype if dtype in DTYPES else self.dtype
+                stored = str(read_config(self.source).dtype).removeprefix("torch.")
+        return stored if stored in DTYPES else self.dtype
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
@@ -214,17 +199,3 @@ def _expected(plan: AdapterPlan) -> Iterator[str]:
             yield from (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
             if plan.lora.use_dora:
                 yield f"{name}.lora_magnitude_vector"
-
-
-def _weight_files(source: ModelSource) -> list[str]:
-    """Paths of a model's safetensors files, which are on this machine since the model has been loaded here."""
-
-    def find(name: str) -> list[str]:
-        try:
-            return [str(cached_file(source.location, name, local_files_only=True, **source.arguments))]
-        except OSError:
-            return []
-
-    indices = [json.loads(Path(path).read_text(encoding="utf-8")) for path in find(SAFE_WEIGHTS_INDEX_NAME)]
-    shards = sorted({name for index in indices for name in index["weight_map"].values()})
-    return find(SAFE_WEIGHTS_NAME) or [path for name in shards for path in find(name)]

@@ -1,17 +1,14 @@
 """Replace a file or a folder by another one, so that at every moment one of the two is complete.
 
+Between two renames a folder has only its former name's `replaced_path`; `checkpoint_exists` says so.
+
 A file that is being written, or removed, is beside its final place, under a name that nothing takes for a checkpoint.
 """
 
-import ctypes
-import errno
 import os
 import shutil
 import sys
 from pathlib import Path
-
-_FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # errors of systems that cannot exchange names
 
 
 def unfinished_path(path: Path) -> Path:
@@ -20,21 +17,19 @@ def unfinished_path(path: Path) -> Path:
 
 
 def replaced_path(path: Path) -> Path:
-    """Where the predecessor of `path` is for a moment, on systems that cannot exchange two names in one step."""
+    """Where the predecessor of `path` is for a moment: a folder cannot take the place of another one in one step."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def put_in_place(path: Path) -> None:
     """Rename `unfinished_path(path)` to `path`. What had the name before is removed once the new one is safe."""
     part, replaced = unfinished_path(path), replaced_path(path)
-    there = path.exists() or path.is_symlink()
     if part.is_file() and not path.is_dir():
         part.replace(path)
-    elif there and not _exchange(part, path):
-        discard(replaced)
-        path.rename(replaced)
-        part.rename(path)
-    elif not there:
+    else:
+        if path.exists() or path.is_symlink():
+            discard(replaced)
+            path.rename(replaced)
         part.rename(path)
     flush(path.parent)
     discard(part)
@@ -68,16 +63,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; returns False if the system or the file system cannot."""
-    rename = None if sys.platform == "win32" else getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _UNKNOWN:
-        return False
-    raise OSError(code, os.strerror(code), str(other))

@@ -68,18 +68,15 @@ def changed(place, **changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data.pop("model"), 'p.json lacks the field "model"'),
-        (changed(None, extra=1), 'unknown field "extra"'),
+        (lambda data: data.pop("model"), "p.json is no adapter plan: .*'model'; correct it, or make a new one"),
+        (lambda data: data.pop("candidates"), "the field 'candidates' is missing"),
+        (changed(None, extra=1), "unexpected .*'extra'"),
         (changed(None, format=3), "has format 3, and this version reads 1"),
-        (changed(None, seed="0"), '"seed" is "0"; it must be int or null'),
-        (changed(None, seed=True), '"seed" is true'),
         (changed(None, candidates=[]), "has no modules"),
-        (changed(None, candidates=["layers.0"]), r"candidates\[0\] is a str; it must be a JSON object"),
-        (changed(1, mode="half"), r'candidates\[1\]: mode is "half"; it must be one of full, lora, frozen'),
-        (changed(1, shape=[1, 0.5]), r"candidates\[1\].* two positive numbers"),
-        (changed(1, score=float("nan")), r'candidates\[1\].*"score" is NaN'),
-        (changed(1, rank=0), r'candidates\[1\].*rank is 0; it must be at least 1; for no LoRA make the mode "frozen"'),
-        (changed(1, name="model.layers.0.self_attn.v_proj"), r"self_attn\.v_proj twice"),
+        (changed(1, mode="half"), r'k_proj has the mode "half"; it must be one of full, lora, frozen'),
+        (changed(1, score=float("nan")), "cannot hold infinite numbers or nan"),
+        (changed(1, rank=0), r'k_proj has the rank 0; it must be at least 1; for no LoRA make the mode "frozen"'),
+        (changed(1, name="model.layers.0.self_attn.q_proj"), r"self_attn\.q_proj twice"),
     ],
 )
 def test_what_is_wrong_is_named(plan, edit, message):
@@ -94,7 +91,7 @@ def test_files_that_are_no_plans(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match=r"plan\.json cannot be read \(No such"):
         AdapterPlan.load(path)
-    for content, message in ((b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "is a list; it must be a JSON")):
+    for content, message in ((b"{,}", "is no JSON"), (b"\xff\xfe\x00", "is no JSON"), (b"[]", "is no adapter plan")):
         path.write_bytes(content)
         with pytest.raises(PlanError, match=rf"plan\.json {message}"):
             AdapterPlan.load(path)
@@ -142,19 +139,16 @@ def test_the_digest_of_a_model_is_as_documented_and_differs_by_values_dtype_shap
 # ---- a LoraConfig for code that is not ours: that PEFT makes the same model by it is shown in `export/test_adapter_folder.py`
 
 
-def test_settings_are_the_plans_unless_given_and_checked(make_model, plan_for):
+def test_settings_are_the_plans_and_checked(make_model, plan_for):
     lora = LoraSettings(rank=4, alpha=6.0, dropout=0.1, use_rslora=True)
     plan = plan_for(make_model("llama"), lora=lora, ranks={"mlp": 3})
-    names = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern")
+    names = ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")
     config = plan.to_peft_config()
-    assert [getattr(config, name) for name in names[:-1]] == [4, 6.0, 0.1, False, True] and len(config.rank_pattern) == 4
+    assert [getattr(config, name) for name in names] == [4, 6.0, 0.1, False, True] and len(config.rank_pattern) == 4
     assert config.target_modules == set(plan.lora_modules) and config.modules_to_save == list(plan.full_modules)
-    config = plan.to_peft_config(rank=8, alpha=1.0, dropout=0.0, use_dora=True, use_rslora=False)
-    assert [getattr(config, name) for name in names] == [8, 1.0, 0.0, True, False, {}], "a rank that is given is that of all"
     for name, value in (("rank", 0), ("alpha", 0.0), ("dropout", 1.0)):
-        for build in (LoraSettings, plan.to_peft_config):
-            with pytest.raises(ConfigError, match=f"{name}={value}"):
-                build(**{name: value})
+        with pytest.raises(ConfigError, match=f"{name}={value}"):
+            LoraSettings(**{name: value})
 
 
 @pytest.mark.parametrize(

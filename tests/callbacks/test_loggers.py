@@ -95,11 +95,7 @@ def read_tensorboard(folder, *_):
     assert texts >= {"config", "plan", "samples"}
     (config,) = events.Tensors("config/text_summary")
     assert (folder / "config.yaml").read_text() in config.tensor_proto.string_val[0].decode()
-    found = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
-    for card, tag in (("1 val avg@2", "val/avg@2"), ("3 reward", "reward"), ("10 time step_s", "time/step_s")):
-        assert [*found[f"0_overview/{card}"].values()] == [*found[tag].values()]
-    assert min(found).startswith("0_overview/"), "which comes first"
-    return found
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
 
 
 def read_csv(folder, *_):

@@ -28,17 +28,10 @@ def read(path):
     return (path / "inside" if path.is_dir() else path).read_text()
 
 
-@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
-def exchanges(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-    return request.param
-
-
 @pytest.mark.parametrize(
     ("old", "new"), [*itertools.product(("file", "folder", "link"), ("file", "folder")), ("nothing", "folder")]
 )
-def test_the_new_takes_the_name_and_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old, new, monkeypatch):
+def test_the_new_takes_the_name_and_killed_at_any_call_one_of_them_is_there_whole(tmp_path, old, new, monkeypatch):
     """Before each call that changes the disk, and in the middle of removing a folder."""
     killed_at, counter = 0, 0
 
@@ -56,7 +49,7 @@ def test_the_new_takes_the_name_and_killed_at_any_call_one_of_them_is_there_whol
 
     for owner, name in ((type(tmp_path), "rename"), (type(tmp_path), "replace"), (type(tmp_path), "unlink")):
         monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
-    for owner, name in ((atomic, "flush"), (atomic, "_exchange"), (shutil, "rmtree")):
+    for owner, name in ((atomic, "flush"), (shutil, "rmtree")):
         monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
     linked = tmp_path / "step=1.ckpt"
     write(linked, "folder", "old")
@@ -80,7 +73,7 @@ def test_the_new_takes_the_name_and_killed_at_any_call_one_of_them_is_there_whol
         if path.exists():
             assert read(path) in ("old", "new")
         elif old != "nothing":
-            assert not exchanges and read(replaced_path(path)) == "old"
+            assert read(replaced_path(path)) == "old"
             with pytest.raises(CheckpointError, match=r"last\.ckpt is missing, .* rename .*\.last\.ckpt\.replaced to last\.ckpt"):
                 checkpoint_exists(path)
         counter = 100  # and the next writing tidies up
@@ -113,8 +106,3 @@ def test_a_folder_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         remove(path)
     assert not path.exists() and read(unfinished_path(path)) == "old"
-
-
-def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange_names(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        atomic._exchange(tmp_path / "a", tmp_path / "b")

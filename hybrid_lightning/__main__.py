@@ -8,15 +8,15 @@ import threading
 from contextlib import suppress
 
 from hybrid_lightning.process import prepare_process
+from hybrid_lightning.sharding.starter import end_with_starter
 from hybrid_lightning.stopping import RunStopped, StopSignals
 
-_STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
 _CLEAN_UP_S = 600.0  # seconds that a process has for its end, in which loggers may still send what they have
 
 
 def run() -> None:
     """Run the command line. Signals are handled from the start, before anything takes time, until the process has ended."""
-    signals = StopSignals(started_by_rank=_started_by_rank())
+    signals = StopSignals(started_by_rank=end_with_starter())
     signals.take_over()
     status = 1  # exit code after an unexpected exception
     stop: RunStopped | None = None
@@ -55,14 +55,6 @@ def run() -> None:
         watch.daemon = True
         watch.start()
         signals.defer()  # until the end: a signal must not interrupt the clean-up, but still decides the exit code
-
-
-def _started_by_rank() -> bool:
-    """Whether another rank of the same command has started this process; if not, note its id for those that it starts."""
-    if os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get(_STARTER) == str(os.getppid()):
-        return True
-    os.environ[_STARTER] = str(os.getpid())
-    return False
 
 
 if __name__ == "__main__":

@@ -23,13 +23,10 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.model.passes import Passes
-from hybrid_lightning.model.policy import Policy
-from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
-from hybrid_lightning.training.run import Run
 from hybrid_lightning.training.run_checks import warn_of_differences
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
@@ -63,21 +60,7 @@ class Task(RolloutSource, ABC):
     ) -> None:
         self.loss, self.schedule, self.generation, self.passes = loss, schedule, generation, passes
         self.evaluation, self.seed = evaluation, seed
-
-    @property
-    def policy(self) -> Policy:
-        """What is trained."""
-        return self.generation.policy
-
-    @property
-    def run(self) -> Run:
-        """The run in which it is trained."""
-        return self.generation.run
-
-    @property
-    def reward(self) -> RewardFunction | None:
-        """Scores completions; None where nothing is generated."""
-        return self.generation.reward
+        self.policy, self.run, self.reward = generation.policy, generation.run, generation.reward
 
     # ---- training
 

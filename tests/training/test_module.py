@@ -1,7 +1,83 @@
+"""A module is made without its model, which is loaded when it is asked for; and how a step moves and computes."""
+
+import inspect
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from tiny_runs import Log, build_adapter, fit, trained, write_model
+from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, fit, trained, write_model
+
+from hybrid_lightning.adapters import Random
+from hybrid_lightning.configurable import constructor_defaults
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy import LanguageModule, PolicyModule, SupervisedModule
+from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.training.rl_task import RLTask
+
+
+class Widened(PolicyModule):
+    """Looks at its model while it is made, as a user's may."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.width = self.model.config.hidden_size
+
+
+def make(model, kind=PolicyModule, **arguments):
+    return kind(GRPOLoss(), ExactMatch(), model=str(model), **arguments)
+
+
+def test_weights_are_loaded_once_when_they_are_first_needed_and_are_part_of_the_module_then(model):
+    module = make(model)
+    assert not module.policy.is_loaded and not module.state_dict()
+    first = module.model
+    assert module.policy.is_loaded and module.state_dict() and next(module.parameters()) is next(first.parameters())
+    module.policy.load()
+    assert module.model is first, "once"
+    assert make(model, Widened).width == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "half"}, "model.dtype must be one of"),
+        ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
+        ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
+        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
+        ({"samples_per_prompt": 1, "dynamic_sampling": DynamicSampling()}, "looks for prompts whose completions differ"),
+    ],
+)
+def test_arguments_are_checked_before_weights_are_loaded(model, monkeypatch, arguments, message):
+    monkeypatch.setattr("hybrid_lightning.model.pretrained.load_model", lambda *_: pytest.fail("the weights are loaded"))
+    with pytest.raises((ConfigError, ModelError), match=message):
+        make(model, **arguments)
+
+
+def test_options_of_all_modules_stand_once():
+    shared = {name for name in inspect.signature(LanguageModule).parameters}
+    for kind in (PolicyModule, SupervisedModule):
+        assert len(shared) == 16 and not shared & inspect.signature(kind).parameters.keys()
+        assert shared < constructor_defaults(kind).keys()
+    with pytest.raises(TypeError, match="lr_loras"):
+        make("embedded", lr_loras=1e-4)
+
+
+def test_settings_are_checked_once_a_run_which_may_be_before_the_model_is_loaded(model, sums, tmp_path, monkeypatch):
+    checked, check = [], RLTask.check
+    monkeypatch.setattr(RLTask, "check", lambda self: checked.append(self.run.stage) or check(self))
+    expected = fit(model, sums, tmp_path)
+    build_trainer(tmp_path).validate(expected, datamodule=build_data(sums, validation_fraction=0.25), verbose=False)
+    assert checked == ["fit", "validate"], "in a fit before modules are scored, and not again"
+    torch.manual_seed(11)
+    trainer, data = build_trainer(tmp_path, build_adapter(scorer=Random())), build_data(sums)
+    module = build_policy(model)
+    trainer.check(module, data)
+    assert not module.policy.is_loaded
+    module.policy.load()
+    trainer.fit(module, datamodule=data)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
 def test_each_learning_rate_moves_its_own_parameters_and_gradient_clipping_limits_the_step(model, sums, tmp_path):

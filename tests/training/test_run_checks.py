@@ -109,11 +109,6 @@ def test_training_on_examples(folder, tmp_path, on_gpu):
     assert trained.trainer.global_step > 0
 
 
-def test_a_gpu_would_refuse_cumulative_sums():
-    with OnGPU(), pytest.raises(AssertionError, match="cumsum is refused"):
-        torch.ones(3).cumsum(0)
-
-
 # ---- what is said
 
 

@@ -52,7 +52,7 @@ def prompts(texts=TEXTS) -> list[Prompt]:
 
 def complete(policy: PolicyModule, texts=TEXTS, samples: int = 4, seed: int = 0, **options):
     asked = prompts(texts)
-    return policy.generate(asked, samples, PromptDraws(asked, samples, seed), **options)
+    return policy.task.generation.generate(asked, samples, PromptDraws(asked, samples, seed), **options)
 
 
 def tokens_of(rollouts) -> list[list[int]]:
@@ -75,7 +75,7 @@ def test_an_episode_goes_on_behind_what_was_added(policy, sampler):
         rollouts = complete(policy, samples=8)
     finally:
         policy.task.generation.episodes.shut_down()
-        del policy.task.generation.episodes
+        policy.task.generation.episodes = None
         policy.task.generation.__dict__.pop("_stops", None)
     assert max(completion.episode.turns for completion in rollouts.completions) > 1
     assert (rollouts.sequences.completion_mask & ~rollouts.sequences.sampled_mask).any()

@@ -1,4 +1,4 @@
-"""Losses in a run: the gradient of each optimizer step from the equation, sampled token by token in its full context.
+"""A run with each loss: the gradient of each optimizer step from the equation, sampled token by token in its full context.
 
 With an advantage estimator and masks each, computed once more here, over two passes of two minibatches of two micro-batches.
 """

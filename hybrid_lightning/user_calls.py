@@ -91,8 +91,8 @@ async def call(
         timeout_s: Seconds for all of it, from when the function is called; None for no limit. What is awaited for longer is
             cancelled, and not waited for if it ignores that.
         then: Applied where the function ran, so that reading a strange value can neither raise here nor take too long.
-        threads: Where an ordinary function runs; by default in the threads of the `async` function that calls it, or else in those
-            that all share.
+        threads: Where an ordinary function runs; by default in the threads of the `async` function that calls it, or else in
+            those that all share.
         alone: Whether an ordinary function must not run beside others that are called so.
 
     Returns:

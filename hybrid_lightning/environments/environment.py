@@ -59,9 +59,9 @@ class Environment(Configurable, ABC):
     """
 
     # Episodes run side by side: `async` methods are awaited together, ordinary ones run in threads. Whether these may run in any
-    # thread; otherwise each episode has a thread of its own, which what belongs to a thread (SQLite) needs, and `start` runs for one
-    # episode at a time, so that what it seeds and draws there repeats itself. All episodes of a process share its global state: what
-    # draws from the global generators later, or changes other global state, needs processes (episodes.workers).
+    # thread; otherwise each episode has a thread of its own, which what belongs to a thread (SQLite) needs, and `start` runs for
+    # one episode at a time, so that what it seeds and draws there repeats itself. All episodes of a process share its global
+    # state: what draws from the global generators later, or changes other global state, needs processes (episodes.workers).
     thread_safe: ClassVar[bool] = False
 
     chat_template: str | None = None  # what `prepare` was given

@@ -7,7 +7,6 @@ keeps its own hyper-parameters (`with_hyper_parameters`).
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,19 +201,10 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
     rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), while that of LoRA's B has not (Hayou et al., 2024,
     arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
-    both; SmolLM2, of 576, did no better with 0.3 than with a sixth. Of a model that is not one of Hugging Face the most frequent
-    number of inputs of linear modules is taken.
-
-    Raises:
-        ConfigError: If the model has neither a hidden size nor linear modules.
+    both; SmolLM2, of 576, did no better with 0.3 than with a sixth.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    inputs = Counter(int(module.in_features) for module in model.modules() if isinstance(module, nn.Linear))
-    hidden = getattr(text, "hidden_size", None) or next((size for size, _ in inputs.most_common(1)), None)
-    if hidden is None:
-        raise ConfigError("the model has no hidden size from which the rate of full modules follows; give model.lr_full")
-    return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / hidden)
+    config: Any = model.config
+    return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / config.get_text_config().hidden_size)
 
 
 @dataclass(frozen=True)

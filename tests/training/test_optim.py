@@ -75,14 +75,6 @@ def test_the_rate_of_full_modules_falls_with_the_width(family, hidden, rate):
     assert rate_of_full_modules(0.1, model) == pytest.approx(rate)
 
 
-def test_a_model_without_a_config_is_as_wide_as_most_of_its_inputs():
-    model = nn.Sequential(nn.Linear(192, 192), nn.Linear(192, 256), nn.Linear(256, 192), nn.Linear(192, 4))
-    assert rate_of_full_modules(0.1, model) == pytest.approx(0.05)
-    assert rate_of_full_modules(0.1, nn.Linear(4, 9)) == 0.1, "never more than that of LoRA"
-    with pytest.raises(ConfigError, match=r"has no hidden size from which the rate of full modules follows; give model\.lr_full"):
-        rate_of_full_modules(0.1, nn.Conv1d(2, 2, 1))
-
-
 def test_a_policy_trains_full_modules_at_the_rate_that_follows(model):
     assert build_policy(model, lr_full=None, lr_lora=0.03).rates == {"full": 0.03, "lora": 0.03}
 

@@ -14,7 +14,7 @@ from hybrid_lightning.adapters.candidates import check_pattern
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
+from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
@@ -142,7 +142,7 @@ class HybridAdapterSetup(Configurable, Callback):
         """Log the plan as a table and a picture."""
         if self.plan is None or not trainer.is_global_zero or not trainer.loggers:
             return
-        log_table(trainer, "plan", *plan_rows(self.plan), step=0, markdown=plan_markdown(self.plan))
+        log_table(trainer, "plan", *plan_rows(self.plan), step=0)
         if self.plan.is_scored:
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 

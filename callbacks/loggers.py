@@ -73,16 +73,14 @@ def write_into_version(loggers: Sequence[Logger], version: int | str) -> None:
 # ---- what loggers are given
 
 
-def log_table(
-    trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int, markdown: str
-) -> None:
+def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     """Add a page of rows to the table of each logger, on the first process only.
 
-    TensorBoard shows the page as `markdown`. A logger that has no steps for tables gets a column `step` in front.
+    TensorBoard shows the page as Markdown. A logger that has no steps for tables gets a column `step` in front.
     """
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, markdown, step)
+            logger.experiment.add_text(name, markdown_table(columns, rows), step)
         elif isinstance(logger, WandbLogger):
             logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
         elif isinstance(logger, MLFlowLogger) and rows:
@@ -93,6 +91,20 @@ def log_table(
             head = [] if path.exists() else [["step", *columns]]
             with path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([*head, *([step, *row] for row in rows)])
+
+
+# Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.
+_AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown, with numbers in three digits, and texts as they are whatever markup is in them."""
+
+    def shown(cell: Any) -> str:
+        return f"{cell:.3g}" if isinstance(cell, float) else str(cell).translate(_AS_TEXT) or "*(empty)*"
+
+    lines = [columns, ["---"] * len(columns), *([shown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:

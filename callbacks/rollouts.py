@@ -127,7 +127,7 @@ class RolloutSamples(OncePerRollout):
         """Log a page of the rollout if it is time for one."""
         if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
             columns, rows = self.table(rollouts, rewards, advantages)
-            log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(rollouts, rewards, advantages))
+            log_table(trainer, "samples", columns, rows, trainer.global_step)
             if len(values := rewards.of_counted().total):
                 log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
             if rollouts.completions[0].episode is not None:
@@ -156,16 +156,6 @@ class RolloutSamples(OncePerRollout):
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
                 rows.append([*texts, *marks, *(float(value[row]) for value in values)])
         return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
-
-    def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
-        """The table as Markdown, in which "(cut)" marks completions that are not finished."""
-        columns, rows = self.table(rollouts, rewards, advantages)
-        columns.remove("finished")
-        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-        for prompt, answer, completion, finished, correct, *numbers, advantage in rows:
-            texts = [_cell(prompt), _cell(answer), _cell(completion) + ("" if finished == "yes" else " *(cut)*"), correct]
-            lines.append(f"| {' | '.join([*texts, *(f'{number:.3g}' for number in numbers), f'{advantage:+.3f}'])} |")
-        return "\n".join(lines)
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -200,15 +190,6 @@ def _ending(text: str, width: int) -> str:
     """The end of a text in one line, at most so many columns wide."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if cell_len(line) <= width else "..." + set_cell_size(line[::-1], width - 3)[::-1].lstrip()
-
-
-# Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.
-_AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
-
-
-def _cell(text: str) -> str:
-    """Text escaped for a cell of a Markdown table."""
-    return text.translate(_AS_TEXT) or "*(empty)*"
 
 
 class RewardDivergence(OncePerRollout):

@@ -1,8 +1,8 @@
 """Show a plan as a table and as a heat map.
 
-The table comes in three forms: for the screen (rich), for TensorBoard (Markdown), and for other loggers (columns and rows). The
-heat map shows the scores by layer (across) and kind of module (down), with frames around the fully trained modules. It is drawn
-without pyplot, so that no global state changes and no window opens.
+The table comes in two forms: for the screen (rich), and for loggers (columns and rows). The heat map shows the scores by layer
+(across) and kind of module (down), with frames around the fully trained modules. It is drawn without pyplot, so that no global
+state changes and no window opens.
 """
 
 import re
@@ -55,16 +55,6 @@ def plan_table(plan: AdapterPlan, others: int | None = None) -> Table:
 def plan_rows(plan: AdapterPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The plan for loggers: names of the columns, and one row per module by descending score."""
     return _COLUMNS, [_cells(module) for module in _by_score(plan)]
-
-
-def plan_markdown(plan: AdapterPlan) -> str:
-    """The plan as a Markdown table: all modules by descending score, the fully trained ones in bold."""
-    lines: list[tuple[str, ...]] = [_COLUMNS, ("---", "---:", "---:", "---:", "---")]
-    for module in _by_score(plan):
-        name, *rest, mode = _cells(module)
-        mark = "**" if mode == "full" else ""
-        lines.append((f"{mark}{name}{mark}", *rest, f"{mark}{mode}{mark}"))
-    return f"{plan_title(plan)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
 
 
 def draw_heatmap(plan: AdapterPlan) -> Figure:

@@ -21,6 +21,7 @@ from tiny_runs import build_adapter, build_data, build_trainer, fit
 
 from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary
 from hybrid_lightning.callbacks.display import progress_bar
+from hybrid_lightning.callbacks.loggers import markdown_table
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, say_completions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_right
@@ -39,7 +40,7 @@ def test_every_second_rollout_has_a_page_and_a_histogram_after_a_resume_too(fini
     histograms = log.Histograms("rewards/histogram")
     assert list(pages) == [0, 2, 4] == [event.step for event in histograms] and histograms[0].histogram_value.num == 16
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in pages[4].splitlines()]
-    assert head == ["prompt", "answer", "completion", "correct", "reward", "advantage"]
+    assert head == ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
     assert len(rows) == 3 * 2 and all(len(row) == len(head) for row in rows)
     assert read(resumed.folder)[1] == {2: pages[2], 4: pages[4]}
 
@@ -100,17 +101,17 @@ def page_of(prompt, *texts):
     rollouts = Rollouts((prompt,), sequences, completions, torch.zeros(count, 1), first, count)
     values = torch.where(first, 1.0, 0.25)
     rewards = Rewards(values, {"match": values, "form": 2 * values}, first)
-    return RolloutSamples().page(rollouts, rewards, torch.where(first, 0.5, -0.5))
+    return markdown_table(*RolloutSamples().table(rollouts, rewards, torch.where(first, 0.5, -0.5)))
 
 
 def test_a_page_shows_every_text_as_it_is():
     for text in NASTY:
         page, shown = page_of(Prompt(text=text, answer=text), text, ""), text.replace("\r", "")
         elements, (head, *cells) = table_of(page)
-        assert head == ["prompt", "answer", "completion", "correct", "reward", "match", "form", "advantage"]
+        assert head == ["prompt", "answer", "completion", "finished", "correct", "reward", "match", "form", "advantage"]
         assert elements <= {"table", "thead", "tbody", "tr", "th", "td", "em"}
-        assert cells[0] == [shown, shown, shown, "yes", "1", "1", "2", "+0.500"]
-        assert cells[1] == [shown, shown, "(empty) (cut)", "no", "0.25", "0.25", "0.5", "-0.500"]
+        assert cells[0] == [shown, shown, shown, "yes", "yes", "1", "1", "2", "0.5"]
+        assert cells[1] == [shown, shown, "(empty)", "no", "no", "0.25", "0.25", "0.5", "-0.5"]
         assert html.unescape(page).count("\n") == page.count("\n") == 3
 
 

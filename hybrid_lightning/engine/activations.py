@@ -4,12 +4,12 @@ The engine chooses by it how many tokens a pass takes, and `memory/` plans a run
 pass a token keeps in a layer
 
     as transformers computes it      16 hidden + 5 inner
-    with fused layers                4 hidden + 2 queries + 2 keys + 2 values + 2 inner
+    with fused layers                4 hidden + 2 queries + keys + values + 2 inner
 
 numbers, where queries, keys and values are those of all heads (with LoRA on all linear modules of Llama: 1.0 MB a token of
 SmolLM2-135M, 0.46 MB with fused layers). A layer with experts keeps, in place of 5 inner, two hidden vectors and 5 inner for each
 expert that a token is sent to. Recurrent layers keep what torch's own code for them does, most of it in float32: the kernels that
-a GPU may have for them keep less, so for these layers the form is an upper bound. It was compared with what small models of ten
+a GPU may have for them keep less, so for these layers the form is an upper bound. Tests compare it with what small models of many
 families hold.
 """
 

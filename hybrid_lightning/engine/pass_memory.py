@@ -114,6 +114,8 @@ class PassMemory:
             kept += (self._base_width - width) * (2 * sizes.hidden + sizes.queries + sizes.keys)
         if self._attends_by_products:  # which keeps its inputs as it cuts them out
             kept += self._base_width * (sizes.queries + sizes.keys) + width * sizes.values
+        if not self.on_cpu and not recurs:
+            kept += _FLOAT * sizes.heads  # the log-sum-exps of FlashAttention
         if self._keeps_scores and not recurs:
             kept += 3 * width * sizes.heads * length
         if trained is not None and trained.low_rank:
@@ -132,7 +134,9 @@ class PassMemory:
         sizes = self.sizes
         inner = sizes.inner + sizes.experts * sizes.expert_inner
         scanned = max(sizes.kept(recurs).wide for recurs in sizes.recurs)
-        return self.width * (2 * sizes.hidden + (2 - share_full) * inner) + _FLOAT * scanned
+        # FlashAttention adds up the gradients of queries in float32, beside two numbers for each head.
+        workspace = 0 if self.on_cpu else sizes.queries + 2 * sizes.heads
+        return self.width * (2 * sizes.hidden + (2 - share_full) * inner) + _FLOAT * (scanned + workspace)
 
     @property
     def _converts_base(self) -> bool:

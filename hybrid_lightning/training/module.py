@@ -375,6 +375,8 @@ class _Answer:
         self._name = name
 
     def __get__(self, run: Any, owner: type) -> Any:
+        if run is None:  # asked of the class
+            return self
         trainer = run._module._trainer
         return getattr(Run, self._name) if trainer is None else self._of_trainer(trainer)
 

@@ -198,11 +198,8 @@ class Episodes:
         return self._rollouts(prompts, rows, ids, samples, next(engine.model.parameters()).device)
 
     def _conversation(self, engine: "Engine", request: SamplingRequest, rows: Sequence[_Row]) -> Conversation:
-        """The conversation of all episodes; of a group that has failed before its first turn hardly anything is sampled."""
-        samples, longest = request.samples_per_prompt, self.sampler.max_new_tokens
-        groups = [rows[start : start + samples] for start in range(0, len(rows), samples)]
-        limits = [1 if all(row.end for row in group) else longest for group in groups]
-        request = replace(request, limits=limits)
+        """The conversation of all episodes; those that have failed before their first turn are sampled one token."""
+        request = replace(request, limits=[1 if row.end else self.sampler.max_new_tokens for row in rows])
         return self.sampler.conversation(engine, self.pretrained.tokenizer, request, self.limits.max_tokens)
 
     def _begin(

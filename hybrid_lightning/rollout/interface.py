@@ -36,7 +36,7 @@ class SamplingRequest:
     draws: Draws = None  # source of random numbers
     greedy: bool = False  # take the most probable token instead of sampling; G must then be 1
     stops: Stops | None = None  # from `RolloutEngine.stops`; None makes it for this request
-    limits: Sequence[int] | None = None  # most new tokens of the completions of each prompt, [P]; None: `max_new_tokens`
+    limits: Sequence[int] | None = None  # most new tokens of each completion, [B]; None: `max_new_tokens`
     # Called after every token with (sequences still running, tokens decoded), for progress bars. An exception from it ends the
     # sampling.
     on_token: Callable[[int, int], None] | None = None

@@ -122,11 +122,11 @@ class RolloutEngine(Configurable, ABC):
         check_positions(config, prompt_tokens, new_tokens or self.max_new_tokens)
 
     def _checked_limits(self, engine: "Engine", request: SamplingRequest) -> Sequence[int]:
-        """Most new tokens of the completions of each prompt; ConfigError if there is no room for them."""
-        config = getattr(engine.model, "config", None)
-        limits = [self.max_new_tokens] * len(request.prompt_ids) if request.limits is None else request.limits
-        for ids, limit in zip(request.prompt_ids, limits, strict=True):
-            self.check_prompt(config, len(ids), limit)
+        """Most new tokens of each completion, [B]; ConfigError if there is no room for them."""
+        config, samples = getattr(engine.model, "config", None), request.samples_per_prompt
+        limits = [self.max_new_tokens] * (samples * len(request.prompt_ids)) if request.limits is None else request.limits
+        for number, ids in enumerate(request.prompt_ids):
+            self.check_prompt(config, len(ids), max(limits[number * samples : (number + 1) * samples]))
         return limits
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
@@ -274,7 +274,7 @@ class Conversation:
 
     def first(self) -> Rollouts:
         """The first message of all B episodes."""
-        limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._request.prompts)
+        limits = self._request.limits or [self._sampler.max_new_tokens] * len(self._own)
         request = replace(self._request, limits=[min(limit, self._capacity) for limit in limits])
         return self._noted(range(len(self._own)), self._first(request))
 

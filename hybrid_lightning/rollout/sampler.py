@@ -102,7 +102,7 @@ class Sampler(RolloutEngine):
         limits: Sequence[int],
     ) -> Rollouts:
         """The rollouts of a request, decoded from the logits [B, V] of the first token of each."""
-        tokens, logprobs, lengths, finished = decoder.decode(logits, request.draws, limits, request.samples_per_prompt)
+        tokens, logprobs, lengths, finished = decoder.decode(logits, request.draws, limits)
         mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
         return self.rollouts(tokenizer, request, tokens, mask, logprobs, finished)
 
@@ -169,16 +169,13 @@ class _Decoder:
             graphs.say(reason)
         return decoding.prefill(samples)
 
-    def decode(
-        self, logits: Tensor, generator: Draws, limits: Sequence[int], samples: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def decode(self, logits: Tensor, generator: Draws, limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decode until all sequences have ended, from logits [B, V] of the first token of each.
 
         Args:
             logits: [B, V], of the first token of each.
             generator: See `SamplingRequest.draws`.
-            limits: Most tokens of each sequence, or of each of `samples` that follow one another.
-            samples: Number of sequences that share a limit.
+            limits: Most tokens of each sequence, [B].
 
         Returns:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
@@ -187,7 +184,7 @@ class _Decoder:
         batch, most = logits.shape[0], max(limits)
         limit = None  # of each, where not all have the same
         if min(limits) < most:
-            limit = torch.tensor(limits, device=self.device).repeat_interleave(samples)
+            limit = torch.tensor(limits, device=self.device)
         cut = torch.zeros(batch, dtype=torch.bool, device=self.device)  # by a limit of their own
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)

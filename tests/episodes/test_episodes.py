@@ -14,11 +14,11 @@ from tiny_runs import Log, OftenDone, Talk, build_data, build_policy, build_trai
 
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import PredictionWriter, RolloutSamples
-from hybrid_lightning.environments import EpisodeLimits, Step
+from hybrid_lightning.environments import EpisodeLimits, Failure, RunningEpisodes, Step
 from hybrid_lightning.episodes.episodes import episode_metrics, evaluation_draws
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
-from hybrid_lightning.rollout import DynamicSampling
+from hybrid_lightning.rollout import DynamicSampling, sampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.training.sampled_groups import rollout_metrics
 from hybrid_lightning.types import Prompt
@@ -125,6 +125,21 @@ def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play
     assert not advantages[failed].any() and advantages[~failed].any()
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
         play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=0.0)
+
+
+def test_an_episode_that_fails_before_its_first_turn_is_hardly_sampled(play, monkeypatch):
+    start, decode, lengths = RunningEpisodes.start, sampler._Decoder.decode, []
+
+    def decoded(*arguments):
+        found = decode(*arguments)
+        lengths.append(found[2].tolist())
+        return found
+
+    monkeypatch.setattr(RunningEpisodes, "start", lambda *given: [Failure("no board"), *start(*given)[1:]])
+    monkeypatch.setattr(sampler._Decoder, "decode", decoded)
+    completions = play(Talk(), max_new_tokens=20)[1].completions
+    assert [completion.episode.end == "failed" for completion in completions] == [True] + 5 * [False]
+    assert lengths[0][0] == 1 and max(lengths[0]) > 1
 
 
 def test_a_run_trains_on_what_was_sampled_alone_and_episodes_are_shown_measured_and_written(model, sums, tmp_path, capsys):

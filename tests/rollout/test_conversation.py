@@ -81,10 +81,11 @@ def test_what_is_left_of_the_capacity_is_each_episodes_own_limit(tokenizer):
         assert tokens == whole[: len(tokens)] and finished == (ended and len(whole) == len(tokens))
         assert said[row] <= 18 and (len(tokens) == len(whole) or said[row] == 18)
     assert {finished for _, _, finished in messages_of(cut)[1]} == {True, False}
-    request = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), limits=[1, 6, 11])
+    limits = [1, 6, 11, *range(2, 2 + (len(TEXTS) - 1) * SAMPLES)][: len(TEXTS) * SAMPLES]
+    request = SamplingRequest(PROMPTS, ids, SAMPLES, PromptDraws(PROMPTS, SAMPLES, 3), limits=limits)
     first = Sampler(12).conversation(engine, tokenizer, request, CAPACITY).first()
-    lengths = first.sequences.completion_mask.sum(dim=1).view(len(TEXTS), SAMPLES)
-    assert (lengths <= torch.tensor([[1], [6], [11]])).all() and lengths.max() > 6, "and a prompt's first messages one"
+    lengths = first.sequences.completion_mask.sum(dim=1)
+    assert (lengths <= torch.tensor(limits)).all() and lengths.max() > 6, "and the first message one"
 
 
 # Windows that hide all of a prompt, and some of it; heads for which there is a kernel.

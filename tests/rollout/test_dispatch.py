@@ -34,7 +34,7 @@ def test_an_episode_goes_on_with_a_longer_prompt_a_seed_of_its_own_and_the_weigh
     sampler.inflight_updates = True
     prompts = [Prompt(text=str(number), index=number) for number in range(2)]
     turns, may_end, holds = [], threading.Event(), server.on_finish_weight_update
-    request = SamplingRequest(prompts, [[3, 5], [4]], 2, PromptDraws(prompts, 2, 0), limits=[8, 5])
+    request = SamplingRequest(prompts, [[3, 5], [4]], 2, PromptDraws(prompts, 2, 0), limits=[8, 8, 1, 5])
     conversation = sampler.conversation(ENGINE, tokenizer, request, 13)
     first = conversation.first().sequences.completion_ids
     assert first.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1]]

@@ -76,8 +76,9 @@ class VLLMEngine(RolloutEngine):
         stop_ids, count = (request.stops or self.stops(tokenizer)).ids, len(request.prompts)
         seeds = [0] * count if request.greedy else seeds_of(request.draws, count)
         asked = [
-            self._parameters(stop_ids, samples, seed, request.greedy) | {"max_tokens": limit}
-            for seed, limit in zip(seeds, limits, strict=True)
+            self._parameters(stop_ids, samples, seed, request.greedy)
+            | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
+            for number, seed in enumerate(seeds)
         ]
         on_completion, answered = request.on_completion, None
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)

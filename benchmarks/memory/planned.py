@@ -62,18 +62,18 @@ def compare(case: MemoryCase, log: Path, arguments: argparse.Namespace) -> dict[
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
     """Planned and measured bytes of a case, each the largest of all moments, and of all ranks where several measured.
 
-    What oneDNN packs is in no tensor that can be counted. Of scoring, which has the base model alone, no parts are compared.
+    Of scoring, which has the base model alone, no parts are compared.
     """
     (plan,) = found["plan"]
     counted = [rank["moments"] for rank in found["tensors"]]
-    planned = {name: parts["total"] - (0 if plan["in tensors"] else parts["packed"]) for name, parts in plan["moments"].items()}
+    planned = {name: parts["total"] - plan["unseen"][name] for name, parts in plan["moments"].items()}
     measured = {name: max(rank[name]["tensors"] for rank in counted if name in rank) for rank in counted for name in rank}
     sides = (plan["moments"], counted[0])
     trained = [[parts for name, parts in side.items() if name not in ("calibrating", "scoring")] for side in sides]
     return {
         "bytes": [max(planned.values()), max(measured.values())],
         "moments": [max(planned, key=planned.__getitem__), max(measured, key=measured.__getitem__)],
-        "process": [plan["process"], max(rank["process"] for rank in found["process"])],
+        "resident": [plan["process"], max(rank["process"] for rank in found["process"])],
         "parts": {part: [max(parts[part] for parts in moments) for moments in trained] for part in PARTS},
     }
 
@@ -88,11 +88,11 @@ def tables(cases: Sequence[dict[str, Any]]) -> str:
     rows = []
     for case in cases:
         numbers = []
-        for pair in (case["bytes"], case["process"]):
+        for pair in (case["bytes"], case["resident"]):
             numbers += [f"{pair[1] / MIB:,.1f}", f"{difference(pair):+.1%}"]
         rows.append([case["case"]["model"], case["name"], *numbers, " / ".join(dict.fromkeys(case["moments"]))])
     header = ["model", "case", "tensors, MiB", "planned", "process, MiB", "planned", "most while"]
-    furthest = [f"{name} {max(abs(difference(case[name])) for case in cases):.0%}" for name in ("bytes", "process")]
+    furthest = [f"{name} {max(abs(difference(case[name])) for case in cases):.0%}" for name in ("bytes", "resident")]
     parts = [pair for case in cases for pair in case["parts"].values()]
     apart = max(abs(planned - measured) for planned, measured in parts) / MIB
     return f"{table(header, rows, left=2)}\n\nFurthest off: {', '.join(furthest)}; any of {', '.join(PARTS)} {apart:.1f} MiB."

@@ -96,12 +96,14 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         keep_start_weights=case.keep_start_weights,
     )
     found = plan_method(settings)
+    seen = torch.bfloat16.itemsize * found.trainable if case.method == "FFT" and settings.product_dtype != torch.float32 else 0
     moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
     return {
         "moments": moments,
         "process": found.process_bytes,
         "trainable": found.trainable,
-        "in tensors": not packs(torch.float32),  # whether what products read, `packed`, is in tensors
+        # What oneDNN packs is in no tensor; 16-bit copies of fully trained weights are.
+        "unseen": {phase: max(0.0, peak.packed - seen) if packs(torch.float32) else 0.0 for phase, peak in found.peaks.items()},
     }
 
 

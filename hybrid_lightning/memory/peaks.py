@@ -24,7 +24,7 @@ from hybrid_lightning.types import Sequences
 _PASS: tuple[Moment, ...] = ("begin", "forward", "backward")
 _SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
 # Beside its tensors a process on a CPU has Python and its libraries, and gaps, as a share of them (`benchmarks/memory`).
-PROCESS_BYTES, _GAPS = 500 * 2**20, 0.1
+PROCESS_BYTES, _GAPS = 580 * 2**20, 0.15
 
 
 @dataclass(frozen=True)

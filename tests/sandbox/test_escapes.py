@@ -129,7 +129,10 @@ def test_each_way_holds_without_root():
     if python is None or shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, and a Python of the system in /usr/bin")
     with folder_below(namespaces.TEMPORARY) as folder:  # which, other than pytest's folders, others may enter
-        for part in ("hybrid_lightning/__init__.py", "hybrid_lightning/errors.py", "hybrid_lightning/sandbox", "tests/sandbox"):
+        for part in (
+            *(f"hybrid_lightning/{name}" for name in ("__init__.py", "__init__.pyi", "lazy.py", "errors.py", "sandbox")),
+            "tests/sandbox",
+        ):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / part, folder / part)

@@ -185,7 +185,7 @@ class _Run:
             calibrating = _computing(self._held("calibrating", sizes), generated)
         if self.on_cpu:
             # Exact gradients are summed up in the memory of the host. Of several processes there each has the gradients of a pass
-            # beside its part of the sums; gathering them takes the process about as much again, little of it in tensors (measured).
+            # beside its part of the sums. To gather them takes about as much again, little of it in tensors (measured).
             exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)

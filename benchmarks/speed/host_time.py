@@ -60,7 +60,7 @@ def build(share: float) -> Engine:
     config = Qwen3Config(**SIZES, **heads, num_hidden_layers=LAYERS, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).requires_grad_(False).eval()
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LoraSettings(rank=16, alpha=32))
-    backend = PlannedBackend(on_cpu=False)
+    backend = PlannedBackend()
     engine = Engine(apply_plan(model, plan, False, None, backend), backend)
     engine.assume_packing(torch.bfloat16)
     engine.assume_calls(AttentionCalls([AttentionSettings()] * LAYERS, [True] * LAYERS))

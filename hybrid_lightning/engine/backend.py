@@ -145,32 +145,26 @@ class Backend:
 
 
 class PlannedBackend(Backend):
-    """The backend that a CPU or an accelerator would have, for fake tensors, whatever device they seem to be on."""
-
-    def __init__(self, on_cpu: bool) -> None:
-        super().__init__()
-        self._on_cpu = on_cpu
-        self._has_operators = on_cpu and has_operators()
+    """The backend of an accelerator, for fake tensors, whatever device they seem to be on."""
 
     def usable(self, *tensors: Tensor) -> bool:
         """See `Backend`."""
-        return self._has_operators and operators.fit(*tensors)
+        return False
 
     def is_cpu(self, device: torch.device) -> bool:
         """See `Backend`."""
-        return self._on_cpu
+        return False
 
     def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
         """See `Backend`. The accelerator is taken to be one that can."""
-        return "a CPU has no kernels of it" if self._on_cpu else _why_no_kernels(dtype)
+        return _why_no_kernels(dtype)
 
     def _has_out_dtype(self, device: torch.device) -> bool:
-        return not self._on_cpu and fakes_multiply_to_floats()
+        return fakes_multiply_to_floats()
 
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `Backend`. A plain copy stands for the prepacked one, since oneDNN cannot pack fake tensors."""
-        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
-        return lambda rows: F.linear(rows, kept)
+        """See `Backend`."""
+        return lambda rows: F.linear(rows, weight)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

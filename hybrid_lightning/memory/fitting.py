@@ -58,8 +58,7 @@ def verdict(method: MethodMemory, settings: RunSettings) -> str:
         return f"{most}; give --device_gib, the memory of a device in GiB, for whether that fits"
     where = f"{format_bytes(free)} ({format_bytes(memory)} without what its context and its allocator take)"
     if settings.flags.on_cpu:
-        devices = settings.flags.sharding.devices
-        each = "" if devices == 1 else f" (a {devices}th of the machine's memory)"
+        each = "" if (devices := settings.flags.sharding.devices) == 1 else f" (a {devices}th of the machine's memory)"
         where = f"{format_bytes(free)}{each}, {format_bytes(PROCESS_BYTES)} of it for Python and libraries"
     return f"{'Fits' if needed <= free else 'Does not fit'}: {most}, of {where}"
 

@@ -181,7 +181,7 @@ def layout_syncs(window):
     """What the layout of an update asks the device for, with a window that hides keys of prompts or without, on real tensors."""
     lists, tolist = [], torch.Tensor.tolist
     with Counter() as counter, mock.patch.object(torch.Tensor, "tolist", lambda part: lists.append("tolist") or tolist(part)):
-        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True)
+        packed = PackedSequences(sequences(4, SAMPLES, 12, 9), PlannedBackend(), segments=True)
         _ = packed.gathered if window else packed.layout
     return counter.counts.syncs + lists
 

@@ -20,7 +20,7 @@ class FakeModel:
 
     def __init__(self, config, layers, share, lora, device):
         self.device, self.mode = torch.device(device), FakeTensorMode()
-        backend, model = PlannedBackend(on_cpu=False), meta_model(config, torch.bfloat16, layers)
+        backend, model = PlannedBackend(), meta_model(config, torch.bfloat16, layers)
         candidates = find_candidates(model)
         if share is None:
             for module in candidates.values():

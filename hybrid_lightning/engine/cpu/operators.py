@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_lightning.engine.cpu.build import library, why_none
 
@@ -50,12 +49,6 @@ def why_unusable(dtype: torch.dtype) -> str:
     return "" if dtype in _SUFFIX else known
 
 
-def fit(*tensors: Tensor) -> bool:
-    """Whether tensors, wherever they lie, all have one dtype that kernels compute with."""
-    dtype = tensors[0].dtype
-    return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
-
-
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
     kernels = library()
@@ -66,14 +59,10 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 
 def _call(name: str, tensors: Sequence[Tensor | None], *numbers: Any) -> None:
-    """Call the compiled function NAME for the storage dtype of the first tensor, with all their addresses and the numbers.
-
-    Of fake tensors, which have no addresses, nothing is computed: what a function writes to has been allocated by its caller.
-    """
+    """Call the compiled function NAME for the storage dtype of the first tensor, with all their addresses and the numbers."""
     first = tensors[0]
     assert first is not None
-    if not isinstance(first, FakeTensor):
-        _function(name, first.dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
+    _function(name, first.dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
 
 
 def _dense(part: Tensor) -> Tensor:

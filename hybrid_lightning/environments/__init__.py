@@ -8,19 +8,23 @@ workers.py            or in others
 answers.py            checks what they answer
 tool_environment.py   an environment of tools that the policy may call
 tool.py               what a tool is, and how its arguments are checked
-calls.py              how the policy writes calls
+calls.py              how the policy writes calls: the contract of formats
+json_calls.py         formats that are JSON or plain text
+tagged_calls.py       formats between tags, and which one a chat template teaches
 tools.py              a calculator, Python with a session, search over documents
 foreign.py            environments of other packages: Gymnasium's form, OpenEnv
 trl_environment.py    TRL's environment classes
 games.py              a number to be guessed, several attempts at a problem
 """
 
-from hybrid_lightning.environments.calls import Call, CallFormat, HermesCalls, LlamaCalls, MalformedCall, PlainCalls
+from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
 from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
 from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment
+from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 from hybrid_lightning.environments.running_episode import Failure, Started, TimedOut
+from hybrid_lightning.environments.tagged_calls import AtemCalls, GemmaCalls, GlmCalls, HarmonyCalls, PythonicCalls, XmlCalls
 from hybrid_lightning.environments.tool import Tool
 from hybrid_lightning.environments.tool_environment import ToolEnvironment
 from hybrid_lightning.environments.tools import DocumentSearch, PythonSession, calculator
@@ -28,20 +32,25 @@ from hybrid_lightning.environments.trl_environment import TRLEnvironment
 
 __all__ = [
     "CUT_MARK",
+    "AtemCalls",
     "Call",
     "CallFormat",
     "DocumentSearch",
     "Environment",
     "EpisodeLimits",
     "Failure",
+    "GemmaCalls",
+    "GlmCalls",
     "GuessNumber",
     "GymEnvironment",
+    "HarmonyCalls",
     "HermesCalls",
     "LlamaCalls",
     "MalformedCall",
     "OpenEnvEnvironment",
     "PlainCalls",
     "PythonSession",
+    "PythonicCalls",
     "ReasoningGymEnvironment",
     "RunningEpisodes",
     "Started",
@@ -50,5 +59,6 @@ __all__ = [
     "TimedOut",
     "Tool",
     "ToolEnvironment",
+    "XmlCalls",
     "calculator",
 ]

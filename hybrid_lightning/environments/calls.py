@@ -1,12 +1,9 @@
 """`CallFormat`: how a policy writes calls of tools, read from its messages in time linear in their length.
 
-HermesCalls    <tool_call>{"name": "search", "arguments": {"query": "..."}}</tool_call>     Qwen, Hermes
-LlamaCalls     {"name": "search", "parameters": {"query": "..."}}                           Llama 3
-PlainCalls     [search: ...]                                                                for base models
+The formats are in `json_calls.py` and `tagged_calls.py`, which also finds the one that a chat template teaches.
 """
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +11,6 @@ from itertools import islice
 from typing import Any
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import ConfigError, shorten
-from hybrid_lightning.user_code import compile_pattern
 
 MAX_CALLS = 100  # in a message; a JSON error takes time that grows with the length of the text before it
 Schema = Mapping[str, Any]  # of a tool: {"type": "function", "function": {"name", "description", "parameters"}}
@@ -38,11 +33,19 @@ class MalformedCall:
 
 
 class CallFormat(Configurable, ABC):
-    """Base class of forms of calls. A subclass needs `parse` and `describe`."""
+    """Base class of formats of calls. A subclass needs `parse` and `describe`."""
 
     @abstractmethod
-    def parse(self, text: str) -> list[Call | MalformedCall]:
-        """The calls in a message of the policy, in order; an empty list if it has none. Other text may be around them."""
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """Read the calls in a message of the policy.
+
+        Args:
+            text: The message with its special tokens, without the token that ended it and without a thought in `<think>`.
+            tools: Schemas of the tools, for formats that write values without their types.
+
+        Returns:
+            The calls in order; an empty list if there are none. Other text may be around them.
+        """
 
     @abstractmethod
     def describe(self, tools: Sequence[Schema]) -> str:
@@ -56,217 +59,49 @@ class CallFormat(Configurable, ABC):
         """
 
 
-class HermesCalls(CallFormat):
-    """The form of Qwen's and Hermes' chat templates: JSON with a name and arguments between tags.
-
-    Example:
-        >>> HermesCalls().parse('Let me see. <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>')
-        [Call(name='add', arguments={'x': 1}, text=None)]
-    """
-
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
-
-    def parse(self, text: str) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A tag that is not closed is a malformed call."""
-        calls = _first(self._calls(text))
-        if not calls and any(text.endswith(self.OPEN[:length]) for length in range(6, len(self.OPEN))):
-            calls.append(MalformedCall(f"it ends within {self.OPEN}"))
-        return calls
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
-        end = 0
-        while (begin := text.find(self.OPEN, end)) >= 0:
-            end = begin + len(self.OPEN)
-            call, behind = _read_json(text, end)
-            if isinstance(call, Call):
-                end = behind
-                closed = text.startswith(self.CLOSE, _skip_space(text, end))
-                call = call if closed else MalformedCall(f"{self.CLOSE} is missing behind the JSON")
-            yield call
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return _described(tools, f'{self.OPEN}{{"name": "...", "arguments": {{"...": ...}}}}{self.CLOSE}')
-
-
-class LlamaCalls(CallFormat):
-    """The form of Llama 3's chat templates: a message is JSON with a name and parameters, or several with `;` between them.
-
-    Example:
-        >>> LlamaCalls().parse('{"name": "add", "parameters": {"x": 1}}; {"name": "add", "parameters": {"x": 2}}')
-        [Call(name='add', arguments={'x': 1}, text=None), Call(name='add', arguments={'x': 2}, text=None)]
-    """
-
-    TAG = "<|python_tag|>"
-
-    def parse(self, text: str) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A message is a call if it begins as one, or behind the tag."""
-        _, tag, behind = text.partition(self.TAG)
-        text = (behind if tag else text).strip()
-        if not tag and not re.match(r'\{\s*"(name|parameters|arguments|type)"\s*:', text):
-            return []
-        return _first(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
-        end = 0
-        while end < len(text):
-            call, end = _read_json(text, end)
-            yield call
-            end = _skip_space(text, end)
-            if isinstance(call, MalformedCall) or not text.startswith(";", end):
-                return
-            end = _skip_space(text, end + 1)
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`."""
-        return _described(tools, '{"name": "...", "parameters": {"...": ...}}', "and nothing else; put ; between several")
-
-
-class PlainCalls(CallFormat):
-    r"""A form for base models, such as `[calculator: 12*3]`.
-
-    Behind the name is the only argument of the tool, or JSON such as {"x": 1, "y": 2}. Brackets within it come in pairs.
-
-    Args:
-        pattern: Regular expression for another form. Its groups `name` and `argument` hold these; where it has no such groups,
-            group 1 is the argument of the only tool. It has to match in time linear in the text: write `[^>]*` rather than `.*`.
-
-    Raises:
-        ConfigError: If the pattern is no regular expression, or has no group for the argument.
-
-    Example:
-        >>> PlainCalls().parse("12*3 is [calculator: 12*3]")
-        [Call(name='calculator', arguments={}, text='12*3')]
-        >>> PlainCalls(r"<<([^<>=]*)=>>").parse("It costs <<12*3=>>")
-        [Call(name=None, arguments={}, text='12*3')]
-    """
-
-    def __init__(self, pattern: str | None = None) -> None:
-        self._pattern = None if pattern is None else compile_pattern(pattern, flags=re.NOFLAG)
-        groups = {} if self._pattern is None else self._pattern.groupindex
-        self._argument: str | int = "argument" if "argument" in groups else 1
-        self._named = self._pattern is None or "name" in groups
-        if self._pattern is not None and self._argument == 1 and (self._pattern.groups != 1 or "name" in groups):
-            raise ConfigError(
-                f"PlainCalls: pattern={pattern!r}; give it one group, or groups (?P<name>...) and (?P<argument>...)"
-            )
-
-    def parse(self, text: str) -> list[Call | MalformedCall]:
-        """See `CallFormat.parse`. A bracket that is not closed is a malformed call."""
-        return _first(self._calls(text))
-
-    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
-        if self._pattern is not None:
-            for match in self._pattern.finditer(text):
-                yield _plain_call(match["name"] if self._named else None, match[self._argument] or "")
-            return
-        end = 0
-        while begin := _HEAD.search(text, end):
-            end = _closing(text, begin.end())
-            if end < 0:  # nor is any other behind it
-                yield MalformedCall(f"the ] of [{begin[1][:40]}: is missing")
-                return
-            yield _plain_call(begin[1], text[begin.end() : end])
-
-    def describe(self, tools: Sequence[Schema]) -> str:
-        """See `CallFormat.describe`; of another pattern your prompts have to tell the form."""
-        lines = [f"{tool['function']['name']}: {tool['function']['description']}" for tool in tools]
-        how = ["To call a tool, write its name and argument in brackets:"] if self._pattern is None else []
-        example = [f"[{tools[0]['function']['name']}: ...]"] if how and tools else []
-        return "\n".join(["You may call these tools.", *lines, *how, *example])
-
-    def check(self, tools: Sequence[Schema]) -> None:
-        """See `CallFormat.check`."""
-        if not self._named and len(tools) != 1:
-            raise ConfigError(f"PlainCalls: the pattern has no group (?P<name>...), but there are {len(tools)} tools; add one")
-
-
-_HEAD = re.compile(r"\[([A-Za-z_]\w*):")
-_BRACKET = re.compile(r"[\[\]]")
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"\s*")
-
-
-def choose_format(chat_template: str | None) -> CallFormat:
-    """The form that a chat template uses.
-
-    Raises:
-        ConfigError: If it uses one that is not known here.
-    """
-    template = chat_template or ""
-    if "<tool_call>" in template and "arguments" in template and "<function=" not in template and "<arg_key>" not in template:
-        return HermesCalls()
-    if "python_tag" in template or "ipython" in template:
-        return LlamaCalls()
-    if shows_tools(template):
-        raise ConfigError(
-            "the chat template shows tools to the policy in a form that is not known here; give a call_format that reads it: "
-            "HermesCalls, LlamaCalls, PlainCalls with a pattern, or a class of your own"
-        )
-    return PlainCalls()
-
-
-def shows_tools(chat_template: str | None) -> bool:
-    """Whether a chat template takes tools."""
-    return re.search(r"\{%-?\s*(if|elif|for)\b[^%]*\btools\b", chat_template or "") is not None
-
-
-def _first(calls: Iterator[Call | MalformedCall]) -> list[Call | MalformedCall]:
+def first_calls(calls: Iterator[Call | MalformedCall]) -> list[Call | MalformedCall]:
     """The calls of a message, up to `MAX_CALLS`."""
     first = list(islice(calls, MAX_CALLS))
     more = next(calls, None) is not None
-    return [*first, MalformedCall(f"a message may have {MAX_CALLS} calls; those behind them were not read")] if more else first
+    return [*first, MalformedCall(f"a message may have {MAX_CALLS} calls; the rest was not read")] if more else first
 
 
-def _skip_space(text: str, begin: int) -> int:
-    match = _SPACE.match(text, begin)
-    assert match is not None
-    return match.end()
-
-
-def _read_json(text: str, begin: int) -> tuple[Call | MalformedCall, int]:
-    """The call that JSON at a position of a text describes, and the position behind it."""
-    begin = _skip_space(text, begin)
-    try:
-        value, end = _DECODER.raw_decode(text, begin)
-    except json.JSONDecodeError as error:
-        return MalformedCall(f"the JSON is wrong: {error.msg} at character {error.pos - begin} of it"), begin
-    except (ValueError, RecursionError):  # a number of too many digits; brackets in brackets
-        return MalformedCall("the JSON has a number that is too long, or is too deep"), begin
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str):
-        return MalformedCall('the JSON must be an object with "name", a text'), end
-    arguments = value.get("arguments", value.get("parameters"))
-    arguments = _parsed(arguments) if isinstance(arguments, str) else {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        return MalformedCall(f"the arguments of {shorten(name)} must be a JSON object, such as {{}}"), end
-    return Call(name, arguments), end
-
-
-def _parsed(text: str) -> Any:
-    """What a text is as JSON; None if it is none."""
+def parsed_json(text: str) -> Any:
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def _plain_call(name: str | None, text: str) -> Call:
-    text = text.strip()
-    arguments = _parsed(text) if text.startswith("{") else None
-    return Call(name, arguments, text) if isinstance(arguments, dict) else Call(name, text=text)
+def typed_value(text: str, schema: Schema) -> Any:
+    """The value that a text stands for: the text where the schema accepts one, else what it is as JSON or a Python constant.
+
+    A text that is neither stays a text, which the schema then refuses.
+
+    Example:
+        >>> typed_value("3", {"type": "string"}), typed_value("3", {"type": "integer"}), typed_value("True", {"type": "boolean"})
+        ('3', 3, True)
+    """
+    from jsonschema import Draft202012Validator  # slow to import
+
+    if Draft202012Validator(schema).is_valid(text):
+        return text
+    constants = {"True": True, "False": False, "None": None}
+    try:
+        return constants[text.strip()] if text.strip() in constants else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
-def _closing(text: str, begin: int) -> int:
-    """Position of the bracket that closes one before `begin`; -1 if there is none."""
-    depth = 1
-    for match in _BRACKET.finditer(text, begin):
-        depth += 1 if match[0] == "[" else -1
-        if depth == 0:
-            return match.start()
-    return -1
+def typed_arguments(name: str, texts: Mapping[str, str], tools: Sequence[Schema]) -> dict[str, Any]:
+    """The arguments of a call, given as texts, with the types of the tool's schema."""
+    schemas = (tool["function"].get("parameters", {}).get("properties", {}) for tool in tools if tool["function"]["name"] == name)
+    known: Schema = next(schemas, {})
+    return {key: typed_value(text, known[key]) if key in known else text for key, text in texts.items()}
 
 
-def _described(tools: Sequence[Schema], form: str, rest: str = "for each call") -> str:
+def described(tools: Sequence[Schema], form: str, rest: str = "for each call") -> str:
+    """Text that shows the schemas of tools, and how a call is written."""
     schemas = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     return f"You may call these tools, which are described as JSON:\n{schemas}\nTo call a tool, write {form} {rest}."

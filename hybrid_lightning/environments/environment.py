@@ -14,8 +14,10 @@ seed, and so the same task.
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import inf
+from types import MethodType
 from typing import Any, ClassVar, Literal, Self
 
 from hybrid_lightning.configurable import Configurable
@@ -86,7 +88,9 @@ class Environment(Configurable, ABC):
         """Answer a message of the policy. It may be `async`.
 
         Args:
-            message: `{"role": "assistant", "content": text}`; the text is that of the tokens, without special ones.
+            message: `{"role": "assistant", "content": text, "raw": text}`. The content is decoded without special tokens. `raw`,
+                for formats that are made of these, has them, except the token that ended the message, and begins with `<think>`
+                if the prompt does so.
 
         Returns:
             A `Step`, or a tuple of its messages, reward and over. A text among the messages is a message of the user. The same
@@ -108,6 +112,13 @@ class Environment(Configurable, ABC):
         """JSON schemas of the tools that the policy may call, for the chat template; by default none."""
         return []
 
+    def added_roles(self) -> tuple[str, ...]:
+        """Roles of the messages that `step` adds, which are tried with the chat template before a run.
+
+        By default the user's, and a tool's where there are tools.
+        """
+        return ("tool", "user") if self.tools() else ("user",)
+
     def prepare(self, chat_template: str | None) -> None:
         """Adapt to the model, once, before any episode begins. A subclass that overrides this calls it, too.
 
@@ -121,13 +132,15 @@ class Environment(Configurable, ABC):
 
     def new(self) -> Self:
         """An object for one episode, made with the same arguments and prepared for the same model."""
-        made = type(self)(**_copied(self._init_args))
+        made = type(self)(**_copied(self._init_args, {}))
         made.prepare(self.chat_template)
         return made
 
 
-def _copied(value: Any) -> Any:
-    """Nested lists and dicts of a config, copied: an object may change what it was given."""
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """Nested lists and dicts of a config, copied: an object may change what it was given. Methods get a copy of their object."""
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _copied(item, copies) for key, item in value.items()}
+    if isinstance(value, MethodType) and not isinstance(value.__self__, type):
+        return deepcopy(value, copies)  # one copy for all methods of an object
+    return [_copied(item, copies) for item in value] if isinstance(value, list) else value

@@ -20,6 +20,9 @@ from hybrid_lightning.errors import ConfigError, one_line, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_code import load_function
 
+# Types of the blocks that multimodal messages and results of MCP are made of.
+_BLOCKS = {"text", "image", "image_url", "audio", "input_audio", "video", "video_url", "resource", "resource_link"}
+
 
 class ForeignEnvironment(Environment):
     """Base of environments whose game is an object of another package.
@@ -139,7 +142,7 @@ class OpenEnvEnvironment(ForeignEnvironment):
         observation, reward = result.observation, result.reward
         self._over = bool(result.done)
         if self._observation is not None:
-            fields = observation if isinstance(observation, Mapping) else plain(observation)
+            fields = observation if isinstance(observation, Mapping) else _plain(observation)
             if self._observation not in fields:
                 raise ConfigError(
                     f"observation={self._observation!r}: the observation of {self._make} has no such field; it has "
@@ -158,58 +161,67 @@ def said(observation: Any) -> list[Message]:
     """
     entries = observation if isinstance(observation, (list, tuple)) else []
     if entries and all(isinstance(entry, Mapping) and {"role", "content"} <= entry.keys() for entry in entries):
-        return [{**entry, "content": _content(entry["content"])} for entry in entries]
-    text = _content(observation)
+        return [{**entry, "content": content_text(entry["content"])} for entry in entries]
+    text = content_text(observation)
     return [{"role": "user", "content": text}] if text else []
 
 
-def _content(value: Any) -> str:
-    """Text of an observation, which may be a list of blocks, as multimodal messages have them."""
-    blocks = value if isinstance(value, (list, tuple)) else []
-    if not blocks or not all(isinstance(block, Mapping) and "type" in block for block in blocks):
-        return as_text(value)
-    for block in blocks:
-        if block["type"] != "text":
-            raise ConfigError(f"an observation has a block of type {block['type']!r}; only texts can be shown to the policy")
-    return "".join(as_text(block["text"]) for block in blocks)
+def content_text(value: Any, otherwise: Callable[[Any], str] | None = None) -> str:
+    """The text of an observation or of a tool's result, which may be blocks of text, as of multimodal messages and MCP.
 
-
-def as_text(value: Any) -> str:
-    """An observation as text: a text as it is, nothing for None and empty lists, other data as JSON.
+    Args:
+        value: A text as it is; nothing for None and empty lists; data classes, models of pydantic, arrays and tensors as JSON.
+        otherwise: Writes what cannot be written as JSON.
 
     Raises:
-        ConfigError: If it cannot be written as JSON.
+        ConfigError: If a block is not text, or something cannot be written as JSON and `otherwise` is not given.
 
     Example:
-        >>> as_text({"board": (1, 2)})
-        '{"board": [1, 2]}'
+        >>> content_text({"board": (1, 2)}), content_text({"content": [{"type": "text", "text": "done"}]})
+        ('{"board": [1, 2]}', 'done')
     """
+    blocks = _plain(value)
+    if isinstance(blocks, Mapping) and isinstance(blocks.get("content"), (list, tuple)):
+        blocks = blocks["content"]
+    blocks = [*map(_plain, blocks)] if isinstance(blocks, (list, tuple)) else []
+    if not blocks or not all(isinstance(block, Mapping) and block.get("type") in _BLOCKS for block in blocks):
+        return _as_text(value, otherwise)
+    for block in blocks:
+        if block["type"] != "text":
+            raise ConfigError(f"there is a block of type {block['type']!r}; only texts can be shown to the policy")
+    return "".join(_as_text(block["text"], otherwise) for block in blocks)
+
+
+def _as_text(value: Any, otherwise: Callable[[Any], str] | None) -> str:
     if isinstance(value, str):
-        return value
+        return str.__str__(value)
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
         return ""
     try:
-        return json.dumps(value, ensure_ascii=False, default=plain)
-    except (TypeError, ValueError) as error:
+        return json.dumps(value, ensure_ascii=False, default=_plain_or_error)
+    except (TypeError, ValueError, RecursionError) as error:
+        if otherwise is not None:
+            return otherwise(value)
         raise ConfigError(
             f"an observation is {shorten(value)}, which cannot be written as text ({error}); wrap the environment so that its "
             "observations are texts"
         ) from error
 
 
-def plain(value: Any) -> Any:
-    """Data classes, models of pydantic, arrays and tensors as dicts, lists and numbers.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+def _plain(value: Any) -> Any:
+    """Data classes, models of pydantic, arrays and tensors as dicts, lists and numbers; anything else as it is."""
     if hasattr(value, "model_dump"):
         return value.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is no plain data")
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _plain_or_error(value: Any) -> Any:
+    made = _plain(value)
+    if made is value:
+        raise TypeError(f"a {type(value).__name__} is not plain data")
+    return made
 
 
 def takes(function: Callable[..., Any], name: str, by_name: bool = False) -> bool:

@@ -5,7 +5,6 @@ and docstring become a JSON schema, which chat templates show to the policy.
 """
 
 import inspect
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.environments.calls import Call
+from hybrid_lightning.environments.calls import Call, typed_value
 from hybrid_lightning.errors import ConfigError, one_line, shorten
 
 if TYPE_CHECKING:
@@ -81,16 +80,10 @@ class ToolSchema:
         """The arguments of a call by their names, and what is wrong with them, if anything."""
         from jsonschema.exceptions import best_match
 
-        schema = self._validator.schema
-        known, required = schema.get("properties", {}), schema.get("required", [])
-        arguments = dict(call.arguments)
-        if call.text is not None and not (arguments and arguments.keys() <= known.keys()):
-            needed = required or list(known)[:1]
-            if len(needed) > 1:
-                return {}, f"takes several arguments; give them as JSON: {', '.join(known)}"
-            if call.text and not needed:
-                return {}, "takes no arguments"
-            arguments = {name: self._converted(call.text, known[name]) for name in needed}
+        known = self._validator.schema.get("properties", {})
+        arguments, wrong = (dict(call.arguments), "") if call.text is None else self._of_text(call, call.text)
+        if wrong:
+            return {}, wrong
         try:
             error = best_match(self._validator.iter_errors(arguments))
             if error is None:
@@ -101,14 +94,17 @@ class ToolSchema:
             wrong = "got wrong arguments: they are too deep"
         return {}, f"{wrong}; its arguments are {', '.join(known) or 'none'}"
 
-    def _converted(self, text: str, schema: dict[str, Any]) -> Any:
-        """The value that a plain text stands for: itself where the schema accepts a text, otherwise what it is as JSON."""
-        if self._validator.evolve(schema=schema).is_valid(text):
-            return text
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text  # which does not fit, and is reported
+    def _of_text(self, call: Call, text: str) -> tuple[dict[str, Any], str]:
+        """The same for a call with a plain text. With several arguments, what begins as JSON is nothing else."""
+        known, required = self._validator.schema.get("properties", {}), self._validator.schema.get("required", [])
+        if call.arguments and (len(known) != 1 or call.arguments.keys() <= known.keys()):
+            return dict(call.arguments), ""
+        if not known:
+            return {}, "takes no arguments" if text.strip("{} \n\t") else ""
+        needed = required or list(known)[:1]
+        if len(known) > 1 and (len(needed) > 1 or text[:1] in ("{", "[")):
+            return {}, f"takes several arguments; give them as JSON: {', '.join(known)}"
+        return {name: typed_value(text, known[name]) for name in needed}, ""
 
 
 def _without_nullable(schema: Any) -> Any:

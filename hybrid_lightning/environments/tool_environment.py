@@ -2,15 +2,16 @@
 
 import asyncio
 import inspect
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar
 
-from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall, choose_format, shows_tools
+from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
+from hybrid_lightning.environments.foreign import content_text
+from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.environments.tool import Tool, ToolSchema, describe_tool
 from hybrid_lightning.errors import ConfigError, HybridLightningError, shorten
 from hybrid_lightning.types import Message, Prompt
@@ -85,6 +86,10 @@ class ToolEnvironment(Environment):
         """JSON schemas for the chat template; none if it does not show them, since `start` tells them then."""
         return self._described() if self._shown else []
 
+    def added_roles(self) -> tuple[str, ...]:
+        """See `Environment.added_roles`. A subclass with a `step` of its own may add messages of the user."""
+        return (self._role,) if type(self).step is ToolEnvironment.step else super().added_roles()
+
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Start the tools, and describe them where the chat template does not."""
         for tool in self._kept():
@@ -96,7 +101,7 @@ class ToolEnvironment(Environment):
     async def step(self, message: Message) -> Step:
         """Call what the policy asks for."""
         counts = dict.fromkeys(COUNTS, 0.0)
-        calls = self.call_format.parse(message["content"].rpartition("</think>")[2])
+        calls = self.call_format.parse(_after_thought(message.get("raw", message["content"])), self._described())
         if not calls:
             return Step((), 0.0, True, "answered", counts)
         until = time.monotonic() + 0.8 * self.step_timeout_s
@@ -163,15 +168,20 @@ class ToolEnvironment(Environment):
         return "", value
 
 
+def _after_thought(text: str) -> str:
+    """A message without the thought that it begins with; empty if that is not closed, since nothing in it is a call."""
+    begin, opened, rest = text.partition("<think>")
+    return rest.partition("</think>")[2] if opened and not begin.strip() else text
+
+
 def as_text(value: Any) -> str:
-    """What a tool returned, as text for the policy."""
+    """What a tool returned, as text for the policy: written as observations are, and what cannot be is what Python prints.
+
+    Raises:
+        ConfigError: If it contains an image or the like.
+    """
     if value is None:
         return "(the tool returned nothing)"
     if isinstance(value, (bytes, bytearray)):
         return value.decode(errors="replace")
-    if isinstance(value, str):
-        return str.__str__(value)
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):  # no JSON
-        return str(value)
+    return content_text(value, otherwise=str)

@@ -67,6 +67,10 @@ class TRLEnvironment(ToolEnvironment):
         self._get_reward: Callable[[], Any] | None = getattr(self._object, "get_reward", None)
         self._reward = 0.0
 
+    def added_roles(self) -> tuple[str, ...]:
+        """See `Environment.added_roles`."""
+        return (self._role,)
+
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
         """Reset with the row."""
         asked = prompt.text if prompt.messages is None else [dict(message) for message in prompt.messages]

@@ -51,14 +51,15 @@ class _Row:
     lengths: list[int] = field(default_factory=list)  # and their tokens
     rewards: list[float] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    thinking: bool = False
+    thinking: bool = False  # whether its prompt opens a thought
+    opened: bool = False  # the same before the last message
     end: str = ""  # empty while it runs
 
     def say(self, ids: Sequence[int], logprobs: Sequence[float], steps: Sequence[int], completion: Completion) -> None:
         """Add a message of the policy."""
         if not self.texts:
             self.thinking = completion.thinking
-        self.last = ids
+        self.last, self.opened = ids, completion.thinking
         self.lengths.append(len(ids))
         self.ids += ids
         self.logprobs += logprobs
@@ -177,7 +178,7 @@ class Episodes:
             while True:
                 self._say(rows, numbers, said)
                 continuing = [number for number in numbers if not rows[number].end]
-                answers = running.step({number: rows[number].messages[-1] for number in continuing})
+                answers = running.step({number: self._message(rows[number]) for number in continuing})
                 added = {number: self._hear(rows[number], answers[number]) for number in continuing}
                 ended = [number for number in numbers if rows[number].end not in ("", "failed")]
                 for number, earned in running.conclude(ended).items():
@@ -235,6 +236,14 @@ class Episodes:
         for number, length, tokens, logprobs, steps, message in zip(numbers, lengths, *columns, said.completions, strict=True):
             if not rows[number].end:
                 rows[number].say(tokens[:length], logprobs[:length], steps[:length], message)
+
+    def _message(self, row: _Row) -> Message:
+        """The last message of the policy, for the environment (see `Environment.step`)."""
+        ids = row.last[:-1] if row.last and row.last[-1] in self.turns.stop_ids else row.last
+        raw = str(self.pretrained.tokenizer.decode(list(ids)))
+        for stop in self.sampler.stop:
+            raw = raw.partition(stop)[0]
+        return {**row.messages[-1], "raw": f"<think>{raw}" if row.opened else raw}
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:
         """Take an environment's answer into an episode; the tokens that the policy reads, none if the episode is over."""

@@ -9,8 +9,9 @@ new messages behind it, up to where the policy goes on. Of the end only that is 
 
 The conversation that is rendered is a short one, with a word in place of the answer. So a turn costs the same however long an
 episode is, and nothing depends on what the policy wrote: templates trim it, take thoughts out of it, or refuse it; it may end
-within a character, and look like a part of the template. Whether the difference is the same behind any conversation is tried
-before the run: `check` refuses a template that changes earlier turns once messages follow, such as one that drops their thoughts.
+within a character, and look like a part of the template. Where a template writes the result of a tool only after a call, the
+word is the argument of a call. Whether the difference is the same behind any conversation is tried before the run: `check`
+refuses a template that changes earlier turns once messages follow, such as one that drops their thoughts.
 
 What an environment says is text: `<|im_end|>` in it ends no turn, as it does in the template. Before such a text is rendered, it
 is cut within these tokens, and then tokenized in parts.
@@ -35,10 +36,12 @@ from hybrid_lightning.types import Message, Prompt
 TURN_TEMPLATE = "\n{content}\n"
 _ANSWER = ANSWERED["content"]
 _NEW = "NEW-CONTENT"  # stands for the text of a new message
-_CALL_ENDS = ("<|eom_id|>", "<|call|>")  # with which models end a turn that calls a tool: Llama 3, gpt-oss
+# With which models end a turn that calls a tool: Llama 3, gpt-oss, Gemma 4.
+_CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
 # How a message is written whose role the template does not know. The policy has to see that no person said this.
 _PREFIXES = {"tool": "Tool result:\n", "system": "System:\n"}
 T = TypeVar("T")
+_NAME = "NAME"  # of a tool, or of its call
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -73,6 +76,7 @@ class TurnEncoder:
         self._given_stops = [int(token) for token in stop_ids]
         self._turn_template = turn_template
         self._faults: dict[str, str] = {}  # role -> why the template cannot write such messages; "" if it can
+        self._after_calls = False  # whether results of tools are written after a call, and not after any answer
         self._sampled_ends: dict[str, int] = {}  # role of the first new message -> see `_sampled_end`
 
     # ---- before the run
@@ -92,10 +96,8 @@ class TurnEncoder:
                 found.update([token for token in end if token in special][:1])
         return sorted(found)
 
-    def check(self, prompts: Iterable[Prompt]) -> None:
-        """Try how messages are added to the prompts of a run, before time is spent on it.
-
-        Their role is `tool` if there are tools, else `user`. Another one is tried when it first comes.
+    def check(self, prompts: Iterable[Prompt], roles: Sequence[str]) -> None:
+        """Try how messages of these roles are added to the prompts of a run, before time is spent on it.
 
         Raises:
             ConfigError: If the chat template writes earlier turns otherwise once messages follow.
@@ -105,7 +107,8 @@ class TurnEncoder:
         if False in chat:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
-            self._fit_behind([{"role": "tool" if self.tools else "user", "content": _NEW}])
+            for role in roles:
+                self._fit_behind([_new(role)])
 
     # ---- in the run
 
@@ -153,15 +156,24 @@ class TurnEncoder:
                 f"the chat template refuses what the environment added to {prompt.place}: {error}; correct the environment's "
                 "messages, or change model.chat_template"
             ) from error
-        stopped = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids
-        return ids[self._sampled_end(new) :] if stopped else ids
+        stopped, end = len(sampled_ids) > 0 and sampled_ids[-1] in self.stop_ids, self._sampled_end(new)
+        if new and new[0]["role"] == "tool" and self._after_calls and end:  # before its end is the rest of the call
+            return ids[end if sampled_ids[-1:] == [ids[end - 1]] else end - 1 :]
+        return ids[end:] if stopped else ids
 
     # ---- parts
 
     def _behind(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """What the template writes behind an answer: its end, and new messages."""
-        conversation = [ASKED, ANSWERED, *new]
+        conversation = [ASKED, self._answered(new), *new]
         return self._encoder.apply_template(conversation, self.tools, add_generation_prompt).partition(_ANSWER)[2]
+
+    def _answered(self, new: Sequence[Message]) -> dict[str, Any]:
+        """The answer before new messages: a call, where a tool's result needs one."""
+        if not (self._after_calls and new and new[0]["role"] == "tool"):
+            return ANSWERED
+        function = {"name": new[0].get("name", _NAME), "arguments": {"value": _ANSWER}}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": _NAME, "function": function}]}
 
     def _trial(self, new: Sequence[Message], add_generation_prompt: bool = True) -> str | None:
         """What the template writes behind an answer; None if it refuses the messages."""
@@ -176,7 +188,7 @@ class TurnEncoder:
         if role not in self._sampled_ends:
             # The token with which the template ends turns counts, also where the policy has sampled another one. Tokens are
             # counted, not characters, since some tokenizers drop a line break behind a special token.
-            written = self._behind([{"role": role, "content": _NEW}] if new else []).partition(_NEW)[0]
+            written = self._behind([_new(role)] if new else []).partition(_NEW)[0]
             ids = self._tokenize(written)
             self._sampled_ends[role] = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), 0)
         return self._sampled_ends[role]
@@ -206,22 +218,30 @@ class TurnEncoder:
         return self._faults[role]
 
     def _find_fault(self, role: str) -> str:
-        new = {"role": role, "content": _NEW}
+        new = _new(role)
         behind = self._trial([new])
+        if role == "tool" and self.tools and _NEW not in (behind or ""):
+            self._after_calls = True
+            behind = self._trial([new])
+            self._after_calls = _NEW in (behind or "")
         if behind is None or _NEW not in behind:
             return f"the chat template has no messages of role {role!r} behind an answer; change model.chat_template"
-        if role not in ("user", "system"):
-            # A role that is written like any word means nothing to the model.
+        if role not in ("user", "system") and not self.tools:
+            # A role that is written like any word means nothing to the model, unless its template shows tools.
             other = self._trial([{**new, "role": "unknown"}])
             if other is not None and other.replace("unknown", role) == behind:
                 return f"the chat template does not know the role {role!r}; change model.chat_template"
+        answered = self._answered([new])
         for head in ([ASKED], [{"role": "system", "content": "SYSTEM"}, ASKED]):
             try:
                 opened = self._encoder.apply_template(head, self.tools)
                 if any(message["content"] not in opened for message in head):
                     continue
-                for text in _answers(opened):
-                    said = {"role": "assistant", "content": text}
+                for text in [""] if "tool_calls" in answered else _answers(opened):
+                    said: dict[str, Any] = {"role": "assistant", "content": text}
+                    if "tool_calls" in answered:
+                        once = self._encoder.apply_template([*head, answered, new], self.tools)
+                        said, text = answered, once.removeprefix(opened).partition(_ANSWER)[0] + _ANSWER
                     whole = self._encoder.apply_template([*head, said, new, said, new], self.tools)
                     if "<think>" not in opened + text:  # an empty thought in front of an answer without one takes nothing away
                         whole = _EMPTY_THOUGHT.sub("", whole)
@@ -308,6 +328,11 @@ class TurnEncoder:
                 "vocabulary lacks a part of it, so let the environment and model.turn_template write what it has (for the "
                 "embedded policy digits and signs, and model.turn_template='{content}'), or take another model"
             ) from error
+
+
+def _new(role: str) -> Message:
+    """A new message of a role, as an environment may add one."""
+    return {"role": role, "content": _NEW, **({"name": _NAME} if role == "tool" else {})}
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -251,7 +251,7 @@ class Generation:
                 later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
                 self.sampler.check_prompt(self.policy.pretrained.config, tokens + later)
         if self.episodes is not None:
-            self.episodes.turns.check(prompts)
+            self.episodes.turns.check(prompts, self.episodes.environment.added_roles())
 
     # ---- engines with weights of their own
 

@@ -1,0 +1,284 @@
+"""Formats of calls between tags and special tokens, and `choose_format`, which finds the format that a chat template teaches.
+
+XmlCalls         <tool_call><function=search><parameter=query>...</parameter></function></tool_call>    Qwen 3.5 on, Nemotron 3
+GlmCalls         <tool_call>search<arg_key>query</arg_key><arg_value>...</arg_value></tool_call>        GLM-4.5 on
+AtemCalls        <atem:invoke name="search"><atem:parameter name="query">...</atem:parameter></atem:invoke>
+HarmonyCalls     <|channel|>commentary to=functions.search<|message|>{"query": "..."}<|call|>           gpt-oss
+PythonicCalls    <|tool_call_start|>[search(query="...")]<|tool_call_end|>                              LFM2
+GemmaCalls       <|tool_call>call:search{query:<|"|>...<|"|>}<tool_call|>                               Gemma 4
+
+Each is written here from what the chat templates of these models tell the model.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from hybrid_lightning.environments.calls import (
+    Call,
+    CallFormat,
+    MalformedCall,
+    Schema,
+    described,
+    first_calls,
+    parsed_json,
+    typed_arguments,
+)
+from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
+from hybrid_lightning.errors import ConfigError, one_line
+
+_MAX_CHARS = 100_000  # of a call: Python's parser needs much memory for more
+
+
+class _TextArguments(CallFormat):
+    """Base of formats that write each argument as a text between tags, without its type."""
+
+    OPEN: ClassVar[str]  # begins a call
+    CLOSE: ClassVar[str]  # ends it
+    _name: ClassVar[re.Pattern[str]]  # what a call begins with; group 1 is its name
+    _argument: ClassVar[re.Pattern[str]]  # what an argument begins with; group 1 is its name
+    _argument_end: ClassVar[str]
+    _end: ClassVar[str] = ""  # what may follow the arguments
+    _line_end: ClassVar[str] = ""  # what a value may be followed by that is not a part of it
+    _example: ClassVar[str]
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`. A tag that is not closed is a malformed call."""
+        return first_calls(self._call(body, tools) for body in _between(text, self.OPEN, self.CLOSE))
+
+    def _call(self, body: str | None, tools: Sequence[Schema]) -> Call | MalformedCall:
+        if body is None:
+            return MalformedCall(f"{self.CLOSE} is missing")
+        body = body.strip()
+        named = self._name.match(body)
+        texts: dict[str, str] = {}
+        before, *rest = self._argument.split(body[named.end() :].removesuffix(self._end) if named else "")
+        for name, text in zip(rest[::2], rest[1::2], strict=True):
+            value, closed, after = text.partition(self._argument_end)
+            texts[name.strip()] = value.removesuffix(self._line_end)
+            named = named if closed and not after.strip() else None
+        if named is None or before.strip():
+            return MalformedCall(f"it is not of the form {self._example}")
+        return Call(named[1].strip(), typed_arguments(named[1].strip(), texts, tools))
+
+    def describe(self, tools: Sequence[Schema]) -> str:
+        """See `CallFormat.describe`."""
+        return described(tools, self._example)
+
+
+class XmlCalls(_TextArguments):
+    r"""The format of the chat templates of Qwen 3.5 and later, and of Nemotron 3. Values get the types of the tool's schema.
+
+    Example:
+        >>> XmlCalls().parse("<tool_call>\n<function=add>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>")
+        [Call(name='add', arguments={'x': '1'}, text=None)]
+    """
+
+    OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    _name, _end, _line_end = re.compile(r"<function=([^<>\n]+)>"), "</function>", "\n"
+    _argument, _argument_end = re.compile(r"<parameter=([^<>\n]+)>\n?"), "</parameter>"
+    _example = "<tool_call>\n<function=NAME>\n<parameter=ARGUMENT>\nvalue\n</parameter>\n</function>\n</tool_call>"
+
+
+class GlmCalls(_TextArguments):
+    r"""The format of the chat templates of GLM-4.5 and later. Values get the types of the tool's schema.
+
+    Example:
+        >>> GlmCalls().parse("<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>")
+        [Call(name='add', arguments={'x': '1'}, text=None)]
+    """
+
+    OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    _name = re.compile(r"([^<>\n]+)")
+    _argument, _argument_end = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>"), "</arg_value>"
+    _example = "<tool_call>NAME\n<arg_key>ARGUMENT</arg_key>\n<arg_value>value</arg_value>\n</tool_call>"
+
+
+class AtemCalls(_TextArguments):
+    r"""The format of templates with `atem:` tags. Values get the types of the tool's schema; thoughts (`to=self`) have no calls.
+
+    Example:
+        >>> AtemCalls().parse('<atem:invoke name="add">\n<atem:parameter name="x">1</atem:parameter>\n</atem:invoke>')
+        [Call(name='add', arguments={'x': '1'}, text=None)]
+    """
+
+    OPEN, CLOSE = '<atem:invoke name="', "</atem:invoke>"
+    _name = re.compile(r'([^"<>\n]+)">')
+    _argument, _argument_end = re.compile(r'<atem:parameter name="([^"<>\n]+)">'), "</atem:parameter>"
+    _example = '<atem:invoke name="NAME">\n<atem:parameter name="ARGUMENT">value</atem:parameter>\n</atem:invoke>'
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`."""
+        return super().parse(re.sub(r"\bto=self<\|message\|>[^<]*(?:<(?!\|eom\|>)[^<]*)*", "", text), tools)
+
+
+class HarmonyCalls(CallFormat):
+    """The format of gpt-oss: a message in the channel `commentary` to a function. Other messages are thoughts and answers.
+
+    Example:
+        >>> HarmonyCalls().parse('<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"x": 1}')
+        [Call(name='add', arguments={'x': 1}, text=None)]
+    """
+
+    _to = re.compile(r"to=functions\.([^\s<]+)")
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`."""
+        return first_calls(self._calls(text))
+
+    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+        for message in re.split(r"<\|start\|>|<\|end\|>|<\|call\|>|<\|return\|>", text):
+            head, written, body = message.partition("<|message|>")
+            to = self._to.search(head)
+            if to is None:
+                continue
+            arguments = parsed_json(body) if body.strip() else {}
+            if not written:
+                yield MalformedCall("it ends before its arguments")
+            elif isinstance(arguments, dict):
+                yield Call(to[1], arguments)
+            else:
+                yield MalformedCall(f"the arguments of {to[1][:40]} must be a JSON object, such as {{}}")
+
+    def describe(self, tools: Sequence[Schema]) -> str:
+        """See `CallFormat.describe`."""
+        return described(tools, '<|channel|>commentary to=functions.NAME<|message|>{"ARGUMENT": ...}<|call|>')
+
+
+class PythonicCalls(CallFormat):
+    """The format of LFM2: a list of calls as Python writes them, with constants as arguments.
+
+    Example:
+        >>> PythonicCalls().parse('<|tool_call_start|>[add(x=1), search(query="two")]<|tool_call_end|>')
+        [Call(name='add', arguments={'x': 1}, text=None), Call(name='search', arguments={'query': 'two'}, text=None)]
+    """
+
+    OPEN, CLOSE = "<|tool_call_start|>", "<|tool_call_end|>"
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`."""
+        return first_calls(self._calls(text))
+
+    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+        for body in _between(text, self.OPEN, self.CLOSE):
+            if body is None:
+                yield MalformedCall(f"{self.CLOSE} is missing")
+                continue
+            try:
+                if len(body) > _MAX_CHARS:
+                    raise ValueError("it is too long")
+                written = ast.parse(body.strip(), mode="eval").body
+                for node in written.elts if isinstance(written, ast.List) else [written]:
+                    yield _python_call(node)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                yield MalformedCall(f"it is not a list of Python calls with constants: {one_line(error)[:100]}")
+
+    def describe(self, tools: Sequence[Schema]) -> str:
+        """See `CallFormat.describe`."""
+        return described(tools, f"{self.OPEN}[NAME(ARGUMENT=...)]{self.CLOSE}", "with all calls in one list")
+
+
+class GemmaCalls(CallFormat):
+    """The format of Gemma 4, with texts between `<|"|>` and names without quotes. Thoughts have no calls.
+
+    Example:
+        >>> GemmaCalls().parse('<|tool_call>call:search{limit:3,query:<|"|>a, "b"<|"|>}<tool_call|>')
+        [Call(name='search', arguments={'limit': 3, 'query': 'a, "b"'}, text=None)]
+    """
+
+    OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
+    _head = re.compile(r"\s*call:([^\s{]+)\s*(?=\{)")
+    _name = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)(?=\s*:)")
+
+    def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
+        """See `CallFormat.parse`. A call that is not closed is a malformed one."""
+        without_thoughts = re.sub(r"<\|channel>[^<]*(?:<(?!channel\|>)[^<]*)*(?:<channel\|>)?", "", text)
+        return first_calls(self._calls(without_thoughts))
+
+    def _calls(self, text: str) -> Iterator[Call | MalformedCall]:
+        _, *rest = text.split(self.OPEN)  # the tag is a token of its own, which no text has
+        for call in rest:
+            body, closed, _ = call.rpartition(self.CLOSE)
+            head = self._head.match(body)
+            if not closed or head is None:
+                yield MalformedCall(f"{self.CLOSE} is missing" if not closed else "it does not begin with call:NAME{")
+                continue
+            parts = body[head.end() :].split(self.QUOTE)  # every second one is a text
+            plain = "".join(
+                json.dumps(part) if number % 2 else self._name.sub(r'\1"\2"', part) for number, part in enumerate(parts)
+            )
+            arguments = parsed_json(plain) if len(parts) % 2 else None
+            if isinstance(arguments, dict):
+                yield Call(head[1], arguments)
+            else:
+                yield MalformedCall(f"the arguments of {head[1][:40]} cannot be read; write {{name:value,...}}")
+
+    def describe(self, tools: Sequence[Schema]) -> str:
+        """See `CallFormat.describe`."""
+        return described(tools, f"{self.OPEN}call:NAME{{ARGUMENT:{self.QUOTE}text{self.QUOTE}}}{self.CLOSE}")
+
+
+# What a chat template contains -> the format that it teaches; the first one that fits.
+_TAUGHT: tuple[tuple[str, type[CallFormat]], ...] = (
+    ("<function=", XmlCalls),
+    ("<arg_key>", GlmCalls),
+    ("<atem:invoke", AtemCalls),
+    (r"<\|channel\|>commentary", HarmonyCalls),
+    (r"<\|tool_(call_start|list_start)\|>", PythonicCalls),
+    (r"<\|tool_call>call:", GemmaCalls),
+    ("<tool_call>", HermesCalls),
+    ("python_tag|ipython", LlamaCalls),
+)
+
+
+def choose_format(chat_template: str | None) -> CallFormat:
+    """The format that a chat template teaches.
+
+    Raises:
+        ConfigError: If it teaches one that is not known here.
+    """
+    template = chat_template or ""
+    for pattern, kind in _TAUGHT:
+        if re.search(pattern, template):
+            return kind()
+    if shows_tools(template):
+        known = ", ".join(kind.__name__ for _, kind in _TAUGHT)
+        raise ConfigError(
+            "the chat template shows tools to the policy in a format that is not known here; give a call_format that reads what "
+            f"the model writes: one of {known}, PlainCalls with a pattern, or a class of your own"
+        )
+    return PlainCalls()
+
+
+def shows_tools(chat_template: str | None) -> bool:
+    """Whether a chat template takes tools."""
+    return re.search(r"\{%-?\s*(if|elif|for)\b[^%]*\btools\b", chat_template or "") is not None
+
+
+def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
+    """The texts between two tags; None for one that is not closed."""
+    for part in text.split(begin)[1:]:
+        body, closed, _ = part.partition(end)
+        yield body if closed else None
+
+
+def _python_call(node: ast.expr) -> Call | MalformedCall:
+    """The call that a node of Python's syntax is; ValueError if an argument is not a constant."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Name, ast.Attribute)):
+        return MalformedCall("it is not of the form NAME(ARGUMENT=...)")
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        return MalformedCall(f"the arguments of {ast.unparse(node.func)[:40]} must have names")
+    return Call(
+        ast.unparse(node.func),
+        {str(keyword.arg): ast.literal_eval(_Constants().visit(keyword.value)) for keyword in node.keywords},
+    )
+
+
+class _Constants(ast.NodeTransformer):
+    """Replaces JSON's names of constants."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        names = {"true": True, "false": False, "null": None}
+        return ast.Constant(names[node.id]) if node.id in names else node

@@ -169,7 +169,8 @@ def shown_text(completion: Completion) -> str:
     if episode is None:
         return str(completion)
     first = next((n for n, message in enumerate(episode.messages) if message["role"] == "assistant"), len(episode.messages))
-    lines = [f"{message['role']}: {message['content']}" for message in episode.messages[first:]]
+    speakers = (" ".join(filter(None, (message["role"], message.get("name")))) for message in episode.messages[first:])
+    lines = [f"{who}: {message['content']}" for who, message in zip(speakers, episode.messages[first:], strict=True)]
     return "\n".join([*lines, f"({episode.end})"])
 
 

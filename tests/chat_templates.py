@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.model.loading import load_tokenizer, resolve_model
 
+# Special tokens of templates for calls, beside those that the tokenizer of bytes has.
+_TOKENS = ["<|call|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|observation|>", "<|eot|>", "<|eom|>"]
+_TOKENS += ["<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
+_TOKENS += ["<|tool_call_start|>", "<|tool_call_end|>"]
+
 
 @cache
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
@@ -28,4 +33,5 @@ def tokenizer_with(name: str, eos_token: str = "<|endoftext|>") -> PreTrainedTok
         pytest.skip("needs trl: pip install 'hybrid-lightning[test]'")
     tokenizer = build_byte_tokenizer(eos_token)
     tokenizer.chat_template = (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.add_special_tokens({"extra_special_tokens": [token for token in _TOKENS if token in tokenizer.chat_template]})
     return tokenizer

@@ -169,7 +169,7 @@ class PythonicCalls(CallFormat):
             try:
                 if len(body) > _MAX_CHARS:
                     raise ValueError("it is too long")
-                written = ast.parse(body.strip(), mode="eval").body
+                written = _parsed_python(body.strip())
                 for node in written.elts if isinstance(written, ast.List) else [written]:
                     yield _python_call(node)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -191,6 +191,7 @@ class GemmaCalls(CallFormat):
     OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
     _head = re.compile(r"\s*call:([^\s{]+)\s*(?=\{)")
     _name = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)(?=\s*:)")
+    _none = re.compile(r"(?<=[:,\[])None(?=[,}\]])")  # as its first templates write it
 
     def parse(self, text: str, tools: Sequence[Schema] = ()) -> list[Call | MalformedCall]:
         """See `CallFormat.parse`. A call that is not closed is a malformed one."""
@@ -206,10 +207,9 @@ class GemmaCalls(CallFormat):
                 yield MalformedCall(f"{self.CLOSE} is missing" if not closed else "it does not begin with call:NAME{")
                 continue
             parts = body[head.end() :].split(self.QUOTE)  # every second one is a text
-            plain = "".join(
-                json.dumps(part) if number % 2 else self._name.sub(r'\1"\2"', part) for number, part in enumerate(parts)
-            )
-            arguments = parsed_json(plain) if len(parts) % 2 else None
+            parts[1::2] = map(json.dumps, parts[1::2])
+            parts[::2] = [self._none.sub("null", self._name.sub(r'\1"\2"', part)) for part in parts[::2]]
+            arguments = parsed_json("".join(parts)) if len(parts) % 2 else None
             if isinstance(arguments, dict):
                 yield Call(head[1], arguments)
             else:
@@ -262,6 +262,14 @@ def _between(text: str, begin: str, end: str) -> Iterator[str | None]:
     for part in text.split(begin)[1:]:
         body, closed, _ = part.partition(end)
         yield body if closed else None
+
+
+def _parsed_python(text: str) -> ast.expr:
+    """Python's syntax of an expression; in texts there may be line breaks, which some templates write so."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return ast.parse(text.replace("\n", "\\n"), mode="eval").body
 
 
 def _python_call(node: ast.expr) -> Call | MalformedCall:

@@ -5,8 +5,22 @@ from pathlib import Path
 
 import pytest
 import trl
+from chat_templates import tokenizer_with
 
-from hybrid_lightning.environments.calls import Call, HermesCalls, LlamaCalls, MalformedCall, PlainCalls, choose_format
+from hybrid_lightning.environments import (
+    AtemCalls,
+    Call,
+    GemmaCalls,
+    GlmCalls,
+    HarmonyCalls,
+    HermesCalls,
+    LlamaCalls,
+    MalformedCall,
+    PlainCalls,
+    PythonicCalls,
+    XmlCalls,
+)
+from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.errors import ConfigError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -85,34 +99,146 @@ def test_plain_by_patterns():
 
 def test_a_policy_can_follow_its_description():
     examples = {HermesCalls: r"<tool_call>.*</tool_call>", LlamaCalls: r'\{"name": "\.\.\..*\}\}', PlainCalls: r"\[add: .*\]"}
+    examples |= {
+        XmlCalls: r"(?s)<tool_call>.*</tool_call>",
+        GlmCalls: r"(?s)<tool_call>.*</tool_call>",
+        AtemCalls: r"(?s)<atem.*invoke>",
+    }
+    examples |= {
+        HarmonyCalls: r"<\|channel.*\|>",
+        PythonicCalls: r"<\|tool_call_start.*end\|>",
+        GemmaCalls: r"<\|tool_call>.*<tool_call\|>",
+    }
     for form, example in examples.items():
         said = form().describe(TOOLS)
         assert "search" in said and "Does it." in said
-        (call,) = form().parse(re.search(example, said)[0].replace('"...": ...', ""))
-        assert isinstance(call, Call) and call.name in ("...", "add")
+        (call,) = form().parse(re.search(example, said)[0].replace('"...": ...', "").replace("...", "1"))
+        assert isinstance(call, Call) and call.name in ("1", "add", "NAME")
 
 
 PARTS = ["<tool_call>", "<tool_call>{", '<tool_call>["', '<tool_call>["<tool_call>[", "', f"<tool_call>{ADD}"]
 PARTS += ["[a:", "[a", "[", "{", f"{LLAMA};", " ", "[add: 1]"]
+PARTS += ["<tool_call><function=a>", "<parameter=a>", "<arg_key>a</arg_key>", "<arg_key>", '<atem:invoke name="a">', "a=", "-"]
+PARTS += [
+    "to=functions.a<|message|>",
+    "<|start|>",
+    "<|tool_call_start|>[",
+    "f(a=[",
+    "<|tool_call>call:a{",
+    "<|channel>",
+    '<|"|>',
+    "a:",
+]
+BEGINS = ("", "<|python_tag|>", "<tool_call>", "[a:", "<tool_call><function=a>", "<|tool_call_start|>", "<|tool_call>call:a{")
+FORMATS = (HermesCalls, LlamaCalls, PlainCalls, XmlCalls, GlmCalls, AtemCalls, HarmonyCalls, PythonicCalls, GemmaCalls)
+ENDS = {PythonicCalls: PythonicCalls.CLOSE, GemmaCalls: GemmaCalls.CLOSE, XmlCalls: "</tool_call>"}
 
 
 def test_long_messages_are_read_in_time_that_grows_with_their_length_alone():
-    for begin, part in product(("", "<|python_tag|>", "<tool_call>", "[a:"), PARTS):
-        for form in (HermesCalls(), LlamaCalls(), PlainCalls()):
+    for begin, part in product(BEGINS, PARTS):
+        for kind in FORMATS:
+            text = begin + part * (100_000 // len(part)) + ENDS.get(kind, "")
             began = time.process_time()
-            calls = form.parse(begin + part * (300_000 // len(part)))
-            assert time.process_time() - began < 1, (form, part)  # in quadratic time it would be seconds and more
+            calls = kind().parse(text)
+            assert time.process_time() - began < 1, (kind, begin, part)  # in quadratic time it would be seconds and more
             assert len(calls) <= 101
 
 
-def test_the_chat_template_says_which_form():
-    def chosen(name):
-        return type(choose_format((TEMPLATES / f"{name}.jinja").read_text())).__name__
+# Format -> names of TRL's templates that teach it.
+TAUGHT = {
+    HermesCalls: ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl"),
+    XmlCalls: ("qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "nemotron_3_nano", "nemotron_3_5_lightning"),
+    GlmCalls: ("glm4moe",),
+    AtemCalls: ("muse_glimmer",),
+    HarmonyCalls: ("gptoss",),
+    PythonicCalls: ("lfm2_v2", "lfm2_2_5_v2"),
+    GemmaCalls: ("gemma4", "gemma4_v2", "gemma4_v5"),
+    LlamaCalls: ("llama3_1", "llama3_2"),
+}
+PROPERTIES = {
+    "query": {"type": "string"},
+    "limit": {"type": "integer"},
+    "exact": {"type": "boolean"},
+    "share": {"type": "number"},
+    "tags": {"type": "array"},
+    "options": {"type": "object"},
+}
+FIND = {"type": "function", "function": {"name": "find", "description": "Find.", "parameters": {"properties": PROPERTIES}}}
+ARGUMENTS = {
+    "query": 'a "b"\nc: {d} 1',
+    "limit": 3,
+    "exact": True,
+    "share": 0.5,
+    "tags": ["x", "y, z"],
+    "options": {"k": 1, "l": [True, None]},
+}
 
-    assert [chosen(name) for name in ("qwen2_5", "qwen3", "qwen3_training")] == ["HermesCalls"] * 3
-    assert [chosen(name) for name in ("llama3_1", "llama3_2")] == ["LlamaCalls"] * 2
-    assert [chosen(name) for name in ("llama3", "gemma", "phi3")] == ["PlainCalls"] * 3
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in TAUGHT.items() for name in names])
+def test_the_format_that_a_template_teaches_is_found_and_reads_what_the_template_writes(kind, name):
+    tokenizer = tokenizer_with(name, "<|im_end|>")
+    chosen = choose_format(tokenizer.chat_template)
+    function = {"name": "find", "arguments": ARGUMENTS}
+    asked = [{"role": "user", "content": "Find it."}]
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "1", "function": function}]}
+    opened = tokenizer.apply_chat_template(asked, tools=[FIND], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*asked, called], tools=[FIND], tokenize=False)
+    assert isinstance(chosen, kind)
+    begins = next(place for place, pair in enumerate(zip(opened + "\0", whole, strict=False)) if pair[0] != pair[1])
+    assert chosen.parse(whole[begins:], [FIND]) == [Call("find", ARGUMENTS)]
+
+
+def test_templates_without_tools_have_plain_calls_and_unknown_formats_are_refused():
+    for name in ("llama3", "gemma", "phi3"):
+        assert isinstance(choose_format((TEMPLATES / f"{name}.jinja").read_text()), PlainCalls)
     assert isinstance(choose_format(None), PlainCalls)
-    for name in ("qwen3_5_think", "glm4moe", "gemma4"):
-        with pytest.raises(ConfigError, match="give a call_format"):
-            chosen(name)
+    odd = "{% if tools %}{{ tools }}{% endif %}"
+    assert shows_tools(odd)
+    with pytest.raises(ConfigError, match="give a call_format"):
+        choose_format(odd)
+
+
+def test_what_tagged_formats_cannot_read_is_malformed():
+    xml, glm = "<tool_call>\n<function=f>\n{}</function>\n</tool_call>".format, "<tool_call>f\n{}</tool_call>".format
+    for form, text, calls in (
+        (XmlCalls(), xml("<parameter=x>\n\n 1\n</parameter>\n") + xml(""), [("f", {"x": "\n 1"}), ("f", {})]),
+        (XmlCalls(), xml("<parameter=x>1") + xml("1") + "<tool_call>f(1)</tool_call>" + xml("")[:-3], ["malformed"] * 4),
+        (XmlCalls(), "no call", []),
+        (
+            GlmCalls(),
+            glm("") + glm("<arg_key>x</arg_key>1") + glm("<arg_key>x</arg_key><arg_value>1"),
+            [("f", {})] + ["malformed"] * 2,
+        ),
+        (AtemCalls(), 'to=self<|message|><atem:invoke name="f"></atem:invoke>', []),
+        (
+            AtemCalls(),
+            'to=self<|message|>f?<|eom|><|start|>assistant to=f<|message|><atem:invoke name="f"></atem:invoke>',
+            [("f", {})],
+        ),
+        (
+            HarmonyCalls(),
+            "<|channel|>analysis<|message|>to=functions.f {}<|end|><|start|>assistant<|channel|>final<|message|>3",
+            [],
+        ),
+        (HarmonyCalls(), "<|channel|>commentary to=functions.f json<|message|>", [("f", {})]),
+        (HarmonyCalls(), " to=functions.f<|channel|>commentary<|message|>[1]<|call|> to=functions.f", ["malformed"] * 2),
+        (
+            PythonicCalls(),
+            "<|tool_call_start|>[f(), g.h(x=-1, y={'a': null})]<|tool_call_end|>",
+            [("f", {}), ("g.h", {"x": -1, "y": {"a": None}})],
+        ),
+        (PythonicCalls(), "<|tool_call_start|>[f(x=g()), f(1)]<|tool_call_end|><|tool_call_start|>f(", ["malformed"] * 2),
+        (PythonicCalls(), "<|tool_call_start|>[f(1), 2]<|tool_call_end|>", ["malformed"] * 2),
+        (
+            GemmaCalls(),
+            '<|tool_call>call:f{}<tool_call|><|tool_call>call:g{a:{<|"|>b<|"|>:[1]}}<tool_call|>',
+            [("f", {}), ("g", {"a": {"b": [1]}})],
+        ),
+        (GemmaCalls(), "<|channel>thought\n<|tool_call>call:f{}<tool_call|>", []),
+        (
+            GemmaCalls(),
+            '<|tool_call>call:f{a:<|"|>}<tool_call|><|tool_call>f{}<tool_call|><|tool_call>call:f{',
+            ["malformed"] * 3,
+        ),
+    ):
+        assert [short(call) for call in form.parse(text)] == calls, text

@@ -58,7 +58,7 @@ def plain_ids(turns, text):
 def test_an_episode_decodes_to_the_rendering_of_its_conversation(name, end, setting, variables, role):
     turns = turns_of(name, setting, role == "tool", **variables)
     stop = turns._encoder.tokenizer.convert_tokens_to_ids(end)
-    turns.check([ASKED])
+    turns.check([ASKED], [role])
 
     @settings(max_examples=12, deadline=None)
     @given(texts, st.lists(st.tuples(texts, thoughts, st.booleans(), texts), min_size=1, max_size=3))
@@ -174,7 +174,7 @@ def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end
     environment.prepare(tokenizer.chat_template)
     assert isinstance(environment.call_format, form)
     turns = TurnEncoder(PromptEncoder(tokenizer), [tokenizer.eos_token_id], environment.tools())
-    turns.check([ASKED])
+    turns.check([ASKED], environment.added_roles())
     episodes = RunningEpisodes(environment, EpisodeLimits())
     first = turns.first(ASKED, episodes.start([ASKED], [1])[0])[0]
     assert "add" in text_of(turns, first), "the policy is told"
@@ -188,6 +188,59 @@ def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end
     assert shown.endswith(opened.removeprefix(closed)) and opened != closed, "the policy goes on"
     assert episodes.step({0: {"role": "assistant", "content": f"{spaces}3{spaces}"}})[0].end == "answered"
     episodes.close()
+
+
+XML = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+ATEM = ' to=add<|message|><atem:function_calls>\n<atem:invoke name="add">\n<atem:parameter name="a">1</atem:parameter>\n</atem:invoke>'
+# Template, setting of model.chat_template, a call, the token that ends it, and what is added with the result.
+ANSWERS = [
+    ("qwen3_5_think", None, f"hm\n</think>\n\n{XML}", "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
+    ("nemotron_3_nano", KEEP_HISTORY, XML, "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),
+    (
+        "glm4moe",
+        KEEP_HISTORY,
+        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        "<|observation|>",
+        "\n",
+    ),
+    ("muse_glimmer", KEEP_HISTORY, ATEM, "<|eot|>", '<|start|>tool add<|message|><tool_output name="add">\n'),
+    (
+        "gptoss",
+        None,
+        ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}',
+        "<|call|>",
+        "<|start|>functions.add to=assistant",
+    ),
+    ("gemma4_v5", None, "<|tool_call>call:add{a:1}<tool_call|>", "<|tool_response>", 'response:add{value:<|"|>'),
+    (
+        "lfm2_v2",
+        None,
+        "<|tool_call_start|>[add(a=1)]<|tool_call_end|>",
+        "<|im_end|>",
+        "\n<|im_start|>tool\n<|tool_response_start|>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "call", "end", "begins"), ANSWERS)
+def test_results_come_behind_calls_as_the_templates_of_this_year_write_them(name, setting, call, end, begins):
+    tokenizer = tokenizer_with(name)
+    environment = ToolEnvironment([add])
+    environment.prepare(tokenizer.chat_template)
+    stop = tokenizer.convert_tokens_to_ids(end)
+    turns = TurnEncoder(PromptEncoder(tokenizer, setting), [tokenizer.eos_token_id, stop], environment.tools())
+    turns.check([ASKED], environment.added_roles())
+    episodes = RunningEpisodes(environment, EpisodeLimits())
+    episodes.start([ASKED], [1])
+    raw = f"<think>{call}" if "</think>" in call else call
+    step = episodes.step({0: {"role": "assistant", "content": "as it is without special tokens", "raw": raw}})[0]
+    episodes.close()
+    said = tokenizer(call, add_special_tokens=False)["input_ids"]
+    ended, cut = (text_of(turns, turns.added(ASKED, step.messages, sampled)) for sampled in ([*said, stop], said))
+    assert ended.startswith(begins) and "3 <|im_end|>" in ended and cut == end + ended
+    asked = turns._encoder.apply_template(ASKED.messages, turns.tools)
+    opened = "" if name == "gemma4_v5" else asked[asked.rindex("<|im_start|>" if "im_end" in end else "<|") :]
+    assert ended.endswith(opened), "the policy continues"
 
 
 def test_an_environment_begins_behind_the_prompt_and_its_system_text_in_front():
@@ -226,7 +279,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
     tokenizer = build_byte_tokenizer() if name == "moved" else tokenizer_with(name)
     tokenizer.chat_template = MOVED if name == "moved" else tokenizer.chat_template
     with pytest.raises(ConfigError, match=f"{cause}.*; {KEPT}$"):
-        TurnEncoder(PromptEncoder(tokenizer, None, variables), []).check([ASKED])
+        TurnEncoder(PromptEncoder(tokenizer, None, variables), []).check([ASKED], ["user"])
     kept = PromptEncoder(tokenizer, KEEP_HISTORY, variables)
     for role in ("user", "tool"):
         assert TurnEncoder(kept, []).added(ASKED, [{"role": role, "content": "3"}], [])
@@ -235,15 +288,15 @@ def test_a_template_that_changes_earlier_turns_is_refused_and_one_that_keeps_the
 
 def test_what_was_not_tried_before_is_tried_when_it_comes():
     turns = turns_of("qwen3", tools=True)
-    turns.check([ASKED])  # results of tools take no thoughts away
+    turns.check([ASKED], ["tool"])  # results of tools take no thoughts away
     assert turns.added(ASKED, [{"role": "tool", "content": "3"}], [])
     shown = text_of(turns, turns.first(ASKED, [{"role": "user", "content": "Use tools."}])[0])  # nothing is answered yet
     assert "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>user\nUse tools.<|im_end|>" in shown
     with pytest.raises(ConfigError, match="drops or changes the thoughts"):
         turns.added(ASKED, [{"role": "user", "content": "3"}], [])
-    turns_of("qwen3_training").check([ASKED])  # an empty thought in front of an answer without one takes nothing away
-    turns_of("qwen3_training", enable_thinking=False).check([ASKED])
-    turns_of("qwen3_5_think", tools=True).check([ASKED])  # its generation prompt begins a thought
+    turns_of("qwen3_training").check([ASKED], ["user"])  # an empty thought in front of an answer without one takes nothing away
+    turns_of("qwen3_training", enable_thinking=False).check([ASKED], ["user"])
+    turns_of("qwen3_5_think", tools=True).check([ASKED], ["tool"])  # its generation prompt begins a thought
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = MOVED
     turns = TurnEncoder(PromptEncoder(tokenizer, KEEP_HISTORY), [], [TOOL])
@@ -298,9 +351,9 @@ def test_what_the_vocabulary_lacks_is_said_before_the_run_and_in_it():
     encoder, prompt = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path())), Prompt(text="12+3=")
     remedy = r"for the embedded policy digits and signs, and model\.turn_template='\{content\}'"
     with pytest.raises(DataError, match=remedy):
-        TurnEncoder(encoder, []).check([prompt])
+        TurnEncoder(encoder, []).check([prompt], ["user"])
     turns = TurnEncoder(encoder, [], turn_template="{content}")
-    turns.check([prompt])
+    turns.check([prompt], ["user"])
     assert text_of(turns, turns.added(prompt, [{"role": "tool", "content": "[15]"}], [])) == "[15]"
     with pytest.raises(DataError, match=f"cannot encode what an environment adds, which begins 'higher'.*{remedy}"):
         turns.added(prompt, [{"role": "user", "content": "higher"}], [])

@@ -12,7 +12,7 @@ import pytest
 
 from hybrid_lightning.environments import GymEnvironment, OpenEnvEnvironment
 from hybrid_lightning.environments.answers import checked_messages, checked_step
-from hybrid_lightning.environments.foreign import as_text
+from hybrid_lightning.environments.foreign import content_text
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
 
@@ -129,8 +129,8 @@ def test_openenv_by_a_class_of_client():
 
 
 def test_observations_as_text():
-    assert [as_text(value) for value in ("a", None, [], 0)] == ["a", "", "", "0"]
-    assert as_text(np.eye(2)) == "[[1.0, 0.0], [0.0, 1.0]]" and as_text({"é": Seen("x")}) == '{"é": {"text": "x"}}'
+    assert [content_text(value) for value in ("a", None, [], 0)] == ["a", "", "", "0"]
+    assert content_text(np.eye(2)) == "[[1.0, 0.0], [0.0, 1.0]]" and content_text({"é": Seen("x")}) == '{"é": {"text": "x"}}'
 
 
 # ---- the packages

@@ -1,9 +1,12 @@
 import asyncio
+import dataclasses
 import json
 import time
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import pydantic
 import pytest
 import torch
 from test_calls import TEMPLATES
@@ -11,7 +14,7 @@ from test_calls import TEMPLATES
 from hybrid_lightning.environments import CUT_MARK, EpisodeLimits, HermesCalls, PlainCalls, RunningEpisodes, Tool, ToolEnvironment
 from hybrid_lightning.environments.calls import Call
 from hybrid_lightning.environments.tool import describe_tool
-from hybrid_lightning.environments.tool_environment import COUNTS
+from hybrid_lightning.environments.tool_environment import COUNTS, as_text
 from hybrid_lightning.errors import ConfigError, SandboxError
 from hybrid_lightning.types import Prompt
 
@@ -293,6 +296,93 @@ def test_a_plain_call_gives_the_only_argument():
         for form in (None, PlainCalls(r"\[\w+: (.*)\]")):  # which has no names, and is for the only tool
             (step,) = answers(ToolEnvironment([tool], form), text)
             assert told(step)[0].startswith(result) and step.messages[0]["name"] == tool.__name__
+
+
+def two(x: str, n: int = 1) -> str:
+    """Repeat.
+
+    Args:
+        x: What.
+        n: How often.
+    """
+    return x * n
+
+
+def pwd() -> str:
+    """Say where."""
+    return "here"
+
+
+def test_a_plain_call_that_was_meant_to_be_json_is_not_run_as_text():
+    for text, result in (
+        ('[two: {"x": "a", "n": 2}] [two: ab] [pwd: {}] [pwd:]', ["aa", "ab", "here", "here"]),
+        ('[two: {"x": "a", "n": 2,}]', ["error: two takes several arguments; give them as JSON: x, n"]),
+        ('[two: {"x": "a", "m": 2}]', ["error: two got wrong arguments: Additional properties are not allowed ('m' was"]),
+        ('[two: ["a", 2]]', ["error: two takes several arguments; give them as JSON: x, n"]),
+        ('[pwd: {"x": 1}]', ["error: pwd got wrong arguments: Additional properties are not allowed ('x' was"]),
+    ):
+        (step,) = answers(ToolEnvironment([two, pwd]), text)
+        assert all(said.startswith(begin) for said, begin in zip(told(step), result, strict=True)), told(step)
+
+
+def test_only_a_thought_that_a_message_begins_with_has_no_calls():
+    thinking, within = f"<think>\n{call('add', x=1)}", call("two", x="a </think> b")
+    for text, result in (
+        (thinking, None),
+        (f"{thinking}\n</think>\n{call('add', x=2)}", ["3.0"]),
+        (f"{within}{call('add', x=2)}", ["a </think> b", "3.0"]),
+    ):
+        message = {"role": "assistant", "content": "", "raw": text}
+        environment = hermes([add, two])
+        step = asyncio.run(environment.step(message))
+        assert step.over if result is None else told(step) == result
+
+
+@dataclasses.dataclass
+class Block:
+    type: str
+    text: str = ""
+
+
+class Found(pydantic.BaseModel):
+    content: list[Any]
+
+
+def test_results_are_written_as_observations_are():
+    blocks = [Block("text", "one "), {"type": "text", "text": "two"}]
+    for value, text in (
+        (np.arange(3), "[0, 1, 2]"),
+        (Found(content=[1]), '{"content": [1]}'),
+        (Found(content=[Block("text", "MCP's")]), "MCP's"),
+        (blocks, "one two"),
+        ([{"type": "apple", "text": "red"}], '[{"type": "apple", "text": "red"}]'),
+        ({1}, "{1}"),
+    ):
+        assert as_text(value) == text
+    with pytest.raises(ConfigError, match="a block of type 'image'; only texts"):
+        as_text([*blocks, {"type": "image", "data": "..."}])
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def increase(self) -> int:
+        """Count."""
+        self.count += 1
+        return self.count
+
+    def double(self) -> int:
+        """Double the count."""
+        self.count *= 2
+        return self.count
+
+
+def test_methods_of_one_object_share_a_copy_of_it_in_each_episode():
+    counter = Counter()
+    twice = call("increase") + call("double")
+    steps = answers(hermes([counter.increase, counter.double]), twice, twice)
+    assert [told(step) for step in steps] == [["1", "2"]] * 2 and counter.count == 0
 
 
 def test_the_chat_template_decides_about_form_role_and_description():

@@ -191,7 +191,8 @@ def test_a_tool_is_called_by_each_template_and_answers_behind_the_turn(name, end
 
 
 XML = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
-ATEM = ' to=add<|message|><atem:function_calls>\n<atem:invoke name="add">\n<atem:parameter name="a">1</atem:parameter>\n</atem:invoke>'
+ATEM = " to=add<|message|><atem:function_calls>\n"
+ATEM += '<atem:invoke name="add">\n<atem:parameter name="a">1</atem:parameter>\n</atem:invoke>'
 # Template, setting of model.chat_template, a call, the token that ends it, and what is added with the result.
 ANSWERS = [
     ("qwen3_5_think", None, f"hm\n</think>\n\n{XML}", "<|im_end|>", "\n<|im_start|>user\n<tool_response>\n"),

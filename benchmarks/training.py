@@ -105,7 +105,7 @@ class Differences(Callback):
         assert isinstance(pl_module, PolicyModule)
         trained = batch.old_logprobs
         if trained is None:  # the policy is still the one that sampled
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
+            with torch.no_grad(), pl_module.policy.precision():
                 trained, _ = pl_module.task.passes.logprobs(batch.sequences)
         self.found.append((trained - batch.sampling_logprobs)[batch.sequences.sampled_mask].abs())
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from hybrid_lightning.callbacks.display import console, say
+from hybrid_lightning.callbacks.display import console, minute_lines, say
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -146,14 +146,44 @@ class Diagnosis(OncePerRollout):
 
 
 class StepLines(Callback):
-    """A line for each optimizer step, where the screen is a file that has no progress bar; in a notebook one that changes."""
+    """A line for each optimizer step, where the screen is a file that has no progress bar; in a notebook one that changes.
+
+    Before it, a line that says what begins: a validation, the first step. While completions are made, one a minute.
+    """
 
     def __init__(self) -> None:
         self._shown: Any = None  # the line of a notebook
+        self._advance = minute_lines("Generating, tokens")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the generation of completions."""
+        if isinstance(pl_module, LanguageModule) and trainer.is_global_zero and self._listen not in pl_module.run.listeners:
+            pl_module.run.listeners.append(self._listen)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop listening."""
+        if isinstance(pl_module, LanguageModule) and self._listen in pl_module.run.listeners:
+            pl_module.run.listeners.remove(self._listen)
+
+    def _listen(self, running: int, decoded: int, total: int) -> None:
+        self._advance(decoded, total)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that it begins."""
+        _begin(trainer, "Validation before training" if trainer.sanity_checking else "Validation")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that it begins."""
+        _begin(trainer, "Test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that it begins."""
+        _begin(trainer, "Predictions")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a line."""
+        """Say that the first step begins."""
         self._shown = None
+        _begin(trainer, f"Step {trainer.global_step + 1}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Say the step, after `StepTimer` has measured it."""
@@ -170,6 +200,11 @@ class StepLines(Callback):
             self._shown.update({"text/plain": text}, raw=True)
         else:
             say(text)
+
+
+def _begin(trainer: Trainer, phase: str) -> None:
+    if trainer.is_global_zero:
+        say(f"{phase} ...")
 
 
 def _shown(pl_module: LightningModule) -> tuple[str, ...]:

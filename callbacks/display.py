@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from hybrid_lightning.callbacks.run_folder import known_folder
 from hybrid_lightning.data import PromptDataModule
 
 Advance = Callable[[int, int | None], None]
+_MINUTE_S = 60.0
 
 
 def console() -> Console:
@@ -115,14 +117,32 @@ def _has(datamodule: Any, command: str, loader: str) -> bool:
     return True
 
 
+def minute_lines(description: str) -> Advance:
+    """A function that says how far something is, once a minute: for a screen without a bar."""
+    last = time.monotonic()
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _MINUTE_S:
+            last = time.monotonic()
+            say(f"{description}: {done}" if total is None else f"{description}: {done}/{total}")
+
+    return advance
+
+
 @contextmanager
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
-    """Show a progress bar that disappears at the end; nothing on other ranks, in a file, or with `enable_progress_bar=False`.
+    """Show a progress bar that disappears at the end; in a file lines; nothing on other ranks, or where no bars are wanted.
 
     Yields:
         A function to call with (steps done, total), where None keeps the total, which may be known only then.
     """
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero or not console().is_terminal:
+    if trainer.is_global_zero and not console().is_terminal:
+        say(f"{description} ...")
+        advance = minute_lines(description)
+        yield lambda done, new_total: advance(done, new_total or total)
+        return
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
         yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

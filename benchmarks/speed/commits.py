@@ -31,7 +31,7 @@ runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
 _SHIPPED_WORKER = """import sys
 sys.path.insert(0, {root!r})
 from benchmarks.speed import run_config
-run_config.main({checkout!r})
+run_config.main({checkout!r}, {options!r})
 """
 # Configs, with the sizes that they name, which each step has to have.
 SHIPPED = {
@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command("speed.commits", __doc__, pairs=10, threads=CORES)
     choices, default = [*WORKLOADS, *SHIPPED], ["main", "tiny"]
     parser.add_argument("--workload", nargs="+", default=default, choices=choices, help="or a config (default: %(default)s)")
-    parser.add_argument("before", type=Path, help="the other checkout")
+    parser.add_argument("--before-options", nargs="+", default=[], metavar="NAME=VALUE", help="of configs in the other checkout")
+    parser.add_argument("before", type=Path, help="the other checkout, or this one")
     return parser
 
 
@@ -62,7 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="commits_") as logs:
         for made, code in ((WORKLOADS, _WORKER), (SHIPPED, _SHIPPED_WORKER)):
             workloads = [made[name] for name in names if name in made]
-            workers = {side: ("-c", code.format(root=str(ROOT), checkout=str(place))) for side, place in checkouts.items()}
+            options = {"before": [f"--{option}" for option in arguments.before_options], "now": []}
+            workers = {
+                side: ("-c", code.format(root=str(ROOT), checkout=str(place), options=options[side]))
+                for side, place in checkouts.items()
+            }
             plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), Path(logs), workers=workers)
             with prepared(workloads if made is WORKLOADS else [], plan) as folders:  # a config names its own model and data
                 for workload, folder in zip_longest(workloads, folders, fillvalue=plan.logs):

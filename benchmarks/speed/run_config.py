@@ -5,6 +5,7 @@ It serves both sides of a comparison of commits, and imports `hybrid_lightning` 
 
 import json
 import sys
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
 from benchmarks.workloads import Settings
@@ -23,8 +24,8 @@ _QUIET = {
 }
 
 
-def main(checkout: str) -> None:
-    """Train as a config of a checkout says, until the parent wants no more steps."""
+def main(checkout: str, given: Sequence[str] = ()) -> None:
+    """Train as a config of a checkout says, with the options given, until the parent wants no more steps."""
     sys.path.insert(0, checkout)
     from hybrid_lightning.process import prepare_process
 
@@ -44,5 +45,6 @@ def main(checkout: str) -> None:
             options["data.source.train"] = rows = f"{folder}/rows.jsonl"
             with open(rows, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in _GIVEN[name])
-        arguments = ["fit", f"--config={checkout}/configs/{name}.yaml", *(f"--{key}={value}" for key, value in options.items())]
+        chosen = [*(f"--{key}={value}" for key, value in options.items()), *given]
+        arguments = ["fit", f"--config={checkout}/configs/{name}.yaml", *chosen]
         HybridLightningCLI(args=arguments, trainer_defaults={"callbacks": [Gated(Gate(settings))]})

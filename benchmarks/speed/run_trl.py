@@ -63,7 +63,7 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
     rows_per_step = workload.rows // workload.minibatches
     # No more rows at once than an optimizer step has; the rest of the step is accumulated.
     at_once = min(int(chosen["per_device_train_batch_size"]), rows_per_step)
-    half = workload.dtype == "bfloat16"
+    half = chosen.get("dtype", workload.dtype) == "bfloat16"
     values: dict[str, Any] = {
         "output_dir": folder,
         "use_cpu": settings.device == "cpu",
@@ -92,7 +92,7 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    own = ("per_device_train_batch_size", "attn_implementation")
+    own = ("per_device_train_batch_size", "attn_implementation", "dtype")
     return GRPOConfig(**{**values, **{name: value for name, value in chosen.items() if name not in own}})
 
 
@@ -103,8 +103,8 @@ def build_trainer(
     workload = settings.workload
     model = AutoModelForCausalLM.from_pretrained(
         settings.folder,
-        dtype=getattr(torch, workload.dtype),
-        attn_implementation=chosen.get("attn_implementation"),  # the model's and not GRPOConfig's, but may be tried too
+        dtype=getattr(torch, chosen.get("dtype", workload.dtype)),
+        attn_implementation=chosen.get("attn_implementation"),  # both the model's and not GRPOConfig's, but may be tried too
     )
     tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
     prompts: list[Any] = settings.prompts

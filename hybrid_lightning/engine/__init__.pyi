@@ -6,10 +6,12 @@ from hybrid_lightning.engine.activations import activation_bytes as activation_b
 from hybrid_lightning.engine.activations import tokens_of_pass as tokens_of_pass
 from hybrid_lightning.engine.attention import AttentionCalls as AttentionCalls
 from hybrid_lightning.engine.attention import UnsupportedAttentionError as UnsupportedAttentionError
+from hybrid_lightning.engine.backend import HALF as HALF
 from hybrid_lightning.engine.backend import Backend as Backend
 from hybrid_lightning.engine.backend import PlannedBackend as PlannedBackend
 from hybrid_lightning.engine.backend import autocast_dtype as autocast_dtype
 from hybrid_lightning.engine.backend import has_operators as has_operators
+from hybrid_lightning.engine.backend import why_no_halves as why_no_halves
 from hybrid_lightning.engine.compiling import OneKernel as OneKernel
 from hybrid_lightning.engine.decoding import Decoding as Decoding
 from hybrid_lightning.engine.decoding import decoding_of as decoding_of

@@ -32,10 +32,15 @@ class Backend:
 
     The fused layers of a model use operators only while a pass of the engine runs. Operators sum up in another order than torch,
     and a model that is called by itself has to compute what transformers does, bit for bit.
+
+    Attributes:
+        why_float32: Why products are computed in float32 although 16 bits were asked for, in words for the user; empty where
+            they are in the dtype that was asked for.
     """
 
     def __init__(self) -> None:
         self._in_pass = False
+        self.why_float32 = ""
 
     @contextmanager
     def in_pass(self, value: bool = True) -> Iterator[None]:
@@ -170,6 +175,20 @@ class PlannedBackend(Backend):
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on a device; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+@cache
+def why_no_halves() -> str:
+    """Why a CPU takes longer for products of 16 bits than for those of float32, in words for the user; empty where it does not.
+
+    Without instructions for bfloat16 a product takes 10 to 60 times as long (AVX2, torch's own loops), or 4 to 5 times (AVX-512,
+    oneDNN). What the processor and oneDNN can do decides, and no clock: a busy machine computes the same numbers as an idle one.
+    `ONEDNN_MAX_CPU_ISA` counts.
+    """
+    supports = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # not there without oneDNN
+    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()  # by which oneDNN supports bfloat16, fast or not
+    fast = supports() and (not has_avx512 or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
+    return "" if fast else "this processor has no instructions for bfloat16"
 
 
 def has_operators() -> bool:

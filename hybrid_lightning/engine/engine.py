@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
-from hybrid_lightning.engine.backend import Backend, autocast_dtype
+from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
@@ -41,6 +41,7 @@ _INSTEAD = {
     "shared prompts": "prompts repeated for each completion",
     "fused layers": "transformers' own layers",
     "CPU kernels": "torch's own operators",
+    "16-bit products": "float32 products",
     "prepacked weights": "weights as they are",
     "fast decoding": "torch's own decoding",
     "compiled layers": "layers without torch.compile",
@@ -156,6 +157,8 @@ class Engine:
             "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
             "fast decoding": self._known_layers()[1] or self._fast.why_own,
         }
+        if trial.dtype in HALF or self.backend.why_float32:
+            reasons["16-bit products"] = self.backend.why_float32
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
             if not reasons["fast decoding"]:

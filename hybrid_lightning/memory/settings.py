@@ -1,8 +1,6 @@
 """`RunSettings`: what decides how much memory a run takes, read from the objects of the run, whose weights are not loaded."""
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +10,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from transformers import PretrainedConfig
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import activation_bytes, memory_of, tokens_of_pass
+from hybrid_lightning.engine import activation_bytes, memory_of, tokens_of_pass, why_no_halves
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES
-from hybrid_lightning.model.precision import check_precision
+from hybrid_lightning.model.precision import check_precision, machine_memory
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -79,6 +77,11 @@ class TrainerFlags:
             device_bytes=_memory_of(device),
         )
 
+    @property
+    def avoids_halves(self) -> bool:
+        """Whether products that are to have 16 bits are computed in float32, by weights in float32 (see `Policy.precision`)."""
+        return self.on_cpu and self.precision.endswith("mixed") and bool(why_no_halves())
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -138,7 +141,7 @@ class RunSettings:
             flags,
             sampler,
             policy.optimization,
-            dtype=DTYPES[pretrained.dtype],
+            dtype=torch.float32 if flags.avoids_halves else DTYPES[pretrained.dtype],
             quantization=policy.policy.quantization,
             attention=pretrained.attn_implementation,
             gradient_checkpointing=policy.policy.gradient_checkpointing,
@@ -153,7 +156,7 @@ class RunSettings:
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of products, which autocast makes."""
-        return torch.bfloat16 if self.flags.precision.endswith("mixed") else self.dtype
+        return torch.bfloat16 if self.flags.precision.endswith("mixed") and not self.flags.avoids_halves else self.dtype
 
     def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
         """Tokens that a pass may take on a device with so many bytes of weights, of which so many weights are trained."""
@@ -183,8 +186,7 @@ def _eval_prompts(data: Any) -> int:
 def _memory_of(device: torch.device) -> int | None:
     """Bytes of the memory of a GPU, or of this machine; None where that is not known."""
     if device.type == "cpu":
-        with suppress(AttributeError, ValueError, OSError):  # not on Windows
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return machine_memory()
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return memory_of(device) if torch.cuda.is_available() else None

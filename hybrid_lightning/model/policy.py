@@ -7,15 +7,16 @@ Each arrow changes the model in it: the weights are read, an adapter is put in, 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
+from hybrid_lightning.engine import HALF, autocast_dtype
 from hybrid_lightning.errors import PlanError
-from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode
+from hybrid_lightning.model.precision import autocast_of, checkpoint_gradients, evaluation_mode, why_float32, widen
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.quiet import quiet_libraries
@@ -62,6 +63,7 @@ class Policy:
         self._engine: Engine | None = None
         self._base_digest: str | None = None
         self._device: torch.device | None = None
+        self._has_chosen = False  # whether `choose_products` has
 
     # ---- the model, which is loaded when it is first asked for
 
@@ -167,6 +169,7 @@ class Policy:
     def shard(self, split: Callable[[nn.Module], nn.Module], device: torch.device) -> None:
         """Let a strategy split the model over ranks, each of which computes on `device`."""
         assert self.base_digest  # computed now, while this rank has all weights
+        self.choose_products(device)
         self.set_model(split(self.model), device=device)
 
     @contextmanager
@@ -182,9 +185,38 @@ class Policy:
 
     # ---- how it computes
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """A context with the precision of the run; without a run, with the precision of the model's dtype."""
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """A context with the precision of the run; without a run, with the precision of the model's dtype.
+
+        Products of 16 bits are computed in float32 where they are the faster ones (see `choose_products`).
+        """
+        with self._asked_precision():
+            in_float32 = self.choose_products(self.device)
+            with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
+                yield
+
+    def _asked_precision(self) -> AbstractContextManager[Any]:
         return autocast_of(self.model) if self._precision is None else self._precision()
+
+    def choose_products(self, device: torch.device) -> bool:
+        """Whether products that are to have 16 bits are computed in float32 on a device, for which weights are widened once.
+
+        That is so on a CPU without instructions for them. It has to be found out before a model is split.
+        """
+        backend = self.engine.backend
+        if device.type != "cpu":
+            return False
+        if not self._has_chosen:
+            with self._asked_precision():
+                halves = autocast_dtype(device) in HALF
+            if halves:
+                self._has_chosen = True
+                backend.why_float32 = why_float32(self.model)
+                if backend.why_float32:
+                    assert self.base_digest  # computed now, of the weights as they were loaded
+                    widen(self.model)
+        return bool(backend.why_float32)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

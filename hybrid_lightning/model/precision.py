@@ -18,18 +18,27 @@ processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FS
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
 
 Losses, log-probabilities, attention scores and the optimizer's moments are float32 under all of them.
+
+A CPU without instructions for bfloat16 takes 4 to 60 times as long for products of 16 bits as for those of float32. There
+products are computed in float32 under all of them, and frozen weights of 16 bits become float32 in memory, with the same values:
+numbers are those of autocast but for its rounding (see `Policy.precision`).
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.engine import Backend, autocast_dtype
+from hybrid_lightning.engine import HALF, Backend, autocast_dtype, why_no_halves
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sharding.ranks import world_size
+
+_MOST = 0.5  # share of the machine's memory that weights in float32 may take
 
 
 @contextmanager
@@ -66,6 +75,33 @@ def autocast_of(model: nn.Module) -> AbstractContextManager[Any]:
 def product_dtype(model: nn.Module) -> torch.dtype | None:
     """Dtype of the operands of the model's matrix products under the current autocast; None without autocast."""
     return autocast_dtype(next(model.parameters()).device)
+
+
+def why_float32(model: nn.Module) -> str:
+    """Why a CPU is to compute a model's products of 16 bits in float32, in words for the user; empty where it is not."""
+    reason, memory = why_no_halves(), machine_memory()
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters()) * world_size()
+    if not reason or memory is None or needed <= _MOST * memory:
+        return reason
+    rank_zero_warn(
+        f"{reason}, so that products take 4 to 60 times as long as in float32, for which weights of {needed / 2**30:.1f} GiB do "
+        f"not fit into half of the {memory / 2**30:.1f} GiB of this machine; take a smaller model, or another machine"
+    )
+    return ""
+
+
+def widen(model: nn.Module) -> None:
+    """Make float32 of all weights and buffers of 16 bits, in place, one after another; their values stay."""
+    for part in (*model.parameters(), *model.buffers()):
+        if part.dtype in HALF:
+            part.data = part.data.float()
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine; None where that is not known."""
+    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:

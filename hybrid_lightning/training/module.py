@@ -314,7 +314,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch (see `Step.micro_batch`)."""
-        return self._step.micro_batch(batch, batch_idx)
+        with self.policy.precision():  # which may be another one than the Trainer's, see there
+            return self._step.micro_batch(batch, batch_idx)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear old gradients, unless the step has done so."""

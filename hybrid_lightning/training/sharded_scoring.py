@@ -33,6 +33,7 @@ def split_copy(task: Task, strategy: FSDP2Strategy) -> Iterator[nn.Module]:
     from hybrid_lightning.engine import use_fused_layers  # with PEFT, which is slow to import
 
     policy = task.policy
+    policy.choose_products(strategy.root_device)
     whole, backend = policy.model, policy.engine.backend
     split = _same_weights(whole, backend)
     use_fused_layers(split, backend)  # as in training, since the passes of scoring are as large as those of training

@@ -48,9 +48,10 @@ def test_a_config_is_run_by_the_package_of_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["", Settings(commits.SHIPPED["smollm2_mawps"], tmp_path, "cpu", 1, 3, 0).as_argument()])
     with pytest.raises(StopIteration):
-        run_config.main(str(ROOT))
+        run_config.main(str(ROOT), ["--model.dtype=float32", "--trainer.precision=32-true"])
     ((config, (gated,)),) = found
     assert config.trainer.max_steps == gated.gate.rollouts == 3 and config.trainer.limit_val_batches == 0
+    assert config.trainer.precision == "32-true", "as was given"
     assert "/rows.jsonl" in str(config.data), "in the place of those that are not there"
     with pytest.raises(AssertionError, match=str(ROOT)):
         run_config.main(str(tmp_path))

@@ -45,6 +45,8 @@ def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end
     assert verdict == f"Verdict:    {summary['verdict']}" and tries == [f"Try:        {advice}" for advice in summary["try"]]
     lines = re.findall(r"^Step (\d+)/14: loss .* entropy [\d.]+ .*time/step_s [\d.]+$", result.out, re.MULTILINE)
     assert [int(line) for line in lines] == list(range(1, 15))
+    phases = ["Calibration rollouts", "Scoring modules", "Validation before training", "Step 1", "Validation"]
+    assert re.findall(r"^(.+) \.\.\.$", result.out, re.MULTILINE) == phases, "each has a line when it begins"
 
 
 def test_a_rate_that_is_far_too_high_is_noticed(folder):

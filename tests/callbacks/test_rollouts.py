@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tiny_runs import build_adapter, build_data, build_trainer, fit
 
-from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary
+from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary, display
 from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.callbacks.loggers import markdown_table
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, say_completions
@@ -216,11 +216,19 @@ def test_the_bar_of_the_last_epoch_ends_where_the_run_does(model, sums, tmp_path
     assert watched(model, sums, tmp_path, max_steps=6)[0].totals == [4] * 4 + [2] * 2
 
 
-def test_scoring_shows_its_bars_only_where_bars_are_wanted(tmp_path, screen):
+def test_scoring_shows_its_bars_only_where_bars_are_wanted_and_in_a_file_a_line_a_minute(tmp_path, screen, monkeypatch):
     for wanted in (False, True):
         with progress_bar(build_trainer(tmp_path, enable_progress_bar=wanted), "Scoring modules", None) as advance:
             advance(3, 8)
         assert ("Scoring modules" in screen.file.getvalue()) == wanted
+    seconds = iter([0.0, 30.0, 61.0, 61.0, 100.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(seconds))
+    log = Console(file=io.StringIO())
+    monkeypatch.setattr(display, "console", lambda: log)
+    with progress_bar(build_trainer(tmp_path), "Scoring modules", 8) as advance:
+        for done in (1, 2, 3):
+            advance(done, None)
+    assert log.file.getvalue() == "Scoring modules ...\nScoring modules: 2/8\n"
 
 
 def feed(callback, accuracies, **parts):

@@ -1,11 +1,16 @@
 """What the passes of a model are computed by."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from rounding import assert_same_sums
 
 from hybrid_lightning.engine import backend as of_backend
-from hybrid_lightning.engine.backend import Backend, product
+from hybrid_lightning.engine.backend import Backend, product, why_no_halves
 
 
 @pytest.mark.parametrize(
@@ -26,6 +31,31 @@ def test_it_needs_a_gpu_that_has_flash_attention_and_says_why_not(monkeypatch, c
     assert Backend().why_no_segments(torch.device("cpu"), torch.bfloat16) == "cpu has no kernels of it"
     key = torch.zeros(2, dtype=torch.bfloat16)
     assert Backend().key_dtype(key) == torch.float32 and Backend().key_dtype(key.to("meta")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("onednn", "capability", "instructions", "fast"),
+    [
+        (True, "AVX512", True, True),
+        (True, "AVX512", False, False),  # as Ice Lake
+        (False, "AVX2", False, False),
+        (False, "AVX512", True, False),  # with ONEDNN_MAX_CPU_ISA=AVX2
+        (True, "DEFAULT", False, True),  # as Graviton 3
+    ],
+)
+def test_what_the_processor_can_do_decides_in_which_dtype_products_are_fast(monkeypatch, onednn, capability, instructions, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions, raising=False)
+    assert (why_no_halves.__wrapped__() == "") is fast
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of x86")
+def test_the_bound_that_users_set_for_onednn_counts():
+    code = "from hybrid_lightning.engine import why_no_halves; print(why_no_halves())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "this processor has no instructions for bfloat16"
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "torch"])

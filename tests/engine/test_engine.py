@@ -29,7 +29,7 @@ def with_onednn(monkeypatch):
 def slow(engine):
     engine.prepare()
     passes = engine.passes()
-    assert set(passes) == FAST
+    assert set(passes) - {"16-bit products"} == FAST
     return {name: reason for name, reason in passes.items() if reason}
 
 

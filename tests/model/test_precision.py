@@ -11,9 +11,14 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fi
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import Random, Scoring, TailEnergy
+from hybrid_lightning.engine import Engine
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.memory import RunSettings, TrainerFlags
+from hybrid_lightning.memory import settings as memory_settings
+from hybrid_lightning.model import precision as precision_module
+from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.precision import check_precision
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import Prompt
@@ -92,6 +97,72 @@ def test_a_checkpoint_is_evaluated_alone_and_exported(model, sums, tmp_path, mix
 def test_what_does_not_fit_together_is_refused(precision, dtype, message):
     with pytest.raises(ConfigError, match=message):
         check_precision(precision, dtype, partial(torch.optim.AdamW, fused=True))
+
+
+# ---- a processor without instructions for 16 bits
+
+WHY = "this processor has no instructions for bfloat16"
+
+
+@pytest.fixture
+def old_processor(monkeypatch):
+    """And how products were computed: whether in 16 bits by autocast, and the dtype that sampling was asked for."""
+    computed, logprobs, sampling = set(), Passes.logprobs, Engine.sampling
+
+    def noted(passes, sequences):
+        computed.add(torch.is_autocast_enabled("cpu"))
+        return logprobs(passes, sequences)
+
+    def sampled(engine, dtype=None):
+        computed.add((torch.is_autocast_enabled("cpu"), dtype))
+        return sampling(engine, dtype)
+
+    monkeypatch.setattr(Passes, "logprobs", noted)
+    monkeypatch.setattr(Engine, "sampling", sampled)
+    for module in (precision_module, memory_settings):
+        monkeypatch.setattr(module, "why_no_halves", lambda: WHY)
+    return computed
+
+
+def test_without_instructions_for_bfloat16_all_products_are_float32_and_numbers_those_of_autocast(
+    model, sums, tmp_path, mixed, old_processor, monkeypatch
+):
+    flags = {"adapter": {"scorer": TailEnergy()}, "policy": {"gradient_checkpointing": True}}
+    module, log = run(model, sums, tmp_path, **flags, limit_val_batches=0)
+    assert old_processor == {False, (False, None)}, "scoring, sampling and training"
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    assert all(torch.equal(weight, weight.bfloat16()) for weight in frozen), "the values that a bfloat16 base has"
+    assert all(step["sampling/logp_difference/mean"] < 1e-5 for step in log.metrics)
+    other, _, path = mixed
+    assert module.policy.base_digest == other.policy.base_digest, "checkpoints and plans of other processors fit"
+    assert f"float32 products, since {WHY}" in module.policy.engine.description()
+    with pytest.warns(UserWarning, match="continued had 16-bit products; this one has float32 products, since this processor"):
+        run(model, sums, tmp_path, ckpt=path, max_steps=4)
+    # The same weights and tokens in 16 bits and in float32, without a Trainer.
+    sequences = other.generate([Prompt(text="1+2=")], 4, torch.Generator().manual_seed(0)).sequences
+    found = []
+    for why in (WHY, ""):
+        monkeypatch.setattr(precision_module, "why_no_halves", lambda why=why: why)
+        alone = PolicyModule.load_from_checkpoint(path)
+        found.append(alone.task.passes.measure([sequences])[0][0])
+        assert f"{'float32' if why else '16-bit'} products" in alone.policy.engine.description().replace(" and ", ", ")
+    assert 0 < (found[0] - found[1]).abs().max() < 0.1
+
+
+def test_a_plan_knows_of_it_and_weights_that_would_not_fit_stay_with_a_warning(model, sums, tmp_path, monkeypatch, old_processor):
+    policy, data = build_policy(model, dtype="bfloat16"), build_data(sums)
+    dtypes = []
+    for on_cpu in (True, False):
+        settings = RunSettings.of(policy, build_adapter(), data, TrainerFlags(on_cpu=on_cpu, precision="bf16-mixed"), 8)
+        dtypes += [settings.dtype, settings.product_dtype]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    monkeypatch.setattr(precision_module, "machine_memory", lambda: 1000)
+    with pytest.warns(
+        UserWarning, match=f"{WHY}, so that .* do not fit into half of the 0.0 GiB of this machine; take a smaller"
+    ):
+        module, _ = run(model, sums, tmp_path, max_steps=1)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32, torch.bfloat16}
 
 
 # ---- float16 under autocast; on a CPU Lightning wants it as a plugin

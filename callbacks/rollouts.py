@@ -182,7 +182,7 @@ class RolloutSamples(OncePerRollout):
                 "completion": str(completion),
                 **({} if episode is None else {"messages": [dict(message) for message in episode.messages], "end": episode.end}),
                 "length": completion.num_tokens,
-                "finished": completion.finished,
+                "finished": bool(rollouts.finished[row]),
                 "counted": counts,
                 "reward": total[row] if counts else None,
                 "reward_parts": {name: part[row] if counts else None for name, part in parts.items()},

@@ -84,7 +84,7 @@ def without_reward(error: Exception) -> str:
     found = re.search(
         r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL
     )  # the first of the errors that it lists
-    cause = " ".join((found[1] if found else str(error)).split())
+    cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost
     return (
         f"the checkpoint's reward cannot be made again, and the policy is loaded without it: {cause}; give "
         "load_from_checkpoint(path, reward=...) to score completions"

@@ -301,6 +301,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
         load: Callable[..., Self] = super().load_from_checkpoint
+        if callable(given := options.get("reward")) or isinstance(given, (list, tuple)):
+            options["reward"] = as_reward(given)
         try:
             return load(as_one_file(checkpoint_path), *arguments, **options)
         except (ValueError, ArgumentError) as error:

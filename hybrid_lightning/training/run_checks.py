@@ -132,8 +132,8 @@ def warn_if_lost(reward: RewardFunction) -> None:
     lost = lost_paths(reward.to_config())
     if lost:
         rank_zero_warn(
-            f"checkpoints hold {', '.join(lost)} of model.reward by the name alone, which no other program finds; put it into a "
-            "file of its own, as in FunctionReward('my_reward.py:function'), or load them by load_from_checkpoint(path, "
+            f"checkpoints hold {', '.join(lost)} of model.reward by name alone, which no other program finds; put it into a file "
+            "of its own, as in FunctionReward('my_reward.py:function'), or load checkpoints with load_from_checkpoint(path, "
             "reward=...); generate and export need no reward"
         )
 

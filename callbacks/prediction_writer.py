@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,9 +52,7 @@ class PredictionWriter(Callback):
         if self.path is not None:
             path = _of_ranks(Path(self.path), trainer.world_size)[rank]
         elif folder is not None:
-            versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
-            paths = (_of_ranks(folder / f"predictions{version}.jsonl", trainer.world_size)[rank] for version in versions)
-            path = next(path for path in paths if not path.exists())
+            path = new_file(folder, "predictions", trainer)
         else:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +63,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write at once, so that an interrupted run keeps what it has."""
         if self._file is not None and isinstance(outputs, Sequence):
-            self._file.writelines(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in outputs)
+            write_lines(self._file, outputs)
             self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,6 +80,18 @@ class PredictionWriter(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def new_file(folder: Path, name: str, trainer: Trainer) -> Path:
+    """`NAME.jsonl` in a folder, or `NAME-v1.jsonl` and so on if that exists; of several processes each has its own."""
+    versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
+    paths = (_of_ranks(folder / f"{name}{version}.jsonl", trainer.world_size)[trainer.global_rank] for version in versions)
+    return next(path for path in paths if not path.exists())
+
+
+def write_lines(file: TextIO, records: Iterable[Any]) -> None:
+    """Write records as JSON, one a line."""
+    file.writelines(json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records)
 
 
 def _plain(cell: Any) -> Any:

@@ -1,12 +1,14 @@
 """What a run shows of its rollouts.
 
-`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` puts pages of them into the loggers, and
-`RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
+`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` puts pages of them into the loggers and all
+of them into a file, and `RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
+from hybrid_lightning.callbacks.prediction_writer import new_file, write_lines
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
@@ -114,17 +118,30 @@ class RolloutSamples(OncePerRollout):
         every_n_rollouts: Number of rollouts from one page to the next.
         prompts: Number of prompts on a page.
         completions: Number of completions shown for each prompt.
+        write_rows: Whether all completions of every rollout are written to `rollouts.jsonl` in the run folder, one a line, when
+            training begins with the rollout: step, rollout, prompt, completion, rewards (total and parts), advantage, and more.
+            With several processes each writes its own file, with the rank before the suffix.
     """
 
-    def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4) -> None:
+    def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4, write_rows: bool = False) -> None:
         for name, value in (("every_n_rollouts", every_n_rollouts), ("prompts", prompts), ("completions", completions)):
             if value < 1:
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
+        self.write_rows = write_rows
         self._seen = 0
+        self._path: Path | None = None  # of the rows of this fit
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose a new file for the rows."""
+        folder = run_folder(trainer)
+        self._path = new_file(folder, "rollouts", trainer) if self.write_rows and folder is not None else None
 
     def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
-        """Log a page of the rollout if it is time for one."""
+        """Log a page of the rollout if it is time for one, and write its rows."""
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                write_lines(file, self._rows(trainer, rollouts, rewards, advantages))
         if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
             columns, rows = self.table(rollouts, rewards, advantages)
             log_table(trainer, "samples", columns, rows, trainer.global_step)
@@ -143,6 +160,35 @@ class RolloutSamples(OncePerRollout):
         """Restore the number of rollouts."""
         super().load_state_dict(state_dict)
         self._seen = state_dict["seen"]
+
+    def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
+        """A record of each completion, ready for JSON; one that is left out has no rewards."""
+        render = trainer.lightning_module.policy.pretrained.encoder.render
+        texts = [render(prompt) for prompt in rollouts.prompts]
+        counted = [True] * len(advantages) if rewards.counted is None else rewards.counted.tolist()
+        parts = {name: part.tolist() for name, part in rewards.parts.items()}
+        total, correct, of_all = rewards.total.tolist(), rewards.correct.tolist(), advantages.tolist()
+        for row, completion in enumerate(rollouts.completions):
+            number, sample = divmod(row, rollouts.samples_per_prompt)
+            prompt, episode, counts = rollouts.prompts[number], completion.episode, counted[row]
+            yield {
+                "step": trainer.global_step,
+                "rollout": self._last,
+                "set": prompt.set_name,
+                "index": prompt.index,
+                "sample": sample,
+                "prompt": texts[number],
+                "answer": prompt.answer,
+                "completion": str(completion),
+                **({} if episode is None else {"messages": [dict(message) for message in episode.messages], "end": episode.end}),
+                "length": completion.num_tokens,
+                "finished": bool(rollouts.finished[row]),
+                "counted": counts,
+                "reward": total[row] if counts else None,
+                "reward_parts": {name: part[row] if counts else None for name, part in parts.items()},
+                "correct": correct[row] if counts else None,
+                "advantage": of_all[row],
+            }
 
     def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
         """The first prompts and completions as a table: names of the columns, and rows of texts and numbers."""

@@ -124,6 +124,20 @@ def _describe(name: str, value: Any) -> Any:
     )
 
 
+def lost_paths(config: Any) -> list[str]:
+    """Paths in a config by which another process finds no function or class: those of a script, or without a name.
+
+    Example:
+        >>> lost_paths({"class_path": "__main__.Mine", "init_args": {"rewards": [{"function": "tasks.<lambda>"}]}})
+        ['__main__.Mine', 'tasks.<lambda>']
+    """
+    if isinstance(config, Mapping):
+        own = [str(config[key]) for key in ("class_path", "function") if key in config]
+        lost = [path for path in own if path.startswith("__main__.") or "<" in path]
+        return lost + [path for value in config.values() for path in lost_paths(value)]
+    return [path for value in config for path in lost_paths(value)] if isinstance(config, list) else []
+
+
 def public_path(kind: type) -> str:
     """The path from which a class should be imported: the outermost package that has it, so that files in it can move.
 

@@ -34,6 +34,8 @@ def load_function(path: str, option: str = "function") -> Callable[..., Any]:
     """
     if path.endswith(".py"):
         raise ConfigError(f"{option}={path!r} is a file without a function; name one of it, as in {path}:function")
+    if "<" in path:  # as Python writes functions within others, and those without a name
+        raise ConfigError(f"{option}={path!r} has no name by which it could be found")
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place or not name.isidentifier():
         raise ConfigError(f"{option}={path!r}; give package.module.function or path/to/file.py:function")

@@ -11,7 +11,7 @@ from hybrid_lightning.data.presets import AIME24, AIME25, AMC23, GSM8K, MATH, MA
 from hybrid_lightning.data.reasoning_gym_source import ReasoningGymSource
 from hybrid_lightning.data.source import EpisodeSource, Mixture, PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, problem_key, split_rows
-from hybrid_lightning.data.table_sources import FileSource, HubSource
+from hybrid_lightning.data.table_sources import FileSource, HubSource, RowsSource
 
 __all__ = [
     "AIME24",
@@ -42,6 +42,7 @@ __all__ = [
     "PromptSource",
     "ReasoningGymSource",
     "Row",
+    "RowsSource",
     "Splits",
     "TableSource",
     "problem_key",

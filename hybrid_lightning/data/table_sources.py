@@ -1,6 +1,7 @@
-"""Sources that read tables from local files (`FileSource`) or from the Hugging Face hub (`HubSource`)."""
+"""Sources of tables: local files (`FileSource`), the Hugging Face hub (`HubSource`), rows in memory (`RowsSource`)."""
 
 import re
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.tables import Table, read_table
-from hybrid_lightning.errors import DataError, one_line
+from hybrid_lightning.errors import DataError, one_line, shorten
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 
@@ -42,6 +43,52 @@ class FileSource(TableSource):
     def read_tables(self) -> dict[str, tuple[str, Table]]:
         """Read the file of each split that is given."""
         return {split: (path, read_table(split, path)) for split, path in self.paths}
+
+
+class RowsSource(TableSource):
+    r"""Problems from rows in memory: lists of dicts, or a `datasets.Dataset` for each split.
+
+    Training rows whose question is also held out are dropped, and fractions split off, as by `FileSource`.
+
+    Args:
+        train: Training rows, each a dict from column to cell; None for none.
+        validation: Validation rows; None for none.
+        test: Test rows; None for none.
+        **columns: Arguments of `TableSource`.
+
+    Raises:
+        ConfigError: If there is no split.
+        DataError: If a split has no rows, or a row is not a dict.
+
+    Example:
+        >>> rows = [{"question": f"{a}+2=", "answer": a + 2} for a in range(10)]
+        >>> splits = RowsSource(rows, validation_fraction=0.2).load()
+        >>> len(splits.train), splits.train[0].question, splits.train[0].answer
+        (8, '0+2=', '2')
+    """
+
+    def __init__(
+        self,
+        train: Iterable[dict[str, Any]] | None = None,
+        validation: Iterable[dict[str, Any]] | None = None,
+        test: Iterable[dict[str, Any]] | None = None,
+        **columns: Any,
+    ) -> None:
+        super().__init__(**columns)
+        self.tables = {
+            split: list(rows) for split, rows in given_splits([("train", train), ("validation", validation), ("test", test)])
+        }
+        for split, table in self.tables.items():
+            if not table:
+                raise DataError(f"RowsSource: {split} has no rows; give at least one, or leave it out")
+            for index, row in enumerate(table):
+                if not isinstance(row, Mapping):
+                    raise DataError(f'RowsSource: {split} row {index} is {shorten(row)}; give dicts such as {{"question": ...}}')
+        self._init_args.update({split: f"{len(table)} rows" for split, table in self.tables.items()})  # all a description needs
+
+    def read_tables(self) -> dict[str, tuple[str, Table]]:
+        """The rows of each split that is given."""
+        return {split: (split, [dict(row) for row in table]) for split, table in self.tables.items()}
 
 
 class HubSource(TableSource):

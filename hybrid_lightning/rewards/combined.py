@@ -2,18 +2,27 @@
 
 - `WeightedSum` adds rewards up.
 - `RewardBySet` scores each set of a mixture with a reward of its own.
+- `as_reward` makes a reward of a function, or of several.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.errors import ConfigError, DataError, shorten
+from hybrid_lightning.rewards.function import FunctionReward
 from hybrid_lightning.rewards.reward_function import DelegatingReward, RewardFunction
 from hybrid_lightning.types import Prompt
+
+if TYPE_CHECKING:
+    AnyReward = Callable[..., Any] | Sequence[Callable[..., Any]]
+    AnyRewards = Sequence[Callable[..., Any]]
+else:  # what a config can give
+    AnyReward, AnyRewards = RewardFunction, list[RewardFunction]
 
 
 class WeightedSum(RewardFunction):
@@ -21,23 +30,24 @@ class WeightedSum(RewardFunction):
 
     Args:
         rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: name two rewards of
-            the same class.
+            the same class. In Python functions, too (see `FunctionReward`).
         weights: One weight for each reward, negative for a penalty; None for 1.0 each.
 
     Raises:
         ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
     """
 
-    def __init__(self, rewards: list[RewardFunction], weights: list[float] | None = None) -> None:
+    def __init__(self, rewards: AnyRewards, weights: list[float] | None = None) -> None:
         if not rewards:
             raise ConfigError("rewards=[]; give at least one reward")
+        made = self._init_args["rewards"] = [as_reward(reward) for reward in rewards]
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards):
             raise ConfigError(f"weights={weights} for {len(rewards)} rewards; give one weight for each reward")
         if not all(math.isfinite(weight) for weight in weights):
             raise ConfigError(f"weights={weights} are not all finite; give finite numbers")
         self._terms = [
-            (term, weight * inner) for reward, weight in zip(rewards, weights, strict=True) for term, inner in reward.terms()
+            (term, weight * inner) for reward, weight in zip(made, weights, strict=True) for term, inner in reward.terms()
         ]
         names = [term.name for term, _ in self._terms]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -106,3 +116,18 @@ class RewardBySet(DelegatingReward):
                 f"{', '.join(self.rewards)}; name the sets as the data source does"
             )
         return self.rewards[prompt.set_name]
+
+
+def as_reward(given: AnyReward) -> RewardFunction:
+    """A reward as it is, of a function a `FunctionReward`, and of a list of both their sum.
+
+    Raises:
+        ConfigError: If it is something else, or such a function or sum cannot be made.
+    """
+    if isinstance(given, RewardFunction):
+        return given
+    if isinstance(given, (list, tuple)):
+        return WeightedSum(list(given))
+    if not callable(given) or isinstance(given, type):
+        raise ConfigError(f"reward={shorten(given)}; give a reward such as MathMatch(), a function, or a list of them")
+    return FunctionReward(given)

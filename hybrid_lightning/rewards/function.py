@@ -38,7 +38,8 @@ class FunctionReward(RewardFunction):
     the first completion has ended on, while the policy still generates others (see `overlap`).
 
     Args:
-        function: `package.module.function` or `path/to/file.py:function`; in Python the function itself, too.
+        function: `package.module.function` or `path/to/file.py:function`; in Python the function itself, or any other object
+            that can be called, too. A checkpoint has its path alone.
         timeout_s: Wall time in seconds for each call, which is one for the batch or one for each completion; None for no limit.
             An asynchronous function is cancelled; an ordinary one goes on in its thread, and can still take processor time.
         on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
@@ -113,6 +114,14 @@ class FunctionReward(RewardFunction):
         """`concurrency` with `overlap`, else 0."""
         return self.concurrency if self.overlap else 0
 
+    def to_config(self) -> dict[str, Any]:
+        """As for others; where the function is another object, its path is the kind of it, by which nothing is found."""
+        config = super().to_config()
+        function = config["init_args"]["function"]
+        if not isinstance(function, str):
+            config["init_args"]["function"] = f"{type(function).__module__}.<{type(function).__qualname__}>"
+        return config
+
     def _loaded(self) -> Callable[..., Any]:
         return load_function(self.function) if self._given is None else self._given
 
@@ -170,6 +179,10 @@ class FunctionReward(RewardFunction):
         if isinstance(value, TimeoutError) and self.timeout_s is not None and completions:
             where = f"for a batch of {len(completions)} completions, the first {name_completion(completions[0], prompts[0])}"
             return [self._late(where, value)] * len(completions)
+        if isinstance(value, TypeError) and not self.batches_only and prompts[0].messages is not None:
+            value = TypeError(f"{value}; completions are texts, and messages with TRLReward(function)").with_traceback(
+                value.__traceback__
+            )
         if isinstance(value, BaseException):
             raise value
         return value

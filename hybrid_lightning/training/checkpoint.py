@@ -4,6 +4,7 @@ It stands under the key `hybrid_lightning`, and is enough to rebuild the policy 
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ def as_one_file(checkpoint: Any) -> Any:
     torch.save(read_weights(Path(checkpoint)), file)
     file.seek(0)
     return file
+
+
+def without_reward(error: Exception) -> str:
+    """The warning for a checkpoint that is loaded without its reward, which jsonargparse did not find."""
+    found = re.search(
+        r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL
+    )  # the first of the errors that it lists
+    cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost
+    return (
+        f"the checkpoint's reward cannot be made again, and the policy is loaded without it: {cause}; give "
+        "load_from_checkpoint(path, reward=...) to score completions"
+    )
 
 
 def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, device: torch.device | None) -> None:

@@ -9,6 +9,7 @@ Axes: P prompts, n sampled completions of each in prompt-major order; E examples
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.episodes.episodes import episode_records, evaluation_draws
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.metrics import Problem, ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.model.passes import Passes
@@ -67,6 +68,29 @@ def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, R
     values |= of_greedy
     index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
     means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
+
+
+def check_numbers(prompts: Sequence[Prompt]) -> None:
+    """Raise DataError if two different prompts have one number, by which each is counted once."""
+    asked: dict[Problem, Any] = {}
+    for prompt in prompts:
+        if asked.setdefault((prompt.set_name, prompt.index), (prompt.text, prompt.messages)) != (prompt.text, prompt.messages):
+            raise DataError(
+                f"two prompts to evaluate have index={prompt.index} and would count as one; number them, as in Prompt(text=..., "
+                "index=n)"
+            )
+
+
+_UNSCORED = {"completion_length": None, "truncation_rate": None}  # what is measured without a reward
+
+
+def add_lengths(means: ProblemMeans, rollouts: Rollouts) -> None:
+    """Add prompts with n completions each that no reward scores to the metrics of an evaluation."""
+    device = "cpu" if rollouts.finished.device.type == "mps" else rollouts.finished.device  # mps has no float64
+    index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=device)
+    measured = (rollouts.sequences.sampled_mask.sum(dim=1), ~rollouts.finished)
+    values = [value.to(device).double().view(len(index), -1).mean(dim=1) for value in measured]
+    means.update([prompt.set_name for prompt in rollouts.prompts], index, dict(zip(_UNSCORED, values, strict=True)))
 
 
 class ExampleMetrics(Metric):
@@ -138,7 +162,8 @@ class Evaluation(nn.Module):
         self.greedy: tuple[Rollouts, Rewards] | None = None
         self.last: dict[str, dict[str, float]] = {}
         self._first: tuple[Rollouts, Rewards] | None = None
-        self._prompts = nn.ModuleDict({stage: evaluation_means(samples) for stage in ("val", "test")})
+        means = partial(evaluation_means, samples) if generation.reward is not None else partial(ProblemMeans, _UNSCORED)
+        self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
     def names(self, sets: Collection[str]) -> list[str]:
         """Names of all that a validation on prompts of these sets logs."""
@@ -146,7 +171,12 @@ class Evaluation(nn.Module):
         return [_name("val", name, value) for name, values in of_sets.items() for value in values]
 
     def add(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs."""
+        """Measure the policy on a batch of a stage, `val` or `test`, under which `end` logs; without a reward lengths alone."""
+        check_numbers(batch)
+        if self.generation.reward is None:
+            draws = evaluation_draws(batch, self.samples, self.seed)
+            add_lengths(self._means(stage), self.generation.generate(batch, self.samples, draws))
+            return
         greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
         add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))

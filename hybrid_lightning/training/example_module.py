@@ -4,7 +4,7 @@ from typing import Any
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
-from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rewards.combined import AnyReward
 from hybrid_lightning.training.example_task import ExampleTask
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
@@ -33,7 +33,7 @@ class ExampleModule(LanguageModule):
     def __init__(
         self,
         loss: ExampleLoss | None = None,
-        reward: RewardFunction | None = None,
+        reward: AnyReward | None = None,
         *,
         examples_per_step: int = 32,
         **options: Any,

@@ -25,6 +25,7 @@ from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import product_dtype
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rewards.combined import AnyReward, as_reward
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -55,13 +56,14 @@ class Generation:
         self,
         policy: Policy,
         sampler: RolloutEngine,
-        reward: RewardFunction | None,
+        reward: AnyReward | None,
         run: Run,
         seed: int = 0,
         episodes: Episodes | None = None,
         rollouts_ahead: int = 0,
     ) -> None:
-        self.policy, self.sampler, self.reward, self.episodes, self.run = policy, sampler, reward, episodes, run
+        self.policy, self.sampler, self.episodes, self.run = policy, sampler, episodes, run
+        self.reward = None if reward is None else as_reward(reward)
         self._seed = seed
         sampler.inflight_updates = sampler.is_remote and rollouts_ahead > 1
         run.shares_failures = sampler.needs_weight_sync

@@ -9,6 +9,7 @@ modules make both from options with flat names (`policy_module.py`, `example_mod
 """
 
 from abc import ABC, abstractmethod
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,20 +21,24 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable, describe_arguments
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import autocast_of, check_precision
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, check_quantization
 from hybrid_lightning.process import prepare_gpu
+from hybrid_lightning.rewards.combined import as_reward
 from hybrid_lightning.rollout.interface import Draws
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -43,7 +48,14 @@ from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import trained_names
 from hybrid_lightning.training.calibration import CalibrationLosses
-from hybrid_lightning.training.checkpoint import adapter_state, as_one_file, check_weights, restore_policy, save_policy
+from hybrid_lightning.training.checkpoint import (
+    adapter_state,
+    as_one_file,
+    check_weights,
+    restore_policy,
+    save_policy,
+    without_reward,
+)
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
@@ -126,7 +138,10 @@ class LanguageModule(Configurable, LightningModule, ABC):
         super().__init__()
         self.save_hyperparameters()
         if "_instantiator" not in self.hparams:  # the module was made in Python; the command line saves its config instead
-            plain = describe_arguments(dict(self.hparams))
+            given = dict(self.hparams)
+            if given.get("reward") is not None:
+                given["reward"] = as_reward(given["reward"])
+            plain = describe_arguments(given)
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
             self._hparams_initial = self._to_hparams_dict(plain)
@@ -190,12 +205,12 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
         None uses as many prompts as one optimizer step or rollout has.
         """
-        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        prompts = getattr(data, "train_prompts", None)
+        if prompts is None and data is not None:
+            prompts = getattr(data.train_dataloader(), "prompts", None)
         if prompts is None:
-            raise ConfigError(
-                "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-                "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
-            )
+            raise ConfigError(f"modules are scored on training prompts of trainer.datamodule, which has none; {_OWN_DATA}")
         return self.task.calibration_losses(list(prompts), num_prompts)
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
@@ -225,6 +240,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
         if run == self._checked:
             return
         trainer, policy, optimizer = self.trainer, self.policy, self.optimization.optimizer
+        if policy.is_loaded and self.run.stage == "fit":  # so that the data module has been set up
+            _check_data(trainer)
         if trainer.strategy.root_device.type == "cuda":
             prepare_gpu(own_allocator=self.task.generation.sampler.shares_device)
         check_strategy(trainer, optimizer)
@@ -278,10 +295,25 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
         """Make a module from a checkpoint as Lightning does, and also from the folder of a sharded checkpoint.
 
+        Where its reward is not found, as one of a script, and no `reward` is given, the module is made without, with a warning.
+
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
-        module: Self = super().load_from_checkpoint(as_one_file(checkpoint_path), *arguments, **options)
+        load: Callable[..., Self] = super().load_from_checkpoint
+        if callable(given := options.get("reward")) or isinstance(given, (list, tuple)):
+            options["reward"] = as_reward(given)
+        try:
+            return load(as_one_file(checkpoint_path), *arguments, **options)
+        except (ValueError, ArgumentError) as error:
+            if isinstance(error, HybridLightningError) or "reward" in options:
+                raise
+            cause = error
+        try:
+            module = load(as_one_file(checkpoint_path), *arguments, **options, reward=None)
+        except (ValueError, ArgumentError):  # it was not the reward
+            raise cause from None
+        rank_zero_warn(without_reward(cause))
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -314,6 +346,8 @@ class LanguageModule(Configurable, LightningModule, ABC):
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch (see `Step.micro_batch`)."""
+        if not isinstance(batch, PolicyBatch):
+            raise ConfigError(f"the train dataloader gave a {type(batch).__name__}, which is not of rollouts; {_OWN_DATA}")
         with self.policy.precision():  # which may be another one than the Trainer's, see there
             return self._step.micro_batch(batch, batch_idx)
 
@@ -364,6 +398,26 @@ class LanguageModule(Configurable, LightningModule, ABC):
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions of a batch of prompts, greedy and sampled, with their rewards, as records for JSON."""
         return self.evaluation.predict(batch)
+
+
+_OWN_DATA = (
+    "give trainer.fit(policy, datamodule=...) a PromptDataModule, or a LightningDataModule with `def train_dataloader(self): "
+    "return self.trainer.lightning_module.rollout_loader(prompts)` and `def val_dataloader(self): return DataLoader(prompts, "
+    "batch_size=32, collate_fn=list)`, for lists of Prompt(text=..., answer=..., index=...)"
+)
+
+
+def _check_data(trainer: Trainer) -> None:
+    """Refuse a data module of the user's own whose loaders do not fit, since rollouts are the training data."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None or isinstance(data, PromptDataModule):
+        return
+    name = type(data).__name__
+    if isinstance(data.train_dataloader(), DataLoader):
+        raise ConfigError(f"{name}.train_dataloader returns prompts, and the policy trains on rollouts of them; {_OWN_DATA}")
+    validation = data.val_dataloader() if trainer.enable_validation else None
+    if isinstance(validation, DataLoader) and validation.collate_fn is default_collate:
+        raise ConfigError(f"{name}.val_dataloader makes tensors of its batches, and prompts are none; {_OWN_DATA}")
 
 
 class _Answer:

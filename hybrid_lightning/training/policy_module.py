@@ -7,7 +7,8 @@ from hybrid_lightning.environments import Environment, EpisodeLimits
 from hybrid_lightning.episodes.episodes import Episodes
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.model.passes import Passes
-from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
+from hybrid_lightning.rewards import EpisodeReturn
+from hybrid_lightning.rewards.combined import AnyReward
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training.evaluation import Evaluation
@@ -26,7 +27,8 @@ class PolicyModule(LanguageModule):
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
-        reward: Scores completions; None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
+        reward: Scores completions; in Python also a function, as `FunctionReward` takes it, or a list of rewards and functions,
+            which are added up. None, with an environment, takes `EpisodeReturn()`: the rewards that it gives.
         environment: What the policy acts in over several turns, such as `ToolEnvironment` or `GuessNumber`; None: a completion is
             one message.
         episodes: Bounds of an episode, and how environments run; None takes `EpisodeLimits()`. A message of the policy has at
@@ -67,7 +69,7 @@ class PolicyModule(LanguageModule):
     def __init__(
         self,
         loss: PolicyLoss,
-        reward: RewardFunction | None = None,
+        reward: AnyReward | None = None,
         *,
         environment: Environment | None = None,
         episodes: EpisodeLimits | None = None,

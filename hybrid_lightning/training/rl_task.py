@@ -132,7 +132,7 @@ class RLTask(Task):
         """The rewards that advantages are estimated from: of the episodes, or of each of their turns (`rewards_to_go`)."""
         if self.credit == "episode":
             return rewards
-        assert self.generation.episodes is not None and self.reward is not None, "checked by the constructor"
+        assert self.generation.episodes is not None and self.reward is not None, "checked before"
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.configurable import lost_paths
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
@@ -28,8 +29,6 @@ def check_options(
     schedule: RolloutSchedule, generation: Generation, dynamic_sampling: DynamicSampling | None, credit: str, loss: PolicyLoss
 ) -> None:
     """Raise ConfigError if options of reinforcement learning do not go together, whatever the run."""
-    if generation.reward is None:
-        raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
     if dynamic_sampling is not None and schedule.samples_per_prompt < 2:
         raise ConfigError(
             f"model.samples_per_prompt={schedule.samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
@@ -53,6 +52,8 @@ def check_rl(
 ) -> None:
     """Raise ConfigError if settings of a run of reinforcement learning do not go together, and warn of doubtful ones."""
     run, sampler = generation.run, generation.sampler
+    if generation.reward is None and run.stage in ("fit", "predict"):  # others measure what needs none
+        raise ConfigError("model.reward is missing; give a reward, such as MathMatch, or an environment that gives rewards")
     if correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
         raise ConfigError(
             f"model.correction={type(correction).__name__} compares probabilities under the full softmax, and with "
@@ -124,6 +125,17 @@ def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:
         f"{type(generation.episodes.environment).__name__} gives rewards, and model.reward does not read them; add EpisodeReturn "
         "to it, or leave model.reward out to train on them alone"
     )
+
+
+def warn_if_lost(reward: RewardFunction) -> None:
+    """Warn of a reward that cannot be made again from a checkpoint, which holds the paths of functions and classes."""
+    lost = lost_paths(reward.to_config())
+    if lost:
+        rank_zero_warn(
+            f"checkpoints hold {', '.join(lost)} of model.reward by name alone, which no other program finds; put it into a file "
+            "of its own, as in FunctionReward('my_reward.py:function'), or load checkpoints with load_from_checkpoint(path, "
+            "reward=...); generate and export need no reward"
+        )
 
 
 def warn_of_differences(run: Run, attention: str | None, rewards: Sequence[RewardFunction]) -> None:

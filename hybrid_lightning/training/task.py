@@ -27,7 +27,7 @@ from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, Roll
 from hybrid_lightning.training.calibration import CalibrationLosses
 from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
-from hybrid_lightning.training.run_checks import warn_of_differences
+from hybrid_lightning.training.run_checks import warn_if_lost, warn_of_differences
 from hybrid_lightning.training.step import Step
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 from hybrid_lightning.user_code import in_user_code
@@ -123,6 +123,8 @@ class Task(RolloutSource, ABC):
         if policy.is_loaded:  # else the attention is not known
             attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
             warn_of_differences(self.run, attention, self.generation.reward_terms())
+            if self.run.stage == "fit" and self.reward is not None:
+                warn_if_lost(self.reward)
         self.check()
 
     @abstractmethod

@@ -2,7 +2,9 @@
 
 import html
 import io
+import json
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 from xml.etree import ElementTree
@@ -17,12 +19,14 @@ from rich.console import Console
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-from tiny_runs import build_adapter, build_data, build_trainer, fit
+from tiny_runs import Failing, OftenDone, Talk, build_adapter, build_data, build_trainer, fit
 
 from hybrid_lightning.callbacks import RewardDivergence, RolloutProgress, RolloutSamples, RunSummary, display
 from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.callbacks.loggers import markdown_table
+from hybrid_lightning.callbacks.prediction_writer import new_file
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, say_completions
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.training.module import LanguageModule
@@ -154,11 +158,47 @@ def _tokens(sequences):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_callbacks_see_the_rollout_that_is_trained_on_once_whenever_it_was_made_and_after_a_resume(model, sums, tmp_path, ahead):
     whole, resumed, policy = Looks(), Looks(), {"rollouts_ahead": ahead, "minibatches_per_rollout": 2}
-    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
-    fit(model, sums, tmp_path, whole, saver, policy=policy, max_steps=6, enable_checkpointing=True)
-    fit(model, sums, tmp_path, resumed, policy=policy, max_steps=6, ckpt=tmp_path / "step=3.ckpt")
+    saver, rows = (
+        ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1),
+        partial(RolloutSamples, write_rows=True),
+    )
+    fit(model, sums, tmp_path, whole, rows(), saver, policy=policy, max_steps=6, enable_checkpointing=True)
+    fit(model, sums, tmp_path, resumed, rows(), policy=policy, max_steps=6, ckpt=tmp_path / "step=3.ckpt")
     assert whole.steps == [0, 2, 4] and resumed.steps == [4], "that of the third step was seen before the stop"
     assert resumed.seen == whole.seen[3:] and [number for _, number, *_ in whole.seen] == [0, 0, 1, 1, 2, 2]
+    rows, later = (written(tmp_path / f"version_{number}") for number in (0, 1))
+    assert later == rows[32:], "those that were written before the stop are not written again"
+    for first, (step, number, ((_, *texts), *_), total) in zip((0, 16, 32), whole.seen[::2], strict=True):
+        of_rollout = rows[first : first + 16]
+        assert {(row["step"], row["rollout"]) for row in of_rollout} == {(step - 1, number)}
+        assert [row["completion"] for row in of_rollout] == texts and [row["reward"] for row in of_rollout] == total
+        assert [row["sample"] for row in of_rollout] == [0, 1, 2, 3] * 4 and any(row["advantage"] for row in of_rollout)
+
+
+def written(folder, name="rollouts"):
+    """The rows of rollouts that a run has written."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_rows_of_episodes_have_their_messages_and_what_is_left_out_no_rewards(model, sums, tmp_path):
+    policy = {"environment": Talk(), "reward": None, "turn_template": "{content}", "sampler": OftenDone(5), "kind": Failing}
+    policy |= {"episodes": EpisodeLimits(max_tokens=60)}
+    fit(model, sums, tmp_path, RolloutSamples(write_rows=True), policy=policy, max_steps=1)
+    rows = written(tmp_path / "version_0")
+    assert len(rows) == 16 and [row["counted"] for row in rows] == [(row["index"] + row["sample"] % 4) % 4 > 0 for row in rows]
+    for row in rows:
+        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        assert row["end"] and row["messages"][0]["content"] == row["prompt"] and row["completion"] == "\n".join(said)
+        paid = (row["reward"], *row["reward_parts"].values(), row["correct"])
+        assert paid == (None,) * 3 if not row["counted"] else paid[0] == paid[1] >= 0
+
+
+def test_each_fit_and_each_process_has_a_file_of_rows_of_its_own(tmp_path):
+    for rank, names in ((0, ["rollouts.rank0", "rollouts-v1.rank0"]), (1, ["rollouts.rank1"])):
+        for name in names:
+            path = new_file(tmp_path, "rollouts", SimpleNamespace(world_size=2, global_rank=rank))
+            assert path.name == f"{name}.jsonl"
+            path.touch()
 
 
 # ---- on the screen

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
+from datasets import Dataset, DatasetDict
 from public_data import public_data
 
-from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource
+from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource, RowsSource
 from hybrid_lightning.errors import ConfigError, DataError
 
 
@@ -24,6 +26,31 @@ def test_files_become_splits(tmp_path):
     row = splits.test[1]
     assert (row.question, row.answer, row.index, row.source) == ("what is 5?", "5", 1, test)
     assert row.columns == {"question": "what is 5?", "answer": 5}
+
+
+def test_rows_in_memory_give_what_a_file_of_them_gives(tmp_path):
+    rows, held = numbered(20), numbered(3, start=18)
+    expected = FileSource(jsonl(tmp_path, rows), validation=jsonl(tmp_path, held, "v.jsonl"), test_fraction=0.1, max_rows=19)
+    for kind in (list, tuple, iter, Dataset.from_list):
+        source = RowsSource(kind(rows), validation=kind(held), test_fraction=0.1, max_rows=19)
+        splits = source.load()
+        for split, given in vars(expected.load()).items():
+            assert [replace(row, source="") for row in getattr(splits, split)] == [replace(row, source="") for row in given]
+        assert len(splits.train) == 16 and source.load() == splits, "and again"
+    assert source.to_config()["init_args"] == {"train": "20 rows", "validation": "3 rows", "test_fraction": 0.1, "max_rows": 19}
+    for wrong, message in (
+        ([], "RowsSource: train has no rows"),
+        (DatasetDict(train=Dataset.from_list(rows)), r"RowsSource: train row 0 is 'train'; give dicts such as"),
+        (
+            [{"prompt": "1+1=", "answer": 2}],
+            "train has no column 'question'; correct question_column; the columns are prompt, answer",
+        ),
+        ([*rows, {"question": "?"}], r"train, row 20 \(the first is 0\): answer_column 'answer' is missing"),
+    ):
+        with pytest.raises(DataError, match=message):
+            RowsSource(wrong).load()
+    with pytest.raises(ConfigError, match="no data; set at least one of train, validation, test"):
+        RowsSource()
 
 
 def test_fractions_split_from_train(tmp_path):

@@ -282,7 +282,6 @@ def test_a_failed_episode_is_in_no_turn(model, sums, tmp_path):
         (by_turn(GSPOLoss()), r"GSPOLoss takes one advantage a sequence, and model\.credit=turn .*GSPOTokenLoss"),
         ({**by_turn(GRPOLoss()), "credit": "turns"}, r"model\.credit='turns'; give episode or turn"),
         ({"turn_template": "{content}"}, r"model\.turn_template is for episodes, and model\.environment is not set"),
-        ({"reward": None}, r"model\.reward is missing"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model, options, message):

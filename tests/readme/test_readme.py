@@ -168,6 +168,15 @@ def test_the_python_example_trains_saves_and_loads(here, capsys):
     assert re.search(r"^\('(\[[\d ]*\])?\d+',\)$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["rows", "own_data"])
+def test_rows_functions_and_data_modules_of_ones_own_train(name, here):
+    small = "lr_lora=3e-3, prompts_per_rollout=4, samples_per_prompt=4, eval_samples=1"
+    names = names_of(example(name).replace("lr_lora=3e-3", small).replace("(100, 140)", "(100, 110)"))
+    assert (
+        names["policy"].plan.full_modules and names["policy"].evaluation.last[""]["problems"] == {"rows": 8, "own_data": 20}[name]
+    )
+
+
 def test_the_module_that_is_no_policy_is_adapted(here, capsys):
     torch.manual_seed(0)
     names = names_of(example("adaptable"), steps=2)
@@ -186,7 +195,9 @@ def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
     there = sum(len(pages.blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 2, "all but the reference's, which its test reads, and the architecture's outline of the loop"
-    assert pages.examples().keys() == {*PARTS, *FILES, "python", "adaptable", "served"}, "each needs a test here"
+    assert pages.examples().keys() == {*PARTS, *FILES, "python", "rows", "own_data", "adaptable", "served"}, (
+        "each needs a test here"
+    )
 
 
 # ---- paths and links

@@ -7,6 +7,7 @@ import pytest
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
 from hybrid_lightning.rewards import ExactMatch, FunctionReward, RewardFunction, TRLReward, WeightedSum, evaluate_reward
+from hybrid_lightning.rewards.combined import as_reward
 from hybrid_lightning.types import Completion, Episode, Prompt
 
 MINE = """
@@ -113,6 +114,40 @@ def test_a_reward_function_of_trl_sees_what_trl_gives_it():
     assert texts(["ab"], [Prompt(text="1+1=")]) == [6]
     with pytest.raises(ConfigError, match=r"TRLReward: .* has no parameter completions; take FunctionReward"):
         TRLReward(lambda completion: 1.0)
+
+
+def test_messages_of_trl_are_explained_and_one_of_its_functions_works_as_it_is():
+    def theirs(prompts, completions, **kwargs):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    chat = [Prompt(messages=({"role": "user", "content": "1+1"},), answer="2")]
+    with pytest.raises(RewardError, match=r"\(test_function\.py line \d+\) for ") as caught:
+        evaluate_reward(as_reward(theirs), ["22"], chat)
+    assert "indices must be integers, not 'str'; completions are texts, and messages with TRLReward(function)" in str(
+        caught.value
+    )
+    assert evaluate_reward(as_reward(TRLReward(theirs)), ["22"], chat).total.tolist() == [2.0]
+
+
+def test_functions_and_lists_of_them_are_rewards():
+    def right(completions, answer, **kwargs):
+        return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+    def short(completion):
+        return float(len(completion) < 3)
+
+    prompts = [Prompt(text="1+1=", answer="2"), Prompt(text="1+9=", answer="10", index=1)]
+    both = evaluate_reward(as_reward([right, short]), ["2", "100"], prompts)
+    assert both.total.tolist() == [2.0, 0.0] and list(both.parts) == ["right", "short"]
+    weighted = WeightedSum([right, FunctionReward(short, name="brief"), ExactMatch()], [1.0, 0.5, 0.25])
+    assert evaluate_reward(weighted, ["2", "100"], prompts).total.tolist() == [1.75, 0.0]
+    paths = [reward["init_args"].get("function", "")[-5:] for reward in weighted.to_config()["init_args"]["rewards"]]
+    assert paths == ["right", "short", ""]
+    kept = ExactMatch()
+    assert as_reward(kept) is kept and as_reward(kept.__call__)(["2", "100"], prompts) == [1.0, 0.0]
+    for wrong in (ExactMatch, "ExactMatch", 1.0, [right, None]):
+        with pytest.raises(ConfigError, match="give a reward such as MathMatch"):
+            as_reward(wrong)
 
 
 def test_in_python_the_function_itself():

@@ -1,20 +1,24 @@
 """A policy made in Python comes back from its checkpoint alone, parts of the user's own included."""
 
+import re
+from argparse import ArgumentError
 from functools import partial
 from operator import attrgetter
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import DigitShare, build_adapter, build_policy, fit, write_model
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, check, fit, write_model
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import LinearSchedule, PolicyModule
 from hybrid_lightning.rewards import FormatReward, WeightedSum
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.training.checkpoint import CHECKPOINT_KEY
+from hybrid_lightning.types import Prompt
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
 
@@ -92,6 +96,44 @@ def test_what_cannot_be_written_is_refused_at_once(model):
     for reward in (Local(), WeightedSum([DigitShare(), Local()])):
         with pytest.raises(ConfigError, match=r"reward: the class .*Local cannot be written .* define it at the top level"):
             build_policy(model, reward=reward)
+
+
+def test_a_reward_that_no_other_program_finds_is_named_at_the_start_and_left_out_when_loading(model, sums, tmp_path, monkeypatch):
+    def by_length(completions, answer, **columns):
+        return [float(len(text) > 3) for text in completions]
+
+    monkeypatch.setattr(LengthPenalty, "__module__", "__main__")  # of a script
+    given = [by_length, partial(by_length, tolerance=1), LengthPenalty()]
+    with pytest.warns(UserWarning) as said:
+        module, path = save(model, sums, tmp_path, policy={"reward": given})
+    (named,) = (str(warning.message) for warning in said if "checkpoints hold" in str(warning.message))
+    assert "<locals>.by_length, functools.<partial>, __main__.LengthPenalty of model.reward by name alone" in named
+    assert [term.name for term in module.task.generation.reward_terms()] == ["by_length", "function_reward", "length_penalty"]
+
+    with pytest.warns(UserWarning) as said:
+        loaded = PolicyModule.load_from_checkpoint(path)
+    (left_out,) = (str(warning.message) for warning in said if "reward" in str(warning.message))
+    assert re.search(
+        r"without it: module '__main__' has no attribute '\w+'; give load_from_checkpoint\(path, reward=\.\.\.\)", left_out
+    )
+    assert "\n" not in left_out and len(left_out) < 350
+    assert_same_policy(loaded, module)
+    prompt = Prompt(text="1+1=", index=1)
+    assert len(loaded.generate([prompt], samples_per_prompt=2).completions) == 2
+    policy_of_checkpoint(path)  # what an export reads
+    data = build_data(sums, test_fraction=0.5)
+    (tested,) = build_trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
+    (full,) = build_trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    names = ["test/problems", "test/completion_length", "test/truncation_rate"]
+    assert tested == {name: full[name] for name in names} and full["test/greedy_reward"] >= 0
+    for stage in ("fit", "predict"):
+        with pytest.raises(ConfigError, match=r"model\.reward is missing"):
+            check(loaded, tmp_path, stage)
+    again = PolicyModule.load_from_checkpoint(path, reward=by_length)
+    assert again.task.reward.name == "by_length"
+
+    with pytest.raises(ArgumentError, match="No module named 'nowhere'"):  # and nothing else is left out
+        PolicyModule.load_from_checkpoint(path, loss={"class_path": "nowhere.Loss"})
 
 
 def test_arguments_can_be_replaced_while_loading_but_no_other_base_model_or_weights(model, sums, tmp_path):

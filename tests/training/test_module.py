@@ -4,17 +4,20 @@ import inspect
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import LambdaCallback
 from tiny_runs import Log, build_adapter, build_data, build_policy, build_trainer, fit, trained, write_model
+from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.configurable import constructor_defaults
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import LanguageModule, PolicyModule, SupervisedModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.types import Prompt
 
 
 class Widened(PolicyModule):
@@ -111,3 +114,48 @@ def test_dropout_of_the_base_stays_off_and_that_of_lora_is_on(tmp_path, sums):
         ratios.append([step["ratio/max"] for step in watch.metrics])
     assert ratios[0][0] == ratios[0][2] == pytest.approx(1, abs=1e-5)
     assert ratios[1][2] > 1.01, "from the third step on B is not zero, so that LoRA's dropout shows"
+
+
+class Own(LightningDataModule):
+    """Prompts in loaders of one's own, each of them right or a DataLoader as for other data."""
+
+    def __init__(self, *ordinary):
+        super().__init__()
+        self.ordinary = ordinary
+
+    def setup(self, stage):
+        self.prompts = [Prompt(text=f"{n}+1=", answer=str(n + 1), index=n * ("index" not in self.ordinary)) for n in range(8)]
+
+    def train_dataloader(self):
+        if "train" in self.ordinary:
+            return DataLoader(self.prompts, batch_size=4, collate_fn=list)
+        return self.trainer.lightning_module.rollout_loader(self.prompts)
+
+    def val_dataloader(self):
+        return DataLoader(self.prompts[:4], batch_size=4, collate_fn=None if "validation" in self.ordinary else list)
+
+
+def test_a_data_module_of_ones_own_trains_or_is_refused_with_the_lines_to_write_before_modules_are_scored(
+    model, tmp_path, monkeypatch
+):
+    watch = Log()
+    policy = fit(model, None, tmp_path, build_adapter(), watch, data=Own(), num_sanity_val_steps=-1, max_steps=1)
+    assert {prompt.text for prompt in watch.batches[0].rollout.rollouts.prompts} <= {f"{n}+1=" for n in range(8)}
+    assert policy.evaluation.last[""]["problems"] == 4
+    with pytest.raises(DataError, match=r"two prompts to evaluate have index=0 and would count as one; number them"):
+        fit(model, None, tmp_path, data=Own("index"), num_sanity_val_steps=-1)
+    monkeypatch.setattr(RLTask, "calibration_losses", lambda *_: pytest.fail("modules are scored"))
+    lines = (
+        r".* `return self\.trainer\.lightning_module\.rollout_loader\(prompts\)`|.*def val_dataloader\(self\): return DataLoader"
+    )
+    for ordinary, message in (
+        (("train",), r"Own\.train_dataloader returns prompts, and the policy trains on rollouts of them"),
+        (("validation",), r"Own\.val_dataloader makes tensors of its batches"),
+    ):
+        with pytest.raises(ConfigError, match=message + lines):
+            fit(model, None, tmp_path, build_adapter(), data=Own(*ordinary))
+    loader, policy = DataLoader([Prompt(text="1+1=")], collate_fn=list), build_policy(model)
+    with pytest.raises(ConfigError, match=r"trainer\.datamodule, which has none; give trainer\.fit\(policy, datamodule"):
+        build_trainer(tmp_path, build_adapter()).fit(policy, train_dataloaders=loader)
+    with pytest.raises(ConfigError, match=r"the train dataloader gave a list, which is not of rollouts"):
+        build_trainer(tmp_path, build_adapter(scorer=Random())).fit(build_policy(model), train_dataloaders=loader)

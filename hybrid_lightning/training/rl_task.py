@@ -137,7 +137,7 @@ class RLTask(Task):
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
 
     def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
-        """The sequences as the loss sees them: without tokens where completions do not count, or are cut and cut ones are masked."""
+        """The sequences as the loss sees them: without tokens where completions do not count, or are cut and masked for it."""
         sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
         return sequences.without(rollouts.cut) if self.mask_truncated_completions else sequences
 

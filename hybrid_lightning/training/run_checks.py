@@ -113,13 +113,14 @@ def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Genera
 
 def all_are_cut(count: int, of: str, generation: Generation) -> str:
     """Cause and remedy where all completions were cut and are masked; `of` is what they belong to."""
-    what, limits, options = "completions", f"at max_new_tokens={generation.sampler.max_new_tokens}", "model.sampler.max_new_tokens"
+    what, options = "completions", "model.sampler.max_new_tokens"
+    limits = f"at max_new_tokens={generation.sampler.max_new_tokens}"
     if generation.episodes is not None:
-        what, limits = "episodes", f"{limits} of a message or episodes.max_tokens={generation.max_completion_tokens} of an episode"
-        options += " and model.episodes.max_tokens"
+        what, options = "episodes", f"{options} and model.episodes.max_tokens"
+        limits += f" of a message or episodes.max_tokens={generation.max_completion_tokens} of an episode"
     return (
-        f"all {count} {what} of {of} were cut {limits}, and model.mask_truncated_completions leaves these out of the loss, so that "
-        f"nothing is learned from them; raise {options}, or set model.mask_truncated_completions=false"
+        f"all {count} {what} of {of} were cut {limits}, and model.mask_truncated_completions leaves these out of the loss, so "
+        f"that nothing is learned from them; raise {options}, or set model.mask_truncated_completions=false"
     )
 
 

@@ -88,13 +88,13 @@ class NeverDone(Sampler):
 
 def test_where_every_completion_is_cut_and_masked_it_ends_before_it_begins_or_says_so(model, sums, tmp_path):
     policy = {"sampler": NeverDone(2), "mask_truncated_completions": True}
-    masked = r"at max_new_tokens=2, and model.mask_trunc.* nothing is learned .*; raise model.sampler.max_new_tokens, or set model"
+    masked = r"at max_new_tokens=2, and model.mask_.* nothing is learned .*; raise model.sampler.max_new_tokens, or set model"
     with pytest.raises(ConfigError, match=rf"all 16 completions of the calibration were cut {masked}"):
         fit(model, sums, tmp_path, build_adapter(scorer=TailEnergy()), policy=policy, max_steps=1)
     with pytest.warns(UserWarning, match=rf"all 16 completions of a rollout were cut {masked}"):
         fit(model, sums, tmp_path, build_adapter(scorer=Random()), policy=policy, max_steps=1)  # which needs no rollouts
     policy |= {"environment": Talk(), "episodes": EpisodeLimits(max_tokens=30), "reward": None, "turn_template": "{content}"}
-    masked = r"at max_new_tokens=2 of a message or episodes.max_tokens=30 of an episode, .*; raise .*_new_tokens and model.episodes.max"
+    masked = r"at max_new_tokens=2 of a message or episodes.max_tokens=30 of an .*; raise .*_new_tokens and model.episodes.max"
     with pytest.raises(ConfigError, match=rf"all 16 episodes of the calibration were cut {masked}"):
         fit(model, sums, tmp_path, build_adapter(scorer=TailEnergy()), policy=policy, max_steps=1)
 

@@ -144,7 +144,8 @@ class RLTask(Task):
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
         trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
-        correctness = [rewards.parts[term.name] for term in self.generation.reward_terms() if term.measures_correctness]
+        paid, terms = rewards.weights, self.generation.reward_terms()
+        correctness = [rewards.parts[term.name] for term in terms if term.measures_correctness and paid.get(term.name, 1.0)]
         turns = len(rewards.total) // len(trained)
         of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
         return of_turns.view(turns, -1).any(dim=0)

@@ -19,6 +19,7 @@ from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
@@ -97,7 +98,7 @@ class Diagnosis(OncePerRollout):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at an optimizer step."""
-        if isinstance(pl_module, PolicyModule) and trainer.is_global_zero and not trainer.fit_loop._should_accumulate():
+        if isinstance(pl_module, PolicyModule) and trainer.is_global_zero and ends_step(trainer):
             self._say(trainer, *self._monitored(pl_module).add_step(_logged(trainer, ("entropy", "ratio/mean", *_NORMS))))
 
     def _monitored(self, policy: PolicyModule) -> TrainingMonitor:
@@ -187,7 +188,7 @@ class StepLines(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Say the step, after `StepTimer` has measured it."""
-        if trainer.fit_loop._should_accumulate() or not trainer.is_global_zero:
+        if not ends_step(trainer) or not trainer.is_global_zero:
             return
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         names = ("loss", *_shown(pl_module), "accuracy", "entropy", *_NORMS, "time/step_s")
@@ -246,7 +247,7 @@ class Doctor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
-        if trainer.fit_loop._should_accumulate():
+        if not ends_step(trainer):
             return
         assert isinstance(pl_module, PolicyModule) and self._before is not None
         sequences, before = self._before

@@ -18,6 +18,13 @@ from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
+from hybrid_lightning.training.lightning_internals import (
+    ends_step,
+    log_under,
+    logged_step,
+    restore_signal_handlers,
+    validation_follows,
+)
 from hybrid_lightning.training.module import LanguageModule
 
 # Messages of gloo, NCCL and torch's watchdog about a lost connection.
@@ -107,7 +114,7 @@ class GracefulStop(Callback):
         """Restore the previous signal handlers."""
         self._deferred.close()
         if self._mine:
-            trainer._signal_connector.teardown()  # done now: later it would restore the handlers of this run
+            restore_signal_handlers(trainer)  # done now: later it would restore the handlers of this run
             self.signals.give_back()
             self._mine = False
 
@@ -123,12 +130,10 @@ class GracefulStop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record where the run is after a finished step, and stop for modules that do not handle signals themselves."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if not ends_step(trainer):
             return
         self._taken, self._progress = 0, _progress(trainer)
-        due = trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        self._due = _place(trainer) if due else None
+        self._due = _place(trainer) if validation_follows(trainer) else None
         if not isinstance(pl_module, LanguageModule):
             check_stop(self.signals, trainer.strategy.root_device)
 
@@ -145,11 +150,13 @@ class GracefulStop(Callback):
     def _validate(self, trainer: Trainer, due: dict[str, int]) -> None:
         """Make the validation that the stopped run had begun or was about to begin, logged under the step of that run."""
         loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
-        loop._batches_that_stepped, epochs.completed = due["step"], due["epoch"]
+        log_under(trainer, due["step"])
+        epochs.completed = due["epoch"]
         trainer.validating, loop.val_loop.restarting = True, False
         loop.val_loop.run()
         trainer.training = True
-        loop._batches_that_stepped, epochs.completed = before["step"], before["epoch"]
+        log_under(trainer, before["step"])
+        epochs.completed = before["epoch"]
 
     # ---- saving and loading
 
@@ -206,9 +213,8 @@ class GracefulStop(Callback):
         self._rolled_back = True
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()
-        for loader in trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else ():
-            if isinstance(loader, RolloutLoader):
-                loader.give_back(self._taken)
+        if isinstance(trainer.train_dataloader, RolloutLoader):
+            trainer.train_dataloader.give_back(self._taken)
         path = folder / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -246,7 +252,7 @@ def _lives(process: int) -> bool:
 
 def _place(trainer: Trainer) -> dict[str, int]:
     """The step and epoch under which Lightning logs."""
-    return {"step": trainer.fit_loop.epoch_loop._batches_that_stepped, "epoch": trainer.current_epoch}
+    return {"step": logged_step(trainer), "epoch": trainer.current_epoch}
 
 
 def _progress(trainer: Trainer) -> dict[str, Any]:

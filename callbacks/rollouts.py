@@ -240,7 +240,7 @@ def _ending(text: str, width: int) -> str:
 
 
 class RewardDivergence(OncePerRollout):
-    """Compares the older with the newer half of the last rollouts, and warns once for each part of the reward.
+    """Compares the older with the newer half of the last rollouts, and warns once for each part that is paid for.
 
     For example, a reward of 0.1 for ending a completion can make a policy end at once: the reward rises, the accuracy falls.
 
@@ -263,7 +263,8 @@ class RewardDivergence(OncePerRollout):
         rewards = rewards.of_counted()
         if not len(rewards.total):
             return
-        means = {f"rewards/{name}": float(part.mean()) for name, part in rewards.parts.items()}
+        paid = [name for name in rewards.parts if rewards.weights.get(name, 1.0) > 0]  # neither metrics nor penalties
+        means = {f"rewards/{name}": float(rewards.parts[name].mean()) for name in paid}
         self._history.append({"accuracy": float(rewards.correct.float().mean()), **means})
         for name in self.diverging():
             if name not in self._warned:

@@ -31,6 +31,7 @@ from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.reports.page import REPORT, Run, report_page
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
+from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 
 # The metrics whose curves are kept, in the order of the page.
@@ -87,7 +88,7 @@ class RunReport(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the metrics of an optimizer step."""
-        if not trainer.fit_loop._should_accumulate():
+        if ends_step(trainer):
             self._keep(trainer, validation=False)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.run_folder import find_callback
+from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.step_times import Amortized, PhaseClock
 from hybrid_lightning.types import PolicyBatch, ScoredRollout
@@ -118,7 +119,7 @@ class StepTimer(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the update of a micro-batch, and with the last one the step."""
-        last = not trainer.fit_loop._should_accumulate()
+        last = ends_step(trainer)
         self.clock.switch("other", synchronize=last)
         if last:
             pl_module.log_dict(self._measure_step(trainer, pl_module, batch), on_step=True, on_epoch=False)

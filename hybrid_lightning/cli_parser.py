@@ -64,7 +64,6 @@ def _load_value(text: str) -> Any:
 
 
 _MODE = "hybrid_lightning"  # of our parsers alone: others in this process read YAML as jsonargparse does
-jsonargparse.set_loader(_MODE, _load_value, exceptions=(yaml.YAMLError,))
 
 
 # What TRL's GRPOConfig and PEFT's LoraConfig call otherwise -> our option.
@@ -123,6 +122,7 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        jsonargparse.set_loader(_MODE, _load_value, exceptions=(yaml.YAMLError,))
         # With abbreviations --trainer.max_epoch=3 would silently be taken for max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, "parser_mode": _MODE, **kwargs})
         self.parts: dict[str, type] = {}

@@ -43,6 +43,7 @@ from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
 from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.training.lightning_internals import attach, name_checkpoint
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.optim import ConstantSchedule
 from hybrid_lightning.training.policy_module import PolicyModule
@@ -106,7 +107,7 @@ class Trainer(LightningTrainer):
             require_checkpoint(ckpt_path)
         # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
         # them, or it would score the modules again.
-        self._checkpoint_connector._ckpt_path = ckpt_path
+        name_checkpoint(self, ckpt_path)
         if find_callback(self, RunFolder) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
@@ -181,8 +182,7 @@ class Trainer(LightningTrainer):
         if command == "doctor":
             _examined(model, datamodule)
         # As the command will do.
-        self._data_connector.attach_data(model, datamodule=datamodule)
-        self.strategy._lightning_module = model
+        attach(self, model, datamodule)
         fits = command in ("fit", "score", "doctor")
         self.state.fn = TrainerFn.FITTING if fits else TrainerFn(command)
         try:

@@ -84,6 +84,11 @@ class Completion(str):
         self.num_tokens, self.finished, self.thinking, self.episode = num_tokens, finished, thinking, episode
         return self
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit of tokens ended it: an episode may also be unfinished by its turns, its time or a failure."""
+        return not self.finished if self.episode is None else self.episode.end == "tokens"
+
     def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # what copies and pickles are made from
         return str(self), self.num_tokens, self.finished, self.thinking, self.episode
 
@@ -153,8 +158,13 @@ class Rollouts(_TensorContainer):
     sequences: Sequences  # B = P * G rows
     completions: tuple[Completion, ...]  # B decoded texts without special tokens
     sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`), 0 elsewhere
-    finished: Tensor  # [B] bool: True if ended by a stop token, False if cut at the maximum length
+    finished: Tensor  # [B] bool: True if ended by a stop token, or an episode by its answer or environment
     samples_per_prompt: int  # G
+
+    @property
+    def cut(self) -> Tensor:
+        """[B] bool: True where a limit of tokens ended the completion (see `Completion.is_cut`)."""
+        return torch.tensor([completion.is_cut for completion in self.completions], device=self.finished.device)
 
 
 @dataclass(frozen=True)

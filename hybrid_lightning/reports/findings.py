@@ -87,7 +87,7 @@ def of_rollouts(
 
 def is_cut(completion: Completion) -> bool:
     """Whether a completion, or an episode, ended because it was too long."""
-    return not completion.finished if completion.episode is None else completion.episode.end == "tokens"
+    return completion.is_cut
 
 
 def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:

@@ -31,7 +31,8 @@ class WeightedSum(RewardFunction):
     Args:
         rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: name two rewards of
             the same class. In Python functions, too (see `FunctionReward`).
-        weights: One weight for each reward, negative for a penalty; None for 1.0 each.
+        weights: One weight for each reward: negative for a penalty, 0 for a metric, which is logged and changes no update; None
+            for 1.0 each. A metric that measures correctness counts in accuracy, as any other part that does.
 
     Raises:
         ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.

@@ -11,8 +11,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import Strategy
 
 from hybrid_lightning.errors import CheckpointError
@@ -20,6 +20,11 @@ from hybrid_lightning.sharding.atomic import discard, put_in_place, remove, repl
 from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_folder, read_meta
 
 _SHOWN = 4  # number of checkpoints that an error names
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether a path lies in a file system, and is not a URL of another protocol."""
+    return bool(get_protocol(str(path)) == "file")
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -35,7 +40,7 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             CheckpointError: If it could not be written; the existing one stays.
         """
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
@@ -62,7 +67,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint; an incomplete one never has its name."""
-        if _is_local_file_protocol(path):
+        if is_local(path):
             remove(Path(path))
         else:
             super().remove_checkpoint(path)
@@ -98,7 +103,7 @@ def require_checkpoint(path: str | Path) -> None:
     Raises:
         CheckpointError: If there is none; the message names other checkpoints nearby.
     """
-    if not _is_local_file_protocol(path) or checkpoint_exists(path):
+    if not is_local(path) or checkpoint_exists(path):
         return
     path = Path(path)
     place = next(folder for folder in path.absolute().parents if folder.is_dir())

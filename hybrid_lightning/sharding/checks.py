@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sharding.checkpoints import is_local
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 
@@ -30,7 +30,7 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer])
         return
     for callback in trainer.checkpoint_callbacks if strategy.writes_folders else ():
         folder = getattr(callback, "dirpath", None)
-        if folder is not None and not _is_local_file_protocol(folder):
+        if folder is not None and not is_local(folder):
             raise ConfigError(
                 f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; "
                 "give a folder in a file system that all devices share, or write full checkpoints"

@@ -23,6 +23,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
 from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run_checks import all_are_cut
 from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts, Sequences
 
 # Calibration prompts that one device completes together.
@@ -122,11 +123,7 @@ def rollout_losses(
     """
     learned = sequences.sampled_mask.any(dim=1)
     if not learned.any():
-        raise ConfigError(
-            f"all {len(sequences)} calibration completions were cut at max_new_tokens={generation.sampler.max_new_tokens}, and "
-            "model.mask_truncated_completions leaves those out of the loss, so that nothing would be learned; raise "
-            "model.sampler.max_new_tokens, or set model.mask_truncated_completions=false"
-        )
+        raise ConfigError(all_are_cut(len(sequences), "the calibration", generation))
     if bool(advantages[learned].any()):
         longest = generation.max_completion_tokens
         losses = reward_losses(sequences, advantages, loss, logprobs, max_tokens, longest, counted)

@@ -18,13 +18,11 @@ from typing import Any, Self, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +55,7 @@ from hybrid_lightning.training.checkpoint import (
     without_reward,
 )
 from hybrid_lightning.training.evaluation import Evaluation
+from hybrid_lightning.training.lightning_internals import drop_train_loader, forget_metrics, train_batches
 from hybrid_lightning.training.optim import (
     ConstantSchedule,
     LearningRateSchedule,
@@ -321,7 +320,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         missing = trained_names(self) - state_dict.keys()
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         check_weights(sorted(missing), result.unexpected_keys)
-        return _IncompatibleKeys([], [])
+        return type(result)([], [])
 
     # ---- training
 
@@ -330,7 +329,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self._step = self.task.new_step()
         # Where a schedule has asked for the run's number of steps, Lightning has made the train dataloader already, before it
         # restores the state of its loops, and would not restore the loader's any more. So it has to make another one.
-        self.trainer.fit_loop._combined_loader = None
+        drop_train_loader(self.trainer)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move micro-batches alone: the prompts of an evaluation have no tensors."""
@@ -462,11 +461,9 @@ class _LightningRun(Run):
         With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches, where there
         is now another number of them. Counts over all epochs stay.
         """
-        loop = self._module.trainer.fit_loop
-        progress, loader = loop.epoch_loop.batch_progress, loop._combined_loader
-        total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-        assert loader is not None and loader.limits is not None
-        count = int(loader.limits[0]) if progress.is_last_batch else 0  # an epoch that is over stays so
+        progress = self._module.trainer.fit_loop.epoch_loop.batch_progress
+        total, current = cast(Any, progress.total), cast(Any, progress.current)
+        count = train_batches(self._module.trainer) if progress.is_last_batch else 0  # an epoch that is over stays so
         current.ready = current.started = current.processed = count
         # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
         current.completed = count - (total.processed - total.completed)
@@ -490,10 +487,7 @@ class _LightningRun(Run):
         self._module.log_dict(dict(values), sync_dist=self.world_size > 1)
 
     def forget(self, names: Sequence[str]) -> None:
-        trainer: Any = self._module.trainer
-        for name in names:
-            trainer._results.pop(f"training_step.{name}", None)
-            trainer._logger_connector._callback_metrics.pop(name, None)
+        forget_metrics(self._module.trainer, names)
 
 
 def _restarts_epochs(trainer: Trainer) -> str:

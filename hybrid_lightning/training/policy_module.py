@@ -43,9 +43,10 @@ class PolicyModule(LanguageModule):
             nothing.
         token_mask: Restricts the policy gradient to the tokens of highest entropy, such as `TopEntropyMask()`; None for all
             tokens.
-        mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
-            (DAPO's overlong filtering). As in TRL, their rewards still count in their group, and they still count in the number
-            of sequences, but their tokens count nowhere.
+        mask_truncated_completions: Whether completions that a limit of tokens cut are left out of the loss (DAPO's overlong
+            filtering): `sampler.max_new_tokens`, and for an episode `episodes.max_tokens` too, but not its turns or time. As in
+            TRL, their rewards still count in their group, and they still count in the number of sequences, but their tokens
+            count nowhere.
         dynamic_sampling: Replaces groups whose completions all succeed or all fail, with advantages of 0, by groups of further
             prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
         prompts_per_rollout: Prompts of a rollout, over all devices (P).

@@ -107,7 +107,7 @@ class RLTask(Task):
             of_turns = advantages_over_ranks(self.advantage, credited, rollouts.samples_per_prompt)
             advantages = token_advantages(of_turns, rollouts)
         trained = self.trained_sequences(rollouts, rewards)
-        run_checks.warn_if_all_are_cut(trained, rewards, self.generation.sampler.max_new_tokens)
+        run_checks.warn_if_all_are_cut(trained, rewards, self.generation)
         metrics, needed = self._measured(rollouts, rewards, credited), self._contributes(advantages)
         shown = _with_advantages(rollouts, rewards, advantages)
         return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown)
@@ -137,14 +137,15 @@ class RLTask(Task):
         return rewards_to_go(self.reward, rollouts.completions, prompts, rewards, self.generation.episodes.limits.max_turns)
 
     def trained_sequences(self, rollouts: Rollouts, rewards: Rewards) -> Sequences:
-        """The sequences as the loss sees them: without tokens where completions do not count, or were cut and are masked."""
+        """The sequences as the loss sees them: without tokens where completions do not count, or are cut and masked for it."""
         sequences = rollouts.sequences if rewards.counted is None else rollouts.sequences.without(~rewards.counted)
-        return sequences.without(~rollouts.finished) if self.mask_truncated_completions else sequences
+        return sequences.without(rollouts.cut) if self.mask_truncated_completions else sequences
 
     def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups something is learned from, one bool for each."""
         trained, rewards = self.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1), self.credited(rollouts, rewards)
-        correctness = [rewards.parts[term.name] for term in self.generation.reward_terms() if term.measures_correctness]
+        paid, terms = rewards.weights, self.generation.reward_terms()
+        correctness = [rewards.parts[term.name] for term in terms if term.measures_correctness and paid.get(term.name, 1.0)]
         turns = len(rewards.total) // len(trained)
         of_turns = useful_groups(rewards.total, correctness, trained.repeat(turns), rollouts.samples_per_prompt, rewards.counted)
         return of_turns.view(turns, -1).any(dim=0)

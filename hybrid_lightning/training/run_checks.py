@@ -105,15 +105,24 @@ def _against_ahead(generation: Generation, dynamic_sampling: DynamicSampling | N
         )
 
 
-def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, max_new_tokens: int) -> None:
+def warn_if_all_are_cut(trained: Sequences, rewards: Rewards, generation: Generation) -> None:
     """Warn of a rollout in which something counts, but the sequences as the loss sees them have no token to learn from."""
     count = len(rewards.of_counted().total)
     if count and not trained.sampled_mask.any():
-        rank_zero_warn(
-            f"all {count} completions of a rollout were cut at max_new_tokens={max_new_tokens}, and "
-            "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
-            "model.sampler.max_new_tokens"
-        )
+        rank_zero_warn(all_are_cut(count, "a rollout", generation))
+
+
+def all_are_cut(count: int, of: str, generation: Generation) -> str:
+    """Cause and remedy where all completions were cut and are masked; `of` is what they belong to."""
+    what, options = "completions", "model.sampler.max_new_tokens"
+    limits = f"at max_new_tokens={generation.sampler.max_new_tokens}"
+    if generation.episodes is not None:
+        what, options = "episodes", f"{options} and model.episodes.max_tokens"
+        limits += f" of a message or episodes.max_tokens={generation.max_completion_tokens} of an episode"
+    return (
+        f"all {count} {what} of {of} were cut {limits}, and model.mask_truncated_completions leaves these out of the loss, so "
+        f"that nothing is learned from them; raise {options}, or set model.mask_truncated_completions=false"
+    )
 
 
 def unread_rewards(generation: Generation, metrics: Mapping[str, float]) -> str:

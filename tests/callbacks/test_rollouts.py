@@ -271,13 +271,14 @@ def test_scoring_shows_its_bars_only_where_bars_are_wanted_and_in_a_file_a_line_
     assert log.file.getvalue() == "Scoring modules ...\nScoring modules: 2/8\n"
 
 
-def feed(callback, accuracies, **parts):
+def feed(callback, accuracies, weights=None, **parts):
     """Give the callback rollouts of these accuracies, of 100 completions and one that is left out; returns its warnings."""
     messages, counted = [], torch.arange(101) < 100
     for step, accuracy in enumerate(accuracies):
         correct = torch.arange(101) < 100 * accuracy
         values = {name: torch.full((101,), series[step]).where(counted, torch.nan) for name, series in parts.items()}
-        rewards = Rewards(correct.float(), {"match": correct.float(), **values}, correct | ~counted, counted=counted)
+        parts_of = {"match": correct.float(), **values}
+        rewards = Rewards(correct.float(), parts_of, correct | ~counted, weights or {}, counted)
         batch = SimpleNamespace(rollout=(None, rewards, None), rollout_number=step)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -296,7 +297,8 @@ def test_each_part_is_warned_of_on_its_own():
     up = series(0.1, 0.9, 40, seed=1)
     rose = {"ended": up, "flat": series(0.5, 0.5, 40, seed=2), "other": up}
     fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
-    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), **rose)
+    unpaid = {"metric": 0.0, "penalty": -0.5}
+    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), unpaid, **rose, metric=up, penalty=up)
     assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
     assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
 

@@ -115,6 +115,15 @@ def test_every_bound_ends_an_episode_with_its_reason_and_an_answer_that_does_not
     assert any(c.episode.turns > 1 for c in cut), "the policy has room for an answer"
 
 
+def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
+    policy, rollouts = play(Talk(9), samples=8, max_turns=2, max_new_tokens=4)
+    masking, ends = policy.task, [completion.episode.end for completion in rollouts.completions]
+    assert set(ends) == {"turns", "tokens"} and not rollouts.finished.any()
+    masking.mask_truncated_completions, rewards = True, masking.generation.score(rollouts)
+    learned = masking.trained_sequences(rollouts, rewards).sampled_mask.any(dim=1).tolist()
+    assert learned == [end == "turns" for end in ends]
+
+
 def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play):
     policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
     failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])

@@ -229,6 +229,12 @@ def test_what_a_tree_names_is_there_and_that_of_the_architecture_has_every_room(
     assert len(rooms) > 10 and rooms <= named["docs/architecture.md"]
 
 
+def test_the_first_run_takes_the_same_time_on_every_page():
+    texts = [README, PAGES["docs/quickstart.md"], *((ROOT / "configs" / f"{name}.yaml").read_text() for name in ("gspo", "grpo"))]
+    found = [re.findall(r"(?:in|about) (\d+) seconds", text) for text in texts]
+    assert all(map(len, found)) and len({number for numbers in found for number in numbers}) == 1
+
+
 def test_readme_is_short():
     assert len(README.splitlines()) <= 150
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from hybrid_lightning.advantages import GroupAdvantage, PerRewardAdvantage
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
 from hybrid_lightning.rewards import (
     ExactMatch,
     FormatReward,
+    FunctionReward,
     MultipleChoice,
     RewardBySet,
     RewardFunction,
@@ -45,6 +47,19 @@ def test_weighted_sum_has_a_part_for_each_term():
     assert [part.tolist() for part in rewards.parts.values()] == [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
     assert rewards.total.tolist() == [1.5, -0.5, 2.0] and rewards.correct.tolist() == [True, False, True]
     assert torch.equal(reward(["1", "5", "3"], prompts), rewards.total) and list(rewards.parts) == ["exact_match", "odd"]
+
+
+def test_a_part_of_weight_0_is_a_metric_that_counts_in_accuracy_and_is_not_paid():
+    graded = FunctionReward(
+        lambda completions: [len(text) / 4 for text in completions], measures_correctness=False, name="graded"
+    )
+    prompts, texts = [Prompt(text="?", answer="1")] * 4, ["1", "1111", "1", "11"]
+    alone = evaluate_reward(graded, texts, prompts)
+    rewards = evaluate_reward(WeightedSum([graded, ExactMatch()], [1.0, 0.0]), texts, prompts)
+    assert torch.equal(rewards.total, alone.total) and rewards.correct.tolist() == [True, False, True, False]
+    assert rewards.parts["exact_match"].tolist() == [1.0, 0.0, 1.0, 0.0]
+    for advantage in (GroupAdvantage(), PerRewardAdvantage()):
+        assert torch.equal(advantage.of_rewards(rewards, 4), advantage.of_rewards(alone, 4))
 
 
 def test_sums_in_sums_are_resolved_and_configs_describe_them():

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import Constant, Log, StartsWithDigit, fit, trained, write_sums
+from tiny_runs import Constant, DigitShare, Log, StartsWithDigit, build_policy, fit, trained, write_sums
 
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
 from hybrid_lightning.rewards import OverlongPenalty, WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.training import sampled_groups
 from hybrid_lightning.training.sampled_groups import choose_trained, rollout_metrics, sample_groups
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
@@ -181,6 +182,17 @@ def test_groups_that_are_to_be_overfitted_are_not_replaced(model, sums, tmp_path
     log, policy = Sampled(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}
     fit(model, sums, tmp_path, log, policy=policy, max_steps=2, overfit_batches=1)
     assert [len(rollout[0].prompts) for rollout in log.rollouts] == [4, 4]
+
+
+def test_a_metric_that_is_not_paid_does_not_decide_which_groups_teach(model):
+    graded, useful = DigitShare(), []
+    graded.measures_correctness = False
+    for weight in (0.0, 1.0):
+        policy = build_policy(model, reward=WeightedSum([graded, Constant()], [1.0, weight]))
+        prompts = [Prompt(text=f"{number}+1=", index=number) for number in range(4)]
+        rollouts = policy.generate(prompts, 4, PromptDraws(prompts, 4, 5))
+        useful.append(policy.task._useful_groups(rollouts, policy.task.generation.score(rollouts)))
+    assert useful[0].any() and not useful[1].any()
 
 
 # ---- metrics

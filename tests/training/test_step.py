@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
-from tiny_runs import Constant, Log, OftenDone, build_adapter, build_data, build_policy, build_trainer, fit, trained
+from tiny_runs import Constant, Log, OftenDone, Talk, build_adapter, build_data, build_policy, build_trainer, fit, trained
 
 from hybrid_lightning.adapters import Random, TailEnergy
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss, TopEntropyMask
 from hybrid_lightning.rollout import Sampler
@@ -87,10 +88,15 @@ class NeverDone(Sampler):
 
 def test_where_every_completion_is_cut_and_masked_it_ends_before_it_begins_or_says_so(model, sums, tmp_path):
     policy = {"sampler": NeverDone(2), "mask_truncated_completions": True}
-    with pytest.raises(ConfigError, match=r"all 16 calibration completions were cut at max_new_tokens=2.*; raise model.sampler"):
+    masked = r"at max_new_tokens=2, and model.mask_.* nothing is learned .*; raise model.sampler.max_new_tokens, or set model"
+    with pytest.raises(ConfigError, match=rf"all 16 completions of the calibration were cut {masked}"):
         fit(model, sums, tmp_path, build_adapter(scorer=TailEnergy()), policy=policy, max_steps=1)
-    with pytest.warns(UserWarning, match=r"all 16 completions of a rollout were cut at max_new_tokens=2.*nothing is learned"):
+    with pytest.warns(UserWarning, match=rf"all 16 completions of a rollout were cut {masked}"):
         fit(model, sums, tmp_path, build_adapter(scorer=Random()), policy=policy, max_steps=1)  # which needs no rollouts
+    policy |= {"environment": Talk(), "episodes": EpisodeLimits(max_tokens=30), "reward": None, "turn_template": "{content}"}
+    masked = r"at max_new_tokens=2 of a message or episodes.max_tokens=30 of an .*; raise .*_new_tokens and model.episodes.max"
+    with pytest.raises(ConfigError, match=rf"all 16 episodes of the calibration were cut {masked}"):
+        fit(model, sums, tmp_path, build_adapter(scorer=TailEnergy()), policy=policy, max_steps=1)
 
 
 class NanOnceOffPolicy(GRPOLoss):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.candidates import check_pattern
+from hybrid_lightning.adapters.candidates import check_pattern, share_of_experts
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -124,7 +124,7 @@ class HybridAdapterSetup(Configurable, Callback):
         else:
             self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
-            self._show(self.plan, folder)
+            self._show(self.plan, folder, share_of_experts(model_of(pl_module)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the plan for modules that do not save it themselves."""
@@ -190,12 +190,14 @@ class HybridAdapterSetup(Configurable, Callback):
         pl_module.plan = plan  # type: ignore[assignment]
         return plan
 
-    def _show(self, plan: AdapterPlan, folder: Path | None) -> None:
+    def _show(self, plan: AdapterPlan, folder: Path | None, of_experts: float) -> None:
         if folder is not None:
             plan.save(folder / "plan.json")
             if plan.is_scored:
                 draw_heatmap(plan).savefig(folder / "plan.png", dpi=150)
         say(plan_title(plan))
+        if of_experts:
+            say(f"Frozen besides: experts, {of_experts:.0%} of the weights, which are three-dimensional parameters")
         rest = 0
         if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # else a table of them says nothing
             table = plan_table(plan, _SHOWN_OTHERS)

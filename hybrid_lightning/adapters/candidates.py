@@ -64,6 +64,18 @@ def find_candidates(model: nn.Module, target_modules: Sequence[str] | None = Non
     return {name: module for name, module in candidates.items() if any(_ends(end, name) for end in target_modules)}
 
 
+def share_of_experts(model: nn.Module) -> float:
+    """Share of a model's weights that are in three-dimensional parameters of experts, none of which is adapted."""
+    of_experts = sum(
+        parameter.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    )
+    return of_experts / max(1, sum(parameter.numel() for parameter in model.parameters()))
+
+
 def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

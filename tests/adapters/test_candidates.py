@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, module_group, ranks_by_pattern
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, module_group, ranks_by_pattern, share_of_experts
 from hybrid_lightning.errors import ConfigError, ModelError
 
 PER_LAYER = {"llama": 7, "qwen2": 7, "qwen3": 7, "gemma": 7, "gpt2": 4}
@@ -87,3 +88,15 @@ def test_impossible_ranks_and_keys_that_match_nothing_are_refused():
     for key in ("_proj", "attention"):
         with pytest.raises(ModelError, match=rf"rank_pattern: '{key}' matches no candidate .*\(it has mlp\)"):
             ranks_by_pattern(names, {"mlp": 2, key: 3}, 4)
+
+
+def test_the_share_of_experts_is_that_of_their_parameters_alone(make_model):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+    config = AutoConfig.for_model("qwen3_moe", **sizes, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert share_of_experts(model) == 4 * 3 * 16 * 8 / total and share_of_experts(make_model("llama")) == 0
+    with torch.device("meta"):
+        convolved = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
+    assert share_of_experts(convolved) == 0

@@ -74,7 +74,7 @@ class Completion(str):
     """
 
     num_tokens: int  # that were sampled, as in `Sequences.sampled_mask`: up to and including the stop token
-    finished: bool  # True if a stop token or stop string ended it, False if it was cut at the maximum length
+    finished: bool  # True if a stop token or stop string ended it, or an episode by its answer or its environment
     thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
     episode: Episode | None  # None without an environment
 

@@ -58,6 +58,7 @@ TAKEN = {
     "torch._inductor.decomposition": "select_decomp_table",
     "torch._subclasses.fake_tensor": "FakeTensor FakeTensorMode",
     "torch.Tensor": "_make_wrapper_subclass",
+    "torch.cpu": "_is_avx512_bf16_supported",
     "torch.cuda.memory": "_set_allocator_settings",
     "torch.distributed.distributed_c10d": "_group_count _register_process_group _set_global_rank "
     "_unregister_process_group _world",
@@ -66,7 +67,7 @@ TAKEN = {
     "torch.nn.modules.module": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_pre_hooks _has_any_global_hook "
     "_modules _parameters",
     "torch.ops.aten": "_flash_attention_backward _flash_attention_forward",
-    "torch.ops.mkldnn": "_linear_pointwise _reorder_linear_weight",
+    "torch.ops.mkldnn": "_is_mkldnn_bf16_supported _linear_pointwise _reorder_linear_weight",
     "torch.optim.adam": "_step_supports_amp_scaling",
     "torch.utils._pytree": "TreeSpec tree_flatten tree_leaves tree_map tree_unflatten",
     "torch.utils.tensorboard.writer": "_get_file_writer",

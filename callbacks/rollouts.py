@@ -163,8 +163,8 @@ class RolloutSamples(OncePerRollout):
 
     def _rows(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Iterator[dict[str, Any]]:
         """A record of each completion, ready for JSON; one that is left out has no rewards."""
-        render = trainer.lightning_module.policy.pretrained.encoder.render
-        texts = [render(prompt) for prompt in rollouts.prompts]
+        policy: Any = trainer.lightning_module
+        texts = [policy.policy.pretrained.encoder.render(prompt) for prompt in rollouts.prompts]
         counted = [True] * len(advantages) if rewards.counted is None else rewards.counted.tolist()
         parts = {name: part.tolist() for name, part in rewards.parts.items()}
         total, correct, of_all = rewards.total.tolist(), rewards.correct.tolist(), advantages.tolist()

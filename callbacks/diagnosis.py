@@ -18,7 +18,7 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
-from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
@@ -69,10 +69,10 @@ class Diagnosis(OncePerRollout):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            solved = policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
-            pays = solved or bool(rewards.of_counted().correct.any())
+            accuracy = _accuracy(rewards)
+            pays = accuracy > 0 or policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
             references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
-            self._say(trainer, *references.findings)
+            self._say(trainer, *reference_answers(prompts, accuracy).findings, *references.findings)
 
     # ---- in training
 
@@ -239,13 +239,15 @@ class Doctor(Callback):
         answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
-        pays = bool(rewards.of_counted().correct.any())
-        references = reference_rewards(policy.task.generation, data.train_prompts, data.format, _ALL_REFERENCES, pays)
+        prompts, accuracy = data.train_prompts, _accuracy(rewards)
+        references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
+        given = reference_answers(prompts, accuracy)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
         validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
         values = {
+            "answers": given.note,
             "reference": references.note,
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
@@ -261,7 +263,7 @@ class Doctor(Callback):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
-        self.found += [*references.findings, *_tokens(policy, rollouts)]
+        self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
         credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
         self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
@@ -279,6 +281,12 @@ class Doctor(Callback):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
         return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+
+
+def _accuracy(rewards: Rewards) -> float:
+    """Share of right completions among those that count; 0 without any."""
+    right = rewards.of_counted().correct
+    return float(right.float().mean()) if len(right) else 0.0
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:

@@ -5,7 +5,7 @@ holds the thresholds, whose reasons are in the docs. None of them talks to other
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,18 +16,20 @@ from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import Completion, Rewards, Rollouts, equal_groups
 
 PAGE = "docs/troubleshooting.md"
-SECTIONS = {  # finding -> its section of PAGE
+SECTIONS = {  # finding -> its section of PAGE; the first that is found explains those after it
+    "large": "a-step-is-too-large",
+    "copy": "the-answer-is-in-the-prompt",
     "reference": "the-reference-answer-earns-nothing",
     "accident": "wrong-answers-are-paid",
+    "tokens": "the-prompt-is-not-what-it-seems",
+    "cut": "completions-are-cut",
     "answers": "the-reward-finds-no-answer",
     "equal": "all-rewards-of-a-group-are-equal",
-    "cut": "completions-are-cut",
-    "tokens": "the-prompt-is-not-what-it-seems",
-    "agreement": "sampling-and-training-disagree",
     "gradient": "no-gradient",
-    "large": "a-step-is-too-large",
     "small": "a-step-is-too-small",
     "worse": "the-policy-gets-worse",
+    "agreement": "sampling-and-training-disagree",
+    "constant": "one-answer-is-right-for-most-rows",
     "memory": "out-of-memory",
 }
 _CUT = 0.5  # share of completions that are cut and not right
@@ -57,6 +59,13 @@ class Finding:
         return f"{self.text}; {self.advice}"
 
 
+def cause(found: Iterable[Finding]) -> Finding | None:
+    """The finding that explains the others, such as a reward that pays for anything; None if there are notes at most."""
+    order = list(SECTIONS)
+    grave = [finding for finding in found if finding.level != "note"]
+    return min(grave, key=lambda finding: order.index(finding.kind), default=None)
+
+
 def of_rollouts(
     rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int, credited: Rewards | None = None
 ) -> list[Finding]:
@@ -80,7 +89,9 @@ def of_rollouts(
     if equal == 1 and own.total.max() == own.total.min():
         text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
     remedy = (
-        "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
+        "give harder problems, and see that the reward does not pay whatever is said"
+        if own.correct.all()
+        else "see whether the reward finds the answers that are there, give easier problems, or raise samples_per_prompt"
     )
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 

@@ -12,7 +12,9 @@ from hybrid_lightning.reports.findings import (
     PAGE,
     SECTIONS,
     Change,
+    Finding,
     TrainingMonitor,
+    cause,
     of_agreement,
     of_change,
     of_gradient,
@@ -21,6 +23,7 @@ from hybrid_lightning.reports.findings import (
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[2]
+SEEN = (("accident", "warning"), ("large", "warning"), ("reference", "note"))
 
 
 def test_every_finding_has_its_section_in_the_docs():
@@ -59,6 +62,14 @@ def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are
     over, long = (Episode((), 1, end, ()) for end in ("turns", "tokens"))
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[over] * 4) == [], "other ends of an episode are no cut"
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4) == [("cut", "warning")]
+
+
+def test_the_cause_is_what_explains_the_rest():
+    equal = {value: of_rollouts(*rollout([value] * 8), "the rollout", 6)[0] for value in (0.0, 1.0)}
+    assert "easier problems" in equal[0.0].remedy and "easier" not in equal[1.0].remedy and "harder" in equal[1.0].remedy
+    paid, large, note = (Finding(kind, "seen", "mend it", level) for kind, level in SEEN)
+    assert cause([equal[1.0], paid]) is paid and cause([paid, equal[0.0], large]) is large
+    assert cause([note, large]) is large and cause([note]) is None
 
 
 def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn():

@@ -268,8 +268,9 @@ class Doctor(Callback):
         self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
-        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), str(policy.trainer.precision))
-        self.found += findings.of_change(change, steps) if any(norms.values()) else []
+        precision = str(policy.trainer.precision)
+        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), precision)
+        self.found += findings.of_change(change, steps, precision) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
         """Seconds of a step, and of the run by what one of the rollout's completions took."""

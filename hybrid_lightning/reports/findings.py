@@ -35,7 +35,7 @@ SECTIONS = {  # finding -> its section of PAGE; the first that is found explains
 _CUT = 0.5  # share of completions that are cut and not right
 _EQUAL = 0.9  # share of groups without a difference
 _NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
-_MAX_KL = math.log(2)  # nats a token: one step halves the probability of what was sampled
+_MAX_KL = 0.4  # nats a token: above it the embedded policy learned less or collapsed (docs/troubleshooting.md)
 _MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
 _AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats a token, with products of float32 and of 16 bits (docs/troubleshooting.md)
 
@@ -153,11 +153,15 @@ class Change:
         return cls(float(kl), float(moved), float(metrics["ratio/max"]), None if clipped is None else float(clipped))
 
 
-def of_change(change: Change, steps: float) -> list[Finding]:
-    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`."""
+def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
+    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`.
+
+    `precision` is the Trainer's. The rounding of 16 bits alone is a KL of less than 1e-3, and may hide a step entirely.
+    """
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
-        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
-        return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
+        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), more than {_MAX_KL:g}"
+        remedy = "lower model.lr_lora and model.lr_full, to a third at first; a higher adapter.rank needs lower ones"
+        return [Finding("large", text, remedy)]
     if not change.moved * steps < _MIN_CHANGE:
         return []
     text = (
@@ -165,7 +169,7 @@ def of_change(change: Change, steps: float) -> list[Finding]:
         f"probability by {_MIN_CHANGE:.0%}"
     )
     remedy = "raise model.lr_lora and model.lr_full, by ten at first"
-    return [Finding("small", text, remedy, "error" if change.moved == 0 else "warning")]
+    return [Finding("small", text, remedy, "error" if change.moved == 0 and precision == "32-true" else "warning")]
 
 
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:

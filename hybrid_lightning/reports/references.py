@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -72,11 +72,16 @@ def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
     shown = all(_contains(text, _answer(prompt)) for text, prompt in zip(texts, prompts, strict=True))
     if not shown or sum(_contains(*pair) for pair in others) >= len(others) / 2:
         return
-    same = len(commonprefix(texts)) + len(commonprefix([text[::-1] for text in texts]))
+    same = _shared(texts) + _shared([text[::-1] for text in texts])
     whole = all(2 * len(_answer(prompt)) >= len(text) - same for text, prompt in zip(texts, prompts, strict=True))
     text = f"the prompts of all {len(prompts)} rows tried contain their reference answer (first {prompts[0].place}, "
     remedy = "see that data.source.answer_column is the right column and data.format does not write it, unless it is to be copied"
     yield Finding("copy", f"{text}{shorten(_answer(prompts[0]))})", remedy, "warning" if whole else "note")
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Number of first characters that all texts have alike."""
+    return sum(1 for _ in takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False)))
 
 
 def _contains(text: str, answer: str) -> bool:

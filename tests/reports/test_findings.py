@@ -91,14 +91,16 @@ def test_the_change_of_a_step_by_hand():
 
 # KL, share that moved, steps to come, and what is found.
 RATES = [
-    *((0.14, 0.25, 100, []), (0.7, 0.25, 100, [("large", "warning")]), (math.nan, math.nan, 100, [("large", "warning")])),
+    *((0.32, 0.45, 100, []), (0.43, 0.65, 100, [("large", "warning")]), (math.nan, math.nan, 100, [("large", "warning")])),
     *((1e-9, 2e-4, 100, [("small", "warning")]), (1e-9, 2e-4, 1000, []), (0.0, 0.0, 100, [("small", "error")])),
 ]
 
 
 def test_rates_that_are_far_too_high_or_low_disagreement_and_gradients():
     for kl, moved, steps, kinds in RATES:
-        assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps)] == kinds
+        assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps, "32-true")] == kinds
+    hidden = of_change(Change(0.0, 0.0, 1.0, None), 100, "bf16-mixed")
+    assert [found.level for found in hidden] == ["warning"], "a step that rounding hides may add up"
     assert not of_agreement(1e-3, "32-true") and of_agreement(1.1e-3, "32-true")
     for precision in ("bf16-mixed", "16-mixed", "bf16-true"):
         assert not of_agreement(0.02, precision) and of_agreement(0.11, precision), "whatever the weights are"

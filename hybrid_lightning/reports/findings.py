@@ -89,7 +89,7 @@ def of_rollouts(
     if equal == 1 and own.total.max() == own.total.min():
         text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
     remedy = (
-        "give harder problems, and see that the reward does not pay whatever is said"
+        "give harder problems, or a reward that does not pay for everything"
         if own.correct.all()
         else "see whether the reward finds the answers that are there, give easier problems, or raise samples_per_prompt"
     )

@@ -50,8 +50,8 @@ class Diagnosis(OncePerRollout):
         if isinstance(pl_module, PolicyModule) and pl_module.task.generation.episodes is None:  # which also end for other reasons
             values = pl_module.evaluation.last.get("", {})
             share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.task.evaluation.samples}", 0.0)
-            most = pl_module.task.generation.sampler.max_new_tokens
-            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", most))  # at least so many
+            limits = pl_module.task.generation.limits
+            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", limits))  # at least so many
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, if they were made."""
@@ -64,8 +64,8 @@ class Diagnosis(OncePerRollout):
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
         """Look at the first completions that there are, and ask the reward for reference answers."""
         self._begun = True
-        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
-        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, most, credited))
+        credited, limits = policy.task.credited(rollouts, rewards), policy.task.generation.limits
+        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, limits, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
@@ -239,7 +239,7 @@ class Doctor(Callback):
         answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
-        prompts, accuracy = data.train_prompts, _accuracy(rewards)
+        prompts, accuracy, limits = data.train_prompts, _accuracy(rewards), policy.task.generation.limits
         references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
         given = reference_answers(prompts, accuracy)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
@@ -251,8 +251,8 @@ class Doctor(Callback):
             "reference": references.note,
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
-            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at max_new_tokens="
-            f"{policy.task.generation.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at "
+            f"{findings.as_options(limits)}, {m.get('completions/mean_length', 0):.1f} tokens on average",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
             "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
@@ -264,8 +264,8 @@ class Doctor(Callback):
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
-        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
-        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
+        credited = policy.task.credited(rollouts, rewards)
+        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
         precision = str(policy.trainer.precision)

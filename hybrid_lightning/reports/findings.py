@@ -67,12 +67,12 @@ def cause(found: Iterable[Finding]) -> Finding | None:
 
 
 def of_rollouts(
-    rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int, credited: Rewards | None = None
+    rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
 ) -> list[Finding]:
     """What completions of this rank and their rewards show: whether there is something to learn from, and whether they are whole.
 
-    `where` says what they are, such as "the first rollout". Advantages are estimated from `credited` (see
-    `PolicyModule.credited`), or else from the rewards.
+    `where` says what they are, such as "the first rollout", and `limits` how long they may be (see `Generation.limits`).
+    Advantages are estimated from `credited` (see `PolicyModule.credited`), or else from the rewards.
     """
     own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
     if not len(own.total):
@@ -82,7 +82,7 @@ def of_rollouts(
     equal = equal_in_turns[some_count].double().mean().item()
     cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
-    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
+    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
     if equal < _EQUAL:
         return found
     text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
@@ -101,13 +101,18 @@ def is_cut(completion: Completion) -> bool:
     return not completion.finished if completion.episode is None else completion.episode.end == "tokens"
 
 
-def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:
+def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
     """Whether completions are cut before they are right, by the `share` that is cut, and the one that is cut and `wrong`."""
     if wrong < _CUT:
         return []
-    cut = f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}"
-    remedy = "raise model.sampler.max_new_tokens, or end them by sampler.stop"
+    cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
+    remedy = f"raise {' or '.join(limits)}, or end them by sampler.stop"
     return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
+
+
+def as_options(limits: Mapping[str, int]) -> str:
+    """Example: `max_new_tokens=12 or max_tokens=48`."""
+    return " or ".join(f"{name.rpartition('.')[2]}={value}" for name, value in limits.items())
 
 
 def of_answers(answers: Sequence[str | None]) -> list[Finding]:

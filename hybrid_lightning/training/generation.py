@@ -240,9 +240,15 @@ class Generation:
         return self.policy.pretrained.encoder.encode(prompt)
 
     @property
+    def limits(self) -> dict[str, int]:
+        """The options that bound a completion, with their values: a message and, with an environment, all of an episode."""
+        message = {"model.sampler.max_new_tokens": self.sampler.max_new_tokens}
+        return message if self.episodes is None else message | {"model.episodes.max_tokens": self.episodes.limits.max_tokens}
+
+    @property
     def max_completion_tokens(self) -> int:
         """Tokens of the longest completion, of a message or of all of an episode."""
-        return self.sampler.max_new_tokens if self.episodes is None else self.episodes.limits.max_tokens
+        return list(self.limits.values())[-1]
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
         """Make sure that prompts can be rendered and tokenized, by the first one of each set, and all of them be completed.
@@ -260,8 +266,8 @@ class Generation:
 
     def _check_lengths(self, prompts: Sequence[Prompt], firsts: Mapping[str, int], limit: int, name: str) -> None:
         """Raise ConfigError if prompts are too long to be completed; `firsts` are the tokens of the first one of each set."""
-        option = "model.sampler.max_new_tokens" if self.episodes is None else "model.episodes.max_tokens"
-        room = limit - self.max_completion_tokens
+        option, longest = list(self.limits.items())[-1]
+        room = limit - longest
         # A text has no more tokens than bytes, and what the template adds to it is part of the first prompt, too.
         unsure = [prompt for prompt in prompts if firsts[prompt.set_name] + _text_bytes(prompt) > room]
         lengths = [len(self.encode(prompt)) for prompt in unsure]
@@ -275,7 +281,7 @@ class Generation:
             remedies += [f"lower {option} to {most} or less"]
         raise ConfigError(
             f"{len(long)} of {len(prompts)} prompts are too long, first {unsure[first].place} with {lengths[first]} tokens: "
-            f"{option}={self.max_completion_tokens} leaves {max(0, room)} of {name}; "
+            f"{option}={longest} leaves {max(0, room)} of {name}; "
             f"{', or '.join(remedies) or 'give shorter prompts, or take another model'}"
         )
 

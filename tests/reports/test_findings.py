@@ -23,6 +23,7 @@ from hybrid_lightning.reports.findings import (
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[2]
+LIMITS = {"model.sampler.max_new_tokens": 6}
 SEEN = (("accident", "warning"), ("large", "warning"), ("reference", "note"))
 
 
@@ -47,7 +48,7 @@ def rollout(rewards, finished=None, counted=None, episodes=()):
 
 
 def said(*given, **named):
-    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", 6)]
+    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", LIMITS)]
 
 
 def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are_right():
@@ -61,11 +62,12 @@ def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are
     assert said([0.0, 1, 1, 0, 5, 6, 7, 8], counted=kept) == [] == said([math.nan] * 4, counted=torch.zeros(4, dtype=torch.bool))
     over, long = (Episode((), 1, end, ()) for end in ("turns", "tokens"))
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[over] * 4) == [], "other ends of an episode are no cut"
-    assert said([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4) == [("cut", "warning")]
+    cut = of_rollouts(*rollout([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4), "it", LIMITS | {"model.episodes.max_tokens": 9})
+    assert cut[0].remedy.startswith("raise model.sampler.max_new_tokens or model.episodes.max_tokens, or")
 
 
 def test_the_cause_is_what_explains_the_rest():
-    equal = {value: of_rollouts(*rollout([value] * 8), "the rollout", 6)[0] for value in (0.0, 1.0)}
+    equal = {value: of_rollouts(*rollout([value] * 8), "the rollout", LIMITS)[0] for value in (0.0, 1.0)}
     assert "easier problems" in equal[0.0].remedy and "easier" not in equal[1.0].remedy and "harder" in equal[1.0].remedy
     paid, large, note = (Finding(kind, "seen", "mend it", level) for kind, level in SEEN)
     assert cause([equal[1.0], paid]) is paid and cause([paid, equal[0.0], large]) is large
@@ -78,7 +80,7 @@ def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn()
     for to_go, level in (([0.0, 1, 0, 0, 1, 0, 0, 0], []), ([1.0] * 6 + [0.0] * 2, ["error"])):
         counted = torch.cat([torch.ones(8, dtype=torch.bool), later])
         credited = Rewards(torch.tensor([1.0] * 8 + to_go), {}, torch.ones(16, dtype=torch.bool), counted=counted)
-        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", 6, credited)] == level
+        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", LIMITS, credited)] == level
 
 
 def test_the_change_of_a_step_by_hand():

@@ -18,7 +18,7 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
-from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
@@ -51,8 +51,8 @@ class Diagnosis(OncePerRollout):
         if isinstance(pl_module, PolicyModule) and pl_module.task.generation.episodes is None:  # which also end for other reasons
             values = pl_module.evaluation.last.get("", {})
             share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.task.evaluation.samples}", 0.0)
-            most = pl_module.task.generation.sampler.max_new_tokens
-            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", most))  # at least so many
+            limits = pl_module.task.generation.limits
+            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", limits))  # at least so many
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, if they were made."""
@@ -65,15 +65,15 @@ class Diagnosis(OncePerRollout):
     def _begin(self, trainer: Trainer, policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, where: str) -> None:
         """Look at the first completions that there are, and ask the reward for reference answers."""
         self._begun = True
-        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
-        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, most, credited))
+        credited, limits = policy.task.credited(rollouts, rewards), policy.task.generation.limits
+        self._say(trainer, *findings.of_rollouts(rollouts, rewards, where, limits, credited))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         prompts = getattr(data, "train_prompts", None)
         if prompts:
-            solved = policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
-            pays = solved or bool(rewards.of_counted().correct.any())
+            accuracy = _accuracy(rewards)
+            pays = accuracy > 0 or policy.evaluation.last.get("", {}).get(f"avg@{policy.task.evaluation.samples}", 0.0) > 0
             references = reference_rewards(policy.task.generation, prompts, getattr(data, "format", None), _REFERENCES, pays)
-            self._say(trainer, *references.findings)
+            self._say(trainer, *reference_answers(prompts, accuracy).findings, *references.findings)
 
     # ---- in training
 
@@ -275,18 +275,20 @@ class Doctor(Callback):
         answers, m, change = policy.task.generation.answers(rollouts), self._metrics, self._change
         for line in _prompts(policy, rollouts, rewards, answers):
             say(line)
-        pays = bool(rewards.of_counted().correct.any())
-        references = reference_rewards(policy.task.generation, data.train_prompts, data.format, _ALL_REFERENCES, pays)
+        prompts, accuracy, limits = data.train_prompts, _accuracy(rewards), policy.task.generation.limits
+        references = reference_rewards(policy.task.generation, prompts, data.format, _ALL_REFERENCES, accuracy > 0)
+        given = reference_answers(prompts, accuracy)
         norms = {name.removeprefix("grad_norm/"): value for name, value in m.items() if name.startswith("grad_norm/")}
         rates = ", ".join(f"{name} {policy.rates[name]:.3g}" for name in norms)
         clipped = "" if change.clipped is None else f", {change.clipped:.0%} clipped"
         validated = len(data.validation_prompts) * (1 + policy.task.evaluation.samples) * validations
         values = {
+            "answers": given.note,
             "reference": references.note,
             "reward": f"{m['reward']:.3g} on average, {m['accuracy']:.1%} right" if "reward" in m else "no completion counts",
             "groups": f"{m.get('frac_reward_zero_std', 1):.0%} without a difference",
-            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at max_new_tokens="
-            f"{policy.task.generation.sampler.max_new_tokens}, {m.get('completions/mean_length', 0):.1f} tokens on average",
+            "completions": f"{m.get('completions/clipped_ratio', 0):.0%} not finished at "
+            f"{findings.as_options(limits)}, {m.get('completions/mean_length', 0):.1f} tokens on average",
             "agreement": f"sampling and training differ by {m.get('sampling/logp_difference/mean', 0):.1e} nats a token",
             "gradient": ", ".join(f"{name} {value:.3g}" for name, value in norms.items()),
             "trial step": f"at the full rates ({rates}) KL {change.kl:.2g} nats a token, log-probabilities moved by "
@@ -297,13 +299,14 @@ class Doctor(Callback):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
-        self.found += [*references.findings, *_tokens(policy, rollouts)]
-        credited, most = policy.task.credited(rollouts, rewards), policy.task.generation.sampler.max_new_tokens
-        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", most, credited)
+        self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
+        credited = policy.task.credited(rollouts, rewards)
+        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
-        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), str(policy.trainer.precision))
-        self.found += findings.of_change(change, steps) if any(norms.values()) else []
+        precision = str(policy.trainer.precision)
+        self.found += findings.of_agreement(m.get("sampling/logp_difference/mean", 0.0), precision)
+        self.found += findings.of_change(change, steps, precision) if any(norms.values()) else []
 
     def _time(self, policy: PolicyModule, steps: float, validated: int, scored: int, completions: int) -> str:
         """Seconds of a step, and of the run by what one of the rollout's completions took."""
@@ -315,6 +318,12 @@ class Doctor(Callback):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
         return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+
+
+def _accuracy(rewards: Rewards) -> float:
+    """Share of right completions among those that count; 0 without any."""
+    right = rewards.of_counted().correct
+    return float(right.float().mean()) if len(right) else 0.0
 
 
 def _logprobs(policy: PolicyModule, sequences: Sequences) -> Tensor:
@@ -345,7 +354,7 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
             else:
                 yield "  -> " + shown_text(completion).replace("\n", "\n     ")
                 found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
-            yield f"     {completion.num_tokens} tokens{', CUT' if findings.is_cut(completion) else ''}; {found}; paid {paid}"
+            yield f"     {completion.num_tokens} tokens{', CUT' if completion.is_cut else ''}; {found}; paid {paid}"
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:

@@ -38,7 +38,7 @@ from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict
 from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
 from hybrid_lightning.quiet import quiet_libraries
-from hybrid_lightning.reports.findings import Finding, of_memory
+from hybrid_lightning.reports.findings import Finding, cause, of_memory
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
@@ -321,10 +321,10 @@ class Trainer(LightningTrainer):
         doctor.found += self._memory_of_run(policy, adapter, data)
         for finding in doctor.found:
             say(f"{finding.level.capitalize()}: {finding}")
-        errors = [finding for finding in doctor.found if finding.level == "error"]
-        if errors:
-            raise DiagnosisError(f"nothing can be learned: {errors[0]}")
-        say("The run can learn" if doctor.found else "Nothing was found that keeps this run from learning")
+        first = cause(doctor.found)
+        if any(finding.level == "error" for finding in doctor.found):
+            raise DiagnosisError(f"nothing can be learned: {first}")
+        say("Nothing was found that keeps this run from learning" if first is None else f"The run may fail: {first}")
 
     def _memory_of_run(self, model: PolicyModule, adapter: HybridAdapterSetup, datamodule: PromptDataModule) -> list[Finding]:
         """Say what the run takes at its peak and what there is."""

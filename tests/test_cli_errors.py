@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 from hybrid_lightning.data import PromptDataModule
+from tiny_runs import Talk
 
 
 class Logs(Callback):
@@ -32,6 +33,7 @@ class Prepared(PromptDataModule):
 FILES = {
     "foreign.ckpt": "hello",
     "file": "",
+    "long.jsonl": "\n".join(f'{{"question": "{"1" * (125 if n == 5 else 4)}{n}", "answer": "1"}}' for n in range(40)),
     "words.jsonl": "\n".join(f'{{"question": "{n}", "answer": "an answer"}}' for n in range(40)),
 }
 
@@ -77,12 +79,22 @@ OPTIONS = [
     ("trainer.enable_checkpointing=false", r"for no checkpoints give --checkpoint\.save_last=false --checkpoint\.save_top_k=0"),
     ("ckpt_path=last", "ckpt_path=last means a checkpoint of this run, .* such as runs/NAME/version_0/checkpoints/"),
 ]
+LONG_EPISODES = "model.environment=my_parts.Talk model.turn_template={content} model.episodes.max_tokens=1000"
 # Command, config and options where the model's weights cannot be loaded.
 UNLOADED = [
     ("test t", "cannot load the model"),
     # data
     ("validate t data.source.init_args.validation_fraction=0", "no validation rows, which validate needs"),
-    ("fit t model.sampler.max_new_tokens=200", "a prompt of 4 tokens and max_new_tokens=200 exceed the model's 128"),
+    ("fit t model.sampler.max_new_tokens=200", r"model\.sampler\.max_new_tokens=200 leaves 0 .* lower .* to 124 or less$"),
+    (
+        "doctor t data.source.init_args.train=long.jsonl",
+        r"1 of \d+ prompts .* first .*long\.jsonl row 5 with 126 tokens: .* leaves 122 of .* 128 .*_tokens=122 to drop them, or",
+    ),
+    (
+        f"doctor t {LONG_EPISODES}",
+        r"episodes\.max_tokens=1000 leaves 0 of the model's 128 positions; lower model\.episodes\.max_tokens to 12\d or less$",
+    ),
+    (f"plan t {LONG_EPISODES}", r"a completion of 1000 exceed .* for episodes, model\.episodes\.max_tokens$"),
     ("fit t model.prompts_per_rollout=1000", "prompts_per_rollout=1000 is more than the 24 training prompts"),
     ("fit sft data.format=PlainFormat", "has 0 completions, but SupervisedModule needs one"),
     # reward

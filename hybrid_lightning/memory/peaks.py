@@ -17,7 +17,7 @@ from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_siz
 from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.rollout_engine import check_positions
+from hybrid_lightning.rollout.rollout_engine import check_length, model_context
 from hybrid_lightning.training.optim import optimizer_bytes
 from hybrid_lightning.types import Sequences
 
@@ -103,7 +103,8 @@ class _Run:
 
         self.settings, self.sharding, self.on_cpu = settings, settings.flags.sharding, settings.flags.on_cpu
         settings.schedule.check_split(settings.flags.accumulate_grad_batches, self.sharding.devices)
-        check_positions(settings.config.get_text_config(), settings.prompt_tokens, settings.completion_tokens)
+        context = model_context(settings.config.get_text_config())
+        check_length(settings.prompt_tokens, settings.completion_tokens, *context)
         self.optimizer = optimizer_bytes(settings.optimization.optimizer)
         self.model = meta_model(settings.config, settings.dtype)
         self.candidates = find_candidates(self.model, settings.planning.target_modules)

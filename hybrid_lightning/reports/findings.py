@@ -5,35 +5,36 @@ holds the thresholds, whose reasons are in the docs. None of them talks to other
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.types import Completion, Rewards, Rollouts, equal_groups
+from hybrid_lightning.types import Rewards, Rollouts, equal_groups
 
 PAGE = "docs/troubleshooting.md"
-SECTIONS = {  # finding -> its section of PAGE
+SECTIONS = {  # finding -> its section of PAGE; the first that is found explains those after it
+    "large": "a-step-is-too-large",
+    "copy": "the-answer-is-in-the-prompt",
     "reference": "the-reference-answer-earns-nothing",
     "accident": "wrong-answers-are-paid",
+    "tokens": "the-prompt-is-not-what-it-seems",
+    "cut": "completions-are-cut",
     "answers": "the-reward-finds-no-answer",
     "equal": "all-rewards-of-a-group-are-equal",
-    "cut": "completions-are-cut",
-    "tokens": "the-prompt-is-not-what-it-seems",
-    "agreement": "sampling-and-training-disagree",
     "gradient": "no-gradient",
-    "large": "a-step-is-too-large",
     "small": "a-step-is-too-small",
     "worse": "the-policy-gets-worse",
+    "agreement": "sampling-and-training-disagree",
+    "constant": "one-answer-is-right-for-most-rows",
     "memory": "out-of-memory",
 }
 _CUT = 0.5  # share of completions that are cut and not right
 _EQUAL = 0.9  # share of groups without a difference
 _NO_ANSWER = 0.9  # share of completions in which the reward finds no answer
-_MAX_KL = math.log(2)  # nats a token: one step halves the probability of what was sampled
+_MAX_KL = 0.4  # nats a token: above it the embedded policy learned less or collapsed (docs/troubleshooting.md)
 _MIN_CHANGE = 0.1  # of a log-probability, in nats, in a whole run
 _AGREEMENT, _AGREEMENT_HALF = 1e-3, 0.1  # nats a token, with products of float32 and of 16 bits (docs/troubleshooting.md)
 
@@ -57,13 +58,20 @@ class Finding:
         return f"{self.text}; {self.advice}"
 
 
+def cause(found: Iterable[Finding]) -> Finding | None:
+    """The finding that explains the others, such as a reward that pays for anything; None if there are notes at most."""
+    order = list(SECTIONS)
+    grave = [finding for finding in found if finding.level != "note"]
+    return min(grave, key=lambda finding: order.index(finding.kind), default=None)
+
+
 def of_rollouts(
-    rollouts: Rollouts, rewards: Rewards, where: str, max_new_tokens: int, credited: Rewards | None = None
+    rollouts: Rollouts, rewards: Rewards, where: str, limits: Mapping[str, int], credited: Rewards | None = None
 ) -> list[Finding]:
     """What completions of this rank and their rewards show: whether there is something to learn from, and whether they are whole.
 
-    `where` says what they are, such as "the first rollout". Advantages are estimated from `credited` (see
-    `PolicyModule.credited`), or else from the rewards.
+    `where` says what they are, such as "the first rollout", and `limits` how long they may be (see `Generation.limits`).
+    Advantages are estimated from `credited` (see `PolicyModule.credited`), or else from the rewards.
     """
     own, credited, samples = rewards.of_counted(), rewards if credited is None else credited, rollouts.samples_per_prompt
     if not len(own.total):
@@ -71,32 +79,34 @@ def of_rollouts(
     equal_in_turns = equal_groups(credited.total, samples, credited.counted).view(-1, len(rollouts.prompts)).all(dim=0)
     some_count = slice(None) if rewards.counted is None else rewards.counted.view(-1, samples).any(dim=1)
     equal = equal_in_turns[some_count].double().mean().item()
-    cut = torch.tensor([is_cut(completion) for completion in rollouts.completions], device=own.total.device)
+    cut = rollouts.cut.to(own.total.device)
     cut = cut if rewards.counted is None else cut[rewards.counted]
-    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, max_new_tokens)
+    found = of_cut(cut.float().mean().item(), (cut & ~own.correct).float().mean().item(), where, limits)
     if equal < _EQUAL:
         return found
     text = f"in {equal:.0%} of the groups of {where} all completions earn the same, so that nothing is learned from them"
     if equal == 1 and own.total.max() == own.total.min():
         text = f"all {len(own.total)} completions of {where} earn the same, {own.total[0]:.3g}: there is nothing to learn from"
     remedy = (
-        "see whether the reward finds the answers that are there, give easier or harder problems, or raise samples_per_prompt"
+        "give harder problems, or a reward that does not pay for everything"
+        if own.correct.all()
+        else "see whether the reward finds the answers that are there, give easier problems, or raise samples_per_prompt"
     )
     return [Finding("equal", text, remedy, "error" if equal == 1 else "warning"), *found]
 
 
-def is_cut(completion: Completion) -> bool:
-    """Whether a completion, or an episode, ended because it was too long."""
-    return completion.is_cut
-
-
-def of_cut(share: float, wrong: float, where: str, max_new_tokens: int) -> list[Finding]:
+def of_cut(share: float, wrong: float, where: str, limits: Mapping[str, int]) -> list[Finding]:
     """Whether completions are cut before they are right, by the `share` that is cut, and the one that is cut and `wrong`."""
     if wrong < _CUT:
         return []
-    cut = f"{share:.0%} of the completions of {where} are cut at max_new_tokens={max_new_tokens}"
-    remedy = "raise model.sampler.max_new_tokens, or end them by sampler.stop"
+    cut = f"{share:.0%} of the completions of {where} are cut at {as_options(limits)}"
+    remedy = f"raise {' or '.join(limits)}, or end them by sampler.stop"
     return [Finding("cut", f"{cut}, {wrong:.0%} before they are right", remedy)]
+
+
+def as_options(limits: Mapping[str, int]) -> str:
+    """Example: `max_new_tokens=12 or max_tokens=48`."""
+    return " or ".join(f"{name.rpartition('.')[2]}={value}" for name, value in limits.items())
 
 
 def of_answers(answers: Sequence[str | None]) -> list[Finding]:
@@ -142,11 +152,15 @@ class Change:
         return cls(float(kl), float(moved), float(metrics["ratio/max"]), None if clipped is None else float(clipped))
 
 
-def of_change(change: Change, steps: float) -> list[Finding]:
-    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`."""
+def of_change(change: Change, steps: float, precision: str) -> list[Finding]:
+    """Whether the learning rates fit, by the change of one step at the full rates; a run without a limit has infinite `steps`.
+
+    `precision` is the Trainer's. The rounding of 16 bits alone is a KL of less than 1e-3, and may hide a step entirely.
+    """
     if change.kl > _MAX_KL or not math.isfinite(change.kl):
-        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), as many steps should not"
-        return [Finding("large", text, "lower model.lr_lora and model.lr_full, by ten at first")]
+        text = f"one step changes the policy by {change.kl:.2g} nats a token (KL), more than {_MAX_KL:g}"
+        remedy = "lower model.lr_lora and model.lr_full, to a third at first; a higher adapter.rank needs lower ones"
+        return [Finding("large", text, remedy)]
     if not change.moved * steps < _MIN_CHANGE:
         return []
     text = (
@@ -154,7 +168,7 @@ def of_change(change: Change, steps: float) -> list[Finding]:
         f"probability by {_MIN_CHANGE:.0%}"
     )
     remedy = "raise model.lr_lora and model.lr_full, by ten at first"
-    return [Finding("small", text, remedy, "error" if change.moved == 0 else "warning")]
+    return [Finding("small", text, remedy, "error" if change.moved == 0 and precision == "32-true" else "warning")]
 
 
 def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:

@@ -1,13 +1,18 @@
-r"""What the reward pays for the reference answer: a reward that gives it nothing can pay for nothing.
+r"""What the reward pays for the reference answer, and what the answers of the rows are.
+
+A reward that gives the reference answer nothing can pay for nothing.
 
 A reference completion is the row's answer in the form that its prompt asks for: as the answers of its few-shot examples are
 written, or in the `\boxed{}`, `<answer>` or other form that its text names, else the answer by itself. The best of them counts.
 If none is paid, all other forms are tried.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -21,6 +26,8 @@ from hybrid_lightning.rollout.rng import capture_random_state, restore_random_st
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.types import Completion, Prompt
 
+_PROMPTS = 32  # in which their own answer is looked for
+_CONSTANT = 0.3  # share of the most frequent reference answer
 # What a prompt says -> the answer in the form that it asks for.
 _FORMS: dict[str, Callable[[str], str]] = {
     r"\boxed": lambda answer: rf"\boxed{{{answer}}}",
@@ -41,6 +48,46 @@ class References:
     findings: tuple[Finding, ...] = ()  # what is wrong
 
 
+def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
+    """Look at the reference answers of training prompts: the most frequent one, and whether prompts contain their own.
+
+    `accuracy` is the share of right completions of the policy, which one constant answer may exceed.
+    """
+    rows = [prompt for prompt in prompts if (prompt.answer or "").strip()]
+    if not rows:
+        return References("not applicable: the data has none (answer_column)")
+    ((most, count),) = Counter(_answer(prompt).strip() for prompt in rows).most_common(1)
+    share, found = count / len(rows), list(_in_the_prompt(_spread(rows, _PROMPTS)))
+    note = f"{share:.1%} of {len(rows)} reference answers are {shorten(most)}, the most frequent one"
+    if share >= _CONSTANT and share > accuracy:
+        text = f"{note}, and {accuracy:.1%} of the completions are right: saying it always would earn more"
+        found.append(Finding("constant", text, "take fewer rows with this answer, and compare accuracy with that share"))
+    return References(note, tuple(found))
+
+
+def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
+    """Whether all prompts contain their own answer, and few of them that of another row, as options to choose from do."""
+    texts = [_text(prompt) for prompt in prompts]
+    others = [(text, other) for row, text in enumerate(texts) if (other := _other(prompts, row)) is not None]
+    shown = all(_contains(text, _answer(prompt)) for text, prompt in zip(texts, prompts, strict=True))
+    if not shown or sum(_contains(*pair) for pair in others) >= len(others) / 2:
+        return
+    same = _shared(texts) + _shared([text[::-1] for text in texts])
+    whole = all(2 * len(_answer(prompt)) >= len(text) - same for text, prompt in zip(texts, prompts, strict=True))
+    text = f"the prompts of all {len(prompts)} rows tried contain their reference answer (first {prompts[0].place}, "
+    remedy = "see that data.source.answer_column is the right column and data.format does not write it, unless it is to be copied"
+    yield Finding("copy", f"{text}{shorten(_answer(prompts[0]))})", remedy, "warning" if whole else "note")
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Number of first characters that all texts have alike."""
+    return sum(1 for _ in takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False)))
+
+
+def _contains(text: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text) is not None
+
+
 def reference_rewards(
     generation: Generation, prompts: Sequence[Prompt], form: PromptFormat | None, count: int, pays: bool
 ) -> References:
@@ -49,8 +96,7 @@ def reference_rewards(
     `form` is the data's format, whose few-shot examples say how answers are written. `pays` says whether a completion of the
     policy was right, so that the reward does pay, be it for a form that is not known here.
     """
-    some = [prompts[len(prompts) * place // count] for place in range(count)] if len(prompts) > count else list(prompts)
-    some = [prompt for prompt in some if prompt.completions or (prompt.answer or "").strip()]
+    some = [prompt for prompt in _spread(prompts, count) if prompt.completions or (prompt.answer or "").strip()]
     if generation.episodes is not None:
         return References("not applicable: what an episode earns follows from what happens in the environment")
     if not some:
@@ -63,6 +109,10 @@ def reference_rewards(
         return References("the reward fails", (finding,))
     finally:
         restore_random_state(state)
+
+
+def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    return [prompts[len(prompts) * place // count] for place in range(count)] if len(prompts) > count else list(prompts)
 
 
 def _tried(generation: Generation, prompts: list[Prompt], form: PromptFormat | None, pays: bool) -> References:
@@ -166,8 +216,7 @@ def _asked(prompt: Prompt, form: PromptFormat | None) -> Iterator[str]:
     if form is not None and form.examples:
         with suppress(HybridLightningError):  # rows may lack a column that the examples have
             yield fill_template("answer_template", form.answer_template, {**prompt.columns, "answer": answer}, prompt.place)
-    text = prompt.text or "\n".join(message["content"] for message in prompt.messages or ())
-    yield from (make(answer) for name, make in _FORMS.items() if name in text)
+    yield from (make(answer) for name, make in _FORMS.items() if name in _text(prompt))
     yield answer
 
 
@@ -175,6 +224,10 @@ def _has_pattern(generation: Generation) -> bool:
     """Whether a term of the reward looks for answers by a pattern, which may be one that no known form has."""
     scorers = [scorer for term in generation.reward_terms() for scorer in (term, *getattr(term, "scorers", ()))]
     return any(getattr(scorer, "pattern", None) is not None for scorer in scorers)
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt.text or "\n".join(message["content"] for message in prompt.messages or ())
 
 
 def _answer(prompt: Prompt) -> str:

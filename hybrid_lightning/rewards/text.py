@@ -95,6 +95,9 @@ class ExactMatch(AnswerReward):
 class FormatReward(RewardFunction):
     r"""1.0 if a regular expression is found in the completion, else 0.0.
 
+    Some chat templates open `<think>` in the prompt. The pattern may then match with or without this tag in front of the
+    completion, so that one pattern suits all templates.
+
     A policy finds the cheapest way to earn this, so give it a small weight beside a reward for correctness, and anchor the
     pattern: `\A<think>.+</think>\s*\S` rather than `</think>`. For one pair of tags followed by another:
     `\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z`.
@@ -116,7 +119,7 @@ class FormatReward(RewardFunction):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """Search each of B completions."""
-        return [float(self.pattern.search(completion) is not None) for completion in completions]
+        return [float(any(map(self.pattern.search, _with_opening(completion)))) for completion in completions]
 
 
 class RepetitionPenalty(RewardFunction):
@@ -147,6 +150,11 @@ class RepetitionPenalty(RewardFunction):
     def _penalty(self, words: list[str]) -> float:
         ngrams = [tuple(words[start : start + self.ngram_words]) for start in range(len(words) - self.ngram_words + 1)]
         return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
+
+
+def _with_opening(completion: str) -> list[str]:
+    """A completion, and where its prompt has opened `<think>` the same with this tag in front, as templates write it."""
+    return [completion, *(tag + completion for tag in ("<think>", "<think>\n") if getattr(completion, "thinking", False))]
 
 
 def extract_match(pattern: re.Pattern[str] | None, completion: str) -> str | None:

@@ -15,6 +15,7 @@ makes stale: before it samples it is given what has changed (`update`).
 Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that continue, T completion tokens.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -117,9 +118,13 @@ class RolloutEngine(Configurable, ABC):
             ConfigError: If it cannot.
         """
 
+    def context(self, config: Any) -> tuple[float, str]:
+        """Most tokens of a prompt with its completion by the model's config, infinite if not known, and what sets this limit."""
+        return model_context(config)
+
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, is too long for the model."""
-        check_positions(config, prompt_tokens, new_tokens or self.max_new_tokens)
+        """Raise ConfigError if a prompt with its longest completion, None for `max_new_tokens`, exceeds the `context`."""
+        check_length(prompt_tokens, new_tokens or self.max_new_tokens, *self.context(config))
 
     def _checked_limits(self, engine: "Engine", request: SamplingRequest) -> Sequence[int]:
         """Most new tokens of each completion, [B]; ConfigError if there is no room for them."""
@@ -320,11 +325,16 @@ class Conversation:
         return self._sampler.sample(self._engine, self._tokenizer, request)
 
 
-def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError if a prompt with its longest completion exceeds the positions of the model with this config."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
+def model_context(config: Any) -> tuple[float, str]:
+    """See `RolloutEngine.context`: by the positions of a model with this config alone."""
+    positions = getattr(config, "max_position_embeddings", math.inf)
+    return positions, f"the model's {positions} positions"
+
+
+def check_length(prompt_tokens: int, completion_tokens: int, limit: float, name: str) -> None:
+    """Raise ConfigError if a prompt with its longest completion exceeds a limit, such as `RolloutEngine.context` gives."""
+    if prompt_tokens + completion_tokens > limit:
         raise ConfigError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; lower "
-            "data.max_prompt_tokens or sampler.max_new_tokens"
+            f"a prompt of {prompt_tokens} tokens and a completion of {completion_tokens} exceed {name}; lower "
+            "data.max_prompt_tokens, model.sampler.max_new_tokens or, for episodes, model.episodes.max_tokens"
         )

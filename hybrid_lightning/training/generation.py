@@ -7,8 +7,9 @@ In one process an engine is updated before it completes, if weights have changed
 before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from transformers.utils import cached_file
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.episodes.episodes import Episodes, has_failed, task_seeds
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import product_dtype
@@ -241,19 +242,50 @@ class Generation:
         return self.policy.pretrained.encoder.encode(prompt)
 
     @property
+    def limits(self) -> dict[str, int]:
+        """The options that bound a completion, with their values: a message and, with an environment, all of an episode."""
+        message = {"model.sampler.max_new_tokens": self.sampler.max_new_tokens}
+        return message if self.episodes is None else message | {"model.episodes.max_tokens": self.episodes.limits.max_tokens}
+
+    @property
     def max_completion_tokens(self) -> int:
         """Tokens of the longest completion, of a message or of all of an episode."""
-        return self.sampler.max_new_tokens if self.episodes is None else self.episodes.limits.max_tokens
+        return list(self.limits.values())[-1]
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""
-        for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
-            tokens = len(self.encode(prompt))
-            if self.reward is not None:  # or nothing is completed
-                later = self.max_completion_tokens - self.sampler.max_new_tokens  # before the last message that may be sampled
-                self.sampler.check_prompt(self.policy.pretrained.config, tokens + later)
+        """Make sure that prompts can be rendered and tokenized, by the first one of each set, and all of them be completed.
+
+        Raises:
+            ConfigError: If prompts with their longest completion are too long for the model, or for the engine.
+        """
+        firsts = {prompt.set_name: prompt for prompt in reversed(prompts)}
+        tokens = {name: len(self.encode(prompt)) for name, prompt in firsts.items()}
+        limit, name = self.sampler.context(self.policy.pretrained.config)
+        if self.reward is not None and limit < math.inf:  # without a reward nothing is completed
+            self._check_lengths(prompts, tokens, int(limit), name)
         if self.episodes is not None:
             self.episodes.turns.check(prompts, self.episodes.environment.added_roles())
+
+    def _check_lengths(self, prompts: Sequence[Prompt], firsts: Mapping[str, int], limit: int, name: str) -> None:
+        """Raise ConfigError if prompts are too long to be completed; `firsts` are the tokens of the first one of each set."""
+        option, longest = list(self.limits.items())[-1]
+        room = limit - longest
+        # A text has no more tokens than bytes, and what the template adds to it is part of the first prompt, too.
+        unsure = [prompt for prompt in prompts if firsts[prompt.set_name] + _text_bytes(prompt) > room]
+        lengths = [len(self.encode(prompt)) for prompt in unsure]
+        long = [place for place, length in enumerate(lengths) if length > room]
+        if not long:
+            return
+        first, most, remedies = long[0], limit - max(lengths), []
+        if len(long) < len(prompts):
+            remedies += [f"set data.max_prompt_tokens={room} to drop them"]
+        if most > 0:
+            remedies += [f"lower {option} to {most} or less"]
+        raise ConfigError(
+            f"{len(long)} of {len(prompts)} prompts are too long, first {unsure[first].place} with {lengths[first]} tokens: "
+            f"{option}={longest} leaves {max(0, room)} of {name}; "
+            f"{', or '.join(remedies) or 'give shorter prompts, or take another model'}"
+        )
 
     # ---- engines with weights of their own
 
@@ -397,6 +429,11 @@ class Generation:
         config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
         assert config is not None, "the policy has been loaded, so that its files are here"
         return str(Path(config).parent)
+
+
+def _text_bytes(prompt: Prompt) -> int:
+    texts = [prompt.text or "", *(str(message["content"]) for message in prompt.messages or ())]
+    return sum(len(text.encode()) for text in texts)
 
 
 def repeat_prompts(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:

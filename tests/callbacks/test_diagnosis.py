@@ -19,6 +19,7 @@ BEFORE = {"val/avg@2": 0.4, "val/avg@2/ci_low": 0.3, "val/avg@2/ci_high": 0.5, "
 def parts(folder):
     with (folder / "my_parts.py").open("a") as file:
         file.write("\n\ndef nothing(completion):\n    return 0.0\n")
+        file.write("\n\ndef anything(completion):\n    return 1.0\n")
         file.write("\n\nfrom tiny_runs import Talk\n")
         file.write("\n\ndef late(completion, seen=[]):\n    seen.append(1)\n    return float(len(seen) > 8 and len(seen) % 2)\n")
 
@@ -111,14 +112,25 @@ def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folde
     assert float(said["agreement"].split()[5]) < 1e-5 and "KL" in said["trial step"] and "lora" in said["gradient"]
     assert re.fullmatch(r"about \S+ s a step, and \d+ s for 4 steps with validation and scoring", said["time"])
     assert "Fits: hybrid 10% takes up to" in said["memory"]
+    assert said["answers"].endswith("the most frequent one")
+    assert result.out.splitlines()[-1].startswith("The run may fail: ") and "(docs/" in result.out.splitlines()[-1]
 
 
 def test_a_reward_that_pays_nothing_ends_with_an_error_that_says_so(folder):
     result = doctor(folder, "--model.reward=ExactMatch", "--model.reward.pattern=#(x)")
-    assert_refused(result, "nothing can be learned: all 16 completions of the rollout earn the same, 0")
+    assert_refused(result, "nothing can be learned: your reward gives the reference answer 0")
+    assert "Error: all 16 completions of the rollout earn the same, 0" in result.out
     assert "Warning: your reward gives the reference answer 0 in all forms that are known here" in result.out
     assert values(result.out)["trial step"] == "not possible without a gradient"
     assert sections(result.out).count("the-reward-finds-no-answer") == 1
+
+
+def test_what_pays_for_anything_is_the_cause_and_a_rate_that_is_too_high_has_the_last_word(folder):
+    result = doctor(folder, "--model.reward=FunctionReward", f"--model.reward.function={folder}/my_parts.py:anything")
+    assert_refused(result, "nothing can be learned: your reward pays the answer of another row")
+    assert "easier" not in result.out
+    result = doctor(folder, "--model.lr_lora=30", "--model.lr_full=3", "--model.mask_truncated_completions=true")
+    assert result.code == 0 and re.match("The run may fail: .*one step changes", result.out.splitlines()[-1]), result.out[-600:]
 
 
 def test_a_minibatch_in_which_all_groups_are_equal_by_chance_is_no_error(folder):

@@ -12,7 +12,9 @@ from hybrid_lightning.reports.findings import (
     PAGE,
     SECTIONS,
     Change,
+    Finding,
     TrainingMonitor,
+    cause,
     of_agreement,
     of_change,
     of_gradient,
@@ -21,6 +23,8 @@ from hybrid_lightning.reports.findings import (
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards, Rollouts, Sequences
 
 ROOT = Path(__file__).parents[2]
+LIMITS = {"model.sampler.max_new_tokens": 6}
+SEEN = (("accident", "warning"), ("large", "warning"), ("reference", "note"))
 
 
 def test_every_finding_has_its_section_in_the_docs():
@@ -44,7 +48,7 @@ def rollout(rewards, finished=None, counted=None, episodes=()):
 
 
 def said(*given, **named):
-    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", 6)]
+    return [(found.kind, found.level) for found in of_rollouts(*rollout(*given, **named), "the rollout", LIMITS)]
 
 
 def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are_right():
@@ -58,7 +62,16 @@ def test_rewards_that_do_not_differ_and_completions_that_are_cut_before_they_are
     assert said([0.0, 1, 1, 0, 5, 6, 7, 8], counted=kept) == [] == said([math.nan] * 4, counted=torch.zeros(4, dtype=torch.bool))
     over, long = (Episode((), 1, end, ()) for end in ("turns", "tokens"))
     assert said([0.0, 0, 0, 1], [False] * 4, episodes=[over] * 4) == [], "other ends of an episode are no cut"
-    assert said([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4) == [("cut", "warning")]
+    cut = of_rollouts(*rollout([0.0, 0, 0, 1], [False] * 4, episodes=[long] * 4), "it", LIMITS | {"model.episodes.max_tokens": 9})
+    assert cut[0].remedy.startswith("raise model.sampler.max_new_tokens or model.episodes.max_tokens, or")
+
+
+def test_the_cause_is_what_explains_the_rest():
+    equal = {value: of_rollouts(*rollout([value] * 8), "the rollout", LIMITS)[0] for value in (0.0, 1.0)}
+    assert "easier problems" in equal[0.0].remedy and "easier" not in equal[1.0].remedy and "harder" in equal[1.0].remedy
+    paid, large, note = (Finding(kind, "seen", "mend it", level) for kind, level in SEEN)
+    assert cause([equal[1.0], paid]) is paid and cause([paid, equal[0.0], large]) is large
+    assert cause([note, large]) is large and cause([note]) is None
 
 
 def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn():
@@ -67,7 +80,7 @@ def test_episodes_that_earn_the_same_in_other_turns_differ_with_credit_by_turn()
     for to_go, level in (([0.0, 1, 0, 0, 1, 0, 0, 0], []), ([1.0] * 6 + [0.0] * 2, ["error"])):
         counted = torch.cat([torch.ones(8, dtype=torch.bool), later])
         credited = Rewards(torch.tensor([1.0] * 8 + to_go), {}, torch.ones(16, dtype=torch.bool), counted=counted)
-        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", 6, credited)] == level
+        assert [found.level for found in of_rollouts(rollouts, rewards, "the rollout", LIMITS, credited)] == level
 
 
 def test_the_change_of_a_step_by_hand():
@@ -80,14 +93,16 @@ def test_the_change_of_a_step_by_hand():
 
 # KL, share that moved, steps to come, and what is found.
 RATES = [
-    *((0.14, 0.25, 100, []), (0.7, 0.25, 100, [("large", "warning")]), (math.nan, math.nan, 100, [("large", "warning")])),
+    *((0.32, 0.45, 100, []), (0.43, 0.65, 100, [("large", "warning")]), (math.nan, math.nan, 100, [("large", "warning")])),
     *((1e-9, 2e-4, 100, [("small", "warning")]), (1e-9, 2e-4, 1000, []), (0.0, 0.0, 100, [("small", "error")])),
 ]
 
 
 def test_rates_that_are_far_too_high_or_low_disagreement_and_gradients():
     for kl, moved, steps, kinds in RATES:
-        assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps)] == kinds
+        assert [(found.kind, found.level) for found in of_change(Change(kl, moved, 1.0, None), steps, "32-true")] == kinds
+    hidden = of_change(Change(0.0, 0.0, 1.0, None), 100, "bf16-mixed")
+    assert [found.level for found in hidden] == ["warning"], "a step that rounding hides may add up"
     assert not of_agreement(1e-3, "32-true") and of_agreement(1.1e-3, "32-true")
     for precision in ("bf16-mixed", "16-mixed", "bf16-true"):
         assert not of_agreement(0.02, precision) and of_agreement(0.11, precision), "whatever the weights are"

@@ -7,7 +7,7 @@ from tiny_runs import Constant, Talk, build_policy
 
 from hybrid_lightning import rewards
 from hybrid_lightning.data import FormatBySet, PlainFormat
-from hybrid_lightning.reports.references import reference_rewards
+from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.rewards import ExactMatch, RewardBySet, RewardFunction
 from hybrid_lightning.types import Prompt
 
@@ -79,6 +79,24 @@ def test_a_reward_that_pays_for_wrong_answers_as_well_does_not_look_at_them(mode
     assert kinds == [("accident", "warning")] and "row's own in 3 of 3 rows" in result.findings[0].text
     assert "'7' for '12'" in result.findings[0].text
     assert found(model, Constant(1.0), rows(["7", "7"]))[1] == [], "no row has another answer"
+
+
+def test_answers_that_prompts_contain_or_that_most_rows_share():
+    def seen(texts, answers, accuracy=0.0):
+        rows = [Prompt(text=text, answer=answer) for text, answer in zip(texts, answers, strict=True)]
+        result = reference_answers(rows, accuracy)
+        return result.note, [(finding.kind, finding.level) for finding in result.findings]
+
+    sums = [f"{n} + {n % 7}" for n in range(50, 90)]
+    assert seen([f"Add {text} =" for text in sums], sums)[1] == [("copy", "warning")], "the wrong column"
+    targets = [f"Use {3 * n}, {n - 5} and {7 * n} to make {n}." for n in range(50, 90)]
+    assert seen(targets, map(str, range(50, 90)))[1] == [("copy", "note")], "a target"
+    assert seen([f"{n}+{n % 7}=" for n in range(50, 90)], [str(n + n % 7) for n in range(50, 90)])[1] == []
+    assert seen([f"Is {n} even? A) yes B) no" for n in range(40)], ["A", "B"] * 20, accuracy=0.6)[1] == [], "options"
+    note, kinds = seen(sums, ["4"] * 21 + ["3", "5"] * 9 + ["6"], accuracy=0.2)
+    assert note == "52.5% of 40 reference answers are '4', the most frequent one" and kinds == [("constant", "warning")]
+    assert seen(sums, ["4"] * 21 + ["3"] * 19, accuracy=0.6)[1] == [] == seen(sums, ["4"] * 40, accuracy=1.0)[1]
+    assert seen(sums, [None] * 40) == ("not applicable: the data has none (answer_column)", [])
 
 
 def test_single_rows_and_rewards_that_fail_are_named(model):

@@ -4,7 +4,7 @@ import pytest
 
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards import ExactMatch, FormatReward, RepetitionPenalty
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Completion, Prompt
 
 
 def score(reward, completion, answer="12"):
@@ -31,6 +31,14 @@ def test_a_format_is_looked_for_across_lines():
     reward = FormatReward(r"\A<think>.+</think>\s*\S")
     texts = ["<think>a\nb</think>\n4", "<think></think>4", " <think>a</think>4"]
     assert [score(reward, text) for text in texts] == [1.0, 0.0, 0.0]
+
+
+def test_a_format_may_begin_in_the_prompt():
+    reward, lines = FormatReward(r"\A<think>.+</think>\s*\S"), FormatReward(r"\A<think>\n.+\n</think>\n4\Z")
+    texts = [Completion("a\n</think>\n4", 5, True, thinking=thinking) for thinking in (True, False)]
+    assert reward(texts, []) == lines(texts, []) == [1.0, 0.0]
+    assert reward([Completion("a", 1, True, thinking=True)], []) == [0.0]
+    assert FormatReward(r"\A(?!<think>).+</think>")(texts, []) == [1.0, 1.0], "written for such templates alone"
 
 
 def test_repetition():

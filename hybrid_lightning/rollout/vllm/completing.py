@@ -153,15 +153,6 @@ class VLLMEngine(RolloutEngine):
             "detokenize": bool(self.stop),
         }
 
-    def check_length(self, prompt_tokens: int, new_tokens: int | None, context: int, remedy: str) -> None:
-        """Raise ConfigError if a prompt with its longest completion does not fit into an engine's context."""
-        longest = new_tokens or self.max_new_tokens
-        if prompt_tokens + longest > context:
-            raise ConfigError(
-                f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={longest} exceed vLLM's context of "
-                f"{context} tokens; {remedy}"
-            )
-
 
 def _check(answer: Answer, vocabulary: int | None) -> None:
     if vocabulary is not None and not all(0 <= token < vocabulary for token in answer.tokens):

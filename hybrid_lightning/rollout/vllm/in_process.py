@@ -3,6 +3,7 @@
 import atexit
 import gc
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -97,11 +98,10 @@ class VLLMSampler(VLLMEngine):
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
 
-    def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """Raise ConfigError if a prompt with its longest completion is too long for the model or for `max_model_len`."""
-        super().check_prompt(config, prompt_tokens, new_tokens)
-        if self.max_model_len is not None:
-            self.check_length(prompt_tokens, new_tokens, self.max_model_len, "raise sampler.max_model_len")
+    def context(self, config: Any) -> tuple[float, str]:
+        """The model's limit, or `max_model_len`."""
+        given = math.inf if self.max_model_len is None else self.max_model_len
+        return min(super().context(config), (given, f"sampler.max_model_len={given}"))
 
     # ---- weights
 

@@ -1,6 +1,7 @@
 """`VLLMServerSampler`: completions by one or several vLLM servers, on this or other machines."""
 
 import itertools
+import math
 import os
 import sys
 import threading
@@ -119,12 +120,10 @@ class VLLMServerSampler(VLLMEngine):
         if len(kinds) > 1:
             raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
 
-    def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
-        """Raise ConfigError if a prompt with its longest completion is too long for the model or for a server."""
-        super().check_prompt(config, prompt_tokens, new_tokens)
-        known = [server.facts.context for server in self._servers if server.is_known]
-        if known:
-            self.check_length(prompt_tokens, new_tokens, min(known), "start the servers with a longer --max-model-len")
+    def context(self, config: Any) -> tuple[float, str]:
+        """The model's limit, or that of a server."""
+        least = min((server.facts.context for server in self._servers if server.is_known), default=math.inf)
+        return min(super().context(config), (least, f"a server's context of {least} tokens (--max-model-len)"))
 
     # ---- weights
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from huggingface_hub.repocard import metadata_load
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.configurable import as_call
+from hybrid_lightning.errors import ModelError
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
+from hybrid_lightning.model.loading import read_config
+from hybrid_lightning.reports.verdict import REWARD
+from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
 _SHOWN_SETTINGS = (  # arguments of the module
@@ -36,12 +41,18 @@ _SHOWN_SETTINGS = (  # arguments of the module
     "minibatches_per_rollout",
     "examples_per_step",
     "optimizer",
-    "lr_full",
-    "lr_lora",
     "schedule",
     "seed",
 )
 _PATH = re.compile(r"(?:~?/|[A-Za-z]:[/\\])(?:[\w.+@ -]+[/\\])+[^/\\\n]+\Z")  # absolute, with at least one folder
+_CITATION = """@misc{hybrid-lora,
+  title = {Hybrid-LoRA},
+  author = {Zhang and Zhu and Lee},
+  note = {title and names in full: see the paper},
+  eprint = {2605.18822},
+  archivePrefix = {arXiv},
+  url = {https://arxiv.org/abs/2605.18822}
+}"""
 _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
@@ -56,12 +67,13 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"The model `{policy.base.name}`{revision} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
-        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
+        f"## How to load it\n\n```python\n{form.how_to_load(policy)}{_generation(policy.training)}```\n\n"
         f"{f'The weights here are {dtype}. ' if dtype else ''}{_serving_sentence(form, policy.plan)}",
         f"## What was trained\n\n{_plan_section(policy.plan)}",
-        f"## On what\n\n{_data_section(policy.training)}",
+        f"## On what\n\n{_data_section(policy)}",
         f"## What came of it\n\n{_metrics_section(policy.training)}",
         f"## Licence\n\nThat of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
+        f"## Citation\n\nThe method:\n\n```bibtex\n{_CITATION}\n```",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
@@ -152,10 +164,26 @@ def _lora_words(plan: AdapterPlan) -> str:
     return f"{modules}, ranks {plan.ranks[0]} to {plan.ranks[-1]}, {alpha}"
 
 
-def _data_section(training: Training) -> str:
+def _data_section(policy: TrainedPolicy) -> str:
+    training = policy.training
     data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(_named(training.data))}```"
     settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
+    if isinstance(optimizer := settings.get("optimizer"), Mapping):  # its own rate is not used
+        used = {name: value for name, value in optimizer.get("init_args", {}).items() if name != "lr"}
+        settings["optimizer"] = {**optimizer, "init_args": used}
+    settings |= _rates(policy)
     return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(_named(settings))}```" if settings else data
+
+
+def _rates(policy: TrainedPolicy) -> dict[str, float]:
+    """The learning rates of the groups that were trained."""
+    arguments, plan = policy.training.arguments, policy.plan
+    rates = {name: arguments[name] for name in ("lr_full", "lr_lora") if arguments.get(name) is not None}
+    if "lr_full" not in rates and "lr_lora" in rates and plan.full_modules:
+        with suppress(ModelError):  # the base model's config, which says how wide it is, cannot be read
+            rates["lr_full"] = float(f"{rate_of_full_modules(rates['lr_lora'], read_config(policy.base.source)):.6g}")
+    trained = {"lr_full": plan.full_modules, "lr_lora": plan.lora_modules}
+    return {name: rates[name] for name, modules in trained.items() if modules and name in rates}
 
 
 def _metrics_section(training: Training) -> str:
@@ -163,11 +191,38 @@ def _metrics_section(training: Training) -> str:
     if not names:
         return "Not measured."
     sides = (training.before, training.after)
-    numbers = {name: [f"{side[name]:.4f}" if name in side else "-" for side in sides] for name in names}
+
+    def changes(name: str, shown: str) -> str:
+        return " -> ".join(format(side[name], shown) if name in side else "not measured" for side in sides)
+
+    accuracy = next((name for name in names if re.fullmatch(r"val/avg@\d+", name)), None)
+    said = [f"accuracy {changes(accuracy, '.1%')}"] if accuracy is not None else []
+    said += [f"reward {changes(REWARD, '.3f')}"] if REWARD in names else []
+    numbers = {name: [_number(name, side[name]) if name in side else "-" for side in sides] for name in names}
     rows = [f"| `{name}` | {before} | {after} |" for name, (before, after) in numbers.items()]
     when = f" (after {training.validated_step} steps)" if training.after else ""
     head = f"| metric | base | trained{when} |"
-    return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
+    first = f"Validation problems, held out from training{': ' if said else ''}{', '.join(said)}."
+    return "\n".join([first, "", head, "|---|---|---|", *rows])
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.0f}" if name.endswith("/problems") else f"{value:.4f}"
+
+
+def _generation(training: Training) -> str:
+    """Python code that completes a prompt, in the form of the training's prompts."""
+    sampler = training.arguments.get("sampler") or {}
+    most = sampler.get("init_args", {}).get("max_new_tokens", 64) if isinstance(sampler, Mapping) else 64
+    chat = (
+        'tokenizer.apply_chat_template(\n    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True,'
+    )
+    encode = f'{chat} return_tensors="pt"\n)' if training.chat else 'tokenizer(prompt, return_tensors="pt")'
+    return (
+        f'\nprompt = "2+3="  # yours, written as those of the training\ninputs = {encode}\n'
+        f"output = model.generate(inputs.input_ids, max_new_tokens={most})\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
+    )
 
 
 def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:

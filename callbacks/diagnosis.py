@@ -17,7 +17,7 @@ from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
+from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, one_answer, worse
 from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.reports.verdict import Answers, verdict
 from hybrid_lightning.training.module import LanguageModule
@@ -147,24 +147,23 @@ class Diagnosis(OncePerRollout):
             direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
-        idle = self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle
-        if idle:
-            assert self._monitor is not None
+        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
+        if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
-            text, direction = f"nothing was learned: no step had a gradient{why}", 0
-        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction > 0)]
-        if not tries and direction < 0:
-            tries = [worse("").advice]
-        if not tries and not idle and text.startswith("no change"):
-            tries = [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
-        return text, tries
+            return f"nothing was learned: no step had a gradient{why}", tries
+        if answers is not None and answers.one_for_all:
+            return text, [one_answer("").advice, *tries]
+        longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
+        defaults = {0: [longer], -1: [worse("").advice]}
+        return text, tries or defaults.get(direction, [])  # type: ignore[arg-type]
 
     def _gone(self, learned: bool) -> set[str]:
         """Kinds of findings that the end of the run does not show any more."""
         gone = {"worse", "reference"} if learned else set()
         gone |= set() if self._cut else {"cut"}
-        return gone if self._monitor is None or self._monitor.equal else gone | {"equal", "gradient"}
+        learnable = self._monitor is not None and self._monitor.rollouts and not self._monitor.equal
+        return gone | {"equal", "gradient"} if learnable else gone
 
 
 def _cut_in_validation(policy: PolicyModule) -> list[Finding]:

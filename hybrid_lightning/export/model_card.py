@@ -214,12 +214,11 @@ def _generation(training: Training) -> str:
     """Python code that completes a prompt, in the form of the training's prompts."""
     sampler = training.arguments.get("sampler") or {}
     most = sampler.get("init_args", {}).get("max_new_tokens", 64) if isinstance(sampler, Mapping) else 64
-    chat = (
-        'tokenizer.apply_chat_template(\n    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True,'
-    )
-    encode = f'{chat} return_tensors="pt"\n)' if training.chat else 'tokenizer(prompt, return_tensors="pt")'
+    messages = '[{"role": "user", "content": prompt}]'
+    chat = f'tokenizer.apply_chat_template({messages}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+    encode = chat if training.chat else 'tokenizer(prompt, return_tensors="pt")'
     return (
-        f'\nprompt = "2+3="  # yours, written as those of the training\ninputs = {encode}\n'
+        f'\nprompt = "12*3="  # yours, written like the prompts of the training\ninputs = {encode}\n'
         f"output = model.generate(inputs.input_ids, max_new_tokens={most})\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
     )

@@ -28,6 +28,7 @@ SECTIONS = {  # finding -> its section of PAGE
     "large": "a-step-is-too-large",
     "small": "a-step-is-too-small",
     "worse": "the-policy-gets-worse",
+    "one": "one-answer-to-most-problems",
     "memory": "out-of-memory",
 }
 _CUT = 0.5  # share of completions that are cut and not right
@@ -245,6 +246,13 @@ class TrainingMonitor:
         if entropy < 0.02 * self.entropy and now <= start:
             return [worse(f"the entropy fell from {self.entropy:.2g} to {entropy:.2g} while the reward did not rise")]
         return []
+
+
+def one_answer(text: str) -> Finding:
+    """That most problems get the same answer."""
+    return Finding(
+        "one", text, "give about the same number of rows for each answer, and see that the reward does not pay for one"
+    )
 
 
 def worse(text: str) -> Finding:

@@ -69,7 +69,7 @@ class Answers:
         return self.reference_count < self.problems and self.found_count - self.correct_count > others
 
 
-def verdict(accuracy: Difference | None, reward: Difference | None, answers: Answers | None) -> tuple[str, int]:
+def verdict(accuracy: Difference | None, reward: Difference | None, answers: Answers | None) -> tuple[str, int | None]:
     """Judge a policy by its changes from the validation before training to the one at the end.
 
     Args:
@@ -78,7 +78,7 @@ def verdict(accuracy: Difference | None, reward: Difference | None, answers: Ans
         answers: Of the greedy completions at the end; None if they are not known.
 
     Returns:
-        The verdict, and 1 if the policy has learned, -1 if it is worse than at the start, else 0.
+        The verdict, and 1 if the policy has learned, -1 if it is worse than at the start, 0 for no change; None if not known.
     """
     if answers is not None and answers.one_for_all:
         return (
@@ -88,7 +88,7 @@ def verdict(accuracy: Difference | None, reward: Difference | None, answers: Ans
     measured = {"accuracy": (accuracy, ""), "reward": (reward, REWARD)}
     found = {name: (change, metric) for name, (change, metric) in measured.items() if change is not None}
     if not found:
-        return "not measured, since there is no validation before and after", 0
+        return "not measured, since there is no validation before and after", None
     shown = {name: f"{name} {shown_difference(change, metric)}" for name, (change, metric) in found.items()}
     directions = {name: change.direction for name, (change, _) in found.items()}
     by = next((name for name, direction in directions.items() if direction), None)

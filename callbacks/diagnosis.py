@@ -17,7 +17,7 @@ from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
-from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, one_answer, worse
+from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
 from hybrid_lightning.reports.verdict import Answers, verdict
 from hybrid_lightning.training.module import LanguageModule
@@ -153,7 +153,8 @@ class Diagnosis(OncePerRollout):
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
         if answers is not None and answers.one_for_all:
-            return text, [one_answer("").advice, *tries]
+            remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
+            return text, [Finding("one", text, remedy).advice, *tries]
         longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
         defaults = {0: [longer], -1: [worse("").advice]}
         return text, tries or defaults.get(direction, [])  # type: ignore[arg-type]

@@ -30,48 +30,41 @@ class ModelCheckpoint(LightningModelCheckpoint):
     _step_of_last = -1  # step for which this process has written `last.ckpt`
     _rewards: Mapping[str, float] = {}  # path of each of the best checkpoints -> its `val/reward`
 
+    # ---- when
+
     @property
     def _waits(self) -> bool:
-        """Whether the monitored metric is measured by validations."""
-        return self.monitor is not None and OF_VALIDATION.match(self.monitor) is not None
-
-    # ---- when
+        """Whether checkpoints are due at steps or times, and the monitored metric is known after validations alone."""
+        return self._every_n_epochs < 1 and self.monitor is not None and OF_VALIDATION.match(self.monitor) is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where nothing can be written when it is due."""
         super().on_train_start(trainer, pl_module)
-        timed = self._every_n_train_steps > 0 or self._train_time_interval is not None
-        if timed and self._waits and self.save_last is not True and trainer.is_global_zero:
+        if self._waits and self.save_last is not True and trainer.is_global_zero:
             what = f"checkpoint.monitor={self.monitor} is known after validations alone"
             say(f"Warning: no checkpoint is written between validations, since {what}; set checkpoint.save_last=true")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write what is due. Lightning would wait for a metric of validation, and then take the value of an earlier step."""
         if not self._waits:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif self._is_due(trainer) and not self._should_skip_saving_checkpoint(trainer):
-            self._defer_save_until_validation = True
+            return super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        now, steps, interval = time.monotonic(), self._every_n_train_steps, self._train_time_interval
+        due = steps > 0 and trainer.global_step % steps == 0
+        if interval is not None and self._last_time_checked is not None:
+            due = trainer.strategy.broadcast(now - self._last_time_checked >= interval.total_seconds())  # clocks of ranks differ
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._last_time_checked, self._defer_save_until_validation = now, True
             if self.save_last is True:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if self._train_time_interval is None:
-            return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
-        now, last = time.monotonic(), self._last_time_checked
-        due = last is not None and now - last >= self._train_time_interval.total_seconds()
-        due = trainer.strategy.broadcast(due)  # clocks of ranks differ
-        self._last_time_checked = now if due else last
-        return due
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what this validation decides, also if `last.ckpt` has been written at this step already."""
-        if not self._defer_save_until_validation or trainer.state.fn != "fit":
-            super().on_validation_end(trainer, pl_module)
-            return
-        self._defer_save_until_validation, self._step_of_last = False, -1
-        candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        if self._defer_save_until_validation:
+            self._last_global_step_saved = self._step_of_last = -1
+        super().on_validation_end(trainer, pl_module)
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        return not self._waits and super()._should_save_on_train_epoch_end(trainer)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
@@ -104,13 +97,12 @@ class ModelCheckpoint(LightningModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if filepath in self.best_k_models:  # Lightning has just added it, and takes the first of equal ones
-            self._rewards = {path: self._rewards.get(path, -math.inf) for path in self.best_k_models} | {
-                filepath: _reward(trainer)
-            }
+            known = {**self._rewards, filepath: _reward(trainer)}
+            self._rewards = {path: known.get(path, -math.inf) for path in self.best_k_models}
             sign = 1 if self.mode == "max" else -1
             order = sorted(self.best_k_models, key=lambda path: (sign * float(self.best_k_models[path]), self._rewards[path]))
             self.kth_best_model_path, self.best_model_path = order[0], order[-1]
-            self.kth_value, self.best_model_score = (self.best_k_models[path] for path in (order[0], order[-1]))
+            self.kth_value, self.best_model_score = self.best_k_models[order[0]], self.best_k_models[order[-1]]
         super()._save_checkpoint(trainer, filepath)
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
-from hybrid_lightning.errors import shorten
 from hybrid_lightning.metrics import LOWER, UPPER, Difference
 from hybrid_lightning.reports.verdict import GREEDY, REWARD, Answers, shown_difference
 from hybrid_lightning.training.module import LanguageModule
@@ -135,9 +134,14 @@ class RunSummary(Callback):
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = _eval_samples(pl_module)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
-        changes = self._changes(trainer, samples) if after else {}
-        answers = self._answers if after else None
-        verdict, tries = self._verdict(trainer, pl_module, changes, answers)
+        report, names = find_callback(trainer, RunReport), {"accuracy": f"val/avg@{samples}", "greedy": GREEDY, "reward": REWARD}
+        found = {
+            name: report.change(metric)
+            for name, metric in names.items()
+            if report and metric in self._before.keys() & after.keys()
+        }
+        changes = {name: change for name, change in found.items() if change is not None}
+        verdict, tries = self._verdict(trainer, pl_module, after, changes)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),
@@ -146,7 +150,7 @@ class RunSummary(Callback):
             "reward_before": self._before.get(REWARD),
             "reward_after": after.get(REWARD),
             "differences": {name: change._asdict() for name, change in changes.items()},
-            "answers": None if answers is None else asdict(answers),
+            "answers": asdict(self._answers) if after and self._answers else None,
             "seconds": round(self._earlier_seconds + now - self._start, 2),
             "training_seconds": round(now - self._train_start, 2),
             "seconds_by_phase": {} if timer is None else {name: round(value, 3) for name, value in timer.totals().items()},
@@ -168,25 +172,16 @@ class RunSummary(Callback):
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
         }
 
-    def _changes(self, trainer: Trainer, samples: int) -> dict[str, Difference]:
-        """The changes from the validation before training to the last one, as far as they are known by problem."""
-        report = find_callback(trainer, RunReport)
-        names = {"accuracy": f"val/avg@{samples}", "greedy": GREEDY, "reward": REWARD}
-        measured = {name: metric for name, metric in names.items() if metric in self._before and report is not None}
-        found = {name: report.change(metric) for name, metric in measured.items()}  # type: ignore[union-attr]
-        return {name: change for name, change in found.items() if change is not None}
-
     def _verdict(
-        self, trainer: Trainer, pl_module: LightningModule, changes: Mapping[str, Difference], answers: Answers | None
+        self, trainer: Trainer, pl_module: LightningModule, after: Mapping[str, float], changes: Mapping[str, Difference]
     ) -> tuple[str, list[str]]:
         diagnosis = find_callback(trainer, Diagnosis)
         if diagnosis is None:
             return "", []
         terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
-        knows_right = any(term.measures_correctness for term in terms)
-        sides = (self._before, self._after if self._validated_step == trainer.global_step else {})
-        losses = None if any("val/loss" not in side for side in sides) else (sides[0]["val/loss"], sides[1]["val/loss"])
-        return diagnosis.verdict(changes.get("accuracy") if knows_right else None, changes.get("reward"), answers, losses)
+        accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
+        losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
+        return diagnosis.verdict(accuracy, changes.get("reward"), self._answers if after else None, losses)
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module
@@ -208,7 +203,8 @@ class RunSummary(Callback):
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             if "val/problems" in after:
-                table.add_row("problems", _problems(after["val/problems"], summary["answers"]))
+                answers = f"; {Answers(**summary['answers'])}" if summary["answers"] else ""
+                table.add_row("problems", f"{after['val/problems']:.0f}{answers}")
             table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy"))
             table.add_row("greedy accuracy", _change(summary, "greedy"))
             table.add_row("reward", _change(summary, "reward"))
@@ -284,14 +280,6 @@ def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float
     largest = max((int(name.partition("@")[2]) for name in overall if "@" in name), default=0)
     chosen = (name for name in overall if name != "problems" and ("@" not in name or name.endswith(f"@{largest}")))
     return {name: metrics[f"val/{name}"] for name in chosen}
-
-
-def _problems(number: float, answers: dict[str, Any] | None) -> str:
-    """How many there are, and how many are right with one answer to all."""
-    if answers is None:
-        return f"{number:.0f}"
-    share = answers["reference_count"] / answers["problems"]
-    return f"{number:.0f}; the most frequent reference answer, {shorten(answers['reference'])}, is right for {share:.1%}"
 
 
 def _change(summary: dict[str, Any], name: str) -> str:

@@ -25,7 +25,7 @@ from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.model.loading import read_config
-from hybrid_lightning.reports.verdict import REWARD
+from hybrid_lightning.reports.verdict import GREEDY, REWARD
 from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
@@ -177,37 +177,30 @@ def _data_section(policy: TrainedPolicy) -> str:
 
 def _rates(policy: TrainedPolicy) -> dict[str, float]:
     """The learning rates of the groups that were trained."""
-    arguments, plan = policy.training.arguments, policy.plan
-    rates = {name: arguments[name] for name in ("lr_full", "lr_lora") if arguments.get(name) is not None}
-    if "lr_full" not in rates and "lr_lora" in rates and plan.full_modules:
+    trained = {"lr_full": policy.plan.full_modules, "lr_lora": policy.plan.lora_modules}
+    rates = {name: policy.training.arguments.get(name) for name in trained}
+    if rates["lr_full"] is None and rates["lr_lora"] is not None:
         with suppress(ModelError):  # the base model's config, which says how wide it is, cannot be read
-            rates["lr_full"] = float(f"{rate_of_full_modules(rates['lr_lora'], read_config(policy.base.source)):.6g}")
-    trained = {"lr_full": plan.full_modules, "lr_lora": plan.lora_modules}
-    return {name: rates[name] for name, modules in trained.items() if modules and name in rates}
+            rates["lr_full"] = rate_of_full_modules(rates["lr_lora"], read_config(policy.base.source))
+    return {name: float(f"{rates[name]:.6g}") for name, modules in trained.items() if modules and rates[name] is not None}
 
 
 def _metrics_section(training: Training) -> str:
     names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
-    sides = (training.before, training.after)
-
-    def changes(name: str, shown: str) -> str:
-        return " -> ".join(format(side[name], shown) if name in side else "not measured" for side in sides)
-
-    accuracy = next((name for name in names if re.fullmatch(r"val/avg@\d+", name)), None)
-    said = [f"accuracy {changes(accuracy, '.1%')}"] if accuracy is not None else []
-    said += [f"reward {changes(REWARD, '.3f')}"] if REWARD in names else []
-    numbers = {name: [_number(name, side[name]) if name in side else "-" for side in sides] for name in names}
-    rows = [f"| `{name}` | {before} | {after} |" for name, (before, after) in numbers.items()]
+    said = {name: "accuracy" for name in names if re.fullmatch(r"val/avg@\d+", name)} | {
+        GREEDY: "greedy accuracy",
+        REWARD: "reward",
+    }
+    rows = []
+    for name in sorted(names, key=lambda name: name not in said):
+        shown = ".0f" if name.endswith("/problems") else ".4f"
+        values = (format(side[name], shown) if name in side else "-" for side in (training.before, training.after))
+        rows.append(f"| {f'{said[name]}, ' if name in said else ''}`{name}` | {' | '.join(values)} |")
     when = f" (after {training.validated_step} steps)" if training.after else ""
     head = f"| metric | base | trained{when} |"
-    first = f"Validation problems, held out from training{': ' if said else ''}{', '.join(said)}."
-    return "\n".join([first, "", head, "|---|---|---|", *rows])
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.0f}" if name.endswith("/problems") else f"{value:.4f}"
+    return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
 
 
 def _generation(training: Training) -> str:

@@ -195,39 +195,35 @@ def difference(before: Mapping[Problem, float], after: Mapping[Problem, float], 
     sides = [{key: value for key, value in side.items() if not isnan(value)} for side in (before, after)]
     if paired:
         sides = [{key: side[key] for key in sides[1] if key in sides[0]} for side in sides]
-    values = [value for side in sides for value in side.values()]
+    count = len(sides[1])
     if not all(sides):
-        return Difference(nan, nan, nan, len(sides[1]))
+        return Difference(nan, nan, nan, count)
+    values = [value for side in sides for value in side.values()]
     floor = min(0.0, *values)
     size = max(1.0, *values) - floor
-    parts = []
+    parts: list[list[Tensor]] = []
     for side in sides:
         sets: dict[str, list[float]] = {}
         for (name, _), value in side.items():
             sets.setdefault(name, []).append((value - floor) / size)
         parts.append([torch.tensor(of_set, dtype=torch.float64) for of_set in sets.values()])
-    first, last = (sum(float(one.mean()) for one in part) / len(part) for part in parts)
-    value, count = last - first, len(sides[1])
+    means = [sum(float(one.mean()) for one in part) / len(part) for part in parts]
+    value = means[1] - means[0]
     if draws == inf and count < 5:
         return Difference(size * value, nan, nan, count)
-    (first_low, first_high), (last_low, last_high) = (confidence_interval(part, draws) for part in parts)
-    phi = _correlation(*parts, draws) if paired else 0.0
+    below, above = zip(*(confidence_interval(part, draws) for part in parts), strict=True)
+    phi = 0.0
+    if paired:  # with Newcombe's correction for few problems, where values are alike
+        one, other = (torch.cat([of_set - of_set.mean() for of_set in part]) for part in parts)
+        shared, most = float(one @ other), float(one.norm() * other.norm())
+        phi = min(shared, max(0.0, shared - 0.5 / draws)) / most if most > 0 else 0.0
 
-    def width(one: float, other: float) -> float:
-        return sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+    def width(first: float, last: float) -> float:
+        return sqrt(max(0.0, first**2 - 2 * phi * first * last + last**2))
 
-    low, high = value - width(last - last_low, first_high - first), value + width(last_high - last, first - first_low)
+    low = value - width(above[0] - means[0], means[1] - below[1])
+    high = value + width(means[0] - below[0], above[1] - means[1])
     return Difference(size * value, size * low, size * high, count)
-
-
-def _correlation(first: Sequence[Tensor], last: Sequence[Tensor], draws: float) -> float:
-    """Correlation of two means over the same problems, one tensor per set, with Newcombe's correction for few problems."""
-    covariance, variances = 0.0, [0.0, 0.0]
-    for one, other in zip(first, last, strict=True):
-        shared = float(((one - one.mean()) * (other - other.mean())).mean())
-        covariance += (max(0.0, shared - 0.5 / len(one) / draws) if shared > 0 else shared) / len(one)
-        variances = [sum_ + float(side.var(correction=0)) / len(side) for sum_, side in zip(variances, (one, other), strict=True)]
-    return covariance / sqrt(variances[0] * variances[1]) if min(variances) > 0 else 0.0
 
 
 def check_set_name(name: str) -> None:

@@ -248,13 +248,6 @@ class TrainingMonitor:
         return []
 
 
-def one_answer(text: str) -> Finding:
-    """That most problems get the same answer."""
-    return Finding(
-        "one", text, "give about the same number of rows for each answer, and see that the reward does not pay for one"
-    )
-
-
 def worse(text: str) -> Finding:
     """That the policy gets worse, and why."""
     return Finding("worse", text, "lower model.lr_lora and model.lr_full, and go on from an earlier checkpoint")

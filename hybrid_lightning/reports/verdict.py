@@ -62,6 +62,10 @@ class Answers:
         correct = sum(right for found, right, _ in given if found == answer)
         return cls(len(given), *references[0], answer, count, correct)
 
+    def __str__(self) -> str:
+        share = self.reference_count / self.problems
+        return f"the most frequent reference answer, {shorten(self.reference)}, is right for {share:.1%}"
+
     @property
     def one_for_all(self) -> bool:
         """Whether one answer is given, wrongly, to most of the problems that have another one."""
@@ -85,12 +89,11 @@ def verdict(accuracy: Difference | None, reward: Difference | None, answers: Ans
             f"one answer to most problems, which is not learning: {shorten(answers.found)} to {answers.found_count} of "
             f"{answers.problems}, right for {answers.correct_count}"
         ), 0
-    measured = {"accuracy": (accuracy, ""), "reward": (reward, REWARD)}
-    found = {name: (change, metric) for name, (change, metric) in measured.items() if change is not None}
-    if not found:
+    found = {"accuracy": accuracy, "reward": reward}
+    shown = {name: f"{name} {shown_difference(change, f'val/{name}')}" for name, change in found.items() if change is not None}
+    directions = {name: change.direction for name, change in found.items() if change is not None}
+    if not shown:
         return "not measured, since there is no validation before and after", None
-    shown = {name: f"{name} {shown_difference(change, metric)}" for name, (change, metric) in found.items()}
-    directions = {name: change.direction for name, (change, _) in found.items()}
     by = next((name for name, direction in directions.items() if direction), None)
     if by is None:
         return f"no change that is larger than its interval: {', '.join(shown.values())}", 0

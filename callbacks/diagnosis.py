@@ -19,7 +19,7 @@ from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_rewards
-from hybrid_lightning.reports.verdict import Answers, verdict
+from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
@@ -136,14 +136,15 @@ class Diagnosis(OncePerRollout):
     # ---- at the end
 
     def verdict(
-        self, accuracy: Difference | None, reward: Difference | None, answers: Answers | None, losses: tuple[float, float] | None
+        self, accuracy: Difference | None, reward: Difference | None, losses: tuple[float, float] | None, one_answer: str = ""
     ) -> tuple[str, list[str]]:
         """Whether the policy has learned, and what to try (see `reports.verdict`).
 
-        `losses` are those on held-out examples before training and at its end, which decide if nothing else was measured.
+        `losses` are those on held-out examples before training and at its end, which decide if nothing else was measured;
+        `one_answer` says that most problems get one answer at the end (see `most_frequent`), which decides before all.
         """
-        text, direction = verdict(accuracy, reward, answers)
-        if accuracy is reward is None and losses is not None:
+        text, direction = verdict(accuracy, reward)
+        if direction is None and losses is not None:
             direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
             said = ("no change", "learned", "worse than at the start")[direction]
             text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
@@ -152,12 +153,13 @@ class Diagnosis(OncePerRollout):
             paid = self._monitor.constant
             why = "" if paid is None else f", since every completion earned {paid:.3g}"
             return f"nothing was learned: no step had a gradient{why}", tries
-        if answers is not None and answers.one_for_all:
+        if one_answer:
             remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
-            return text, [Finding("one", text, remedy).advice, *tries]
-        longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
-        defaults = {0: [longer], -1: [worse("").advice]}
-        return text, tries or defaults.get(direction, [])  # type: ignore[arg-type]
+            return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
+        if not tries and direction in (0, -1):
+            longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
+            tries = [longer if direction == 0 else worse("").advice]
+        return text, tries
 
     def _gone(self, learned: bool) -> set[str]:
         """Kinds of findings that the end of the run does not show any more."""

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
+from hybrid_lightning.errors import shorten
 from hybrid_lightning.metrics import LOWER, UPPER, Difference
-from hybrid_lightning.reports.verdict import GREEDY, REWARD, Answers, shown_difference
+from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
@@ -48,7 +48,7 @@ class RunSummary(Callback):
         self._earlier_seconds = 0.0  # time of the runs that this one resumes
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
-        self._answers: Answers | None = None  # of the last validation
+        self._answers: dict[str, Any] = {}  # the most frequent ones of the last validation
         self._validated_step = -1
         self._train_start = self._start
 
@@ -63,7 +63,7 @@ class RunSummary(Callback):
         return {
             "before": self._before,
             "after": self._after,
-            "answers": self._answers and asdict(self._answers),
+            "answers": self._answers,
             "validated_step": self._validated_step,
             "seconds": self._earlier_seconds + time.perf_counter() - self._start,
         }
@@ -72,8 +72,7 @@ class RunSummary(Callback):
         """Take over the measurements and the time of the run that is resumed."""
         self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
-        answers = state_dict.get("answers")
-        self._answers = answers and Answers(**answers)
+        self._answers = state_dict.get("answers", {})
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the start policy, and log them as step 0."""
@@ -98,7 +97,7 @@ class RunSummary(Callback):
         """Print the metrics of a validation."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._after, self._validated_step = _validation_metrics(trainer), trainer.global_step
-            self._answers = Answers.of(pl_module.evaluation.answers) if isinstance(pl_module, LanguageModule) else None
+            self._answers = most_frequent(pl_module.evaluation.answers) if isinstance(pl_module, LanguageModule) else {}
             self._print_validation(trainer, f"step {trainer.global_step}", self._after)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,22 +134,14 @@ class RunSummary(Callback):
         samples = _eval_samples(pl_module)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
         report, names = find_callback(trainer, RunReport), {"accuracy": f"val/avg@{samples}", "greedy": GREEDY, "reward": REWARD}
-        found = {
-            name: report.change(metric)
-            for name, metric in names.items()
-            if report and metric in self._before.keys() & after.keys()
-        }
-        changes = {name: change for name, change in found.items() if change is not None}
+        both = [name for name, metric in names.items() if report is not None and metric in self._before.keys() & after.keys()]
+        changes = {name: change for name in both if (change := report.change(names[name])) is not None}  # type: ignore[union-attr]
         verdict, tries = self._verdict(trainer, pl_module, after, changes)
+        sides = (("before", self._before), ("after", after))
         return {
-            "accuracy_before": self._before.get(f"val/avg@{samples}"),
-            "accuracy_after": after.get(f"val/avg@{samples}"),
-            "greedy_before": self._before.get(GREEDY),
-            "greedy_after": after.get(GREEDY),
-            "reward_before": self._before.get(REWARD),
-            "reward_after": after.get(REWARD),
+            **{f"{name}_{when}": side.get(metric) for name, metric in names.items() for when, side in sides},
             "differences": {name: change._asdict() for name, change in changes.items()},
-            "answers": asdict(self._answers) if after and self._answers else None,
+            "answers": self._answers if after else {},
             "seconds": round(self._earlier_seconds + now - self._start, 2),
             "training_seconds": round(now - self._train_start, 2),
             "seconds_by_phase": {} if timer is None else {name: round(value, 3) for name, value in timer.totals().items()},
@@ -181,7 +172,7 @@ class RunSummary(Callback):
         terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
         accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
         losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
-        return diagnosis.verdict(accuracy, changes.get("reward"), self._answers if after else None, losses)
+        return diagnosis.verdict(accuracy, changes.get("reward"), losses, self._answers.get("one_answer", "") if after else "")
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module
@@ -203,8 +194,9 @@ class RunSummary(Callback):
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
             if "val/problems" in after:
-                answers = f"; {Answers(**summary['answers'])}" if summary["answers"] else ""
-                table.add_row("problems", f"{after['val/problems']:.0f}{answers}")
+                most = "; the most frequent reference answer, {}, is right for {:.1%}" if summary["answers"] else ""
+                shown = (shorten(summary["answers"].get("reference")), summary["answers"].get("share"))
+                table.add_row("problems", f"{after['val/problems']:.0f}{most.format(*shown)}")
             table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy"))
             table.add_row("greedy accuracy", _change(summary, "greedy"))
             table.add_row("reward", _change(summary, "reward"))

@@ -7,7 +7,6 @@ learning, whatever it earns.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hybrid_lightning.errors import shorten
@@ -41,54 +40,33 @@ def shown_difference(change: Difference, metric: str) -> str:
     return f"{value}{unit}{'' if math.isnan(change.low) else f' [{low}, {high}]'}"
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The most frequent answers of a validation: those of its rows, and those of greedy completions."""
+def most_frequent(given: Sequence[tuple[str | None, bool, str | None]]) -> dict[str, Any]:
+    """What rows and greedy completions answer most often, by `Evaluation.answers`; empty if rows have no answers.
 
-    problems: int
-    reference: str  # the most frequent reference answer, and number of problems that have it
-    reference_count: int
-    found: str  # the most frequent answer of completions, the number of these, and of those that are right
-    found_count: int
-    correct_count: int
-
-    @classmethod
-    def of(cls, given: Sequence[tuple[str | None, bool, str | None]]) -> "Answers | None":
-        """Count `Evaluation.answers`; None if there are no reference answers."""
-        references = Counter(reference for _, _, reference in given if reference is not None).most_common(1)
-        if not references:
-            return None
-        ((answer, count),) = Counter(found for found, _, _ in given if found is not None).most_common(1) or [("", 0)]
-        correct = sum(right for found, right, _ in given if found == answer)
-        return cls(len(given), *references[0], answer, count, correct)
-
-    def __str__(self) -> str:
-        share = self.reference_count / self.problems
-        return f"the most frequent reference answer, {shorten(self.reference)}, is right for {share:.1%}"
-
-    @property
-    def one_for_all(self) -> bool:
-        """Whether one answer is given, wrongly, to most of the problems that have another one."""
-        others = self.problems - self.found_count
-        return self.reference_count < self.problems and self.found_count - self.correct_count > others
+    Returns:
+        `reference`, the most frequent reference answer, the `share` of problems that have it, and `one_answer`: if most of the
+        problems that have another answer get the same one, wrongly, a sentence that says so, else "".
+    """
+    references = Counter(reference for _, _, reference in given if reference is not None).most_common(1)
+    if not references:
+        return {}
+    ((found, count),) = Counter(found for found, _, _ in given if found is not None).most_common(1) or [("", 0)]
+    right, others = sum(correct for text, correct, _ in given if text == found), len(given) - count
+    share = references[0][1] / len(given)
+    said = f"one answer to most problems, which is not learning: {shorten(found)} to {count} of {len(given)}, right for {right}"
+    return {"reference": references[0][0], "share": share, "one_answer": said if share < 1 and count - right > others else ""}
 
 
-def verdict(accuracy: Difference | None, reward: Difference | None, answers: Answers | None) -> tuple[str, int | None]:
+def verdict(accuracy: Difference | None, reward: Difference | None) -> tuple[str, int | None]:
     """Judge a policy by its changes from the validation before training to the one at the end.
 
     Args:
         accuracy: The change of accuracy; None if it was not measured, or no part of the reward says what is right.
         reward: The change of the reward; None if it was not measured.
-        answers: Of the greedy completions at the end; None if they are not known.
 
     Returns:
         The verdict, and 1 if the policy has learned, -1 if it is worse than at the start, 0 for no change; None if not known.
     """
-    if answers is not None and answers.one_for_all:
-        return (
-            f"one answer to most problems, which is not learning: {shorten(answers.found)} to {answers.found_count} of "
-            f"{answers.problems}, right for {answers.correct_count}"
-        ), 0
     found = {"accuracy": accuracy, "reward": reward}
     shown = {name: f"{name} {shown_difference(change, f'val/{name}')}" for name, change in found.items() if change is not None}
     directions = {name: change.direction for name, change in found.items() if change is not None}

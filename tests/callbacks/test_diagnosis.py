@@ -61,7 +61,7 @@ def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, caps
     assert "no-gradient" not in sections(capsys.readouterr().out)
     fit(model, sums, tmp_path, diagnosis, policy=policy, max_steps=7, ckpt=tmp_path / "stopped.ckpt")
     assert sections(capsys.readouterr().out) == ["no-gradient"]
-    assert diagnosis.verdict(None, None, None, None)[0] == NO_GRADIENT
+    assert diagnosis.verdict(None, None, None)[0] == NO_GRADIENT
 
 
 # ---- doctor

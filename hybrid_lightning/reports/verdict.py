@@ -17,8 +17,8 @@ GREEDY, REWARD = "val/greedy_accuracy", "val/reward"
 
 def problem_values(validation: Mapping[str, Any] | None, metric: str) -> dict[Problem, float]:
     """Value of each problem at a validation, as `report.json` has it; empty for metrics without values by problem."""
-    column = 3 if metric == GREEDY else 4 if metric == REWARD else 2 if metric.startswith("val/avg@") else None
-    rows = (validation or {}).get("problems", ()) if column is not None else ()
+    column = {GREEDY: 3, REWARD: 4}.get(metric, 2)
+    rows = (validation or {}).get("problems", ()) if column > 2 or metric.startswith("val/avg@") else ()
     return {(row[0], row[1]): math.nan if row[column] is None else row[column] for row in rows if len(row) > column}
 
 

@@ -39,8 +39,8 @@ class RunSummary(Callback):
 
     `next_command` is a command that can be run as it is, or empty, as for a run from Python, which has no config.
 
-    Loggers get accuracy and reward (for supervised and preference training the loss) before and after as separate scalars,
-    `summary/accuracy_before` and so on: beside the reward in training, the results on TensorBoard's page of hyperparameters.
+    Loggers get the accuracy (for supervised and preference training the loss) before and after as separate scalars,
+    `summary/accuracy_before` and so on: with the reward, they are the results on TensorBoard's page of hyperparameters.
     """
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ def _eval_samples(pl_module: LightningModule) -> int:
 
 def _measures(pl_module: LightningModule) -> dict[str, str]:
     """Name of a result in the summary -> the validation metric that has its value."""
-    measures = {"accuracy": f"val/avg@{_eval_samples(pl_module)}", "reward": REWARD}
+    measures = {"accuracy": f"val/avg@{_eval_samples(pl_module)}"}
     if isinstance(pl_module, PolicyModule):
         return measures
     scored = isinstance(pl_module, LanguageModule) and pl_module.task.reward is not None

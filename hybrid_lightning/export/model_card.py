@@ -25,7 +25,6 @@ from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 from hybrid_lightning.model.loading import read_config
-from hybrid_lightning.reports.verdict import GREEDY, REWARD
 from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all

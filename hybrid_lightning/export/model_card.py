@@ -188,10 +188,7 @@ def _metrics_section(training: Training) -> str:
     names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
-    said = {name: "accuracy" for name in names if re.fullmatch(r"val/avg@\d+", name)} | {
-        GREEDY: "greedy accuracy",
-        REWARD: "reward",
-    }
+    said = {name: "accuracy" for name in names if re.fullmatch(r"val/avg@\d+", name)} | {"val/reward": "reward"}
     rows = []
     for name in sorted(names, key=lambda name: name not in said):
         shown = ".0f" if name.endswith("/problems") else ".4f"

@@ -18,18 +18,19 @@ from hybrid_lightning.reports.page import (
     page,
     result_table,
     results,
-    shown_difference,
+    shown_comparison,
     shown_value,
     table,
     thinned,
 )
+from hybrid_lightning.reports.verdict import compare_validations
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 40  # of a curve as text
 
 
 def compare(folders: Sequence[str], html: str | None = None) -> None:
-    """Print how runs differ: in their options, accuracies (in pairs where the problems are the same), sizes, times and curves.
+    """Print how runs differ: in options, accuracies and rewards (in pairs where problems are the same), sizes, times and curves.
 
     Args:
         folders: At least two run folders. Each other run is compared with the first one.
@@ -68,13 +69,15 @@ def compare(folders: Sequence[str], html: str | None = None) -> None:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows with the difference of each accuracy at the last validation from that of the first run, with intervals."""
-    rows = []
-    for label, name in runs[0].measures.items():
-        first, *others = ((run, run.problems("last", name)) for run in runs)
-        if first[1] and any(problems for _, problems in others):
-            told = (shown_difference(first[1], problems, _same(runs[0], run)) if problems else "-" for run, problems in others)
-            rows.append((f"{label}, less that of A", "", *told))
+    """Rows with the differences of accuracy and reward at the last validation from those of the first run, with intervals."""
+    rows, first = [], runs[0]
+    for label, name in first.measures.items():
+        same = [_same(first, run) for run in runs[1:]]
+        pairs = zip(runs[1:], same, strict=True)
+        found = [compare_validations(first.report["last"], run.report["last"], name, paired) for run, paired in pairs]
+        if any(found):
+            shown = (shown_comparison(one, name, paired) if one else "-" for one, paired in zip(found, same, strict=True))
+            rows.append((f"{label}, less that of A", "", *shown))
     return rows
 
 

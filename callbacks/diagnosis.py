@@ -15,10 +15,11 @@ from torch import Tensor
 from hybrid_lightning.callbacks.display import console, minute_lines, say
 from hybrid_lightning.callbacks.rollouts import OncePerRollout, shown_text
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.metrics import LOWER, UPPER
+from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
+from hybrid_lightning.reports.verdict import verdict
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
@@ -43,16 +44,19 @@ class Diagnosis(OncePerRollout):
         self.found: dict[str, Finding] = {}  # what was said, by its kind: each once
         self._monitor: TrainingMonitor | None = None
         self._begun = False
+        self._cut = True  # whether completions were cut at the last validation
 
     # ---- before the first step
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first validation."""
-        if isinstance(pl_module, PolicyModule) and pl_module.task.generation.episodes is None:  # which also end for other reasons
-            values = pl_module.evaluation.last.get("", {})
-            share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{pl_module.task.evaluation.samples}", 0.0)
-            limits = pl_module.task.generation.limits
-            self._say(trainer, *findings.of_cut(share, share - right, "the first validation", limits))  # at least so many
+        if isinstance(pl_module, PolicyModule) and pl_module.task.generation.episodes is None:
+            self._say(trainer, *_cut_in_validation(pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what a validation still shows."""
+        if isinstance(pl_module, PolicyModule):
+            self._cut = bool(_cut_in_validation(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the completions of calibration, if they were made."""
@@ -115,35 +119,66 @@ class Diagnosis(OncePerRollout):
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said, so that a resumed run goes on from there."""
         found = {kind: vars(finding) for kind, finding in self.found.items()}
-        return {**super().state_dict(), "begun": self._begun, "found": found, "monitor": self._monitor and vars(self._monitor)}
+        return {
+            **super().state_dict(),
+            "begun": self._begun,
+            "cut": self._cut,
+            "found": found,
+            "monitor": self._monitor and vars(self._monitor),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._begun = state_dict["begun"]
+        self._begun, self._cut = state_dict["begun"], state_dict.get("cut", True)
         self.found = {kind: Finding(**found) for kind, found in state_dict["found"].items()}
         self._monitor = state_dict["monitor"] and TrainingMonitor(**state_dict["monitor"])
 
     # ---- at the end
 
-    def verdict(self, before: Mapping[str, float], after: Mapping[str, float], samples: int) -> tuple[str, list[str]]:
-        """Whether the policy has learned by the metrics of the validations before training and at its end, and what to try.
+    def verdict(
+        self, accuracy: Difference | None, reward: Difference | None, losses: tuple[float, float] | None, one_answer: str = ""
+    ) -> tuple[str, list[str]]:
+        """Whether the policy has learned, and what to try (see `reports.verdict`).
 
-        `samples` is the n of `val/avg@n`.
+        `losses` are those on held-out examples before training and at its end, which decide if nothing else was measured;
+        `one_answer` says that most problems get one answer at the end (see `most_frequent`), which decides before all.
         """
-        tries = [finding.advice for finding in self.found.values()]
+        text, direction = verdict(accuracy, reward)
+        if direction is None and losses is not None:
+            direction = (losses[1] < losses[0]) - (losses[1] > losses[0])
+            said = ("no change", "learned", "worse than at the start")[direction]
+            text = f"{said}: held-out loss {losses[0]:.4f} -> {losses[1]:.4f}"
+        tries = [finding.advice for finding in self.found.values() if finding.kind not in self._gone(direction == 1)]
         if self._monitor is not None and 0 < self._monitor.steps == self._monitor.idle:
-            return "nothing was learned: no step had a gradient", tries
-        name = f"val/avg@{samples}" if f"val/avg@{samples}" in after else "val/loss"
-        if name not in before or name not in after:
-            return "not measured, since there is no validation before and after", tries
-        low, high = (before.get(f"{name}/{end}", before[name]) for end in (LOWER, UPPER))
-        if low <= after[name] <= high:
-            tries = tries or [f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"]
-            return "no change that is larger than the interval of the start", tries
-        if (after[name] > before[name]) == (name != "val/loss"):
-            return "learned", tries
-        return "worse than at the start", tries or [worse("").advice]
+            paid = self._monitor.constant
+            why = "" if paid is None else f", since every completion earned {paid:.3g}"
+            return f"nothing was learned: no step had a gradient{why}", tries
+        if one_answer:
+            remedy = "give about the same number of rows for each answer, and see that the reward does not pay for one"
+            return one_answer, [Finding("one", one_answer, remedy).advice, *tries]
+        if not tries and direction in (0, -1):
+            longer = f"train longer, or raise the rates ({PAGE}#the-reward-does-not-move)"
+            tries = [longer if direction == 0 else worse("").advice]
+        return text, tries
+
+    def _gone(self, learned: bool) -> set[str]:
+        """Kinds of findings that the end of the run does not show any more."""
+        gone = {"worse", "reference"} if learned else set()
+        gone |= set() if self._cut else {"cut"}
+        learnable = self._monitor is not None and self._monitor.rollouts and not self._monitor.equal
+        return gone | {"equal", "gradient"} if learnable else gone
+
+
+def _cut_in_validation(policy: PolicyModule) -> list[Finding]:
+    """Whether completions of the last validation are cut; of episodes, which also end for other reasons, the greedy ones."""
+    evaluation, limits = policy.evaluation, policy.task.generation.limits
+    if policy.task.generation.episodes is not None:
+        greedy = [] if evaluation.greedy is None else findings.of_rollouts(*evaluation.greedy, "the validation", limits)
+        return [finding for finding in greedy if finding.kind == "cut"]
+    values = evaluation.last.get("", {})
+    share, right = values.get("truncation_rate", 0.0), values.get(f"avg@{policy.task.evaluation.samples}", 0.0)
+    return findings.of_cut(share, share - right, "the first validation", limits)  # at least so many are wrong
 
 
 class StepLines(Callback):

@@ -16,7 +16,7 @@ from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
 from hybrid_lightning.training.module import LanguageModule
 
 Scores = Mapping[str, Mapping[str, float]]  # set -> metric -> value
-_OF_VALIDATION = re.compile(r"(?:val(?:id(?:ation)?)?|eval|test)(?![a-z])")
+OF_VALIDATION = re.compile(r"(?:val(?:id(?:ation)?)?|eval|test)(?![a-z])")
 _NOT_SHOWN = (f"/{LOWER}", f"/{UPPER}", "/problems")
 _OVERALL_TITLE = "mean of sets"
 
@@ -107,7 +107,7 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str) or monitor in measured:
             continue
-        if _OF_VALIDATION.match(monitor) or (trained is not None and monitor.partition("/")[0] not in trained):
+        if OF_VALIDATION.match(monitor) or (trained is not None and monitor.partition("/")[0] not in trained):
             names = [name for name in measured if name.startswith("val/") and not name.endswith(_NOT_SHOWN)] or ["null"]
             raise ConfigError(
                 f"{type(callback).__name__} has monitor={monitor}, which validation does not measure; "

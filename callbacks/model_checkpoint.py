@@ -1,9 +1,17 @@
-"""`ModelCheckpoint`: Lightning's callback, except that `last.ckpt` is always the checkpoint of the last step."""
+"""`ModelCheckpoint`: Lightning's callback, except that `last.ckpt` is always the last step, and equal scores are told apart."""
 
+import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
+from torch import Tensor
+
+from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.evaluation_report import OF_VALIDATION
+from hybrid_lightning.reports.verdict import REWARD
 
 
 class ModelCheckpoint(LightningModelCheckpoint):
@@ -11,11 +19,52 @@ class ModelCheckpoint(LightningModelCheckpoint):
 
     Lightning 2.6 writes `last.ckpt` only if the monitored metric is good enough for a checkpoint of its own. After a run that did
     not get better, it would hold the weights of an earlier step than the accuracy that the run reports, and a killed run would
-    lose everything after its best validation. Here it is written at each validation (or as `every_n_train_steps` says) and at the
-    end of the run. `save_last: link` works as in Lightning.
+    lose everything after its best validation. Here it is written at each validation and at the end of the run. If
+    `every_n_train_steps` or `train_time_interval` is set, it is written whenever that is due, and the validation that follows
+    decides about the best. `save_last: link` works as in Lightning.
+
+    Of checkpoints with the same value of the monitored metric, the one with the highest `val/reward` is the best, and of those
+    with the same reward the latest. A resumed run continues with the best checkpoints of the run that it resumes.
     """
 
     _step_of_last = -1  # step for which this process has written `last.ckpt`
+    _rewards: Mapping[str, float] = {}  # path of each of the best checkpoints -> its `val/reward`
+
+    # ---- when
+
+    @property
+    def _waits(self) -> bool:
+        """Whether checkpoints are due at steps or times, and the monitored metric is known after validations alone."""
+        return self._every_n_epochs < 1 and self.monitor is not None and OF_VALIDATION.match(self.monitor) is not None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where nothing can be written when it is due."""
+        super().on_train_start(trainer, pl_module)
+        if self._waits and self.save_last is not True and trainer.is_global_zero:
+            what = f"checkpoint.monitor={self.monitor} is known after validations alone"
+            say(f"Warning: no checkpoint is written between validations, since {what}; set checkpoint.save_last=true")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write what is due. Lightning would wait for a metric of validation, and then take the value of an earlier step."""
+        if not self._waits:
+            return super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        now, steps, interval = time.monotonic(), self._every_n_train_steps, self._train_time_interval
+        due = steps > 0 and trainer.global_step % steps == 0
+        if interval is not None and self._last_time_checked is not None:
+            due = trainer.strategy.broadcast(now - self._last_time_checked >= interval.total_seconds())  # clocks of ranks differ
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._last_time_checked, self._defer_save_until_validation = now, True
+            if self.save_last is True:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what this validation decides, also if `last.ckpt` has been written at this step already."""
+        if self._defer_save_until_validation:
+            self._last_global_step_saved = self._step_of_last = -1
+        super().on_validation_end(trainer, pl_module)
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        return not self._waits and super()._should_save_on_train_epoch_end(trainer)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
@@ -34,3 +83,40 @@ class ModelCheckpoint(LightningModelCheckpoint):
         if self.save_last == "link" or self._step_of_last != trainer.global_step:
             self._step_of_last = trainer.global_step
             super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    # ---- which is the best
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether a checkpoint with this value of the monitored metric is to be kept: it need not be better than the worst."""
+        if super().check_monitor_top_k(trainer, current):
+            return True
+        worst = self.best_k_models.get(self.kth_best_model_path)
+        tied = current is not None and worst is not None and bool(current == worst)
+        tied = tied and _reward(trainer) >= self._rewards.get(self.kth_best_model_path, -math.inf)
+        return trainer.strategy.reduce_boolean_decision(tied)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if filepath in self.best_k_models:  # Lightning has just added it, and takes the first of equal ones
+            known = {**self._rewards, filepath: _reward(trainer)}
+            self._rewards = {path: known.get(path, -math.inf) for path in self.best_k_models}
+            sign = 1 if self.mode == "max" else -1
+            order = sorted(self.best_k_models, key=lambda path: (sign * float(self.best_k_models[path]), self._rewards[path]))
+            self.kth_best_model_path, self.best_model_path = order[0], order[-1]
+            self.kth_value, self.best_model_score = self.best_k_models[order[0]], self.best_k_models[order[-1]]
+        super()._save_checkpoint(trainer, filepath)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the rewards of the best."""
+        return {**super().state_dict(), "rewards": self._rewards}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoints, which stay in the folder of the run that is resumed."""
+        last = self.last_model_path if self.dirpath != state_dict["dirpath"] else state_dict["last_model_path"]
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "last_model_path": last})
+        self._rewards = state_dict.get("rewards", {})
+
+
+def _reward(trainer: Trainer) -> float:
+    """Of the last validation; the lowest if there is none."""
+    value = float(trainer.callback_metrics.get(REWARD, -math.inf))
+    return -math.inf if math.isnan(value) else value

@@ -28,7 +28,9 @@ from hybrid_lightning.callbacks.rollouts import shown_prompt, shown_text
 from hybrid_lightning.callbacks.run_folder import find_callback, known_folder, run_folder
 from hybrid_lightning.callbacks.run_settings import changed_settings, flatten_settings
 from hybrid_lightning.callbacks.step_timer import StepTimer
+from hybrid_lightning.metrics import Difference
 from hybrid_lightning.reports.page import REPORT, Run, report_page
+from hybrid_lightning.reports.verdict import compare_validations
 from hybrid_lightning.sharding.atomic import unfinished_path
 from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.training.lightning_internals import ends_step
@@ -36,6 +38,7 @@ from hybrid_lightning.training.module import LanguageModule
 
 # The metrics whose curves are kept, in the order of the page.
 CURVES = (
+    r"val/(.+/)?reward",
     r"val/(.+/)?avg@\d+",
     r"val/(.+/)?greedy_accuracy",
     r"val/loss",
@@ -121,6 +124,12 @@ class RunReport(Callback):
                 steps.append(trainer.global_step)
                 values.append(float(f"{float(value):.6g}"))
 
+    def change(self, metric: str) -> Difference | None:
+        """The change of a metric from the first to the last validation; None if there are not two that have it by problem."""
+        if self._first is None or self._last is None or self._first["step"] == self._last["step"]:
+            return None
+        return compare_validations(self._first, self._last, metric)
+
     # ---- writing
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -192,7 +201,7 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
     """Results of each problem of the last validation, and the greedy completions of some."""
     if not isinstance(pl_module, LanguageModule):
         return {"problems": [], "samples": []}
-    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.task.evaluation.samples}", "greedy_accuracy")
+    evaluation, names = pl_module.evaluation, (f"avg@{pl_module.task.evaluation.samples}", "greedy_accuracy", "reward")
     rows = []
     for problem, values in evaluation.by_problem.items():
         rows.append([*problem, *(None if math.isnan(values[name]) else round(values[name], 6) for name in names)])

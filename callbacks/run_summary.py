@@ -1,8 +1,9 @@
-"""`RunSummary`: summarizes a run: accuracy before and after, what was trained, how long it took, and what to type next."""
+"""`RunSummary`: summarizes a run: accuracy and reward before and after, what was trained, its time, and what to type next."""
 
 import json
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from hybrid_lightning.callbacks.run_report import RunReport, shares_ahead
 from hybrid_lightning.callbacks.run_settings import arguments_of
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.configurable import as_call
-from hybrid_lightning.metrics import LOWER, UPPER
+from hybrid_lightning.errors import shorten
+from hybrid_lightning.metrics import LOWER, UPPER, Difference
+from hybrid_lightning.reports.verdict import GREEDY, REWARD, most_frequent, shown_difference
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
 
@@ -28,10 +31,11 @@ from hybrid_lightning.training.policy_module import PolicyModule
 class RunSummary(Callback):
     """Prints a summary at the end of `fit` and writes it as `summary.json`.
 
-    With `num_sanity_val_steps: -1` Lightning's sanity check covers all validation data, and gives the accuracy before training; a
-    resumed run takes it from the checkpoint. If training does not end with a validation, one is made. Without validation both are
-    null. A metric that compares the policy with the start policy, DPO's `rewards/accuracies`, is null before training, where
-    loggers get 0 as in TRL. The times by phase are there if a `StepTimer` comes before this callback.
+    With `num_sanity_val_steps: -1` Lightning's sanity check covers all validation data, and gives the values before training; a
+    resumed run takes them from the checkpoint. If training does not end with a validation, one is made. Without validation both
+    are null. A metric that compares the policy with the start policy, DPO's `rewards/accuracies`, is null before training, where
+    loggers get 0 as in TRL. The times by phase are there if a `StepTimer` comes before this callback, a verdict if there is a
+    `Diagnosis`, and intervals of what changed if there is a `RunReport`, which keeps the results of each problem.
 
     `next_command` is a command that can be run as it is, or empty, as for a run from Python, which has no config.
 
@@ -44,6 +48,7 @@ class RunSummary(Callback):
         self._earlier_seconds = 0.0  # time of the runs that this one resumes
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
+        self._answers: dict[str, Any] = {}  # the most frequent ones of the last validation
         self._validated_step = -1
         self._train_start = self._start
 
@@ -58,6 +63,7 @@ class RunSummary(Callback):
         return {
             "before": self._before,
             "after": self._after,
+            "answers": self._answers,
             "validated_step": self._validated_step,
             "seconds": self._earlier_seconds + time.perf_counter() - self._start,
         }
@@ -66,6 +72,7 @@ class RunSummary(Callback):
         """Take over the measurements and the time of the run that is resumed."""
         self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
+        self._answers = state_dict.get("answers", {})
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the start policy, and log them as step 0."""
@@ -90,6 +97,7 @@ class RunSummary(Callback):
         """Print the metrics of a validation."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._after, self._validated_step = _validation_metrics(trainer), trainer.global_step
+            self._answers = most_frequent(pl_module.evaluation.answers) if isinstance(pl_module, LanguageModule) else {}
             self._print_validation(trainer, f"step {trainer.global_step}", self._after)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,13 +133,15 @@ class RunSummary(Callback):
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = _eval_samples(pl_module)
         timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
-        diagnosis = find_callback(trainer, Diagnosis)
-        verdict, tries = ("", []) if diagnosis is None else diagnosis.verdict(self._before, after, samples)
+        report, names = find_callback(trainer, RunReport), {"accuracy": f"val/avg@{samples}", "greedy": GREEDY, "reward": REWARD}
+        both = [name for name, metric in names.items() if report is not None and metric in self._before.keys() & after.keys()]
+        changes = {name: change for name in both if (change := report.change(names[name])) is not None}  # type: ignore[union-attr]
+        verdict, tries = self._verdict(trainer, pl_module, after, changes)
+        sides = (("before", self._before), ("after", after))
         return {
-            "accuracy_before": self._before.get(f"val/avg@{samples}"),
-            "accuracy_after": after.get(f"val/avg@{samples}"),
-            "greedy_before": self._before.get("val/greedy_accuracy"),
-            "greedy_after": after.get("val/greedy_accuracy"),
+            **{f"{name}_{when}": side.get(metric) for name, metric in names.items() for when, side in sides},
+            "differences": {name: change._asdict() for name, change in changes.items()},
+            "answers": self._answers if after else {},
             "seconds": round(self._earlier_seconds + now - self._start, 2),
             "training_seconds": round(now - self._train_start, 2),
             "seconds_by_phase": {} if timer is None else {name: round(value, 3) for name, value in timer.totals().items()},
@@ -153,6 +163,17 @@ class RunSummary(Callback):
             "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
         }
 
+    def _verdict(
+        self, trainer: Trainer, pl_module: LightningModule, after: Mapping[str, float], changes: Mapping[str, Difference]
+    ) -> tuple[str, list[str]]:
+        diagnosis = find_callback(trainer, Diagnosis)
+        if diagnosis is None:
+            return "", []
+        terms = pl_module.task.generation.reward_terms() if isinstance(pl_module, LanguageModule) else []
+        accuracy = changes.get("accuracy") if any(term.measures_correctness for term in terms) else None
+        losses = (self._before["val/loss"], after["val/loss"]) if "val/loss" in self._before.keys() & after.keys() else None
+        return diagnosis.verdict(accuracy, changes.get("reward"), losses, self._answers.get("one_answer", "") if after else "")
+
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         module = trainer.lightning_module
         if trainer.is_global_zero and metrics:
@@ -172,8 +193,13 @@ class RunSummary(Callback):
             preferred = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
             table.add_row("preferred as chosen", preferred)
         if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
-            table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
-            table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
+            if "val/problems" in after:
+                most = "; the most frequent reference answer, {}, is right for {:.1%}" if summary["answers"] else ""
+                shown = (shorten(summary["answers"].get("reference")), summary["answers"].get("share"))
+                table.add_row("problems", f"{after['val/problems']:.0f}{most.format(*shown)}")
+            table.add_row(f"accuracy (avg@{samples})", _change(summary, "accuracy"))
+            table.add_row("greedy accuracy", _change(summary, "greedy"))
+            table.add_row("reward", _change(summary, "reward"))
         modules = [name.removeprefix("model.") for name in summary["full_modules"]]
         more = f" and {len(modules) - 6} more" if len(modules) > 6 else ""
         table.add_row("fully trained", ", ".join(modules[:6]) + more or "none")
@@ -248,9 +274,15 @@ def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float
     return {name: metrics[f"val/{name}"] for name in chosen}
 
 
-def _change(before: float | None, after: float | None) -> str:
-    shown = " -> ".join("not measured" if value is None else f"{value:.1%}" for value in (before, after))
-    return shown if before is None or after is None else f"{shown} ({100 * (after - before):+.1f} points)"
+def _change(summary: dict[str, Any], name: str) -> str:
+    """A text such as "25.0% -> 50.0% (+25.0 points [+3.1, +42.0])"."""
+    before, after = sides = summary[f"{name}_before"], summary[f"{name}_after"]
+    metric, digits = (REWARD, ".3f") if name == "reward" else (name, ".1%")
+    shown = " -> ".join("not measured" if value is None else f"{value:{digits}}" for value in sides)
+    if before is None or after is None:
+        return shown
+    change = summary["differences"].get(name) or Difference(after - before, math.nan, math.nan, 0)._asdict()
+    return f"{shown} ({shown_difference(Difference(**change), metric)})"
 
 
 def _time(summary: dict[str, Any]) -> str:

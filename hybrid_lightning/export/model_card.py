@@ -8,6 +8,7 @@ import importlib.metadata
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from huggingface_hub.repocard import metadata_load
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.assets import EMBEDDED
 from hybrid_lightning.configurable import as_call
+from hybrid_lightning.errors import ModelError
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
 from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
+from hybrid_lightning.model.loading import read_config
+from hybrid_lightning.training.optim import rate_of_full_modules
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
 _SHOWN_SETTINGS = (  # arguments of the module
@@ -36,12 +40,18 @@ _SHOWN_SETTINGS = (  # arguments of the module
     "minibatches_per_rollout",
     "examples_per_step",
     "optimizer",
-    "lr_full",
-    "lr_lora",
     "schedule",
     "seed",
 )
 _PATH = re.compile(r"(?:~?/|[A-Za-z]:[/\\])(?:[\w.+@ -]+[/\\])+[^/\\\n]+\Z")  # absolute, with at least one folder
+_CITATION = """@misc{hybrid-lora,
+  title = {Hybrid-LoRA},
+  author = {Zhang and Zhu and Lee},
+  note = {title and names in full: see the paper},
+  eprint = {2605.18822},
+  archivePrefix = {arXiv},
+  url = {https://arxiv.org/abs/2605.18822}
+}"""
 _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
@@ -56,12 +66,13 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"The model `{policy.base.name}`{revision} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
-        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
+        f"## How to load it\n\n```python\n{form.how_to_load(policy)}{_generation(policy.training)}```\n\n"
         f"{f'The weights here are {dtype}. ' if dtype else ''}{_serving_sentence(form, policy.plan)}",
         f"## What was trained\n\n{_plan_section(policy.plan)}",
-        f"## On what\n\n{_data_section(policy.training)}",
+        f"## On what\n\n{_data_section(policy)}",
         f"## What came of it\n\n{_metrics_section(policy.training)}",
         f"## Licence\n\nThat of the base model `{policy.base.name}`{',' if licence is None else ':'} {found}.",
+        f"## Citation\n\nThe method:\n\n```bibtex\n{_CITATION}\n```",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
@@ -152,22 +163,54 @@ def _lora_words(plan: AdapterPlan) -> str:
     return f"{modules}, ranks {plan.ranks[0]} to {plan.ranks[-1]}, {alpha}"
 
 
-def _data_section(training: Training) -> str:
+def _data_section(policy: TrainedPolicy) -> str:
+    training = policy.training
     data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(_named(training.data))}```"
     settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
+    if isinstance(optimizer := settings.get("optimizer"), Mapping):  # its own rate is not used
+        used = {name: value for name, value in optimizer.get("init_args", {}).items() if name != "lr"}
+        settings["optimizer"] = {**optimizer, "init_args": used}
+    settings |= _rates(policy)
     return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(_named(settings))}```" if settings else data
+
+
+def _rates(policy: TrainedPolicy) -> dict[str, float]:
+    """The learning rates of the groups that were trained."""
+    trained = {"lr_full": policy.plan.full_modules, "lr_lora": policy.plan.lora_modules}
+    rates = {name: policy.training.arguments.get(name) for name in trained}
+    if rates["lr_full"] is None and rates["lr_lora"] is not None:
+        with suppress(ModelError):  # the base model's config, which says how wide it is, cannot be read
+            rates["lr_full"] = rate_of_full_modules(rates["lr_lora"], read_config(policy.base.source))
+    return {name: float(f"{rates[name]:.6g}") for name, modules in trained.items() if modules and rates[name] is not None}
 
 
 def _metrics_section(training: Training) -> str:
     names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
-    sides = (training.before, training.after)
-    numbers = {name: [f"{side[name]:.4f}" if name in side else "-" for side in sides] for name in names}
-    rows = [f"| `{name}` | {before} | {after} |" for name, (before, after) in numbers.items()]
+    said = {name: "accuracy" for name in names if re.fullmatch(r"val/avg@\d+", name)} | {"val/reward": "reward"}
+    rows = []
+    for name in sorted(names, key=lambda name: name not in said):
+        shown = ".0f" if name.endswith("/problems") else ".4f"
+        values = (format(side[name], shown) if name in side else "-" for side in (training.before, training.after))
+        rows.append(f"| {f'{said[name]}, ' if name in said else ''}`{name}` | {' | '.join(values)} |")
     when = f" (after {training.validated_step} steps)" if training.after else ""
     head = f"| metric | base | trained{when} |"
     return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
+
+
+def _generation(training: Training) -> str:
+    """Python code that completes a prompt, in the form of the training's prompts."""
+    sampler = training.arguments.get("sampler") or {}
+    most = sampler.get("init_args", {}).get("max_new_tokens", 64) if isinstance(sampler, Mapping) else 64
+    messages = '[{"role": "user", "content": prompt}]'
+    chat = f'tokenizer.apply_chat_template({messages}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+    encode = chat if training.chat else 'tokenizer(prompt, return_tensors="pt")'
+    return (
+        f'\nprompt = "12*3="  # yours, written like the prompts of the training\ninputs = {encode}\n'
+        f"output = model.generate(inputs.input_ids, max_new_tokens={most})\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
+    )
 
 
 def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:

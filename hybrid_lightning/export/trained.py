@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.data import ChatFormat
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.model.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.model.pretrained import meta_model
@@ -84,6 +85,7 @@ class Training:
     steps: int = 0  # optimizer steps
     arguments: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments of the module, in plain types
     data: Mapping[str, Any] | None = None  # class_path and init_args of the data source
+    chat: bool = False  # whether prompts were messages
     before: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the start policy
     after: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the last validation
     validated_step: int | None = None  # optimizer steps before that validation
@@ -154,6 +156,7 @@ def training_of(
         steps=steps,
         arguments={name: value for name, value in arguments.items() if not name.startswith("_")},
         data=source.to_config() if hasattr(source, "to_config") else None,
+        chat=isinstance(getattr(datamodule, "format", None), ChatFormat),
         before=summary.get("before", {}),
         after=summary.get("after", {}),
         validated_step=summary.get("validated_step"),

@@ -29,6 +29,7 @@ SECTIONS = {  # finding -> its section of PAGE; the first that is found explains
     "worse": "the-policy-gets-worse",
     "agreement": "sampling-and-training-disagree",
     "constant": "one-answer-is-right-for-most-rows",
+    "one": "one-answer-to-most-problems",
     "memory": "out-of-memory",
 }
 _CUT = 0.5  # share of completions that are cut and not right
@@ -202,6 +203,18 @@ class TrainingMonitor:
 
     def __post_init__(self) -> None:
         self.window = max(3, -(-24 // self.groups))
+
+    @property
+    def constant(self) -> float | None:
+        """What every completion of the rollouts that are kept has earned; None if there are none, or they differ."""
+        paid = [value for row in self.rollouts for value in (row["worst"], row["reward"])]
+        return paid[0] if paid and max(paid) - min(paid) <= 1e-6 * max(1.0, abs(paid[0])) else None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the last rollouts had nothing to learn from, though not all that was asked was solved."""
+        last = self.rollouts[-self.window :]
+        return sum(row["equal"] for row in last) >= _EQUAL * len(last) and not all(row["solved"] == 1 for row in last)
 
     def add_rollout(self, metrics: Mapping[str, float], worst: float, spread: float) -> list[Finding]:
         """Add a rollout: metrics that it logs, its lowest reward, and the standard deviation of its groups' mean rewards."""

@@ -17,7 +17,8 @@ from typing import Any
 from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.adapters.plan_display import plan_rows, plan_title
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.metrics import LOWER, UPPER, Problem, difference
+from hybrid_lightning.metrics import LOWER, UPPER, Difference
+from hybrid_lightning.reports.verdict import GREEDY, REWARD, compare_validations, shown_difference
 
 REPORT = "report.json"
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -87,7 +88,7 @@ class Run:
     def measures(self) -> dict[str, str]:
         """What a run is judged by: name for people -> metric."""
         found = {name: f"accuracy ({name.removeprefix('val/')})" for name in self.curves if re.fullmatch(r"val/avg@\d+", name)}
-        found |= {"val/greedy_accuracy": "greedy accuracy", "val/loss": "held-out loss"}
+        found |= {GREEDY: "greedy accuracy", REWARD: "reward", "val/loss": "held-out loss"}
         found["val/rewards/accuracies"] = "preferred as chosen"
         return {label: name for name, label in found.items() if name in self.curves}
 
@@ -108,12 +109,6 @@ class Run:
         """The plan, if there is one."""
         return AdapterPlan.load(self.folder / "plan.json") if (self.folder / "plan.json").is_file() else None
 
-    def problems(self, when: str, metric: str) -> dict[Problem, float]:
-        """Value of each problem at the `first` or `last` validation, for the two accuracies; empty for other metrics."""
-        column = 3 if metric == "val/greedy_accuracy" else 2 if metric.startswith("val/avg@") else None
-        rows = (self.report[when] or {}).get("problems", ()) if column is not None else ()
-        return {(row[0], row[1]): math.nan if row[column] is None else row[column] for row in rows}
-
     def value(self, metric: str, place: int) -> str:
         """The first (0) or last (-1) value of a metric in words, with its interval where it has one, and its step."""
         if metric not in self.curves:
@@ -121,14 +116,16 @@ class Run:
         step, value = (side[place] for side in self.curves[metric])
         ends = [self.curves[f"{metric}/{end}"][1][place] for end in (LOWER, UPPER) if f"{metric}/{end}" in self.curves]
         interval = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
-        return f"{value:.4f} at step {step}" if metric == "val/loss" else f"{100 * value:.1f}%{interval} at step {step}"
+        plain = metric in (REWARD, "val/loss")
+        return f"{value:.4f} at step {step}" if plain else f"{100 * value:.1f}%{interval} at step {step}"
 
     def change(self) -> dict[str, str]:
         """The change from the first to the last validation by each of `measures`, in words."""
         if self.report["first"] is None or self.report["first"]["step"] == self.report["last"]["step"]:
             return {}
-        sides = {label: (self.problems("first", name), self.problems("last", name)) for label, name in self.measures.items()}
-        return {label: shown_difference(first, last, True) for label, (first, last) in sides.items() if first and last}
+        sides = self.report["first"], self.report["last"]
+        found = {name: (metric, compare_validations(*sides, metric)) for name, metric in self.measures.items()}
+        return {name: shown_comparison(change, metric, True) for name, (metric, change) in found.items() if change}
 
 
 def _read(path: Path) -> Any:
@@ -138,11 +135,9 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read: {error}; give the folder of another run") from error
 
 
-def shown_difference(before: Mapping[Problem, float], after: Mapping[Problem, float], paired: bool) -> str:
-    """A difference of accuracies in points, with its interval, and by how many problems it is known."""
-    value, low, high, count = difference(before, after, paired)
-    ends = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f} points{ends}, {f'paired over {count} problems' if paired else 'unpaired'}"
+def shown_comparison(change: Difference, metric: str, paired: bool) -> str:
+    """A difference with its interval, and by how many problems it is known."""
+    return f"{shown_difference(change, metric)}, {f'paired over {change.problems} problems' if paired else 'unpaired'}"
 
 
 # ---- one run

@@ -147,6 +147,8 @@ class Evaluation(nn.Module):
     Attributes:
         by_problem: (set, index) -> value by metric, of each problem of the last evaluation of all ranks.
         greedy: The greedy completions of this rank's first batch in it, and their rewards; None where there are no completions.
+        answers: For each greedy completion of this rank in it the answer that the reward finds, whether it is right, and the
+            reference answer; empty for episodes.
         last: Set -> metric -> value of the last evaluation, with "" for all sets together.
 
     Raises:
@@ -161,7 +163,9 @@ class Evaluation(nn.Module):
         self.by_problem: dict[Problem, dict[str, float]] = {}
         self.greedy: tuple[Rollouts, Rewards] | None = None
         self.last: dict[str, dict[str, float]] = {}
+        self.answers: list[tuple[str | None, bool, str | None]] = []
         self._first: tuple[Rollouts, Rewards] | None = None
+        self._answers: list[tuple[str | None, bool, str | None]] = []
         means = partial(evaluation_means, samples) if generation.reward is not None else partial(ProblemMeans, _UNSCORED)
         self._prompts = nn.ModuleDict({stage: means() for stage in ("val", "test")})
 
@@ -179,6 +183,9 @@ class Evaluation(nn.Module):
             return
         greedy, sampled = self._scored(batch)
         self._first = self._first or greedy
+        if self.generation.episodes is None:
+            found = self.generation.answers(greedy[0])
+            self._answers += zip(found, greedy[1].correct.tolist(), (prompt.answer for prompt in batch), strict=True)
         add_prompts(self._means(stage), greedy[1], sampled, self.generation.answers(sampled[0]))
 
     def end(self, stage: str) -> None:
@@ -190,6 +197,7 @@ class Evaluation(nn.Module):
         found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
         means.reset()
         self.by_problem, self.greedy, self._first = means.by_problem, self._first, None
+        self.answers, self._answers = self._answers, []
         self._log({_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
         return found
 

@@ -124,7 +124,7 @@ class Optimization:
 
     def rates(self, model: nn.Module) -> dict[str, float]:
         """Learning rates of the parameter groups of a model, `full` and `lora`."""
-        full = rate_of_full_modules(self.lr_lora, model) if self.lr_full is None else self.lr_full
+        full = rate_of_full_modules(self.lr_lora, model.config) if self.lr_full is None else self.lr_full
         return {"full": full, "lora": self.lr_lora}
 
     def of_model(self, model: nn.Module, total_steps: float) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def with_hyper_parameters(
     return [updated(group) for group in groups]
 
 
-def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
+def rate_of_full_modules(lr_lora: float, config: Any) -> float:
     """The learning rate of fully trained modules that goes with one of LoRA: 96 / hidden size of it, and never more than it.
 
     A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
@@ -203,7 +203,6 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
     both; SmolLM2, of 576, did no better with 0.3 than with a sixth.
     """
-    config: Any = model.config
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / config.get_text_config().hidden_size)
 
 

@@ -9,10 +9,9 @@ from cli_runs import assert_refused, done, run
 from tiny_runs import Constant, fit
 
 from hybrid_lightning.callbacks import Diagnosis
-from hybrid_lightning.reports.findings import Finding
 
 GSPO = Path(__file__).parents[2] / "configs" / "gspo.yaml"
-BEFORE = {"val/avg@2": 0.4, "val/avg@2/ci_low": 0.3, "val/avg@2/ci_high": 0.5, "val/loss": 2.0}
+NO_GRADIENT = "nothing was learned: no step had a gradient, since every completion earned 0"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +40,7 @@ def test_a_reward_that_pays_nothing_is_said_before_the_first_step_and_at_the_end
     assert "nothing is learned from the last 6 rollouts" in result.out.rpartition("\nWarning: ")[2].splitlines()[0]
     *_, summary = (folder / "runs" / "nothing").rglob("summary.json")
     summary = json.loads(summary.read_text())
-    assert summary["verdict"] == "nothing was learned: no step had a gradient" and len(summary["try"]) == 4
+    assert summary["verdict"] == NO_GRADIENT and len(summary["try"]) == 4
     verdict, *tries = result.out.rstrip().splitlines()[-5:]
     assert verdict == f"Verdict:    {summary['verdict']}" and tries == [f"Try:        {advice}" for advice in summary["try"]]
     lines = re.findall(r"^Step (\d+)/14: loss .* entropy [\d.]+ .*time/step_s [\d.]+$", result.out, re.MULTILINE)
@@ -54,7 +53,8 @@ def test_a_rate_that_is_far_too_high_is_noticed(folder):
     small = ["--model.prompts_per_rollout=8", "--adapter.budget.share=0", "--trainer.max_steps=4", "--data.validation_prompts=16"]
     small += ["--trainer.val_check_interval=4", "--trainer.enable_progress_bar=false"]
     high = done(folder, "fit", "--config", GSPO, *small, "--model.lr_lora=0.3")
-    assert "the-policy-gets-worse" in sections(high.out) and "\nVerdict:    worse than at the start\nTry: " in high.out
+    assert "the-policy-gets-worse" in sections(high.out)
+    assert re.search(r"\nVerdict:    worse than at the start: accuracy -.* points \[-.*, -.*\]\nTry: ", high.out)
 
 
 def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, capsys):
@@ -64,23 +64,7 @@ def test_what_was_seen_and_said_goes_on_after_a_stop(model, sums, tmp_path, caps
     assert "no-gradient" not in sections(capsys.readouterr().out)
     fit(model, sums, tmp_path, diagnosis, policy=policy, max_steps=7, ckpt=tmp_path / "stopped.ckpt")
     assert sections(capsys.readouterr().out) == ["no-gradient"]
-    assert diagnosis.verdict({}, {}, 2)[0] == "nothing was learned: no step had a gradient"
-
-
-def test_the_verdict():
-    for after, verdict, tried in (
-        ({"val/avg@2": 0.6}, "learned", ""),
-        ({"val/avg@2": 0.45}, "no change that is larger than the interval of the start", "train longer"),
-        ({"val/avg@2": 0.2}, "worse than at the start", "lower model.lr_lora"),
-        ({"val/loss": 1.9}, "learned", ""),
-        ({"val/loss": 2.1}, "worse than at the start", "lower model.lr_lora"),
-        ({}, "not measured, since there is no validation before and after", ""),
-    ):
-        text, tries = Diagnosis().verdict(BEFORE, after, 2)
-        assert text == verdict and [advice[: len(tried)] for advice in tries] == [tried] * bool(tried)
-    diagnosis = Diagnosis()
-    diagnosis.found["cut"] = Finding("cut", "seen", "raise it")
-    assert diagnosis.verdict(BEFORE, {"val/avg@2": 0.6}, 2)[1] == ["raise it (docs/troubleshooting.md#completions-are-cut)"]
+    assert diagnosis.verdict(None, None, None)[0] == NO_GRADIENT
 
 
 # ---- doctor

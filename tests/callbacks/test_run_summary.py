@@ -19,6 +19,7 @@ def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_p
         (metrics,) = build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
         assert summary[f"accuracy_{when}"] == pytest.approx(metrics["val/avg@4"])
         assert summary[f"greedy_{when}"] == pytest.approx(metrics["val/greedy_accuracy"])
+        assert summary[f"reward_{when}"] == pytest.approx(metrics["val/reward"])
         assert summary["validation"][when] == pytest.approx(metrics)
     assert summary["accuracy_before"] > 0 and summary["validation"]["after"] != summary["validation"]["before"], "it was trained"
 
@@ -36,7 +37,8 @@ def test_all_values(model, finished):
 def test_the_screen_says_what_happened_and_where_the_time_went(finished):
     root, summary, output = finished.folder, finished.summary, finished.output
     before, after = summary["accuracy_before"], summary["accuracy_after"]
-    assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
+    low, high = (f"{100 * summary['differences']['accuracy'][end]:+.1f}" for end in ("low", "high"))
+    assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points [{low}, {high}])" in output
     assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 6")] == [1, 1, 1]
     assert f"Run folder: {root}" in output and f"Curves:     tensorboard --logdir {root}" in output
     assert "Next:" not in output and "hybrid_lightning" not in output, "from Python there is no command"

@@ -7,17 +7,24 @@ import yaml
 from exported import files, logits
 from rounding import assert_same_logits
 
-from hybrid_lightning.data import FileSource, HubSource
+from hybrid_lightning.data import ChatFormat, FileSource, HubSource, PlainFormat
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
 from hybrid_lightning.export.model_card import base_licence, model_card
 from hybrid_lightning.export.trained import BaseModel, Training, training_of
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 TRAINING = Training(
     steps=12,
-    arguments={"loss": {"class_path": "GRPOLoss", "init_args": {"clip_low": 0.2}}, "lr_full": 0.5, "model": "secret"},
+    arguments={
+        "loss": {"class_path": "GRPOLoss", "init_args": {"clip_low": 0.2}},
+        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.001, "eps": 1e-8}},
+        "lr_full": None,
+        "lr_lora": 0.5,
+        "model": "secret",
+    },
     data=FileSource("rows.jsonl").to_config(),
-    before={"val/avg@2": 0.25},
-    after={"val/avg@2": 0.5, "val/reward": 1.0},
+    before={"val/avg@2": 0.25, "val/problems": 200.0},
+    after={"val/avg@2": 0.5, "val/reward": 1.0, "val/problems": 200.0},
     validated_step=10,
 )
 
@@ -26,16 +33,18 @@ def header(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-@pytest.mark.parametrize("form", [MergedModel("float32"), LoraFolder()], ids=lambda form: form.name)
-def test_its_code_loads_the_policy(train, tmp_path, monkeypatch, form):
-    trained = train(share=0)
+@pytest.mark.parametrize(("form", "template"), [(MergedModel("float32"), None), (LoraFolder(), TEMPLATE)])
+def test_its_code_loads_the_policy_and_completes_a_prompt(train, tmp_path, monkeypatch, form, template):
+    format_ = PlainFormat() if template is None else ChatFormat()
+    data = type("Data", (), {"format": format_})
+    trained = train(share=0, training=training_of(3, {}, datamodule=data), **({"chat_template": template} if template else {}))
     folder = write_policy(trained.policy, form, tmp_path / "out")
     (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(folder)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert_same_logits(logits(names["model"]), trained.logits)
-    assert names["tokenizer"]("1+1=")["input_ids"]
+    assert names["output"].shape[1] > names["inputs"].input_ids.shape[1], "it completes a prompt"
 
 
 def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
@@ -47,9 +56,12 @@ def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
     assert f"LoRA: {len(policy.plan.lora_modules)} modules, rank 4, alpha 6" in card
     assert f"trainable parameters: {policy.plan.trainable_parameters():,}" in card
     assert "budget: `ModuleBudget(share=0.2)`" in card and "chosen by: `Random(seed=0)`" in card
-    assert "class_path: GRPOLoss" in card and "lr_full: 0.5" in card and "rows.jsonl" in card and "secret" not in card
+    assert "class_path: GRPOLoss" in card and "rows.jsonl" in card and "secret" not in card
+    assert "lr_full: 0.5\nlr_lora: 0.5\n" in card and "lr: 0.001" not in card, "of a narrow model one rate for both"
+    assert "| `val/problems` | 200 | 200 |" in card and "eprint = {2605.18822}" in card
     assert "| metric | base | trained (after 10 steps) |" in card
-    assert "| `val/avg@2` | 0.2500 | 0.5000 |" in card and "| `val/reward` | - | 1.0000 |" in card
+    first, second = "| accuracy, `val/avg@2` | 0.2500 | 0.5000 |", "| reward, `val/reward` | - | 1.0000 |"
+    assert f"|---|---|---|\n{first}\n{second}\n" in card
 
 
 def test_it_names_files_of_this_machine_without_their_paths(train, tmp_path):

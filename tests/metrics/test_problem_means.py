@@ -3,7 +3,7 @@
 These are Wilson's own for one completion a problem, and cover the truth as often as they say.
 """
 
-from math import sqrt
+from math import inf, sqrt
 
 import pytest
 import torch
@@ -131,23 +131,44 @@ def test_it_covers_the_truth_as_often_as_it_says(problems, completions, a, b):
     assert problems < 30 or covered <= 0.99, "no wider than it has to be"
 
 
-def test_a_difference_is_paired_by_problem_with_the_interval_of_students_t():
-    """By hand: the differences are 1, 0, 0, 0, 1, whose variance is 0.3; t with 4 degrees of freedom is 2.776."""
-    before, after = ({("", index): value for index, value in enumerate(row)} for row in ([0, 0, 1, 1, 0], [1, 0, 1, 1, 1]))
-    width = 2.776 * sqrt(0.3 / 5)
-    assert difference(before, after, paired=True) == pytest.approx((0.4, 0.4 - width, 0.4 + width, 5), abs=3e-3 * width)
-    # Unpaired: variances of 0.3 and 0.2, and t with 8 degrees of freedom is 2.306.
-    width = 2.306 * sqrt((0.3 + 0.2) / 5)
-    assert difference(before, after, paired=False) == pytest.approx((0.4, 0.4 - width, 0.4 + width, 5), rel=1e-3)
-    # A problem that one of the two does not have takes no part, and what differs nowhere has no interval.
-    assert difference(before | {("", 5): 0.0, ("", 6): float("nan")}, after | {("", 6): 1}, paired=True)[3] == 5
-    value, low, high, _ = difference(before, before, paired=True)
-    assert value == 0 and low != low and high != high
+def by_index(values):
+    return {("", index): float(value) for index, value in enumerate(values)}
+
+
+def test_a_difference_of_pairs_has_newcombes_interval_which_stays_within_what_is_possible():
+    """By hand, with Wilson's intervals of both sides: of five problems the second and fifth are solved anew."""
+    before, after = by_index([0, 0, 1, 1, 0]), by_index([1, 0, 1, 1, 1])
+    (low_0, high_0), (low_1, high_1) = wilson(2, 5), wilson(4, 5)
+    phi = (2 * 1 - 2 * 0 - 5 / 2) / sqrt(2 * 3 * 4 * 1)  # both, neither, one alone; with the correction it is not positive
+    assert phi < 0
+    low, high = 0.4 - sqrt((0.8 - low_1) ** 2 + (high_0 - 0.4) ** 2), 0.4 + sqrt((high_1 - 0.8) ** 2 + (0.4 - low_0) ** 2)
+    assert difference(before, after, True, 1) == pytest.approx((0.4, low, high, 5))
+    assert difference(before, after, False, 1) == pytest.approx((0.4, low, high, 5))
+    for solved in (6, 8):  # of eight, none before
+        found = difference(by_index([0] * 8), by_index([1] * solved + [0] * (8 - solved)), True, 1)
+        assert 0 < found.low < found.value <= found.high <= 1 and found.direction == 1
+    # A problem that one of the two does not have takes no part, and a reward has an interval from five problems on.
+    assert difference(before | {("", 5): 0.0, ("", 6): float("nan")}, after | {("", 6): 1}, True, 1).problems == 5
+    assert [difference(by_index([0.1] * n), by_index([7, 0.3, 2, 0.3, 4][:n]), True, inf).direction for n in (4, 5)] == [0, 1]
 
 
 def test_the_sets_of_a_difference_have_the_same_weight():
     before = {**{("easy", index): 0.0 for index in range(8)}, **{("hard", index): 0.0 for index in range(2)}}
     after = before | {("hard", 0): 1.0, ("hard", 1): 0.5}
-    value, low, high, count = difference(before, after, paired=True)
-    assert value == 0.375 and count == 10, "the mean of 0 and 0.75"
-    assert (high - low) / 2 == pytest.approx(2.306 * sqrt(0.125 / 2 / 4), rel=1e-3), "t with 8 degrees of freedom"
+    assert difference(before, after, True, 2)[::3] == (0.375, 10), "the mean of 0 and 0.75"
+
+
+@pytest.mark.parametrize(("problems", "draws"), [(8, 1), (20, 4), (40, 1), (40, inf)])
+def test_a_difference_covers_the_truth_as_often_as_it_says(problems, draws):
+    """Problems with uniform chances, a fifth of what is missing learned; of rewards from -1 to 3, with noise: 300 times."""
+    generator, covered = torch.Generator().manual_seed(problems), 0
+    for _ in range(300):
+        chances = torch.rand(problems, generator=generator)
+        if draws == inf:
+            sides = [4 * chances - 1 + torch.randn(problems, generator=generator) + shift for shift in (0.0, 0.5)]
+        else:
+            pair = (chances, chances + (1 - chances) / 5)
+            sides = [torch.binomial(torch.full_like(chances, draws), chance, generator=generator) / draws for chance in pair]
+        found = difference(*(by_index(side) for side in sides), True, draws)
+        covered += found.low <= (0.5 if draws == inf else 0.1) <= found.high
+    assert 0.9 <= covered / 300 <= 0.995, covered / 300

@@ -72,7 +72,7 @@ def test_the_rate_of_full_modules_falls_with_the_width(family, hidden, rate):
     model = build_model(family)
     setattr(model.config, {"llama": "hidden_size", "gpt2": "n_embd"}[family], hidden)
     assert model.config.hidden_size == hidden
-    assert rate_of_full_modules(0.1, model) == pytest.approx(rate)
+    assert rate_of_full_modules(0.1, model.config) == pytest.approx(rate)
 
 
 def test_a_policy_trains_full_modules_at_the_rate_that_follows(model):

@@ -1,0 +1,81 @@
+"""The verdict of a run: whether its policy has learned, by its validations before training and at its end.
+
+Accuracy decides and, where it does not move or nothing says what is right, the reward. One answer to most problems is not
+learning, whatever it earns.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybrid_lightning.errors import shorten
+from hybrid_lightning.metrics import Difference, Problem, difference
+
+GREEDY, REWARD = "val/greedy_accuracy", "val/reward"
+
+
+def problem_values(validation: Mapping[str, Any] | None, metric: str) -> dict[Problem, float]:
+    """Value of each problem at a validation, as `report.json` has it; empty for metrics without values by problem."""
+    column = {GREEDY: 3, REWARD: 4}.get(metric, 2)
+    rows = (validation or {}).get("problems", ()) if column > 2 or metric.startswith("val/avg@") else ()
+    return {(row[0], row[1]): math.nan if row[column] is None else row[column] for row in rows if len(row) > column}
+
+
+def compare_validations(
+    first: Mapping[str, Any] | None, last: Mapping[str, Any] | None, metric: str, paired: bool = True
+) -> Difference | None:
+    """By how much a metric changed from one validation to another; None if one of them has no values by problem."""
+    before, after = problem_values(first, metric), problem_values(last, metric)
+    if not before or not after:
+        return None
+    draws = math.inf if metric == REWARD else 1 if metric == GREEDY else int(metric.rpartition("@")[2])
+    return difference(before, after, paired, draws)
+
+
+def shown_difference(change: Difference, metric: str) -> str:
+    """A change with its interval, such as "+12.5 points [+3.1, +21.0]"; accuracies in points, a reward as it is paid."""
+    scale, digits, unit = (1, 3, "") if metric == REWARD else (100, 1, " points")
+    value, low, high = (f"{scale * number:+.{digits}f}" for number in change[:3])
+    return f"{value}{unit}{'' if math.isnan(change.low) else f' [{low}, {high}]'}"
+
+
+def most_frequent(given: Sequence[tuple[str | None, bool, str | None]]) -> dict[str, Any]:
+    """What rows and greedy completions answer most often, by `Evaluation.answers`; empty if rows have no answers.
+
+    Returns:
+        `reference`, the most frequent reference answer, the `share` of problems that have it, and `one_answer`: if most of the
+        problems that have another answer get the same one, wrongly, a sentence that says so, else "".
+    """
+    references = Counter(reference for _, _, reference in given if reference is not None).most_common(1)
+    if not references:
+        return {}
+    ((found, count),) = Counter(found for found, _, _ in given if found is not None).most_common(1) or [("", 0)]
+    right, others = sum(correct for text, correct, _ in given if text == found), len(given) - count
+    share = references[0][1] / len(given)
+    said = f"one answer to most problems, which is not learning: {shorten(found)} to {count} of {len(given)}, right for {right}"
+    return {"reference": references[0][0], "share": share, "one_answer": said if share < 1 and count - right > others else ""}
+
+
+def verdict(accuracy: Difference | None, reward: Difference | None) -> tuple[str, int | None]:
+    """Judge a policy by its changes from the validation before training to the one at the end.
+
+    Args:
+        accuracy: The change of accuracy; None if it was not measured, or no part of the reward says what is right.
+        reward: The change of the reward; None if it was not measured.
+
+    Returns:
+        The verdict, and 1 if the policy has learned, -1 if it is worse than at the start, 0 for no change; None if not known.
+    """
+    found = {"accuracy": accuracy, "reward": reward}
+    shown = {name: f"{name} {shown_difference(change, f'val/{name}')}" for name, change in found.items() if change is not None}
+    directions = {name: change.direction for name, change in found.items() if change is not None}
+    if not shown:
+        return "not measured, since there is no validation before and after", None
+    by = next((name for name, direction in directions.items() if direction), None)
+    if by is None:
+        return f"no change that is larger than its interval: {', '.join(shown.values())}", 0
+    said = "learned" if directions[by] > 0 else "worse than at the start"
+    against = [f", though {shown[name]}" for name, direction in directions.items() if direction == -directions[by]]
+    still = ", while accuracy did not move" if by == "reward" and accuracy is not None else ""
+    return f"{said}: {shown[by]}{still}{''.join(against)}", directions[by]

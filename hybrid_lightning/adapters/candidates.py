@@ -69,7 +69,7 @@ def share_of_experts(model: nn.Module) -> float:
     of_experts = sum(
         parameter.numel()
         for module in model.modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.Conv1d)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() == 3
     )

@@ -97,7 +97,7 @@ class Agreement:
         if not mean <= _LARGEST:  # nan, too
             why = "it computes with another model, or does not know this architecture; start it with the policy's model"
             if self.metrics:
-                why = "they agreed before, so that the last update did not reach it as a whole; see what it logs, and start it again"
+                why = "they agreed before, so the last update did not reach it as a whole; see what it logs, and start it again"
             raise RolloutError(f"{apart}: {why}, or leave model.sampler out")
         with self._policy.precision():
             most = _DOUBTFUL if product_dtype(self._policy.model) is None else _DOUBTFUL_HALF

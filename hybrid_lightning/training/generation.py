@@ -362,8 +362,8 @@ class Generation:
         if sampler.has_lost_weights:
             if world_size() > 1:
                 raise RolloutError(
-                    "the vLLM servers were started again in the middle of a rollout, and have other weights; resume, since several "
-                    "devices give them weights before a rollout only"
+                    "the vLLM servers were started again in the middle of a rollout, where several devices cannot give them "
+                    "weights; resume"
                 )
             with sampler.updating():
                 sampler.update(self._current_weights(), self._served_model)

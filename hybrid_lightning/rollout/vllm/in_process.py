@@ -17,15 +17,8 @@ from hybrid_lightning.engine import TokenSizes
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
-from hybrid_lightning.rollout.vllm.completing import (
-    PROMPT_LOGPROBS,
-    Answer,
-    OnAnswers,
-    VLLMEngine,
-    check_heads,
-    check_installed,
-    one_version,
-)
+from hybrid_lightning.rollout.vllm import completing
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.transfer import free_port
@@ -99,14 +92,14 @@ class VLLMSampler(VLLMEngine):
 
     def check_model(self, model: ServedModel) -> None:
         """Raise ConfigError unless vLLM is installed, and its engine can be had on the device that trains."""
-        check_installed(model.device.type)
+        completing.check_installed(model.device.type)
         if torch.cuda.is_available() and model.device.type == "cpu":
             raise ConfigError(
                 "model.sampler=VLLMSampler samples on the GPU of this machine, where training has been told to use the CPU; set "
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
         if model.device.type == "cpu":
-            check_heads(model.config, "model.sampler=VLLMSampler samples")
+            completing.check_heads(model.config, "model.sampler=VLLMSampler samples")
 
     def check_prompt(self, config: Any, prompt_tokens: int, new_tokens: int | None = None) -> None:
         """Raise ConfigError if a prompt with its longest completion is too long for the model or for `max_model_len`."""
@@ -234,13 +227,33 @@ class VLLMSampler(VLLMEngine):
         on_token: Callable[[int, int], None] | None,
         on_answers: OnAnswers | None,
     ) -> list[list[Answer]]:
-        answers: dict[int, list[Answer]] = {}
+        answers: dict[str, list[Answer]] = {}
         with self._process.entered():
-            for number, output in self._outputs(prompt_ids, parameters, on_token):
-                answers[number] = found = [_answer(one) for one in output.outputs]
-                if on_answers is not None:
-                    on_answers(number, found)
-        in_order = [answers[number] for number in range(len(prompt_ids))]
+            from vllm import SamplingParams
+            from vllm.sampling_params import RequestOutputKind
+
+            self._wake("kv_cache")
+            engine = self._llm.llm_engine
+            # Names of requests -> number of the prompt.
+            names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
+            try:
+                for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
+                    wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
+                    engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
+                steps = 0
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            answers[output.request_id] = found = [_answer(one) for one in output.outputs]
+                            if on_answers is not None:
+                                on_answers(names[output.request_id], found)
+                    steps += 1
+                    if on_token is not None:
+                        on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
+            except BaseException:  # a signal, too
+                engine.abort_request([name for name in names if name not in answers])
+                raise
+        in_order = [answers[name] for name in names]
         others = {label for group in in_order for answer in group for label, _ in answer.versions} - {str(self.version)}
         if others:
             raise RolloutError(
@@ -249,50 +262,20 @@ class VLLMSampler(VLLMEngine):
             )
         return in_order
 
-    def _outputs(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        parameters: Sequence[dict[str, Any]],
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> Iterator[tuple[int, Any]]:
-        """The number of each prompt and vLLM's output for it, as they are finished."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self._wake("kv_cache")
-        engine = self._llm.llm_engine
-        # Names of requests -> number of the prompt.
-        names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
-        unfinished = set(names)
-        try:
-            for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
-                wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
-                engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
-            steps = 0
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        unfinished.remove(output.request_id)
-                        yield names[output.request_id], output
-                steps += 1
-                if on_token is not None:
-                    on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
-        except BaseException:  # a signal, too
-            engine.abort_request(list(unfinished))
-            raise
-
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
         """Log-probabilities of sequences, which are there when this returns."""
-        found: dict[int, list[float]] = {}
-        labels = set()
         with self._process.entered():
-            for number, output in self._outputs(token_ids, [PROMPT_LOGPROBS] * len(token_ids)):
-                labels |= {span.version for span in output.outputs[0].weight_versions or ()}
-                pairs = zip(token_ids[number][1:], output.prompt_logprobs[1:], strict=True)
-                found[number] = [entry[token].logprob for token, entry in pairs]
+            from vllm import SamplingParams
+
+            self._wake("kv_cache")
+            prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+            outputs = self._llm.generate(prompts, SamplingParams(**completing.PROMPT_LOGPROBS), use_tqdm=False)
+        labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
+        rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
+        logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]
         answer: Future[list[PromptLogprobs]] = Future()
-        answer.set_result([PromptLogprobs("vLLM", one_version(labels), [found[number] for number in range(len(token_ids))])])
+        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs)])
         return answer
 
     def release_memory(self) -> None:

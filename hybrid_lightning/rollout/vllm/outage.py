@@ -28,7 +28,7 @@ class Outage:
         self._lock = threading.Lock()
 
     def left(self, causes: str, since: float | None = None) -> float:
-        """Seconds that are left, since no server can be used: from now on, or since a time before; reported if there are causes."""
+        """Seconds that are left, as no server can be used: from now on, or since a time before. Reported if there are causes."""
         now = time.monotonic()
         with self._lock:
             since = now if since is None else since

@@ -206,10 +206,8 @@ class Server:
         answers = self._within(self.timeout, of_all)
         try:
             labels = {str(span["version"]) for answer in answers for span in answer["choices"][0]["weight_versions"]}
-            pairs = [
-                zip(ids[1:], answer["prompt_logprobs"][1:], strict=True) for ids, answer in zip(token_ids, answers, strict=True)
-            ]
-            return labels, [[float(entry[str(token)]["logprob"]) for token, entry in of_tokens] for of_tokens in pairs]
+            rows = [zip(ids, answer["prompt_logprobs"], strict=True) for ids, answer in zip(token_ids, answers, strict=True)]
+            return labels, [[float(entry[str(token)]["logprob"]) for token, entry in [*row][1:]] for row in rows]
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(self.url, f"its log-probabilities of prompts cannot be read ({error})", 422) from error
 

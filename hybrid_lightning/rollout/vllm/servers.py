@@ -320,7 +320,8 @@ class VLLMServerSampler(VLLMEngine):
     def _labels(self) -> dict[Server, str]:
         """What the servers that can be used say of their weights."""
         # One that hangs is waited for once.
-        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
+        first = min(_FIRST_S, self.give_up_after)
+        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else first))
         for server, found in labels.items():
             if not isinstance(found, str):
                 self._hopeless.discard(server)

@@ -75,7 +75,7 @@ class Agreement:
         Raises:
             RolloutError: If the two differ by more than half a nat a token.
         """
-        if self._asked is not None and waits:
+        if self._asked is not None and not self._asked.done() and waits:
             with self._run.interruptible():
                 wait([self._asked], _WAIT_S)
         if self._asked is None or not self._asked.done():
@@ -95,10 +95,12 @@ class Agreement:
     def _judge(self, engine: str, mean: float) -> None:
         apart = f"log-probabilities of {engine} differ from the policy's by {mean:.2g} nats a token with the same weights"
         if not mean <= _LARGEST:  # nan, too
-            why = "it computes with another model, or does not know this architecture; start it with the policy's model"
+            why = (
+                "it has another model, or does not know this architecture; start it with the policy's, or leave model.sampler out"
+            )
             if self.metrics:
                 why = "they agreed before, so the last update did not reach it as a whole; see what it logs, and start it again"
-            raise RolloutError(f"{apart}: {why}, or leave model.sampler out")
+            raise RolloutError(f"{apart}: {why}")
         with self._policy.precision():
             most = _DOUBTFUL if product_dtype(self._policy.model) is None else _DOUBTFUL_HALF
         if mean > most and not self._warned:

@@ -76,9 +76,7 @@ def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest
 def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, start, tmp_path):
     saved, log, path = After(2, checkpoint=tmp_path / "saved.ckpt"), Log(), tmp_path / "saved.ckpt"
     train(start(seeded=True), callbacks=[saved], rollouts_ahead=1)
-    with pytest.raises(
-        RolloutError, match=r"with the same weights: it computes with another model, .* start it with the policy's"
-    ):
+    with pytest.raises(RolloutError, match=r"with the same weights: it has another model, .* start it with the policy's"):
         train(start(seeded=True, zeros=True), callbacks=[log], ckpt=path, rollouts_ahead=1)
     assert not log.metrics
 

@@ -90,7 +90,7 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
         return (replace(weight, write_rows=lambda to, first: to.zero_()) for weight in stream(self, everything))
 
     monkeypatch.setattr(CurrentWeights, "stream", zeros)
-    with pytest.raises(RolloutError, match=r"with the same weights: it computes with another model"):
+    with pytest.raises(RolloutError, match=r"with the same weights: it has another model"):
         train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ahead=1, ckpt=path)
     assert not log.metrics
 

@@ -280,7 +280,8 @@ class Dispatch:
             self._waiting.appendleft(request)
         else:
             place.failures = 0
-            place.heard = self._outage.answered = time.monotonic()
+            place.heard = time.monotonic()
+            self._outage.end(answered=True)
             self._answers[request.number] = found
             if self._on_answers is not None:
                 self._on_answers(request.number, found)

@@ -42,9 +42,10 @@ class Outage:
             rank_zero_info(f"vLLM: no server answers, tried for up to {self.limit:.0f} s{so_far}: {causes}")
         return self.limit - lasted
 
-    def end(self) -> None:
-        """A server can be used."""
+    def end(self, answered: bool = False) -> None:
+        """A server can be used, or has `answered` with completions."""
         with self._lock:
+            self.answered = time.monotonic() if answered else self.answered
             if self._since is not None and self._reported:
                 rank_zero_info("vLLM: a server answers again")
             self._since, self._reported = None, 0.0

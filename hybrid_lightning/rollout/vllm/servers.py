@@ -386,8 +386,9 @@ class VLLMServerSampler(VLLMEngine):
         label = str(self.version)
         dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self._outage)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
+        begun = dispatch.start(on_token, on_answers)
         self._dispatches = [*self._running, dispatch]
-        return dispatch.start(on_token, on_answers)
+        return begun
 
     def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
         """Begin to compute log-probabilities of sequences, by all servers that have weights."""

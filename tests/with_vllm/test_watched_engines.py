@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_runs import Log, fit
-from vllm_of_tests import Server, needs_vllm
+from vllm_of_tests import Server, needs_vllm, policy_of
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -122,7 +122,7 @@ def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_bac
         own.stop()
 
 
-def test_heads_that_vllm_cannot_compute_with_on_a_cpu_are_refused(tmp_path, server):
+def test_heads_that_vllm_cannot_compute_with_on_a_cpu_are_refused(server):
     for sampler in (VLLMSampler(max_new_tokens=8), VLLMServerSampler(max_new_tokens=8, urls=[server.url])):
         with pytest.raises(ConfigError, match=r"on a CPU, where vLLM's attention takes heads of .* and the policy's have 16"):
-            fit("embedded:episodes", tmp_path / "none", tmp_path, policy={"sampler": sampler})
+            policy_of(sampler, "embedded:episodes").task.generation.check()

@@ -1,7 +1,7 @@
 """`EpisodesAhead`: plays episodes of rollouts that are made while the policy is trained, each rollout in a thread of its own."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import replace
@@ -34,14 +34,23 @@ class EpisodesAhead:
         self._episodes = episodes
         self._players: list[_Player] = []
 
-    def begin(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> RolloutFuture[Rollouts]:
-        """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now."""
+    def begin(
+        self,
+        engine: "Engine",
+        request: SamplingRequest,
+        seeds: Sequence[int],
+        on_wait: Callable[[], object] = lambda: None,
+    ) -> RolloutFuture[Rollouts]:
+        """Begin to play episodes (see `Episodes.play`); place and config of the policy's engine are read now.
+
+        `on_wait` is called from time to time by who waits for them.
+        """
         player = next((player for player in self._players if player.is_free), None)
         if player is None:
             player = _Player(self._episodes)
             self._players.append(player)
         stand_in: Any = SimpleNamespace(model=_Place(engine.model))
-        return player.begin(stand_in, request, seeds)
+        return player.begin(stand_in, request, seeds, on_wait)
 
     def shut_down(self) -> None:
         """End the threads, and the processes of their environments."""
@@ -72,12 +81,14 @@ class _Player:
         if self.ended.is_set():
             raise RolloutError("the episodes were ended")
 
-    def begin(self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int]) -> RolloutFuture[Rollouts]:
+    def begin(
+        self, engine: "Engine", request: SamplingRequest, seeds: Sequence[int], on_wait: Callable[[], object]
+    ) -> RolloutFuture[Rollouts]:
         """Begin to play."""
         self.ended = threading.Event()
         checked = replace(request, on_token=lambda running, decoded: self.check())
         self.work = work = in_thread(lambda: self.episodes.play(engine, checked, seeds), "episodes ahead")
-        return RolloutFuture(work.result, work, on_cancel=self.ended.set)
+        return RolloutFuture(work.result, work, on_wait=on_wait, on_cancel=self.ended.set)
 
 
 class _Place(nn.Module):

@@ -93,7 +93,13 @@ class RolloutFuture(Generic[_T]):
         return True
 
     def wait(self) -> None:
-        """Wait for what is made elsewhere; `result` has little to do after it."""
+        """Wait for what is made elsewhere; `result` has little to do after it.
+
+        Raises:
+            RolloutError: If it has failed. Other exceptions are those of what makes it.
+        """
+        if self._failure is not None:
+            raise self._failure
         if self._waited or self._cancelled:
             return
         source, began = self._source, time.perf_counter()
@@ -105,6 +111,8 @@ class RolloutFuture(Generic[_T]):
                     while not wait([source], _SLICE_S).done:
                         self._on_wait()
                     self._on_wait()
+                    if self._compute is not None and (source.cancelled() or source.exception() is not None):
+                        self._compute()  # raises
         except BaseException as error:
             self._fail(error)
             if isinstance(source, Future):  # servers are told before the process ends

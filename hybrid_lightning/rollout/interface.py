@@ -66,6 +66,15 @@ class WeightsVersion:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities that one engine gives to the tokens of sequences, at temperature 1 and among all tokens."""
+
+    engine: str  # which engine, such as the address of a server
+    version: WeightsVersion | None  # of the weights that it computed with; None: of several, or of another sender
+    logprobs: Sequence[Sequence[float]]  # of each sequence's tokens but the first
+
+
+@dataclass(frozen=True)
 class PolicyWeight:
     """One weight as the policy computes with it: LoRA is merged into it."""
 

@@ -18,6 +18,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that conti
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,14 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.interface import PolicyWeights, SamplingRequest, ServedModel, Stops, WeightsVersion
+from hybrid_lightning.rollout.interface import (
+    PolicyWeights,
+    PromptLogprobs,
+    SamplingRequest,
+    ServedModel,
+    Stops,
+    WeightsVersion,
+)
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Rollouts, Sequences
 
@@ -61,6 +69,7 @@ class RolloutEngine(Configurable, ABC):
     inflight_updates = False  # whether requests under way continue with new weights that `update` gives; else there must be none
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
+    scores_prompts = False  # whether it has `prompt_logprobs`, by which its weights are compared with the policy's
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 
     def __init__(
@@ -151,6 +160,15 @@ class RolloutEngine(Configurable, ABC):
         Raises:
             RolloutError: If they cannot be given to it.
         """
+
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
+        """Begin to compute log-probabilities of sequences of at least two tokens, by each copy of the weights that answers."""
+        raise NotImplementedError
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether requests under way wait for weights that only `update` can give, since what makes them was started again."""
+        return False
 
     def go_on_with(self, version: WeightsVersion) -> None:
         """Take tokens by these weights from requests that are under way. All ranks call it before one of them updates."""

@@ -10,7 +10,7 @@ before each rollout and each evaluation; only calibration, which the first makes
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.episodes.ahead import EpisodesAhead
 from hybrid_lightning.episodes.episodes import Episodes, has_failed, task_seeds
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -31,13 +30,9 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
+from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
-
-# Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
-# weights more than 2.
-_LARGEST_DIFFERENCE = 0.5
-_COMPARED = 4  # completions
 
 
 class Generation:
@@ -68,7 +63,7 @@ class Generation:
         self._seed = seed
         sampler.inflight_updates = sampler.is_remote and rollouts_ahead > 1
         run.shares_failures = sampler.needs_weight_sync
-        self._agrees = False  # whether the engine has been seen to compute what the policy computes
+        self._agreement = Agreement(policy, sampler, run)
         self._under_way: list[RolloutFuture[Rollouts]] = []  # completions by the engine's current weights
         plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0
         self._ahead = EpisodesAhead(episodes) if episodes is not None and plays_ahead else None
@@ -95,7 +90,8 @@ class Generation:
         Arguments are those of `SamplingRequest`, and `ahead` that of `update`.
 
         Raises:
-            RolloutError: If the engine cannot be given these weights; from the result, if it fails, or has other ones.
+            RolloutError: If the engine cannot be given these weights, or computes something else with them; from the result, if
+                it fails, or has other ones.
         """
         sampler = self.sampler
         if sampler.needs_weight_sync and (world_size() == 1 or self._is_alone):
@@ -114,13 +110,19 @@ class Generation:
             on_token=self._tell,
             on_completion=on_completion,
         )
+        waits = not self._still_under_way()
+        if self._compares:
+            self._agreement.begin(lambda: map(self._fixed_tokens, prompts[:SEQUENCES]))
         begun = self._begin(request, ahead)
         if sampler.is_remote:
             self._under_way = [*self._still_under_way(), begun]
+        if self._compares:
+            self._agreement.end(waits)
+        if sampler.is_remote:
             # What is made in this process may need all ranks, which a signal must not leave alone.
             begun = begun.within(self.run.interruptible)
         step = self.run.step
-        return RolloutFuture(lambda: self._finished(begun, step, greedy), begun)
+        return RolloutFuture(lambda: self._finished(begun, step), begun)
 
     def _begin(self, request: SamplingRequest, ahead: bool) -> RolloutFuture[Rollouts]:
         engine, episodes = self.policy.engine, self.episodes
@@ -130,10 +132,10 @@ class Generation:
             return self.sampler.begin(engine, self.policy.pretrained.tokenizer, request)
         seeds = task_seeds(request.prompts, request.draws, self._seed)
         if ahead and self._ahead is not None:
-            return self._ahead.begin(engine, request, seeds)
+            return self._ahead.begin(engine, request, seeds, on_wait=self._give_again)
         return RolloutFuture(lambda: episodes.play(engine, request, seeds))
 
-    def _finished(self, begun: RolloutFuture[Rollouts], step: int, greedy: bool) -> Rollouts:
+    def _finished(self, begun: RolloutFuture[Rollouts], step: int) -> Rollouts:
         """The completions that were begun after an optimizer step."""
         policy, sampler = self.policy, self.sampler
         if sampler.is_remote:
@@ -151,16 +153,31 @@ class Generation:
         if rollouts.sequences.weights_step is None:  # all by those of the beginning, which an engine has, too
             made_by = torch.full_like(rollouts.sequences.completion_ids, step)
             rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
-        # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
-        compares = sampler.needs_weight_sync and (not policy.weights.sharded or self.run.is_training)
-        if compares and not self._agrees and step == self.run.step:
-            self._compare(rollouts, greedy)
+        if self._compares:
+            self._agreement.end()
         return rollouts
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the engine is compared with the policy now.
+
+        A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+        """
+        return self.sampler.scores_prompts and (not self.policy.weights.sharded or self.run.is_training)
+
+    def _fixed_tokens(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt with its reference answer, no more than with a completion."""
+        ids, answer = self.encode(prompt), []
+        if prompt.answer is not None:
+            with suppress(Exception):  # of a tokenizer without an unknown token, whose class the library keeps to itself
+                answer = list(self.policy.pretrained.tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"])
+        return [*ids, *answer][: len(ids) + self.sampler.max_new_tokens - 1]
 
     def _still_under_way(self) -> list[RolloutFuture[Rollouts]]:
         return [future for future in self._under_way if not future.done()]
 
     def _tell(self, running: int, decoded: int) -> None:
+        self._give_again()
         for listener in self.run.listeners:
             listener(running, decoded, self.sampler.max_new_tokens)
 
@@ -313,18 +330,14 @@ class Generation:
         if self.episodes is not None:
             self.episodes.shut_down()
 
-    def compare_again(self) -> None:
-        """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
-        self._agrees = False
-
     def metrics(self) -> dict[str, float]:
-        """Seconds of the last rollout; nothing where completions are made by the policy itself.
+        """Measurements of the last rollout; nothing where completions are made by the policy itself.
 
         They are `sampling/weights_update_s`, for the engine's last update; where it completes elsewhere also `sampling/waited_s`,
         for which training waited for the completions, and `sampling/engine_idle_s`, for which the engine had nothing to do before
-        the last requests.
+        the last requests; and how far it is from the policy (see `Agreement`).
         """
-        sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds}
+        sampler, found = self.sampler, {"sampling/weights_update_s": self.update_seconds, **self._agreement.metrics}
         if sampler.is_remote:
             found |= {"sampling/waited_s": self.waited_seconds, "sampling/engine_idle_s": sampler.idle_seconds}
         return found if sampler.needs_weight_sync else {}
@@ -338,10 +351,7 @@ class Generation:
         """Update the engine of this rank; where all ranks are here, `together`, a failure on one is raised on all."""
         policy, sampler, run, began = self.policy, self.sampler, self.run, time.perf_counter()
         before, stopping = sampler.version, self.run.stopping_together if together else nullcontext
-        from hybrid_lightning.model.current_weights import CurrentWeights  # with PEFT, which is slow to import
-
-        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0)
-        model = self._served_model
+        weights, model = self._current_weights(), self._served_model
         failure: Exception | None = None
         waits = sampler.is_remote and not (ahead and sampler.inflight_updates)
         if waits:
@@ -370,33 +380,34 @@ class Generation:
             elif failure is not None:
                 raise failure
 
+    def _current_weights(self) -> PolicyWeights:
+        from hybrid_lightning.model.current_weights import CurrentWeights  # with PEFT, which is slow to import
+
+        policy, run = self.policy, self.run
+        return CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0)
+
+    def _give_again(self) -> None:
+        """Give an engine that was started again in the middle of a rollout the current weights, so that it goes on with them.
+
+        Raises:
+            RolloutError: If that fails; or if there are several ranks, which would have to do it together.
+        """
+        sampler = self.sampler
+        if sampler.has_lost_weights:
+            if world_size() > 1:
+                raise RolloutError(
+                    "the vLLM servers were started again in the middle of a rollout, where several devices cannot give them "
+                    "weights; resume"
+                )
+            with sampler.updating():
+                sampler.update(self._current_weights(), self._served_model)
+
     def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
         sampler, needed = self.sampler, False
         with self.run.stopping_together(), self.run.interruptible():
             needed = (weights.is_sender or not sampler.is_remote) and sampler.needs_everything(weights, model)
         return any(gather_objects(needed))
-
-    def _compare(self, rollouts: Rollouts, greedy: bool) -> None:
-        """Compare the engine's log-probabilities of a few completions with the policy's, once; RolloutError if they differ."""
-        policy, sampler = self.policy, self.sampler
-        self._agrees = True
-        if not sampler.keeps_all_tokens and not greedy:
-            return  # its log-probabilities are those among the tokens that are kept
-        tokens = rollouts.sequences.sampled_mask.sum(dim=1)
-        compared = (tokens == 0).long().argsort(stable=True)[:_COMPARED]  # nothing was sampled in an episode that is left out
-        rows = rollouts.sequences.rows(compared)
-        temperature = 1.0 if greedy else sampler.temperature
-        with policy.inference():
-            logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, temperature))
-        sampled = rollouts.sampling_logprobs[compared, : logprobs.shape[1]]
-        difference = float((logprobs - sampled).abs()[rows.sampled_mask].sum() / rows.sampled_mask.sum().clamp(min=1))
-        if not difference <= _LARGEST_DIFFERENCE:  # nan, too
-            raise RolloutError(
-                f"the rollout engine's log-probabilities differ from the policy's by {difference:.2g} nats a token: it computes "
-                "with another model, or does not know this architecture; start it with the policy's model, or leave "
-                "model.sampler out"
-            )
 
     @property
     def _is_behind(self) -> bool:

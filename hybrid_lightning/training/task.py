@@ -76,7 +76,6 @@ class Task(RolloutSource, ABC):
         policy = self.policy
         with policy.inference():
             policy.weights.as_forward(policy.engine.prepare)
-        self.generation.compare_again()
 
     def new_step(self) -> Step:
         """An optimizer step, or one after another, of an epoch."""

@@ -1,11 +1,11 @@
 """What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
 
-from dataclasses import replace
+from concurrent.futures import Future
 
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import build_data, build_policy, fit, with_holes, write_model, write_wide_model
+from tiny_runs import build_data, build_policy, fit, write_model, write_wide_model
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
 from hybrid_lightning.adapters.candidates import linear_shape
@@ -15,7 +15,7 @@ from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import Sampler
-from hybrid_lightning.rollout.interface import WeightsVersion
+from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
 from hybrid_lightning.types import Prompt
 
 IDS = torch.arange(3, 19).view(2, 8)
@@ -154,26 +154,35 @@ class Copying(Sampler):
         self.ended += 1
 
 
-class InterruptedCopying(Copying):
-    """Of completions with holes, behind four episodes that are left out."""
+class Scoring(Copying):
+    """Scores prompts, too."""
 
-    wrong = 0.0
+    scores_prompts = True
 
-    def sample(self, engine, tokenizer, request):
-        rollouts = with_holes(super().sample(engine, tokenizer, request))
-        sequences = rollouts.sequences.without(torch.arange(len(rollouts.sequences)) < 4)
-        logprobs = rollouts.sampling_logprobs * sequences.sampled_mask
-        logprobs[4, 0] += self.wrong
-        return replace(rollouts, sequences=sequences, sampling_logprobs=logprobs)
+    def prompt_logprobs(self, token_ids):
+        rows = [(self.model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:]) for ids in token_ids]
+        logprobs = [row[range(len(tokens)), tokens].tolist() for row, tokens in rows]
+        answer = Future()
+        answer.set_result([PromptLogprobs("a copy", self.version, logprobs)])
+        self.scored.append(token_ids)
+        return answer
 
 
-def test_only_what_was_sampled_is_compared(model):
-    policy, prompts = adapted(model, sampler=InterruptedCopying()), [Prompt(text="12+3="), Prompt(text="1+1=")]
-    policy.generate(prompts, 4)
-    policy.task.generation.compare_again()
-    policy.task.generation.sampler.wrong = -50.0
-    with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
-        policy.generate(prompts, 4)
+def test_an_engine_is_compared_on_the_same_tokens_after_each_update(model):
+    sampler = Scoring()
+    sampler.scored, prompts = [], [Prompt(text="12+3=", answer="15"), Prompt(text="1"), Prompt(text="2=", answer="\u4f60")]
+    policy = adapted(model, sampler=sampler)
+    generation, lora = policy.task.generation, next(p for name, p in policy.model.named_parameters() if "lora_B" in name)
+    for by in (0.0, 0.1, 0.0):
+        lora.data += by
+        policy.generate(prompts, 2)
+    assert generation.metrics()["sampling/mismatch/max"] < 1e-4
+    assert len(sampler.scored) == 2 and sampler.scored[0] == sampler.scored[1]
+    assert [policy.tokenizer.decode(ids) for ids in sampler.scored[0]][:1] == ["12+3=15"], "with the answer"
+    sampler.model.lm_head.weight.data *= 5
+    lora.data += 0.1
+    with pytest.raises(RolloutError, match=r"of a copy differ from the policy's by [\d.]+ nats a token .* they agreed before"):
+        policy.generate(prompts, 2)
 
 
 def test_a_run_updates_once_a_rollout_and_every_command_samples_by_the_engine(model, sums, tmp_path):

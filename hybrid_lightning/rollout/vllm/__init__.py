@@ -6,6 +6,7 @@ servers.py       `VLLMServerSampler`: servers reached over HTTP
 server_checks.py whether a server can complete for the policy
 server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
+outage.py        how long servers that cannot be used are waited for
 completing.py    what both ask of vLLM and make of its answers, and which versions of it are supported
 isolated_process.py  keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers

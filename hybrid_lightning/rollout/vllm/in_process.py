@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from hybrid_lightning.engine import TokenSizes
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.future import RolloutFuture
-from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, ServedModel
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, check_installed
+from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
+from hybrid_lightning.rollout.vllm import completing
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.transfer import free_port
@@ -91,12 +93,14 @@ class VLLMSampler(VLLMEngine):
 
     def check_model(self, model: ServedModel) -> None:
         """Raise ConfigError unless vLLM is installed, and its engine can be had on the device that trains."""
-        check_installed(model.device.type)
+        completing.check_installed(model.device.type)
         if torch.cuda.is_available() and model.device.type == "cpu":
             raise ConfigError(
                 "model.sampler=VLLMSampler samples on the GPU of this machine, where training has been told to use the CPU; set "
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
+        if model.device.type == "cpu":
+            completing.check_heads(model.config, "model.sampler=VLLMSampler samples")
 
     def context(self, config: Any) -> tuple[float, str]:
         """The model's limit, or `max_model_len`."""
@@ -257,6 +261,22 @@ class VLLMSampler(VLLMEngine):
                 "the weights of this engine"
             )
         return in_order
+
+    @torch.no_grad()
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
+        """Log-probabilities of sequences, which are there when this returns."""
+        with self._process.entered():
+            from vllm import SamplingParams
+
+            self._wake("kv_cache")
+            prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+            outputs = self._llm.generate(prompts, SamplingParams(**completing.PROMPT_LOGPROBS), use_tqdm=False)
+        labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
+        rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
+        logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]
+        answer: Future[list[PromptLogprobs]] = Future()
+        answer.set_result([PromptLogprobs("vLLM", completing.one_version(labels), logprobs)])
+        return answer
 
     def release_memory(self) -> None:
         """Free what `sleep` names, by vLLM's sleep mode, on GPUs."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import check_version
+from hybrid_lightning.rollout.vllm.completing import check_heads, check_version
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import facts_of
 
@@ -40,6 +40,8 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
     if facts.splits_prompts_on_cpu:
         fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
         raise _fault(server, fault, "--no-enable-chunked-prefill")
+    if facts.on_cpu:
+        check_heads(model.config, f"{server.url} runs")
     if facts.backend not in (BACKEND, "nccl"):
         remedy = (
             f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '

@@ -4,22 +4,26 @@ Used of its interface: `/inference/v1/generate`, token ids in and out, which is 
 need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
 """
 
+import asyncio
 import contextlib
 import math
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from hybrid_lightning.errors import RolloutError, shorten
 from hybrid_lightning.rollout.vllm import LACKS
-from hybrid_lightning.rollout.vllm.completing import Answer
+from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
 
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for questions that a server answers between two steps of its engine
+_PAUSE_S = 120.0  # in which it has stopped its engine
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class ServerFacts:
     logprobs_mode: str
     backend: str | None  # by which it takes weights
     workers: int
+    on_cpu: bool
     splits_prompts_on_cpu: bool
 
     @classmethod
@@ -43,7 +48,7 @@ class ServerFacts:
             KeyError: If something is not there. Other errors are raised if it is of another kind.
         """
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
-        on_cpu = (config.get("device_config") or {}).get("device_type") == "cpu"
+        on_cpu = "cpu" in (config.get("device_config") or {}).values()
         return cls(
             str(names["data"][0]["id"]),
             int(model["max_model_len"]),
@@ -52,6 +57,7 @@ class ServerFacts:
             str(model["logprobs_mode"]),
             None if transfer is None else str(transfer["backend"]),
             int(size["world_size"]),
+            on_cpu,
             on_cpu and bool(scheduler.get("enable_chunked_prefill")),
         )
 
@@ -80,7 +86,6 @@ class Server:
         self.url, self.timeout = url, timeout
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._facts: ServerFacts | None = None
-        self._client: httpx.Client | None = None
 
     @property
     def facts(self) -> ServerFacts:
@@ -117,7 +122,7 @@ class Server:
 
     def pause(self, keeps: bool) -> None:
         """Begin no requests, and keep those that are under way for `resume`, or end them."""
-        self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=self.timeout)
+        self.ask("POST", "/pause", params={"mode": "keep" if keeps else "abort"}, limit=min(_PAUSE_S, self.timeout))
 
     def resume(self) -> None:
         """Begin requests again."""
@@ -184,6 +189,28 @@ class Server:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(self.url, f"its completions cannot be read ({type(error).__name__}: {error})") from error
 
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> tuple[set[str], list[list[float]]]:
+        """Which weights it has, and the log-probabilities of each sequence's tokens but the first.
+
+        Raises:
+            ServerError: If it does not answer, or cannot compute them.
+        """
+
+        async def of(client: httpx.AsyncClient, ids: Sequence[int]) -> Any:
+            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS}
+            return self._content(await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers))
+
+        async def of_all(client: httpx.AsyncClient) -> list[Any]:
+            return await asyncio.gather(*(of(client, ids) for ids in token_ids))
+
+        answers = self._within(self.timeout, of_all)
+        try:
+            labels = {str(span["version"]) for answer in answers for span in answer["choices"][0]["weight_versions"]}
+            rows = [zip(ids, answer["prompt_logprobs"], strict=True) for ids, answer in zip(token_ids, answers, strict=True)]
+            return labels, [[float(entry[str(token)]["logprob"]) for token, entry in [*row][1:]] for row in rows]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerError(self.url, f"its log-probabilities of prompts cannot be read ({error})", 422) from error
+
     async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
         """End requests, if it still answers."""
         with contextlib.suppress(httpx.HTTPError):  # it ends them by itself when their connections are closed
@@ -204,18 +231,12 @@ class Server:
             raise ServerError(self.url, f"its answer to /weight_info says no version: {shorten(answer)}") from error
 
     def connections(self) -> httpx.AsyncClient:
-        """Connections for completions, of this server and others like it."""
-        return httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=_CONNECT_S), **self._options)
+        """Connections to this server and others like it; who makes a request limits its time."""
+        return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=_CONNECT_S), **self._options)
 
     # ---- requests
 
-    def close(self) -> None:
-        """Close what requests are made by."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-
-    @property
+    @cached_property
     def _options(self) -> dict[str, Any]:
         return {
             "trust_env": False,  # no proxy of the environment: weights go to a server directly, too
@@ -232,16 +253,25 @@ class Server:
         Raises:
             ServerError: If it does not answer, or refuses.
         """
-        timeout = httpx.Timeout(min(limit, self.timeout) if limit <= _SHORT_S else limit, connect=_CONNECT_S)
+
+        async def answer(client: httpx.AsyncClient) -> httpx.Response:
+            return await client.request(method, f"{self.url}{path}", json=body, params=params, headers=self._headers)
+
+        return self._content(self._within(min(limit, self.timeout) if limit <= _SHORT_S else limit, answer))
+
+    def _within(self, limit: float, answer: Callable[[httpx.AsyncClient], Awaitable[_T]]) -> _T:
+        """What is answered within so many seconds in all, however slowly it comes."""
+
+        async def limited() -> _T:
+            async with asyncio.timeout(limit), self.connections() as client:
+                return await answer(client)
+
         try:
-            if self._client is None:
-                self._client = httpx.Client(**self._options)
-            response = self._client.request(
-                method, f"{self.url}{path}", json=body, params=params, headers=self._headers, timeout=timeout
-            )
+            return asyncio.run(limited())
+        except TimeoutError as error:
+            raise ServerError(self.url, f"no answer within {limit:.0f} s; it hangs, or has too much to do") from error
         except httpx.HTTPError as error:
             raise self._failure(error) from error
-        return self._content(response)
 
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
@@ -259,8 +289,6 @@ class Server:
     def _failure(self, error: httpx.HTTPError) -> ServerError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})")
-        if isinstance(error, httpx.TimeoutException):
-            return ServerError(self.url, "no answer in time; it hangs, or has too much to do")
         return ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})")
 
 

@@ -21,10 +21,18 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.future import RolloutFuture, in_thread
-from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, SamplingRequest, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.interface import (
+    PolicyWeight,
+    PolicyWeights,
+    PromptLogprobs,
+    SamplingRequest,
+    ServedModel,
+    WeightsVersion,
+)
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, one_version
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
+from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import REQUEST, GlooTransfer, NcclTransfer, Transfer, Update, local_address
@@ -53,8 +61,8 @@ class VLLMServerSampler(VLLMEngine):
     Args:
         urls: Addresses of the servers, such as `[http://node7:8000, http://node8:8000]`.
         timeout: Longest time for one request in seconds; it is then given to another server.
-        give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
-            weights. Until then it is tried again, in growing intervals.
+        give_up_after: Seconds after which the run stops, so that it can be resumed, if no server answers, completes a request or
+            takes weights. Until then it is tried again, in growing intervals.
         address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
         options: Of `RolloutEngine`.
 
@@ -96,6 +104,7 @@ class VLLMServerSampler(VLLMEngine):
         self._dispatches: list[Dispatch] = []  # that may have requests under way
         self._asking = threading.RLock()  # held while requests are begun, and while weights are on their way
         self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
+        self._outage = Outage(give_up_after)
 
     def check_model(self, model: ServedModel) -> None:
         """Make sure that all servers are there, at a resume one of them, and have the policy's model.
@@ -149,6 +158,7 @@ class VLLMServerSampler(VLLMEngine):
         alone = everything is None
         everything = self.needs_everything(weights, model) if everything is None else everything
         if not everything and self.version == weights.version:
+            self._outage.end()
             return
         self.go_on_with(weights.version)
         before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
@@ -166,6 +176,8 @@ class VLLMServerSampler(VLLMEngine):
             if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
                 deque(stream, maxlen=0)  # or other ranks, which gather the weights with this one, would wait
         self.version, self._base = weights.version, weights.base
+        self._outage.end()
+        self.go_on_with(weights.version)
 
     def go_on_with(self, version: WeightsVersion) -> None:
         """Take tokens by these weights from requests that are under way."""
@@ -188,6 +200,11 @@ class VLLMServerSampler(VLLMEngine):
                     f"no vLLM server has the policy's weights: {self._why() or 'none was given them'}; start them again"
                 )
             return super().begin(engine, tokenizer, request)
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether requests under way wait for servers that were started again, which `update` gives weights."""
+        return any(dispatch.has_lost_weights for dispatch in self._running)
 
     @property
     def _running(self) -> list[Dispatch]:
@@ -302,7 +319,8 @@ class VLLMServerSampler(VLLMEngine):
     def _labels(self) -> dict[Server, str]:
         """What the servers that can be used say of their weights."""
         # One that hangs is waited for once.
-        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
+        first = min(_FIRST_S, self.give_up_after)
+        labels = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else first))
         for server, found in labels.items():
             if not isinstance(found, str):
                 self._hopeless.discard(server)
@@ -324,16 +342,16 @@ class VLLMServerSampler(VLLMEngine):
         """Attempts in growing intervals, until the caller needs no more.
 
         Raises:
-            RolloutError: If one that began `give_up_after` seconds after the first was not enough, or no server can succeed.
+            RolloutError: If none has succeeded `give_up_after` seconds after servers were found to fail, or none can.
         """
-        until = time.monotonic() + self.give_up_after
         for number in itertools.count():
-            left = until - time.monotonic()
+            began = time.monotonic()
             yield
+            left = self._outage.left(self._why(), began)
             if left <= 0 or self._hopeless.issuperset(self._servers):
                 raise RolloutError(
                     f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; "
-                    "start them again with the policy's model, and the run goes on from stopped.ckpt"
+                    "start them again with the policy's model"
                 )
             time.sleep(min(left, _LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 16)))
 
@@ -365,10 +383,27 @@ class VLLMServerSampler(VLLMEngine):
             return RolloutFuture(list)
         self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts, _AGAIN_S)
         label = str(self.version)
-        dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self.give_up_after)
+        dispatch = Dispatch(self._servers, label, _UPDATING, prompt_ids, parameters, self.timeout, self._outage)
         self.idle_seconds = min((other.seconds_since_end for other in self._dispatches), default=0.0)
+        begun = dispatch.start(on_token, on_answers)
         self._dispatches = [*self._running, dispatch]
-        return dispatch.start(on_token, on_answers)
+        return begun
+
+    def prompt_logprobs(self, token_ids: Sequence[Sequence[int]]) -> "Future[list[PromptLogprobs]]":
+        """Begin to compute log-probabilities of sequences, by all servers that have weights."""
+        servers = [server for server in self._servers if server not in self._left_out]
+
+        def of_all() -> list[PromptLogprobs]:
+            found = []
+            for server, answer in self._of_each(servers, lambda server: server.prompt_logprobs(token_ids)).items():
+                if isinstance(answer, tuple):
+                    labels, logprobs = answer
+                    found.append(PromptLogprobs(server.url, one_version(labels), logprobs))
+                elif isinstance(answer, ServerError) and answer.is_final:  # what else is wrong completions will show
+                    rank_zero_warn(f"vLLM: {answer}; whether it computes what the policy computes is not watched")
+            return found
+
+        return in_thread(of_all, REQUEST)
 
     def shut_down(self) -> None:
         """End requests and close the connections; the servers go on, and may be used by another run."""
@@ -380,6 +415,5 @@ class VLLMServerSampler(VLLMEngine):
         for server in connected:
             self._disconnect(server)
         self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
-        for server in self._servers:
-            server.close()
         self.version = None
+        self._outage.end()

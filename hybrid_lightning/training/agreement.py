@@ -1,0 +1,119 @@
+"""`Agreement`: compares a rollout engine that has weights of its own with the policy, on a few fixed tokens.
+
+A label says which weights an engine was given, and may lie: an update that breaks can leave the old weights under the new label.
+So after each update both compute the log-probabilities of the same tokens with what should be the same weights. No sampling and
+no lag of rollouts ahead is in that, and any engine with a bug in its model shows.
+
+    sampling/mismatch/mean, /max    |l_engine - l_policy| in nats, over the tokens; of several servers, of the worst
+
+The tokens are those of the first prompts that are completed, with their reference answers, which training changes most.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.model.policy import Policy
+from hybrid_lightning.model.precision import product_dtype
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.interface import PromptLogprobs, WeightsVersion
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import Sequences
+
+SEQUENCES, TOKENS = 4, 256  # that are compared, and most tokens of each
+_WAIT_S = 60.0  # for an engine that has nothing else to do
+_LARGEST = 0.5  # nats, mean over tokens, beyond which the run stops; with other weights more than 2 was seen
+# Beyond which it warns, with products of float32 and of 16 bits. Tokens of prompts are improbable ones, of which rounding moves
+# log-probabilities most: SmolLM2 in bfloat16 has 0.06 to 0.09, a small model in float32 1e-5.
+_DOUBTFUL, _DOUBTFUL_HALF = 1e-3, 0.2
+
+
+class Agreement:
+    """Compares an engine with the policy.
+
+    Args:
+        policy: The policy.
+        sampler: The engine.
+        run: The run that they are part of.
+
+    Attributes:
+        metrics: Name -> value of the last comparison; empty before it.
+    """
+
+    def __init__(self, policy: Policy, sampler: RolloutEngine, run: Run) -> None:
+        self._policy, self._sampler, self._run = policy, sampler, run
+        self.metrics: dict[str, float] = {}
+        self._ids: list[list[int]] = []
+        self._own: dict[WeightsVersion, Tensor] = {}  # the policy's log-probabilities, from the oldest version that may come back
+        self._asked: Future[list[PromptLogprobs]] | None = None
+        self._warned = False
+
+    def begin(self, sequences: Callable[[], Iterable[list[int]]]) -> None:
+        """Begin to compare on sequences, which are made once, if the engine has been given weights since.
+
+        Ranks that share a model call it together.
+        """
+        version, asks = self._sampler.version, self._run.rank == 0 or not self._sampler.is_remote
+        if version is None or version in self._own or not (asks or self._policy.weights.sharded):
+            return
+        self._ids = self._ids or [ids[:TOKENS] for ids in sequences() if len(ids) > 1]
+        if not self._ids:
+            return
+        if self._asked is None:
+            self._own = {}
+            if asks:
+                self._asked = self._sampler.prompt_logprobs(self._ids)
+        self._own[version] = self._logprobs()
+
+    def end(self, waits: bool = False) -> None:
+        """Compare, if the engine has answered; `waits` for it where it has had nothing else to do.
+
+        Raises:
+            RolloutError: If the two differ by more than half a nat a token.
+        """
+        if self._asked is not None and not self._asked.done() and waits:
+            with self._run.interruptible():
+                wait([self._asked], _WAIT_S)
+        if self._asked is None or not self._asked.done():
+            return
+        answers, self._asked = self._asked.result(), None
+        differences = {
+            answer.engine: (torch.tensor([value for row in answer.logprobs for value in row]) - self._own[answer.version]).abs()
+            for answer in answers
+            if answer.version in self._own
+        }
+        for engine, difference in differences.items():
+            self._judge(engine, float(difference.mean()))
+        if differences:
+            worst = max(differences.values(), key=lambda difference: float(difference.mean()))
+            self.metrics = {"sampling/mismatch/mean": float(worst.mean()), "sampling/mismatch/max": float(worst.max())}
+
+    def _judge(self, engine: str, mean: float) -> None:
+        apart = f"log-probabilities of {engine} differ from the policy's by {mean:.2g} nats a token with the same weights"
+        if not mean <= _LARGEST:  # nan, too
+            why = (
+                "it has another model, or does not know this architecture; start it with the policy's, or leave model.sampler out"
+            )
+            if self.metrics:
+                why = "they agreed before, so the last update did not reach it as a whole; see what it logs, and start it again"
+            raise RolloutError(f"{apart}: {why}")
+        with self._policy.precision():
+            most = _DOUBTFUL if product_dtype(self._policy.model) is None else _DOUBTFUL_HALF
+        if mean > most and not self._warned:
+            self._warned = True
+            rank_zero_warn(f"{apart}, more than {most:g}; see docs/troubleshooting.md#vllm, at {_LARGEST:g} the run stops")
+
+    def _logprobs(self) -> Tensor:
+        """The policy's log-probabilities of all tokens but the first of each sequence."""
+        policy = self._policy
+        first = pad_left([ids[:1] for ids in self._ids], 0, policy.device)
+        rows = Sequences(*first, *pad_right([ids[1:] for ids in self._ids], 0, policy.device))
+        with policy.inference():
+            logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, 1.0))
+        return logprobs[rows.sampled_mask].cpu()

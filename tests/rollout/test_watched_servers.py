@@ -1,0 +1,131 @@
+"""Runs with vLLM servers that are watched: whether they compute what the policy computes, and whether they answer."""
+
+import threading
+
+import pytest
+from lightning.pytorch import Callback
+from tiny_runs import Log, Talk, fit
+
+from hybrid_lightning.environments import EpisodeLimits
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.rollout import VLLMServerSampler
+from hybrid_lightning.rollout.vllm import dispatch, outage
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:.*is left out:UserWarning")
+EPISODES = {
+    "environment": Talk(),
+    "episodes": EpisodeLimits(max_turns=2, max_tokens=24),
+    "turn_template": "{content}",
+    "reward": None,
+}
+
+
+class After(Callback):
+    """Does something after an optimizer step, and saves a checkpoint."""
+
+    def __init__(self, step, action=lambda: None, checkpoint=None):
+        self.step, self.action, self.checkpoint = step, action, checkpoint
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.action()
+            if self.checkpoint is not None:
+                trainer.save_checkpoint(self.checkpoint)
+
+
+@pytest.fixture
+def train(model, sums, tmp_path):
+    """Trains with servers whose completions are made up, by large steps."""
+
+    def run(*servers, callbacks=(), steps=4, ckpt=None, rate=0.1, sampler=(), **policy):
+        options = {"max_new_tokens": 6, "timeout": 600, "give_up_after": 30, **dict(sampler)}
+        policy["sampler"] = VLLMServerSampler(urls=[server.url for server in servers], **options)
+        policy |= {"lr_lora": rate, "lr_full": rate}
+        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
+
+    return run
+
+
+@pytest.mark.parametrize(("ahead", "correction"), [(0, None), (1, TokenTruncation()), (2, None)])
+def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest_one_is_not(train, start, ahead, correction):
+    def run(server, rate=0.1, *callbacks):
+        log = Log()
+        options = {"callbacks": [log, *callbacks], "rollouts_ahead": ahead, "correction": correction, "rate": rate}
+        return log, lambda: train(start(seeded=True), server, **options)
+
+    log, fitted = run(start(seeded=True))
+    fitted()
+    assert all(step["sampling/mismatch/mean"] <= step["sampling/mismatch/max"] < 1e-4 for step in log.metrics)
+    assert len(log.metrics) == 4
+    liar = start(seeded=True)
+    breaks = After(1, lambda: setattr(liar, "loses_weights", True))
+    log, fitted = run(liar, 0.1, breaks)
+    with pytest.raises(RolloutError, match=f"of {liar.url} differ .* with the same weights: they agreed before"):
+        fitted()
+    assert len(log.metrics) < 4
+    liar.loses_weights = False
+    log, fitted = run(liar, 1e-3, breaks)
+    with pytest.warns(
+        UserWarning, match=rf"of {liar.url} differ .*, more than 0\.001; see docs/troubleshooting.md#vllm, at 0\.5"
+    ):
+        fitted()
+    assert log.metrics[-1]["sampling/mismatch/max"] > 1e-3
+
+
+def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, start, tmp_path):
+    saved, log, path = After(2, checkpoint=tmp_path / "saved.ckpt"), Log(), tmp_path / "saved.ckpt"
+    train(start(seeded=True), callbacks=[saved], rollouts_ahead=1)
+    with pytest.raises(RolloutError, match=r"with the same weights: it has another model, .* start it with the policy's"):
+        train(start(seeded=True, zeros=True), callbacks=[log], ckpt=path, rollouts_ahead=1)
+    assert not log.metrics
+
+
+def at_request(server, number, action):
+    """Do something when a server gets one of its requests, counted from now on."""
+    answer, calls = server.on_inference_v1_generate, []
+
+    def acts(body):
+        calls.append(body)
+        if len(calls) == number:
+            acting = threading.Thread(target=action)
+            acting.start()
+            acting.join()
+        return answer(body)
+
+    server.on_inference_v1_generate = acts
+
+
+@pytest.mark.parametrize(
+    ("ahead", "fault", "asked"),
+    [
+        (0, "dies", "takes the policy's weights .tried for"),
+        (0, "hangs", "completes for"),
+        (1, "dies", "completes for"),
+        (2, "hangs", "(completes for|takes the policy's weights .tried for)"),  # both wait, for one time
+    ],
+)
+def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
+    train, start, ahead, fault, asked, monkeypatch, caplog
+):
+    """Where completions are under way the run ends with them, and does not wait as long again to send the next weights."""
+    monkeypatch.setattr(outage, "_GRACE_S", 0.1)
+    monkeypatch.setattr(outage, "_AGAIN_S", 0.5)
+    monkeypatch.setattr(dispatch, "_LOOK_S", 0.3)
+    server = start(seeded=True)
+    fails = {"dies": server.stop, "hangs": lambda: setattr(server, "hangs", True)}[fault]
+    if "completes" in asked:
+        fails = lambda fails=fails: at_request(server, 6, fails)  # noqa: E731  # after those that are compared
+    with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=f"no vLLM server {asked} 2 s") as raised:
+        train(server, callbacks=[After(2, fails)], steps=9, rollouts_ahead=ahead, sampler={"give_up_after": 2})
+    assert server.url in str(raised.value) and "stopped.ckpt" not in str(raised.value), "which is for those to say who write it"
+    lines = [line for line in caplog.messages if "no server answers, tried for up to 2 s" in line and server.url in line]
+    assert 2 <= len(lines) < 5
+
+
+@pytest.mark.parametrize(("ahead", "policy"), [(0, {}), (1, {}), (0, EPISODES)])
+def test_a_server_that_is_started_again_in_the_middle_of_a_rollout_completes_it(train, start, ahead, policy):
+    server, log = start(seeded=True), Log()
+    at_request(server, 20, server.restart)
+    train(server, callbacks=[log], rollouts_ahead=ahead, **policy)
+    assert len(log.metrics) == 4 and "model.embed_tokens.weight" in server.updates[0], "all weights"

@@ -1,0 +1,128 @@
+"""An engine with other weights than the policy's is found out, whatever it says; one that dies or hangs ends the run in time."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import Log, fit
+from vllm_of_tests import Server, needs_vllm, policy_of
+
+from hybrid_lightning.callbacks import GracefulStop
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.model.current_weights import CurrentWeights
+from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
+
+pytestmark = [
+    needs_vllm,
+    pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning", "ignore:.*is left out:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*differ from the policy's by:UserWarning"),
+]
+
+
+class After(Log):
+    """Notes metrics, and does something after an optimizer step."""
+
+    def __init__(self, step=0, action=lambda trainer: None):
+        super().__init__()
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, *arguments):
+        super().on_train_batch_end(trainer, *arguments)
+        if trainer.global_step == self.step:
+            self.action(trainer)
+
+
+@pytest.fixture
+def train(model, sums, tmp_path):
+    def run(sampler, *callbacks, ahead=0, steps=8, ckpt=None, correction=None):
+        policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "lr_lora": 0.03, "lr_full": 0.03}
+        return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
+
+    return run
+
+
+def freeze_what_is_sent(monkeypatch, trainer):
+    """Send what the policy has now at all later updates, under their labels."""
+    policy, stream = trainer.lightning_module.policy, CurrentWeights.stream
+    sent = {}
+    for weight in CurrentWeights(policy.model, policy.weights, "", 0, True).stream(True):
+        sent[weight.name] = torch.empty(weight.shape)
+        weight.write_rows(sent[weight.name], 0)
+
+    def old(weight):
+        return replace(weight, write_rows=lambda to, first: to.copy_(sent[weight.name][first : first + len(to)]))
+
+    monkeypatch.setattr(CurrentWeights, "stream", lambda self, everything: map(old, stream(self, everything)))
+
+
+CASES = [("process", 0, None), ("server", 0, TokenTruncation()), ("server", 1, None), ("server", 2, None)]
+
+
+@pytest.mark.parametrize(("kind", "ahead", "correction"), CASES)
+def test_updates_that_break_after_the_start_end_the_run_and_whole_ones_do_not(
+    train, request, monkeypatch, kind, ahead, correction
+):
+    def sampler():
+        if kind == "process":
+            return VLLMSampler(max_new_tokens=8)
+        return VLLMServerSampler(max_new_tokens=8, urls=[request.getfixturevalue("server").url])
+
+    log = After()
+    train(sampler(), log, ahead=ahead, correction=correction)
+    assert all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics) and len(log.metrics) == 8
+    log = After(2, lambda trainer: freeze_what_is_sent(monkeypatch, trainer))
+    with pytest.raises(RolloutError, match=r"differ from the policy's by .* with the same weights: they agreed before"):
+        train(sampler(), log, ahead=ahead, correction=correction, steps=60)
+
+
+def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, tmp_path, monkeypatch):
+    path, log = tmp_path / "saved.ckpt", Log()
+    saves = After(4, lambda trainer: trainer.save_checkpoint(path))
+    train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), saves, ahead=1)
+    stream = CurrentWeights.stream
+
+    def zeros(self, everything):
+        return (replace(weight, write_rows=lambda to, first: to.zero_()) for weight in stream(self, everything))
+
+    monkeypatch.setattr(CurrentWeights, "stream", zeros)
+    with pytest.raises(RolloutError, match=r"with the same weights: it has another model"):
+        train(VLLMServerSampler(max_new_tokens=8, urls=[server.url]), log, ahead=1, ckpt=path)
+    assert not log.metrics
+
+
+def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, model, tmp_path, caplog):
+    own, began = Server(model, tmp_path / "log.txt"), []
+
+    def sampler(limit):
+        return VLLMServerSampler(max_new_tokens=40, urls=[own.url], give_up_after=limit)
+
+    def hang(trainer):
+        began.append(time.monotonic())
+        os.killpg(own._process.pid, signal.SIGSTOP)
+
+    def again(trainer):
+        own.stop()
+        threading.Thread(target=own.start).start()
+
+    try:
+        log = After(2, again)
+        train(sampler(240), log, ahead=1, steps=5)
+        assert len(log.metrics) == 5
+        with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
+            train(sampler(6), GracefulStop(), After(2, hang), ahead=1, steps=9)
+        assert time.monotonic() - began[0] < 60, "where a request may take ten minutes"
+        assert "Checkpoint saved" in "".join(raised.value.__notes__)
+        assert [line for line in caplog.messages if "no server answers, tried for up to 6 s" in line]
+    finally:
+        own.stop()
+
+
+def test_heads_that_vllm_cannot_compute_with_on_a_cpu_are_refused(server):
+    for sampler in (VLLMSampler(max_new_tokens=8), VLLMServerSampler(max_new_tokens=8, urls=[server.url])):
+        with pytest.raises(ConfigError, match=r"on a CPU, where vLLM's attention takes heads of .* and the policy's have 16"):
+            policy_of(sampler, "embedded:episodes").task.generation.check()

@@ -308,6 +308,8 @@ class Trainer(LightningTrainer):
         self.callbacks[:] = [*(each for each in self.callbacks if isinstance(each, kept)), doctor]  # type: ignore[attr-defined]
         self.loggers, self.fast_dev_run, self.command = [], True, "doctor"  # no folder, no checkpoint
         self.fit_loop.epoch_loop.max_steps, self.num_sanity_val_steps, self.limit_val_batches = 1, 0, 0
+        if self.is_global_zero:
+            say(f"One step: {schedule.prompts_per_rollout} prompts x {schedule.samples_per_prompt} completions ...")
         self.fit(policy, datamodule=data)
         if not self.is_global_zero:
             return

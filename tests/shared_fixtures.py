@@ -16,6 +16,8 @@ from hybrid_lightning.adapters.plan_display import draw_heatmap
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.memory import settings
+from hybrid_lightning.model import precision
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,15 @@ def no_pictures() -> Iterator[None]:
     """Let pictures of plans be empty: one that is drawn takes as long as a fifth of a small run, and most are not looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hybrid_adapter_setup, "draw_heatmap", empty_picture)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def products_of_16_bits() -> Iterator[None]:
+    """Let products have the dtype that tests ask for, whatever this processor has instructions for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (precision, settings):
+            patch.setattr(module, "why_no_halves", lambda: "")
         yield
 
 

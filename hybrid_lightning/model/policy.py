@@ -159,6 +159,8 @@ class Policy:
                 f"the plan was made for model {plan.model!r} (digest {plan.model_digest[:12]}), but this model has digest "
                 f"{self.base_digest[:12]}; use the same model, revision and dtype, or make a new plan with the score command"
             )
+        if device is not None or self.quantization is not None:
+            self.choose_products(device or self.device)  # now, so that a base is changed from the same numbers in every run
         if self.quantization is not None:
             quantize_base(self.model, self.quantization, plan.full_modules, device)
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import

@@ -84,6 +84,7 @@ def values(text):
 def test_it_shows_prompts_as_tokenised_with_what_the_reward_found_and_paid(folder):
     result = doctor(folder, "--model.lr_lora=1e-9", "--model.lr_full=1e-9")
     assert result.code == 0, result.err
+    assert re.match(r"One step: \d+ prompts x \d+ completions \.\.\.\n", result.out), "at once"
     assert sections(result.out).count("completions-are-cut") == sections(result.out).count("a-step-is-too-small") == 1
     prompt = r"^Prompt (\d), 4 tokens, .*sums.jsonl row \d+, reference answer '\d+'\n  '(\d\+\d=)'\n"
     prompts = re.findall(prompt, result.out, re.MULTILINE)

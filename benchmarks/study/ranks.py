@@ -1,20 +1,17 @@
-"""Ranks, sizes of a rollout and learning rates of LoRA in RL: `python -m benchmarks.study.ranks`.
+"""LoRA's rank, the size of a rollout and the learning rate in RL: `python -m benchmarks.study.ranks`.
 
-The task is *products* (`tasks/products.yaml`), which every rank can learn: what is looked for is what breaks. Every run takes the
-same number of optimizer steps, two a rollout, so that one of 1,024 completions learns from 16 times the completions that one of
-64 has. Runs are made one after the other, in one process; each is a line of `--out`, and what is there is not made again. Prints
-the tables of all that is there.
+The task is *products* (`tasks/products.yaml`), which every rank can learn: what is looked for is what breaks. All runs take
+the same number of optimizer steps, two a rollout, so that with 1,024 completions a rollout they learn from 16 times as much as
+with 64. They are made one after the other in one process. Each is a line of `--out`, and is not made again. Prints the tables of
+all that is there, which are those of results/ranks.md.
 """
 
-import argparse
 import contextlib
 import json
 import math
-import os
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import pairwise, product
@@ -31,17 +28,14 @@ from benchmarks.tables import table
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 
-TASK = HERE / "tasks" / "products.yaml"
-RANK = 8  # of the shipped configs, at which all scalings are the same: 2
-SCALINGS = {  # of B A, as alpha and whether it is divided by the root of the rank
-    "2": lambda rank: (2.0 * rank, False),
-    "rslora": lambda rank: (2 * math.sqrt(RANK), True),
-    "16/rank": lambda rank: (2.0 * RANK, False),
-}
+TASK, OUT = HERE / "tasks" / "products.yaml", Path("results/ranks.jsonl")
+RANK = 8  # of the shipped configs, at which all scalings are the same, 2
+SCALINGS = {"2": "alpha / rank 2", "rslora": "rsLoRA", "16/rank": "alpha 16"}
 CLIPS = {"GRPOLoss": (0.2, 0.2), "GSPOLoss": (3e-4, 4e-4)}  # of the shipped configs
 SHARES = {"lora": 0.0, "hybrid": 0.1, "full": 1.0}
 START = 0.357  # accuracy of the start policy on the test problems, results/README.md
 FALL = 0.2
+Runs = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,17 +52,19 @@ class Cell:
     seed: int
 
     @property
-    def options(self) -> dict[str, Any]:
-        (alpha, rslora), (low, high) = SCALINGS[self.scaling](self.rank), CLIPS[self.loss]
-        return {
-            **{"seed_everything": self.seed, "model.seed": self.seed, "model.loss": self.loss},
-            **{"model.loss.clip_low": low, "model.loss.clip_high": high, "model.lr_lora": self.rate},
-            **{"model.lr_full": float(f"{self.rate * (1 if self.method == 'full' else 0.1):.3g}")},
+    def words(self) -> list[str]:
+        """Its command line, without the command."""
+        alpha = {"2": 2.0 * self.rank, "rslora": 2 * math.sqrt(RANK), "16/rank": 2.0 * RANK}[self.scaling]
+        low, high = CLIPS[self.loss]
+        full = self.rate if self.method == "full" else float(f"{self.rate / 10:.3g}")
+        options = {
+            **{"seed_everything": self.seed, "model.seed": self.seed, "model.lr_lora": self.rate, "model.lr_full": full},
+            **{"model.loss": self.loss, "model.loss.clip_low": low, "model.loss.clip_high": high},
             **{"model.prompts_per_rollout": self.completions // 8, "trainer.max_steps": self.steps},
-            **{"adapter.rank": self.rank, "adapter.alpha": alpha, "adapter.use_rslora": rslora},
+            **{"adapter.rank": self.rank, "adapter.alpha": alpha, "adapter.use_rslora": self.scaling == "rslora"},
             **{"adapter.budget.share": SHARES[self.method], "trainer.limit_val_batches": 0, "trainer.accelerator": "cpu"},
-            **QUIET,
         }
+        return ["--config", str(TASK), *arguments(options | QUIET)]
 
 
 class Rewards(Callback):
@@ -88,65 +84,69 @@ class Rewards(Callback):
 
 
 def run(cell: Cell, doctor: bool) -> dict[str, Any]:
-    """Train and test."""
-    start, seen, diverged = time.process_time(), Rewards(), False
-    words = ["--config", str(TASK), *arguments(cell.options)]
-    said = StringIO()
+    """Train and test, and let the doctor make its trial step."""
+    start, seen, tested, said = time.process_time(), Rewards(), {"avg": 0.0, "greedy": 0.0}, StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            HybridLightningCLI(args=["fit", *words], trainer_defaults={"callbacks": [seen]})
+            HybridLightningCLI(args=["fit", *cell.words], trainer_defaults={"callbacks": [seen]})
             seen.trainer.test(seen.module, datamodule=seen.trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+            tested, diverged = accuracies(seen.trainer, "test"), False
         except TrainingError:  # of too large a learning rate: that is a result
             diverged = True
-    tested = {"avg": 0.0, "greedy": 0.0} if diverged else accuracies(seen.trainer, "test")
-    trained = sum(parameter.numel() for parameter in seen.module.parameters() if parameter.requires_grad)
-    found = {**asdict(cell), "trained": trained, **tested, "diverged": diverged, "rewards": seen.rewards}
-    found |= {"entropies": seen.entropies, "processor_seconds": round(time.process_time() - start, 1)}
-    return found | ({"trial_kl": trial_kl(words)} if doctor else {})
+        trained = sum(parameter.numel() for parameter in seen.module.parameters() if parameter.requires_grad)
+        found = {**asdict(cell), "trained": trained, **tested, "diverged": diverged, "rewards": seen.rewards}
+        found |= {"entropies": seen.entropies, "processor_seconds": round(time.process_time() - start, 1)}
+        if doctor:
+            with contextlib.suppress(SystemExit):
+                HybridLightningCLI(args=["doctor", *cell.words])
+            found["trial_kl"] = float(re.findall(r"KL (\S+) nats", said.getvalue())[-1])
+    return found | {"commit": versions()["commit"]}
 
 
-def trial_kl(words: list[str]) -> float | None:
-    """By how much the doctor's trial step changes the policy, in nats a token."""
-    said = StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        HybridLightningCLI(args=["doctor", *words])
-    number = re.search(r"KL (\S+) nats", said.getvalue())
-    return float(number[1]) if number else None
+def outcome(run: dict[str, Any]) -> str:
+    """How a run ended.
 
-
-def outcome(record: dict[str, Any]) -> str:
-    """How a run ended, in a word.
-
-    `collapsed`: at less than half of the start policy's accuracy, or with numbers that are not finite. `fell`: 20 points below the
-    best that two rollouts in a row had on average. `learned`: all others.
+    `collapsed`: at less than half of the start policy's accuracy, or with numbers that are not finite. `fell`: 20 points below
+    the best that two rollouts in a row had on average. `learned`: all others.
     """
-    if record["diverged"] or record["avg"] < START / 2:
+    if run["diverged"] or run["avg"] < START / 2:
         return "collapsed"
-    best = max(map(fmean, pairwise(record["rewards"])), default=0.0)
-    return "fell" if best - record["avg"] > FALL else "learned"
+    best = max(map(fmean, pairwise(run["rewards"])), default=0.0)
+    return "fell" if best - run["avg"] > FALL else "learned"
 
 
-def tables(records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """A table for each loss, method, scaling and rate: accuracy by rank and completions, and how many runs broke."""
-    groups: dict[tuple[Any, ...], dict[tuple[int, int], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        key = tuple(record[name] for name in ("loss", "steps", "method", "scaling"))
-        groups[key][record["rank"], record["completions"], record["rate"]].append(record)
-    for key, cells in sorted(groups.items()):
-        ranks, sizes, rates = (sorted({cell[place] for cell in cells}) for place in range(3))
-        header = ["rank", *(f"{size}, {rate:g}" for size in sizes for rate in rates)]
-        rows = [[str(rank), *(text(cells.get((rank, size, rate), [])) for size in sizes for rate in rates)] for rank in ranks]
-        yield ", ".join(map(str, key)), table(header, rows)
+def tables(runs: Runs) -> dict[str, str]:
+    """By title: for each loss, method and scaling accuracy by rank, rate and completions, and for each scaling the trial step."""
+    found = {}
+    for loss, method, scaling in dict.fromkeys((run["loss"], run["method"], run["scaling"]) for run in runs):
+        these = [run for run in runs if (run["loss"], run["method"], run["scaling"]) == (loss, method, scaling)]
+        found[f"{loss}, {method}, {SCALINGS[scaling]}"] = by_rank(these, ("rate", "completions"), accuracy)
+    tried = [run for run in runs if "trial_kl" in run]
+    return found | {"trial step": by_rank(tried, ("scaling", "rate"), lambda one: f"{one[0]['trial_kl']:.2g}{marks(one)}")}
 
 
-def text(runs: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation of accuracy in percent, and how many of the runs broke."""
-    if not runs:
-        return "-"
-    accuracies = [100 * run["avg"] for run in runs]
-    spread = f" ± {stdev(accuracies):.1f}" if len(runs) > 1 else ""
-    broken = sum(outcome(run) != "learned" for run in runs)
-    return f"{fmean(accuracies):.1f}{spread}" + (f" ({broken}/{len(runs)})" if broken else "")
+def by_rank(runs: Runs, columns: tuple[str, str], text: Any) -> str:
+    """A table with a row for each rank, and a column for each pair of values of these two."""
+    pairs = sorted({tuple(run[name] for name in columns) for run in runs})
+    header = ["rank", *(", ".join(SCALINGS.get(value, str(value)) for value in pair) for pair in pairs)]
+    rows = []
+    for rank in sorted({run["rank"] for run in runs}):
+        cells = [[run for run in runs if (run["rank"], *(run[name] for name in columns)) == (rank, *pair)] for pair in pairs]
+        rows.append([str(rank), *(text(cell) if cell else "-" for cell in cells)])
+    return table(header, rows)
+
+
+def accuracy(runs: Runs) -> str:
+    """Mean and standard deviation in percent, and what broke."""
+    values = [100 * run["avg"] for run in runs]
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{spread}{marks(runs)}"
+
+
+def marks(runs: Runs) -> str:
+    """How many collapsed (c) and fell (f)."""
+    ends = [outcome(run)[0] for run in runs]
+    return "".join(f" {ends.count(end)}{end}" for end in "cf" if end in ends)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -155,33 +155,28 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = command("study.ranks", __doc__)
-    given: dict[str, tuple[Any, list[Any]]] = {
-        **{"completions": (int, [256, 64, 1024]), "rank": (int, [1, 4, 16, 64, 128]), "rate": (float, [0.003, 0.01, 0.03])},
-        **{"scaling": (str, ["2", "rslora"]), "method": (str, ["lora"]), "loss": (str, ["GRPOLoss"]), "seed": (int, [0])},
+    lists: dict[str, list[Any]] = {
+        **{"seed": [0], "completions": [64, 256, 1024], "rank": [1, 4, 16, 64, 128], "rate": [0.001, 0.003, 0.01]},
+        **{"scaling": ["2", "rslora"], "method": ["lora"], "loss": ["GRPOLoss"]},
     }
-    for name, (kind, default) in given.items():
-        parser.add_argument(f"--{name}", type=kind, nargs="*", default=default, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, two a rollout (default: %(default)s)")
-    parser.add_argument("--doctor", action=argparse.BooleanOptionalAction, default=False, help="the doctor's trial step, too")
-    parser.add_argument("--out", type=Path, default=Path("results/ranks.jsonl"), help="default: %(default)s")
-    options = parser.parse_args()
-    made = read(options.out)
-    of_cell = list(Cell.__dataclass_fields__)
-    there = {tuple(record[name] for name in of_cell) for record in made}
-    values = (getattr(options, name) for name in ("seed", "completions", "rank", "rate", "scaling", "method", "loss"))
-    for seed, completions, rank, rate, scaling, method, loss in product(*values):
-        cell = Cell(method, rank, scaling, rate, completions, loss, options.steps, seed)
-        if tuple(asdict(cell).values()) in there:
-            continue
-        record = {**run(cell, options.doctor), "commit": versions()["commit"]}
-        made.append(record)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"{cell} {record['avg']:.3f} {outcome(record)}, {record['processor_seconds']} s", flush=True)
-    for title, content in tables(made):
+    for name, default in lists.items():
+        parser.add_argument(f"--{name}", type=type(default[0]), nargs="*", default=default, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--doctor", action="store_true", help="note what the doctor's trial step changes, too")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    given = parser.parse_args()
+    made = read(given.out)
+    there = {tuple(run[name] for name in Cell.__dataclass_fields__) for run in made}
+    for values in product(*(getattr(given, name) for name in lists)):
+        cell = Cell(**dict(zip(lists, values, strict=True)), steps=given.steps)
+        if tuple(asdict(cell).values()) not in there:
+            made.append(run(cell, given.doctor))
+            with given.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(made[-1]) + "\n")
+            print(f"{cell}: {made[-1]['avg']:.3f}, {outcome(made[-1])}", flush=True)
+    for title, content in tables(made).items():
         print(f"\n## {title}\n\n{content}")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

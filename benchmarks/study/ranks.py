@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import pairwise, product
@@ -30,7 +30,7 @@ from hybrid_lightning.errors import TrainingError
 
 TASK, OUT = HERE / "tasks" / "products.yaml", Path("results/ranks.jsonl")
 RANK = 8  # of the shipped configs, at which all scalings are the same, 2
-SCALINGS = {"2": "alpha / rank 2", "rslora": "rsLoRA", "16/rank": "alpha 16"}
+SCALINGS = {"2": "alpha=2r", "rslora": "rsLoRA", "16/rank": "alpha=16"}
 CLIPS = {"GRPOLoss": (0.2, 0.2), "GSPOLoss": (3e-4, 4e-4)}  # of the shipped configs
 SHARES = {"lora": 0.0, "hybrid": 0.1, "full": 1.0}
 START = 0.357  # accuracy of the start policy on the test problems, results/README.md
@@ -125,28 +125,26 @@ def tables(runs: Runs) -> dict[str, str]:
     return found | {"trial step": by_rank(tried, ("scaling", "rate"), lambda one: f"{one[0]['trial_kl']:.2g}{marks(one)}")}
 
 
-def by_rank(runs: Runs, columns: tuple[str, str], text: Any) -> str:
-    """A table with a row for each rank, and a column for each pair of values of these two."""
-    pairs = sorted({tuple(run[name] for name in columns) for run in runs})
-    header = ["rank", *(", ".join(SCALINGS.get(value, str(value)) for value in pair) for pair in pairs)]
+def by_rank(runs: Runs, columns: tuple[str, str], text: Callable[[Runs], str]) -> str:
+    """A table with a row for each rank, and a column for each pair of values of these two for which not all runs collapsed."""
+    pairs = sorted({tuple(run[name] for name in columns) for run in runs if outcome(run) != "collapsed"})
     rows = []
     for rank in sorted({run["rank"] for run in runs}):
         cells = [[run for run in runs if (run["rank"], *(run[name] for name in columns)) == (rank, *pair)] for pair in pairs]
         rows.append([str(rank), *(text(cell) if cell else "-" for cell in cells)])
-    return table(header, rows)
+    return table(["rank", *(", ".join(SCALINGS.get(value, str(value)) for value in pair) for pair in pairs)], rows)
 
 
 def accuracy(runs: Runs) -> str:
-    """Mean and standard deviation in percent, and what broke."""
-    values = [100 * run["avg"] for run in runs]
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{fmean(values):.1f}{spread}{marks(runs)}"
+    """Mean and standard deviation in percent, and what broke; the latter alone where all runs collapsed."""
+    values, broke = [100 * run["avg"] for run in runs], marks(runs)
+    spread = f"±{stdev(values):.1f}" if len(values) > 1 else ""
+    return broke if broke == "c" * len(runs) else f"{fmean(values):.1f}{spread}{broke}"
 
 
 def marks(runs: Runs) -> str:
-    """How many collapsed (c) and fell (f)."""
-    ends = [outcome(run)[0] for run in runs]
-    return "".join(f" {ends.count(end)}{end}" for end in "cf" if end in ends)
+    """A letter for each run that collapsed (c) or fell (f)."""
+    return "".join(sorted(outcome(run)[0] for run in runs)).rstrip("l")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,10 +17,7 @@ from benchmarks.study.figures import draw_accuracies, draw_frontier
 from benchmarks.study.store import RESULTS, Store, add_options, store_of
 from benchmarks.study.tables import choices, differences, headline, of_task, targets
 
-PAGES = (
-    *(Path("docs/method.md"), Path("results/README.md")),
-    *(RESULTS / "README.md", RESULTS / "frontier.md"),
-)
+PAGES = (Path("results/README.md"), RESULTS / "README.md", RESULTS / "frontier.md")
 TITLES = {
     "headline": "Accuracy, %",
     "targets": "Targets",

@@ -53,9 +53,9 @@ class LoraSettings:
         return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
 
     def with_rank(self, rank: int) -> "LoraSettings":
-        """The same settings at another rank, at which a learning rate means the same.
+        """The same settings at another rank.
 
-        Of plain LoRA alpha / rank stays as it is, of rsLoRA, whose scale takes care of the rank, alpha.
+        Of plain LoRA alpha / rank stays as it is, of rsLoRA alpha. At one learning rate steps grow with the rank, or its root.
         """
         return replace(self, rank=rank, alpha=self.alpha if self.use_rslora else self.alpha * rank / self.rank)
 

@@ -194,7 +194,7 @@ class Policy:
         Products of 16 bits are computed in float32 where they are the faster ones (see `choose_products`).
         """
         with self._asked_precision():
-            in_float32 = self.choose_products(self.device)
+            in_float32 = self.is_loaded and self.choose_products(self.device)  # a check before a run does not load it
             with torch.autocast("cpu", enabled=False) if in_float32 else nullcontext():
                 yield
 

@@ -239,7 +239,7 @@ class StepLines(Callback):
 
 
 def _begin(trainer: Trainer, phase: str) -> None:
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not console().is_jupyter:
         say(f"{phase} ...")
 
 

@@ -137,7 +137,7 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     Yields:
         A function to call with (steps done, total), where None keeps the total, which may be known only then.
     """
-    if trainer.is_global_zero and not console().is_terminal:
+    if trainer.is_global_zero and not console().is_terminal and not console().is_jupyter:
         say(f"{description} ...")
         advance = minute_lines(description)
         yield lambda done, new_total: advance(done, new_total or total)

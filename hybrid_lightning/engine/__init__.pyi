@@ -24,9 +24,9 @@ from hybrid_lightning.engine.logprobs import token_logprobs as token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences as PackedSequences
 from hybrid_lightning.engine.packing import begins_group as begins_group
 from hybrid_lightning.engine.pass_memory import PassMemory as PassMemory
+from hybrid_lightning.engine.passes import accelerator_memory as accelerator_memory
 from hybrid_lightning.engine.passes import base_model as base_model
 from hybrid_lightning.engine.passes import default_token_budget as default_token_budget
-from hybrid_lightning.engine.passes import memory_of as memory_of
 from hybrid_lightning.engine.passes import own_hidden as own_hidden
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding as SegmentDecoding
 from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding as SharedPromptDecoding

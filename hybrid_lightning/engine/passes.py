@@ -168,7 +168,7 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
     The device is the one that computes; weights, which may be sharded, may be on another one.
     """
     text = base_model(model).config.get_text_config()
-    total = memory_of(device)
+    total = accelerator_memory(device)
     rest = None
     if total is not None:
         held = [part._local_tensor if isinstance(part, DTensor) else part for part in model.parameters()]
@@ -177,6 +177,6 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
     return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu", rest)
 
 
-def memory_of(device: torch.device) -> int | None:
+def accelerator_memory(device: torch.device) -> int | None:
     """Bytes of memory of an accelerator; None where it is not known, and of a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -10,11 +10,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from transformers import PretrainedConfig
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import activation_bytes, memory_of, tokens_of_pass, why_no_halves
+from hybrid_lightning.engine import activation_bytes, tokens_of_pass, why_no_halves
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES
-from hybrid_lightning.model.precision import check_precision, machine_memory
+from hybrid_lightning.model.precision import check_precision, memory_of
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -61,7 +61,7 @@ class TrainerFlags:
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
-            device_bytes=_memory_of(device) if device_gib is None else int(device_gib * 2**30),
+            device_bytes=memory_of(device) if device_gib is None else int(device_gib * 2**30),
         )
 
     @classmethod
@@ -74,7 +74,7 @@ class TrainerFlags:
             str(trainer.precision),
             trainer.accumulate_grad_batches,
             validates=trainer.limit_val_batches != 0,
-            device_bytes=_memory_of(device),
+            device_bytes=memory_of(device),
         )
 
     @property
@@ -181,15 +181,6 @@ def _eval_prompts(data: Any) -> int:
     batch = getattr(data, "eval_batch_size", None)
     limit = getattr(data, "_limits", {}).get("validation")
     return 0 if batch is None else min(batch, limit or batch)
-
-
-def _memory_of(device: torch.device) -> int | None:
-    """Bytes of the memory of a GPU, or of this machine; None where that is not known."""
-    if device.type == "cpu":
-        return machine_memory()
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return memory_of(device) if torch.cuda.is_available() else None
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.engine import default_token_budget, memory_of, token_logprobs
+from hybrid_lightning.engine import accelerator_memory, default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
@@ -142,12 +142,12 @@ class Passes:
 
         On a CPU they follow from the model's sizes, and are not kept.
         """
-        total = memory_of(device)
+        total = accelerator_memory(device)
         return {} if total is None or self._chosen is None else {_PASS_TOKENS: {"tokens": self._chosen, "memory": total}}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take what `state` returned, unless this device is of another kind or has less memory."""
-        saved, total = state.get(_PASS_TOKENS), memory_of(device)
+        saved, total = state.get(_PASS_TOKENS), accelerator_memory(device)
         if saved is None or total is None or self.max_tokens:
             return
         if total >= saved["memory"]:

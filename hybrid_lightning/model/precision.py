@@ -34,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.engine import HALF, Backend, autocast_dtype, why_no_halves
+from hybrid_lightning.engine import HALF, Backend, accelerator_memory, autocast_dtype, why_no_halves
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.ranks import world_size
 
@@ -79,7 +79,7 @@ def product_dtype(model: nn.Module) -> torch.dtype | None:
 
 def why_float32(model: nn.Module) -> str:
     """Why a CPU is to compute a model's products of 16 bits in float32, in words for the user; empty where it is not."""
-    reason, memory = why_no_halves(), machine_memory()
+    reason, memory = why_no_halves(), memory_of(torch.device("cpu"))
     needed = 4 * sum(parameter.numel() for parameter in model.parameters()) * world_size()
     if not reason or memory is None or needed <= _MOST * memory:
         return reason
@@ -97,11 +97,15 @@ def widen(model: nn.Module) -> None:
             part.data = part.data.float()
 
 
-def machine_memory() -> int | None:
-    """Bytes of memory of this machine; None where that is not known."""
-    with suppress(AttributeError, ValueError, OSError):  # not on Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of the memory of a GPU, or of this machine for a CPU; None where that is not known."""
+    if device.type == "cpu":
+        with suppress(AttributeError, ValueError, OSError):  # not on Windows
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return None
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return accelerator_memory(device) if torch.cuda.is_available() else None
 
 
 def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:

@@ -31,7 +31,7 @@ def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes(monke
     model.model.layers[0].requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = 80 * 2**30
-    monkeypatch.setattr(passes, "memory_of", lambda device: total)
+    monkeypatch.setattr(passes, "accelerator_memory", lambda device: total)
     assert default_token_budget(model, OTHER) == int(0.5 * (0.9 * total - 4 * weights - 12 * trained) / PER_TOKEN)
     total = 1
     assert default_token_budget(model, OTHER) == 256, "never less than keeps a device busy; what fits is for the planner to say"

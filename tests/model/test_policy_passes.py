@@ -9,7 +9,7 @@ def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(
     """Those that the memory of a device has decided, so that rows are split alike."""
     said, path, gib = [], tmp_path / "first.ckpt", 2**30
     monkeypatch.setattr(passes, "rank_zero_info", said.append)
-    monkeypatch.setattr(passes, "memory_of", lambda device: 80 * gib)  # as if the CPU were such a device
+    monkeypatch.setattr(passes, "accelerator_memory", lambda device: 80 * gib)  # as if the CPU were such a device
     monkeypatch.setattr(passes, "default_token_budget", lambda model, device: 24)
     fit(model, sums, tmp_path, max_steps=1).trainer.save_checkpoint(path)
     monkeypatch.setattr(passes, "default_token_budget", lambda model, device: 12)
@@ -18,7 +18,7 @@ def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(
     assert policy.task.passes._chosen == 24 and saved["tokens_of_pass"] == {"tokens": 24, "memory": 80 * gib}
     for memory, given, taken in ((141, None, 24), (None, None, 12), (80, 100, 100), (40, None, 12)):
         assert not said
-        monkeypatch.setattr(passes, "memory_of", lambda device, memory=memory: memory and memory * gib)
+        monkeypatch.setattr(passes, "accelerator_memory", lambda device, memory=memory: memory and memory * gib)
         resumed = passes.Passes(policy.policy, max_tokens=given)
         resumed.restore(saved, policy.device)
         assert resumed.token_budget() == taken, "an option goes before"

@@ -157,7 +157,7 @@ def test_a_plan_knows_of_it_and_weights_that_would_not_fit_stay_with_a_warning(m
         settings = RunSettings.of(policy, build_adapter(), data, TrainerFlags(on_cpu=on_cpu, precision="bf16-mixed"), 8)
         dtypes += [settings.dtype, settings.product_dtype]
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
-    monkeypatch.setattr(precision_module, "machine_memory", lambda: 1000)
+    monkeypatch.setattr(precision_module, "memory_of", lambda device: 1000)
     with pytest.warns(
         UserWarning, match=f"{WHY}, so that .* do not fit into half of the 0.0 GiB of this machine; take a smaller"
     ):

@@ -27,7 +27,7 @@ def test_the_tables_of_the_projects_pages_are_those_that_its_records_give():
 def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results_with_a_gap(Path("mine"))
-    page = Path("docs/method.md")
+    page = Path("results/README.md")
     page.parent.mkdir()
     before = "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\nafter\n"
     page.write_text(before)
@@ -41,7 +41,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch, capsys
     left, made = analysed(*own)
     assert left == before, "records of one's own leave the project's pages alone"
     assert "| sums |" in made and "## Differences" in made and "on no task" not in made
-    text, _ = analysed(*own, "--pages", "docs/method.md")
+    text, _ = analysed(*own, "--pages", "results/README.md")
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
     assert "accuracy.png" in {path.name for path in Path("mine").iterdir()}

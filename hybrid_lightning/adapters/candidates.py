@@ -82,7 +82,11 @@ def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LinearLike) and name.startswith(blocks) and owners[id(module.weight)] == 1
+        if isinstance(module, LinearLike)
+        and name.startswith(blocks)
+        and owners[id(module.weight)] == 1
+        # A model's own kind of linear module computes something else: Llama 4's router returns two tensors.
+        and not type(module).__module__.startswith("transformers.models.")
     }
 
 

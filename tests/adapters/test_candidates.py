@@ -90,13 +90,17 @@ def test_impossible_ranks_and_keys_that_match_nothing_are_refused():
             ranks_by_pattern(names, {"mlp": 2, key: 3}, 4)
 
 
-def test_the_share_of_experts_is_that_of_their_parameters_alone(make_model):
+def test_experts_and_routers_are_no_candidates_and_the_share_of_experts_is_that_of_their_parameters(make_model):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
     config = AutoConfig.for_model("qwen3_moe", **sizes, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert share_of_experts(model) == 4 * 3 * 16 * 8 / total and share_of_experts(make_model("llama")) == 0
+    routed = AutoConfig.for_model("llama4_text", **sizes, intermediate_size=8, num_local_experts=2, interleave_moe_layer_step=1)
+    with torch.device("meta"):
+        candidates = find_candidates(AutoModelForCausalLM.from_config(routed))
+    assert candidates and not any("router" in name for name in candidates), "which returns two tensors"
     with torch.device("meta"):
         convolved = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
     assert share_of_experts(convolved) == 0

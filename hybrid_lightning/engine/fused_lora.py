@@ -173,7 +173,7 @@ class _Product(torch.autograd.Function):
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
         ctx.save_for_backward(rows, weight, lora_a, lora_b, low)
         ctx.scaling, ctx.fused = scaling, fused
-        return result.view(*x.shape[:-1], -1)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)  # not a view, to which some models add in place
 
     @staticmethod
     @once_differentiable

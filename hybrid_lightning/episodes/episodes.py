@@ -146,6 +146,13 @@ class Episodes:
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
         return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
 
+    @cached_property
+    def _special(self) -> set[int]:
+        """Tokens that a message is decoded without."""
+        tokenizer = self.pretrained.tokenizer
+        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        return added.union(tokenizer.all_special_ids)
+
     def clone_for_thread(self, on_wait: Callable[[], None]) -> "Episodes":
         """These episodes for another thread: with a tokenizer of its own, and processes for the environments."""
         options = self.pretrained.clone_for_thread(), self._turn_template, self._turn_rewards, on_wait
@@ -240,9 +247,11 @@ class Episodes:
     def _message(self, row: _Row) -> Message:
         """The last message of the policy, for the environment (see `Environment.step`)."""
         ids = row.last[:-1] if row.last and row.last[-1] in self.turns.stop_ids else row.last
-        raw = str(self.pretrained.tokenizer.decode(list(ids)))
-        for stop in self.sampler.stop:
-            raw = raw.partition(stop)[0]
+        raw = row.texts[-1]
+        if not self._special.isdisjoint(ids):  # else it is the same, and decoding takes time
+            raw = str(self.pretrained.tokenizer.decode(list(ids)))
+            for stop in self.sampler.stop:
+                raw = raw.partition(stop)[0]
         return {**row.messages[-1], "raw": f"<think>{raw}" if row.opened else raw}
 
     def _hear(self, row: _Row, answer: Step | Failure | TimedOut) -> list[int]:

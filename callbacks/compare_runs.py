@@ -77,7 +77,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         found = [compare_validations(first.report["last"], run.report["last"], name, paired) for run, paired in pairs]
         if any(found):
             shown = (shown_comparison(one, name, paired) if one else "-" for one, paired in zip(found, same, strict=True))
-            rows.append((f"{label}, less that of A", "", *shown))
+            rows.append((f"{label}, difference to A", "", *shown))
     return rows
 
 

@@ -116,7 +116,7 @@ def test_compare_tells_runs_apart_by_their_problems(folder):
         assert "\nReport:     runs/compared/version_" in fitted.out
     runs = [f"runs/compared/version_{number}" for number in range(2)]
     same = done(folder, "compare", *runs, "--html=c.html")
-    assert re.search(r"accuracy \(avg@2\), less that of A │ +│ \S+ points.*, paired over 8 problems", same.out)
+    assert re.search(r"accuracy \(avg@2\), difference to A │ +│ \S+ points.*, paired over 8 problems", same.out)
     options = same.out.partition("Options that differ")[2].partition("val/avg@2")[0]
     assert [line.split("│")[1:4] for line in options.splitlines() if line.startswith("│")] == [[" adapter.rank ", " 2 ", " 1 "]]
     assert re.search(r"val/avg@2\n  A  [▁-█]{40}  \S+ -> \S+\n  B  [▁-█]{40}  \S+ -> ", same.out)
@@ -126,7 +126,7 @@ def test_compare_tells_runs_apart_by_their_problems(folder):
     report["settings"]["validation prompts"] = "of others"
     (folder / runs[1] / "report.json").write_text(json.dumps({**report, "state": "not finished"}))
     other = run_command(folder, "compare", *runs).out
-    assert re.search(r"less that of A │ +│ \S+ points.*, unpaired ", other) and "Validation problems differ" in other
+    assert re.search(r"difference to A │ +│ \S+ points.*, unpaired ", other) and "Validation problems differ" in other
     assert "not finished (step 2 of 2)" in other
     for arguments, message in {
         (runs[0],): "compare needs at least two run folders",

@@ -192,7 +192,9 @@ class CallThreads:
 
     async def outcome(self, function: Callable[[], Any], timeout_s: float | None) -> Outcome:
         """Await a call that runs in one of the threads."""
-        call = _Call(function, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        call = _Call(function, loop.create_future())
+        late = None if timeout_s is None else loop.call_later(timeout_s, _settle, call.outcome, (None, TookTooLongError()))
         with self._lock:
             self._calls.put(call)
             self._under_way += 1
@@ -200,9 +202,10 @@ class CallThreads:
                 self._threads += 1
                 threading.Thread(target=self._run, name="user-code", daemon=True).start()
         try:
-            done, _ = await asyncio.wait({call.outcome}, timeout=timeout_s)
-            return call.outcome.result() if done else (None, TookTooLongError())
+            return await call.outcome
         finally:
+            if late is not None:
+                late.cancel()
             with self._lock:
                 if not call.has_ended:
                     call.given_up = True

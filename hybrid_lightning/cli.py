@@ -5,6 +5,7 @@ This file has the commands: their options and defaults, the callbacks that they 
 other libraries' error messages what to do.
 """
 
+import gc
 import inspect
 import sys
 from contextlib import nullcontext
@@ -239,6 +240,8 @@ class HybridLightningCLI(LightningCLI):
             if isinstance(self.model, LanguageModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.policy.load()
+        gc.freeze()  # what libraries and the policy are made of lasts, and is not looked through each time
+        gc.enable()
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:

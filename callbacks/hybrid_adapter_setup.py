@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.candidates import check_pattern, share_of_experts
+from hybrid_lightning.adapters.candidates import check_pattern, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
@@ -156,6 +156,7 @@ class HybridAdapterSetup(Configurable, Callback):
             self.planning.ranks(self.planning.candidates(pl_module.policy.pretrained.skeleton()))
         if self.given_plan is not None:
             self.given_plan.check_model(pl_module.policy.pretrained.skeleton())
+            check_lora_modules(self.given_plan.lora_modules)
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
         """Refuse a plan file that is not the plan that the model already has or gets."""
@@ -198,6 +199,9 @@ class HybridAdapterSetup(Configurable, Callback):
         say(plan_title(plan))
         if of_experts:
             say(f"Frozen besides: experts, {of_experts:.0%} of the weights, which are three-dimensional parameters")
+        frozen = without_lora(module.name for module in plan.candidates if module.mode == "frozen")
+        if frozen:
+            say(f"Without LoRA: {len(frozen)} modules such as {frozen[0]}, whose weights kernels of state space layers read themselves")
         rest = 0
         if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # else a table of them says nothing
             table = plan_table(plan, _SHOWN_OTHERS)

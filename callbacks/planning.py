@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import GradientMode
-from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring import Scoring
@@ -149,8 +149,6 @@ class Planner:
         digest = self.module.policy.base_digest if isinstance(self.module, LanguageModule) else model_digest(model)
         candidates = planning.candidates(model)
         ranks, arguments = planning.ranks(candidates), self.module.hparams
-        if planning.budget.share < 1:
-            check_lora_modules(model, (name for name, rank in ranks.items() if rank))
         scores = ModuleScores(seed=arguments.get("seed"))
         if planning.budget.needs_scores:
             scores = self._score(candidates, ranks, splits)

@@ -46,7 +46,6 @@ TAKEN = {
     "lightning.pytorch.trainer.trainer": "_checkpoint_connector _data_connector _logger_connector _results _run _run_stage "
     "_signal_connector _teardown",
     "lightning.pytorch.utilities.model_helpers": "_restricted_classmethod",
-    "peft.tuners.tuners_utils": "_check_lora_target_modules_mamba",
     "latex2sympy2_extended.sets": "_unsorted_args",
     "torch": "_dynamo",
     "torch._C": "_accelerator_setAllocatorSettings _distributed_c10d _get_mkldnn_enabled",

@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, lora_config
+from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, exact_names, lora_config
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
@@ -42,17 +42,19 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         The adapted model; only the adapter is trainable.
 
     Raises:
-        ModelError: If the model already has an adapter, or PEFT cannot give LoRA to a module.
-        PlanError: If the plan does not fit the model or trains nothing, or if PEFT wrapped other modules than planned.
+        ModelError: If the model already has an adapter.
+        PlanError: If the plan does not fit the model, trains nothing, or has LoRA on a module that cannot have it, or if PEFT
+            wrapped other modules than planned.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
         raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
     plan.check_model(model)
-    check_lora_modules(model, plan.lora_modules)
+    check_lora_modules(plan.lora_modules)
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
     config = lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
-    adapted = get_peft_model(model, config)
+    with exact_names(model):
+        adapted = get_peft_model(model, config)
     _check_wrapped(adapted, plan)
     for name, wrapper in _full_wrappers(adapted).items():
         copy = wrapper.modules_to_save[ADAPTER]

@@ -21,6 +21,8 @@ Group = Literal["attention", "mlp"]
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert")
 _MLP_MODULES = frozenset({"fc1", "fc2"})  # of families that have no module for the whole MLP, such as OPT
+# The last product of a state space layer (Mamba), whose weight fused kernels read themselves: LoRA on it would train nothing.
+_READ_BY_KERNELS = (".mamba.out_proj", ".mixer.out_proj")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -112,6 +114,11 @@ def module_group(name: str) -> Group | None:
     return None
 
 
+def without_lora(names: Iterable[str]) -> list[str]:
+    """The modules that cannot have LoRA, by their full dotted names; they can be trained fully."""
+    return [name for name in names if name.endswith(_READ_BY_KERNELS)]
+
+
 def check_pattern(pattern: Mapping[str, int]) -> None:
     """Raise ConfigError if a rank of a pattern is no whole number, or negative."""
     for key, rank in pattern.items():
@@ -123,6 +130,8 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
 
 def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int) -> dict[str, int]:
     """The rank of each candidate by its full dotted name; 0 is no LoRA, and `rank` that of modules that no key matches.
+
+    Modules that cannot have LoRA (`without_lora`) get 0.
 
     A key is `attention`, `mlp`, or the end of module names, in whole dotted parts such as `q_proj` or `0.mlp.down_proj`. Of the
     keys that match a module the longest name decides, and any name before the two groups.
@@ -147,4 +156,5 @@ def ranks_by_pattern(names: Iterable[str], pattern: Mapping[str, int], rank: int
     def parts(key: str) -> int:
         return 0 if key in groups else len(key.split("."))
 
-    return {name: pattern[max(found, key=parts)] if found else rank for name, found in keys.items()}
+    ranks = {name: pattern[max(found, key=parts)] if found else rank for name, found in keys.items()}
+    return ranks | dict.fromkeys(without_lora(names), 0)

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+from hybrid_lightning.adapters.candidates import without_lora
+from hybrid_lightning.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -102,36 +103,65 @@ def lora_config(
     )
 
 
-def check_lora_modules(model: "nn.Module", names: Iterable[str]) -> None:
-    """Refuse LoRA on modules to which PEFT cannot give it.
+def check_lora_modules(names: Iterable[str]) -> None:
+    """Raise PlanError if a module with LoRA cannot have it, as in a plan that was edited."""
+    refused = without_lora(names)
+    if refused:
+        raise PlanError(
+            f"{refused[0]} cannot have LoRA, since kernels of state space layers read its weight themselves; give it and "
+            f'{len(refused) - 1} more the mode "frozen" or "full" in the plan'
+        )
 
-    Of models with experts PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they
-    belong to a dense layer or to shared experts (`convert_peft_config_for_transformers`). Of state space layers, as of Mamba, it
-    refuses `out_proj`, whose weight their kernels read themselves.
+
+def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
+    """Change a config in place so that PEFT finds all of its LoRA modules in a model with experts.
+
+    Of such models PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they belong to
+    a dense layer or to shared experts. It takes the name of a weight as it is, and computes the same by it (without dropout).
 
     Raises:
-        ModelError: If there are such modules.
+        ConfigError: If such modules have DoRA, which PEFT cannot give to a weight by its name.
     """
+    taken = _taken_for_experts(model, config.target_modules or ())
+    if not taken:
+        return
+    if config.use_dora:
+        raise ConfigError(
+            f"PEFT cannot load DoRA on {len(taken)} modules of {type(model).__name__}, such as {taken[0]}; export form=MergedModel"
+        )
+    config.target_modules = sorted({*(config.target_modules or ())} - {*taken})
+    config.target_parameters = [f"{name}.weight" for name in taken]
+    config.lora_dropout = 0.0
+
+
+@contextmanager
+def exact_names(model: "nn.Module") -> Iterator[None]:
+    """Within this context PEFT takes names of modules as they are (see `target_exactly`): it goes by the kind of model."""
+    config = getattr(model, "config", None)
+    if config is None:
+        yield
+        return
+    config.model_type = ""
+    try:
+        yield
+    finally:
+        del config.model_type  # it is an attribute of the class
+
+
+def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:
     from peft import LoraConfig  # slow to import
-    from peft.tuners import tuners_utils
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    check_kind = getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)  # PEFT's, which is not public
-    taken = []
-    for kind in sorted({name.rsplit(".", 1)[-1] for name in names}):
+    def is_taken(kind: str) -> bool:
         config = LoraConfig(target_modules=[kind])
-        with suppress(ValueError):  # as of a name that it wants together with others
-            check_kind(config, model, kind)
+        try:
             convert_peft_config_for_transformers(config, model, None)
-            if config.target_modules == {kind}:
-                continue
-        taken.append(kind)
-    if taken:
-        remedy = ", ".join(f"{kind}: 0" for kind in taken)
-        raise ModelError(
-            f"PEFT cannot give LoRA to modules named {', '.join(taken)} of {type(model).__name__} (experts, or state space "
-            f"layers); leave them frozen unless they are fully trained: --adapter.rank_pattern='{{{remedy}}}'"
-        )
+        except ValueError:  # of a name that it wants together with others
+            return True
+        return config.target_modules != {kind}
+
+    kinds = {name.rpartition(".")[2] for name in names}
+    return sorted(name for name in names if name.rpartition(".")[2] in {kind for kind in kinds if is_taken(kind)})
 
 
 def _check_suffixes(modes: Mapping[str, str]) -> None:

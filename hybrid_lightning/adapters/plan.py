@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
-from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config
+from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config, target_exactly
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -130,11 +131,15 @@ class AdapterPlan:
         full = sum(module.parameters for module in self.candidates if module.mode == "full")
         return full + sum(self.lora_of(m).parameters(m.shape) for m in self.candidates if m.mode == "lora")
 
-    def to_peft_config(self) -> "LoraConfig":
+    def to_peft_config(self, model: nn.Module | None = None) -> "LoraConfig":
         """The plan as a PEFT config, for code of your own that takes one, such as `get_peft_model` or TRL's trainers.
 
         Use it with a base model in float32: PEFT keeps the copies of fully trained modules in the dtype of the base, and in 16
         bits small optimizer steps vanish (`apply_plan` makes float32 copies).
+
+        Args:
+            model: The base model, perhaps on the meta device, by which the config is made for GPT-2 and for models with experts;
+                others do not need it.
 
         Returns:
             A new `LoraConfig` with the LoRA modules as `target_modules` and the fully trained ones as `modules_to_save`, both by
@@ -143,7 +148,11 @@ class AdapterPlan:
         Raises:
             PlanError: If nothing is trained, or PEFT, which matches names by suffix, would mistake one module for another.
         """
-        return lora_config(self.modes(), self.lora, self.own_ranks())
+        conv1d = model is not None and any(isinstance(model.get_submodule(name), Conv1D) for name in self.lora_modules)
+        config = lora_config(self.modes(), self.lora, self.own_ranks(), fan_in_fan_out=conv1d)
+        if model is not None:
+            target_exactly(config, model)
+        return config
 
     def own_ranks(self) -> dict[str, int]:
         """Full name of each LoRA module with a rank of its own -> that rank."""

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
@@ -29,7 +28,7 @@ class AdapterFolder(ExportForm):
         """Write the adapter and the tokenizer.
 
         Raises:
-            ConfigError: If the base model is an adapter itself.
+            ConfigError: If the base model is an adapter itself, or has experts and DoRA on modules beside them.
             PlanError: If the base model lacks modules of the plan.
         """
         source, skeleton = policy.base.source, policy.base.skeleton()
@@ -39,8 +38,7 @@ class AdapterFolder(ExportForm):
                 "another; export form=MergedModel"
             )
         policy.plan.check_model(skeleton)
-        config = policy.plan.to_peft_config()
-        config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in policy.plan.lora_modules)
+        config = policy.plan.to_peft_config(skeleton)
         path = Path(source.location)  # absolute, since an adapter may be loaded from any working directory
         config.base_model_name_or_path = str(path.absolute()) if path.exists() else source.location
         config.revision = policy.base.revision

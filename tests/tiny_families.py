@@ -11,8 +11,10 @@ _EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok"
 _EXPERTS |= {"n_routed_experts": 4, "n_shared_experts": 1}
 _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-_MAMBA = {"mamba_d_state": 16, "mamba_d_head": 16}
+_LATENT |= {"head_dim": 8, "num_key_value_heads": 4}
+_MAMBA = {"mamba_d_state": 16, "mamba_d_head": 16, "mamba_chunk_size": 16}
 _LLAMA4 = {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+_TURNS = ["sliding_attention", "full_attention"] * 2
 _LAYERS = ["mamba", "attention", "mamba", "attention"]
 _NO_ATTENTION = {"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None}
 
@@ -31,7 +33,7 @@ FAMILIES = {
     "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
     "gemma3_text": {"sliding_window": 32},
     "gemma4_text": {
-        **{"sliding_window": 32, "global_head_dim": 16, "num_kv_shared_layers": 0},
+        **{"sliding_window": 32, "global_head_dim": 32, "num_kv_shared_layers": 2, "layer_types": _TURNS},
         **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY},
     },
     "glm4": {},
@@ -51,7 +53,7 @@ FAMILIES = {
     "exaone4": {"sliding_window": 32},
     "lfm2": {"full_attn_idxs": [1, 3], "block_multiple_of": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_expand": 1, **_MAMBA},
-    "mamba2": {"num_heads": 8, "state_size": 16, "expand": 2, "n_groups": 1, **_NO_ATTENTION},
+    "mamba2": {"num_heads": 8, "chunk_size": 16, "state_size": 16, "expand": 2, "n_groups": 1, **_NO_ATTENTION},
 }
 
 

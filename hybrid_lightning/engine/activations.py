@@ -13,6 +13,7 @@ a GPU may have for them keep less, so for these layers the form is an upper boun
 families hold.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class TokenSizes:
     """
 
     def __init__(self, config: Any) -> None:
-        config = config.get_text_config()
+        config = _of_widest_layers(config.get_text_config())
         self.hidden: int = config.hidden_size
         self.vocabulary: int = config.vocab_size
         self.heads = _size(config, "num_attention_heads", otherwise=0)
@@ -147,6 +148,18 @@ def activation_bytes(total: int, weights: float, trained: float) -> float:
     There lie so many bytes of weights, of which so many weights are trained.
     """
     return _OF_THE_REST * max(0.0, _USABLE * total - weights - _STATE * trained)
+
+
+def _of_widest_layers(config: Any) -> Any:
+    """A config in which sizes that layers have of their own, as in Gemma 4, are the largest of any layer."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layers = list(config.per_layer_config)
+    widest = copy(layers[0])
+    for name, value in vars(layers[0]).items():
+        if type(value) is int:
+            setattr(widest, name, max(getattr(layer, name) for layer in layers))
+    return widest
 
 
 def _attention(config: Any, heads: int) -> tuple[int, int, int]:

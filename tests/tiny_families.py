@@ -2,7 +2,7 @@
 
 import torch
 from tiny_models import VOCABULARY
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
 _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
@@ -63,10 +63,36 @@ def family_config(family: str, **sizes: int) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{name: value for name, value in given.items() if value is not None})
 
 
+# Wrappers with a vision tower, as the hub has them: by `model_type` their text part, and the sizes of the tower.
+_TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_PATCHES = {"image_size": 28, "patch_size": 14}
+_VISUAL = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+_VISUAL |= {"num_position_embeddings": 16}
+WRAPPERS = {
+    "qwen3_5": ("qwen3_5_text", "qwen3_5", _VISUAL),
+    "gemma3": ("gemma3_text", "siglip_vision_model", {**_TOWER, **_PATCHES}),
+    "gemma4": ("gemma4_text", "gemma4_vision", {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}),
+    "mistral3": ("ministral3", "pixtral", {**_TOWER, **_PATCHES, "head_dim": 16}),
+}
+
+
+def wrapper_config(wrapper: str) -> PretrainedConfig:
+    """The config of a tiny wrapper."""
+    text, vision, sizes = WRAPPERS[wrapper]
+    if vision == wrapper:  # whose config of the tower has no name of its own
+        vision_config = {**AutoConfig.for_model(wrapper).vision_config.to_dict(), **sizes}
+    else:
+        vision_config = AutoConfig.for_model(vision, **sizes).to_dict()
+    return AutoConfig.for_model(wrapper, text_config=family_config(text).to_dict(), vision_config=vision_config)
+
+
 def build_family(family: str, std: float = 0.05, **sizes: int) -> PreTrainedModel:
-    """A random model of a family, in float32 and in `eval` mode."""
+    """A random model of a family or a wrapper, in float32 and in `eval` mode."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family_config(family, **sizes)).eval()
+    if family in WRAPPERS:
+        model = AutoModelForImageTextToText.from_config(wrapper_config(family)).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(family_config(family, **sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "conv" not in name:

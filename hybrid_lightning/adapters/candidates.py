@@ -68,10 +68,11 @@ def find_candidates(model: nn.Module, target_modules: Sequence[str] | None = Non
 
 def share_of_experts(model: nn.Module) -> float:
     """Share of a model's weights that are in three-dimensional parameters of experts, none of which is adapted."""
+    blocks = tuple(f"{name}." for name in _block_lists(model))
     of_experts = sum(
         parameter.numel()
-        for module in model.modules()
-        if not isinstance(module, nn.Conv1d)
+        for name, module in model.named_modules()
+        if name.startswith(blocks) and not isinstance(module, nn.Conv1d)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() == 3
     )
@@ -79,7 +80,7 @@ def share_of_experts(model: nn.Module) -> float:
 
 
 def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    blocks = tuple(f"{name}." for name in _block_lists(model))
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return {
         name: module
@@ -90,6 +91,15 @@ def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
         # A model's own kind of linear module computes something else: Llama 4's router returns two tensors.
         and not type(module).__module__.startswith("transformers.models.")
     }
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    """Names of the lists of blocks; of a model that sees images as well, those of its text part."""
+    names = {module: name for name, module in model.named_modules()}
+    config = getattr(model, "config", None)
+    is_wrapper = config is not None and config.get_text_config() is not config
+    part = names[model.get_decoder()] if is_wrapper else ""  # type: ignore[operator]
+    return [name for module, name in names.items() if isinstance(module, nn.ModuleList) and f"{name}.".startswith(part)]
 
 
 def _ends(end: str, name: str) -> bool:

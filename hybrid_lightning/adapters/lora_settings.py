@@ -130,8 +130,11 @@ def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
             f"PEFT cannot load DoRA on {len(taken)} modules of {type(model).__name__}, such as {taken[0]}; export form=MergedModel"
         )
     config.target_modules = sorted({*(config.target_modules or ())} - {*taken})
-    config.target_parameters = [f"{name}.weight" for name in taken]
+    config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in taken)]
     config.lora_dropout = 0.0
+    ends = {f"^{re.escape(name)}": r"\.weight" for name in taken}
+    config.rank_pattern = {f"{key}{ends.get(key, '')}": rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {f"{key}{ends.get(key, '')}": alpha for key, alpha in config.alpha_pattern.items()}
 
 
 @contextmanager

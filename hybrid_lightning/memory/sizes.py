@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, without_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
@@ -58,7 +58,9 @@ def measure_sizes(
     trained = [0] * len(blocks)
     full = low_rank = 0
     planned = {module.name: module for module in plan.candidates}
-    for name, module in find_candidates(model).items():
+    candidates = find_candidates(model)
+    unquantized = without_lora(candidates)
+    for name, module in candidates.items():
         number, shape = owner[id(module)], linear_shape(module)
         mode = planned[name].mode if name in planned else "frozen"
         numbers = sum(p.numel() for p in module.parameters())
@@ -71,7 +73,7 @@ def measure_sizes(
         if mode == "lora":
             trained[number] += plan.lora_of(planned[name]).parameters(shape)
             low_rank += numbers
-        if quantization is not None and quantization.takes(shape):
+        if quantization is not None and quantization.takes(shape) and name not in unquantized:
             frozen[number] += quantized_bytes(shape) - shape[0] * shape[1] * width
     sizes = [kept + FLOAT32_BYTES * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)

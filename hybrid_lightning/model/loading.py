@@ -256,6 +256,10 @@ def load_model(
         _announce_download(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
     model: PreTrainedModel = loaded[0]
+    if config.get_text_config() is not config:  # it takes images as well
+        kept = model.config.get_text_config() is not model.config
+        others = "stay as they are" if kept else "are left out, of exports as well"
+        rank_zero_info(f"the text part of {source.location} is trained; its other parts, such as a vision tower, {others}")
     # Encoders such as BERT have a causal class as well, but the attention of their checkpoints is not causal.
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise ModelError(_not_causal(source.location, config.model_type))

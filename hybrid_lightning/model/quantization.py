@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, without_lora
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 
@@ -86,7 +86,8 @@ def quantize_base(
         ConfigError: If nothing can be quantized.
     """
     plain = {name: module for name, module in find_candidates(model).items() if type(module) in (nn.Linear, Conv1D)}
-    frozen = [name for name in plain if name not in full_modules]
+    kept = {*full_modules, *without_lora(plain)}  # kernels read the weights of the latter as they are
+    frozen = [name for name in plain if name not in kept]
     names = [name for name in frozen if quantization.takes(linear_shape(plain[name]))]
     nothing = f"model.quantization={type(quantization).__name__} has nothing to quantize"
     if not frozen:

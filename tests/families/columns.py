@@ -1,0 +1,205 @@
+"""What is known of each family of models: one function a column of `docs/reference/models.md`, which finds it out by trying.
+
+A function fails where something does not work that the table has as working. Runs are of tiny random models, on a CPU.
+"""
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rounding import LOGITS, additions_of, spread
+from tiny_families import FAMILIES, WRAPPERS, build_family
+from tiny_models import build_tokenizer, plain_logprobs
+from tiny_runs import build_adapter, build_policy, build_trainer, fit, write_sums
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybrid_lightning.adapters import PreconditionedTail, Random, find_candidates
+from hybrid_lightning.adapters.candidates import without_lora
+from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_module, write_policy
+from hybrid_lightning.memory import RunSettings, TrainerFlags
+from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.policy import NF4, PolicyModule
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.types import Prompt
+
+ROWS = [*FAMILIES, *(name for name in WRAPPERS if name != "mistral3")]
+# Architectures that vLLM 0.32 has, among those of these families.
+IN_VLLM = frozenset(
+    "LlamaForCausalLM Llama4ForCausalLM MistralForCausalLM Ministral3ForCausalLM MixtralForCausalLM Qwen2ForCausalLM "
+    "Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM Gemma3ForCausalLM "
+    "Gemma4ForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM GptOssForCausalLM DeepseekV3ForCausalLM Phi3ForCausalLM "
+    "Olmo3ForCausalLM SmolLM3ForCausalLM GraniteForCausalLM GraniteMoeHybridForCausalLM SeedOssForCausalLM Cohere2ForCausalLM "
+    "Exaone4ForCausalLM Lfm2ForCausalLM FalconH1ForCausalLM Mamba2ForCausalLM Qwen3_5ForConditionalGeneration "
+    "Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration".split()
+)
+_TOKENS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="families-"))
+    write_sums(root / "sums.jsonl")
+    return root
+
+
+@cache
+def folder_of(family: str) -> Path:
+    """A model of a family as the hub has it, with a tokenizer."""
+    folder = _root() / family
+    build_family(family, std=0.1).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(family: str, share: float, **policy: object) -> PolicyModule:
+    """Two steps of GRPO, of which each changes every module that is trained."""
+    root, name = _root(), f"{family}-{share}-{len(policy)}"
+    scorer = PreconditionedTail() if share == _SHARE else Random()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message=".*got no gradient from the calibration losses")  # experts without a token
+        module = fit(folder_of(family), root / "sums.jsonl", root / name, build_adapter(share, scorer=scorer), policy=policy)
+    return module
+
+
+_SHARE = 0.3
+
+
+@cache
+def hybrid(family: str) -> PolicyModule:
+    """A run with a hybrid plan by scores."""
+    return run(family, _SHARE)
+
+
+@cache
+def _plain(family: str) -> torch.nn.Module:
+    """What plain transformers loads of the merged export of that run."""
+    folder = write_policy(policy_of_module(hybrid(family), 2), MergedModel(), _root() / f"{family}-merged")
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def lora(family: str) -> str:
+    """Which modules LoRA trains."""
+    plan = run(family, 0.0).plan
+    frozen = [module.name for module in plan.candidates if module.mode == "frozen"]
+    assert plan.lora_modules and frozen == without_lora(frozen), "each other candidate"
+    return f"all but `{frozen[0].rpartition('.')[2]}`" if frozen else "all"
+
+
+def full(family: str) -> str:
+    """Which modules full fine-tuning trains."""
+    plan = run(family, 1.0).plan
+    assert len(plan.full_modules) == len(plan.candidates)
+    return "all"
+
+
+def scored(family: str) -> str:
+    """How many candidates a score tells apart in a hybrid plan."""
+    plan = hybrid(family).plan
+    assert plan.full_modules and plan.lora_modules
+    assert all(m.score > 0 or min(m.shape) <= plan.lora_of(m).rank for m in plan.candidates), "what LoRA can express scores 0"
+    return "yes"
+
+
+def packed(family: str) -> str:
+    """Whether sequences are packed."""
+    return "padded" if hybrid(family).policy.engine.passes()["packed training"] else "packed"
+
+
+def agreement(family: str) -> str:
+    """Log-probabilities of sampling and of training are those of transformers' own forward pass, of the merged export."""
+    module = hybrid(family)
+    tokenizer, texts = module.tokenizer, ["1+2=", "3*4-5=", "7-2="]
+    request = SamplingRequest(
+        [Prompt(text=text) for text in texts], [tokenizer(text).input_ids for text in texts], 3, torch.Generator().manual_seed(3)
+    )
+    with module.policy.inference():
+        rollouts = Sampler(max_new_tokens=12).sample(module.policy.engine, tokenizer, request)
+        trained, _ = token_logprobs(module.policy.engine, rollouts.sequences, 1.0)
+        sequences, model = rollouts.sequences, _plain(family)
+        # Both passes round each sum; merging LoRA rounds each weight once more.
+        bound = LOGITS * spread(2 * additions_of(model, 18)) if family not in WRAPPERS else 1e-4
+        for row in range(len(sequences)):
+            count = int(sequences.completion_mask[row].sum())
+            expected = plain_logprobs(model, sequences, row)
+            for found in (rollouts.sampling_logprobs[row, :count], trained[row, :count]):
+                difference = float((found - expected).abs().max())
+                assert difference < bound, f"{family}: {difference} apart, more than {bound} of rounding"
+    return "yes"
+
+
+def exported(family: str) -> str:
+    """Merged model and adapter, as plain transformers and PEFT load them, have the logits of the policy in memory."""
+    module = hybrid(family)
+    adapter = write_policy(policy_of_module(module, 2), AdapterFolder(), _root() / f"{family}-adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder_of(family))
+    with torch.no_grad():
+        start, expected = base(_TOKENS).logits, module.policy.model(_TOKENS).logits
+        merged, adapted = _plain(family)(_TOKENS).logits, PeftModel.from_pretrained(base, adapter)(_TOKENS).logits
+    assert float((start - expected).abs().max()) > 0.01, "it has been trained"
+    torch.testing.assert_close(adapted, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(merged, expected, atol=5e-5, rtol=0)
+    return "both"
+
+
+def quantized(family: str) -> str:
+    """LoRA on a base of 4 bits."""
+    plan = run(family, 0.0, quantization=NF4()).plan
+    assert plan.lora_modules
+    return "yes"
+
+
+def planned(family: str) -> str:
+    """Whether memory is predicted, or bounded from above."""
+    policy = build_policy(folder_of(family))
+    settings = RunSettings.of(policy, build_adapter(_SHARE), None, TrainerFlags.of({"accelerator": "cpu"}), prompt_tokens=4)
+    method = plan_method(settings)
+    assert method.parameters == policy.policy.pretrained.skeleton().num_parameters() and method.peak_bytes > 0
+    return "bound" if method.bounds else "predicted"
+
+
+def candidates(family: str) -> str:
+    """The last names of the modules that can be trained, in a model of the family's default sizes."""
+    return ", ".join(dict.fromkeys(f"`{name.rpartition('.')[2]}`" for name in find_candidates(_large(family))))
+
+
+def frozen(family: str) -> str:
+    """Share of the weights that no plan trains, and the size, of a model of the family's default sizes."""
+    model = _large(family)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for module in find_candidates(model).values() for parameter in module.parameters())
+    return f"{1 - trained / total:.0%} of {total / 1e9:.3g} B"
+
+
+def in_vllm(family: str) -> str:
+    """The name by which vLLM has the architecture."""
+    (name,) = AutoConfig.from_pretrained(folder_of(family)).architectures
+    return f"`{name}`" if name in IN_VLLM else "no"
+
+
+@cache
+def _large(family: str) -> torch.nn.Module:
+    return meta_model(AutoConfig.for_model(family), torch.bfloat16)
+
+
+COLUMNS: dict[str, Callable[[str], str]] = {
+    "LoRA": lora,
+    "full": full,
+    "hybrid by score": scored,
+    "passes": packed,
+    "agreement": agreement,
+    "export": exported,
+    "NF4 base": quantized,
+    "memory": planned,
+    "vLLM": in_vllm,
+    "stays frozen": frozen,
+    "candidates": candidates,
+}

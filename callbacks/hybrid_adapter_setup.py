@@ -201,7 +201,8 @@ class HybridAdapterSetup(Configurable, Callback):
             say(f"Frozen besides: experts, {of_experts:.0%} of the weights, which are three-dimensional parameters")
         frozen = without_lora(module.name for module in plan.candidates if module.mode == "frozen")
         if frozen:
-            say(f"Without LoRA: {len(frozen)} modules such as {frozen[0]}, whose weights kernels of state space layers read themselves")
+            count = f"{len(frozen)} module{'' if len(frozen) == 1 else 's'}"
+            say(f"Frozen besides: {count} such as {frozen[0]}, whose weight kernels of state space layers read past LoRA")
         rest = 0
         if plan.is_scored or len({module.mode for module in plan.candidates}) > 1:  # else a table of them says nothing
             table = plan_table(plan, _SHOWN_OTHERS)

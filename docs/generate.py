@@ -1,8 +1,9 @@
-"""Writes the pages of the reference that say what classes say: `reference/configuration.md` and `reference/api.md`.
+"""Writes the pages of the reference that say what classes say, and the one that says what was tried with families of models.
 
-    python docs/generate.py             # or --check, which only says whether they are stale
+    python docs/generate.py             # reference/configuration.md and reference/api.md; or --check, whether they are stale
+    python docs/generate.py --models    # reference/models.md, by tests/families: minutes
 
-Both are kept in git, so that they can be read where the repository is; a test fails when a class has changed and they have not.
+They are kept in git, so that they can be read where the repository is; a test fails when one of them is stale.
 """
 
 import inspect
@@ -213,9 +214,80 @@ def public(room: str) -> Mapping[str, Any]:
     return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
 
 
+_MODELS = """\
+# Models
+
+What each family of models can do. A test tries each cell with a tiny random model (`tests/families`), on a CPU, and finds the
+numbers and names of the two last columns from the family's default config in transformers {version}. Nothing here says how well
+a large model learns: see [what was not run](../limitations.md#models).
+
+- *LoRA*, *full*: the candidates that LoRA, and full fine-tuning, train in two steps of GRPO. LoRA leaves out the last product
+  of a state space layer, whose weight kernels read themselves: it is frozen, or trained fully.
+- *hybrid by score*: two steps with a plan in which the scores of all candidates choose the fully trained ones.
+- *passes*: whether training packs sequences, or pads them.
+- *agreement*: after these steps, log-probabilities of sampling and of training equal those of the forward pass of plain
+  transformers, up to rounding.
+- *export*: the merged model as plain transformers loads it, and the adapter as plain PEFT loads it, have the logits of the
+  policy in memory.
+- *NF4 base*: two steps of LoRA on a base in 4 bits.
+- *memory*: `plan` predicts what a run takes, or bounds it from above.
+- *vLLM*: the name by which vLLM 0.32 has the architecture; what was run by vLLM is [listed elsewhere](../how-to/vllm.md).
+- *stays frozen*: the share of the weights that are no candidates: embeddings, norms, a vision tower and, by far the most, experts
+  that are one three-dimensional parameter.
+
+"""
+
+
+_WRAPPERS = """
+## Models that see images as well
+
+Of a vision-language model the text part is trained, loaded as what transformers' `AutoModelForCausalLM` gives:
+
+| on the hub | loaded | its vision tower |
+|---|---|---|
+| `Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration` | the text part | is left out, of exports as well |
+| `Gemma3ForConditionalGeneration`, `Gemma4ForConditionalGeneration` | the whole | stays as it is, in exports as well |
+| `Mistral3ForConditionalGeneration` and others | refused | |
+
+The export loads in plain transformers as what was loaded. Its weights have the names of the hub, and so have those that go to
+vLLM. Rows with images are refused, since nothing would read them.
+
+Where a model is refused, save its text part in a folder of its own, and give that as `model.model`:
+
+<!-- run: text_part -->
+```python
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+name = "vision/model"  # a hub id or a folder
+wrapper = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+text = AutoModelForCausalLM.from_config(wrapper.config.text_config, dtype=wrapper.dtype)
+text.model.load_state_dict(wrapper.model.language_model.state_dict())
+text.lm_head.load_state_dict(wrapper.lm_head.state_dict())
+text.save_pretrained("text")
+AutoTokenizer.from_pretrained(name).save_pretrained("text")
+```
+"""
+
+
+def models() -> str:
+    """The page of what families of models can do, which takes minutes."""
+    sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "families")]
+    import transformers
+    from columns import COLUMNS, ROWS
+
+    page = [GENERATED.replace("from signatures and docstrings: change those and", "--models from tests/families:")]
+    page.append(_MODELS.format(version=transformers.__version__))
+    page += [f"| `model_type` | {' | '.join(COLUMNS)} |\n", f"|---{'|---' * len(COLUMNS)}|\n"]
+    page += [f"| `{row}` | {' | '.join(column(row) for column in COLUMNS.values())} |\n" for row in ROWS]
+    return "".join([*page, _WRAPPERS])
+
+
 PAGES: Mapping[str, Callable[[], str]] = {"configuration.md": configuration, "api.md": api}
 
 if __name__ == "__main__":
+    if "--models" in sys.argv:
+        (REFERENCE / "models.md").write_text(models(), encoding="utf-8")
+        sys.exit()
     made = {REFERENCE / name: make() for name, make in PAGES.items()}
     stale = [str(path) for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv and stale:

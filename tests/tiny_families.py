@@ -65,13 +65,14 @@ def family_config(family: str, **sizes: int) -> PretrainedConfig:
 
 # Wrappers with a vision tower, as the hub has them: by `model_type` their text part, and the sizes of the tower.
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_POSITIONS = {"position_embedding_size": 64}
 _PATCHES = {"image_size": 28, "patch_size": 14}
 _VISUAL = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
 _VISUAL |= {"num_position_embeddings": 16}
 WRAPPERS = {
     "qwen3_5": ("qwen3_5_text", "qwen3_5", _VISUAL),
     "gemma3": ("gemma3_text", "siglip_vision_model", {**_TOWER, **_PATCHES}),
-    "gemma4": ("gemma4_text", "gemma4_vision", {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}),
+    "gemma4": ("gemma4_text", "gemma4_vision", {**_TOWER, **_POSITIONS, "num_key_value_heads": 2, "head_dim": 16}),
     "mistral3": ("ministral3", "pixtral", {**_TOWER, **_PATCHES, "head_dim": 16}),
 }
 

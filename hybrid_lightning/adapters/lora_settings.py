@@ -108,16 +108,16 @@ def check_lora_modules(names: Iterable[str]) -> None:
     refused = without_lora(names)
     if refused:
         raise PlanError(
-            f"{refused[0]} cannot have LoRA, since kernels of state space layers read its weight themselves; give it and "
-            f'{len(refused) - 1} more the mode "frozen" or "full" in the plan'
+            f"{refused[0]} cannot have LoRA, since kernels of state space layers read its weight themselves; give it the mode "
+            '"frozen" or "full" in the plan'
         )
 
 
 def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
     """Change a config in place so that PEFT finds all of its LoRA modules in a model with experts.
 
-    Of such models PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they belong to
-    a dense layer or to shared experts. It takes the name of a weight as it is, and computes the same by it (without dropout).
+    Of such models PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they belong
+    to a dense layer or to shared experts. It takes the name of a weight as it is, and computes the same by it (without dropout).
 
     Raises:
         ConfigError: If such modules have DoRA, which PEFT cannot give to a weight by its name.
@@ -127,7 +127,8 @@ def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
         return
     if config.use_dora:
         raise ConfigError(
-            f"PEFT cannot load DoRA on {len(taken)} modules of {type(model).__name__}, such as {taken[0]}; export form=MergedModel"
+            f"PEFT cannot load DoRA on {len(taken)} modules of {type(model).__name__}, such as {taken[0]}; export "
+            "form=MergedModel"
         )
     config.target_modules = sorted({*(config.target_modules or ())} - {*taken})
     config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in taken)]

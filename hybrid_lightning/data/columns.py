@@ -16,7 +16,7 @@ from hybrid_lightning.data.choice_options import letter_of, lettered_options, op
 from hybrid_lightning.data.conversations import asked_text, is_conversation
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
-from hybrid_lightning.data.tables import Table, to_text
+from hybrid_lightning.data.tables import Table, has_image, to_text
 from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError, shorten
 from hybrid_lightning.user_code import compile_pattern
@@ -125,6 +125,12 @@ class TableSource(PromptSource):
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         where = f"{source}, row {index} (the first is 0)"
+        image = next((name for name, cell in columns.items() if has_image(cell)), None)
+        if image is not None:
+            raise DataError(
+                f"{where}: column {image!r} has an image, and policies read text alone; remove the column if the question needs "
+                "no image, or leave such rows out by skip_bad_rows=true"
+            )
         if self.template is None:
             with row_error(f"{where}: question_column {self.question_column!r}"):
                 question = _cell_text(columns.get(self.question_column))

@@ -166,6 +166,16 @@ def to_text(value: Any) -> str:
     raise ValueError(f"is a {type(value).__name__}, not text or a number: {shorten(value)}")
 
 
+def has_image(value: Any) -> bool:
+    """Whether a cell is an image or has one in it, as Hugging Face's data sets and chat messages do."""
+    if isinstance(value, (list, tuple)):
+        return any(map(has_image, value))
+    if isinstance(value, dict):
+        is_file = value.keys() == {"bytes", "path"}  # that has not been decoded
+        return is_file or value.get("type") in ("image", "image_url") or any(map(has_image, value.values()))
+    return type(value).__module__.startswith("PIL.")
+
+
 def _without_exponent(number: Decimal) -> str:
     text = format(number, "f")
     if "." in text:

@@ -86,7 +86,11 @@ class TokenSizes:
 
     def kept_by_mlp(self) -> int:
         """The part of a feed-forward layer and of experts in that."""
-        return 5 * self.inner + self.experts * (2 * self.hidden + 5 * self.expert_inner)
+        return 5 * self.inner + self.kept_by_experts()
+
+    def kept_by_experts(self) -> int:
+        """The part of the experts that a token is sent to."""
+        return self.experts * (2 * self.hidden + 5 * self.expert_inner)
 
     def kept_by_fused_attention(self, head_norms: bool = False) -> int:
         """What a token keeps in an attending layer with fused norms, but for its feed-forward layer.
@@ -183,6 +187,8 @@ def _feed_forward(config: Any) -> tuple[int, int, int]:
     each = _size(config, "moe_intermediate_size", otherwise=inner)
     shared = _size(config, "n_shared_experts", otherwise=0) * each
     sent = _size(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", otherwise=count)
+    if config.model_type == "llama4_text":  # whose layers compute all experts for each token, and multiply most results by 0
+        sent = count
     return _size(config, "shared_expert_intermediate_size", otherwise=shared), sent, each
 
 

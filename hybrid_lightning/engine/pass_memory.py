@@ -108,7 +108,7 @@ class PassMemory:
         else:
             # Of a fused MLP's last layer LoRA computes the input anew, and full training keeps it.
             share = 1.0 if trained is None else trained.share_full
-            mlp = (2 + share) * sizes.inner if self._fused_mlp else sizes.kept_by_mlp()
+            mlp = (2 + share) * sizes.inner + sizes.kept_by_experts() if self._fused_mlp else sizes.kept_by_mlp()
             kept = width * (sizes.kept_by_fused_attention(self._head_norms) + mlp)
             # Under autocast a float32 base has residuals, and queries and keys as they are rotated, of 32 bits.
             kept += (self._base_width - width) * (2 * sizes.hidden + sizes.queries + sizes.keys)

@@ -8,19 +8,25 @@
 Engines join modules that have the same input into one layer (q/k/v, gate/up). A layer that gets only some of its parts would be
 silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
+
+Weights go by their names in a checkpoint on the hub, where transformers calls them differently: those of a wrapper's text part
+have a prefix there.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.candidates import linear_shape
@@ -132,12 +138,20 @@ class CurrentWeights:
             name = full_name.removeprefix(_PREFIX)
             if isinstance(module, (ModulesToSaveWrapper, LoraLayer)):
                 within = f"{full_name}."
-            part = _Part(name, module)
+            part = _Part(self._stored_name(name, module), module)
             own = {id(parameter) for parameter in part.source.parameters(recurse=False)}
             if own - seen:
                 parts.append(part)
                 seen |= own
         return parts
+
+    def _stored_name(self, name: str, module: nn.Module) -> str:
+        """The name of a module in a checkpoint; experts that transformers has joined have none."""
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            return name
+        model: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        (stored,) = revert_weight_conversion(model, {f"{name}.weight": torch.empty(0)})
+        return str(stored).removesuffix(".weight")
 
     def _digest(self) -> str:
         """A digest of the trained values: of the sum of each weight's bits, which reading alone takes time for."""

@@ -154,6 +154,12 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """
     config = read_config(source)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+        text = config.get_text_config()
+        if text is not config and type(text) in AutoModelForCausalLM._model_mapping:
+            raise ModelError(
+                f"transformers has no causal language model for {source.location!r}, a {config.model_type!r} model; save its "
+                f"text part, a {text.model_type!r} model, in a folder of its own (docs/reference/models.md), and give that"
+            )
         raise ModelError(_not_causal(source.location, config.model_type))
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

@@ -16,7 +16,7 @@ from peft import PeftModel
 from rounding import LOGITS, additions_of, spread
 from tiny_families import FAMILIES, WRAPPERS, build_family
 from tiny_models import build_tokenizer, plain_logprobs
-from tiny_runs import build_adapter, build_policy, build_trainer, fit, write_sums
+from tiny_runs import build_adapter, build_policy, fit, write_sums
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_lightning.adapters import PreconditionedTail, Random, find_candidates
@@ -32,15 +32,13 @@ from hybrid_lightning.rollout.interface import SamplingRequest
 from hybrid_lightning.types import Prompt
 
 ROWS = [*FAMILIES, *(name for name in WRAPPERS if name != "mistral3")]
-# Architectures that vLLM 0.32 has, among those of these families.
-IN_VLLM = frozenset(
-    "LlamaForCausalLM Llama4ForCausalLM MistralForCausalLM Ministral3ForCausalLM MixtralForCausalLM Qwen2ForCausalLM "
-    "Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM Gemma3ForCausalLM "
-    "Gemma4ForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM GptOssForCausalLM DeepseekV3ForCausalLM Phi3ForCausalLM "
-    "Olmo3ForCausalLM SmolLM3ForCausalLM GraniteForCausalLM GraniteMoeHybridForCausalLM SeedOssForCausalLM Cohere2ForCausalLM "
-    "Exaone4ForCausalLM Lfm2ForCausalLM FalconH1ForCausalLM Mamba2ForCausalLM Qwen3_5ForConditionalGeneration "
-    "Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration".split()
-)
+# Architectures of these families that vLLM 0.32 has.
+_TEXT = """
+Llama Llama4 Mistral Ministral3 Mixtral Qwen2 Qwen3 Qwen3Moe Qwen3Next Qwen3_5 Qwen3_5Moe Gemma3 Gemma4 Glm4 Glm4Moe
+GptOss DeepseekV3 Phi3 Olmo3 SmolLM3 Granite GraniteMoeHybrid SeedOss Cohere2 Exaone4 Lfm2 FalconH1 Mamba2
+"""
+IN_VLLM = [f"{name}ForCausalLM" for name in _TEXT.split()]
+IN_VLLM += [f"{name}ForConditionalGeneration" for name in ("Qwen3_5", "Gemma3", "Gemma4")]
 _TOKENS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from tiny_families import family_config
 from tiny_memory import Case
 from tiny_models import FAMILIES, VOCABULARY, build_model
 
 from benchmarks.live_tensors import LiveTensors
-from hybrid_lightning.engine import TokenSizes, default_token_budget, tokens_of_pass
+from hybrid_lightning.engine import Backend, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
 from hybrid_lightning.engine.pass_memory import PassMemory
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes
@@ -42,6 +43,12 @@ MORE = {
     "bamba": (transformers.BambaConfig(**SIZES, **HEADS, **STATES, attn_layer_indices=[1]), "recurrent layers"),
     "gemma2": (transformers.Gemma2Config(**SIZES, **HEADS), "does not fuse"),
     "phi3": (transformers.Phi3Config(**SIZES, **HEADS), ""),
+    "deepseek_v3": (family_config("deepseek_v3"), "the 2 experts"),
+    "gemma4": (family_config("gemma4_text"), "does not fuse"),
+    "glm4_moe": (family_config("glm4_moe"), "the 2 experts"),
+    "lfm2": (family_config("lfm2"), "layers of kind conv"),
+    "llama4": (family_config("llama4_text"), "the 4 experts"),  # all of a layer, for each token
+    "qwen3_next": (family_config("qwen3_next"), "recurrent layers"),
 }
 
 
@@ -61,6 +68,7 @@ def test_layers_keep_no_more_than_the_bound_and_not_much_less(family, dtype):
     config, _ = MORE[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval()
+    use_fused_layers(model, Backend())
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.weight.requires_grad_(True)

@@ -147,7 +147,7 @@ class CurrentWeights:
 
     def _stored_name(self, name: str, module: nn.Module) -> str:
         """The name of a module in a checkpoint; experts that transformers has joined have none."""
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+        if not isinstance(module, nn.Conv1d) and any(weight.dim() > 2 for weight in module.parameters(recurse=False)):
             return name
         model: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         (stored,) = revert_weight_conversion(model, {f"{name}.weight": torch.empty(0)})

@@ -4,16 +4,19 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
-from rounding import additions_of, assert_same_sums
+from peft import PeftModel, get_peft_model
+from peft.utils.save_and_load import set_peft_model_state_dict
+from rounding import additions_of, assert_same_logits, assert_same_sums
+from tiny_families import family_config
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import module_group
 from hybrid_lightning.adapters.lora_settings import ADAPTER, LoraSettings
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+from hybrid_lightning.export.trained import peft_weights
 
 SETTINGS = {
     "lora": LoraSettings(rank=4, alpha=8),
@@ -184,15 +187,20 @@ def test_a_module_that_peft_cannot_tell_from_one_of_the_plan_is_noticed(plan_for
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))
 
 
-def test_modules_to_which_peft_gives_no_lora_are_refused_with_the_pattern_that_leaves_them_out(plan_for):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "vocab_size": 40, "q_lora_rank": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
-    config = DeepseekV3Config(**sizes, **heads, **experts, v_head_dim=16, num_hidden_layers=1)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match=r"rank_pattern='\{down_proj: 0, gate_proj: 0, up_proj: 0\}'"):
-        apply_plan(copy.deepcopy(model), plan_for(model, ModuleBudget(0)))
-    apply_plan(model, plan_for(model, ModuleBudget(0.3), ranks={"mlp": 0}))
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=40))
-    with pytest.raises(ModelError, match=r"rank_pattern='\{out_proj: 0\}'"):
-        apply_plan(mamba, plan_for(mamba, ModuleBudget(0)))
+def test_modules_that_peft_takes_for_experts_have_lora_here_and_in_plain_peft(plan_for, batches):
+    """Of a dense layer and of shared experts, at ranks of their own; the config for PEFT names their weights."""
+    config = DeepseekV3Config(**family_config("deepseek_v3").to_dict() | {"num_hidden_layers": 2})
+    base = AutoModelForCausalLM.from_config(config).eval()
+    plan = plan_for(base, ModuleBudget(0), SETTINGS["lora"], ranks=MIXED)
+    adapted = apply_plan(copy.deepcopy(base), plan).eval()
+    assert base.config.model_type == adapted.config.model_type == "deepseek_v3"
+    for weight in trainable_state(adapted).values():
+        weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weight)))
+    plain = get_peft_model(copy.deepcopy(base), plan.to_peft_config(base)).eval()
+    weights = peft_weights(trainable_state(adapted), plan, "the test")
+    assert any("shared_experts" in name for name in weights)
+    assert not set_peft_model_state_dict(plain, weights).unexpected_keys
+    assert not torch.equal(logits(plain, batches), logits(base, batches))
+    assert_same_logits(logits(plain, batches), logits(adapted, batches))
+    with pytest.raises(ConfigError, match=r"PEFT cannot load DoRA on 6 modules of DeepseekV3.*; export form=MergedModel"):
+        dataclasses.replace(plan, lora=SETTINGS["dora"]).to_peft_config(base)

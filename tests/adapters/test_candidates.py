@@ -78,6 +78,8 @@ def test_the_longest_name_decides():
     assert ranks_by_pattern(names, pattern, 16) == expected
     assert ranks_by_pattern(names, dict(reversed(pattern.items())), 16) == expected
     assert set(ranks_by_pattern(names, {}, 7).values()) == {7}
+    read_by_kernels = ["layers.0.mixer.out_proj", "layers.0.mixer.in_proj", "layers.1.conv.out_proj"]
+    assert [*ranks_by_pattern(read_by_kernels, {"out_proj": 5}, 7).values()] == [0, 7, 5], "no LoRA past Mamba's kernels"
 
 
 def test_impossible_ranks_and_keys_that_match_nothing_are_refused():

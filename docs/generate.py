@@ -272,9 +272,11 @@ AutoTokenizer.from_pretrained(name).save_pretrained("text")
 def models() -> str:
     """The page of what families of models can do, which takes minutes."""
     sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "families")]
+    import torch
     import transformers
     from columns import COLUMNS, ROWS
 
+    torch.set_num_threads(1)  # as in tests: with several, small products wait for each other
     page = [GENERATED.replace("from signatures and docstrings: change those and", "--models from tests/families:")]
     page.append(_MODELS.format(version=transformers.__version__))
     page += [f"| `model_type` | {' | '.join(COLUMNS)} |\n", f"|---{'|---' * len(COLUMNS)}|\n"]

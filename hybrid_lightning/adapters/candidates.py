@@ -97,7 +97,7 @@ def _block_lists(model: nn.Module) -> list[str]:
     """Names of the lists of blocks; of a model that sees images as well, those of its text part."""
     names = {module: name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
-    is_wrapper = config is not None and config.get_text_config() is not config
+    is_wrapper = hasattr(config, "get_text_config") and config.get_text_config() is not config  # type: ignore[union-attr]
     part = names[model.get_decoder()] if is_wrapper else ""  # type: ignore[operator]
     return [name for module, name in names.items() if isinstance(module, nn.ModuleList) and f"{name}.".startswith(part)]
 

@@ -134,22 +134,27 @@ def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
     config.target_parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in taken)]
     config.lora_dropout = 0.0
     ends = {f"^{re.escape(name)}": r"\.weight" for name in taken}
-    config.rank_pattern = {f"{key}{ends.get(key, '')}": rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {f"{key}{ends.get(key, '')}": alpha for key, alpha in config.alpha_pattern.items()}
+    config.rank_pattern = {f"{key}{ends.get(key, '')}": rank for key, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {f"{key}{ends.get(key, '')}": alpha for key, alpha in (config.alpha_pattern or {}).items()}
 
 
 @contextmanager
 def exact_names(model: "nn.Module") -> Iterator[None]:
     """Within this context PEFT takes names of modules as they are (see `target_exactly`): it goes by the kind of model."""
     config = getattr(model, "config", None)
-    if config is None:
+    kind = getattr(config, "model_type", None)
+    if kind is None:
         yield
         return
-    config.model_type = ""
+    own = "model_type" in vars(config)  # not that of its class
+    config.model_type = ""  # type: ignore[union-attr]
     try:
         yield
     finally:
-        del config.model_type  # it is an attribute of the class
+        if own:
+            config.model_type = kind  # type: ignore[union-attr]
+        else:
+            del config.model_type  # type: ignore[union-attr]
 
 
 def _taken_for_experts(model: "nn.Module", names: Iterable[str]) -> list[str]:

@@ -117,7 +117,7 @@ def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_bac
         assert len(log.metrics) == 5
         with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
             train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9)
-        assert time.monotonic() - began[0] < 60, "where a request may take ten minutes"
+        assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)
         assert [line for line in caplog.messages if "no server answers, tried for up to 6 s" in line]
     finally:

@@ -98,7 +98,7 @@ class Planning:
         return find_candidates(model, self.target_modules, self.rank_pattern)
 
     def ranks(self, candidates: Mapping[str, nn.Module]) -> dict[str, int]:
-        """Rank of each candidate as LoRA; ModelError if `rank_pattern` matches none, ConfigError if PEFT cannot make such LoRA."""
+        """Rank of each candidate as LoRA; ModelError if `rank_pattern` matches none, ConfigError if experts cannot have it."""
         ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
         if self.budget.share < 1 and any(ranks[name] and is_experts(module) for name, module in candidates.items()):
             self.lora.check_experts()

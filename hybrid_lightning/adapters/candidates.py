@@ -3,8 +3,8 @@
 Modules outside the blocks (embeddings, `lm_head`) are no candidates, nor is any module whose weight is shared with another (tied
 embeddings): a fully trained copy of a shared weight would silently untie it.
 
-Mixture-of-experts models keep the matrices of a layer's experts in three-dimensional parameters of one module (in transformers 5
-most of them do). Such a module is one candidate, and only where it is named: it has many times the weights of all others together.
+Most mixture-of-experts models keep the matrices of a layer's experts in three-dimensional parameters of one module. Such a module
+is one candidate, and only where it is named, since experts have most of a model's weights.
 """
 
 from collections import Counter

@@ -116,7 +116,7 @@ def lora_config(
         fan_in_fan_out=fan_in_fan_out,
         # With None PEFT would take its defaults for the architecture, and it refuses [].
         target_modules=[name for name in lora_modules if not parameters[name]] or DUMMY_TARGET_MODULES,
-        target_parameters=sum(parameters.values(), []) or None,
+        target_parameters=[part for parts in parameters.values() for part in parts] or None,
         modules_to_save=full or None,
     )
 

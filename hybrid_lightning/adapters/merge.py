@@ -3,9 +3,9 @@
 LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
 DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
 
-Of experts each matrix has an A and a B of its own. PEFT keeps the A of all experts one under another, [experts * rank, inputs], and
-the columns of their B in turn, [outputs, rank * experts]. Where it reads weights stored as [experts, inputs, outputs] (Llama 4) as
-[experts, outputs, inputs], A and B change places.
+Each expert's matrix has an A and a B of its own. PEFT keeps the A of all experts one under another, [experts * rank, inputs],
+and the columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
+inputs], so that A and B change places there.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRan
 
     Each number is computed in float32 and rounded once. Beside the destination, [rows, ...] of any dtype and device, this
     allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer; a float32 destination on the
-    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`; of experts it has as many
-    of these, which are merged one after another, and a row is one of them.
+    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`; of experts
+    it is several of these, which are merged one after another, and a row is one of them.
     """
     if update is None:
         destination.copy_(weight[first : first + len(destination)])

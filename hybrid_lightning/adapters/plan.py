@@ -64,9 +64,11 @@ class PlannedModule:
         return tuple(self.shape) if isinstance(self.shape, Mapping) else ()
 
     def lora_layers(self) -> dict[str, str]:
-        """Name of each weight that LoRA adapts -> name of PEFT's layer that does; of experts the first parameter's is innermost."""
+        """Name of each weight that LoRA adapts -> name of PEFT's layer for it; of experts the first parameter's is innermost."""
         inner = ".base_layer"
-        return {part: self.name + inner * (len(self.experts) - 1 - place) for place, part in enumerate(self.experts or ["weight"])}
+        return {
+            part: self.name + inner * (len(self.experts) - 1 - place) for place, part in enumerate(self.experts or ["weight"])
+        }
 
     def lora(self, settings: LoraSettings) -> LoraSettings:
         """A plan's LoRA settings at the rank that this module has."""

@@ -9,8 +9,8 @@ Engines join modules that have the same input into one layer (q/k/v, gate/up). A
 silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
 
-transformers joins the matrices of experts when it reads a checkpoint, and may rename what is beside them. Engines read them as they
-are in a checkpoint, so a group with experts gets those names, and experts come one by one.
+transformers may join the matrices of experts when it reads a checkpoint, and rename what is beside them. Engines read what is in
+a checkpoint, so the weights of a group with experts come under those names, and as many matrices as there.
 """
 
 import hashlib

@@ -127,7 +127,7 @@ def _cells(module: PlannedModule) -> tuple[str, ...]:
 
 def _shape_words(shape: Shape) -> str:
     if isinstance(shape, Mapping):
-        return " + ".join(" x ".join(map(str, sizes)) for sizes in shape.values())
+        return f"{next(iter(shape.values()))[0]} experts"
     return f"{shape[0]} x {shape[1]}"
 
 

@@ -97,7 +97,7 @@ class PassMemory:
         cache = token * places + rows.completions * sum(sizes.recurs) * sizes.states.bytes(width)
         # A layer keeps nothing; half of what it keeps for a backward pass is there at a time.
         within = max(sizes.kept(recurs).bytes(width) for recurs in sizes.recurs) / 2
-        adapted = 0 if trained is None else 2 * self._base_width * trained.experts_in_layer  # PEFT computes them twice
+        adapted = 0 if trained is None else self._base_width * trained.experts_in_layer
         logits = _FLOAT * rows.completions * sizes.vocabulary
         repeats = not self._packs or (not self.on_cpu and width == _FLOAT)  # keys, for all heads
         step = rows.completions * (within + repeats * 2 * width * every * sizes.queries)

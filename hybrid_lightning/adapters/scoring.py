@@ -152,8 +152,10 @@ class Scoring:
                     raise ModelError(f"the weight of {name} is {weight.dtype}; score the model before it is quantized")
         for name in self.own():
             for part, weight in matrices_of(modules[name]).items():
-                for key, matrix in _matrices(name, part, weight):
-                    self._sums[key] = self._gradients.new_sum(key, matrix, self._lora_ranks[name])
+                # Its values may be split over ranks, and are not read.
+                like = weight if weight.dim() == 2 else torch.empty(weight.shape[1:], dtype=weight.dtype, device=weight.device)
+                for key in _keys(name, part, weight):
+                    self._sums[key] = self._gradients.new_sum(key, like, self._lora_ranks[name])
         with _only_candidates_trainable(self._model, modules), torch.enable_grad():
             for seen in self.backward_all():
                 self._seen = seen
@@ -184,7 +186,7 @@ class Scoring:
         """Add a gradient, [m, n] or [experts, m, n], of a weight of a module that this process scores."""
         # Losses may be yielded from within autocast, but sums and sketches are float32.
         with torch.autocast(gradient.device.type, enabled=False):
-            for key, matrix in _matrices(name, part, gradient):
+            for key, matrix in zip(_keys(name, part, gradient), gradient if gradient.dim() == 3 else [gradient], strict=True):
                 self._sums[key].add(matrix if self._loss_scale == 1 else matrix.float() / self._loss_scale)
 
     def _check_signal(self) -> None:
@@ -263,18 +265,16 @@ class Scoring:
     def _keys(self, name: str) -> list[str]:
         """Names of the matrices of a candidate: its own, or one for each expert."""
         parts = matrices_of(self._candidates[name]).items()
-        return [key for part, weight in parts for key, _ in _matrices(name, part, weight)]
+        return [key for part, weight in parts for key in _keys(name, part, weight)]
 
     def _is_small(self, key: str) -> bool:
         total = self._sums.get(key)
         return total is not None and total.on_cpu and min(total.shape) <= ONE_THREAD_UP_TO
 
 
-def _matrices(name: str, part: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-    """Name and value of each matrix [m, n] in a weight, or in its gradient."""
-    if weight.dim() == 2:
-        return [(name, weight)]
-    return [(f"{name}.{number}.{part}", matrix) for number, matrix in enumerate(weight)]
+def _keys(name: str, part: str, weight: Tensor) -> list[str]:
+    """Name of each matrix [m, n] in a weight: one, or one for each expert."""
+    return [name] if weight.dim() == 2 else [f"{name}.{number}.{part}" for number in range(len(weight))]
 
 
 @contextmanager

@@ -51,8 +51,6 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
     plan.check_model(model)
     low_rank = [module for module in plan.candidates if module.mode == "lora"]
     check_lora_modules(model, (module.name for module in low_rank if not module.experts))
-    if any(module.experts for module in low_rank):
-        plan.lora.check_experts()
     config = plan.lora_config(fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules))
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     adapted = get_peft_model(model, config)

@@ -96,6 +96,8 @@ class AdapterPlan:
             raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
             raise PlanError("the plan has no modules; make it anew with the score command")
+        if any(module.experts and module.mode == "lora" for module in self.candidates):
+            self.lora.check_experts()
 
     @cached_property
     def digest(self) -> str:

@@ -143,7 +143,7 @@ def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str
 def _plan_section(plan: AdapterPlan) -> str:
     full = plan.full_modules
     lines = [
-        f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
+        f"- fully trained: {len(full)} of {len(plan.candidates)} modules",
         *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
         f"- {plan.lora.variant}: {_lora_words(plan)}",

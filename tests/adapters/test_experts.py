@@ -21,7 +21,7 @@ from hybrid_lightning.adapters.plan_display import plan_table
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
-from hybrid_lightning.export import AdapterFolder, MergedModel, TrainedPolicy, policy_of_module, write_policy
+from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, TrainedPolicy, policy_of_module, write_policy
 from hybrid_lightning.export.trained import BaseModel, peft_weights
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory.sizes import measure_sizes
@@ -223,3 +223,14 @@ def test_a_run_trains_experts_resumes_bit_for_bit_and_its_export_computes_the_sa
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(flags)):
         found = logits(load(exported))
     torch.testing.assert_close(found.float(), expected.float(), atol=0.05 if flags else 2e-6, rtol=0)
+
+
+def test_experts_are_trained_only_where_they_are_named(folder, sums, tmp_path, capsys):
+    frozen = r"Frozen besides: experts, 60% of the weights; adapter.rank_pattern={experts: 4} gives them LoRA"
+    for number, (options, is_frozen) in enumerate([({}, True), ({"target_modules": ["experts"]}, False)]):
+        module = fit(folder, sums, tmp_path / f"{number}", build_adapter(share=0.0, **options), max_steps=1 - is_frozen)
+        names = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in trained(module)}
+        assert {name.endswith(".experts") for name in names} == {not is_frozen}
+        assert (frozen in capsys.readouterr().out) == is_frozen
+    with pytest.raises(ConfigError, match=r"form=LoraFolder: the plan has LoRA on experts.* export form=MergedModel"):
+        LoraFolder().check(module.plan)

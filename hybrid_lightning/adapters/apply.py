@@ -165,7 +165,7 @@ def _set_dora_magnitudes(adapted: PeftModel) -> None:
 
 def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
     modules = dict(adapted.get_base_model().named_modules())
-    layers = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in modules.items()
         if isinstance(module, BaseTunerLayer) and not isinstance(modules[name.rpartition(".")[0]], ParamWrapper)

@@ -106,6 +106,8 @@ class Trained:
     rank: int  # of LoRA
     inputs: int = 0  # how often LoRA's layers keep their inputs: the engine's keep them once for all with the same input
     prepacks: bool = True  # whether the engine copies weights of LoRA's layers for decoding
+    experts: int = 0  # of the experts that have LoRA, for which PEFT computes the adapted weights in each pass
+    experts_in_layer: int = 0  # of one layer
 
 
 @dataclass(frozen=True)

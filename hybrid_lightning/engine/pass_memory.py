@@ -74,6 +74,9 @@ class PassMemory:
         within = tokens * self._within_backward(1.0 if trained is None else trained.share_full)
         # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
         kept: float = width * sizes.hidden * (2 * tokens + predicted * (1 + self.entropy_gradient))
+        adapted, of_layer = (0, 0) if trained is None else (trained.experts, trained.experts_in_layer)
+        within += self._base_width * of_layer * (2 if self.recomputes else 1)  # their gradient, and themselves
+        kept += 0 if self.recomputes else self._base_width * adapted
         if self.recomputes:
             kept += len(layers) * tokens * self._base_width * sizes.hidden
             within += max(layers) + converted / len(layers)
@@ -94,11 +97,12 @@ class PassMemory:
         cache = token * places + rows.completions * sum(sizes.recurs) * sizes.states.bytes(width)
         # A layer keeps nothing; half of what it keeps for a backward pass is there at a time.
         within = max(sizes.kept(recurs).bytes(width) for recurs in sizes.recurs) / 2
+        adapted = 0 if trained is None else self._base_width * trained.experts_in_layer
         logits = _FLOAT * rows.completions * sizes.vocabulary
         repeats = not self._packs or (not self.on_cpu and width == _FLOAT)  # keys, for all heads
         step = rows.completions * (within + repeats * 2 * width * every * sizes.queries)
         reading = asked * (token + within)
-        return PassBytes(max(step, reading - cache - logits), logits, cache=cache, packed=self._packed(trained))
+        return PassBytes(max(step, reading - cache - logits) + adapted, logits, cache=cache, packed=self._packed(trained))
 
     def kept(self, recurs: bool, length: int, trained: Trained | None) -> float:
         """Bytes that a token of a sequence of this length keeps in a layer for the backward pass."""

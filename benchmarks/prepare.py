@@ -17,13 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.workloads import Workload
+from benchmarks.workloads import SMOLLM2, Workload
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.errors import HybridLightningError, ModelError
 from hybrid_lightning.model.loading import load_model, load_tokenizer, resolve_model
 
+# Random models in the shape of Qwen3.5, three layers of gated delta nets for one that attends, with SmolLM2's tokenizer.
+_DELTA = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "tie_word_embeddings": True}
+QWEN3_5 = {
+    "qwen3_5:tiny": {
+        **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32},
+        **{"num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2, **_DELTA},
+    },
+    "qwen3_5:100m": {
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 20, "num_attention_heads": 6, "head_dim": 96},
+        **{"num_key_value_heads": 2, "linear_num_key_heads": 8, "linear_num_value_heads": 8, **_DELTA},
+    },
+}
 PROBE_ROWS = 16  # completions sampled to learn how probable tokens are
 COMMON_TOKENS = 100  # too probable each to end completions: the probability of ending would vary too much from token to token
 
@@ -113,6 +125,19 @@ def expected_length(probabilities: torch.Tensor, ends: list[int]) -> float:
     return 1 + float(passing[:, :-1].sum(dim=1).mean())
 
 
+def load(workload: Workload) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a workload."""
+    sizes = QWEN3_5.get(workload.model)
+    source = resolve_model(SMOLLM2 if sizes else workload.model)
+    tokenizer = load_tokenizer(source)
+    if sizes is None:
+        return load_model(source, workload.dtype, None), tokenizer
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_5_text", vocab_size=len(tokenizer), **sizes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, workload.dtype))
+    return model, tokenizer
+
+
 def main() -> None:
     """Argument: `{"workloads": [...], "folders": [...], "rollouts": N, "seed": N, "threads": N}`."""
     request = json.loads(sys.argv[1])
@@ -122,8 +147,7 @@ def main() -> None:
         workload = Workload(**values)
         key = (workload.model, workload.dtype)
         if key not in loaded:
-            source = resolve_model(workload.model)
-            loaded[key] = (load_model(source, workload.dtype, None), load_tokenizer(source))
+            loaded[key] = load(workload)
         model, tokenizer = loaded[key][0], copy.deepcopy(loaded[key][1])
         generation_config = copy.deepcopy(model.generation_config)
         prompts = prepare(workload, model, tokenizer, request["rollouts"], request["seed"])

@@ -52,7 +52,8 @@ class HybridAdapterSetup(Configurable, Callback):
         use_rslora: Scale by alpha / sqrt(rank).
         rank_pattern: Ranks of modules that have not `rank`, such as `{mlp: 8, attention: 1}`: by `attention` or `mlp`, or by the
             end of their names, such as `q_proj`, where the longest name decides. alpha / rank stays the same (with `use_rslora`
-            alpha does). Rank 0 freezes a module that is not fully trained.
+            alpha does). Rank 0 freezes a module that is not fully trained. Experts are candidates only if they are named, as in
+            `{experts: 4}`; each expert has the whole rank.
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
         calibration_prompts: Number of prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes
@@ -124,7 +125,8 @@ class HybridAdapterSetup(Configurable, Callback):
         else:
             self._require_same(self.plan, PlanError, "by which the model is adapted", "load the model anew")
         if self.plan is not None and stage == "fit" and trainer.is_global_zero and getattr(trainer, "command", "") != "doctor":
-            self._show(self.plan, folder, share_of_experts(model_of(pl_module)))
+            trained = (*self.plan.full_modules, *self.plan.lora_modules)
+            self._show(self.plan, folder, share_of_experts(model_of(pl_module), trained))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the settings, and the plan for modules that do not save it themselves."""
@@ -198,7 +200,7 @@ class HybridAdapterSetup(Configurable, Callback):
                 draw_heatmap(plan).savefig(folder / "plan.png", dpi=150)
         say(plan_title(plan))
         if of_experts:
-            say(f"Frozen besides: experts, {of_experts:.0%} of the weights, which are three-dimensional parameters")
+            say(f"Frozen besides: experts, {of_experts:.0%} of the weights; adapter.rank_pattern={{experts: 4}} gives them LoRA")
         frozen = without_lora(module.name for module in plan.candidates if module.mode == "frozen")
         if frozen:
             count = f"{len(frozen)} module{'' if len(frozen) == 1 else 's'}"

@@ -33,6 +33,7 @@ _NOT_MEANT = (
     "callbacks used to create the checkpoint need to be provided",  # after their options were changed, which the resume reports
     "does not have many workers",  # the loaders hold prompts or make rollouts: worker processes would not help
     "Using `DistributedSampler` with the dataloaders",  # prompts that the sampler gives to two ranks are counted once
+    "keys did not match any targeted module and were ignored",  # PEFT's, of ranks of parameters, which it does apply
     "module.s. in eval mode at the start of training",  # the policy is loaded so; the adapter decides what is trained
 )
 

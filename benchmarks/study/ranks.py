@@ -3,7 +3,7 @@
 The task is *products* (`tasks/products.yaml`), which every rank can learn: what is looked for is what breaks. All runs take
 the same number of optimizer steps, two a rollout, so that with 1,024 completions a rollout they learn from 16 times as much as
 with 64. They are made one after the other in one process. Each is a line of `--out`, and is not made again. Prints the tables of
-all that is there, which are those of results/ranks.md.
+results/ranks.md from the lines in `--out`.
 """
 
 import contextlib

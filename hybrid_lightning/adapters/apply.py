@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, exact_names, lora_config
+from hybrid_lightning.adapters.lora_settings import ADAPTER, check_lora_modules, exact_names
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
@@ -50,8 +51,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
     plan.check_model(model)
     check_lora_modules(plan.lora_modules)
-    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    config = lora_config(plan.modes(), plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
+    config = plan.lora_config(fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules))
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     with exact_names(model):
         adapted = get_peft_model(model, config)
@@ -136,6 +136,15 @@ def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[st
     return taken
 
 
+def lora_layers(layer: nn.Module) -> dict[str, LoraLayer]:
+    """The layers with LoRA of an adapted module by the name of the weight that each adapts: of experts they are nested."""
+    if not isinstance(layer, LoraLayer):
+        return {}
+    if not isinstance(layer, ParamWrapper):
+        return {"weight": layer}
+    return {layer.parameter_name: layer, **lora_layers(layer.base_layer)}
+
+
 def _full_wrappers(adapted: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     modules = adapted.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
@@ -156,7 +165,12 @@ def _set_dora_magnitudes(adapted: PeftModel) -> None:
 
 
 def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
-    layers = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
+    modules = dict(adapted.get_base_model().named_modules())
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, BaseTunerLayer) and not isinstance(modules[name.rpartition(".")[0]], ParamWrapper)
+    }
     for kind, wrapped, planned in (
         ("LoRA", set(layers), set(plan.lora_modules)),
         ("full training", set(_full_wrappers(adapted)), set(plan.full_modules)),
@@ -169,6 +183,9 @@ def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
                 "mode in the plan"
             )
     for module in plan.candidates:
-        if isinstance(layer := layers.get(module.name), LoraLayer):
-            lora = plan.lora_of(module)
-            assert (layer.r[ADAPTER], layer.scaling[ADAPTER]) == (lora.rank, lora.scale), f"PEFT gave {module.name} another rank"
+        if module.mode == "lora":
+            lora, found = plan.lora_of(module), lora_layers(layers[module.name])
+            assert set(found) == set(module.experts or ["weight"]), f"PEFT adapted other parameters of {module.name}"
+            assert all((layer.r[ADAPTER], layer.scaling[ADAPTER]) == (lora.rank, lora.scale) for layer in found.values()), (
+                f"PEFT gave {module.name} another rank"
+            )

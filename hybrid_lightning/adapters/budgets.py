@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hybrid_lightning.adapters.candidates import linear_shape, ranks_by_pattern
+from hybrid_lightning.adapters.candidates import candidate_shape, matrices_of, ranks_by_pattern
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule, plain
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
@@ -125,7 +125,7 @@ def make_plan(
 
     Args:
         base: Names the model that the plan is for.
-        candidates: Full dotted name -> linear module.
+        candidates: Full dotted name -> module, as from `find_candidates`.
         budget: Chooses the fully trained modules.
         lora: LoRA settings of the other modules.
         scores: Scores of all candidates; None only where the budget does not need any (`Budget.needs_scores`).
@@ -137,11 +137,11 @@ def make_plan(
     scores, ranks = scores or ModuleScores(), ranks or {}
     modules = []
     for name, module in candidates.items():
-        rank, (outputs, inputs) = ranks.get(name, lora.rank), linear_shape(module)
-        bias = 0 if getattr(module, "bias", None) is None else outputs
+        rank, shape = ranks.get(name, lora.rank), candidate_shape(module)
+        parameters = sum(parameter.numel() for parameter in module.parameters())
         score = None if name not in scores.values else float(scores.values[name])
-        shape, own = (outputs, inputs), None if rank in (0, lora.rank) else rank
-        modules.append(PlannedModule(name, shape, outputs * inputs + bias, score, "lora" if rank else "frozen", own))
+        own = None if rank in (0, lora.rank) else rank
+        modules.append(PlannedModule(name, shape, parameters, score, "lora" if rank else "frozen", own))
     full = budget.choose(modules, lora)
     return AdapterPlan(
         model=base.model,
@@ -160,7 +160,7 @@ def plan_of_budget(
     candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
 ) -> AdapterPlan:
     """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
-    sizes = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
+    sizes = {name: float(sum(w.numel() for w in matrices_of(module).values())) for name, module in candidates.items()}
     ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
     return make_plan(PlannedModel("", ""), candidates, budget, lora, ModuleScores(sizes), ranks)
 

@@ -1,10 +1,10 @@
-"""Find the modules of a language model that can be adapted, the linear modules inside its decoder blocks, and the rank of each.
+"""Find the modules of a language model that can be adapted, linear modules and experts in its decoder blocks, and their ranks.
 
 Modules outside the blocks (embeddings, `lm_head`) are no candidates, nor is any module whose weight is shared with another (tied
 embeddings): a fully trained copy of a shared weight would silently untie it.
 
-Many mixture-of-experts models keep their experts as one three-dimensional parameter (in transformers 5 most of them do). That is
-no linear module, so such experts are no candidates and stay frozen.
+Most mixture-of-experts models keep the matrices of a layer's experts in three-dimensional parameters of one module. Such a module
+is one candidate, and only where it is named, since experts have most of a model's weights.
 """
 
 from collections import Counter
@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from hybrid_lightning.errors import ConfigError, ModelError
 
 LinearLike = nn.Linear | Conv1D
+# Of a candidate: (outputs, inputs), or of experts name of each three-dimensional parameter -> its shape as it is stored.
+Shape = tuple[int, int] | Mapping[str, tuple[int, ...]]
 Group = Literal["attention", "mlp"]
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "expert")
@@ -34,13 +36,36 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def find_candidates(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[str, LinearLike]:
-    """Find the linear modules that can be fully trained or adapted with LoRA.
+def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a candidate by name: of a linear module `weight`, of experts their three-dimensional parameters."""
+    if isinstance(module, LinearLike):
+        return {"weight": module.get_parameter("weight")}
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a candidate's matrices are [inputs, outputs], as PEFT reads them."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def candidate_shape(module: nn.Module) -> Shape:
+    """Shape of a candidate."""
+    if isinstance(module, LinearLike):
+        return linear_shape(module)
+    return {name: tuple(parameter.shape) for name, parameter in matrices_of(module).items()}
+
+
+def find_candidates(
+    model: nn.Module, target_modules: Sequence[str] | None = None, named: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and experts that are named.
 
     Args:
         model: Causal language model without an adapter.
         target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
-            all candidates.
+            all linear modules.
+        named: Suffixes of names, as of a pattern of ranks; experts that one of them matches are candidates beside all linear
+            modules.
 
     Returns:
         Full dotted name -> module, in the model's order.
@@ -50,46 +75,56 @@ def find_candidates(model: nn.Module, target_modules: Sequence[str] | None = Non
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
-    candidates = _linear_modules_in_blocks(model)
+    found = _modules_in_blocks(model)
+    candidates = {name: module for name, module in found.items() if isinstance(module, LinearLike)}
     if not candidates:
         raise ModelError(
             f"{type(model).__name__} has no linear module inside numbered decoder blocks; use a decoder-only "
             "transformer whose blocks hold nn.Linear (or transformers' Conv1D) modules"
         )
-    if target_modules is None:
-        return candidates
-    if isinstance(target_modules, str) or not target_modules:
+    ends = [*named] if target_modules is None else target_modules
+    if isinstance(target_modules, str) or not (target_modules or target_modules is None):
         raise ModelError(f"target_modules={target_modules!r}; give a list of module names such as ['q_proj', 'v_proj']")
-    for end in target_modules:
-        if not any(_ends(end, name) for name in candidates):
-            raise ModelError(f"target_modules: {end!r} matches no candidate module; give one of {_kinds(candidates)}")
-    return {name: module for name, module in candidates.items() if any(_ends(end, name) for end in target_modules)}
+    for end in target_modules or ():
+        if not any(_ends(end, name) for name in found):
+            raise ModelError(f"target_modules: {end!r} matches no candidate module; give one of {_kinds(found)}")
+    chosen = {name for name in found if any(_ends(end, name) for end in ends)}
+    chosen |= set(candidates) if target_modules is None else set()
+    return {name: module for name, module in found.items() if name in chosen}
 
 
-def share_of_experts(model: nn.Module) -> float:
-    """Share of a model's weights that are in three-dimensional parameters of experts, none of which is adapted."""
-    blocks = tuple(f"{name}." for name in _block_lists(model))
+def share_of_experts(model: nn.Module, trained: Iterable[str] = ()) -> float:
+    """Share of a model's weights, adapted or not, in three-dimensional parameters of experts that are not `trained`."""
+    names, blocks = tuple(f".{name}." for name in trained), tuple(f"{name}." for name in _block_lists(model))
     of_experts = sum(
         parameter.numel()
         for name, module in model.named_modules()
-        if name.startswith(blocks) and not isinstance(module, nn.Conv1d)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 3
+        if name.startswith(blocks) and is_experts(module) and not any(part in f".{name}." for part in names)
+        for parameter in matrices_of(module).values()
     )
     return of_experts / max(1, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module has matrices of experts in three-dimensional parameters of its own."""
+    own = module.parameters(recurse=False)
+    return not isinstance(module, nn.Conv1d) and any(parameter.dim() == 3 for parameter in own)
+
+
+def _modules_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks = tuple(f"{name}." for name in _block_lists(model))
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+
+    def is_linear(module: nn.Module) -> bool:
+        # A model's own kind of linear module computes something else: Llama 4's router returns two tensors.
+        return isinstance(module, LinearLike) and not type(module).__module__.startswith("transformers.models.")
+
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LinearLike)
-        and name.startswith(blocks)
-        and owners[id(module.weight)] == 1
-        # A model's own kind of linear module computes something else: Llama 4's router returns two tensors.
-        and not type(module).__module__.startswith("transformers.models.")
+        if name.startswith(blocks)
+        and (is_linear(module) or is_experts(module))
+        and all(owners[id(matrix)] == 1 for matrix in matrices_of(module).values())
     }
 
 

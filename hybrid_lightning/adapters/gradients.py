@@ -10,12 +10,14 @@ matter.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singular_values
 from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.errors import ConfigError
 
 KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computing all eigenvalues
 
@@ -80,6 +82,35 @@ class ExactGradient(Gradient):
         tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
         # The tail is summed, not subtracted from the total: no cancellation where nearly all energy is in the first values.
         return float(self.spectrum()[rank:].sum()) if tail is None else tail
+
+
+class GradientOfExperts(Gradient):
+    """Mean gradients of the matrices of experts: energies and tails add up, as those of the blocks of one large matrix would.
+
+    Args:
+        parts: Yields the gradient of each matrix, one in memory at a time.
+    """
+
+    def __init__(self, parts: Callable[[], Iterator[Gradient]]) -> None:
+        self._parts = parts
+
+    def energy(self) -> float:  # noqa: D102
+        return sum(part.energy() for part in self._parts())
+
+    def spectrum(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.spectrum() for part in self._parts()]).sort(descending=True).values
+
+    def matrix(self) -> Tensor:  # noqa: D102
+        raise ConfigError(
+            "this scorer reads the matrix of a gradient, and experts have one for each; take a scorer such as PreconditionedTail "
+            "that reads energies or singular values, or leave experts out of adapter.rank_pattern and adapter.target_modules"
+        )
+
+    def preconditioned(self) -> Gradient:  # noqa: D102
+        return GradientOfExperts(lambda: (part.preconditioned() for part in self._parts()))
+
+    def tail_energy(self, rank: int) -> float:  # noqa: D102
+        return sum(part.tail_energy(rank) for part in self._parts())
 
 
 def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
+    from hybrid_lightning.adapters.candidates import Shape
+
 ADAPTER = "default"  # PEFT's name for the only adapter
 
 
@@ -53,6 +55,15 @@ class LoraSettings:
         """Its name: LoRA, DoRA or rsLoRA."""
         return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
 
+    def check_experts(self) -> None:
+        """Raise ConfigError unless these settings work for experts, whose weights PEFT adapts before it multiplies by them."""
+        if self.use_dora or self.dropout:
+            given = "use_dora=true" if self.use_dora else f"dropout={self.dropout}"
+            raise ConfigError(
+                f"adapter.{given} does not work with LoRA of experts, for which PEFT has plain LoRA and rsLoRA without dropout; "
+                "leave it out, or give experts the rank 0: --adapter.rank_pattern='{experts: 0}'"
+            )
+
     def with_rank(self, rank: int) -> "LoraSettings":
         """The same settings at another rank.
 
@@ -60,19 +71,25 @@ class LoraSettings:
         """
         return replace(self, rank=rank, alpha=self.alpha if self.use_rslora else self.alpha * rank / self.rank)
 
-    def parameters(self, shape: tuple[int, int]) -> int:
-        """Number of trainable parameters that LoRA adds to a module of shape (outputs, inputs)."""
+    def parameters(self, shape: "Shape") -> int:
+        """Number of trainable parameters that LoRA adds to a module; each expert has the whole rank."""
+        if isinstance(shape, Mapping):
+            return sum(self.rank * experts * (rows + columns) for experts, rows, columns in shape.values())
         outputs, inputs = shape
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 
 
 def lora_config(
-    modes: Mapping[str, str], lora: LoraSettings, ranks: Mapping[str, int] | None = None, fan_in_fan_out: bool = False
+    modes: Mapping[str, str],
+    lora: LoraSettings,
+    ranks: Mapping[str, int] | None = None,
+    fan_in_fan_out: bool = False,
+    experts: Mapping[str, Iterable[str]] | None = None,
 ) -> "LoraConfig":
     """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
 
     Modules go by their full names; `ranks` are those of LoRA modules with a rank of their own. `fan_in_fan_out` says that the
-    LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
+    LoRA modules store their weights as [inputs, outputs], as GPT-2's do. Of modules of experts, `experts` names the parameters.
 
     Raises:
         PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
@@ -85,7 +102,8 @@ def lora_config(
     if not lora_modules and not full:
         raise PlanError('the plan leaves all modules frozen; give at least one the mode "full" or "lora"')
     _check_suffixes(modes)
-    own = {name: lora.with_rank(rank) for name, rank in (ranks or {}).items()}
+    parameters = {name: [f"{name}.{own}" for own in (experts or {}).get(name, ())] for name in lora_modules}
+    own = {part: lora.with_rank(rank) for name, rank in (ranks or {}).items() for part in parameters[name] or [name]}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -98,7 +116,8 @@ def lora_config(
         use_rslora=lora.use_rslora,
         fan_in_fan_out=fan_in_fan_out,
         # With None PEFT would take its defaults for the architecture, and it refuses [].
-        target_modules=lora_modules or DUMMY_TARGET_MODULES,
+        target_modules=[name for name in lora_modules if not parameters[name]] or DUMMY_TARGET_MODULES,
+        target_parameters=[part for parts in parameters.values() for part in parts] or None,
         modules_to_save=full or None,
     )
 

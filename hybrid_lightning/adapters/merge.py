@@ -2,6 +2,10 @@
 
 LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
 DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
+
+Each expert's matrix has an A and a B of its own. PEFT keeps the A of all experts one under another, [experts * rank, inputs],
+and the columns of their B in turn, [outputs, rank * experts]. It reads Llama 4's [experts, inputs, outputs] as [experts, outputs,
+inputs], so that A and B change places there.
 """
 
 from dataclasses import dataclass
@@ -16,10 +20,15 @@ _NUMBERS = 2**20  # of a temporary float32 copy, where the result has another dt
 class LowRankUpdate:
     """An update of a weight."""
 
-    lora_a: Tensor  # [rank, inputs]
-    lora_b: Tensor  # [outputs, rank]
+    lora_a: Tensor  # [rank, inputs], or of experts [experts, rank, inputs]
+    lora_b: Tensor  # [outputs, rank], or [experts, outputs, rank]
     scale: float
     magnitudes: Tensor | None = None  # [outputs], of DoRA
+
+    def of_experts(self, number: int) -> "LowRankUpdate":
+        """The update of so many experts, from A and B as PEFT keeps them."""
+        lora_a = self.lora_a.reshape(number, -1, self.lora_a.shape[1])
+        return LowRankUpdate(lora_a, self.lora_b.reshape(len(self.lora_b), -1, number).permute(2, 0, 1), self.scale)
 
 
 @torch.no_grad()
@@ -28,10 +37,16 @@ def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRan
 
     Each number is computed in float32 and rounded once. Beside the destination, [rows, ...] of any dtype and device, this
     allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer; a float32 destination on the
-    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`.
+    weight's device needs no copy. The weight is [outputs, inputs], or transposed as in GPT-2's `Conv1D`; of experts
+    it is several of these, which are merged one after another, and a row is one of them.
     """
     if update is None:
         destination.copy_(weight[first : first + len(destination)])
+        return
+    if weight.dim() == 3:
+        for number, target in enumerate(destination, start=first):
+            own = LowRankUpdate(update.lora_a[number], update.lora_b[number], update.scale)
+            write_merged(target, 0, weight[number], own, transposed)
         return
     if transposed and update.magnitudes is not None:  # norms are over the rows then, so that all have to be there
         whole = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)

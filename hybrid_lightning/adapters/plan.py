@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
+from hybrid_lightning.adapters.candidates import Shape, candidate_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config, target_exactly
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
@@ -47,8 +47,8 @@ class PlannedModule:
     """One candidate module and how it is trained."""
 
     name: str  # full dotted name in the base model
-    shape: tuple[int, int]  # (outputs, inputs)
-    parameters: int  # entries of weight and bias: full training includes the bias, LoRA leaves it alone
+    shape: Shape  # (outputs, inputs), or of experts name of each three-dimensional parameter -> its shape
+    parameters: int  # entries of weights and biases: full training includes biases, LoRA leaves them alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
     rank: int | None = None  # of its LoRA; None: that of the plan's `lora`
@@ -58,6 +58,18 @@ class PlannedModule:
             raise PlanError(f'{self.name} has the mode "{self.mode}"; it must be one of {", ".join(get_args(Mode))}')
         if self.rank is not None and self.rank < 1:
             raise PlanError(f'{self.name} has the rank {self.rank}; it must be at least 1; for no LoRA make the mode "frozen"')
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the three-dimensional parameters of experts; empty for a linear module."""
+        return tuple(self.shape) if isinstance(self.shape, Mapping) else ()
+
+    def lora_layers(self) -> dict[str, str]:
+        """Name of each weight that LoRA adapts -> name of PEFT's layer for it; of experts the first parameter's is innermost."""
+        inner = ".base_layer"
+        return {
+            part: self.name + inner * (len(self.experts) - 1 - place) for place, part in enumerate(self.experts or ["weight"])
+        }
 
     def lora(self, settings: LoraSettings) -> LoraSettings:
         """A plan's LoRA settings at the rank that this module has."""
@@ -85,6 +97,8 @@ class AdapterPlan:
             raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
             raise PlanError("the plan has no modules; make it anew with the score command")
+        if any(module.experts and module.mode == "lora" for module in self.candidates):
+            self.lora.check_experts()
 
     @cached_property
     def digest(self) -> str:
@@ -142,17 +156,22 @@ class AdapterPlan:
                 others do not need it.
 
         Returns:
-            A new `LoraConfig` with the LoRA modules as `target_modules` and the fully trained ones as `modules_to_save`, both by
-            their full names.
+            A new `LoraConfig` with the LoRA modules as `target_modules` (experts as `target_parameters`) and the fully trained
+            ones as `modules_to_save`, by their full names.
 
         Raises:
             PlanError: If nothing is trained, or PEFT, which matches names by suffix, would mistake one module for another.
         """
         conv1d = model is not None and any(isinstance(model.get_submodule(name), Conv1D) for name in self.lora_modules)
-        config = lora_config(self.modes(), self.lora, self.own_ranks(), fan_in_fan_out=conv1d)
+        config = self.lora_config(fan_in_fan_out=conv1d)
         if model is not None:
             target_exactly(config, model)
         return config
+
+    def lora_config(self, fan_in_fan_out: bool = False) -> "LoraConfig":
+        """Like `to_peft_config`, with names as they are; `fan_in_fan_out` is whether the LoRA modules are transposed (GPT-2)."""
+        experts = {module.name: module.experts for module in self.candidates}
+        return lora_config(self.modes(), self.lora, self.own_ranks(), fan_in_fan_out, experts)
 
     def own_ranks(self) -> dict[str, int]:
         """Full name of each LoRA module with a rank of its own -> that rank."""
@@ -167,15 +186,16 @@ class AdapterPlan:
         modules = dict(model.named_modules())
         for planned in self.candidates:
             module = modules.get(planned.name)
-            if not isinstance(module, LinearLike):
+            shape = None if module is None else candidate_shape(module)
+            if not shape:
                 found = "no such module" if module is None else f"a {type(module).__name__} there, no linear module"
                 raise PlanError(
                     f"the plan was made for {self.model} and names {planned.name}; this model has {found}; {_NEW_PLAN}"
                 )
-            if linear_shape(module) != planned.shape:
+            if shape != planned.shape:
                 raise PlanError(
                     f"the plan was made for {self.model}, where {planned.name} has shape {planned.shape}; here it has "
-                    f"{linear_shape(module)}; {_NEW_PLAN}"
+                    f"{shape}; {_NEW_PLAN}"
                 )
 
     def check_weights(self, model: nn.Module) -> None:
@@ -213,7 +233,7 @@ class AdapterPlan:
             digest, version = content.pop("digest", None), content.pop("format")
             if version != FORMAT:
                 raise PlanError(f"it has format {version}, and this version reads {FORMAT}")
-            modules = [PlannedModule(**{**module, "shape": tuple(module["shape"])}) for module in content["candidates"]]
+            modules = [PlannedModule(**{**module, "shape": _shape(module["shape"])}) for module in content["candidates"]]
             plan = cls(**{**content, "lora": LoraSettings(**content["lora"]), "candidates": tuple(modules)})
             changed = digest not in (None, plan.digest)
         except (ConfigError, PlanError, KeyError, TypeError, ValueError) as error:
@@ -276,6 +296,10 @@ def plain(value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False, default=str))
     except ValueError as error:
         raise PlanError(f"a plan cannot hold infinite numbers or nan ({error}); look for them in its scores") from error
+
+
+def _shape(value: Any) -> Shape:
+    return {name: tuple(sizes) for name, sizes in value.items()} if isinstance(value, Mapping) else tuple(value)  # type: ignore[return-value]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

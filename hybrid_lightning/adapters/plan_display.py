@@ -6,7 +6,7 @@ state changes and no window opens.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,6 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 from rich.table import Table
 
+from hybrid_lightning.adapters.candidates import Shape
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 
 _COLUMNS = ("module", "shape", "parameters", "score", "mode")
@@ -119,10 +120,15 @@ def _by_score(plan: AdapterPlan) -> list[PlannedModule]:
 
 
 def _cells(module: PlannedModule) -> tuple[str, ...]:
-    outputs, inputs = module.shape
     score = "-" if module.score is None else f"{module.score:.4g}"
     mode = module.mode if module.rank is None else f"{module.mode}, rank {module.rank}"
-    return (module.name, f"{outputs} x {inputs}", f"{module.parameters:,}", score, mode)
+    return (module.name, _shape_words(module.shape), f"{module.parameters:,}", score, mode)
+
+
+def _shape_words(shape: Shape) -> str:
+    if isinstance(shape, Mapping):
+        return f"{next(iter(shape.values()))[0]} experts"
+    return f"{shape[0]} x {shape[1]}"
 
 
 def _grid(modules: Sequence[PlannedModule]) -> tuple[list[str], list[str], dict[tuple[int, int], PlannedModule]]:

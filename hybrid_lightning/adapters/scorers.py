@@ -13,6 +13,7 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
   2018, arXiv 1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v those of its columns and s
   the mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends on the mean
   gradient alone, so it is the same however the calibration rollouts are split into micro-batches.
+- The experts of a layer are one module. Each expert's matrix has a low rank of its own, so their tails and energies are added up.
 - `GradientNorm`: a baseline that ignores the rank. `Random`: chance, which every other scorer has to beat.
 """
 
@@ -34,8 +35,8 @@ class ModuleStatistics:
     """What a scorer may know about one candidate module."""
 
     name: str  # full dotted name of the module
-    weight: Tensor  # [m, n], detached; not to be changed
-    parameters: int  # entries of weight and bias
+    weight: Tensor  # [m, n], detached; not to be changed; of experts their first parameter, [experts, m, n]
+    parameters: int  # entries of weights and biases
     gradient: Gradient | None = None  # G, the mean over the calibration losses; None if the scorer does not need it
 
 

@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, GradientSum
+from hybrid_lightning.adapters.candidates import matrices_of
+from hybrid_lightning.adapters.gradients import ExactGradients, Gradient, GradientMode, GradientOfExperts, GradientSum
 from hybrid_lightning.adapters.scorers import ModuleStatistics, Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO, map_on_workers
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
@@ -30,7 +31,7 @@ class Scoring:
 
     Args:
         model: The start policy, with floating-point weights; unchanged afterwards, its modes and `requires_grad` flags included.
-        candidates: Full dotted name -> linear module, as from `find_candidates`.
+        candidates: Full dotted name -> module, as from `find_candidates`.
         losses: Scalar calibration losses, each with the same weight. They have to be computed lazily, while they are iterated
             over: the backward pass of each frees its graph. Not used if the scorer needs the weights alone.
         scorer: Defines the score.
@@ -70,14 +71,15 @@ class Scoring:
             )
         self._model, self._candidates, self._losses, self._scorer = model, candidates, losses, scorer
         self._gradients, self._loss_scale = gradients or ExactGradients(), loss_scale
-        self._sums: dict[str, GradientSum] = {}  # of the modules that this process scores, until they are scored
+        self._sums: dict[str, GradientSum] = {}  # of the matrices that this process scores, until they are scored
         self._seen = 0  # losses in these sums
-        self._unused: Collection[str] = ()  # modules, of any process, without gradient
+        self._unused: Collection[str] = ()  # matrices, of any process, without gradient
 
     def run(self, on_loss: Callable[[int], None] = lambda seen: None) -> dict[str, float]:
         """Score the modules.
 
-        A candidate that no loss used, such as an expert that got no token, has no gradient: it scores 0, with a warning.
+        A candidate that no loss used has no gradient: it scores 0, with a warning. Experts that got no token add nothing to the
+        score of their layer, with a warning.
 
         Args:
             on_loss: Called after each loss with the number of losses seen so far.
@@ -113,17 +115,18 @@ class Scoring:
     def backward_all(self) -> Iterator[int]:
         """Run the backward pass of each loss, and free each gradient once it is added. Yields the number of losses so far."""
 
-        def take(name: str) -> Callable[[Tensor], None]:
+        def take(name: str, part: str) -> Callable[[Tensor], None]:
             def hook(weight: Tensor) -> None:
                 assert weight.grad is not None
-                self.add(name, weight.grad.detach())
+                self.add(name, part, weight.grad.detach())
                 weight.grad = None
 
             return hook
 
         handles = [
-            module.weight.register_post_accumulate_grad_hook(take(name))  # type: ignore[operator, union-attr]
+            weight.register_post_accumulate_grad_hook(take(name, part))
             for name, module in self.modules().items()
+            for part, weight in matrices_of(module).items()
         ]
         try:
             for index, loss in enumerate(self._losses):
@@ -137,18 +140,22 @@ class Scoring:
     # ---- collecting gradients
 
     def collect_gradients(self, on_loss: Callable[[int], None]) -> Mapping[str, GradientSum]:
-        """Add up the gradients of all losses, by the name of each module that this process scores.
+        """Add up the gradients of all losses, by the name of each module that this process scores, and of each of its experts.
 
         Meanwhile the model is in eval mode (no dropout). transformers does gradient checkpointing in train mode only, so blocks
         with gradient checkpointing are put in train mode themselves, but not the modules inside them, which hold the dropout.
         """
         modules = self.modules()
         for name, module in modules.items():
-            if not module.weight.is_floating_point():  # type: ignore[operator, union-attr]
-                raise ModelError(f"the weight of {name} is {module.weight.dtype}; score the model before it is quantized")
+            for weight in matrices_of(module).values():
+                if not weight.is_floating_point():
+                    raise ModelError(f"the weight of {name} is {weight.dtype}; score the model before it is quantized")
         for name in self.own():
-            weight: Any = modules[name].weight
-            self._sums[name] = self._gradients.new_sum(name, weight, self._lora_ranks[name])
+            for part, weight in matrices_of(modules[name]).items():
+                # Its values may be split over ranks, and are not read.
+                like = weight if weight.dim() == 2 else torch.empty(weight.shape[1:], dtype=weight.dtype, device=weight.device)
+                for key in _keys(name, part, weight):
+                    self._sums[key] = self._gradients.new_sum(key, like, self._lora_ranks[name])
         with _only_candidates_trainable(self._model, modules), torch.enable_grad():
             for seen in self.backward_all():
                 self._seen = seen
@@ -175,11 +182,12 @@ class Scoring:
         scaled = loss if self._loss_scale == 1 else loss * self._loss_scale
         scaled.backward()  # type: ignore[no-untyped-call]
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add a gradient [m, n] of a module that this process scores."""
+    def add(self, name: str, part: str, gradient: Tensor) -> None:
+        """Add a gradient, [m, n] or [experts, m, n], of a weight of a module that this process scores."""
         # Losses may be yielded from within autocast, but sums and sketches are float32.
         with torch.autocast(gradient.device.type, enabled=False):
-            self._sums[name].add(gradient if self._loss_scale == 1 else gradient.float() / self._loss_scale)
+            for key, matrix in zip(_keys(name, part, gradient), gradient if gradient.dim() == 3 else [gradient], strict=True):
+                self._sums[key].add(matrix if self._loss_scale == 1 else matrix.float() / self._loss_scale)
 
     def _check_signal(self) -> None:
         if not self._seen:
@@ -194,16 +202,26 @@ class Scoring:
                     )
             return {name: None for name, total in self._sums.items() if total.is_zero()}
 
-        self._unused = unused = self.together(without_gradient)
-        if len(unused) == len(self._candidates):
+        self._unused = self.together(without_gradient)
+        modules = {name: self._keys(name) for name in self._candidates}
+        unused = [name for name, keys in modules.items() if all(key in self._unused for key in keys)]
+        if len(unused) == len(modules):
             raise CalibrationError(
                 f"the calibration gradient is zero in all {len(unused)} candidate modules, as when all rewards of each prompt "
                 "are equal; use more prompts, prompts that are solved sometimes, more samples per prompt, or reference answers"
             )
         if unused and self.prints:
             warnings.warn(
-                f"{len(unused)} of {len(self._candidates)} candidate modules got no gradient from the calibration losses and "
-                f"score 0 (such as {next(iter(unused))}); calibrate with more rollouts if they matter",
+                f"{len(unused)} of {len(modules)} candidate modules got no gradient from the calibration losses and "
+                f"score 0 (such as {unused[0]}); calibrate with more rollouts if they matter",
+                stacklevel=3,
+            )
+        experts = [key for name, keys in modules.items() if len(keys) > 1 and name not in unused for key in keys]
+        without = [key for key in experts if key in self._unused]
+        if without and self.prints:
+            warnings.warn(
+                f"{len(without)} of {len(experts)} matrices of experts got no token of the calibration losses (such as "
+                f"{without[0]}), and add nothing to the score of their layer; calibrate with more rollouts if they matter",
                 stacklevel=3,
             )
 
@@ -214,20 +232,26 @@ class Scoring:
         small: list[str] = []
         if self._scorer.concurrent:
             # So small that one thread is enough, and that a float64 copy on each thread takes little memory too.
-            small = [n for n, total in self._sums.items() if total.on_cpu and min(total.shape) <= ONE_THREAD_UP_TO]
+            small = [name for name in names if all(self._is_small(key) for key in self._keys(name))]
         scores = dict(zip(small, map_on_workers(self._score, small), strict=True))
         return scores | {name: self._score(name) for name in names if name not in scores}
 
     def _score(self, name: str) -> float:
-        """The score of one module, whose sum is freed then."""
-        total, module, scorer = self._sums.pop(name, None), self._candidates[name], self._scorer
-        if name in self._unused:
+        """The score of one module, whose sums are freed then."""
+        module, scorer, keys = self._candidates[name], self._scorer, self._keys(name)
+        sums = [self._sums.pop(key) for key in keys if key in self._sums]
+        if all(key in self._unused for key in keys):
             return 0.0
+        gradient: Gradient | None = None
+        if len(keys) > 1:
+            gradient = GradientOfExperts(lambda: (total.mean(self._seen) for total in sums))
+        elif sums:
+            gradient = sums[0].mean(self._seen)
         statistics = ModuleStatistics(
             name=name,
-            weight=module.weight.detach(),  # type: ignore[operator, union-attr]
+            weight=next(iter(matrices_of(module).values())).detach(),
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            gradient=None if total is None else total.mean(self._seen),
+            gradient=gradient,
         )
         value = scorer.score(statistics, self._lora_ranks[name])
         try:
@@ -237,6 +261,20 @@ class Scoring:
         if not math.isfinite(number):
             raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}; a score must be finite")
         return number
+
+    def _keys(self, name: str) -> list[str]:
+        """Names of the matrices of a candidate: its own, or one for each expert."""
+        parts = matrices_of(self._candidates[name]).items()
+        return [key for part, weight in parts for key in _keys(name, part, weight)]
+
+    def _is_small(self, key: str) -> bool:
+        total = self._sums.get(key)
+        return total is not None and total.on_cpu and min(total.shape) <= ONE_THREAD_UP_TO
+
+
+def _keys(name: str, part: str, weight: Tensor) -> list[str]:
+    """Name of each matrix [m, n] in a weight: one, or one for each expert."""
+    return [name] if weight.dim() == 2 else [f"{name}.{number}.{part}" for number in range(len(weight))]
 
 
 @contextmanager
@@ -249,7 +287,8 @@ def _only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Mod
             parameter.requires_grad_(False)
             parameter.grad = None
         for module in candidates.values():
-            module.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
+            for weight in matrices_of(module).values():
+                weight.requires_grad_(True)
         for module, _ in modes:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
         yield

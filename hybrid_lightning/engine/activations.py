@@ -28,7 +28,7 @@ _WIDTH = 2  # bytes of a number: activations have 16 bits under autocast; models
 _FLOAT = 4
 _LEAST = 256  # tokens
 
-_RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid"}  # layers, as configs call them; others attend
+RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid"}  # layers, as configs call them; others attend
 _BOTH = "hybrid"  # beside attention in the same layer
 _LINEAR_SIZES = ("linear_key_head_dim", "linear_value_head_dim")
 _CHUNK = 64  # tokens of a sequence that linear attention computes together
@@ -59,6 +59,8 @@ class TokenSizes:
         recurs: Of each layer whether it is recurrent.
         attending: Number of the layers that attend.
         states: What a recurrent layer keeps of a sequence, whatever its length, to decode the next token.
+        chunk: Tokens of a sequence that a recurrent layer computes together, up to a multiple of which it fills a sequence up;
+            0 if it can continue from a state with one token alone.
     """
 
     def __init__(self, config: Any) -> None:
@@ -68,11 +70,12 @@ class TokenSizes:
         self.heads = _size(config, "num_attention_heads", otherwise=0)
         kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
         kinds = kinds or ["attention" if self.heads else "recurrent"] * config.num_hidden_layers
-        self.recurs = [kind in _RECURRENT for kind in kinds]
-        self.attending = sum(kind not in _RECURRENT or kind == _BOTH for kind in kinds) if self.heads else 0
+        self.recurs = [kind in RECURRENT for kind in kinds]
+        self.attending = sum(kind not in RECURRENT or kind == _BOTH for kind in kinds) if self.heads else 0
         self.queries, self.keys, self.values = _attention(config, self.heads)
         self.inner, self.experts, self.expert_inner = _feed_forward(config)
-        self._recurrent, self.states = _recurrence(config, self.heads) if any(self.recurs) else (Numbers(), Numbers())
+        nothing = Numbers(), Numbers(), 1
+        self._recurrent, self.states, self.chunk = _recurrence(config, self.heads) if any(self.recurs) else nothing
 
     @property
     def cached(self) -> int:
@@ -111,6 +114,8 @@ class Trained:
     rank: int  # of LoRA
     inputs: int = 0  # how often LoRA's layers keep their inputs: the engine's keep them once for all with the same input
     prepacks: bool = True  # whether the engine copies weights of LoRA's layers for decoding
+    experts: int = 0  # of the experts that have LoRA, for which PEFT computes the adapted weights in each pass
+    experts_in_layer: int = 0  # of one layer
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,8 @@ def _feed_forward(config: Any) -> tuple[int, int, int]:
     return _size(config, "shared_expert_intermediate_size", otherwise=shared), sent, each
 
 
-def _recurrence(config: Any, heads: int) -> tuple[Numbers, Numbers]:
-    """What a recurrent layer keeps of a token beside what all layers keep, and of a sequence."""
+def _recurrence(config: Any, heads: int) -> tuple[Numbers, Numbers, int]:
+    """What a recurrent layer keeps of a token beside what all layers keep, and of a sequence, and `TokenSizes.chunk`."""
     hidden = config.hidden_size
     state = _size(config, "state_size", "mamba_d_state", "ssm_state_size", otherwise=0)
     if not state:  # linear attention by the gated delta rule, or something that is taken to be no larger
@@ -201,13 +206,14 @@ def _recurrence(config: Any, heads: int) -> tuple[Numbers, Numbers]:
         key, value = (_size(config, name, "head_dim", otherwise=hidden // heads) for name in _LINEAR_SIZES)
         convolved = 2 * _size(config, "linear_num_key_heads", otherwise=heads) * key + heads * value
         wide = heads * (8 * key + 6 * value + 4 * _CHUNK + 3 * key * value / _CHUNK)
-        return Numbers(4 * convolved, wide), Numbers(4 * convolved, heads * key * value)
+        return Numbers(4 * convolved, wide), Numbers(4 * convolved, heads * key * value), _CHUNK
     inner = _size(config, "expand", "mamba_expand", otherwise=2) * hidden
     states = Numbers(4 * (inner + 2 * state), inner * state)
     heads = _size(config, "num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", otherwise=0)
     if heads:  # Mamba 2, which computes a chunk of a sequence as attention does
-        return Numbers(0, 12 * heads * _size(config, "chunk_size", "mamba_chunk_size", otherwise=256) + 8 * inner), states
-    return Numbers(0, 4 * inner * state + 8 * inner), states  # Mamba, which keeps the state after each token
+        chunk = _size(config, "chunk_size", "mamba_chunk_size", otherwise=256)
+        return Numbers(0, 12 * heads * chunk + 8 * inner), states, chunk
+    return Numbers(0, 4 * inner * state + 8 * inner), states, 0  # Mamba, which keeps the state after each token
 
 
 def _size(config: Any, *names: str, otherwise: int) -> int:

@@ -12,6 +12,7 @@ A model that fails keeps its own attention.
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybrid_lightning.engine.activations import RECURRENT
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.padded import padded_hidden
 from hybrid_lightning.engine.passes import base_model, own_hidden, project, separate_logits
 from hybrid_lightning.types import Sequences
 
@@ -108,51 +111,78 @@ def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> A
     base = base_model(model)
     original = getattr(base.config, "_attn_implementation", None)
     try:
+        expected = expected_windows(base.config.get_text_config())
         use_packing(base)
-        return _check(model, base, backend, segments)
-    except UnsupportedAttentionError as error:
+        return _check(model, backend, segments, expected)
+    except UnsupportedAttentionError:
         if original is not None:
             base.set_attn_implementation(original)
-        logger.warning(
-            "%s is sampled and trained without sharing prompts, which is slower and takes more memory: %s",
-            type(base).__name__,
-            error,
-        )
         raise
 
 
-def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: bool) -> AttentionCalls:
+def _check(model: nn.Module, backend: Backend, segments: bool, expected: list[int | None]) -> AttentionCalls:
     """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
-    config: Any = base.config.get_text_config()
-    expected = expected_windows(config)
     calls = AttentionCalls()
-    sequences = _example(config.vocab_size, next(base.parameters()).device)
+
+    def packed_hidden(sequences: Sequences) -> Tensor:
+        packed = PackedSequences(sequences, backend, segments=segments)
+        hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
+        windows = [settings.window for settings in calls.settings]
+        if windows != expected:
+            raise UnsupportedAttentionError(
+                f"its {len(expected)} layers attended {len(windows)} times, with windows "
+                f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
+            )
+        return packed.predicting(hidden)
+
+    if difference := _why_not_alike(model, backend, packed_hidden):
+        raise UnsupportedAttentionError(f"packed sequences change its logits {difference}")
+    return calls
+
+
+def why_not_shared(model: nn.Module, backend: Backend) -> str:
+    """Why `padded_hidden` cannot read a model's prompts and completions; empty where it can."""
+    try:
+        difference = _why_not_alike(model, backend, lambda sequences: padded_hidden(model, sequences))
+        reason = difference and f"copies of its cache change its logits {difference}"
+    except UnsupportedAttentionError as error:
+        reason = str(error)
+    if reason:
+        logger.warning(
+            "%s is trained with prompts computed anew for each completion, which is slower and takes more memory: %s",
+            type(base_model(model)).__name__,
+            reason,
+        )
+    return reason
+
+
+def _why_not_alike(model: nn.Module, backend: Backend, predicting: Callable[[Sequences], Tensor]) -> str:
+    """How far the logits of other states that predict sampled tokens are from the model's own; empty where not far.
+
+    Raises:
+        UnsupportedAttentionError: If the model has no such states.
+    """
+    base = base_model(model)
+    parameter = next(base.parameters())
+    sequences = _example(base.config.get_text_config().vocab_size, parameter.device)
     training = [(module, module.training) for module in base.modules()]
     base.eval()  # no dropout, and no gradient checkpointing
     try:
         with torch.no_grad():
-            packed = PackedSequences(sequences, backend, segments=segments)
             try:
                 with backend.in_pass():
-                    hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
-            except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+                    hidden = predicting(sequences)
+            except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, StopIteration) as error:
                 raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-            windows = [settings.window for settings in calls.settings]
-            if windows != expected:
-                raise UnsupportedAttentionError(
-                    f"its {config.num_hidden_layers} layers attended {len(windows)} times, with windows "
-                    f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
-                )
-            logits = project(base, backend, packed.predicting(hidden)).float()
+            logits = project(base, backend, hidden).float()
             reference = separate_logits(model, sequences)[sequences.sampled_mask].float()
     finally:
         for module, mode in training:
             module.training = mode
     difference = float((logits - reference).norm() / (reference - reference.mean()).norm())
     halves = torch.is_autocast_enabled(reference.device.type)
-    if not difference <= _TOLERANCE[torch.bfloat16 if halves else next(base.parameters()).dtype]:
-        raise UnsupportedAttentionError(f"packed sequences change its logits by {difference:.2g} of their size")
-    return calls
+    tolerance = _TOLERANCE[torch.bfloat16 if halves else parameter.dtype]
+    return "" if difference <= tolerance else f"by {difference:.2g} of their size"
 
 
 def expected_windows(config: Any) -> list[int | None]:
@@ -161,9 +191,10 @@ def expected_windows(config: Any) -> list[int | None]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window if getattr(config, "use_sliding_window", True) else None] * count
-    unknown = set(kinds) - _KNOWN_LAYERS
-    if unknown:
-        raise UnsupportedAttentionError(f"it has layers of kind {sorted(unknown)[0]}")
+    for kind in sorted(set(kinds) - _KNOWN_LAYERS):
+        if kind in RECURRENT or kind == "conv":
+            raise UnsupportedAttentionError(f"its {kind} layers would carry their state from one packed sequence into the next")
+        raise UnsupportedAttentionError(f"it has layers of kind {kind}")
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 

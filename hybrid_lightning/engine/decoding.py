@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hybrid_lightning.engine.passes import base_model, last_logits, position_ids
+from hybrid_lightning.engine.padded import decoder_hidden
+from hybrid_lightning.engine.passes import base_model, last_logits, position_ids, prepacked_projection
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding
 
@@ -50,14 +51,15 @@ class Decoding(Protocol):
 class RepeatedCacheDecoding:
     """`Decoding` for any model with transformers' cache: each prompt is read once, and its cache is repeated for its completions.
 
-    Arguments are those of `decoding_of`.
+    States of recurrent layers are a part of the cache. Arguments are those of `decoding_of`.
     """
 
     leave_together = 0.25  # re-indexing the cache costs about one decoding step
 
-    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, keeps_rows: bool = False) -> None:
-        self.model, self.ids, self.mask = model, ids, mask
-        self.cache = DynamicCache(config=base_model(model).config)  # of the right kind for each layer
+    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, keeps_rows: bool = False) -> None:
+        self.engine, self.ids, self.mask = engine, ids, mask
+        self.project = prepacked_projection(engine.model, engine.backend) if engine.reads_padded else None
+        self.cache = DynamicCache(config=base_model(engine.model).config)  # of the right kind for each layer
         self.leave_together = 1.0 if keeps_rows else self.leave_together
         self.rows: Tensor | None = None  # [R], those that run; None for all
 
@@ -105,7 +107,10 @@ class RepeatedCacheDecoding:
         return self._logits(read, position_ids(self.mask)[:, -ids.shape[1] :])[self.rows]
 
     def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return last_logits(self.model, ids, self.mask, positions, 1, self.cache)[:, -1]
+        if self.project is None:
+            return last_logits(self.engine.model, ids, self.mask, positions, 1, self.cache)[:, -1]
+        with self.engine.backend.in_pass():
+            return self.project(decoder_hidden(self.engine.model, ids, self.mask, positions, self.cache)[:, -1])
 
 
 def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int, keeps_rows: bool = False) -> Decoding:
@@ -120,6 +125,6 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
     """
     engine.prepare()
     if not engine.packs:
-        return RepeatedCacheDecoding(engine.model, ids, mask, keeps_rows)
+        return RepeatedCacheDecoding(engine, ids, mask, keeps_rows)
     kind = SegmentDecoding if engine.decodes_by_segments(ids.shape[1] + max_new_tokens) else SharedPromptDecoding
     return kind(engine, ids, mask, max_new_tokens, keeps_rows)

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
-from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
+from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing, why_not_shared
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
@@ -29,6 +29,7 @@ from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_at
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.padded import padded_hidden, why_recomputed
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
 from hybrid_lightning.engine.step_graphs import Graphs
@@ -38,7 +39,7 @@ from hybrid_lightning.types import Sequences
 _INSTEAD = {
     "packed training": "padded training",
     "attention by segments": "attention with repeated keys",
-    "shared prompts": "prompts repeated for each completion",
+    "shared prompts": "prompts shared in sampling alone",
     "fused layers": "transformers' own layers",
     "CPU kernels": "torch's own operators",
     "16-bit products": "float32 products",
@@ -67,6 +68,7 @@ class _Trial:
     reason: str = ""  # why it cannot be packed
     dtype: torch.dtype = torch.float32  # dtype of the products in the trial
     why_no_segments: str = ""  # why packed tokens do not attend by segments
+    why_not_shared: str = ""  # why `padded_hidden` cannot read its sequences; not tried where it can be packed
 
 
 class Engine:
@@ -151,7 +153,7 @@ class Engine:
         packing = "" if self.packs else trial.reason
         reasons = {
             "packed training": packing,
-            "shared prompts": packing,
+            "shared prompts": trial.why_not_shared or (packing and why_recomputed(self.model)),
             "fused layers": self._why_not_fused(),
             "CPU kernels": self.backend.why_no_operators(device, trial.dtype),
             "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
@@ -168,6 +170,21 @@ class Engine:
     def description(self) -> str:
         """`passes` in one line, such as `engine: packed training and shared prompts; torch's own decoding, since ...`."""
         return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
+
+    @property
+    def reads_padded(self) -> bool:
+        """Whether `padded_hidden` and `project` give a model's own logits, after `prepare`."""
+        return not self.packs and not self._tried.why_not_shared
+
+    def predicting(self, sequences: Sequences) -> Tensor | None:
+        """Hidden states [K, H] that predict the K sampled tokens of some sequences; None where there are logits alone."""
+        if self.packs:
+            packed = self.packed(sequences)
+            return packed.predicting(self.hidden(packed.ids, packed.positions, packed))
+        if not self.reads_padded:
+            return None
+        with self.backend.in_pass():
+            return padded_hidden(self.model, sequences)
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of N packed tokens, before the output layer; [W, H] of those whose numbers [W] are wanted.
@@ -241,7 +258,7 @@ class Engine:
             if not segments or all(calls.by_segments):
                 return _Trial(calls, "", dtype, why)
             why = _OTHERWISE
-        return _Trial(None, reason, dtype, why)
+        return _Trial(None, reason, dtype, why, why_not_shared(self.model, self.backend))
 
     def _known_layers(self) -> tuple[list[KnownLayer], str]:
         """The decoder's layers; none where the model's own pass has to be used, and why."""

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from hybrid_lightning.engine.backend import Backend, autocast_dtype, product
 from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, low_rank_pays
@@ -75,9 +77,32 @@ class FusedLora(lora.Linear):
         return None if name in self.lora_variant or self.lora_B[name].bias is not None else name
 
 
+class FusedExperts(ParamWrapper):
+    """LoRA of experts, to whose module one or several of these are nested: it computes with W + s B A for each expert.
+
+    PEFT's own makes a class for each pass and computes each sum twice.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the experts compute with their adapted weights, or in the start policy with their own."""
+        weights: dict[str, Tensor] = {}
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            for name in layer.active_adapters if not (layer.disable_adapters or layer.merged) else ():
+                left, right, scaling = layer.get_delta_factors(name)
+                with torch.autocast(x.device.type, enabled=False):  # in the dtype of the experts' weights
+                    weights[layer.parameter_name] = torch.baddbmm(layer.get_param(), left, right, alpha=scaling)
+            layer = layer.base_layer
+        found: Tensor = functional_call(layer, weights, (x, *args), kwargs)
+        return found
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLora, ParamWrapper: FusedExperts}
+
+
 def use_fused_lora(model: nn.Module, backend: Backend) -> None:
-    """Let the model's LoRA layers on linear modules be `FusedLora`; their weights and names stay as they are."""
-    replace_modules(model, lambda module: FusedLora if type(module) is lora.Linear else None, backend)
+    """Let the model's LoRA layers be `FusedLora` and `FusedExperts`; their weights and names stay as they are."""
+    replace_modules(model, lambda module: _FUSED.get(type(module)), backend)
 
 
 def use_peft_lora(model: nn.Module, backend: Backend) -> None:

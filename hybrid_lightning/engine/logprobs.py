@@ -36,8 +36,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every sampled token.
 
-    Where the model can be packed, the forward and backward pass of a prompt is shared by neighbouring rows that have it, no
-    padding is computed, and no logits for tokens that were added.
+    The forward and backward pass of a prompt is shared by neighbouring rows that have it, and there are no logits of tokens that
+    were added. Where the model can be packed, no padding is computed either.
 
     Args:
         engine: Engine of a causal language model.
@@ -52,10 +52,9 @@ def token_logprobs(
     tokens = sequences.completion_ids[mask]
     model = engine.model
     engine.prepare()
-    if engine.packs:
-        packed = engine.packed(sequences)
-        hidden = engine.hidden(packed.ids, packed.positions, packed)
-        logprobs, entropy = logprobs_of_hidden(engine, packed.predicting(hidden), tokens, temperature, entropy_gradient)
+    hidden = engine.predicting(sequences)
+    if hidden is not None:
+        logprobs, entropy = logprobs_of_hidden(engine, hidden, tokens, temperature, entropy_gradient)
     else:
         logprobs, entropy = _of_logits(
             separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient, engine.backend

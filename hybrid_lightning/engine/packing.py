@@ -201,12 +201,7 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool 
     rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prompts]
     # A column of the rectangle is the n-th longest completion of every prompt.
     longest = lengths.new_zeros(most).scatter_reduce(0, rank, lengths[order], "amax").tolist()
-    begins = [0]
-    for column, length in enumerate(longest):
-        first = longest[begins[-1]]
-        if not one and length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
-            begins.append(column)
-    for begin, end in pairwise([*begins, len(longest)]):
+    for begin, end in [(0, most)] if one else _cut(longest):
         inside = (rank >= begin) & (rank < end)
         row_of_cell = order.new_zeros(len(counts), end - begin)
         tokens = lengths.new_zeros(len(counts), end - begin)
@@ -214,6 +209,22 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool 
         row_of_cell[cell], tokens[cell] = order[inside], lengths[order[inside]]
         if longest[begin]:
             yield row_of_cell, torch.arange(longest[begin], device=order.device) < tokens[..., None]
+
+
+def _cut(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Where bands begin and end in descending lengths."""
+    begins = [0]
+    for place, length in enumerate(lengths):
+        first = lengths[begins[-1]]
+        if length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
+            begins.append(place)
+    return pairwise([*begins, len(lengths)])
+
+
+def similar_lengths(lengths: Tensor) -> list[Tensor]:
+    """The rows of each band, ascending, of rows with these lengths [B]."""
+    order = lengths.argsort(descending=True, stable=True)
+    return [order[begin:end].sort().values for begin, end in _cut(lengths[order].tolist())]
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

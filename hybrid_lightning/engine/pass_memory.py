@@ -60,6 +60,8 @@ class PassMemory:
         eager = (attention or model.config._attn_implementation) == "eager"
         why_not_packed = _why_not_packed(model)
         self._packs, self._keeps_scores = not why_not_packed, bool(why_not_packed) and eager
+        self._separate = not self._packs and not self.sizes.chunk  # each row with its own prompt, and the logits of all tokens
+        self._copies = not (self._packs or self._separate or recomputes)  # caches of prompts (see `padded.py`)
         use_fused_layers(model, Backend())
         kinds = {type(module) for module in model.modules()}
         self._fused, self._fused_mlp = FusedRMSNorm in kinds, FusedMLP in kinds
@@ -68,18 +70,21 @@ class PassMemory:
     def training(self, rows: Rows, trained: Trained | None) -> PassBytes:
         """A forward and backward pass over some rows."""
         sizes, width, predicted = self.sizes, self.width, rows.completions * rows.completion_tokens
-        tokens = self._tokens(rows)
-        layers = [tokens * self.kept(recurs, rows.prompt_tokens + rows.completion_tokens, trained) for recurs in sizes.recurs]
+        tokens, every = self._tokens(rows), rows.prompt_tokens + rows.completion_tokens
+        layers = [self._tokens(rows, recurs) * self.kept(recurs, every, trained) for recurs in sizes.recurs]
         converted, logits = self._converted(trained), self._logits(predicted)
         within = tokens * self._within_backward(1.0 if trained is None else trained.share_full)
         # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
         kept: float = width * sizes.hidden * (2 * tokens + predicted * (1 + self.entropy_gradient))
+        adapted, of_layer = (0, 0) if trained is None else (trained.experts, trained.experts_in_layer)
+        within += self._base_width * of_layer * (2 if self.recomputes else 1)  # their gradient, and themselves
+        kept += 0 if self.recomputes else self._base_width * adapted
         if self.recomputes:
             kept += len(layers) * tokens * self._base_width * sizes.hidden
             within += max(layers) + converted / len(layers)
         else:
-            kept += sum(layers) + converted
-        anew = 0 if self._packs and self._plain_projection else logits  # which the backward pass makes again
+            kept += sum(layers) + converted + (self._copied(rows) if self._copies else 0)
+        anew = 0 if self._plain_projection and not self._separate else logits  # which the backward pass makes again
         return PassBytes(kept, logits, backward=kept + within + anew)
 
     def sampling(self, rows: Rows, trained: Trained | None) -> PassBytes:
@@ -94,11 +99,12 @@ class PassMemory:
         cache = token * places + rows.completions * sum(sizes.recurs) * sizes.states.bytes(width)
         # A layer keeps nothing; half of what it keeps for a backward pass is there at a time.
         within = max(sizes.kept(recurs).bytes(width) for recurs in sizes.recurs) / 2
+        adapted = 0 if trained is None else self._base_width * trained.experts_in_layer
         logits = _FLOAT * rows.completions * sizes.vocabulary
         repeats = not self._packs or (not self.on_cpu and width == _FLOAT)  # keys, for all heads
         step = rows.completions * (within + repeats * 2 * width * every * sizes.queries)
         reading = asked * (token + within)
-        return PassBytes(max(step, reading - cache - logits), logits, cache=cache, packed=self._packed(trained))
+        return PassBytes(max(step, reading - cache - logits) + adapted, logits, cache=cache, packed=self._packed(trained))
 
     def kept(self, recurs: bool, length: int, trained: Trained | None) -> float:
         """Bytes that a token of a sequence of this length keeps in a layer for the backward pass."""
@@ -122,12 +128,24 @@ class PassMemory:
             kept += width * (7 * trained.rank + trained.inputs * (5 * sizes.hidden + sizes.inner))
         return kept
 
-    def _tokens(self, rows: Rows) -> int:
-        """Tokens that are computed: in a packed pass each prompt once, and no completion's last token."""
-        if not self._packs:
+    def _tokens(self, rows: Rows, recurs: bool = False) -> int:
+        """Tokens that a layer computes: in a packed pass each prompt once, and no completion's last token."""
+        length, chunk = rows.completion_tokens - 1, self.sizes.chunk if recurs else 1
+        if self._packs:
+            tokens = rows.prompts * rows.prompt_tokens + rows.completions * length
+            return tokens + -tokens % MULTIPLE
+        if self._separate:
             return rows.completions * (rows.prompt_tokens + rows.completion_tokens)
-        tokens = rows.prompts * rows.prompt_tokens + rows.completions * (rows.completion_tokens - 1)
-        return tokens + -tokens % MULTIPLE
+        runs = [(rows.prompts, rows.prompt_tokens), (rows.completions, length)]
+        if not self._copies:
+            runs = [(rows.completions, rows.prompt_tokens + length)]
+        return sum(count * -(-tokens // chunk) * chunk for count, tokens in runs)
+
+    def _copied(self, rows: Rows) -> float:
+        """Bytes of the copies of what prompts left in a cache."""
+        sizes = self.sizes
+        keys = sizes.cached + 2 * sizes.attending * sizes.queries  # which some attention repeats for all heads
+        return rows.completions * (self.width * rows.prompt_tokens * keys + sum(sizes.recurs) * sizes.states.bytes(self.width))
 
     def _within_backward(self, share_full: float) -> float:
         """Bytes of a token that the backward pass through a layer makes at a time."""
@@ -159,9 +177,9 @@ class PassMemory:
         return self.width * (full + lora + (self._linear - full if self._converts_base else 0))
 
     def _logits(self, predicted: int) -> float:
-        """Bytes of the logits of so many tokens: of a block at a time, or without packing all together."""
+        """Bytes of the logits of so many tokens: of a block at a time, or all together."""
         vocabulary = self.sizes.vocabulary
-        if not self._packs:
+        if self._separate:
             return predicted * vocabulary * (2 * self.width + 4 * _FLOAT)
         most = Backend().most_logits(torch.device("cpu" if self.on_cpu else "cuda")) // vocabulary
         block = -(-predicted // -(-predicted // max(1, most)))  # blocks are of equal size
@@ -188,7 +206,8 @@ class PassMemory:
     def _bounds(self, why_not_packed: str) -> tuple[str, ...]:
         sizes, found = self.sizes, []
         if why_not_packed:
-            found.append(f"passes repeat prompts and have the logits of all tokens, since {why_not_packed}")
+            passes = "sequences are padded" if self._copies else "passes repeat prompts"
+            found.append(f"{passes}{' and have the logits of all tokens' * self._separate}, since {why_not_packed}")
         if any(sizes.recurs):
             found.append("recurrent layers keep what torch's own code for them does; a GPU's kernels for them keep less")
         if sizes.experts:

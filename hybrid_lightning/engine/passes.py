@@ -146,10 +146,10 @@ def plain_projection(model: nn.Module) -> Tensor | None:
 
 
 def _changes_of_logits(base: PreTrainedModel) -> tuple[float | None, float | None, float | None]:
-    """What families do to logits after the output layer: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    """What families do to logits after the output layer: Cohere and Falcon-H1 multiply, Granite divides, Gemma 2 caps."""
     config: Any = base.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    return getattr(base, "logit_scale", None), getattr(config, "logits_scaling", None), cap
+    factor = getattr(base, "logit_scale", getattr(config, "lm_head_multiplier", None))
+    return factor, getattr(config, "logits_scaling", None), getattr(config, "final_logit_softcapping", None)
 
 
 def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:

@@ -338,7 +338,7 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
         rollouts: B episodes.
 
     Returns:
-        [B, T], 0 where nothing was sampled; with K = 1 turns the advantages, which are those of the sequences, [B].
+        [B, T], 0 where nothing was sampled; with K = 1 turns the advantages of the sequences, [B].
     """
     sampled = rollouts.sequences.sampled_mask
     turns = len(advantages) // max(1, len(sampled))

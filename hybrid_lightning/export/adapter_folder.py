@@ -75,7 +75,7 @@ class LoraFolder(AdapterFolder):
         """Refuse plans with more than plain LoRA.
 
         Raises:
-            ConfigError: If the plan trains modules fully, or uses DoRA.
+            ConfigError: If the plan trains modules fully, or uses DoRA, or has LoRA on experts.
         """
         if plan.full_modules:
             raise ConfigError(
@@ -84,3 +84,8 @@ class LoraFolder(AdapterFolder):
             )
         if plan.lora.use_dora:
             raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM refuses; export form=MergedModel to serve it")
+        if any(module.experts and module.mode == "lora" for module in plan.candidates):
+            raise ConfigError(
+                "form=LoraFolder: the plan has LoRA on experts, which PEFT stores in a form of its own; export form=MergedModel "
+                "to serve it, or form=AdapterFolder for PEFT"
+            )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
+from hybrid_lightning.adapters.candidates import is_transposed
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.episodes.turns import TurnEncoder
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -103,14 +103,17 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
             settings, weights = policy.plan.lora_of(planned), policy.weights
-            weight = module.get_parameter("weight").detach()
-            magnitudes = weights[f"{prefix}lora_magnitude_vector"] if settings.use_dora else None
-            update = LowRankUpdate(
-                weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes
-            )
-            merged = torch.empty(weight.shape, dtype=torch.float32)  # [outputs, inputs], or transposed where it is stored so
-            write_merged(merged, 0, weight, update, transposed=isinstance(module, Conv1D))
-            yield f"{planned.name}.weight", merged
+            for part, layer in planned.lora_layers().items():
+                weight, prefix = module.get_parameter(part).detach(), f"{PEFT_PREFIX}{layer}."
+                magnitudes = weights[f"{prefix}lora_magnitude_vector"] if settings.use_dora else None
+                update = LowRankUpdate(
+                    weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes
+                )
+                if planned.experts:
+                    update = update.of_experts(len(weight))
+                merged = torch.empty(weight.shape, dtype=torch.float32)  # as it is stored
+                write_merged(merged, 0, weight, update, transposed=is_transposed(module))
+                yield f"{planned.name}.{part}", merged
 
 
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained_with: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str
 def _plan_section(plan: AdapterPlan) -> str:
     full = plan.full_modules
     lines = [
-        f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
+        f"- fully trained: {len(full)} of {len(plan.candidates)} modules",
         *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
         f"- {plan.lora.variant}: {_lora_words(plan)}",
@@ -216,6 +216,8 @@ def _generation(training: Training) -> str:
 def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
     if form.library == "transformers":
         return "Servers such as vLLM load this folder as they do any model."
+    if any(module.experts for module in plan.candidates if module.mode == "lora"):
+        return "PEFT stores LoRA of experts in a form of its own: to serve this policy, export it as a merged model."
     if plan.full_modules:
         return "vLLM refuses adapters with fully trained modules: to serve this policy, export it as a merged model."
     return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {max(plan.ranks)} --lora-modules policy=FOLDER`."

@@ -178,7 +178,9 @@ def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) ->
     """
     weights = {_peft_name(name): weight for name, weight in state.items() if is_adapter_weight(name)}
     expected = set(_expected(plan))
-    biases = {f"{PEFT_PREFIX}{name}.bias" for name in plan.full_modules}  # not every module has one
+    # Not every module has biases; those of experts are named like their weights.
+    full = tuple(f"{PEFT_PREFIX}{name}." for name in plan.full_modules)
+    biases = {name for name in weights if name.startswith(full) and name.endswith("bias")}
     different = sorted((expected ^ weights.keys()) - biases)
     if different:
         verb = "lacks" if different[0] in expected else "has what is not in its plan:"
@@ -195,10 +197,10 @@ def _peft_name(name: str) -> str:
 def _expected(plan: AdapterPlan) -> Iterator[str]:
     """Names of the weights that the plan trains, without biases."""
     for module in plan.candidates:
-        name = f"{PEFT_PREFIX}{module.name}"
         if module.mode == "full":
-            yield f"{name}.weight"
+            yield from (f"{PEFT_PREFIX}{module.name}.{part}" for part in module.experts or ["weight"])
         elif module.mode == "lora":
-            yield from (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-            if plan.lora.use_dora:
-                yield f"{name}.lora_magnitude_vector"
+            for name in module.lora_layers().values():
+                yield from (f"{PEFT_PREFIX}{name}.lora_A.weight", f"{PEFT_PREFIX}{name}.lora_B.weight")
+                if plan.lora.use_dora:
+                    yield f"{PEFT_PREFIX}{name}.lora_magnitude_vector"

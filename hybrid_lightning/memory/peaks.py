@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
-from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
@@ -107,7 +106,7 @@ class _Run:
         check_length(settings.prompt_tokens, settings.completion_tokens, *context)
         self.optimizer = optimizer_bytes(settings.optimization.optimizer)
         self.model = meta_model(settings.config, settings.dtype)
-        self.candidates = find_candidates(self.model, settings.planning.target_modules)
+        self.candidates = settings.planning.candidates(self.model)
         options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
         self.passes = PassMemory(self.model, settings.product_dtype.itemsize, self.on_cpu, *options)
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
@@ -136,7 +135,8 @@ class _Run:
         lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
         inputs = 2 if lora.dropout or lora.use_dora else int(quantized)  # with a mask or a norm beside them
         low_rank, plain = sizes.trainable - sizes.full, not quantized and not lora.use_dora
-        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain)
+        experts = (sizes.experts, sizes.experts_in_layer if sizes.experts else 0)
+        return Trained(sizes.full, sizes.low_rank, low_rank, sizes.share_full, sizes.rank, inputs, plain, *experts)
 
     def _rows(self, prompts: int, completions: int) -> Rows:
         return Rows(prompts, completions, self.settings.prompt_tokens, self.settings.completion_tokens)
@@ -190,6 +190,7 @@ class _Run:
             exact = isinstance(settings.planning.gradients, ExactGradients) and settings.planning.scorer.needs_gradient
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
+        held = replace(held, gradients=held.gradients + settings.dtype.itemsize * sizes.experts_in_layer)  # of a pass, at a time
         passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
         # Rows all have the same length, so that the pass with most rows has most tokens.
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, without_lora
+from hybrid_lightning.adapters.candidates import candidate_shape, find_candidates, is_experts, without_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.model.quantization import Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
@@ -24,7 +24,9 @@ class ModelSizes:
     block_gradients: int  # bytes of that block's gradients
     candidates: int  # parameters of all candidates
     full: int  # parameters of the candidates that are trained fully
-    low_rank: int  # parameters of the candidates that have LoRA
+    low_rank: int  # parameters of the linear modules that have LoRA
+    experts: int  # parameters of the experts that have LoRA
+    experts_in_layer: int  # parameters of the largest layer's experts, where experts are candidates
     trainable: int  # trained parameters, LoRA's included
     rank: int  # the largest of LoRA
 
@@ -56,14 +58,15 @@ def measure_sizes(
     base = [sum(p.numel() for p in block.parameters()) for block in blocks]
     frozen = [numbers * width for numbers in base]
     trained = [0] * len(blocks)
-    full = low_rank = 0
+    full = low_rank = experts = experts_in_layer = 0
     planned = {module.name: module for module in plan.candidates}
-    candidates = find_candidates(model)
+    candidates = find_candidates(model, named=planned)
     unquantized = without_lora(candidates)
     for name, module in candidates.items():
-        number, shape = owner[id(module)], linear_shape(module)
+        number, shape = owner[id(module)], candidate_shape(module)
         mode = planned[name].mode if name in planned else "frozen"
         numbers = sum(p.numel() for p in module.parameters())
+        experts_in_layer = max(experts_in_layer, numbers * is_experts(module))
         if mode == "full":
             trained[number] += numbers
             full += numbers
@@ -72,8 +75,10 @@ def measure_sizes(
             continue
         if mode == "lora":
             trained[number] += plan.lora_of(planned[name]).parameters(shape)
-            low_rank += numbers
-        if quantization is not None and quantization.takes(shape) and name not in unquantized:
+            low_rank += numbers * (not is_experts(module))
+            experts += numbers * is_experts(module)
+        is_quantized = quantization is not None and isinstance(shape, tuple) and name not in unquantized
+        if is_quantized and quantization.takes(shape):
             frozen[number] += quantized_bytes(shape) - shape[0] * shape[1] * width
     sizes = [kept + FLOAT32_BYTES * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)
@@ -87,6 +92,8 @@ def measure_sizes(
         candidates=sum(module.parameters for module in plan.candidates),
         full=full,
         low_rank=low_rank,
+        experts=experts,
+        experts_in_layer=experts_in_layer,
         trainable=sum(trained),
         rank=max(plan.ranks, default=0),
     )

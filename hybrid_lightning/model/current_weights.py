@@ -9,8 +9,8 @@ Engines join modules that have the same input into one layer (q/k/v, gate/up). A
 silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
 
-Weights go by their names in a checkpoint on the hub, where transformers calls them differently: those of a wrapper's text part
-have a prefix there.
+Engines read what is in a checkpoint, so weights come under the names that they have there: those of a wrapper's text part have a
+prefix, and experts that transformers joins when it reads a checkpoint are taken apart again.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.candidates import linear_shape
+from hybrid_lightning.adapters.apply import lora_layers
+from hybrid_lightning.adapters.candidates import is_experts, is_transposed, linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.rollout.interface import PolicyWeight, WeightsVersion
@@ -80,24 +80,12 @@ class _Part:
         for key, parameter in self.source.named_parameters(recurse=False):
             yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(parameter) else tuple(parameter.shape)
 
-    def weights(self) -> Iterator[PolicyWeight]:
-        """The weights, whose updates are merged when they are written; under FSDP2 all ranks gather them here together."""
+    def weights(self) -> Iterator[tuple[str, Tensor, LowRankUpdate | None]]:
+        """Each weight with what is to be merged into it; under FSDP2 all ranks gather them here together."""
         for key, parameter in self.source.named_parameters(recurse=False):
-            adapted = key == "weight" and isinstance(self.module, LoraLayer) and self._is_on
-            update = self._update() if adapted else None
+            layer = lora_layers(self.module).get(key) if self._is_on else None
             whole = _whole(dequantize_module_weight(self.source) if _is_packed(parameter) else parameter)
-            transposed = isinstance(self.source, Conv1D)
-            write = partial(write_merged, weight=whole, update=update, transposed=transposed)
-            yield PolicyWeight(f"{self.name}.{key}", whole.shape, write)
-
-    def _update(self) -> LowRankUpdate:
-        layer = self.module
-        assert isinstance(layer, LoraLayer)
-        magnitudes = None
-        if ADAPTER in layer.lora_magnitude_vector:
-            magnitudes = _whole(layer.lora_magnitude_vector[ADAPTER].weight)  # type: ignore[union-attr, arg-type]
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        return LowRankUpdate(_whole(a), _whole(b), float(layer.scaling[ADAPTER]), magnitudes)  # type: ignore[arg-type]
+            yield f"{self.name}.{key}", whole, None if layer is None else _update(layer, whole)
 
 
 class CurrentWeights:
@@ -112,13 +100,34 @@ class CurrentWeights:
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order."""
-        return dict(shape for part in self._chosen(everything) for shape in part.shapes())
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in self._chosen(everything):
+            for name, shape in part.shapes():
+                stored = self._as_stored(part, name, torch.empty(shape, device="meta"))
+                shapes |= {key: tuple(value.shape) for key, value in stored.items()}
+        return shapes
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
         """All weights, or those that training changes with all that is joined to them, one at a time."""
         with torch.no_grad():
             for part in self._chosen(everything):
-                yield from part.weights()
+                for name, weight, update in part.weights():
+                    transposed = is_transposed(part.source)
+                    if update is not None and is_experts(part.source):  # merged now, so that it can be taken apart
+                        merged = torch.empty(weight.shape, device=weight.device)
+                        write_merged(merged, 0, weight, update, transposed)
+                        weight, update = merged, None
+                    for key, value in self._as_stored(part, name, weight).items():
+                        write = partial(write_merged, weight=value, update=update, transposed=transposed)
+                        yield PolicyWeight(key, value.shape, write)
+
+    def _as_stored(self, part: _Part, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A weight by its names in a checkpoint."""
+        return revert_weight_conversion(self._base, {name: value}) if is_experts(part.source) else {name: value}
+
+    @property
+    def _base(self) -> Any:
+        return self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
 
     def _chosen(self, everything: bool) -> list[_Part]:
         if everything:
@@ -146,11 +155,10 @@ class CurrentWeights:
         return parts
 
     def _stored_name(self, name: str, module: nn.Module) -> str:
-        """The name of a module in a checkpoint; experts that transformers has joined have none."""
-        if not isinstance(module, nn.Conv1d) and any(weight.dim() > 2 for weight in module.parameters(recurse=False)):
+        """The name of a module in a checkpoint; experts keep theirs, since they are taken apart there."""
+        if is_experts(_Part(name, module).source):
             return name
-        model: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
-        (stored,) = revert_weight_conversion(model, {f"{name}.weight": torch.empty(0)})
+        (stored,) = revert_weight_conversion(self._base, {f"{name}.weight": torch.empty(0)})
         return str(stored).removesuffix(".weight")
 
     def _digest(self) -> str:
@@ -162,6 +170,15 @@ class CurrentWeights:
             sums = sum_over_ranks(sums) if self._weights.sharded else sums
             text = f"{text} {[*trained]} {sums.tolist()}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _update(layer: LoraLayer, weight: Tensor) -> LowRankUpdate:
+    magnitudes = None
+    if ADAPTER in layer.lora_magnitude_vector:
+        magnitudes = _whole(layer.lora_magnitude_vector[ADAPTER].weight)  # type: ignore[union-attr, arg-type]
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    update = LowRankUpdate(_whole(a), _whole(b), float(layer.scaling[ADAPTER]), magnitudes)  # type: ignore[arg-type]
+    return update.of_experts(len(weight)) if weight.dim() == 3 else update
 
 
 def _sum_of_bits(parameter: Tensor) -> Tensor:

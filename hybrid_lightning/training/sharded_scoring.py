@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hybrid_lightning.adapters.candidates import matrices_of
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
@@ -72,7 +73,7 @@ class ShardedScoring(Scoring):
         self._split = {name: split.get_submodule(name) for name in self._candidates}
         self._signals, self._rank, self._ranks = signals, dist.get_rank(), world_size()
         self.prints = self._rank == 0
-        sizes = {name: module.weight.numel() for name, module in self._split.items()}  # type: ignore[operator, union-attr]
+        sizes = {name: sum(weight.numel() for weight in matrices_of(module).values()) for name, module in self._split.items()}
         # Sorted by size, so that ranks have as much to score as each other.
         self._own = sorted(sizes, key=lambda name: -sizes[name])[self._rank :: self._ranks]
         # For experts that get a token on some ranks only; before torch 2.13 FSDP2 cannot reduce their gradients.
@@ -102,17 +103,17 @@ class ShardedScoring(Scoring):
         A rank without a loss computes the last one, since all gather weights together.
         """
         losses: Any = self._losses
+        weights = [(name, part, weight) for name, module in self._split.items() for part, weight in matrices_of(module).items()]
         for first in range(0, len(losses), self._ranks):
             mine = first + self._rank
             loss = losses[min(mine, len(losses) - 1)]
             on_all_ranks(partial(self.check_loss, loss, mine), self._signals, _PURPOSE)
             self.differentiate(loss if mine < len(losses) else 0 * loss)
-            for name, module in self._split.items():
-                weight: Any = module.weight
+            for name, part, weight in weights:
                 if weight.grad is not None:
                     assert isinstance(weight.grad, DTensor)
                     mean = weight.grad.full_tensor()
                     weight.grad = None
-                    if name in self._sums:
-                        self.add(name, mean.float() * self._ranks)
+                    if name in self._own:
+                        self.add(name, part, mean.float() * self._ranks)
             yield min(first + self._ranks, len(losses))

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape, module_group, ranks_by_pattern, share_of_experts
+from hybrid_lightning.adapters.candidates import (
+    candidate_shape,
+    find_candidates,
+    linear_shape,
+    module_group,
+    ranks_by_pattern,
+    share_of_experts,
+)
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.errors import ConfigError, ModelError
 
 PER_LAYER = {"llama": 7, "qwen2": 7, "qwen3": 7, "gemma": 7, "gpt2": 4}
@@ -92,13 +100,23 @@ def test_impossible_ranks_and_keys_that_match_nothing_are_refused():
             ranks_by_pattern(names, {"mlp": 2, key: 3}, 4)
 
 
-def test_experts_and_routers_are_no_candidates_and_the_share_of_experts_is_that_of_their_parameters(make_model):
+def test_experts_are_candidates_only_if_they_are_named_and_routers_never(make_model):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
     config = AutoConfig.for_model("qwen3_moe", **sizes, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert share_of_experts(model) == 4 * 3 * 16 * 8 / total and share_of_experts(make_model("llama")) == 0
+    name, linear = "model.layers.0.mlp.experts", [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
+    assert share_of_experts(model, [name]) == 0 and list(find_candidates(model)) == linear
+    for key in ("experts", "mlp.experts", name):
+        assert list(find_candidates(model, named=[key])) == [*linear, name]
+    assert list(find_candidates(model, ["q_proj", "experts"])) == [linear[0], name]
+    shape = {"gate_up_proj": (4, 16, 16), "down_proj": (4, 16, 8)}
+    assert candidate_shape(model.get_submodule(name)) == shape
+    assert LoraSettings(rank=2).parameters(shape) == 2 * 4 * (16 + 16 + 16 + 8), "each expert has the whole rank"
+    with pytest.raises(ModelError, match=r"'gate' matches no candidate module; give one of experts, k_proj"):
+        find_candidates(model, ["gate"])
     routed = AutoConfig.for_model("llama4_text", **sizes, intermediate_size=8, num_local_experts=2, interleave_moe_layer_step=1)
     with torch.device("meta"):
         candidates = find_candidates(AutoModelForCausalLM.from_config(routed))

@@ -51,7 +51,7 @@ def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
     policy = train(training=TRAINING).policy
     card = model_card(policy, MergedModel())
     assert "after 12 optimizer steps" in card
-    assert f"fully trained: {len(policy.plan.full_modules)} of {len(policy.plan.candidates)} linear modules" in card
+    assert f"fully trained: {len(policy.plan.full_modules)} of {len(policy.plan.candidates)} modules" in card
     assert all(f"  - `{name}`" in card for name in policy.plan.full_modules)
     assert f"LoRA: {len(policy.plan.lora_modules)} modules, rank 4, alpha 6" in card
     assert f"trainable parameters: {policy.plan.trainable_parameters():,}" in card

@@ -170,11 +170,16 @@ def candidates(family: str) -> str:
 
 
 def frozen(family: str) -> str:
-    """Share of the weights that no plan trains, and the size, of a model of the family's default sizes."""
+    """Share of the weights that is no candidate, also where experts are named, in a model of the family's default sizes."""
     model = _large(family)
     total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for module in find_candidates(model).values() for parameter in module.parameters())
-    return f"{1 - trained / total:.0%} of {total / 1e9:.3g} B"
+
+    def share(*named: str) -> str:
+        modules = find_candidates(model, named=named).values()
+        return f"{1 - sum(parameter.numel() for module in modules for parameter in module.parameters()) / total:.0%}"
+
+    with_experts = "" if share("experts") == share() else f"; with experts {share('experts')}"
+    return f"{share()} of {total / 1e9:.3g} B{with_experts}"
 
 
 def in_vllm(family: str) -> str:

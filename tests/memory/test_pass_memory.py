@@ -46,7 +46,7 @@ MORE = {
     "deepseek_v3": (family_config("deepseek_v3"), "the 2 experts"),
     "gemma4": (family_config("gemma4_text"), "does not fuse"),
     "glm4_moe": (family_config("glm4_moe"), "the 2 experts"),
-    "lfm2": (family_config("lfm2"), "layers of kind conv"),
+    "lfm2": (family_config("lfm2"), "its conv layers"),
     "llama4": (family_config("llama4_text"), "the 4 experts"),  # all of a layer, for each token
     "qwen3_next": (family_config("qwen3_next"), "recurrent layers"),
 }

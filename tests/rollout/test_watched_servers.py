@@ -97,30 +97,36 @@ def at_request(server, number, action):
 
 
 @pytest.mark.parametrize(
-    ("ahead", "fault", "asked"),
+    ("ahead", "fault", "asked", "step", "policy"),
     [
-        (0, "dies", "takes the policy's weights .tried for"),
-        (0, "hangs", "completes for"),
-        (1, "dies", "completes for"),
-        (2, "hangs", "(completes for|takes the policy's weights .tried for)"),  # both wait, for one time
+        (0, "dies", "takes the policy's weights .tried for", 2, {}),
+        (0, "hangs", "completes for", 2, {}),
+        (1, "dies", "completes for", 2, {}),
+        (2, "hangs", "(completes for|takes the policy's weights .tried for)", 2, {}),  # both wait, for one time
+        (0, "dies", "completes for", 0, {}),  # in the calibration
+        (0, "dies", "completes for", 2, EPISODES),
+        (0, "hangs", "completes for", 2, EPISODES),
     ],
 )
 def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
-    train, start, ahead, fault, asked, monkeypatch, caplog
+    train, start, ahead, fault, asked, step, policy, monkeypatch, caplog
 ):
     """Where completions are under way the run ends with them, and does not wait as long again to send the next weights."""
     monkeypatch.setattr(outage, "_GRACE_S", 0.1)
     monkeypatch.setattr(outage, "_AGAIN_S", 0.5)
-    monkeypatch.setattr(dispatch, "_LOOK_S", 0.3)
-    server = start(seeded=True)
+    monkeypatch.setattr(dispatch, "_LOOK_S", 1.0)
+    server, log = start(seeded=True), Log()
     fails = {"dies": server.stop, "hangs": lambda: setattr(server, "hangs", True)}[fault]
     if "completes" in asked:
         fails = lambda fails=fails: at_request(server, 6, fails)  # noqa: E731  # after those that are compared
-    with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=f"no vLLM server {asked} 2 s") as raised:
-        train(server, callbacks=[After(2, fails)], steps=9, rollouts_ahead=ahead, sampler={"give_up_after": 2})
+    if not step:
+        fails()
+    with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=f"no vLLM server {asked} 3 s") as raised:
+        train(server, callbacks=[log, After(step, fails)], steps=9, rollouts_ahead=ahead, sampler={"give_up_after": 3}, **policy)
+    assert bool(log.metrics) == bool(step)
     assert server.url in str(raised.value) and "stopped.ckpt" not in str(raised.value), "which is for those to say who write it"
-    lines = [line for line in caplog.messages if "no server answers, tried for up to 2 s" in line and server.url in line]
-    assert 2 <= len(lines) < 5
+    lines = [line for line in caplog.messages if "no server answers, tried for up to 3 s" in line and server.url in line]
+    assert 2 <= len(lines) < 7
 
 
 @pytest.mark.parametrize(("ahead", "policy"), [(0, {}), (1, {}), (0, EPISODES)])

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.batching import join_rollouts
@@ -66,6 +67,21 @@ class Log(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
             self.steps.append({n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith("val/")})
+
+
+class Streamed(Callback):
+    """All weights as a rollout engine gets them, whose shapes are known without gathering them, and those that are trained."""
+
+    def on_train_end(self, trainer, pl_module):
+        current = CurrentWeights(pl_module.model, pl_module.policy.weights, "base", 2, True)
+        self.held = {"version": str(current.version), "weights": {}}
+        for everything in (True, False):
+            values = {}
+            for weight in current.stream(everything):
+                values[weight.name] = torch.empty(weight.shape)
+                weight.write_rows(values[weight.name], 0)
+            assert {name: tuple(value.shape) for name, value in values.items()} == current.shapes(everything)
+            self.held["weights"][everything] = values
 
 
 def weights(module) -> dict[str, torch.Tensor]:

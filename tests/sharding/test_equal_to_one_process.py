@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, assert_same_run
+from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, Streamed, assert_same_run
 from tiny_runs import Failing, OftenDone, Talk
 from torch.distributed.tensor import DTensor
 
@@ -11,7 +11,6 @@ from hybrid_lightning.adapters import TailEnergy
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation, TopEntropyMask
-from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.rollout import DynamicSampling
 
 
@@ -30,21 +29,6 @@ class Sizes(Callback):
         (optimizer,) = trainer.optimizers
         state = [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]
         self.held["state"] = sum(local(value).numel() for value in state)
-
-
-class Streamed(Callback):
-    """All weights as a rollout engine gets them, whose shapes are known without gathering them, and those that are trained."""
-
-    def on_train_end(self, trainer, pl_module):
-        current = CurrentWeights(pl_module.model, pl_module.policy.weights, "base", 2, True)
-        self.held = {"version": str(current.version), "weights": {}}
-        for everything in (True, False):
-            values = {}
-            for weight in current.stream(everything):
-                values[weight.name] = torch.empty(weight.shape)
-                weight.write_rows(values[weight.name], 0)
-            assert {name: tuple(value.shape) for name, value in values.items()} == current.shapes(everything)
-            self.held["weights"][everything] = values
 
 
 def local(tensor):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_runs import fit, write_sums
-from vllm_of_tests import Server, needs_vllm, write_model
+from vllm_of_tests import Server, needs_vllm, wait_at_most, write_model
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.errors import RolloutError
@@ -19,6 +19,7 @@ class Kill(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 3:
             self.server.stop()
+            wait_at_most(pl_module.task.generation.sampler, 3)
 
 
 @needs_vllm
@@ -28,7 +29,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
     server = Server(model, tmp_path / "log.txt")
 
     def run(steps, *callbacks, ckpt=None):
-        sampler = VLLMServerSampler(max_new_tokens=16, urls=[server.url], give_up_after=3, timeout=20)
+        sampler = VLLMServerSampler(max_new_tokens=16, urls=[server.url])
         policy = {"sampler": sampler, "rollouts_ahead": 2, "correction": TokenTruncation()}
         return fit(model, sums, tmp_path, *callbacks, policy=policy, ckpt=ckpt, max_steps=steps)
 

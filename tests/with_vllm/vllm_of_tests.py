@@ -69,6 +69,11 @@ class Server:
         self._process.wait(timeout=60)
 
 
+def wait_at_most(sampler, seconds: float) -> None:
+    """Wait so long for servers from now on, which may need more before, where a machine is busy."""
+    sampler._outage.limit = sampler.give_up_after = seconds
+
+
 def policy_of(sampler, model: Path, plan: str | None = None, **options) -> PolicyModule:
     """A policy, adapted as `adapt` does if a plan is named."""
     policy = PolicyModule(GRPOLoss(), ExactMatch(), model=str(model), sampler=sampler, **options)

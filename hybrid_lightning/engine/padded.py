@@ -1,0 +1,136 @@
+"""Padded passes, for models that cannot be packed: each prompt is still read once, and little is padding.
+
+Recurrent layers (gated delta nets, state spaces, short convolutions) carry a state from token to token. On a packed sequence it
+would run on from one sequence into the next: transformers keeps sequences apart only by kernels of other packages for GPUs, and
+its own code refuses to. What such layers do have is a cache. So the prompts are read first,
+
+    prompts [P, S] -> cache: keys and values, or states of recurrent layers -> copies for the G completions of each [P G, T]
+
+and completions continue from copies of their prompt's cache. Gradients flow back through the copies, so that a prompt is computed
+once in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and ranks that share weights have to make
+the same number of passes: there each row is read with a prompt of its own.
+
+Rows of about the same length lie together in a *band*, which is padded to its longest row. Axes: B rows, P prompts, S prompt
+tokens, T completion tokens, K sampled tokens, H numbers of a hidden state.
+"""
+
+import inspect
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hybrid_lightning.engine.packing import begins_group, similar_lengths
+from hybrid_lightning.engine.passes import base_model, position_ids, recomputes_activations
+from hybrid_lightning.types import Sequences
+
+
+class _PromptCache(DynamicCache):
+    """What prompts left in a cache, copied for their completions, to be continued once.
+
+    Args:
+        prompts: The cache after P prompts.
+        counts: Completions of each.
+    """
+
+    def __init__(self, prompts: DynamicCache, counts: list[int]) -> None:
+        super().__init__()
+        self.layers = [copy(layer) for layer in prompts.layers]
+        for layer in self.layers:
+            for name, value in vars(layer).items():
+                if isinstance(value, dict):  # the states of recurrent layers, by their number
+                    value = {number: _repeated(state, counts) for number, state in value.items()}
+                setattr(layer, name, _repeated(value, counts))
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Tensor:
+        """Write nothing: a layer's backward pass needs the state that it began with, and nobody goes on from here."""
+        return recurrent_states
+
+
+def _repeated(value: Any, counts: list[int]) -> Any:
+    """The rows [P, ...] of a tensor, each so many times; gradients are added up in one order."""
+    if not isinstance(value, Tensor) or value.shape[:1] != (len(counts),):
+        return value
+    return torch.cat([row[None].expand(count, *row.shape) for row, count in zip(value, counts, strict=True)])
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that makes hidden states."""
+    base = base_model(model)
+    decoder: nn.Module = base.get_decoder()
+    # A few families do not find theirs, and return themselves.
+    return decoder if decoder is not base else next(part for part in base.children() if isinstance(part, PreTrainedModel))
+
+
+def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    """Hidden states [B, L, H] before the output layer; arguments are those of `last_logits`."""
+    decoder = decoder_of(model)
+    accepted = inspect.signature(decoder.forward).parameters
+    arguments: dict[str, Any] = {"position_ids": positions} if "position_ids" in accepted else {}
+    if cache is not None:
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache  # the older name
+    hidden: Tensor = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **arguments)[0]
+    return hidden
+
+
+def padded_hidden(model: nn.Module, sequences: Sequences) -> Tensor:
+    """The states [K, H] that predict the K sampled tokens, in the order of `sampled_mask` flattened."""
+    sharded = _is_sharded(model)
+    shares = not why_recomputed(model)
+    mask, device = sequences.sampled_mask, sequences.sampled_mask.device
+    read = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: later tokens predict nothing
+    prompts = sequences.prompt_mask.sum(dim=1)
+    group = begins_group(sequences).long().cumsum(0)
+    number = torch.zeros_like(sequences.completion_ids)  # [B, T]: of the state that predicts each token, among all there are
+    parts: list[Tensor] = []
+    begin = 0
+
+    def add(states: Tensor, rows: Tensor, time: int) -> None:
+        """The states [b, t, H] that predict the tokens of some rows from a time on."""
+        nonlocal begin
+        count, length = states.shape[:2]
+        numbers = torch.arange(begin, begin + count * length, device=device).view(count, length)
+        number[rows[:, None], torch.arange(time, time + length, device=device)] = numbers
+        parts.append(states.flatten(0, 1))
+        begin += count * length
+
+    for rows in [torch.arange(len(group), device=device)] if sharded else similar_lengths(prompts if shares else prompts + read):
+        first = sequences.rows(rows)
+        if not shares:
+            length = int(read[rows].max()) if not sharded else mask.shape[1] - 1
+            seen = torch.cat([first.prompt_mask, first.completion_mask[:, :length]], dim=1)
+            ids = torch.cat([first.prompt_ids, first.completion_ids[:, :length]], dim=1)
+            hidden = decoder_hidden(model, ids, seen, position_ids(seen))
+            add(hidden[:, -1 - length :], rows, 0)
+            continue
+        of_row, counts = group[rows].unique_consecutive(return_inverse=True, return_counts=True)[1:]
+        own = counts.cumsum(0) - counts
+        seen, cache = first.prompt_mask[own], DynamicCache(config=base_model(model).config)
+        hidden = decoder_hidden(model, first.prompt_ids[own], seen, position_ids(seen), cache)
+        add(_repeated(hidden[:, -1:], counts.tolist()), rows, 0)
+        for cells in similar_lengths(read[rows]):
+            length = int(read[rows][cells].max())
+            if length:
+                many = of_row[cells].bincount(minlength=len(own)).tolist()
+                ids, before = first.completion_ids[cells, :length], first.prompt_mask[cells]
+                positions = prompts[rows][cells, None] + torch.arange(length, device=device)
+                # What is behind the last token of a row is read as if there were tokens: no token sees it.
+                seen = torch.cat([before, before.new_ones(len(cells), length)], dim=1)
+                add(decoder_hidden(model, ids, seen, positions, _PromptCache(cache, many)), rows[cells], 1)
+    return torch.cat(parts).index_select(0, number[mask])
+
+
+def why_recomputed(model: nn.Module) -> str:
+    """Why `padded_hidden` computes a prompt anew for each of its completions; empty where it does not."""
+    if recomputes_activations(model):
+        return "gradient checkpointing leaves no cache that prompts could be read into"
+    return "a cache would make ranks wait for each other, and the model is sharded" if _is_sharded(model) else ""
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ranks have to make passes together."""
+    from torch.distributed.fsdp import FSDPModule  # slow to import
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -1,0 +1,136 @@
+"""Every family reads a prompt once for its completions, in sampling and in training, and gives its own forward pass's numbers."""
+
+import logging
+
+import pytest
+import torch
+from tiny_families import FAMILIES, build_family
+from tiny_models import VOCABULARY, build_tokenizer
+
+from hybrid_lightning.engine import Engine, padded, token_logprobs
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt, Sequences
+
+# Of prompts, some longer than the families' windows (32) and chunks (64), and the most tokens of the completions of each.
+PROMPTS, LIMITS = (70, 3, 66), (24, 1, 2, 9, 24, 1)
+PADDED = ["llama4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss", "granitemoehybrid", "lfm2", "falcon_h1"]
+PADDED += ["mamba2"]
+SIZES = {"deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4}}
+
+
+def build(family):
+    return build_family(family, std=0.15, **SIZES.get(family, {}))
+
+
+def draw(lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def tokens_read(model):
+    """The shapes of all ids that go through a model from now on."""
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+def alone(model, prompt, completion):
+    """Log-probabilities of a completion by an unpadded forward pass of its own."""
+    logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(dim=-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_own_numbers(model, rows, logprobs):
+    """Log-probabilities [B, T] of rows of a prompt and a completion, and gradients."""
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(4))
+    expected = [alone(model, *row) for row in rows]
+    for found, wanted in zip(logprobs, expected, strict=True):
+        assert found[: len(wanted)].tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    loss = sum((weight[: len(wanted)] * wanted).sum() for weight, wanted in zip(weights, expected, strict=True))
+    found, wanted = gradients(model, (weights * logprobs).sum()), gradients(model, loss)
+    assert found.keys() == wanted.keys()
+    whole = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_read_once_and_numbers_are_those_of_each_sequence_alone(family):
+    model, prompts = build(family), draw(PROMPTS)
+    engine, shapes = Engine(model), tokens_read(model)
+    engine.prepare()
+    assert engine.reads_padded == (family in PADDED) and engine.packs != engine.reads_padded
+    assert not engine.passes()["shared prompts"]
+    shapes.clear()
+    request = SamplingRequest([Prompt(text="")] * 3, prompts, 2, torch.Generator().manual_seed(1), limits=LIMITS)
+    sequences = Sampler(max_new_tokens=24).sample(engine, build_tokenizer(), request)
+    once = 3 * max(PROMPTS) if engine.reads_padded else sum(PROMPTS) + -sum(PROMPTS) % 16
+    first, *steps = (torch.Size(shape).numel() for shape in shapes)
+    assert first == once and max(steps) <= 6
+    logprobs, sequences = sequences.sampling_logprobs, sequences.sequences
+    completions = [ids[mask].tolist() for ids, mask in zip(sequences.completion_ids, sequences.completion_mask, strict=True)]
+    rows = [(prompts[number // 2], completion) for number, completion in enumerate(completions)]
+    shapes.clear()
+    trained, _ = token_logprobs(engine, sequences, 1.0)
+    # Each prompt once, and what is read of completions, with little padding.
+    read = sum(PROMPTS) + sum(len(completion) - 1 for completion in completions)
+    assert read <= sum(torch.Size(shape).numel() for shape in shapes) <= read + 32
+    assert (trained - logprobs).abs().max() < 1e-4
+    assert_own_numbers(model, rows, trained)
+
+
+@pytest.mark.parametrize("why", ["checkpointing", "sharded"])
+def test_without_a_cache_each_row_is_read_with_its_prompt(why, monkeypatch):
+    model, prompts, completions = build("qwen3_5_text"), draw(PROMPTS), draw((30, 2, 1, 5, 29, 1))
+    engine = Engine(model)
+    if why == "sharded":
+        monkeypatch.setattr(padded, "_is_sharded", lambda _: True)
+    else:
+        model.train().gradient_checkpointing_enable()
+    rows = [(prompts[number // 2], completion) for number, completion in enumerate(completions)]
+    ids, own = zip(*rows, strict=True)
+    engine.prepare()
+    assert why[:7] in engine.passes()["shared prompts"]
+    shapes = tokens_read(model)
+    logprobs, _ = token_logprobs(engine, Sequences(*pad_left(ids, 0, "cpu"), *pad_right(own, 0, "cpu")), 1.0)
+    # Ranks have to make the same number of passes; otherwise rows of about the same length are read together.
+    assert shapes == ([(6, 70 + 29)] if why == "sharded" else [(3, 70 + 29), (1, 66), (2, 3 + 4)])
+    assert_own_numbers(model, rows, logprobs)
+
+
+def test_the_engine_says_it():
+    engine = Engine(build("qwen3_5_text"))
+    engine.prepare()
+    line = engine.description()
+    assert ": shared prompts" in line
+    assert "padded training and torch's own decoding, since its linear_attention layers would carry their state from" in line
+
+
+def test_a_cache_that_cannot_be_continued_is_noticed(monkeypatch, caplog):
+    # As a family's would be that copied keys alone.
+    monkeypatch.setattr(padded._PromptCache, "get_recurrent_state", lambda *_, **__: None)
+    model = build("mamba2")
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(model)
+        engine.prepare()
+    assert not engine.reads_padded and "computed anew for each completion" in caplog.text
+    assert "prompts shared in sampling alone, since copies of its cache change its logits" in engine.description()
+    (prompt, completion) = draw((9, 5))
+    logprobs, _ = token_logprobs(engine, Sequences(*pad_left([prompt], 0, "cpu"), *pad_right([completion], 0, "cpu")), 1.0)
+    assert logprobs[0].tolist() == pytest.approx(alone(model, prompt, completion).tolist(), abs=1e-4)
+
+
+def test_transformers_own_layers_cannot_keep_packed_sequences_apart():
+    """If this fails, they can: sequences of such families could be packed on a CPU, too."""
+    model = build("qwen3_5_text")
+    boundaries = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        model(torch.tensor([draw((9,))[0]]), cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=5, max_length_k=5)

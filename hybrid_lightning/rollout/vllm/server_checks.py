@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -9,7 +10,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.adapter import least_max_rank
-from hybrid_lightning.rollout.vllm.completing import check_heads
+from hybrid_lightning.rollout.vllm.completing import check_on_cpu
 from hybrid_lightning.rollout.vllm.names import check_paths, warn_unless_run
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import facts_of
@@ -43,7 +44,7 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_
         fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
         raise _fault(server, fault, "--no-enable-chunked-prefill")
     if facts.on_cpu:
-        check_heads(model.config, f"{server.url} runs")
+        check_on_cpu(model.config, getattr(torch, facts.dtype), f"{server.url} runs")
     if facts.backend not in (BACKEND, "nccl"):
         remedy = (
             f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '
@@ -72,6 +73,9 @@ def _check_adapter(server: Server, model: ServedModel, ours: str) -> None:
     if facts.max_lora_rank < model.lora_rank or not facts.max_lora_rank:
         fault = f"takes LoRA up to rank {facts.max_lora_rank}, and the policy's is {model.lora_rank}"
         raise _fault(server, fault if facts.max_lora_rank else "takes no LoRA", f"--enable-lora --max-lora-rank {rank}")
+    if facts.on_cpu and facts.lora_anywhere:
+        fault = "has LoRA at its output layer, by which vLLM ends on a CPU at log-probabilities of prompts"
+        raise _fault(server, fault, f"--lora-target-modules {' '.join(model.lora_modules)}")
     if _ask_if_there(server, "/v1/load_lora_adapter") is None:
         raise _fault(server, "cannot be told of an adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
     if facts.backend != BACKEND:

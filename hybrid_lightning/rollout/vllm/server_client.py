@@ -40,6 +40,7 @@ class ServerFacts:
     on_cpu: bool
     splits_prompts_on_cpu: bool
     max_lora_rank: int  # 0: it takes no LoRA
+    lora_anywhere: bool  # also at the output layer
     reads_weights: bool  # from files, when it is started
 
     @classmethod
@@ -50,6 +51,7 @@ class ServerFacts:
             KeyError: If something is not there. Other errors are raised if it is of another kind.
         """
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
+        lora = config.get("lora_config") or {}
         on_cpu = "cpu" in (config.get("device_config") or {}).values()
         return cls(
             str(names["data"][0]["id"]),
@@ -61,7 +63,8 @@ class ServerFacts:
             int(size["world_size"]),
             on_cpu,
             on_cpu and bool(scheduler.get("enable_chunked_prefill")),
-            int((config.get("lora_config") or {}).get("max_lora_rank", 0)),
+            int(lora.get("max_lora_rank", 0)),
+            lora.get("target_modules") is None,
             (config.get("load_config") or {}).get("load_format") != "dummy",
         )
 
@@ -292,7 +295,8 @@ class Server:
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
             try:
-                return response.json() if response.content else None
+                is_text = response.content.startswith(b"Success")  # as vLLM answers where adapters are concerned
+                return response.json() if response.content and not is_text else None
             except ValueError as error:
                 raise ServerError(self.url, f"{response.request.url.path}: no JSON, so no vLLM answers there", 404) from error
         cause = _cause(response)

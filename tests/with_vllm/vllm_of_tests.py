@@ -26,7 +26,7 @@ from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 
 # Sizes that vLLM's gated delta nets have on a CPU.
-DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed (docs/how-to/vllm.md); .ci/run tests with it in another environment"
@@ -133,7 +133,9 @@ def write_model(folder: Path, family: str = "llama", layers: int = 3, tied: bool
         model = AutoModelForCausalLM.from_config(config(**sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (parameter.dim() > 1 and "conv" not in name) or name.endswith("bias"):  # biases, too, so that one that is left out shows
+            if (parameter.dim() > 1 and "conv" not in name) or name.endswith(
+                "bias"
+            ):  # biases, too, so that one that is left out shows
                 # A large tied embedding would make every token predict itself.
                 parameter.normal_(0, 0.1 if "layers" in name or tied else 0.5)
     model.save_pretrained(folder)

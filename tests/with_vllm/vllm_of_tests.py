@@ -28,6 +28,9 @@ from hybrid_lightning.rewards import ExactMatch
 # Sizes that vLLM's gated delta nets have on a CPU.
 DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TAKES_LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *PROJECTIONS)  # options of a server
+
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed (docs/how-to/vllm.md); .ci/run tests with it in another environment"
 )

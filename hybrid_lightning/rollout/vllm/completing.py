@@ -207,9 +207,14 @@ def states_of(config: Any) -> bool:
     return not _ATTENTION.issuperset(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
-def check_on_cpu(config: Any, dtype: torch.dtype, where: str) -> None:
-    """Raise ConfigError if vLLM on a CPU cannot compute with a model with this config, in this dtype."""
+def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: bool = False) -> None:
+    """Raise ConfigError if vLLM on a CPU cannot compute with a model with this config in this dtype, perhaps with LoRA beside."""
     text = config.get_text_config()
+    if sends_adapter and (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
+        raise ConfigError(
+            f"{where} on a CPU, where vLLM has no kernels for experts beside LoRA; leave model.sampler.sync out, so that merged "
+            "weights are sent"
+        )
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         sizes = {text.linear_key_head_dim, text.linear_value_head_dim}
         if dtype != torch.bfloat16 or not sizes.issubset(_STATES_ON_CPU):

@@ -106,7 +106,7 @@ class VLLMSampler(VLLMEngine):
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
         if model.device.type == "cpu":
-            completing.check_on_cpu(model.config, model.dtype, "model.sampler=VLLMSampler samples")
+            completing.check_on_cpu(model.config, model.dtype, "model.sampler=VLLMSampler samples", self.sends_adapter)
 
     def context(self, config: Any) -> tuple[float, str]:
         """The model's limit, or `max_model_len`."""

@@ -44,7 +44,7 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_
         fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
         raise _fault(server, fault, "--no-enable-chunked-prefill")
     if facts.on_cpu:
-        check_on_cpu(model.config, getattr(torch, facts.dtype), f"{server.url} runs")
+        check_on_cpu(model.config, getattr(torch, facts.dtype), f"{server.url} runs", takes_adapter)
     if facts.backend not in (BACKEND, "nccl"):
         remedy = (
             f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '

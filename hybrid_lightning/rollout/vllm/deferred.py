@@ -68,7 +68,7 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from hybrid_lightning.rollout.vllm.receiver import abandon, missing_weights, pack_tied
+    from hybrid_lightning.rollout.vllm.receiver import abandon, missing_weights, pack_experts, pack_tied
     from hybrid_lightning.rollout.vllm.transfer import check_joined
 
     model, came = worker.model_runner.model, []
@@ -87,6 +87,7 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
             abandon(model, worker.model_runner.model_config)
             raise
         finalize_layerwise_reload(model, worker.model_runner.model_config)
+        pack_experts(model, loaded)
         if everything:
             pack_tied(model)
             if missing := missing_weights(model, loaded):

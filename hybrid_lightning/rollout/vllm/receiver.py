@@ -53,8 +53,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
-    _loaded: set[str] | None = None  # names of vLLM's weights that came, where all should have come
-    _reloads = False  # whether weights of the base came
+    _loaded: set[str] | None = None  # names of vLLM's weights of the base that came; None: none came
+    _everything = False  # whether all should have come
     _folder: str | None = None  # of LoRA that came
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
@@ -77,7 +77,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
 
     def start_weight_update(self) -> None:
         """Let vLLM expect weights; until they come it is not known which."""
-        self._reloads = False
+        self._loaded = None
 
     def finish_weight_update(self) -> None:
         """Put weights that did not come back in place, and share those that are tied. vLLM reads LoRA anew after this.
@@ -86,10 +86,11 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
         """
         loaded, self._loaded = self._loaded, None
-        if not self._reloads:
+        if loaded is None:
             return
         finalize_layerwise_reload(self.model, self.model_config)
-        if loaded is not None:  # tied weights have one name from here on
+        pack_experts(self.model, loaded)
+        if self._everything:  # tied weights have one name from here on
             if missing := missing_weights(self.model, loaded):
                 raise ValueError(f"{LACKS} {min(missing)}: vLLM knows this architecture under other names")
             pack_tied(self.model)
@@ -109,9 +110,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             check_joined(names, self.model)
             if names:
                 initialize_layerwise_reload(self.model)
-                self._reloads = True
-                loaded = self.model.load_weights(received)
-                self._loaded = set(loaded or ()) if update_info.everything else None
+                self._loaded, self._everything = set(), update_info.everything
+                self._loaded |= set(self.model.load_weights(received) or ())
             deque(received, maxlen=0)
             if update_info.adapter is not None:
                 self._folder = update_info.folder
@@ -119,7 +119,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
                 write_folder(Path(update_info.folder), update_info.adapter, values)
         except BaseException:
             self.shutdown()  # so that the sender does not wait
-            if self._reloads:
+            if self._loaded is not None:
                 abandon(self.model, self.model_config)
             raise
 
@@ -149,6 +149,14 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
             info.loaded_weights.clear()
             info.load_numel = 0
     finalize_layerwise_reload(model, config)
+
+
+def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
+    """Pack experts that came: on a CPU vLLM (0.32) does it when it loads a model, and not when it gets weights anew."""
+    for name, layer in model.named_modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and f"{name}.w13_weight" in loaded and next(layer.parameters()).device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:

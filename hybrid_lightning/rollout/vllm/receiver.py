@@ -55,7 +55,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     _group: ProcessGroupGloo | None = None
     _loaded: set[str] | None = None  # names of vLLM's weights of the base that came; None: none came
     _everything = False  # whether all should have come
-    _folder: str | None = None  # of LoRA that came
+    _folder: Path | None = None  # of LoRA that came
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Connect to the sender.
@@ -80,7 +80,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._loaded = None
 
     def finish_weight_update(self) -> None:
-        """Put weights that did not come back in place, and share those that are tied. vLLM reads LoRA anew after this.
+        """Put weights that did not come back in place, and share those that are tied.
 
         Raises:
             ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
@@ -114,9 +114,9 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
                 self._loaded |= set(self.model.load_weights(received) or ())
             deque(received, maxlen=0)
             if update_info.adapter is not None:
-                self._folder = update_info.folder
-                values = {name: value.cpu() for name, value in factors.items()}
-                write_folder(Path(update_info.folder), update_info.adapter, values)
+                self._folder = Path(update_info.folder)
+                write_folder(self._folder, update_info.adapter, {name: value.cpu() for name, value in factors.items()})
+                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read anew
         except BaseException:
             self.shutdown()  # so that the sender does not wait
             if self._loaded is not None:
@@ -133,9 +133,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        shutil.rmtree(self._folder or "", ignore_errors=True)
 
 
 def abandon(model: torch.nn.Module, config: Any) -> None:
@@ -161,9 +159,8 @@ def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
 
 def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
     """Names of a model's weights that are not among those that it has loaded. With LoRA, its layers have the base's in them."""
-    return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()} - {
-        name.replace(".base_layer.", ".") for name in loaded
-    }
+    has, came = ({n.replace(".base_layer.", ".") for n in names} for names in (dict(model.named_parameters()), loaded))
+    return has - came
 
 
 def pack_tied(model: torch.nn.Module) -> None:

@@ -91,7 +91,8 @@ class Server:
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self.url, self.timeout = url, timeout
-        self.adapter: str | None = None  # name of the LoRA that completions are by; None: of none
+        self.adapter: str | None = None  # LoRA that completions are by, which goes by the folder that it is in; None: none
+        self._known: str | None = None  # the LoRA that it was told of last
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._facts: ServerFacts | None = None
 
@@ -162,16 +163,12 @@ class Server:
         """Let it use the weights that came."""
         self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
 
-    def load_adapter(self, name: str, folder: str) -> None:
-        """Let it know LoRA by a name, which its workers read from a folder."""
-        self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, limit=self.timeout)
-
-    def forget_adapter(self) -> None:
-        """Let it forget the name of the LoRA, if it still answers."""
-        name, self.adapter = self.adapter, None
-        if name is not None:
-            with contextlib.suppress(ServerError):
-                self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, limit=2.0)
+    def use_adapter(self, folder: str | None) -> None:
+        """Complete with LoRA from here on that its workers read from a folder, or without."""
+        if folder is not None and folder != self._known:
+            self.ask("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
+            self._known = folder
+        self.adapter = folder
 
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
         """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""

@@ -247,7 +247,7 @@ class VLLMServerSampler(VLLMEngine):
             if not self._taking:
                 return True if has_them else None
             self._send(update, stream, model)
-            finished = self._ask(self._taking, partial(self._finish, str(weights.version)))
+            finished = self._ask(self._taking, partial(self._finish, update, str(weights.version)))
             self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
             self._taking = []
@@ -286,8 +286,9 @@ class VLLMServerSampler(VLLMEngine):
     def _give(self, value: Tensor, server: Server) -> None:
         self._transfers[server].give(value)
 
-    def _finish(self, label: str, server: Server) -> None:
+    def _finish(self, update: Update, label: str, server: Server) -> None:
         self._transfers[server].end()
+        server.use_adapter(self._transfers[server].folder if update.adapter else None)
         server.reset_prefix_cache()
         if server in self._taking:
             server.set_label(label)
@@ -422,7 +423,6 @@ class VLLMServerSampler(VLLMEngine):
         connected = list(self._transfers)
         for server in connected:
             self._disconnect(server)
-        self._of_each(connected, lambda server: server.forget_adapter(), limit=5.0)
         self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
         self.version = None
         self._outage.end()

@@ -24,6 +24,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from hybrid_lightning.errors import RolloutError, one_line
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.vllm import BACKEND
+from hybrid_lightning.rollout.vllm.names import NCCL, check_names, installed_version
 
 if TYPE_CHECKING:
     from hybrid_lightning.rollout.interface import ServedModel
@@ -87,6 +88,7 @@ class Transfer(ABC):
         model: The policy's model.
     """
 
+    folder: str  # on the server's machine, for LoRA that is sent apart
     _answer: "Future[None]"  # of the server, to the update under way
     _longest: float  # time for it in seconds
 
@@ -94,6 +96,7 @@ class Transfer(ABC):
         self._server, self._address, self._timeout, self._model = server, address, timeout, model
         self._ranks = 1 + server.facts.workers
         self._limit = min(timeout, _LIMIT_S)
+        self.folder = f"/tmp/hybrid_lightning-{uuid.uuid4().hex}"
 
     @abstractmethod
     def connect(self) -> None:
@@ -170,28 +173,10 @@ class Transfer(ABC):
 
 
 class GlooTransfer(Transfer):
-    """Sends weights over gloo, which needs no GPU."""
+    """Sends weights over gloo, which needs no GPU; LoRA apart goes into a folder of the server's machine."""
 
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
-
-    def __init__(self, server: "Server", address: str, timeout: float, model: "ServedModel") -> None:
-        super().__init__(server, address, timeout, model)
-        self._adapter = f"hybrid_lightning-{uuid.uuid4().hex}"  # of this connection: a name, and the server's folder for it
-        self._is_known, self._sends = False, False
-
-    def begin(self, update: Update) -> None:
-        """See `Transfer.begin`."""
-        self._sends = update.adapter is not None
-        super().begin(update)
-
-    def end(self) -> None:
-        """See `Transfer.end`. LoRA that was sent apart takes part from here on."""
-        super().end()
-        if self._sends and not self._is_known:
-            self._server.load_adapter(self._adapter, f"/tmp/{self._adapter}")
-            self._is_known = True
-        self._server.adapter = self._adapter if self._sends else None
 
     def connect(self) -> None:
         """Connect to all workers of the server over gloo, once they have announced themselves."""
@@ -214,8 +199,8 @@ class GlooTransfer(Transfer):
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
-        told = update.description | {"dtype": update.dtype_name, "everything": update.everything}
-        return told | {"adapter": update.adapter and dict(update.adapter), "folder": f"/tmp/{self._adapter}"}
+        told = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
+        return update.description | told
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed meanwhile
@@ -258,6 +243,7 @@ class NcclTransfer(Transfer):
             raise
 
     def _join(self, port: int) -> None:
+        check_names(NCCL, installed_version(), "this environment")
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.utils import StatelessProcessGroup
         from vllm.utils.nccl import unpinned_nccl_env

@@ -13,7 +13,7 @@ joins, and each group comes as a whole or not at all.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -129,7 +129,7 @@ class CurrentWeights:
                 yield PolicyWeight(name, whole.shape, partial(write_merged, weight=whole, update=None))
 
     @property
-    def adapter(self) -> dict[str, Any] | None:
+    def adapter(self) -> Mapping[str, Any] | None:
         """What vLLM reads of PEFT's config of the factors that `stream` yields apart; None if it yields none."""
         if next(self._factors(), None) is None:
             return None

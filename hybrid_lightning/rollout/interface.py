@@ -92,8 +92,10 @@ class PolicyWeights(Protocol):
     version: WeightsVersion  # which weights these are
     base: str  # what tells the weights that training leaves alone from those of other models
     is_sender: bool  # whether this rank sends to engines that all ranks share; the others only help to gather what is split
-    # PEFT's config of LoRA whose factors `stream` yields, after the base and by PEFT's names; None where LoRA is merged, or none.
-    adapter: Mapping[str, Any] | None
+
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """PEFT's config of LoRA whose factors `stream` yields, after the base and by PEFT's names; None if it yields none."""
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""

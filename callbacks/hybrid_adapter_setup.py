@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.candidates import check_pattern, share_of_experts, without_lora
+from hybrid_lightning.adapters.candidates import check_pattern, is_experts, share_of_experts, without_lora
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings, check_lora_modules
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -149,16 +149,23 @@ class HybridAdapterSetup(Configurable, Callback):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Check that start weights are kept if the loss needs them, and that modules that are named are there.
+        """Check that start weights are kept if the loss needs them, that the sampler takes such an adapter, and names of modules.
 
         This is done before weights are loaded.
         """
         pl_module.task.check_start_weights(self.keep_start_weights)
-        if self.planning.target_modules is not None or self.planning.rank_pattern:
-            self.planning.ranks(self.planning.candidates(pl_module.policy.pretrained.skeleton()))
-        if self.given_plan is not None:
-            self.given_plan.check_model(pl_module.policy.pretrained.skeleton())
-            check_lora_modules(self.given_plan.lora_modules)
+        planning, plan, sampler = self.planning, self.given_plan, pl_module.task.generation.sampler
+        experts = False
+        if planning.target_modules is not None or planning.rank_pattern:
+            candidates = planning.candidates(pl_module.policy.pretrained.skeleton())
+            experts = any(rank and is_experts(candidates[name]) for name, rank in planning.ranks(candidates).items())
+        if plan is None:
+            ranks = planning.rank_pattern.values() or [planning.lora.rank]
+            sampler.check_adapter(planning.budget.share > 0, planning.lora, [*ranks], experts)
+        else:
+            sampler.check_adapter(bool(plan.full_modules), plan.lora, plan.ranks, plan.has_experts)
+            plan.check_model(pl_module.policy.pretrained.skeleton())
+            check_lora_modules(plan.lora_modules)
 
     def _require_same(self, plan: AdapterPlan, error: type[HybridLightningError], which: str, remedy: str) -> None:
         """Refuse a plan file that is not the plan that the model already has or gets."""

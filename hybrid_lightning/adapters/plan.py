@@ -97,8 +97,13 @@ class AdapterPlan:
             raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
             raise PlanError("the plan has no modules; make it anew with the score command")
-        if any(module.experts and module.mode == "lora" for module in self.candidates):
+        if self.has_experts:
             self.lora.check_experts()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts have LoRA."""
+        return any(module.experts and module.mode == "lora" for module in self.candidates)
 
     @cached_property
     def digest(self) -> str:

@@ -5,6 +5,8 @@
     quantized module         the dequantized weight
     any other                as it is
 
+For an engine that is given LoRA apart they are the base's weights, and the factors A and B of each module by PEFT's names.
+
 Engines join modules that have the same input into one layer (q/k/v, gate/up). A layer that gets only some of its parts would be
 silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
 joins, and each group comes as a whole or not at all.
@@ -14,7 +16,7 @@ prefix, and experts that transformers joins when it reads a checkpoint are taken
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -32,11 +34,10 @@ from hybrid_lightning.adapters.apply import lora_layers
 from hybrid_lightning.adapters.candidates import is_experts, is_transposed, linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
-from hybrid_lightning.rollout.interface import PolicyWeight, WeightsVersion
+from hybrid_lightning.rollout.interface import PEFT_PREFIX, PolicyWeight, WeightsVersion
 from hybrid_lightning.sharding.ranks import sum_over_ranks
 from hybrid_lightning.sharding.weights import Weights
 
-_PREFIX = "base_model.model."  # that PEFT puts before names
 _FULL = f".modules_to_save.{ADAPTER}."
 
 
@@ -80,22 +81,30 @@ class _Part:
         for key, parameter in self.source.named_parameters(recurse=False):
             yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(parameter) else tuple(parameter.shape)
 
-    def weights(self) -> Iterator[tuple[str, Tensor, LowRankUpdate | None]]:
+    def weights(self, merges: bool) -> Iterator[tuple[str, Tensor, LowRankUpdate | None]]:
         """Each weight with what is to be merged into it; under FSDP2 all ranks gather them here together."""
         for key, parameter in self.source.named_parameters(recurse=False):
-            layer = lora_layers(self.module).get(key) if self._is_on else None
+            layer = lora_layers(self.module).get(key) if merges and self._is_on else None
             whole = _whole(dequantize_module_weight(self.source) if _is_packed(parameter) else parameter)
             yield f"{self.name}.{key}", whole, None if layer is None else _update(layer, whole)
+
+    def factors(self) -> Iterator[tuple[str, Tensor]]:
+        """PEFT's name and value, perhaps a share of it, of the factors A and B of its LoRA, if it has one that takes part."""
+        if isinstance(self.module, LoraLayer) and self._is_on:
+            for key, factor in (("lora_A", self.module.lora_A), ("lora_B", self.module.lora_B)):
+                weight = factor[ADAPTER].weight
+                assert isinstance(weight, Tensor)
+                yield f"{PEFT_PREFIX}{self.name}.{key}.weight", weight
 
 
 class CurrentWeights:
     """A policy's weights at the moment when this object is made (see `PolicyWeights`). All ranks make it, if they are split.
 
-    `base` distinguishes the base model from others, and `step` optimizer steps have been made.
+    `base` distinguishes the base model from others, and `step` optimizer steps have been made. LoRA is merged, or comes apart.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool) -> None:
-        self._model, self._weights, self.is_sender, self.base = model, weights, is_sender, base
+    def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool, merges: bool = True) -> None:
+        self._model, self._weights, self.is_sender, self.base, self._merges = model, weights, is_sender, base, merges
         self.version = WeightsVersion(step, self._digest())
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
@@ -105,13 +114,13 @@ class CurrentWeights:
             for name, shape in part.shapes():
                 stored = self._as_stored(part, name, torch.empty(shape, device="meta"))
                 shapes |= {key: tuple(value.shape) for key, value in stored.items()}
-        return shapes
+        return shapes | {name: tuple(factor.shape) for name, factor in self._factors()}
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
         """All weights, or those that training changes with all that is joined to them, one at a time."""
         with torch.no_grad():
             for part in self._chosen(everything):
-                for name, weight, update in part.weights():
+                for name, weight, update in part.weights(self._merges):
                     transposed = is_transposed(part.source)
                     if update is not None and is_experts(part.source):  # merged now, so that it can be taken apart
                         merged = torch.empty(weight.shape, device=weight.device)
@@ -120,6 +129,23 @@ class CurrentWeights:
                     for key, value in self._as_stored(part, name, weight).items():
                         write = partial(write_merged, weight=value, update=update, transposed=transposed)
                         yield PolicyWeight(key, value.shape, write)
+            for name, factor in self._factors():
+                whole = _whole(factor)
+                yield PolicyWeight(name, whole.shape, partial(write_merged, weight=whole, update=None))
+
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """What vLLM reads of PEFT's config of the factors that `stream` yields apart; None if it yields none."""
+        if next(self._factors(), None) is None:
+            return None
+        config: Any = self._model.peft_config[ADAPTER]  # type: ignore[union-attr, index]
+        read = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        targets = sorted(part.name for part in self._parts if isinstance(part.module, LoraLayer))
+        return {"peft_type": "LORA", "target_modules": targets} | {name: getattr(config, name) for name in read}
+
+    def _factors(self) -> Iterator[tuple[str, Tensor]]:
+        for part in () if self._merges else self._parts:
+            yield from part.factors()
 
     def _as_stored(self, part: _Part, name: str, value: Tensor) -> dict[str, Tensor]:
         """A weight by its names in a checkpoint."""
@@ -130,8 +156,8 @@ class CurrentWeights:
         return self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
 
     def _chosen(self, everything: bool) -> list[_Part]:
-        if everything:
-            return self._parts
+        if everything or not self._merges:
+            return self._parts if everything else []
         trained = {part.group for part in self._parts if part.is_trained}
         return [part for part in self._parts if part.group in trained]
 
@@ -144,7 +170,7 @@ class CurrentWeights:
             if within and full_name.startswith(within):
                 continue
             within = ""
-            name = full_name.removeprefix(_PREFIX)
+            name = full_name.removeprefix(PEFT_PREFIX)
             if isinstance(module, (ModulesToSaveWrapper, LoraLayer)):
                 within = f"{full_name}."
             part = _Part(self._stored_name(name, module), module)

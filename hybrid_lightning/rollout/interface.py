@@ -4,7 +4,7 @@
 `PolicyWeights`, whose `WeightsVersion` every completion then names.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt
 
+PEFT_PREFIX = "base_model.model."  # before the base model's names, in names of an adapter's weights
 Draws = torch.Generator | PromptDraws | None  # on the model's device, or of the prompts; None: torch's global generator
 
 
@@ -92,13 +93,18 @@ class PolicyWeights(Protocol):
     base: str  # what tells the weights that training leaves alone from those of other models
     is_sender: bool  # whether this rank sends to engines that all ranks share; the others only help to gather what is split
 
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """PEFT's config of LoRA whose factors `stream` yields, after the base and by PEFT's names; None if it yields none."""
+
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
 
     def stream(self, everything: bool) -> Iterator[PolicyWeight]:
         """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
 
-        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole.
+        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole. Where LoRA is not merged, `everything`
+        is the base with the factors of LoRA, and what training changes the factors alone.
         """
 
 
@@ -112,3 +118,5 @@ class ServedModel:
     dtype: torch.dtype  # of the policy's matrix products
     device: torch.device  # that trains
     resumed: bool = False  # whether the policy's training continues from a checkpoint
+    lora_rank: int = 0  # the largest of its LoRA; 0 without LoRA
+    lora_modules: tuple[str, ...] = ()  # last parts of the names of modules that have LoRA

@@ -17,7 +17,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, R of them that conti
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -42,6 +42,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Rollouts, Sequences
 
 if TYPE_CHECKING:
+    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 
@@ -70,6 +71,7 @@ class RolloutEngine(Configurable, ABC):
     idle_seconds = 0.0  # for which it had nothing to do before the last requests, where it completes elsewhere
     version: WeightsVersion | None = None  # of the weights that `update` has given it; None: none yet, or it has none of its own
     scores_prompts = False  # whether it has `prompt_logprobs`, by which its weights are compared with the policy's
+    sends_adapter = False  # whether it is given LoRA apart from the base, instead of merged weights
     renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 
     def __init__(
@@ -126,6 +128,9 @@ class RolloutEngine(Configurable, ABC):
         Raises:
             ConfigError: If it cannot.
         """
+
+    def check_adapter(self, trains_fully: bool, lora: "LoraSettings", ranks: Collection[int], experts: bool) -> None:
+        """Raise ConfigError if it cannot be given an adapter with LoRA of these ranks, which `experts` have or have not."""
 
     def context(self, config: Any) -> tuple[float, str]:
         """Most tokens of a prompt with its completion by the model's config, infinite if not known, and what sets this limit."""

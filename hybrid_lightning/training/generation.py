@@ -344,6 +344,9 @@ class Generation:
 
     def check(self) -> None:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
+        plan = self.policy.plan
+        if plan is not None:
+            self.sampler.check_adapter(bool(plan.full_modules), plan.lora, plan.ranks, plan.has_experts)
         if self.sampler.needs_weight_sync:
             self.sampler.check_model(self._served_model)
 
@@ -383,8 +386,8 @@ class Generation:
     def _current_weights(self) -> PolicyWeights:
         from hybrid_lightning.model.current_weights import CurrentWeights  # with PEFT, which is slow to import
 
-        policy, run = self.policy, self.run
-        return CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0)
+        policy, run, merges = self.policy, self.run, not self.sampler.sends_adapter
+        return CurrentWeights(policy.model, policy.weights, policy.base_description, run.step, run.rank == 0, merges)
 
     def _give_again(self) -> None:
         """Give an engine that was started again in the middle of a rollout the current weights, so that it goes on with them.
@@ -427,7 +430,12 @@ class Generation:
         with self.policy.precision():
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[pretrained.dtype]
-        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, self.run.is_resumed)
+        model = ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device, self.run.is_resumed)
+        plan = self.policy.plan
+        if plan is None:
+            return model
+        kinds = sorted({name.rpartition(".")[2] for name in plan.lora_modules})
+        return replace(model, lora_rank=max(plan.ranks, default=0), lora_modules=tuple(kinds))
 
     @cached_property
     def _folder(self) -> str | None:

@@ -1,9 +1,11 @@
 """What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
 
+import json
 from concurrent.futures import Future
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_models import FAMILIES, build_model
 from tiny_runs import build_data, build_policy, fit, write_model, write_wide_model
 
@@ -21,11 +23,11 @@ from hybrid_lightning.types import Prompt
 IDS = torch.arange(3, 19).view(2, 8)
 
 
-def adapted(folder, use_dora=False, frozen=(), only=None, **options):
-    """A policy with moved weights, of `only` one module, or the first and last by full training and others by LoRA."""
+def adapted(folder, use_dora=False, frozen=(), only=None, full=True, **options):
+    """A policy with moved weights, of `only` one module, or the first and last by full training, if any, and others by LoRA."""
     policy = build_policy(folder, **options)
     modules = find_candidates(policy.model)
-    full = {next(iter(modules)), list(modules)[-1]}
+    full = {next(iter(modules)), list(modules)[-1]} if full else ()
     mode = {**dict.fromkeys(modules, "lora"), **dict.fromkeys(frozen, "frozen"), **dict.fromkeys(full, "full")}
     mode = {**dict.fromkeys(modules, "frozen"), only: "lora"} if only else mode
     planned = tuple(
@@ -87,6 +89,27 @@ def test_what_training_changes_is_enough_for_a_model_that_has_the_base(model):
     values = received(weights_of(policy), everything=False)
     assert "model.embed_tokens.weight" not in values and "model.layers.1.mlp.down_proj.weight" in values
     assert_same(build_model("llama", std=0.1), values, policy)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_that_comes_apart_is_what_is_merged_otherwise(tmp_path, family):
+    """PEFT puts the factors, by their names and its config, on the base."""
+    policy = adapted(write_model(tmp_path / "model", family), full=False)
+    apart = CurrentWeights(policy.model, policy.policy.weights, "base", 0, True, merges=False)
+    assert apart.version == weights_of(policy).version
+    values, factors = received(apart), received(apart, everything=False)
+    assert {name: tuple(value.shape) for name, value in values.items()} == apart.shapes(True)
+    assert factors.keys() == apart.shapes(False).keys() == {name for name in values if "lora_" in name}
+    other = build_model(family, seed=7)
+    other.load_state_dict({name: value for name, value in values.items() if name not in factors}, strict=False)  # if tied
+    told = LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": family == "gpt2", **json.loads(json.dumps(apart.adapter))})
+    other = get_peft_model(other, told)
+    set_peft_model_state_dict(other, factors)
+    with torch.no_grad(), policy.policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+    with policy.policy.start_policy():
+        start = CurrentWeights(policy.model, policy.policy.weights, "base", 0, True, merges=False)
+        assert start.adapter is None and not start.shapes(False) and start.version != apart.version
 
 
 def test_parts_of_a_block_come_as_a_whole(tmp_path):

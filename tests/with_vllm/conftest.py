@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm_of_tests import Server, write_model
+from vllm_of_tests import TAKES_LORA, Server, write_model
 
 sys.path.append(str(Path(__file__).parents[1] / "sharding"))  # for the helper that starts ranks
 
@@ -18,6 +18,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(model, tmp_path_factory.mktemp("server") / "log.txt")
+    running = Server(model, tmp_path_factory.mktemp("server") / "log.txt", *TAKES_LORA)
     yield running
     running.stop()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_runs import Log, fit
-from vllm_of_tests import Server, needs_vllm, policy_of, wait_at_most
+from vllm_of_tests import Server, needs_vllm, policy_of, wait_at_most, write_model
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -39,7 +39,7 @@ class After(Log):
 
 @pytest.fixture
 def train(model, sums, tmp_path):
-    def run(sampler, *callbacks, ahead=0, steps=8, ckpt=None, correction=None):
+    def run(sampler, *callbacks, ahead=0, steps=8, ckpt=None, correction=None, model=model):
         policy = {"sampler": sampler, "rollouts_ahead": ahead, "correction": correction, "lr_lora": 0.03, "lr_full": 0.03}
         return fit(model, sums, tmp_path, *callbacks, policy=policy, max_steps=steps, ckpt=ckpt)
 
@@ -96,7 +96,9 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
     assert not log.metrics
 
 
-def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, model, tmp_path, caplog):
+def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, tmp_path, caplog):
+    """A server of experts, which get the policy's frozen ones again when it comes back."""
+    model = write_model(tmp_path / "model", "qwen3_moe")
     own, began = Server(model, tmp_path / "log.txt"), []
 
     def sampler():
@@ -113,10 +115,10 @@ def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_bac
 
     try:
         log = After(2, again)
-        train(sampler(), log, ahead=1, steps=5)
-        assert len(log.metrics) == 5
+        train(sampler(), log, ahead=1, steps=5, model=model)
+        assert len(log.metrics) == 5 and all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics)
         with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
-            train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9)
+            train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9, model=model)
         assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)
         assert [line for line in caplog.messages if "no server answers, tried for up to 6 s" in line]

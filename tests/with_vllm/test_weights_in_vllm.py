@@ -12,7 +12,7 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 from transformers import AutoModelForCausalLM
 from vllm_of_tests import adapt, largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.export import AdapterFolder, MergedModel
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
@@ -20,6 +20,7 @@ from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.policy import NF4
 from hybrid_lightning.rollout import VLLMSampler
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm import in_process
 from hybrid_lightning.rollout.vllm.transfer import NcclTransfer, Update
 from hybrid_lightning.types import Prompt
 
@@ -34,16 +35,27 @@ def sampler():
     made.shut_down()
 
 
+def mean_difference(policy, rollouts):
+    return float((own_logprobs(policy, rollouts) - rollouts.sampling_logprobs).abs()[rollouts.sequences.completion_mask].mean())
+
+
 def complete(policy, seed=0):
     return policy.generate(PROMPTS, 4, PromptDraws(PROMPTS, 4, seed))
 
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    [("llama", "hybrid"), ("llama", "lora"), ("llama", "full"), ("llama", "dora"), ("qwen2", "hybrid"), ("qwen3", "hybrid")],
+    [("llama", "full"), ("llama", "dora"), ("llama", "adapter"), ("qwen2", "hybrid"), ("qwen3_moe", "hybrid")],
 )
-def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plan):
-    policy = policy_of(sampler, write_model(tmp_path / "model", family, tied=family == "qwen3"))
+def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plan, monkeypatch):
+    """Merged, or of a quantized base with LoRA apart."""
+    options = {}
+    if plan == "adapter":
+        pytest.importorskip("bitsandbytes")
+        sampler.sends_adapter, options["quantization"], plan = True, NF4(), "lora"
+    policy = policy_of(sampler, write_model(tmp_path / "model", family, tied=family != "llama"), **options)
+    if family == "qwen3_moe":
+        policy.task.generation.__dict__["_folder"] = None  # experts come from the policy, too
     assert largest_difference(policy, complete(policy)) < 1e-4, "before it is adapted"
     adapt(policy, "hybrid" if plan == "dora" else plan, use_dora=plan == "dora")
     assert largest_difference(policy, complete(policy)) < 1e-4
@@ -56,6 +68,25 @@ def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, 
         assert largest_difference(policy, start) < 1e-4, "without the adapter"
     assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
     assert largest_difference(policy, complete(policy)) < 1e-4
+    if sampler.sends_adapter:
+        monkeypatch.setattr(in_process, "write_folder", lambda *_: None)
+        move(policy, seed=4, by=0.5)
+        with pytest.raises(RolloutError, match="they agreed before, so the last update did not reach it"):
+            complete(policy)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision, which is not installed")
+def test_gated_delta_nets_follow_in_bfloat16(tmp_path, sampler):
+    folder = write_model(tmp_path / "model", "qwen3_5_text", layers=4)
+    with pytest.raises(ConfigError, match=r"in bfloat16 alone, with heads of 64 or 128 .*; set model\.dtype=bfloat16"):
+        policy_of(sampler, folder).task.generation.check()
+    policy = policy_of(sampler, folder, "hybrid", dtype="bfloat16")
+    for seed in (3, 4):
+        before = complete(policy)
+        assert mean_difference(policy, before) < 0.2
+        move(policy, seed=seed)
+    assert mean_difference(policy, before) > 1, "the move has to be seen"
+    assert mean_difference(policy, complete(policy)) < 0.2
 
 
 def test_after_training_vllm_computes_what_the_exported_model_computes(tmp_path, sampler):

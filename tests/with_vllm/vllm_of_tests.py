@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import free_port
+from tiny_families import build_family
 from tiny_models import SIZES, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -24,6 +25,12 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 
+# Sizes that vLLM's gated delta nets have on a CPU.
+DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TAKES_LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", *PROJECTIONS)  # options of a server
+
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed (docs/how-to/vllm.md); .ci/run tests with it in another environment"
 )
@@ -32,8 +39,8 @@ needs_vllm = pytest.mark.skipif(
 class Server:
     """A vLLM server of the model in a folder, up once it is made, on this machine's CPU; its output is in the log."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log, self.port = model, log, free_port()
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
+        self.model, self.log, self.port, self.options = model, log, free_port(), options
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
         self.start()
@@ -42,11 +49,12 @@ class Server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--dtype", "float32"]
         command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), "--enable-scale-out"]
         command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--max-num-seqs", "64"]
-        command += ["--no-enable-chunked-prefill"]
+        command += ["--no-enable-chunked-prefill", *self.options]
         command += ["--weight-transfer-config", json.dumps({"backend": "hybrid_lightning"})]
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "HF_HUB_OFFLINE": "1",
@@ -125,12 +133,17 @@ def write_model(folder: Path, family: str = "llama", layers: int = 3, tied: bool
     """A random model whose sizes vLLM's attention has on a CPU, with a tokenizer that knows letters."""
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": layers, "max_position_embeddings": 64}
     sizes |= {"tie_word_embeddings": tied, **({"head_dim": 32} if family == "qwen3" else {})}
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}.get(family)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes))
+    if config is None:
+        model = build_family(family, **sizes, head_dim=32, **(DELTA if family == "qwen3_5_text" else {}))
+    else:
+        model = AutoModelForCausalLM.from_config(config(**sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 or name.endswith("bias"):  # biases, too, so that one that is left out shows
+            if (parameter.dim() > 1 and "conv" not in name) or name.endswith(
+                "bias"
+            ):  # biases, too, so that one that is left out shows
                 # A large tied embedding would make every token predict itself.
                 parameter.normal_(0, 0.1 if "layers" in name or tied else 0.5)
     model.save_pretrained(folder)

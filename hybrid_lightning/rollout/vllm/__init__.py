@@ -7,7 +7,9 @@ server_checks.py whether a server can complete for the policy
 server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
 outage.py        how long servers that cannot be used are waited for
-completing.py    what both ask of vLLM and make of its answers, and which versions of it are supported
+completing.py    what both ask of vLLM and make of its answers
+names.py         what is used of vLLM, and which version has it
+adapter.py       LoRA that is given to vLLM apart from the base
 isolated_process.py  keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers
 receiver.py      receives them, in the server
@@ -15,6 +17,7 @@ receiver.py      receives them, in the server
 
 BACKEND = "hybrid_lightning"  # our way to receive weights, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it
 LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
+NO_LORA = "vLLM has no LoRA"  # begins what a server says that cannot compute with an adapter
 
 
 def register() -> None:

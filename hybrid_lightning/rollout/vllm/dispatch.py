@@ -29,7 +29,7 @@ _SLICE_S = 0.1  # after which it is looked at what has to be done
 _FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
 _LOOK_S = 30.0  # in which a server has to say which weights it has
 _GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
-_STARTED = "default"  # how vLLM labels the weights that a server was started with
+STARTED = "default"  # how vLLM labels the weights that a server was started with
 _ON_THEIR_WAY = "its weights are on their way"
 
 
@@ -267,7 +267,7 @@ class Dispatch:
             return
         if request is None:
             place.usable = found in self._labels
-            place.restarted = found == _STARTED
+            place.restarted = found == STARTED
             if place.usable:
                 place.heard = time.monotonic()
             if found == self._updating:
@@ -294,7 +294,7 @@ class Dispatch:
 
     def _leave_out(self, place: _Place, label: str) -> None:
         self._set_aside(place)
-        place.restarted = label == _STARTED
+        place.restarted = label == STARTED
         place.stale = not place.restarted
         cause = "another run uses it" if place.stale else "it was started again"
         place.why = f"it has weights {label} instead of {self._labels[-1]}: {cause}"

@@ -6,8 +6,9 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,11 @@ from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import PolicyWeight, PolicyWeights, PromptLogprobs, ServedModel
 from hybrid_lightning.rollout.vllm import completing
-from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine
+from hybrid_lightning.rollout.vllm.adapter import check_applied, least_max_rank, split, write_folder
+from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, states_of
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load
 from hybrid_lightning.rollout.vllm.isolated_process import IsolatedProcess
+from hybrid_lightning.rollout.vllm.names import IN_PROCESS, check_names, installed_version
 from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
@@ -89,6 +92,9 @@ class VLLMSampler(VLLMEngine):
         self._llm: Any = None
         self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
         self._asleep = False
+        self._adapter: tempfile.TemporaryDirectory[str] | None = None  # folder of LoRA that is given apart
+        self._adapter_is_on = False  # whether the current policy has it
+        self._room = 0  # largest rank that the engine was started for
         self._requests = itertools.count()
 
     def check_model(self, model: ServedModel) -> None:
@@ -100,7 +106,7 @@ class VLLMSampler(VLLMEngine):
                 "trainer.accelerator=gpu, or leave model.sampler out"
             )
         if model.device.type == "cpu":
-            completing.check_heads(model.config, "model.sampler=VLLMSampler samples")
+            completing.check_on_cpu(model.config, model.dtype, "model.sampler=VLLMSampler samples", self.sends_adapter)
 
     def context(self, config: Any) -> tuple[float, str]:
         """The model's limit, or `max_model_len`."""
@@ -111,20 +117,34 @@ class VLLMSampler(VLLMEngine):
 
     def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """True at the start, unless the engine reads the weights from a folder, and when the base has been quantized."""
-        return model.folder is None if self._llm is None else self._base != weights.base
+        return model.folder is None if self._llm is None or self._has_no_room(model) else self._base != weights.base
+
+    def _has_no_room(self, model: ServedModel) -> bool:
+        """Whether the engine was started for less LoRA than the policy now has, as before it was adapted."""
+        return self.sends_adapter and self._room < model.lora_rank
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """Give the engine the policy's weights, unless it has them already. The first call starts it."""
         everything = self.needs_everything(weights, model) if everything is None else everything
+        if self._has_no_room(model):
+            self.shut_down()
         with self._process.entered():
             if self._llm is None:
                 self._start(model)
+                self._room = model.lora_rank
             elif self.version == weights.version:
                 return
             self._wake("weights")
         self.version, self._base = None, ""  # until all is well
         with self._process.entered():
-            self._llm.collective_rpc(load, args=(self._gathered(weights.stream(everything)), everything))
+            stream, factors = self._gathered(weights.stream(everything)), dict[str, Tensor]()
+            if everything or not self.sends_adapter:
+                self._llm.collective_rpc(load, args=(split(stream, factors), everything))
+            else:
+                factors = dict(stream)
+            self._adapter_is_on = weights.adapter is not None
+            if weights.adapter is not None:
+                self._load_adapter(weights.adapter, factors, model.dtype)
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.set_weight_version(str(weights.version))
         self._base, self.version = weights.base, weights.version
@@ -138,6 +158,21 @@ class VLLMSampler(VLLMEngine):
                 return
             yield weight.name, Deferred.of(weight)
 
+    def _load_adapter(self, config: Mapping[str, Any], factors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Let the engine load LoRA in place of what it has, from a folder."""
+        self._llm.collective_rpc(lambda worker: check_applied(worker.model_runner.model, factors))
+        self._adapter = self._adapter or tempfile.TemporaryDirectory(prefix="hybrid_lightning_")
+        values = {name: value.computed().to(dtype) for name, value in factors.items() if isinstance(value, Deferred)}
+        write_folder(Path(self._adapter.name), config, values)
+        self._llm.llm_engine.add_lora(self._lora_request(load_inplace=True))
+
+    def _lora_request(self, load_inplace: bool = False) -> Any:
+        """The adapter by vLLM's name. With `load_inplace` in the request of a completion vLLM would load it for each token."""
+        from vllm.lora.request import LoRARequest
+
+        assert self._adapter is not None
+        return LoRARequest("policy", 1, self._adapter.name, load_inplace=load_inplace)
+
     # ---- the engine
 
     def _start(self, model: ServedModel) -> None:
@@ -149,7 +184,10 @@ class VLLMSampler(VLLMEngine):
             try:
                 from vllm import LLM
 
+                check_names(IN_PROCESS, installed_version(), "this environment")
                 self._llm = LLM(**options)
+            except ConfigError:
+                raise
             except Exception as error:  # vLLM and CUDA have no classes for it
                 text, remedy = one_line(error), "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
                 if "memory" in text.lower() or "KV cache" in text:
@@ -186,11 +224,17 @@ class VLLMSampler(VLLMEngine):
             model.config.save_pretrained(folder)
             model.tokenizer.save_pretrained(folder)
             options["load_format"] = "dummy"
+        if self.sends_adapter and model.lora_rank:
+            # Without the list vLLM makes room at the output layer as well, and fails on a CPU at log-probabilities of prompts.
+            options |= {"enable_lora": True, "lora_target_modules": list(model.lora_modules)}
+            options["max_lora_rank"] = least_max_rank(model.lora_rank)
         if model.device.type == "cpu":
             options |= {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
             context = options["max_model_len"] = self._context_on_cpu(model.config)
             # A prompt with a seed that vLLM 0.32 takes in pieces ends it on a CPU ("CPU Generator does not use offset").
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, _CPU_TOKENS)}
+            if states_of(model.config):  # which vLLM keeps for prefixes only where it takes prompts in pieces
+                options["enable_prefix_caching"] = False
             options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
         else:
@@ -233,13 +277,13 @@ class VLLMSampler(VLLMEngine):
             from vllm.sampling_params import RequestOutputKind
 
             self._wake("kv_cache")
-            engine = self._llm.llm_engine
+            engine, adapter = self._llm.llm_engine, self._lora_request() if self._adapter_is_on else None
             # Names of requests -> number of the prompt.
             names = {f"completion-{next(self._requests)}": number for number in range(len(prompt_ids))}
             try:
                 for name, ids, asked in zip(names, prompt_ids, parameters, strict=True):
                     wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
-                    engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted)
+                    engine.add_request(name, {"prompt_token_ids": list(ids)}, wanted, lora_request=adapter)
                 steps = 0
                 while engine.has_unfinished_requests():
                     for output in engine.step():
@@ -270,7 +314,8 @@ class VLLMSampler(VLLMEngine):
 
             self._wake("kv_cache")
             prompts = [{"prompt_token_ids": ids} for ids in token_ids]
-            outputs = self._llm.generate(prompts, SamplingParams(**completing.PROMPT_LOGPROBS), use_tqdm=False)
+            asked, adapter = SamplingParams(**completing.PROMPT_LOGPROBS), self._lora_request() if self._adapter_is_on else None
+            outputs = self._llm.generate(prompts, asked, use_tqdm=False, lora_request=adapter)
         labels = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
         rows = [zip(ids, output.prompt_logprobs, strict=True) for ids, output in zip(token_ids, outputs, strict=True)]
         logprobs = [[entry[token].logprob for token, entry in [*row][1:]] for row in rows]

@@ -4,9 +4,12 @@ This file runs in the server's workers, which find it by the name that the packa
 update comes as one message with the names and shapes of all its weights, followed by their values, one broadcast each.
 """
 
+import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from hybrid_lightning.rollout.interface import PEFT_PREFIX
 from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm.adapter import check_applied, split, write_folder
 from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
 
 
@@ -38,6 +43,8 @@ class GlooUpdate(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     dtype: str
     everything: bool = False  # whether these are all weights of the policy
+    adapter: dict[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
+    folder: str = ""  # where they are put, for vLLM to load them
 
 
 class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
@@ -46,7 +53,9 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
-    _loaded: set[str] | None = None  # names of vLLM's weights that came, where all should have come
+    _loaded: set[str] | None = None  # names of vLLM's weights of the base that came; None: none came
+    _everything = False  # whether all should have come
+    _folder: Path | None = None  # of LoRA that came
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Connect to the sender.
@@ -67,8 +76,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
-        """Let vLLM expect weights."""
-        initialize_layerwise_reload(self.model)
+        """Let vLLM expect weights; until they come it is not known which."""
+        self._loaded = None
 
     def finish_weight_update(self) -> None:
         """Put weights that did not come back in place, and share those that are tied.
@@ -77,10 +86,12 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
         """
         loaded, self._loaded = self._loaded, None
-        finalize(self.model, self.model_config)
-        if loaded is not None:  # tied weights have one name from here on
-            missing = {name for name, _ in self.model.named_parameters()} - loaded
-            if missing:
+        if loaded is None:
+            return
+        finalize_layerwise_reload(self.model, self.model_config)
+        pack_experts(self.model, loaded)
+        if self._everything:  # tied weights have one name from here on
+            if missing := missing_weights(self.model, loaded):
                 raise ValueError(f"{LACKS} {min(missing)}: vLLM knows this architecture under other names")
             pack_tied(self.model)
 
@@ -88,15 +99,28 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Receive the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would get only some of its parts.
+            ValueError: If a joined layer would get only some of its parts, or there is no LoRA for a module.
         """
+        factors: dict[str, torch.Tensor] = {}
+        names = [name for name in update_info.names if not name.startswith(PEFT_PREFIX)]
+        received = split(self._received(update_info), factors)
         try:
-            check_joined(update_info.names, self.model)
-            loaded = self.model.load_weights(self._received(update_info))
-            self._loaded = set(loaded or ()) if update_info.everything else None
+            if update_info.adapter is not None:
+                check_applied(self.model, [name for name in update_info.names if name not in names])
+            check_joined(names, self.model)
+            if names:
+                initialize_layerwise_reload(self.model)
+                self._loaded, self._everything = set(), update_info.everything
+                self._loaded |= set(self.model.load_weights(received) or ())
+            deque(received, maxlen=0)
+            if update_info.adapter is not None:
+                self._folder = Path(update_info.folder)
+                write_folder(self._folder, update_info.adapter, {name: value.cpu() for name, value in factors.items()})
+                self.model.lora_manager.remove_all_adapters()  # type: ignore[union-attr, operator]  # so that it is read anew
         except BaseException:
             self.shutdown()  # so that the sender does not wait
-            abandon(self.model, self.model_config)
+            if self._loaded is not None:
+                abandon(self.model, self.model_config)
             raise
 
     def _received(self, update: GlooUpdate) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,6 +133,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
+        shutil.rmtree(self._folder or "", ignore_errors=True)
 
 
 def abandon(model: torch.nn.Module, config: Any) -> None:
@@ -121,24 +146,21 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
         if info.can_load():
             info.loaded_weights.clear()
             info.load_numel = 0
-    finalize(model, config)
-
-
-def finalize(model: torch.nn.Module, config: Any) -> None:
-    """Put weights that did not come back in place, and pack again the experts that came: on a CPU they are kept packed.
-
-    vLLM packs them when it loads a model, and not when it gets them anew.
-    """
-    anew = [
-        layer
-        for layer in model.modules()
-        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None
-        and not get_layerwise_info(layer).can_load()  # since it came as a whole
-    ]
     finalize_layerwise_reload(model, config)
-    for layer in anew:
-        if next(layer.parameters()).device.type == "cpu":
-            layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
+
+
+def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
+    """Pack experts that came: on a CPU vLLM (0.32) does it when it loads a model, and not when it gets weights anew."""
+    for name, layer in model.named_modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and f"{name}.w13_weight" in loaded and next(layer.parameters()).device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def missing_weights(model: torch.nn.Module, loaded: set[str]) -> set[str]:
+    """Names of a model's weights that are not among those that it has loaded. With LoRA, its layers have the base's in them."""
+    has, came = ({n.replace(".base_layer.", ".") for n in names} for names in (dict(model.named_parameters()), loaded))
+    return has - came
 
 
 def pack_tied(model: torch.nn.Module) -> None:

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.interface import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
-from hybrid_lightning.rollout.vllm.completing import check_heads, check_version
+from hybrid_lightning.rollout.vllm.adapter import least_max_rank
+from hybrid_lightning.rollout.vllm.completing import check_on_cpu
+from hybrid_lightning.rollout.vllm.names import check_paths, warn_unless_run
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import facts_of
 
@@ -25,8 +28,8 @@ _PROBES = (
 )
 
 
-def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> None:
-    """Make sure that it can complete for a policy.
+def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_adapter: bool = False) -> None:
+    """Make sure that it can complete for a policy, whose LoRA it may be given apart from the base (`takes_adapter`).
 
     Raises:
         ConfigError: If it cannot; the message says how to start it.
@@ -41,7 +44,7 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
         fault = "takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds"
         raise _fault(server, fault, "--no-enable-chunked-prefill")
     if facts.on_cpu:
-        check_heads(model.config, f"{server.url} runs")
+        check_on_cpu(model.config, getattr(torch, facts.dtype), f"{server.url} runs", takes_adapter)
     if facts.backend not in (BACKEND, "nccl"):
         remedy = (
             f'{ours.replace(BACKEND, "nccl")} on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL cannot be had, which needs '
@@ -50,6 +53,8 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
         raise _fault(server, fault, f"{remedy}hybrid_lightning in its environment")
     if facts.backend == "nccl" and model.device.type != "cuda":
         raise _fault(server, f"takes weights by NCCL, which a policy on {model.device.type} cannot send by", ours)
+    if takes_adapter:
+        _check_adapter(server, model, ours)
     if facts.context <= max_new_tokens:
         fault = f"has a context of {facts.context} tokens, no room for a prompt beside sampler.max_new_tokens={max_new_tokens}"
         raise _fault(server, fault, "a longer --max-model-len, or lower sampler.max_new_tokens")
@@ -63,6 +68,20 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> Non
         )
 
 
+def _check_adapter(server: Server, model: ServedModel, ours: str) -> None:
+    rank, facts = least_max_rank(model.lora_rank), server.facts
+    if facts.max_lora_rank < model.lora_rank or not facts.max_lora_rank:
+        fault = f"takes LoRA up to rank {facts.max_lora_rank}, and the policy's is {model.lora_rank}"
+        raise _fault(server, fault if facts.max_lora_rank else "takes no LoRA", f"--enable-lora --max-lora-rank {rank}")
+    if facts.on_cpu and facts.lora_anywhere:
+        fault = "has LoRA at its output layer, by which vLLM ends on a CPU at log-probabilities of prompts"
+        raise _fault(server, fault, f"--lora-target-modules {' '.join(model.lora_modules)}")
+    if _ask_if_there(server, "/v1/load_lora_adapter") is None:
+        raise _fault(server, "cannot be told of an adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
+    if facts.backend != BACKEND:
+        raise _fault(server, f"takes weights by {facts.backend}, which no adapter can be sent by", ours)
+
+
 def _fault(server: Server, fault: str, start: str) -> ConfigError:
     return ConfigError(f"{server.url} {fault}; start it with {start}")
 
@@ -71,11 +90,14 @@ def _check_interface(server: Server) -> None:
     version = _ask_if_there(server, "/version")
     if not version:
         raise ConfigError(f"{server.url} is no vLLM server (it has no /version); start one there: {_START}")
-    check_version(str(version["version"]), server.url)
+    found = str(version["version"])
+    warn_unless_run(found, server.url)
     if not _ask_if_there(server, "/weight_info"):
         raise _fault(server, "has no interface for weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: {_START}")
     if _ask_if_there(server, "/inference/v1/generate") is None:
         raise _fault(server, "does not take token ids", f"--enable-scale-out: {_START}")
+    if description := _ask_if_there(server, "/openapi.json"):  # unless it was started with --disable-fastapi-docs
+        check_paths(description, found, server.url)
 
 
 def _ask_if_there(server: Server, path: str) -> Any:

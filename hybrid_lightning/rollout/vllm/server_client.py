@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from hybrid_lightning.errors import RolloutError, shorten
-from hybrid_lightning.rollout.vllm import LACKS
+from hybrid_lightning.rollout.vllm import LACKS, NO_LORA
 from hybrid_lightning.rollout.vllm.completing import PROMPT_LOGPROBS, Answer
 
 _CONNECT_S = 10.0
@@ -39,6 +39,9 @@ class ServerFacts:
     workers: int
     on_cpu: bool
     splits_prompts_on_cpu: bool
+    max_lora_rank: int  # 0: it takes no LoRA
+    lora_anywhere: bool  # also at the output layer
+    reads_weights: bool  # from files, when it is started
 
     @classmethod
     def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
@@ -48,6 +51,7 @@ class ServerFacts:
             KeyError: If something is not there. Other errors are raised if it is of another kind.
         """
         model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
+        lora = config.get("lora_config") or {}
         on_cpu = "cpu" in (config.get("device_config") or {}).values()
         return cls(
             str(names["data"][0]["id"]),
@@ -59,6 +63,9 @@ class ServerFacts:
             int(size["world_size"]),
             on_cpu,
             on_cpu and bool(scheduler.get("enable_chunked_prefill")),
+            int(lora.get("max_lora_rank", 0)),
+            lora.get("target_modules") is None,
+            (config.get("load_config") or {}).get("load_format") != "dummy",
         )
 
 
@@ -73,7 +80,7 @@ class ServerError(RolloutError):
     def is_final(self) -> bool:
         """Whether the same request would be refused again."""
         wrong = self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
-        return wrong or self.cause.startswith(("another model", LACKS))
+        return wrong or self.cause.startswith(("another model", LACKS, NO_LORA))
 
 
 class Server:
@@ -84,6 +91,8 @@ class Server:
 
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self.url, self.timeout = url, timeout
+        self.adapter: str | None = None  # LoRA that completions are by, which goes by the folder that it is in; None: none
+        self._known: str | None = None  # the LoRA that it was told of last
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._facts: ServerFacts | None = None
 
@@ -154,6 +163,13 @@ class Server:
         """Let it use the weights that came."""
         self.ask("POST", "/finish_weight_update", {}, limit=self.timeout)
 
+    def use_adapter(self, folder: str | None) -> None:
+        """Complete with LoRA from here on that its workers read from a folder, or without."""
+        if folder is not None and folder != self._known:
+            self.ask("POST", "/v1/load_lora_adapter", {"lora_name": folder, "lora_path": folder}, limit=self.timeout)
+            self._known = folder
+        self.adapter = folder
+
     def _after_a_stop(self, path: str, body: Any = None, limit: float | None = None) -> None:
         """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
         try:
@@ -174,7 +190,7 @@ class Server:
         Raises:
             ServerError: If it does not, or has been told to end the request.
         """
-        body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters}
+        body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters, "model": self.adapter}
         try:
             response = await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers)
         except httpx.HTTPError as error:
@@ -197,7 +213,7 @@ class Server:
         """
 
         async def of(client: httpx.AsyncClient, ids: Sequence[int]) -> Any:
-            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS}
+            body = {"token_ids": list(ids), "sampling_params": PROMPT_LOGPROBS, "model": self.adapter}
             return self._content(await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers))
 
         async def of_all(client: httpx.AsyncClient) -> list[Any]:
@@ -276,7 +292,8 @@ class Server:
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
             try:
-                return response.json() if response.content else None
+                is_text = response.content.startswith(b"Success")  # as vLLM answers where adapters are concerned
+                return response.json() if response.content and not is_text else None
             except ValueError as error:
                 raise ServerError(self.url, f"{response.request.url.path}: no JSON, so no vLLM answers there", 404) from error
         cause = _cause(response)

@@ -31,7 +31,7 @@ from hybrid_lightning.rollout.interface import (
 )
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, OnAnswers, VLLMEngine, one_version
-from hybrid_lightning.rollout.vllm.dispatch import Dispatch
+from hybrid_lightning.rollout.vllm.dispatch import STARTED, Dispatch
 from hybrid_lightning.rollout.vllm.outage import Outage
 from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
@@ -113,7 +113,7 @@ class VLLMServerSampler(VLLMEngine):
             ConfigError: If one has been started for something else.
             RolloutError: If one does not answer, at a resume if none does.
         """
-        found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens))
+        found = self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens, self.sends_adapter))
         missing = [s for s, failure in found.items() if isinstance(failure, ServerError) and not failure.is_final]
         if model.resumed and len(missing) < len(found):
             for server in missing:
@@ -143,8 +143,15 @@ class VLLMServerSampler(VLLMEngine):
             RolloutError: If none answers within `give_up_after`.
         """
         labels = next(labels for _ in self._attempts() if (labels := self._labels()))
-        has_other = any(label != str(self.version) for label in labels.values())
-        return self.version is None or weights.base != self._base or has_other
+        if not all(self._has_base(server, label, self.version, model) for server, label in labels.items()):
+            return True
+        return weights.base != self._base and self.version is not None
+
+    def _has_base(self, server: Server, label: str, before: WeightsVersion | None, model: ServedModel) -> bool:
+        """Whether a server with a label needs no more than what training changes, where all should have the version before."""
+        if before is not None or not self.sends_adapter:
+            return label == str(before)
+        return label == STARTED and model.folder is not None and server.facts.reads_weights
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """Give the servers the policy's weights, unless they have them already.
@@ -228,18 +235,19 @@ class VLLMServerSampler(VLLMEngine):
         has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
         chosen = [server for server in labels if server not in has_them]
         if not everything:
-            for server in [server for server in chosen if labels[server] != str(before)]:
+            for server in [server for server in chosen if not self._has_base(server, labels[server], before, model)]:
                 self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
                 chosen.remove(server)
         if labels and not chosen:
             return bool(has_them)
-        update, self._taking = Update(weights.shapes(everything), model.dtype, everything), list(chosen)
+        update = Update(weights.shapes(everything), model.dtype, everything, weights.adapter)
+        self._taking = list(chosen)
         try:
             self._settle(self._ask(chosen, partial(self._prepare, update, model)), 2 * self.timeout)
             if not self._taking:
                 return True if has_them else None
             self._send(update, stream, model)
-            finished = self._ask(self._taking, partial(self._finish, str(weights.version)))
+            finished = self._ask(self._taking, partial(self._finish, update, str(weights.version)))
             self._settle(finished, 2 * self.timeout + update.longest_s)
         except BaseException:
             self._taking = []
@@ -278,8 +286,9 @@ class VLLMServerSampler(VLLMEngine):
     def _give(self, value: Tensor, server: Server) -> None:
         self._transfers[server].give(value)
 
-    def _finish(self, label: str, server: Server) -> None:
+    def _finish(self, update: Update, label: str, server: Server) -> None:
         self._transfers[server].end()
+        server.use_adapter(self._transfers[server].folder if update.adapter else None)
         server.reset_prefix_cache()
         if server in self._taking:
             server.set_label(label)
@@ -306,7 +315,7 @@ class VLLMServerSampler(VLLMEngine):
         self._disconnect(server)
         server.forget()
         try:
-            check_server(server, model, self.max_new_tokens)
+            check_server(server, model, self.max_new_tokens, self.sends_adapter)
         except ConfigError as error:
             self._hopeless.add(server)
             raise RolloutError(str(error)) from error

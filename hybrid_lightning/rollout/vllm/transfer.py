@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
@@ -23,6 +24,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from hybrid_lightning.errors import RolloutError, one_line
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.vllm import BACKEND
+from hybrid_lightning.rollout.vllm.names import NCCL, check_names, installed_version
 
 if TYPE_CHECKING:
     from hybrid_lightning.rollout.interface import ServedModel
@@ -53,6 +55,7 @@ class Update:
     shapes: Mapping[str, tuple[int, ...]]  # of each weight, in the order in which they come
     dtype: torch.dtype  # in which they come
     everything: bool  # whether these are all weights of the model
+    adapter: Mapping[str, Any] | None = None  # PEFT's config of the LoRA whose factors are among them
 
     @property
     def description(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class Transfer(ABC):
         model: The policy's model.
     """
 
+    folder: str  # on the server's machine, for LoRA that is sent apart
     _answer: "Future[None]"  # of the server, to the update under way
     _longest: float  # time for it in seconds
 
@@ -92,6 +96,7 @@ class Transfer(ABC):
         self._server, self._address, self._timeout, self._model = server, address, timeout, model
         self._ranks = 1 + server.facts.workers
         self._limit = min(timeout, _LIMIT_S)
+        self.folder = f"/tmp/hybrid_lightning-{uuid.uuid4().hex}"
 
     @abstractmethod
     def connect(self) -> None:
@@ -168,7 +173,7 @@ class Transfer(ABC):
 
 
 class GlooTransfer(Transfer):
-    """Sends weights over gloo, which needs no GPU."""
+    """Sends weights over gloo, which needs no GPU; LoRA apart goes into a folder of the server's machine."""
 
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
@@ -194,7 +199,8 @@ class GlooTransfer(Transfer):
         self._group = self._store = None
 
     def _told(self, update: Update) -> dict[str, Any]:
-        return update.description | {"dtype": update.dtype_name, "everything": update.everything}
+        told = {"dtype": update.dtype_name, "everything": update.everything, "adapter": update.adapter, "folder": self.folder}
+        return update.description | told
 
     def _broadcast(self, value: Tensor, answer: "Future[None]") -> None:
         group = self._group  # kept until it has ended, even if the connection is closed meanwhile
@@ -237,6 +243,7 @@ class NcclTransfer(Transfer):
             raise
 
     def _join(self, port: int) -> None:
+        check_names(NCCL, installed_version(), "this environment")
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.utils import StatelessProcessGroup
         from vllm.utils.nccl import unpinned_nccl_env

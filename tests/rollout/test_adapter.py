@@ -1,0 +1,35 @@
+"""LoRA that is given to vLLM apart from the base: which plans it is for. That vLLM computes with it is in tests/with_vllm."""
+
+import pytest
+from tiny_runs import build_adapter, build_policy
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
+from hybrid_lightning.rollout.vllm.adapter import least_max_rank
+
+
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        ({"share": 0.2}, "sends LoRA alone, and the plan may train modules fully; leave model.sampler.sync out"),
+        ({"share": 0.0, "use_dora": True}, "vLLM has no DoRA; leave model.sampler.sync out"),
+        ({"share": 0.0, "rank": 600}, "LoRA of ranks up to 512, and the largest is 600"),
+        ({"share": 0.0, "rank_pattern": {"mlp": 513}}, "the largest is 513.*lower adapter.rank"),
+        ({"share": 0.0, "rank": 512}, None),
+    ],
+)
+def test_what_the_adapter_alone_cannot_hold_is_refused_before_the_model_is_loaded(model, adapter, says):
+    setup = build_adapter(**adapter)
+    setup.check(build_policy(model, sampler=VLLMSampler()))
+    setup.check(build_policy(model, sampler=Sampler()))
+    policy = build_policy(model, sampler=VLLMServerSampler(urls=["http://a:1"], sync="adapter"))
+    if says is None:
+        setup.check(policy)
+    else:
+        with pytest.raises(ConfigError, match=f"model.sampler.sync=adapter.*{says}"):
+            setup.check(policy)
+    assert not policy.policy.is_loaded
+
+
+def test_vllm_has_room_for_the_next_rank_that_it_takes():
+    assert [least_max_rank(rank) for rank in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]

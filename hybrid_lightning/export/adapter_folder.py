@@ -84,7 +84,7 @@ class LoraFolder(AdapterFolder):
             )
         if plan.lora.use_dora:
             raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM refuses; export form=MergedModel to serve it")
-        if any(module.experts and module.mode == "lora" for module in plan.candidates):
+        if plan.has_experts:
             raise ConfigError(
                 "form=LoraFolder: the plan has LoRA on experts, which PEFT stores in a form of its own; export form=MergedModel "
                 "to serve it, or form=AdapterFolder for PEFT"

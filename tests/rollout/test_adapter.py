@@ -1,11 +1,19 @@
 """LoRA that is given to vLLM apart from the base: which plans it is for. That vLLM computes with it is in tests/with_vllm."""
 
 import pytest
+from tiny_families import build_family
 from tiny_runs import build_adapter, build_policy
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.vllm.adapter import least_max_rank
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    build_family("qwen3_moe").save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -15,10 +23,12 @@ from hybrid_lightning.rollout.vllm.adapter import least_max_rank
         ({"share": 0.0, "use_dora": True}, "vLLM has no DoRA; leave model.sampler.sync out"),
         ({"share": 0.0, "rank": 600}, "LoRA of ranks up to 512, and the largest is 600"),
         ({"share": 0.0, "rank_pattern": {"mlp": 513}}, "the largest is 513.*lower adapter.rank"),
+        ({"share": 0.0, "rank_pattern": {"experts": 2}}, "LoRA of experts is sent merged alone"),
         ({"share": 0.0, "rank": 512}, None),
     ],
 )
-def test_what_the_adapter_alone_cannot_hold_is_refused_before_the_model_is_loaded(model, adapter, says):
+def test_what_the_adapter_alone_cannot_hold_is_refused_before_the_model_is_loaded(model, experts, adapter, says):
+    model = experts if "experts" in adapter.get("rank_pattern", ()) else model
     setup = build_adapter(**adapter)
     setup.check(build_policy(model, sampler=VLLMSampler()))
     setup.check(build_policy(model, sampler=Sampler()))

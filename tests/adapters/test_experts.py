@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Scoring, find_candidates, make_plan, scorers
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.candidates import is_experts, matrices_of, ranks_by_pattern
-from hybrid_lightning.adapters.gradients import ExactGradient
+from hybrid_lightning.adapters.candidates import is_experts, ranks_by_pattern
+from hybrid_lightning.adapters.gradients import ExactGradient, matrices_of
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.adapters.plan_display import plan_table
 from hybrid_lightning.adapters.sketch import SketchedGradients

@@ -66,9 +66,9 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
         RolloutError: If these are not all that vLLM has.
     """
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from hybrid_lightning.rollout.vllm.receiver import abandon, finalize, pack_tied
+    from hybrid_lightning.rollout.vllm.receiver import abandon, pack_tied
     from hybrid_lightning.rollout.vllm.transfer import check_joined
 
     model, came = worker.model_runner.model, []
@@ -86,7 +86,7 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
         except BaseException:
             abandon(model, worker.model_runner.model_config)
             raise
-        finalize(model, worker.model_runner.model_config)
+        finalize_layerwise_reload(model, worker.model_runner.model_config)
         if everything:
             pack_tied(model)
             if missing := {name for name, _ in model.named_parameters()} - loaded:

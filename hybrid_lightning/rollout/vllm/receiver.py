@@ -77,7 +77,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
         """
         loaded, self._loaded = self._loaded, None
-        finalize(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, self.model_config)
         if loaded is not None:  # tied weights have one name from here on
             missing = {name for name, _ in self.model.named_parameters()} - loaded
             if missing:
@@ -121,24 +121,7 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
         if info.can_load():
             info.loaded_weights.clear()
             info.load_numel = 0
-    finalize(model, config)
-
-
-def finalize(model: torch.nn.Module, config: Any) -> None:
-    """Put weights that did not come back in place, and pack again the experts that came: on a CPU they are kept packed.
-
-    vLLM packs them when it loads a model, and not when it gets them anew.
-    """
-    anew = [
-        layer
-        for layer in model.modules()
-        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None
-        and not get_layerwise_info(layer).can_load()  # since it came as a whole
-    ]
     finalize_layerwise_reload(model, config)
-    for layer in anew:
-        if next(layer.parameters()).device.type == "cpu":
-            layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
 
 
 def pack_tied(model: torch.nn.Module) -> None:

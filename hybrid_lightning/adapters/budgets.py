@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from hybrid_lightning.adapters.candidates import candidate_shape, matrices_of, ranks_by_pattern
+from hybrid_lightning.adapters.candidates import candidate_shape, ranks_by_pattern
+from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule, plain
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.errors import ConfigError, ModelError
 
 LinearLike = nn.Linear | Conv1D
@@ -36,23 +37,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a candidate by name: of a linear module `weight`, of experts their three-dimensional parameters."""
-    if isinstance(module, LinearLike):
-        return {"weight": module.get_parameter("weight")}
-    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Whether a candidate's matrices are [inputs, outputs], as PEFT reads them."""
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def candidate_shape(module: nn.Module) -> Shape:
-    """Shape of a candidate."""
+    """Shape of a candidate; empty for another module."""
     if isinstance(module, LinearLike):
         return linear_shape(module)
-    return {name: tuple(parameter.shape) for name, parameter in matrices_of(module).items()}
+    return {name: tuple(weight.shape) for name, weight in matrices_of(module).items()} if is_experts(module) else {}
 
 
 def find_candidates(

@@ -13,13 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singular_values
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 
 KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computing all eigenvalues
+
+
+def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a candidate by name: of experts their three-dimensional parameters, of a linear module `weight`."""
+    experts = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+    return experts or {"weight": module.get_parameter("weight")}
 
 
 class Gradient(ABC):

@@ -17,8 +17,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.candidates import matrices_of
-from hybrid_lightning.adapters.gradients import ExactGradients, Gradient, GradientMode, GradientOfExperts, GradientSum
+from hybrid_lightning.adapters.gradients import (
+    ExactGradients,
+    Gradient,
+    GradientMode,
+    GradientOfExperts,
+    GradientSum,
+    matrices_of,
+)
 from hybrid_lightning.adapters.scorers import ModuleStatistics, Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO, map_on_workers
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hybrid_lightning.adapters.candidates import matrices_of
+from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size

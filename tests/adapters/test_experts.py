@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Scoring, find_candidates, make_plan, scorers
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.candidates import is_experts, matrices_of, ranks_by_pattern
-from hybrid_lightning.adapters.gradients import ExactGradient
+from hybrid_lightning.adapters.candidates import is_experts, ranks_by_pattern
+from hybrid_lightning.adapters.gradients import ExactGradient, matrices_of
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.adapters.plan_display import plan_table
 from hybrid_lightning.adapters.sketch import SketchedGradients
@@ -32,10 +32,11 @@ FAMILIES = ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "gpt_oss",
 FAMILIES += ["granitemoehybrid", "llama4_text"]
 IDS = torch.arange(3, 27).view(2, 12)
 RANKS = {"experts": 3}
+LATENT = {"head_dim": 8, "num_key_value_heads": 4}
 
 
 def build(family="qwen3_moe", **sizes):
-    return build_family(family, **({"head_dim": 8} if family == "deepseek_v3" else {}), **sizes).requires_grad_(False)
+    return build_family(family, **(LATENT if family == "deepseek_v3" else {}), **sizes).requires_grad_(False)
 
 
 def write(folder, model):

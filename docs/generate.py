@@ -232,8 +232,8 @@ a large model learns: see [what was not run](../limitations.md#models).
 - *NF4 base*: two steps of LoRA on a base in 4 bits.
 - *memory*: `plan` predicts what a run takes, or bounds it from above.
 - *vLLM*: the name by which vLLM 0.32 has the architecture; what was run by vLLM is [listed elsewhere](../how-to/vllm.md).
-- *stays frozen*: the share of the weights that are no candidates: embeddings, norms, a vision tower and, by far the most, experts,
-  unless [they are named](../how-to/adapter.md).
+- *stays frozen*: the share of the weights that are no candidates: embeddings, norms, a vision tower and, by far the most,
+  experts, unless [they are named](../how-to/adapter.md).
 
 """
 

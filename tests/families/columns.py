@@ -24,6 +24,7 @@ from hybrid_lightning.adapters.candidates import without_lora
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_module, write_policy
 from hybrid_lightning.memory import RunSettings, TrainerFlags
+from hybrid_lightning.memory.fitting import verdict
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.policy import NF4, PolicyModule
@@ -160,7 +161,8 @@ def planned(family: str) -> str:
     policy = build_policy(folder_of(family))
     settings = RunSettings.of(policy, build_adapter(_SHARE), None, TrainerFlags.of({"accelerator": "cpu"}), prompt_tokens=4)
     method = plan_method(settings)
-    assert method.parameters == policy.policy.pretrained.skeleton().num_parameters() and method.peak_bytes > 0
+    assert method.parameters == policy.policy.pretrained.skeleton().num_parameters()
+    assert " takes up to " in verdict(method, settings)
     return "bound" if method.bounds else "predicted"
 
 

@@ -7,8 +7,8 @@ its own code refuses to. What such layers do have is a cache. So the prompts are
     prompts [P, S] -> cache: keys and values, or states of recurrent layers -> copies for the G completions of each [P G, T]
 
 and completions continue from copies of their prompt's cache. Gradients flow back through the copies, so that a prompt is computed
-once in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and ranks that share weights have to make the
-same number of passes: there each row is read with a prompt of its own.
+once in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and ranks that share weights have to make
+the same number of passes: there each row is read with a prompt of its own.
 
 Rows of about the same length lie together in a *band*, which is padded to its longest row. Axes: B rows, P prompts, S prompt
 tokens, T completion tokens, K sampled tokens, H numbers of a hidden state.

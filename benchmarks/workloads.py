@@ -84,16 +84,9 @@ class Settings:
 
 _GSPO: dict[str, Any] = {"sequence_ratio": True, "clip_low": 3e-4, "clip_high": 4e-4}
 _TINY: dict[str, Any] = {"prompt_tokens": None, "max_new_tokens": 20, "mean_tokens": None, "minibatches": 2, **_GSPO}
-_HYBRID: dict[str, Any] = {
-    "prompts": 2,
-    "samples": 8,
-    "max_new_tokens": 16,
-    "mean_tokens": 16,
-    "wanted_speed": 1,
-    "wanted_memory": 1,
-}
-_SMALL: dict[str, Any] = {**_HYBRID, "model": "qwen3_5:tiny", "dtype": "float32"}
-_LARGE: dict[str, Any] = {**_HYBRID, "model": "qwen3_5:100m"}
+_SHAPE: dict[str, Any] = {"max_new_tokens": 16, "mean_tokens": 16, "wanted_speed": 1.0, "wanted_memory": 1.0}
+_SMALL: dict[str, Any] = {**_SHAPE, "prompts": 2, "model": "qwen3_5:tiny", "dtype": "float32"}
+_LARGE: dict[str, Any] = {**_SHAPE, "prompts": 1, "samples": 4, "model": "qwen3_5:100m"}
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -106,7 +99,7 @@ WORKLOADS = {
         Workload("qwen3_5_tiny_short", prompt_tokens=32, **_SMALL),
         Workload("qwen3_5_tiny_long", prompt_tokens=384, **_SMALL),
         Workload("qwen3_5_100m_short", prompt_tokens=32, **_LARGE),
-        Workload("qwen3_5_100m_long", prompt_tokens=384, **_LARGE),
+        Workload("qwen3_5_100m_long", prompt_tokens=256, **_LARGE),
         Workload("episodes", prompt_tokens=32, max_new_tokens=32, mean_tokens=32, turns=3),
     )
 }

@@ -77,8 +77,7 @@ def measure_sizes(
             trained[number] += plan.lora_of(planned[name]).parameters(shape)
             low_rank += numbers * (not is_experts(module))
             experts += numbers * is_experts(module)
-        is_quantized = quantization is not None and isinstance(shape, tuple) and name not in unquantized
-        if is_quantized and quantization.takes(shape):
+        if quantization is not None and isinstance(shape, tuple) and name not in unquantized and quantization.takes(shape):
             frozen[number] += quantized_bytes(shape) - shape[0] * shape[1] * width
     sizes = [kept + FLOAT32_BYTES * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)

@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 
 from benchmarks import prepare
-from benchmarks.workloads import Workload
+from benchmarks.workloads import WORKLOADS, Workload
 from hybrid_lightning.errors import ModelError
 
 
@@ -39,6 +40,15 @@ def test_the_end_that_is_never_sampled_and_those_that_give_the_wanted_length(mon
     probabilities = prepare.token_probabilities(model, tokenizer, prompts, load.max_new_tokens, 0)
     assert torch.allclose(probabilities.sum(dim=-1), torch.ones(3, 12), atol=1e-4)
     assert prepare.expected_length(probabilities, ends) == pytest.approx(6, abs=1)
+
+
+def test_a_random_model_in_the_shape_of_qwen3_5(monkeypatch):
+    monkeypatch.setattr(prepare, "resolve_model", lambda model: model)
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda source: build_tokenizer())
+    model, tokenizer = prepare.load(replace(WORKLOADS["qwen3_5_tiny_short"], dtype="bfloat16"))
+    kinds = model.config.layer_types
+    assert len(kinds) == 4 and kinds.count("full_attention") == 1 and model.dtype == torch.bfloat16
+    assert model.config.vocab_size == len(tokenizer) == VOCABULARY
 
 
 def test_the_expected_length_of_a_constant_chance_and_the_tokens_that_give_a_length(monkeypatch):

@@ -10,12 +10,14 @@ from tiny_memory import Case
 from tiny_models import FAMILIES, VOCABULARY, build_model
 
 from benchmarks.live_tensors import LiveTensors
-from hybrid_lightning.engine import Backend, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
+from hybrid_lightning.engine import Backend, Engine, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
+from hybrid_lightning.engine.activations import Rows
 from hybrid_lightning.engine.pass_memory import PassMemory
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.model.pretrained import meta_model
+from hybrid_lightning.types import Sequences
 
 SETTINGS = Case(more={"prompts_per_rollout": 4}).settings()
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1}
@@ -86,6 +88,31 @@ def test_layers_keep_no_more_than_the_bound_and_not_much_less(family, dtype):
     passes = PassMemory(meta_model(config, dtype), dtype.itemsize, on_cpu=True)
     bound = sum(passes.kept(recurs, 64, None) for recurs in passes.sizes.recurs)
     assert counted < bound + 2 * 64 * dtype.itemsize < 3 * counted
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gpt_oss", "mamba2", "bamba"])
+def test_a_padded_pass_reads_prompts_once_and_keeps_no_more_than_the_bound(family):
+    config, _ = MORE[family]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.requires_grad_(True)
+    engine = Engine(model)
+    engine.prepare()
+    prompts, completions = (torch.randint(3, VOCABULARY, (8, length)) for length in (100, 24))
+    prompts = prompts[:2].repeat_interleave(4, dim=0)
+    sequences = Sequences(prompts, torch.ones_like(prompts).bool(), completions, torch.ones_like(completions).bool())
+    with LiveTensors() as live:
+        live.count(model.parameters())
+        begin = live.bytes
+        hidden = engine.predicting(sequences)
+        counted = live.bytes - begin
+        del hidden
+    passes = PassMemory(meta_model(config, torch.float32), 4, on_cpu=True)
+    planned = passes.training(Rows(2, 8, 100, 24), None).activations
+    assert counted < planned < 3.5 * counted
+    assert planned < 0.8 * passes.training(Rows(8, 8, 100, 24), None).activations, "than with as many prompts"
 
 
 def test_a_part_of_the_tokens_keeps_a_part_of_the_activations():

@@ -1,10 +1,11 @@
-"""Find the modules of a language model that can be adapted, linear modules and experts in its decoder blocks, and their ranks.
+"""Find the modules of a language model that can be adapted, linear modules, experts and routers in its blocks, and their ranks.
 
 Modules outside the blocks (embeddings, `lm_head`) are no candidates, nor is any module whose weight is shared with another (tied
 embeddings): a fully trained copy of a shared weight would silently untie it.
 
 Most mixture-of-experts models keep the matrices of a layer's experts in three-dimensional parameters of one module. Such a module
-is one candidate, and only where it is named, since experts have most of a model's weights.
+is one candidate, and only where it is named, since experts have most of a model's weights. So is a router, which has a weight of
+its own and returns more than a product.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from hybrid_lightning.adapters.gradients import matrices_of
 from hybrid_lightning.errors import ConfigError, ModelError
 
 LinearLike = nn.Linear | Conv1D
-# Of a candidate: (outputs, inputs), or of experts name of each three-dimensional parameter -> its shape as it is stored.
+# Of a candidate: (outputs, inputs), or of experts and routers name of each parameter with matrices -> its shape as it is stored.
 Shape = tuple[int, int] | Mapping[str, tuple[int, ...]]
 Group = Literal["attention", "mlp"]
 _ATTENTION = ("attn", "attention")
@@ -44,22 +45,23 @@ def is_transposed(module: nn.Module) -> bool:
 
 def candidate_shape(module: nn.Module) -> Shape:
     """Shape of a candidate; empty for another module."""
-    if isinstance(module, LinearLike):
+    if is_linear(module):
         return linear_shape(module)
-    return {name: tuple(weight.shape) for name, weight in matrices_of(module).items()} if is_experts(module) else {}
+    own = matrices_of(module) if is_experts(module) or is_router(module) else {}
+    return {name: tuple(weight.shape) for name, weight in own.items()}
 
 
 def find_candidates(
     model: nn.Module, target_modules: Sequence[str] | None = None, named: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and experts that are named.
+    """Find the modules that can be fully trained or adapted with LoRA: linear modules, and experts and routers that are named.
 
     Args:
         model: Causal language model without an adapter.
         target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
             all linear modules.
-        named: Suffixes of names, as of a pattern of ranks; experts that one of them matches are candidates beside all linear
-            modules.
+        named: Suffixes of names, as of a pattern of ranks; experts and routers that one of them matches are candidates beside all
+            linear modules.
 
     Returns:
         Full dotted name -> module, in the model's order.
@@ -70,7 +72,7 @@ def find_candidates(
     if hasattr(model, "peft_config"):
         raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
     found = _modules_in_blocks(model)
-    candidates = {name: module for name, module in found.items() if isinstance(module, LinearLike)}
+    candidates = {name: module for name, module in found.items() if is_linear(module)}
     if not candidates:
         raise ModelError(
             f"{type(model).__name__} has no linear module inside numbered decoder blocks; use a decoder-only "
@@ -105,19 +107,34 @@ def is_experts(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv1d) and any(parameter.dim() == 3 for parameter in own)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear, and computes nothing else: Llama 4's router is a kind of `nn.Linear`."""
+    return isinstance(module, LinearLike) and not _is_of_a_model(module)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses experts by a matrix of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    return _is_of_a_model(module) and "weight" in own and own["weight"].dim() == 2
+
+
+def has_named_parameters(module: nn.Module) -> bool:
+    """Whether a candidate's LoRA goes on parameters by their names, as of experts and routers."""
+    return not is_linear(module)
+
+
+def _is_of_a_model(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
+
+
 def _modules_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks = tuple(f"{name}." for name in _block_lists(model))
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-
-    def is_linear(module: nn.Module) -> bool:
-        # A model's own kind of linear module computes something else: Llama 4's router returns two tensors.
-        return isinstance(module, LinearLike) and not type(module).__module__.startswith("transformers.models.")
-
     return {
         name: module
         for name, module in model.named_modules()
         if name.startswith(blocks)
-        and (is_linear(module) or is_experts(module))
+        and (is_linear(module) or is_experts(module) or is_router(module))
         and all(owners[id(matrix)] == 1 for matrix in matrices_of(module).values())
     }
 

@@ -23,7 +23,7 @@ KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computi
 
 
 def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a candidate by name: of experts their three-dimensional parameters, of a linear module `weight`."""
+    """The weights of a candidate by name: of experts their three-dimensional parameters, of others `weight`."""
     experts = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
     return experts or {"weight": module.get_parameter("weight")}
 

@@ -74,7 +74,7 @@ class LoraSettings:
     def parameters(self, shape: "Shape") -> int:
         """Number of trainable parameters that LoRA adds to a module; each expert has the whole rank."""
         if isinstance(shape, Mapping):
-            return sum(self.rank * experts * (rows + columns) for experts, rows, columns in shape.values())
+            return sum(self.rank * math.prod(experts) * (rows + columns) for *experts, rows, columns in shape.values())
         outputs, inputs = shape
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 

@@ -47,7 +47,7 @@ class PlannedModule:
     """One candidate module and how it is trained."""
 
     name: str  # full dotted name in the base model
-    shape: Shape  # (outputs, inputs), or of experts name of each three-dimensional parameter -> its shape
+    shape: Shape  # (outputs, inputs), or of experts and routers name of each parameter with matrices -> its shape
     parameters: int  # entries of weights and biases: full training includes biases, LoRA leaves them alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
@@ -61,7 +61,7 @@ class PlannedModule:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of the three-dimensional parameters of experts; empty for a linear module."""
+        """Names of the parameters of experts or of a router; empty for a linear module."""
         return tuple(self.shape) if isinstance(self.shape, Mapping) else ()
 
     def lora_layers(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class AdapterPlan:
 
     @property
     def has_experts(self) -> bool:
-        """Whether experts have LoRA."""
+        """Whether experts or routers have LoRA."""
         return any(module.experts and module.mode == "lora" for module in self.candidates)
 
     @cached_property

@@ -126,9 +126,8 @@ def _cells(module: PlannedModule) -> tuple[str, ...]:
 
 
 def _shape_words(shape: Shape) -> str:
-    if isinstance(shape, Mapping):
-        return f"{next(iter(shape.values()))[0]} experts"
-    return f"{shape[0]} x {shape[1]}"
+    first = next(iter(shape.values())) if isinstance(shape, Mapping) else shape
+    return f"{first[0]} x {first[1]}" if len(first) == 2 else f"{first[0]} experts"
 
 
 def _grid(modules: Sequence[PlannedModule]) -> tuple[list[str], list[str], dict[tuple[int, int], PlannedModule]]:

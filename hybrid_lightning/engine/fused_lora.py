@@ -102,7 +102,12 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLora, ParamW
 
 def use_fused_lora(model: nn.Module, backend: Backend) -> None:
     """Let the model's LoRA layers be `FusedLora` and `FusedExperts`; their weights and names stay as they are."""
-    replace_modules(model, lambda module: _FUSED.get(type(module)), backend)
+
+    def kind_of(module: nn.Module) -> type[nn.Module] | None:
+        is_router = isinstance(module, ParamWrapper) and module.get_param().dim() == 2
+        return None if is_router else _FUSED.get(type(module))
+
+    replace_modules(model, kind_of, backend)
 
 
 def use_peft_lora(model: nn.Module, backend: Backend) -> None:

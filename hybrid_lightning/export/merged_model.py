@@ -109,7 +109,7 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
                 update = LowRankUpdate(
                     weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes
                 )
-                if planned.experts:
+                if weight.dim() == 3:
                     update = update.of_experts(len(weight))
                 merged = torch.empty(weight.shape, dtype=torch.float32)  # as it is stored
                 write_merged(merged, 0, weight, update, transposed=is_transposed(module))

@@ -100,7 +100,7 @@ def test_impossible_ranks_and_keys_that_match_nothing_are_refused():
             ranks_by_pattern(names, {"mlp": 2, key: 3}, 4)
 
 
-def test_experts_are_candidates_only_if_they_are_named_and_routers_never(make_model):
+def test_experts_and_routers_are_candidates_only_if_they_are_named(make_model):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
     config = AutoConfig.for_model("qwen3_moe", **sizes, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2)
     with torch.device("meta"):
@@ -115,8 +115,12 @@ def test_experts_are_candidates_only_if_they_are_named_and_routers_never(make_mo
     shape = {"gate_up_proj": (4, 16, 16), "down_proj": (4, 16, 8)}
     assert candidate_shape(model.get_submodule(name)) == shape
     assert LoraSettings(rank=2).parameters(shape) == 2 * 4 * (16 + 16 + 16 + 8), "each expert has the whole rank"
-    with pytest.raises(ModelError, match=r"'gate' matches no candidate module; give one of experts, k_proj"):
-        find_candidates(model, ["gate"])
+    router = "model.layers.0.mlp.gate"
+    assert list(find_candidates(model, ["gate"])) == [router]
+    assert candidate_shape(model.get_submodule(router)) == {"weight": (4, 16)}
+    assert LoraSettings(rank=2).parameters({"weight": (4, 16)}) == 2 * (4 + 16)
+    with pytest.raises(ModelError, match=r"'router' matches no candidate module; give one of experts, gate, k_proj"):
+        find_candidates(model, ["router"])
     routed = AutoConfig.for_model("llama4_text", **sizes, intermediate_size=8, num_local_experts=2, interleave_moe_layer_step=1)
     with torch.device("meta"):
         candidates = find_candidates(AutoModelForCausalLM.from_config(routed))

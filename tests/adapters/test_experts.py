@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Scoring, find_candidates, make_plan, scorers
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.candidates import is_experts, ranks_by_pattern
+from hybrid_lightning.adapters.candidates import is_experts, is_router, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import ExactGradient, matrices_of
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.adapters.plan_display import plan_table
@@ -50,12 +50,13 @@ def load(folder):
 
 
 def plan_of(model, name="tiny", lora=None):
-    """Attention's output and experts by LoRA, and the last layer's experts by full training."""
+    """Attention's output, experts and routers by LoRA, and the last layer's experts by full training."""
     lora = lora or LoraSettings(rank=4, alpha=6, use_rslora=True)
-    candidates = find_candidates(model, ["o_proj", "experts"])
+    routers = {name.rpartition(".")[2] for name, module in model.named_modules() if is_router(module)}
+    candidates = find_candidates(model, ["o_proj", "experts", *routers])
     ranks = ranks_by_pattern(candidates, RANKS, lora.rank)
     plan = make_plan(PlannedModel(name, model_digest(model)), candidates, ModuleBudget(0.0), lora, None, ranks)
-    last = [module.name for module in plan.candidates if module.experts][-1]
+    last = [module.name for module in plan.candidates if module.name.endswith("experts")][-1]
     modules = (dataclasses.replace(m, mode="full", rank=None) if m.name == last else m for m in plan.candidates)
     return dataclasses.replace(plan, candidates=tuple(modules))
 
@@ -181,7 +182,7 @@ def test_a_plan_of_other_experts_is_refused():
     plan = plan_of(build())
     with pytest.raises(PlanError, match=r"mlp\.experts has shape \{'gate_up_proj': \(4, 64, 64\).*; here it has .*\(8, 64"):
         plan.check_model(build(num_local_experts=8))
-    with pytest.raises(CheckpointError, match=r"lacks the trained weight '.*layers\.3\.mlp\.experts\.down_proj'"):
+    with pytest.raises(CheckpointError, match=r"lacks the trained weight '.*layers\.3\.mlp\.gate\.lora_A.weight'"):
         peft_weights({}, dataclasses.replace(plan, candidates=plan.candidates[-1:]), "it")
 
 
@@ -201,7 +202,7 @@ RUNS |= {"hybrid": ({"share": 0.9}, {"loss": GRPOLoss(kl_coef=0.05), "dtype": "b
 def test_a_run_trains_experts_resumes_bit_for_bit_and_its_export_computes_the_same(folder, sums, tmp_path, kind):
     options, policy = RUNS[kind]
     flags = {"precision": "bf16-mixed"} if "dtype" in policy else {}
-    adapter = {**options, "rank_pattern": {"experts": 4}}
+    adapter = {**options, "rank_pattern": {"experts": 4, "gate": 4}}
 
     def run(steps, ckpt=None):
         root = tmp_path / f"{steps}"
@@ -215,7 +216,7 @@ def test_a_run_trains_experts_resumes_bit_for_bit_and_its_export_computes_the_sa
     again = run(4, ckpt=tmp_path / "half.ckpt")
     start, whole = trained(first), trained(module)
     assert all(torch.equal(value, trained(again)[name]) for name, value in whole.items())
-    experts = [name for name in whole if ".experts." in name]
+    experts = [name for name in whole if ".experts." in name or ".gate." in name]
     assert experts and not any(torch.equal(whole[name], start[name]) for name in experts)
 
     exported = write_policy(policy_of_module(module), MergedModel("float32"), tmp_path / "merged")

@@ -222,7 +222,8 @@ def check_on_cpu(config: Any, dtype: torch.dtype, where: str, sends_adapter: boo
                 f"{' or '.join(map(str, _STATES_ON_CPU))} numbers (here {dtype} and {max(sizes)}); set model.dtype=bfloat16, or "
                 "leave model.sampler out to sample without vLLM"
             )
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    size = max(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers)
     if size not in _HEADS_ON_CPU:
         raise ConfigError(
             f"{where} on a CPU, where vLLM's attention takes heads of {', '.join(map(str, _HEADS_ON_CPU))} numbers, and the "

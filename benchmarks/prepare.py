@@ -32,7 +32,7 @@ QWEN3_5 = {
         **{"num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2, **_DELTA},
     },
     "qwen3_5:100m": {
-        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 20, "num_attention_heads": 6, "head_dim": 96},
+        **{"hidden_size": 768, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 6, "head_dim": 128},
         **{"num_key_value_heads": 2, "linear_num_key_heads": 8, "linear_num_value_heads": 8, **_DELTA},
     },
 }

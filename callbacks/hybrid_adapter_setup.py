@@ -161,9 +161,9 @@ class HybridAdapterSetup(Configurable, Callback):
             experts = any(rank and has_named_parameters(candidates[name]) for name, rank in planning.ranks(candidates).items())
         if plan is None:
             ranks = planning.rank_pattern.values() or [planning.lora.rank]
-            sampler.check_adapter(planning.budget.share > 0, planning.lora, [*ranks], experts)
+            sampler.check_adapter(planning.budget.share > 0, planning.lora.use_dora, [*ranks], experts)
         else:
-            sampler.check_adapter(bool(plan.full_modules), plan.lora, plan.ranks, plan.has_experts)
+            sampler.check_adapter(bool(plan.full_modules), plan.lora.use_dora, plan.ranks, plan.has_experts)
             plan.check_model(pl_module.policy.pretrained.skeleton())
             check_lora_modules(plan.lora_modules)
 

@@ -42,7 +42,6 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Rollouts, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 
@@ -129,7 +128,7 @@ class RolloutEngine(Configurable, ABC):
             ConfigError: If it cannot.
         """
 
-    def check_adapter(self, trains_fully: bool, lora: "LoraSettings", ranks: Collection[int], experts: bool) -> None:
+    def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
         """Raise ConfigError if it cannot be given an adapter with LoRA of these ranks, which `experts` have or have not."""
 
     def context(self, config: Any) -> tuple[float, str]:

@@ -346,7 +346,7 @@ class Generation:
         """Raise ConfigError if the engine cannot sample for this policy, before time is spent on the run."""
         plan = self.policy.plan
         if plan is not None:
-            self.sampler.check_adapter(bool(plan.full_modules), plan.lora, plan.ranks, plan.has_experts)
+            self.sampler.check_adapter(bool(plan.full_modules), plan.lora.use_dora, plan.ranks, plan.has_experts)
         if self.sampler.needs_weight_sync:
             self.sampler.check_model(self._served_model)
 

@@ -7,7 +7,7 @@ The folder is written where vLLM is: in this process, or by `receiver.py` in a s
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,22 +16,19 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.interface import PEFT_PREFIX
 from hybrid_lightning.rollout.vllm import NO_LORA
 
-if TYPE_CHECKING:
-    from hybrid_lightning.adapters.lora_settings import LoraSettings
-
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as `max_lora_rank`
 _MERGED = "leave model.sampler.sync out, so that merged weights are sent"
 _T = TypeVar("_T")
 
 
-def check_lora(trains_fully: bool, lora: "LoraSettings", ranks: Collection[int], experts: bool) -> None:
+def check_lora(trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
     """Raise ConfigError unless vLLM can compute with an adapter: LoRA alone, of ranks that it takes."""
     if trains_fully:
         raise ConfigError(
             f"model.sampler.sync=adapter sends LoRA alone, and the plan may train modules fully; {_MERGED}, or set "
             "adapter.budget to ModuleBudget with share=0"
         )
-    if lora.use_dora:
+    if use_dora:
         raise ConfigError(f"model.sampler.sync=adapter: vLLM has no DoRA; {_MERGED}, or set adapter.use_dora=false")
     if experts:
         raise ConfigError(

@@ -25,7 +25,6 @@ from hybrid_lightning.rollout.vllm.names import installed_version, version_of, w
 from hybrid_lightning.types import Rollouts
 
 if TYPE_CHECKING:
-    from hybrid_lightning.adapters.lora_settings import LoraSettings
     from hybrid_lightning.engine import Engine
 
 _HEADS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # sizes; with another one it ends at the first prompt
@@ -77,10 +76,10 @@ class VLLMEngine(RolloutEngine):
             raise ConfigError(f"sampler.sync must be merged or adapter, got {sync!r}")
         self.sends_adapter = sync == "adapter"
 
-    def check_adapter(self, trains_fully: bool, lora: "LoraSettings", ranks: Collection[int], experts: bool) -> None:
+    def check_adapter(self, trains_fully: bool, use_dora: bool, ranks: Collection[int], experts: bool) -> None:
         """Raise ConfigError if vLLM is given the adapter and cannot compute with such a one."""
         if self.sends_adapter:
-            check_lora(trains_fully, lora, ranks, experts)
+            check_lora(trains_fully, use_dora, ranks, experts)
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """The tokens that end a completion; vLLM finds stop strings by itself."""

@@ -10,6 +10,11 @@ from vllm_of_tests import TAKES_LORA, Server, write_model
 sys.path.append(str(Path(__file__).parents[1] / "sharding"))  # for the helper that starts ranks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the test that takes longest begin first, beside all others."""
+    items.sort(key=lambda item: "test_a_server_that_hangs" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # With tied embeddings, which an engine has to share again after it got them.

@@ -16,6 +16,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
+from hybrid_lightning.rollout.vllm import dispatch, servers
 
 pytestmark = [
     needs_vllm,
@@ -96,8 +97,10 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
     assert not log.metrics
 
 
-def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, tmp_path, caplog):
-    """A server of experts, which get the policy's frozen ones again when it comes back."""
+def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, tmp_path, caplog, monkeypatch):
+    """A server of experts, which get the policy's frozen ones again when it comes back, in the middle of a run and after it."""
+    monkeypatch.setattr(dispatch, "_LOOK_S", 2.0)  # where completions are under way, and where weights are to be sent
+    monkeypatch.setattr(servers, "_FIRST_S", 2.0)
     model = write_model(tmp_path / "model", "qwen3_moe")
     own, began = Server(model, tmp_path / "log.txt"), []
 
@@ -122,6 +125,12 @@ def test_a_server_that_dies_or_hangs_ends_the_run_in_time_and_one_that_comes_bac
         assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)
         assert [line for line in caplog.messages if "no server answers, tried for up to 6 s" in line]
+        own.stop()
+        own.start()
+        (checkpoint,) = tmp_path.rglob("stopped.ckpt")
+        made, log = torch.load(checkpoint, weights_only=False)["global_step"], After()
+        train(sampler(), log, ahead=1, steps=made + 2, model=model, ckpt=checkpoint)
+        assert made >= 2 and len(log.metrics) == 2
     finally:
         own.stop()
 

@@ -96,12 +96,13 @@ def same_words(gold: str, text: str) -> bool:
 
 
 def canonical_answer(text: str) -> str | None:
-    """The answer in a text, the same for equal answers: numbers have the six places that are compared. None if there is none."""
+    """The answer in a text, the same for equal answers: numbers have the places that are compared, at most six. None without one."""
     parsed = parse_answer(answer_part(text))
     if not parsed:
         return None
     if (number := as_number(parsed)) is not None:
-        return f"{round(number, 6) + 0.0:.6f}" if abs(number) >= SMALL or not number else f"{number:.2e}"
+        places = f"{round(number, 6) + 0.0:.6f}".rstrip("0").rstrip(".")
+        return places if abs(number) >= SMALL or not number else f"{number:.2e}"
     return str(parsed[0].rhs if isinstance(parsed[0], Eq) and parsed[0].lhs.is_Symbol else parsed[0])
 
 

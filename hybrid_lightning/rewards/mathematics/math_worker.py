@@ -96,7 +96,7 @@ def same_words(gold: str, text: str) -> bool:
 
 
 def canonical_answer(text: str) -> str | None:
-    """The answer in a text, the same for equal answers: numbers have the places that are compared, at most six. None without one."""
+    """The answer in a text, the same for equal answers: numbers have the six places that are compared. None without one."""
     parsed = parse_answer(answer_part(text))
     if not parsed:
         return None

@@ -105,7 +105,6 @@ def at_request(server, number, action):
         (2, "hangs", "(completes for|takes the policy's weights .tried for)", 2, {}),  # both wait, for one time
         (0, "dies", "completes for", 0, {}),  # in the calibration
         (0, "dies", "completes for", 2, EPISODES),
-        (0, "hangs", "completes for", 2, EPISODES),
     ],
 )
 def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(

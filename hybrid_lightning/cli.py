@@ -240,6 +240,7 @@ class HybridLightningCLI(LightningCLI):
             if isinstance(self.model, LanguageModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.policy.load()
+        gc.collect()
         gc.freeze()  # what libraries and the policy are made of lasts, and is not looked through each time
         gc.enable()
         super()._run_subcommand(subcommand)

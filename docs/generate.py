@@ -225,8 +225,7 @@ a large model learns: see [what was not run](../limitations.md#models).
   of a state space layer, whose weight kernels read themselves: it is frozen, or trained fully.
 - *hybrid by score*: two steps with a plan in which the scores of all candidates choose the fully trained ones.
 - *passes*: whether training packs sequences, or pads them.
-- *agreement*: after these steps, log-probabilities of sampling and of training equal those of the forward pass of plain
-  transformers, up to rounding.
+- *agreement*: after these steps, sampling, training and plain transformers compute the same log-probabilities, up to rounding.
 - *export*: the merged model as plain transformers loads it, and the adapter as plain PEFT loads it, have the logits of the
   policy in memory.
 - *NF4 base*: two steps of LoRA on a base in 4 bits.

@@ -140,7 +140,7 @@ def _modules_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _block_lists(model: nn.Module) -> list[str]:
-    """Names of the lists of blocks; of a model that sees images as well, those of its text part."""
+    """Names of the lists of blocks; of a vision-language model, in its text part alone."""
     names = {module: name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
     is_wrapper = hasattr(config, "get_text_config") and config.get_text_config() is not config  # type: ignore[union-attr]

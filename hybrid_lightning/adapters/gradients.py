@@ -91,7 +91,7 @@ class ExactGradient(Gradient):
 
 
 class GradientOfExperts(Gradient):
-    """Mean gradients of the matrices of experts: energies and tails add up, as those of the blocks of one large matrix would.
+    """Mean gradients of the matrices of experts, as the blocks of one large matrix: energies and tails add up.
 
     Args:
         parts: Yields the gradient of each matrix, one in memory at a time.

@@ -135,8 +135,8 @@ def check_lora_modules(names: Iterable[str]) -> None:
 def target_exactly(config: "LoraConfig", model: "nn.Module") -> None:
     """Change a config in place so that PEFT finds all of its LoRA modules in a model with experts.
 
-    Of such models PEFT takes some names, such as `down_proj`, for those of experts before transformers 5, also where they belong
-    to a dense layer or to shared experts. It takes the name of a weight as it is, and computes the same by it (without dropout).
+    PEFT reads some names, such as `down_proj`, as the names that experts had before transformers 5, even in a dense layer or in
+    shared experts. It does not change the name of a weight, and LoRA on the weight computes the same, without dropout.
 
     Raises:
         ConfigError: If such modules have DoRA, which PEFT cannot give to a weight by its name.
@@ -165,7 +165,7 @@ def exact_names(model: "nn.Module") -> Iterator[None]:
     if kind is None:
         yield
         return
-    own = "model_type" in vars(config)  # not that of its class
+    own = "model_type" in vars(config)  # most configs have it as an attribute of their class
     config.model_type = ""  # type: ignore[union-attr]
     try:
         yield

@@ -59,7 +59,7 @@ class TokenSizes:
         recurs: Of each layer whether it is recurrent.
         attending: Number of the layers that attend.
         states: What a recurrent layer keeps of a sequence, whatever its length, to decode the next token.
-        chunk: Tokens of a sequence that a recurrent layer computes together, up to a multiple of which it fills a sequence up;
+        chunk: Tokens that a recurrent layer computes together; it pads a sequence to a multiple of them.
             0 if it can continue from a state with one token alone.
     """
 

@@ -77,8 +77,7 @@ def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tenso
 
 def padded_hidden(model: nn.Module, sequences: Sequences) -> Tensor:
     """The states [K, H] that predict the K sampled tokens, in the order of `sampled_mask` flattened."""
-    sharded = _is_sharded(model)
-    shares = not why_recomputed(model)
+    sharded, shares = _is_sharded(model), not why_recomputed(model)
     mask, device = sequences.sampled_mask, sequences.sampled_mask.device
     read = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: later tokens predict nothing
     prompts = sequences.prompt_mask.sum(dim=1)

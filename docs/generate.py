@@ -224,7 +224,8 @@ a large model learns: see [what was not run](../limitations.md#models).
 - *LoRA*, *full*: the candidates that LoRA, and full fine-tuning, train in two steps of GRPO. LoRA leaves out the last product
   of a state space layer, whose weight kernels read themselves: it is frozen, or trained fully.
 - *hybrid by score*: two steps with a plan in which the scores of all candidates choose the fully trained ones.
-- *passes*: whether training packs sequences, or pads them.
+- *passes*: whether training packs sequences, or pads them; [on a GPU](../performance.md#what-makes-the-difference) kernels of
+  other packages let it pack more families.
 - *agreement*: after these steps, sampling, training and plain transformers compute the same log-probabilities, up to rounding.
 - *export*: the merged model as plain transformers loads it, and the adapter as plain PEFT loads it, have the logits of the
   policy in memory.

@@ -25,16 +25,17 @@ from hybrid_lightning.engine.activations import RECURRENT
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.padded import padded_hidden
+from hybrid_lightning.engine.padded import packed_rows_hidden, padded_hidden
 from hybrid_lightning.engine.passes import base_model, own_hidden, project, separate_logits
 from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "packed_"
-# Tensors that layers hand to attention but that have no influence on it.
-_HARMLESS = {"position_ids", "cache_position"}
+# Tensors that layers hand to attention but that have no influence on it; the last three say what the packing knows.
+_HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_CARRYING = {*RECURRENT, "conv"}  # layers that carry a state from token to token
 # Relative to the spread of the logits. Wrong attention changes them by tenths at least.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
@@ -126,7 +127,7 @@ def _check(model: nn.Module, backend: Backend, segments: bool, expected: list[in
 
     def packed_hidden(sequences: Sequences) -> Tensor:
         packed = PackedSequences(sequences, backend, segments=segments)
-        hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
+        hidden = own_hidden(model, packed.ids, packed.positions, packed, attention_calls=calls)
         windows = [settings.window for settings in calls.settings]
         if windows != expected:
             raise UnsupportedAttentionError(
@@ -154,6 +155,23 @@ def why_not_shared(model: nn.Module, backend: Backend) -> str:
             reason,
         )
     return reason
+
+
+def try_boundaries(model: nn.Module, backend: Backend) -> bool:
+    """Let a model with recurrent layers attend by packings if `packed_rows_hidden` gives its own numbers; whether it does."""
+    base = base_model(model)
+    if not _CARRYING.intersection(getattr(base.config.get_text_config(), "layer_types", None) or ()):
+        return False
+    original = str(base.config._attn_implementation)
+    try:
+        # Some of these models do not say that they call transformers' attention interface; those without attention do not.
+        base.set_attn_implementation(register_packed(original.removeprefix(_PREFIX)))
+        if not _why_not_alike(model, backend, lambda sequences: packed_rows_hidden(model, sequences, backend)):
+            return True
+    except UnsupportedAttentionError as error:
+        logger.debug("%s is not packed: %s", type(base).__name__, error)  # as a rule, the kernels are not installed
+    base.set_attn_implementation(original)
+    return False
 
 
 def _why_not_alike(model: nn.Module, backend: Backend, predicting: Callable[[Sequences], Tensor]) -> str:
@@ -192,7 +210,7 @@ def expected_windows(config: Any) -> list[int | None]:
     if kinds is None:
         return [window if getattr(config, "use_sliding_window", True) else None] * count
     for kind in sorted(set(kinds) - _KNOWN_LAYERS):
-        if kind in RECURRENT or kind == "conv":
+        if kind in _CARRYING:
             raise UnsupportedAttentionError(f"its {kind} layers would carry their state from one packed sequence into the next")
         raise UnsupportedAttentionError(f"it has layers of kind {kind}")
     return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
-from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing, why_not_shared
+from hybrid_lightning.engine.attention_hook import expected_windows, try_boundaries, try_packing, use_packing, why_not_shared
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
@@ -29,7 +29,7 @@ from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_at
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.padded import padded_hidden, why_recomputed
+from hybrid_lightning.engine.padded import packed_rows_hidden, packs_rows, padded_hidden, why_recomputed
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
 from hybrid_lightning.engine.step_graphs import Graphs
@@ -69,6 +69,7 @@ class _Trial:
     dtype: torch.dtype = torch.float32  # dtype of the products in the trial
     why_no_segments: str = ""  # why packed tokens do not attend by segments
     why_not_shared: str = ""  # why `padded_hidden` cannot read its sequences; not tried where it can be packed
+    takes_boundaries: bool = False  # whether its rows can be packed by `packed_rows_hidden`
 
 
 class Engine:
@@ -152,7 +153,7 @@ class Engine:
         trial, device = self._tried, next(self.model.parameters()).device
         packing = "" if self.packs else trial.reason
         reasons = {
-            "packed training": packing,
+            "packed training": "" if trial.takes_boundaries else packing,
             "shared prompts": trial.why_not_shared or (packing and why_recomputed(self.model)),
             "fused layers": self._why_not_fused(),
             "CPU kernels": self.backend.why_no_operators(device, trial.dtype),
@@ -184,6 +185,8 @@ class Engine:
         if not self.reads_padded:
             return None
         with self.backend.in_pass():
+            if self._tried.takes_boundaries and packs_rows(self.model, sequences):
+                return packed_rows_hidden(self.model, sequences, self.backend)
             return padded_hidden(self.model, sequences)
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
@@ -258,7 +261,8 @@ class Engine:
             if not segments or all(calls.by_segments):
                 return _Trial(calls, "", dtype, why)
             why = _OTHERWISE
-        return _Trial(None, reason, dtype, why, why_not_shared(self.model, self.backend))
+        unshared = why_not_shared(self.model, self.backend)
+        return _Trial(None, reason, dtype, why, unshared, not unshared and try_boundaries(self.model, self.backend))
 
     def _known_layers(self) -> tuple[list[KnownLayer], str]:
         """The decoder's layers; none where the model's own pass has to be used, and why."""

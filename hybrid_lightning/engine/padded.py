@@ -1,14 +1,18 @@
-"""Padded passes, for models that cannot be packed: each prompt is still read once, and little is padding.
+"""Passes of models that cannot share prompts in a packed sequence: each prompt is still read once, and little is padding.
 
 Recurrent layers (gated delta nets, state spaces, short convolutions) carry a state from token to token. On a packed sequence it
-would run on from one sequence into the next: transformers keeps sequences apart only by kernels of other packages for GPUs, and
-its own code refuses to. What such layers do have is a cache. So the prompts are read first,
+would run on from one sequence into the next, or from one completion of a prompt into its neighbour. What such layers do have is a
+cache. So the prompts are read first,
 
     prompts [P, S] -> cache: keys and values, or states of recurrent layers -> copies for the G completions of each [P G, T]
 
 and completions continue from copies of their prompt's cache. Gradients flow back through the copies, so that a prompt is computed
 once in either direction, as in a packed pass. Gradient checkpointing leaves no cache, and ranks that share weights have to make
 the same number of passes: there each row is read with a prompt of its own.
+
+Kernels of other packages for GPUs (flash-linear-attention, causal-conv1d, mamba-ssm) begin anew where a layer is told that a
+sequence begins; transformers' own code refuses to. With them rows are packed, each with its prompt, where prompts cannot be
+shared, or where they are so short that padding would cost more.
 
 Rows of about the same length lie together in a *band*, which is padded to its longest row. Axes: B rows, P prompts, S prompt
 tokens, T completion tokens, K sampled tokens, H numbers of a hidden state.
@@ -20,10 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from hybrid_lightning.engine.packing import begins_group, similar_lengths
-from hybrid_lightning.engine.passes import base_model, position_ids, recomputes_activations
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.packing import PackedSequences, begins_group, similar_lengths
+from hybrid_lightning.engine.passes import base_model, decoder_of, own_hidden, position_ids, recomputes_activations
 from hybrid_lightning.types import Sequences
 
 
@@ -56,14 +61,6 @@ def _repeated(value: Any, counts: list[int]) -> Any:
     return torch.cat([row[None].expand(count, *row.shape) for row, count in zip(value, counts, strict=True)])
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a model that makes hidden states."""
-    base = base_model(model)
-    decoder: nn.Module = base.get_decoder()
-    # A few families do not find theirs, and return themselves.
-    return decoder if decoder is not base else next(part for part in base.children() if isinstance(part, PreTrainedModel))
-
-
 def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None = None) -> Tensor:
     """Hidden states [B, L, H] before the output layer; arguments are those of `last_logits`."""
     decoder = decoder_of(model)
@@ -75,11 +72,47 @@ def decoder_hidden(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tenso
     return hidden
 
 
+def packed_rows_hidden(model: nn.Module, sequences: Sequences, backend: Backend) -> Tensor:
+    """As `padded_hidden`, with all rows as one packed sequence, each with its prompt; layers are told where sequences begin."""
+    mask, device = sequences.sampled_mask, sequences.sampled_mask.device
+    own = torch.arange(mask.shape[1], device=device) < _read(sequences)[:, None]
+    seen = torch.cat([sequences.prompt_mask, own], dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    packed = PackedSequences(Sequences(ids, seen, ids[:, :0], seen[:, :0]), backend, completions=False)
+    lengths = seen.sum(dim=1)
+    if packed.filling:
+        lengths = torch.cat([lengths, lengths.new_tensor([packed.filling])])
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    number = torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None].int()
+    boundaries = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "seq_idx": number}  # transformers' names
+    hidden = own_hidden(model, packed.ids, packed.positions, packed, **boundaries)
+    before = (seen.flatten().cumsum(0) - 1).view_as(seen)[:, -1 - mask.shape[1] : -1]  # the token before each of a completion
+    return hidden.index_select(0, before[mask])
+
+
+def packs_rows(model: nn.Module, sequences: Sequences) -> bool:
+    """Whether `packed_rows_hidden` reads fewer tokens than `padded_hidden` would."""
+    if why_recomputed(model):
+        return True
+    prompts, read, first = sequences.prompt_mask.sum(dim=1), _read(sequences), begins_group(sequences)
+    padded = 0
+    for rows in similar_lengths(prompts):
+        padded += int(first[rows].sum()) * int(prompts[rows].max())
+        padded += sum(len(cells) * int(read[rows][cells].max()) for cells in similar_lengths(read[rows]))
+    return int((prompts + read).sum()) < padded
+
+
+def _read(sequences: Sequences) -> Tensor:
+    """Completion tokens [B] that are read: what follows the last sampled one, and this one, predict nothing."""
+    mask = sequences.sampled_mask
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
+
+
 def padded_hidden(model: nn.Module, sequences: Sequences) -> Tensor:
     """The states [K, H] that predict the K sampled tokens, in the order of `sampled_mask` flattened."""
     sharded, shares = _is_sharded(model), not why_recomputed(model)
     mask, device = sequences.sampled_mask, sequences.sampled_mask.device
-    read = (mask * torch.arange(mask.shape[1], device=device)).amax(dim=1)  # [B]: later tokens predict nothing
+    read = _read(sequences)
     prompts = sequences.prompt_mask.sum(dim=1)
     group = begins_group(sequences).long().cumsum(0)
     number = torch.zeros_like(sequences.completion_ids)  # [B, T]: of the state that predicts each token, among all there are

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.activations import activation_bytes, tokens_of_pass
-from hybrid_lightning.engine.attention import AttentionCalls, Packing
+from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import HALF, Backend, autocast_dtype
 from hybrid_lightning.types import Sequences
 
@@ -68,17 +68,23 @@ def separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
     return last_logits(model, ids, mask, position_ids(mask), sequences.completion_ids.shape[1] + 1)[:, :-1]
 
 
-def own_hidden(
-    model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
-) -> Tensor:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that makes hidden states."""
+    base = base_model(model)
+    decoder: nn.Module = base.get_decoder()
+    # A few families do not find theirs, and return themselves.
+    return decoder if decoder is not base else next(part for part in base.children() if isinstance(part, PreTrainedModel))
+
+
+def own_hidden(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, **options: Any) -> Tensor:
     """Hidden states [N, H] of N packed tokens before the output layer, by the forward pass of the decoder itself.
 
-    The model attends by packings, positions are counted within each sequence, and `attention_calls` records what the layers ask
-    of attention.
+    The model attends by packings, and positions are counted within each sequence. Options reach the layers: `attention_calls`
+    records what they ask of attention.
     """
-    arguments: dict[str, Any] = {"packing": packing} | ({} if attention_calls is None else {"attention_calls": attention_calls})
-    arguments |= {"position_ids": positions[None], "attention_mask": no_mask(ids.device)}
-    return base_model(model).get_decoder()(input_ids=ids[None], **arguments, use_cache=False)[0][0]
+    arguments = {"packing": packing, "position_ids": positions[None], "attention_mask": no_mask(ids.device), **options}
+    hidden: Tensor = decoder_of(model)(input_ids=ids[None], **arguments, use_cache=False)[0][0]
+    return hidden
 
 
 def no_mask(device: torch.device) -> Tensor:

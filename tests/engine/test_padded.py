@@ -1,6 +1,8 @@
 """Every family reads a prompt once for its completions, in sampling and in training, and gives its own forward pass's numbers."""
 
+import inspect
 import logging
+import sys
 
 import pytest
 import torch
@@ -128,9 +130,69 @@ def test_a_cache_that_cannot_be_continued_is_noticed(monkeypatch, caplog):
     assert logprobs[0].tolist() == pytest.approx(alone(model, prompt, completion).tolist(), abs=1e-4)
 
 
-def test_transformers_own_layers_cannot_keep_packed_sequences_apart():
-    """If this fails, they can: sequences of such families could be packed on a CPU, too."""
+# Functions of transformers' layers for which other packages have kernels, and where the tokens lie in their tensors.
+KERNELS = {"causal_conv1d_fn": -1, "torch_chunk_gated_delta_rule": 1, "mamba2_chunk_scan": 1}
+
+
+def kept_apart(function, axis):
+    """A stand-in for a kernel that takes boundaries: transformers' own function, sequence by sequence."""
+
+    def kernel(*arguments, cu_seqlens=None, seq_idx=None, **options):
+        if cu_seqlens is None and seq_idx is None:
+            return function(*arguments, **options)
+        lengths = seq_idx[0].bincount() if cu_seqlens is None else cu_seqlens.diff()
+        total, results, begin = int(lengths.sum()), [], 0
+
+        def part(value, length):
+            along = isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[axis] == total
+            return value.narrow(axis, begin, length) if along else value
+
+        for length in lengths.tolist():
+            own = {name: part(value, length) for name, value in options.items()}
+            results.append(function(*(part(value, length) for value in arguments), **own))
+            begin += length
+        if isinstance(results[0], tuple):
+            return torch.cat([result[0] for result in results], dim=axis), None
+        return torch.cat(results, dim=axis)
+
+    return kernel
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2"])
+def test_rows_are_packed_where_layers_keep_sequences_apart(family, monkeypatch):
+    """On GPUs with the kernels of flash-linear-attention, causal-conv1d or mamba-ssm, for which stand-ins compute here."""
+    model, prompts = build(family).train(), draw((3, 2, 4))
+    module = sys.modules[type(model).__module__]
+    for name, axis in KERNELS.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, kept_apart(inspect.unwrap(getattr(module, name)), axis))
+    monkeypatch.setattr(module, "mamba2_split_conv1d_scan_combined", lambda *_, **__: None, raising=False)  # all at once
+    engine = Engine(model)
+    engine.prepare()
+    assert "packed training" in engine.description() and not engine.packs
+    completions = draw((70, 2, 1, 25, 37, 1))
+    rows = [(prompts[number // 2], completion) for number, completion in enumerate(completions)]
+    ids, own = zip(*rows, strict=True)
+    sequences = Sequences(*pad_left(ids, 0, "cpu"), *pad_right(own, 0, "cpu"))
+    shapes = tokens_read(model)
+    logprobs, _ = token_logprobs(engine, sequences, 1.0)
+    read = sum(len(prompt) + len(completion) - 1 for prompt, completion in rows)
+    assert shapes == [(1, read + -read % 16)]
+    assert_own_numbers(model, rows, logprobs)
+    # Long prompts are rather read once for their completions.
+    shapes.clear()
+    token_logprobs(engine, Sequences(*pad_left([prompt * 20 for prompt in ids], 0, "cpu"), *pad_right(own, 0, "cpu")), 1.0)
+    assert sum(torch.Size(shape).numel() for shape in shapes if shape[1] in (40, 60, 80)) <= 200
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_rows_are_padded_where_layers_do_not_keep_sequences_apart(kernels, monkeypatch):
+    """If this fails without kernels, transformers' own layers do: docs have to say that CPUs pack such families, too."""
     model = build("qwen3_5_text")
-    boundaries = torch.tensor([0, 4, 9], dtype=torch.int32)
-    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
-        model(torch.tensor([draw((9,))[0]]), cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=5, max_length_k=5)
+    module = sys.modules[type(model).__module__]
+    for name in KERNELS if kernels else ():  # that take boundaries, and make nothing of them
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    engine = Engine(model)
+    engine.prepare()
+    assert "padded training" in engine.description() and model.config._attn_implementation == "sdpa"

@@ -80,7 +80,7 @@ class FakeModel:
         packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.fake_layout(packed)
         with self.computing(), torch.no_grad(), self.engine.backend.in_pass():
-            own_hidden(self.model, packed.ids, packed.positions, packed, calls)
+            own_hidden(self.model, packed.ids, packed.positions, packed, attention_calls=calls)
         self.engine.assume_calls(calls)
 
     def _fake_tensors(self, value):

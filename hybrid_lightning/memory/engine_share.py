@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler, cache_bytes_of_token
 
 CONTEXT_BYTES = 2**29  # of a GPU's memory, for its context and torch's code
@@ -60,7 +61,7 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
     if settings.flags.on_cpu or device is None or not isinstance(sampler, VLLMSampler):
         return None
     room = device - CONTEXT_BYTES
-    where = f"of {_gib(room)} ({_gib(device)} without the GPU's context)"
+    where = f"of {format_bytes(room)} ({format_bytes(device)} without the GPU's context)"
     given = f"sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}"
     resting = max(taken for taken, samples in training.values() if samples)
     largest = math.floor(100 * (room - resting) / device) / 100
@@ -68,13 +69,13 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
     change = "set sampler.gpu_memory_utilization={}" if 0 < smallest <= largest < 1 else _OTHERWISE
     if share.sampling < share.least:
         return (
-            f"{given} of {_gib(device)} is less than the engine's weights with the KV cache of one completion, "
-            f"{_gib(share.least)}; {change.format(smallest)}"
+            f"{given} of {format_bytes(device)} is less than the engine's weights with the KV cache of one completion, "
+            f"{format_bytes(share.least)}; {change.format(smallest)}"
         )
     if resting + share.sampling > room:
         return (
-            f"{given} does not fit: while completions are sampled, training keeps {_gib(resting)} and the engine takes "
-            f"{_gib(share.sampling)}, {where}; {change.format(largest)}"
+            f"{given} does not fit: while completions are sampled, training keeps {format_bytes(resting)} and the engine takes "
+            f"{format_bytes(share.sampling)}, {where}; {change.format(largest)}"
         )
     taken, phase = max((taken, phase) for phase, (taken, samples) in training.items() if not samples)
     if share.updating and taken + share.updating > room:
@@ -82,11 +83,7 @@ def misfit(settings: RunSettings, share: EngineShare, training: Mapping[str, tup
         fitting = [sleep for sleep, kept in frees.items() if taken + kept <= room]
         remedy = f"set sampler.sleep={fitting[0]}" if fitting else f"lower model.max_tokens_per_micro_batch, {_OTHERWISE}"
         return (
-            f"sampler.sleep={sampler.sleep} does not fit: while {phase}, training takes up to {_gib(taken)} and the engine keeps "
-            f"{_gib(share.updating)}, {where}; {remedy}"
+            f"sampler.sleep={sampler.sleep} does not fit: while {phase}, training takes up to {format_bytes(taken)} and the "
+            f"engine keeps {format_bytes(share.updating)}, {where}; {remedy}"
         )
     return None
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -8,9 +8,10 @@ from typing import Any
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
-from hybrid_lightning.memory.memory_table import COMPONENT_NAMES, format_bytes
+from hybrid_lightning.memory.memory_table import COMPONENT_NAMES
 from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory, plan_method
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.memory.strategies import Components
 from hybrid_lightning.model.quantization import NF4
 

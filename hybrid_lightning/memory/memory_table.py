@@ -7,6 +7,7 @@ from rich.table import Table
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
 from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 
 # Row of the table -> fields of `Components` that it adds up.
@@ -69,27 +70,12 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
             f"rollout engine: {format_bytes(share.sampling)} while it samples, {format_bytes(share.weights)} of it for its copy "
             f"of the weights; it keeps {kept} while the policy is updated{slept}."
         )
-    if settings.flags.on_cpu:
-        lines.append(
-            f"process: tensors together, {format_bytes(PROCESS_BYTES)} for Python and libraries, and what lies between tensors; "
-            "each process takes all of it."
-        )
-    else:
-        lines.append(
-            f"Not in it: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and what the "
-            "allocator keeps for itself."
-        )
+    lines.append(
+        f"process: tensors together, {format_bytes(PROCESS_BYTES)} for Python and libraries, and what lies between tensors; "
+        "each process takes all of it."
+        if settings.flags.on_cpu
+        else f"Not in it: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and what the "
+        "allocator keeps for itself."
+    )
     lines.extend(f"Bounded from above: {bound}." for bound in methods[0].bounds)
     return "\n".join(lines)
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)
-        ('-', '0.1 MiB', '2.98 GiB')
-    """
-    if count <= 0:
-        return "-"
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

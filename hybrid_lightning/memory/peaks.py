@@ -125,9 +125,8 @@ class _Run:
         peaks |= self._scoring(sizes) if scored else {}
         peaks |= self._updating(sizes)
         share = engine_share(settings, sizes.parameters)
-        peaks = {
-            phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
-        }
+        for phase, peak in peaks.items():
+            peaks[phase] = replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating)
         host = self._part(sizes).total if self.sharding.cpu_offload else 0.0
         return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds)
 

@@ -102,3 +102,15 @@ def quantized_bytes(shape: tuple[int, int]) -> int:
     """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
     count = shape[0] * shape[1]
     return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)
+        ('-', '0.1 MiB', '2.98 GiB')
+    """
+    if count <= 0:
+        return "-"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

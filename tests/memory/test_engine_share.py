@@ -97,10 +97,10 @@ def misfit_of(device_gib, resting, updating, weights, **arguments):
     ("device", "resting", "updating", "weights", "arguments", "message"),
     [
         (80, 40, 60, 10, {}, None),
-        (80, 40, 60, 10, {"gpu_memory_utilization": 0.5}, "keeps 40.0 GiB and .* takes 40.0 GiB, of 79.5 .*utilization=0.49$"),
-        (80, 70, 75, 10, {"gpu_memory_utilization": 0.5}, "keeps 70.0 GiB and .* takes 40.0 GiB, .*; quantize the base"),
-        (80, 40, 60, 30, {}, "=0.3 of 80.0 GiB is less than .*, 30.0 GiB; set sampler.gpu_memory_utilization=0.38$"),
-        (80, 40, 65, 10, {"sleep": "nothing"}, "sleep=nothing does not fit: .* keeps 24.0 GiB.*; set sampler.sleep=kv_cache$"),
+        (80, 40, 60, 10, {"gpu_memory_utilization": 0.5}, "keeps 40.00 GiB and .* takes 40.00 GiB, of 79.50 .*utilization=0.49$"),
+        (80, 70, 75, 10, {"gpu_memory_utilization": 0.5}, "keeps 70.00 GiB and .* takes 40.00 GiB, .*; quantize the base"),
+        (80, 40, 60, 30, {}, "=0.3 of 80.00 GiB is less than .*, 30.00 GiB; set sampler.gpu_memory_utilization=0.38$"),
+        (80, 40, 65, 10, {"sleep": "nothing"}, "sleep=nothing does not fit: .* keeps 24.00 GiB.*; set sampler.sleep=kv_cache$"),
         (80, 40, 90, 10, {}, "; lower model.max_tokens_per_micro_batch, quantize the base"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(folder, m
 
     monkeypatch.setattr(TrainerFlags, "of_trainer", on_a_gpu)
     result = run(folder, command, *ENGINE)
-    expected = "error: sampler.gpu_memory_utilization=0.3 does not fit: while completions are sampled, training keeps 0.0 GiB"
+    expected = "error: sampler.gpu_memory_utilization=0.3 does not fit: while completions are sampled, training keeps 0.1 MiB"
     assert result.code == 1 and result.last.startswith(expected) is refused, result.err
     assert refused or "error: cannot load the model" in result.last, "its weights are broken, and read after the checks"
 

@@ -1,9 +1,7 @@
 """Other systems, by simulation: a process that lacks what macOS and Windows lack. No run on them is replaced by that."""
 
-import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,26 +25,15 @@ SMALL = [
     *("--model.prompts_per_rollout=2", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=2"),
     *("--model.eval_samples=2", "--checkpoint.monitor=null", "--data.source.train_size=50"),
 ]
-# What a run imports of other libraries is imported once, since these look at the system as they are imported. Then there is a
-# process for each system, in a folder and with output of its own.
+# Other libraries look at the system as they are imported, and have been: of a system that lacks something only this package knows.
 SIMULATED = """
-import contextlib, ctypes, importlib, json, os, platform, select, signal, sys
-libraries, commands = json.loads(sys.stdin.read())
-for name in libraries:
-    with contextlib.suppress(Exception):
-        importlib.import_module(name)
-children = []
-for system in commands:
-    children.append(os.fork())
-    if not children[-1]:
-        break
-else:
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-    sys.exit()
-os.mkdir(system)
-os.chdir(system)
-for stream, name in ((1, "out"), (2, "err")):
-    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+import ctypes, json, os, platform, select, signal, sys
+system, commands = os.environ["SYSTEM"], json.loads(os.environ["COMMANDS"])
+from hybrid_lightning.engine import compiling
+compiling._OPERATORS._destroy()  # torch has a name for operators once
+for name in [*sys.modules]:
+    if name.partition(".")[0] in ("hybrid_lightning", "callbacks", "benchmarks"):
+        del sys.modules[name]
 class CDLL(ctypes.CDLL):
     def __init__(self, name, *given, **named):
         if name is None and system == "win32":
@@ -71,12 +58,11 @@ ctypes.CDLL, sys.platform = CDLL, system
 from lightning.pytorch.trainer.connectors import signal_connector
 signal_connector._IS_WINDOWS = system == "win32"
 platform.system = lambda: {"darwin": "Darwin", "win32": "Windows"}[system]
-assert not any(name.startswith("hybrid_lightning") for name in sys.modules)
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.cli import main
 from matplotlib.figure import Figure
 hybrid_adapter_setup.draw_heatmap = lambda plan: Figure(figsize=(0.1, 0.1))
-for number, command in enumerate(commands[system]):
+for number, command in enumerate(commands):
     print(f"== {number}", flush=True)
     sys.argv = ["hybrid_lightning", *command]
     try:
@@ -98,25 +84,22 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """Exit code and folder by system."""
-    for name in fork_server.IMPORTED:
-        importlib.import_module(name)
-    ours, tests = {"hybrid_lightning", "benchmarks", "__main__"}, str(ROOT / "tests")
-    places = {name: str(getattr(module, "__file__", "")) for name, module in list(sys.modules.items())}
-    libraries = [name for name, place in places.items() if name.partition(".")[0] not in ours and tests not in place]
-    folder = tmp_path_factory.mktemp("systems")
-    environment = {**os.environ, "SMALL": json.dumps(SMALL), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 300, "check": True}
-    given = json.dumps([libraries, COMMANDS])
-    codes = subprocess.run([sys.executable, "-c", SIMULATED], input=given, **options).stdout.split()
-    return {system: (code, folder / system) for system, code in zip(COMMANDS, codes, strict=True)}
+    """The ended process by system, and the folder in which it ran."""
+
+    def started(system):
+        folder = tmp_path_factory.mktemp(system)
+        given = {"SYSTEM": system, "COMMANDS": json.dumps(COMMANDS[system]), "SMALL": json.dumps(SMALL), "COLUMNS": "200"}
+        options = {"cwd": folder, "env": {**os.environ, **given, "OMP_NUM_THREADS": "1"}, "text": True, "timeout": 300}
+        return fork_server.run([sys.executable, "-c", SIMULATED], capture_output=True, **options), folder
+
+    return {system: started(system) for system in COMMANDS}
 
 
 @pytest.mark.parametrize("system", COMMANDS)
 def test_a_run_on_another_system(system, simulated):
-    code, folder = simulated[system]
-    out, err = ((folder / name).read_text() for name in ("out", "err"))
-    assert code == "0", err[-3000:]
+    ended, folder = simulated[system]
+    out, err = ended.stdout, ended.stderr
+    assert ended.returncode == 0, err[-3000:]
     first, second, trained = [part.partition("\n")[2] for part in out.split("== ")[1:]]
     assert second == "exit 1\n" and "the sandbox needs Linux" in err
     assert "takes up to" in first if system == "darwin" else first == "exit 1\n" and "MathMatch needs Linux or macOS" in err

@@ -25,7 +25,7 @@ SMALL = [
     *("--model.prompts_per_rollout=2", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=2"),
     *("--model.eval_samples=2", "--checkpoint.monitor=null", "--data.source.train_size=50"),
 ]
-# Other libraries look at the system as they are imported, and have been: of a system that lacks something only this package knows.
+# Other libraries look at the system as they are imported, and have been: only this package is imported anew.
 SIMULATED = """
 import ctypes, json, os, platform, select, signal, sys
 system, commands = os.environ["SYSTEM"], json.loads(os.environ["COMMANDS"])

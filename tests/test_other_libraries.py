@@ -179,6 +179,7 @@ print(len(names), [key for key in before if before[key] != after[key]],
 """
 
 
+@pytest.mark.long
 def test_importing_the_package_changes_nothing_of_the_process_or_of_other_libraries():
     result = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, timeout=300, check=False)
     count, _, changed = result.stdout.partition(" ")

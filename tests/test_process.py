@@ -47,6 +47,7 @@ def run(code, **environment):
     return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
 def test_freed_memory_is_used_again_without_faults_and_few_compiled_products_are_kept():
     said = {"MALLOC_MMAP_THRESHOLD_": "100000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 from cli_runs import Result, done, run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
+from long_cases import long_but
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
 from hybrid_lightning import cli
@@ -64,7 +65,7 @@ def go_on(folder: Path, result: Result) -> Result:
     return run(folder, *(shlex.split(commands[-1]) if commands else FIT))
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", long_but(CHAINS, 1))
 def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_had_not_been_stopped(folder, whole, name):
     result, runs = None, []
     for moment, call in CHAINS[name].items():

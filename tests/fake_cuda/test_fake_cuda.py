@@ -17,7 +17,7 @@ from hybrid_lightning.engine.backend import fakes_multiply_to_floats
 
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 counts_logits = pytest.mark.skipif(
     not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from columns import IN_VLLM, folder_of
+from long_cases import long_but
 from table import PAGE, assert_column
 from tiny_runs import build_adapter, build_policy
 
@@ -15,7 +16,9 @@ from hybrid_lightning.errors import ModelError, PlanError
 from hybrid_lightning.model.loading import load_config, resolve_model
 
 
-@pytest.mark.parametrize("column", ["LoRA", "full", "NF4 base", "memory", "vLLM", "stays frozen", "candidates"])
+@pytest.mark.parametrize(
+    "column", long_but(["LoRA", "full", "NF4 base", "memory", "vLLM", "stays frozen", "candidates"], 3, 4, 5, 6)
+)
 def test_what_is_tried_is_what_the_page_says(column):
     assert_column(column)
 

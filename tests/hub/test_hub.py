@@ -14,6 +14,7 @@ import yaml
 from cli_runs import run
 from fork_server import forked, free_port
 from huggingface_hub import constants
+from long_cases import long_but
 from small_hub import MEMBER, REVOKED, STRANGER, Hub, filled_hub
 
 from hybrid_lightning.adapters import AdapterPlan
@@ -141,7 +142,7 @@ def test_it_runs_from_the_hub_and_is_tested_and_exported_from_the_cache(hub, fol
     assert json.loads((folder / "exported" / "generation_config.json").read_text())["eos_token_id"] != []
 
 
-@pytest.mark.parametrize("configs", RUNS, ids=lambda run: "+".join(run[1:]))
+@pytest.mark.parametrize("configs", long_but([[*run] for run in RUNS], 0, 1), ids=lambda run: "+".join(run[1:]))
 def test_it_runs_from_its_hub_ids_and_then_from_the_cache(configs, hub, folder):
     adapted = any(name.startswith("adapter/") for name in configs)
     options = () if configs[0] == "test" else NO_VALIDATION if adapted else UNSCORED
@@ -168,6 +169,7 @@ def rank(hub: Hub, home: Path, folder: Path, environment: dict[str, str]) -> Non
     (folder / f"rank{environment['LOCAL_RANK']}").write_text(json.dumps([result.code, result.err]))
 
 
+@pytest.mark.long
 def test_it_runs_sharded_over_two_processes(hub, tmp_path):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     ranks = [forked(rank, hub, tmp_path / "home", tmp_path, {**shared, "LOCAL_RANK": str(number)}) for number in range(2)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from long_cases import long_but
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 
 from hybrid_lightning.adapters import Random
@@ -78,7 +79,7 @@ class Life(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*is left out:UserWarning")
-@pytest.mark.parametrize("kind", ["in turns", "servers"])
+@pytest.mark.parametrize("kind", long_but(["in turns", "servers"], 0))
 def test_stopped_at_any_moment_of_its_life_a_run_goes_on_to_the_same_bits(model, sums, tmp_path, start, kind):
     metrics, phases, sampler, server = LAG, PHASES[1::2], lambda: Sampler(6), None
     if kind == "servers":  # which make the same completions whatever their weights, and when they are asked again

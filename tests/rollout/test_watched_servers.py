@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from lightning.pytorch import Callback
+from long_cases import long_but
 from tiny_runs import Log, Talk, fit
 
 from hybrid_lightning.environments import EpisodeLimits
@@ -47,7 +48,7 @@ def train(model, sums, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("ahead", "correction"), [(0, None), (1, TokenTruncation()), (2, None)])
+@pytest.mark.parametrize(("ahead", "correction"), long_but([(0, None), (1, TokenTruncation()), (2, None)], 1))
 def test_a_server_that_keeps_its_weights_is_found_after_any_update_and_an_honest_one_is_not(train, start, ahead, correction):
     def run(server, rate=0.1, *callbacks):
         log = Log()
@@ -98,14 +99,19 @@ def at_request(server, number, action):
 
 @pytest.mark.parametrize(
     ("ahead", "fault", "asked", "step", "policy"),
-    [
-        (0, "dies", "takes the policy's weights .tried for", 2, {}),
-        (0, "hangs", "completes for", 2, {}),
-        (1, "dies", "completes for", 2, {}),
-        (2, "hangs", "(completes for|takes the policy's weights .tried for)", 2, {}),  # both wait, for one time
-        (0, "dies", "completes for", 0, {}),  # in the calibration
-        (0, "dies", "completes for", 2, EPISODES),
-    ],
+    long_but(
+        [
+            (0, "dies", "takes the policy's weights .tried for", 2, {}),
+            (0, "hangs", "completes for", 2, {}),
+            (1, "dies", "completes for", 2, {}),
+            (2, "hangs", "(completes for|takes the policy's weights .tried for)", 2, {}),  # both wait, for one time
+            (0, "dies", "completes for", 0, {}),  # in the calibration
+            (0, "dies", "completes for", 2, EPISODES),
+        ],
+        0,
+        3,
+        5,
+    ),
 )
 def test_servers_that_do_not_answer_are_reported_at_once_and_end_the_run_once(
     train, start, ahead, fault, asked, step, policy, monkeypatch, caplog

@@ -53,6 +53,7 @@ def sharded(train_on, tmp_path_factory):
     return train_on(2, jobs)
 
 
+@pytest.mark.long
 def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(sharded, single):
     for rank in sharded:
         (first,), rest = rank["part"]["steps"], rank["rest"]
@@ -60,6 +61,7 @@ def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(sharded, s
         assert_same_run(rest, single)
 
 
+@pytest.mark.long
 def test_weights_of_sixteen_bits_are_offloaded_too(sharded):
     for rank in sharded:
         plain, offloaded = (rank[name]["weights"] for name in ("narrow", "narrow, offloaded"))

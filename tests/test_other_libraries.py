@@ -65,7 +65,7 @@ TAKEN = {
     "torch.distributed.fsdp._fully_shard._fully_shard": "_get_fsdp_state",
     "torch.distributed.tensor._api": "_local_tensor",
     "torch.nn.modules.module": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_pre_hooks _has_any_global_hook "
-    "_modules _parameters",
+    "_modules _non_persistent_buffers_set _parameters",
     "torch.ops.aten": "_flash_attention_backward _flash_attention_forward",
     "torch.ops.mkldnn": "_is_mkldnn_bf16_supported _linear_pointwise _reorder_linear_weight",
     "torch.optim.adam": "_step_supports_amp_scaling",

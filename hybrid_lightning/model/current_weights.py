@@ -78,14 +78,14 @@ class _Part:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of each weight."""
-        for key, parameter in self.source.named_parameters(recurse=False):
-            yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(parameter) else tuple(parameter.shape)
+        for key, value in _stored(self.source).items():
+            yield f"{self.name}.{key}", linear_shape(self.source) if _is_packed(value) else tuple(value.shape)
 
     def weights(self, merges: bool) -> Iterator[tuple[str, Tensor, LowRankUpdate | None]]:
         """Each weight with what is to be merged into it; under FSDP2 all ranks gather them here together."""
-        for key, parameter in self.source.named_parameters(recurse=False):
+        for key, value in _stored(self.source).items():
             layer = lora_layers(self.module).get(key) if merges and self._is_on else None
-            whole = _whole(dequantize_module_weight(self.source) if _is_packed(parameter) else parameter)
+            whole = _whole(dequantize_module_weight(self.source) if _is_packed(value) else value)
             yield f"{self.name}.{key}", whole, None if layer is None else _update(layer, whole)
 
     def factors(self) -> Iterator[tuple[str, Tensor]]:
@@ -174,7 +174,7 @@ class CurrentWeights:
             if isinstance(module, (ModulesToSaveWrapper, LoraLayer)):
                 within = f"{full_name}."
             part = _Part(self._stored_name(name, module), module)
-            own = {id(parameter) for parameter in part.source.parameters(recurse=False)}
+            own = {id(value) for value in _stored(part.source).values()}
             if own - seen:
                 parts.append(part)
                 seen |= own
@@ -218,5 +218,12 @@ def _whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _is_packed(parameter: Tensor) -> bool:
-    return hasattr(parameter, "quant_state")
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has of a module itself: its parameters, and buffers such as the correction by which a router chooses."""
+    values: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    unstored = module._non_persistent_buffers_set
+    return values | {name: value for name, value in module.named_buffers(recurse=False) if name not in unstored}
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return hasattr(weight, "quant_state")

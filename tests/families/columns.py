@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from rounding import LOGITS, additions_of, spread
+from safetensors import safe_open
 from tiny_families import FAMILIES, WRAPPERS, build_family
 from tiny_models import build_tokenizer, plain_logprobs
 from tiny_runs import build_adapter, build_policy, fit, write_sums
@@ -26,6 +27,7 @@ from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_module
 from hybrid_lightning.memory import RunSettings, TrainerFlags
 from hybrid_lightning.memory.fitting import verdict
 from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.model.current_weights import CurrentWeights
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rollout import Sampler
@@ -136,8 +138,15 @@ def agreement(family: str) -> str:
 
 
 def exported(family: str) -> str:
-    """Merged model and adapter, as plain transformers and PEFT load them, have the logits of the policy in memory."""
+    """Merged model and adapter, as plain transformers and PEFT load them, have the logits of the policy in memory.
+
+    What an engine of its own weights is sent are the weights of the folder, by its names.
+    """
     module = hybrid(family)
+    sent = CurrentWeights(module.model, module.policy.weights, "", 2, True).shapes(everything=True)
+    with safe_open(folder_of(family) / "model.safetensors", "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    assert sent == {name: shape for name, shape in stored.items() if name in sent or ".visual." not in name}
     adapter = write_policy(policy_of_module(module, 2), AdapterFolder(), _root() / f"{family}-adapter")
     base = AutoModelForCausalLM.from_pretrained(folder_of(family))
     with torch.no_grad():

@@ -10,11 +10,9 @@ from cli_runs import PARTS, done, run
 from safetensors import safe_open
 from tiny_families import build_family
 from tiny_models import build_tokenizer
-from tiny_runs import build_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lightning.data import ProductSource
-from hybrid_lightning.model.current_weights import CurrentWeights
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gspo.yaml"
 PROBLEMS, TOKENS = 24, 6
@@ -63,9 +61,6 @@ def test_the_export_of_a_hybrid_run_is_as_accurate_in_plain_transformers(family,
     there, exported = names_in(here / "model"), names_in(here / "out")
     assert exported <= there and not any("visual" in name for name in exported), "the names of the hub"
     assert ("vision tower, are left out" in caplog.text) is (family == "qwen3_5")
-    policy = build_policy(here / "model")
-    sent = CurrentWeights(policy.model, policy.policy.weights, "", 0, True).shapes(True)
-    assert {name for name in sent if ".experts." not in name} <= there, "and so have those that go to an engine"
     measured = json.loads((folder / "evaluation.json").read_text())["overall"]["greedy_accuracy"]
     assert 0 < measured < 1 and greedy_accuracy(here / "out") == pytest.approx(measured)
 

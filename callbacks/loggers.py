@@ -101,7 +101,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     """A table in Markdown, with numbers in three digits, and texts as they are whatever markup is in them."""
 
     def shown(cell: Any) -> str:
-        return f"{cell:.3g}" if isinstance(cell, float) else str(cell).translate(_AS_TEXT) or "*(empty)*"
+        text = "" if cell is None else str(cell).translate(_AS_TEXT)
+        return f"{cell:.3g}" if isinstance(cell, float) else text or "*(empty)*"
 
     lines = [columns, ["---"] * len(columns), *([shown(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -198,9 +198,11 @@ class RolloutSamples(OncePerRollout):
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
             for row in range(number * samples, number * samples + min(samples, self.completions)):
                 texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
+                counts = rewards.counts(row)
                 marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
-                rows.append([*texts, *marks, *(float(value[row]) for value in values)])
+                numbers = [float(value[row]) for value in values] if counts else [None] * len(values)
+                rows.append([*texts, *(marks if counts else [marks[0], "left out"]), *numbers])
         return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
 
 
@@ -226,8 +228,8 @@ def say_completions(pl_module: LightningModule) -> None:
     if greedy is None or console().is_jupyter:
         return
     rollouts, rewards = greedy
-    for prompt, completion, reward in zip(rollouts.prompts[:_LINES], rollouts.completions, rewards.total.tolist(), strict=False):
-        end = f" (reward {reward:.3g})"
+    for row, (prompt, completion) in enumerate(zip(rollouts.prompts[:_LINES], rollouts.completions, strict=False)):
+        end = f" (reward {float(rewards.total[row]):.3g})" if rewards.counts(row) else " (left out)"
         room = max(20, console().width - len(f"   -> {end}"))
         asked = _ending(shown_prompt(prompt), room // 2)
         say(f"  {asked} -> {_ending(shown_text(completion), room - cell_len(asked)) or '(empty)'}{end}")

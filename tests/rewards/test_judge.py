@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+import zlib
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from hybrid_lightning.rewards import (
     evaluate_reward,
     judge,
 )
+from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.types import Completion, Episode, Prompt
 
 KEY = "sk-very-secret-1234567890"
@@ -232,65 +234,54 @@ def folder(tmp_path_factory):
     yield from write_folder(tmp_path_factory.mktemp("judged"))
 
 
-def fit(fake, cache, *more):
-    judged = {"base_url": fake.url, "model": "j", "rubric": "Grade the sum.", "cache_dir": cache, "retries": 0, "concurrency": 2}
-    options = [f"--model.reward.{name}={value}" for name, value in judged.items()]
-    few = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--adapter.scorer=Random"]
-    return ["fit", "--config=t.yaml", "--model.reward=JudgeReward", *options, *few, "--samples.write_rows=true", *more]
-
-
 def weights(folder):
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def test_a_run_that_is_stopped_in_a_call_of_its_judge_goes_on_to_the_same_bits(fake, folder):
-    """By a judge that never grades alike twice, and fails on one completion of the last rollout: what it said is kept."""
-    calls = iter(range(10**6))
-    fake.grade = lambda text: graded(next(calls) % 11)
-    begun = threading.Event()
+def is_refused(text):
+    return zlib.crc32(text.encode()) % 8 == 0
 
-    def stop():
-        begun.set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        fake.hang()
 
-    result = run(folder, *fit(fake, "kept"), "--trainer.max_steps=2")
-    first = run_of(result, folder)
-    of_first = next(calls)
-    assert result.code == 0 and of_first > 60, result.err[-2000:]
-    rows = [json.loads(line) for line in (first / "rollouts.jsonl").read_text().splitlines()]
-    assert len({row["reward"] for row in rows}) > 5
-    # In the middle of the second rollout: the first took these calls.
-    fake.grade = lambda text: stop() if not begun.is_set() and next(calls) > of_first + 5 else graded(next(calls) % 11)
-    stopped = run(folder, *fit(fake, "kept"))
-    assert stopped.code == 143 and begun.is_set(), stopped.err[-2000:]
-    command = re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1]
-    resumed = done(folder, *shlex.split(command))
+def test_a_run_that_is_stopped_in_a_call_of_its_judge_goes_on_to_the_same_bits(fake, folder, monkeypatch):
+    """By a judge that never grades alike twice, and refuses every eighth completion: these are left out."""
+    given = {"base_url": fake.url, "model": "j", "rubric": "Grade the sum.", "retries": 0, "max_failed_share": 0.5}
+    given |= {"cache_dir": "kept", "concurrency": 2}
+    options = ["--config=t.yaml", "--model.reward=JudgeReward", *(f"--model.reward.{name}={given[name]}" for name in given)]
+    options += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--adapter.scorer=Random"]
+    begun, calls = [], iter(range(10**6))
+    roll_out = RLTask.roll_out
+    monkeypatch.setattr(RLTask, "roll_out", lambda *given: begun.append(len(fake.requests)) or roll_out(*given))
+
+    def grade(text):
+        if len(begun) == 2 and len(fake.requests) > begun[1] + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            begun.append(0)
+            fake.hang()
+        return (400, "no") if is_refused(text) else graded(next(calls) % 11, reason=f"it is {text!r}")
+
+    fake.grade = grade
+    stopped = run(folder, "fit", *options, "--samples.write_rows=true")
+    assert stopped.code == 143 and not fake.ended.is_set(), stopped.err[-2000:]
+    fake.ended.set()
+    resumed = done(folder, *shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1]))
     asked = len(fake.requests)
-    whole = done(folder, *fit(fake, "kept"))
-    assert len(fake.requests) == asked, "all is known"
-    of_resumed, of_whole = run_of(resumed, folder), run_of(whole, folder)
-    assert all(torch.equal(value, weights(of_whole)[name]) for name, value in weights(of_resumed).items())
-    curves = {key: value for key, value in points(of_whole).items() if not key[0].startswith("judge/")}
-    assert {key: value for key, value in points(of_resumed).items() if key in curves}.items() <= curves.items()
-    counted = {name for name, _ in points(first) if name.startswith("judge/")}
-    assert counted == {"judge/calls", "judge/failed", "judge/tokens", "judge/seconds"}
-    everything = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    assert len(everything) > 50 and not any(KEY.encode() in content for content in everything)
-    assert not any(KEY in text for each in (result, stopped, resumed, whole) for text in (each.out, each.err))
-
-
-def test_a_run_leaves_failures_out_and_the_doctor_shows_what_the_judge_said(fake, folder):
-    number = iter(range(10**6))
-    fake.grade = lambda text: (400, "no") if next(number) % 16 == 7 else graded(len(text) % 3, reason=f"of {len(text)} letters")
-    result = done(folder, *fit(fake, "other", "--model.reward.max_failed_share=0.5"))
-    rows = [json.loads(line) for line in (run_of(result, folder) / "rollouts.jsonl").read_text().splitlines()]
+    whole = done(folder, "fit", *options)
+    assert all(is_refused(answer_of(request)) for request in fake.requests[asked:]), "all others are known"
+    runs = [run_of(result, folder) for result in (stopped, resumed, whole)]
+    assert all(torch.equal(value, weights(runs[2])[name]) for name, value in weights(runs[1]).items())
+    curves = [{key: value for key, value in points(of).items() if not key[0].startswith("judge/")} for of in runs]
+    assert {**curves[0], **curves[1]} == curves[2]
+    counted = {name: value for (name, step), value in points(runs[0]).items() if name.startswith("judge/")}
+    assert counted.keys() == {"judge/calls", "judge/failed", "judge/tokens", "judge/seconds"} and counted["judge/failed"] > 0
+    rows = [json.loads(line) for of in runs[:2] for line in (of / "rollouts.jsonl").read_text().splitlines()]
     lost = [row for row in rows if not row["counted"]]
-    assert lost and all(row["reward"] is None and row["advantage"] == 0 for row in lost) and len(lost) < len(rows) / 2
-    assert max(value for (name, _), value in points(run_of(result, folder)).items() if name == "judge/failed") >= 1
-    said = run(folder, "doctor", *fit(fake, "other", "--model.reward.max_failed_share=0.5")[1:]).out
-    assert said.count('judge_reward: \'{"reason": "of ') >= 4, said
-    fake.grade = lambda text: (400, "no")
-    result = run(folder, *fit(fake, "new"))
-    assert "completions, more than max_failed_share=0.1, last: status 400" in result.last or "in a row" in result.last
+    assert {is_refused(row["completion"]) for row in lost} == {True} and {row["reward"] for row in lost} == {None}
+    assert len(rows) == 32 and not any(is_refused(row["completion"]) and row["counted"] for row in rows)
+
+    said = done(folder, "doctor", *options).out
+    shown = re.findall(r"-> (.+)\n +\d+ tokens.*; (paid|left out).*(?:\n +judge_reward: (.*))?", said)
+    assert len(shown) == 8 and all((paid == "paid") == ("it is" in reply) for _, paid, reply in shown), said
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 50 and not any(KEY.encode() in content for content in written)
+    assert not any(KEY in text for each in (stopped, resumed, whole) for text in (said, each.out, each.err))

@@ -139,9 +139,8 @@ class JudgeReward(RewardFunction):
         self.cache_dir = Path(cache_dir or "~/.cache/hybrid_lightning/judge").expanduser()
         self.measures_correctness = measures_correctness
         self._name = name
-        self._counts: defaultdict[str, float] = defaultdict(
-            float
-        )  # since they were taken last; on the event loop alone, as the next
+        # Both are changed on the event loop alone.
+        self._counts: defaultdict[str, float] = defaultdict(float)  # since they were taken last
         self._in_a_row = 0  # judgements that failed since the last success
 
     def overlaps(self, prompt: Prompt) -> int:
@@ -244,7 +243,7 @@ class JudgeReward(RewardFunction):
             try:
                 async with asyncio.timeout(self.timeout_s):
                     answer = await client.post(f"{self.base_url}/chat/completions", json=request, headers=headers)
-                status, text = answer.status_code, answer.text.replace(key, "***") if key else answer.text  # some quote the key
+                status, text = answer.status_code, answer.text
                 wait = _seconds(answer.headers.get("retry-after"))
             except TimeoutError:
                 status, self.failure = 0, f"no answer within timeout_s={self.timeout_s:g}"
@@ -256,11 +255,10 @@ class JudgeReward(RewardFunction):
                 reply = self._read(text)
                 if reply is not None and self._score(reply) is not None:
                     return reply
-                self.failure = (
-                    f"no grade from {self.scale[0]:g} to {self.scale[1]:g} in {shorten(text if reply is None else reply)}"
-                )
+                said = _without(key, text if reply is None else reply)
+                self.failure = f"no grade from {self.scale[0]:g} to {self.scale[1]:g} in {shorten(said)}"
             elif status:
-                self.failure = f"status {status}, {shorten(' '.join(text.split()), 300)}"
+                self.failure = f"status {status}, {shorten(' '.join(_without(key, text).split()), 300)}"
             if status in _REFUSED:
                 remedy = f"set the environment variable {self.api_key_variable}" if status != 404 else "correct base_url or model"
                 raise RewardError(f"the judge {self.model!r} at {self.base_url} answers with {self.failure}; {remedy}")
@@ -341,6 +339,11 @@ def _keep(path: Path, reply: str) -> str:
     finally:
         whole.unlink()
     return reply
+
+
+def _without(key: str, text: str) -> str:
+    """A text without the key, which some servers quote."""
+    return text.replace(key, "***") if key else text
 
 
 def _seconds(header: str | None) -> float:

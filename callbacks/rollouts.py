@@ -116,16 +116,18 @@ class RolloutSamples(OncePerRollout):
 
     Args:
         every_n_rollouts: Number of rollouts from one page to the next.
-        prompts: Number of prompts on a page.
-        completions: Number of completions shown for each prompt.
+        prompts: Number of prompts on a page; None for all of the first process.
+        completions: Number of completions shown for each prompt; None for all.
         write_rows: Whether all completions of every rollout are written to `rollouts.jsonl` in the run folder, one a line, when
             training begins with the rollout: step, rollout, prompt, completion, rewards (total and parts), advantage, and more.
             With several processes each writes its own file, with the rank before the suffix.
     """
 
-    def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4, write_rows: bool = False) -> None:
+    def __init__(
+        self, every_n_rollouts: int = 10, prompts: int | None = 4, completions: int | None = 4, write_rows: bool = False
+    ) -> None:
         for name, value in (("every_n_rollouts", every_n_rollouts), ("prompts", prompts), ("completions", completions)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self.write_rows = write_rows
@@ -196,7 +198,7 @@ class RolloutSamples(OncePerRollout):
         samples = rollouts.samples_per_prompt
         rows: list[list[Any]] = []
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
-            for row in range(number * samples, number * samples + min(samples, self.completions)):
+            for row in range(number * samples, (number + 1) * samples)[: self.completions]:
                 texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
                 counts = rewards.counts(row)
                 marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]

@@ -17,12 +17,11 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError, one_line, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
@@ -216,16 +215,17 @@ class JudgeReward(RewardFunction):
                 f"the judge at {self.base_url} has failed {self._in_a_row} times in a row, last: {self.failure}; see whether it "
                 "runs and takes such requests, raise timeout_s or retries, or lower concurrency"
             )
-        path, (client, locks) = self._path(request), _of_loop()
-        lock = locks.setdefault(path, asyncio.Lock())
-        async with lock:  # equal completions get one judgement
-            reply = self._known(path)
-            if reply is None:
-                reply = await self._ask(client, request)
-                if reply is None:
-                    self._in_a_row += 1
-                    return math.nan
-                reply = _keep(path, reply)
+        path, (client, locks) = self._path(request), _of_loop(asyncio.get_running_loop())
+        async with locks.setdefault(path, asyncio.Lock()):  # equal completions get one judgement
+            try:
+                reply = self._known(path)
+                if reply is None and (said := await self._ask(client, request)) is not None:
+                    reply = _keep(path, said)
+            finally:
+                locks.pop(path, None)
+        if reply is None:
+            self._in_a_row += 1
+            return math.nan
         self._in_a_row = 0
         score = self._score(reply)
         assert score is not None, "or it would not have been kept"
@@ -311,20 +311,15 @@ class JudgeReward(RewardFunction):
 
 
 _jitter = random.Random()  # of its own: it decides about times alone
-_clients: "WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, WeakValueDictionary[Path, asyncio.Lock]]]"
-_clients = WeakKeyDictionary()
 
 
-def _of_loop() -> "tuple[httpx.AsyncClient, WeakValueDictionary[Path, asyncio.Lock]]":
+@cache
+def _of_loop(loop: asyncio.AbstractEventLoop) -> "tuple[httpx.AsyncClient, dict[Path, asyncio.Lock]]":
     """The client of all judges on an event loop, and the locks of replies that are asked for."""
     import httpx  # not above: `import hybrid_lightning.rewards` is quick
 
-    loop = asyncio.get_running_loop()
-    if loop not in _clients:
-        # `asyncio.timeout` bounds a call as a whole, which the client's own limits do not.
-        client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
-        _clients[loop] = client, WeakValueDictionary()
-    return _clients[loop]
+    # `asyncio.timeout` bounds a call as a whole, which the client's own limits do not.
+    return httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)), {}
 
 
 def _keep(path: Path, reply: str) -> str:

@@ -20,12 +20,10 @@ from hybrid_lightning.reports import findings
 from hybrid_lightning.reports.findings import PAGE, Change, Finding, TrainingMonitor, worse
 from hybrid_lightning.reports.references import reference_answers, reference_rewards
 from hybrid_lightning.reports.verdict import verdict
-from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.policy_module import PolicyModule
-from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
-from hybrid_lightning.user_code import in_user_code
+from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups
 
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
 _NORMS = ("grad_norm/full", "grad_norm/lora")
@@ -392,16 +390,9 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
                 yield "  -> " + shown_text(completion).replace("\n", "\n     ")
                 found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
             yield f"     {completion.num_tokens} tokens{', CUT' if completion.is_cut else ''}; {found}; {paid}"
-            yield from _explained(policy.task.generation.reward_terms(), completion, prompt)
-
-
-def _explained(terms: Iterable[RewardFunction], completion: Completion, prompt: Prompt) -> Iterator[str]:
-    """What terms of the reward, such as judges, say of a completion, a line each."""
-    for term in terms:
-        with in_user_code(term, "explain"):
-            said = term.explain(completion, prompt)
-        if said is not None:
-            yield f"     {term.name}: {_cut(' '.join(said.split()))}"
+            for term in policy.task.generation.reward_terms():
+                if (why := term.explain(completion, prompt)) is not None:
+                    yield f"     {term.name}: {_cut(' '.join(why.split()))}"
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:

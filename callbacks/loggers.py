@@ -143,10 +143,6 @@ def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) 
             import wandb
 
             logger.experiment.log({name: wandb.Histogram(values.tolist()), "trainer/global_step": step})
-        elif isinstance(logger, TrackioLogger):
-            import trackio
-
-            logger.experiment.log({name: trackio.Histogram(values.tolist())}, step=step)
 
 
 def log_config(trainer: Trainer, path: Path) -> None:

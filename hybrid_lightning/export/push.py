@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hybrid_lightning.errors import ConfigError, one_line
@@ -66,17 +66,8 @@ def push_folder(folder: Path, repository: str, message: str) -> str:
 def _explained(name: str, remains: str = "") -> Iterator[None]:
     try:
         yield
-    except HFValidationError as error:
-        raise ConfigError(f"push_to={name!r} is not the name of a repository: {one_line(error)}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise ConfigError(
-                f"push_to={name!r}: the hub's token may not write there; {_LOG_IN}, or another name{remains}"
-            ) from error
-        raise ConfigError(f"push_to={name!r}: the hub answers {status}: {one_line(error, 200)}{remains}") from error
     except Exception as error:  # versions of huggingface_hub use different libraries for HTTP
         cause = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(
-            f"push_to={name!r}: {constants.ENDPOINT} cannot be used, {cause}; check the network{remains}"
-        ) from error
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            cause = f"the hub's token may not write there; {_LOG_IN}, or another name"
+        raise ConfigError(f"push_to={name!r}: {cause}{remains}") from error

@@ -29,8 +29,7 @@ class RewardFunction(Configurable, ABC):
 
     measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
     concurrency: int = 1  # completions that may be scored at the same time, where they are one by one (see `overlaps`)
-    # Share of the completions that may have no value (NaN), such as those that a judge failed to grade. They are left out of
-    # their groups, and a larger share stops the run. None: NaN is a mistake.
+    # Share of the completions that may have no value (NaN), as where a judge failed; more stop the run. None: NaN is a mistake.
     max_failed_share: float | None = None
     failure: str = ""  # why the last completion without a value has none
 
@@ -189,12 +188,7 @@ class DelegatingReward(RewardFunction):
 
 
 def sum_counts(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Add up counts by name.
-
-    Example:
-        >>> sum_counts([{"calls": 2.0, "failed": 0.0}, {"calls": 1.0}])
-        {'calls': 3.0, 'failed': 0.0}
-    """
+    """Add up counts by name."""
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)  # type: ignore[arg-type]

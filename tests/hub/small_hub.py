@@ -153,9 +153,9 @@ class Hub:
         if parts == ["validate-yaml"]:
             return httpx.Response(200, json={"errors": [], "warnings": []})
         if "preupload" in parts:
-            named = [file["path"] for file in json.loads(request.content)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]
-            return httpx.Response(200, json={"files": modes})
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], **regular} for file in json.loads(request.content)["files"]]
+            return httpx.Response(200, json={"files": files})
         if "commit" not in parts:
             return None
         id = "/".join(parts[1:3])

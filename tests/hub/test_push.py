@@ -60,8 +60,7 @@ def test_a_run_and_a_checkpoint_are_pushed_whole(hub, folder):
 def test_what_cannot_be_pushed_is_refused_by_its_cause(hub, tmp_path, monkeypatch):
     (theirs := tmp_path / "theirs").mkdir()
     (theirs / "weights.bin").write_text("w")
-    for owner in ("me", "other"):
-        hub.add(f"{owner}/theirs", "models", theirs)
+    hub.add("me/theirs", "models", theirs)
     (export := tmp_path / "export").mkdir()
     (export / "plan.json").write_text("{}")
     hub.add("other/export", "models", shutil.copytree(export, tmp_path / "copy"))

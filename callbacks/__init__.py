@@ -4,6 +4,7 @@ from hybrid_lightning.callbacks.diagnosis import Diagnosis, StepLines
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.loggers import TrackioLogger
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.planning import Adaptable
 from hybrid_lightning.callbacks.policy_export import PolicyExport
@@ -31,4 +32,5 @@ __all__ = [
     "RunSummary",
     "StepLines",
     "StepTimer",
+    "TrackioLogger",
 ]

@@ -381,7 +381,7 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
         yield f"  tokens {shown}"
         for place in range(row, row + min(samples, _COMPLETIONS)):
             parts = ", ".join(f"{name} {float(part[place]):.3g}" for name, part in rewards.parts.items())
-            paid = f"{float(rewards.total[place]):.3g} ({parts})"
+            paid = f"paid {float(rewards.total[place]):.3g} ({parts})" if rewards.counts(place) else "left out"
             completion, answer = rollouts.completions[place], answers[place]
             found = "no answer found" if answer is None else f"found {_cut(answer, 100)}"
             if completion.episode is None:
@@ -389,7 +389,10 @@ def _prompts(policy: PolicyModule, rollouts: Rollouts, rewards: Rewards, answers
             else:
                 yield "  -> " + shown_text(completion).replace("\n", "\n     ")
                 found = f"{completion.episode.turns} turn{'s' * (completion.episode.turns > 1)}"
-            yield f"     {completion.num_tokens} tokens{', CUT' if completion.is_cut else ''}; {found}; paid {paid}"
+            yield f"     {completion.num_tokens} tokens{', CUT' if completion.is_cut else ''}; {found}; {paid}"
+            for term in policy.task.generation.reward_terms():
+                if (why := term.explain(completion, prompt)) is not None:
+                    yield f"     {term.name}: {_cut(' '.join(why.split()))}"
 
 
 def _tokens(policy: PolicyModule, rollouts: Rollouts) -> list[Finding]:

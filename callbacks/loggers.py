@@ -1,4 +1,4 @@
-"""Everything that differs between loggers: TensorBoard, CSV, Weights & Biases and MLflow.
+"""Everything that differs between loggers: TensorBoard, CSV, Weights & Biases, MLflow and Trackio.
 
 Scalars and hyperparameters reach every logger through Lightning, and other loggers get nothing else. Here are tables, pictures
 and texts, under names that each logger accepts, and the folders in which loggers keep their files.
@@ -9,6 +9,9 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ from filelock import FileLock
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -86,6 +91,10 @@ def log_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Sequenc
         elif isinstance(logger, MLFlowLogger) and rows:
             content = {"step": [step] * len(rows), **{column: [row[i] for row in rows] for i, column in enumerate(columns)}}
             logger.experiment.log_table(logger.run_id, content, f"{name}.json")  # appends
+        elif isinstance(logger, TrackioLogger):
+            import trackio
+
+            logger.experiment.log({name: trackio.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir, f"{name}.csv")
             head = [] if path.exists() else [["step", *columns]]
@@ -101,7 +110,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     """A table in Markdown, with numbers in three digits, and texts as they are whatever markup is in them."""
 
     def shown(cell: Any) -> str:
-        return f"{cell:.3g}" if isinstance(cell, float) else str(cell).translate(_AS_TEXT) or "*(empty)*"
+        text = "" if cell is None else str(cell).translate(_AS_TEXT)
+        return f"{cell:.3g}" if isinstance(cell, float) else text or "*(empty)*"
 
     lines = [columns, ["---"] * len(columns), *([shown(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -116,6 +126,12 @@ def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None
             logger.log_image(name, [figure], step=step)
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, figure, f"{name}.png")
+        elif isinstance(logger, TrackioLogger):
+            import trackio
+            from PIL import Image
+
+            figure.savefig(picture := BytesIO(), format="png")
+            logger.experiment.log({name: trackio.Image(Image.open(picture))}, step=step)
 
 
 def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) -> None:
@@ -134,7 +150,7 @@ def log_config(trainer: Trainer, path: Path) -> None:
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", f"```yaml\n{path.read_text(encoding='utf-8')}\n```", 0)
-        elif isinstance(logger, WandbLogger):
+        elif isinstance(logger, (WandbLogger, TrackioLogger)):
             # Not as a file, because W&B itself writes a file of this name.
             logger.log_hyperparams({"config": yaml.safe_load(path.read_text(encoding="utf-8"))})
         elif isinstance(logger, MLFlowLogger):
@@ -182,6 +198,9 @@ def _hint(logger: Logger, folder: Path) -> str | None:
         if uri.startswith(_SQLITE):
             uri = f"{_SQLITE}{from_here(Path(uri.removeprefix(_SQLITE)))}"
         return uri if uri.startswith("http") else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    if isinstance(logger, TrackioLogger):
+        space = f"https://huggingface.co/spaces/{logger.space_id}"
+        return shlex.join(["trackio", "show", "--project", logger.name]) if logger.space_id is None else space
     return None
 
 
@@ -262,3 +281,72 @@ def _mlflow_name(name: str) -> str:
         if name.endswith(f"/{bound}"):
             name = f"{name.removesuffix(f'/{bound}')}_{bound}"
     return re.sub(r"[^\w/. -]", "_", name.replace("@", "_at_"), flags=re.ASCII)
+
+
+# ---- Trackio
+
+
+class TrackioLogger(Logger):
+    """Logs to Trackio: into its data base on this machine, in the folder TRACKIO_DIR, or to a Space of the Hugging Face hub.
+
+    Args:
+        project: The project, in which runs are compared.
+        run_name: Name of the run; None for one that Trackio makes up.
+        space_id: Space that shows the runs, such as `me/runs`, and is made if it is not there; None keeps them on this machine.
+            The token is that of HF_TOKEN or `hf auth login`.
+
+    Raises:
+        ConfigError: If Trackio is not installed.
+    """
+
+    def __init__(self, project: str = "hybrid_lightning", run_name: str | None = None, space_id: str | None = None) -> None:
+        super().__init__()
+        if find_spec("trackio") is None:
+            raise ConfigError("TrackioLogger needs trackio; pip install 'hybrid-lightning[trackio]'")
+        self._project, self._run_name, self.space_id = project, run_name, space_id
+        self._config: dict[str, Any] = {}
+        self._experiment: Any = None
+        self._resume = "never"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Trackio's run, which is begun, or after its end continued, when it is asked for."""
+        if self._experiment is None:
+            import trackio
+
+            given = {"space_id": self.space_id, "config": self._config, "embed": False}
+            with redirect_stdout(StringIO()):  # the end of the screen says how to see the run
+                self._experiment = trackio.init(self._project, self._run_name, resume=self._resume, **given)
+            self._run_name, self._resume = self._experiment.name, "allow"
+        return self._experiment
+
+    @property
+    def name(self) -> str:
+        """The project."""
+        return self._project
+
+    @property
+    def version(self) -> str | None:
+        """The run's name; None before it has begun, if none was given."""
+        return self._run_name
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars."""
+        self.experiment.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log hyperparameters. Trackio takes a config when a run begins, or is continued."""
+        # Trackio keeps names with a leading underscore, such as one of LightningCLI's, to itself.
+        self._config |= {name: value for name, value in _convert_params(params).items() if not name.startswith("_")}
+        self.finalize("running")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is not yet written."""
+        if self._experiment is not None:
+            with redirect_stdout(StringIO()):
+                self._experiment.finish()
+            self._experiment = None

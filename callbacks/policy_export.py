@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.planning import applied_plan
@@ -12,6 +13,7 @@ from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.merged_model import MergedModel
+from hybrid_lightning.export.push import open_repository, push_folder
 from hybrid_lightning.export.sources import policy_of_module
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 from hybrid_lightning.export.write import write_policy, written_message
@@ -27,12 +29,21 @@ class PolicyExport(Callback):
         form: What to write; None takes `MergedModel()`, which reads the base model again, into the memory of the CPU.
         folder: Folder for the folders `step=N`; None takes `export/FORM` in the run folder.
         every_n_steps: Optimizer steps between exports; None for one export at the end.
+        push_to: Repository on the Hugging Face hub that each export is pushed to, as a commit in place of the one before, such as
+            `me/my-model`; a new one is private. The token is that of HF_TOKEN or `hf auth login`. A run that cannot push is
+            refused before it begins; a push that fails later is a warning.
 
     Raises:
         ConfigError: If `every_n_steps` is below 1.
     """
 
-    def __init__(self, form: ExportForm | None = None, folder: str | None = None, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        form: ExportForm | None = None,
+        folder: str | None = None,
+        every_n_steps: int | None = None,
+        push_to: str | None = None,
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigError(
                 f"PolicyExport: every_n_steps must be at least 1, got {every_n_steps}; null exports at the end only"
@@ -40,7 +51,14 @@ class PolicyExport(Callback):
         self.form = form or MergedModel()
         self.folder = folder
         self.every_n_steps = every_n_steps
+        self.push_to = push_to
+        self._repository: str | None = None  # the name of `push_to` with its owner, once it is known that it can be pushed to
         self._exported_step = -1
+
+    def open_repository(self) -> None:
+        """Make sure, once, that exports can be pushed; ConfigError if they cannot."""
+        if self.push_to is not None and self._repository is None:
+            self._repository = open_repository(self.push_to)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be exported: a plan that the form cannot hold, another run's folder."""
@@ -48,6 +66,8 @@ class PolicyExport(Callback):
         if plan is None:
             raise ConfigError("PolicyExport has nothing to export; give HybridAdapterSetup among trainer.callbacks")
         self.form.check(plan)
+        if self._folder(trainer) is not None and trainer.is_global_zero:
+            self.open_repository()
         self._exported_step = trainer.global_step
         folder = self._folder(trainer)
         found = folder.glob("step=*") if folder is not None else ()
@@ -84,6 +104,11 @@ class PolicyExport(Callback):
             if policy is not None:
                 target = write_policy(policy, self.form, folder / f"step={trainer.global_step}")
                 say(written_message(policy, self.form, target))
+                if self._repository is not None:
+                    try:
+                        say(f"Pushed to {push_folder(target, self._repository, f'Step {trainer.global_step}')}")
+                    except ConfigError as error:  # training goes on
+                        rank_zero_warn(str(error))
             trainer.strategy.barrier("PolicyExport")
 
 

@@ -116,16 +116,18 @@ class RolloutSamples(OncePerRollout):
 
     Args:
         every_n_rollouts: Number of rollouts from one page to the next.
-        prompts: Number of prompts on a page.
-        completions: Number of completions shown for each prompt.
+        prompts: Number of prompts on a page; None for all of the first process.
+        completions: Number of completions shown for each prompt; None for all.
         write_rows: Whether all completions of every rollout are written to `rollouts.jsonl` in the run folder, one a line, when
             training begins with the rollout: step, rollout, prompt, completion, rewards (total and parts), advantage, and more.
             With several processes each writes its own file, with the rank before the suffix.
     """
 
-    def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4, write_rows: bool = False) -> None:
+    def __init__(
+        self, every_n_rollouts: int = 10, prompts: int | None = 4, completions: int | None = 4, write_rows: bool = False
+    ) -> None:
         for name, value in (("every_n_rollouts", every_n_rollouts), ("prompts", prompts), ("completions", completions)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self.write_rows = write_rows
@@ -196,11 +198,13 @@ class RolloutSamples(OncePerRollout):
         samples = rollouts.samples_per_prompt
         rows: list[list[Any]] = []
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
-            for row in range(number * samples, number * samples + min(samples, self.completions)):
+            for row in range(number * samples, (number + 1) * samples)[: self.completions]:
                 texts = [shown_prompt(prompt), str(prompt.answer), shown_text(rollouts.completions[row])]
+                counts = rewards.counts(row)
                 marks = ["yes" if bool(mark[row]) else "no" for mark in (rollouts.finished, rewards.correct)]
                 values = (rewards.total, *(rewards.parts[name] for name in names), advantages)
-                rows.append([*texts, *marks, *(float(value[row]) for value in values)])
+                numbers = [float(value[row]) for value in values] if counts else [None] * len(values)
+                rows.append([*texts, *(marks if counts else [marks[0], "left out"]), *numbers])
         return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
 
 
@@ -226,8 +230,8 @@ def say_completions(pl_module: LightningModule) -> None:
     if greedy is None or console().is_jupyter:
         return
     rollouts, rewards = greedy
-    for prompt, completion, reward in zip(rollouts.prompts[:_LINES], rollouts.completions, rewards.total.tolist(), strict=False):
-        end = f" (reward {reward:.3g})"
+    for row, (prompt, completion) in enumerate(zip(rollouts.prompts[:_LINES], rollouts.completions, strict=False)):
+        end = f" (reward {float(rewards.total[row]):.3g})" if rewards.counts(row) else " (left out)"
         room = max(20, console().width - len(f"   -> {end}"))
         asked = _ending(shown_prompt(prompt), room // 2)
         say(f"  {asked} -> {_ending(shown_text(completion), room - cell_len(asked)) or '(empty)'}{end}")

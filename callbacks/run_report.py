@@ -216,7 +216,7 @@ def _evaluated(pl_module: LightningModule) -> dict[str, Any]:
             "completion": shown_text(rollouts.completions[row])[:_CHARACTERS],
             "finished": bool(rollouts.finished[row]),
             "correct": bool(rewards.correct[row]),
-            "reward": round(float(rewards.total[row]), 6),
+            "reward": round(float(rewards.total[row]), 6) if rewards.counts(row) else None,
         }
         samples.append(sample)
     return {"problems": rows, "samples": samples}

@@ -60,7 +60,7 @@ from hybrid_lightning.user_code import in_user_code
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = (
     *("ckpt_path", "weights_only", "verbose", "return_predictions"),
-    *("form", "folder"),
+    *("form", "folder", "push_to"),
     *("prompt_tokens", "device_gib"),
 )
 # Flags for commands that need no device. For an export one process reads what any number of processes wrote; a plan may be for

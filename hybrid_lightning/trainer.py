@@ -19,7 +19,7 @@ from hybrid_lightning.callbacks.evaluation_report import EvaluationReport, check
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
-from hybrid_lightning.callbacks.policy_export import policy_in_training
+from hybrid_lightning.callbacks.policy_export import PolicyExport, policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.rollouts import RolloutProgress
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
@@ -30,6 +30,7 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError, DiagnosisError, HybridLightningError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
+from hybrid_lightning.export.push import open_repository, push_folder
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
@@ -194,6 +195,9 @@ class Trainer(LightningTrainer):
             if fits and adapter is not None:
                 adapter.check(model)
                 self._check_memory(model, adapter, datamodule)
+            export = find_callback(self, PolicyExport)
+            if command == "fit" and self.is_global_zero and export is not None:
+                export.open_repository()
         finally:
             self.state.fn = None
 
@@ -250,6 +254,7 @@ class Trainer(LightningTrainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         form: ExportForm | None = None,
+        push_to: str | None = None,
         *,
         folder: str,
     ) -> None:
@@ -260,15 +265,18 @@ class Trainer(LightningTrainer):
             datamodule: Its data, for the model card.
             ckpt_path: Checkpoint to export, a file or a sharded folder; None exports the module as it is after `fit`.
             form: `MergedModel` (the default), `AdapterFolder` or `LoraFolder`.
+            push_to: Repository on the Hugging Face hub that the folder is pushed to, such as `me/my-model`; a new one is private.
+                The token is that of HF_TOKEN or `hf auth login`.
             folder: Folder to write, which must be new or empty.
 
         Raises:
             CheckpointError: If the checkpoint cannot be read, or settings of the adapter contradict it.
-            ConfigError: If the folder is not empty, or the form cannot hold the policy.
+            ConfigError: If the folder is not empty, the form cannot hold the policy, or nothing can be pushed to the repository.
             PlanError: If the base model is not the one that was adapted.
         """
         if self.is_global_zero:
             check_target(Path(folder))
+            push_to = None if push_to is None else open_repository(push_to)
         self.check_checkpoint(ckpt_path)
         if ckpt_path is None:
             policy = policy_in_training(self, model)
@@ -280,6 +288,8 @@ class Trainer(LightningTrainer):
             form = form or MergedModel()
             write_policy(policy, form, folder)
             say(written_message(policy, form, folder))
+            if push_to is not None:
+                say(f"Pushed to {push_folder(Path(folder), push_to, f'Step {policy.training.steps}')}")
             if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
                 validated = bool(policy.training.before or policy.training.after)
                 if command := export_command(Path(ckpt_path).parent.parent, folder, validated):

@@ -175,8 +175,8 @@ class Rewards(_TensorContainer):
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
     weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
-    # [B] bool: False for a completion that is left out, an episode that failed by its environment's fault: it takes part in no
-    # mean, deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
+    # [B] bool: False for a completion that is left out, since its environment or its judge failed: it takes part in no mean,
+    # deviation or count, and its rewards mean nothing. None: all count. It is None on all ranks or on none.
     counted: Tensor | None = None
 
     def select(self, index: Tensor) -> "Rewards":
@@ -184,6 +184,10 @@ class Rewards(_TensorContainer):
         parts = {name: part[index] for name, part in self.parts.items()}
         counted = None if self.counted is None else self.counted[index]
         return replace(self, total=self.total[index], correct=self.correct[index], parts=parts, counted=counted)
+
+    def counts(self, row: int) -> bool:
+        """Whether a completion counts."""
+        return self.counted is None or bool(self.counted[row])
 
     def of_counted(self) -> "Rewards":
         """The rewards of the completions that count."""

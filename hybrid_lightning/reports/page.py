@@ -198,13 +198,17 @@ def _samples(first: Mapping[str, Any], last: Mapping[str, Any]) -> Html:
         sides = [(first["step"], before)] + ([(last["step"], after)] if last["step"] != first["step"] else [])
         told = "".join(
             f"<div><span class=faint>step {step}</span> <span class={'right' if side['correct'] else 'wrong'}>"
-            f"{'right' if side['correct'] else 'wrong'}</span> reward {side['reward']:.3g}{'' if side['finished'] else ', cut'}"
+            f"{'right' if side['correct'] else 'wrong'}</span> {_paid(side['reward'])}{'' if side['finished'] else ', cut'}"
             f"<pre>{escape(side['completion'])}</pre></div>"
             for step, side in sides
         )
         answer = "" if before["answer"] is None else f"<p class=faint>reference answer: {escape(str(before['answer']))}</p>"
         found.append(f"<figure><pre>{escape(before['prompt'])}</pre>{answer}<div class=pairs>{told}</div></figure><br>")
     return Html("".join(found))
+
+
+def _paid(reward: float | None) -> str:
+    return "left out" if reward is None else f"reward {reward:.3g}"
 
 
 def _heat_map(path: Path) -> Html:

@@ -6,6 +6,7 @@ from hybrid_lightning.rewards.combined import RewardBySet, WeightedSum
 from hybrid_lightning.rewards.episode import EpisodeReturn, FinalAnswer, rewards_to_go
 from hybrid_lightning.rewards.evaluate import evaluate_reward, extract_answers
 from hybrid_lightning.rewards.function import FunctionReward, TRLReward
+from hybrid_lightning.rewards.judge import JudgeReward
 from hybrid_lightning.rewards.length import CosineLength, GroupLength, OverlongPenalty
 from hybrid_lightning.rewards.mathematics.match import MathMatch
 from hybrid_lightning.rewards.multiple_choice import MultipleChoice
@@ -23,6 +24,7 @@ __all__ = [
     "FormatReward",
     "FunctionReward",
     "GroupLength",
+    "JudgeReward",
     "MathMatch",
     "MultipleChoice",
     "OverlongPenalty",

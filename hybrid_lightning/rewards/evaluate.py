@@ -31,17 +31,19 @@ def evaluate_reward(
 
     Returns:
         The rewards. `correct` is True where every part that measures correctness is at least 1.0 or, if no part does, where the
-        total is.
+        total is. A completion without a value of some term (see `RewardFunction.max_failed_share`) does not count.
 
     Raises:
         RewardError: If a term raises, or does not return one finite number per completion; the message names the term, and the
-            row and the completion, or of a term that scores a whole batch the first of these.
+            row and the completion, or of a term that scores a whole batch the first of these. Or if it has no value of too many.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
     rows = [row for row in range(len(completions)) if counted is None or counted[row]]
     # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
     seen = (tuple(completions[row] for row in rows), tuple(prompts[row] for row in rows))
     total = torch.zeros(len(completions))
+    failed = torch.zeros(len(completions), dtype=torch.bool)
+    may_fail = [term for term, _ in reward.terms() if term.max_failed_share is not None]
     correct = None
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
@@ -55,13 +57,30 @@ def evaluate_reward(
             values[others] = term_values(term, [completions[row] for row in others], [prompts[row] for row in others])
         elif not known:
             values[rows] = term_values(term, *seen)
+        if term in may_fail:
+            failed |= _failed(term, values, len(rows))
+            values = values.nan_to_num(0.0)
         parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
             earned = values >= 1.0
             correct = earned if correct is None else correct & earned
     correct = total >= 1.0 if correct is None else correct
-    return Rewards(total, parts, correct, weights, None if counted is None else torch.tensor(counted, dtype=torch.bool))
+    if may_fail:
+        counted = [True] * len(completions) if counted is None else counted
+    return Rewards(total, parts, correct, weights, None if counted is None else torch.tensor(counted, dtype=torch.bool) & ~failed)
+
+
+def _failed(term: RewardFunction, values: Tensor, count: int) -> Tensor:
+    """Which completions have no value of a term, [B] bool; RewardError if that are too many of those `count` that it scored."""
+    missing = values.isnan()
+    assert term.max_failed_share is not None
+    if int(missing.sum()) > term.max_failed_share * count:
+        raise RewardError(
+            f"{title(term)} failed on {int(missing.sum())} of {count} completions, more than max_failed_share="
+            f"{term.max_failed_share:g}, last: {term.failure}"
+        )
+    return missing
 
 
 def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[str | None]:

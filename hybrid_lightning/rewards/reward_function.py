@@ -2,7 +2,8 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ class RewardFunction(Configurable, ABC):
 
     measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
     concurrency: int = 1  # completions that may be scored at the same time, where they are one by one (see `overlaps`)
+    # Share of the completions that may have no value (NaN), as where a judge failed; more stop the run. None: NaN is a mistake.
+    max_failed_share: float | None = None
+    failure: str = ""  # why the last completion without a value has none
 
     _name: str | None = None
 
@@ -100,6 +104,17 @@ class RewardFunction(Configurable, ABC):
         """
         return None
 
+    def explain(self, completion: str, prompt: Prompt) -> str | None:
+        """Why a completion that was scored has its value, for people; None if there is nothing to add."""
+        return None
+
+    def take_counts(self) -> dict[str, float]:
+        """What the reward has counted since it was asked last: name of a metric -> number, the same names at every call.
+
+        Each rollout logs the sums over all terms and processes.
+        """
+        return {}
+
     @property
     def name(self) -> str:
         """Name under which the reward is logged: the name given to it, or its class name in snake_case."""
@@ -121,6 +136,8 @@ class DelegatingReward(RewardFunction):
         self.scorers = scorers
         self.measures_correctness = scorers[0].measures_correctness
         self.concurrency = max(reward.concurrency for reward in scorers)
+        shares = [reward.max_failed_share for reward in scorers if reward.max_failed_share is not None]
+        self.max_failed_share = max(shares, default=None)
 
     def scorer(self, prompt: Prompt) -> RewardFunction:
         """The reward that scores completions of a prompt."""
@@ -142,6 +159,19 @@ class DelegatingReward(RewardFunction):
         """The answer that the scorer of the prompt extracts."""
         return self.scorer(prompt).extract_answer(self.seen(completion), prompt)
 
+    def explain(self, completion: str, prompt: Prompt) -> str | None:
+        """What the scorer of the prompt says."""
+        return self.scorer(prompt).explain(self.seen(completion), prompt)
+
+    def take_counts(self) -> dict[str, float]:
+        """The sums over all of them."""
+        return sum_counts(reward.take_counts() for reward in self.scorers)
+
+    @property
+    def failure(self) -> str:  # type: ignore[override]
+        """Why one of them gave no value."""
+        return next((reward.failure for reward in self.scorers if reward.failure), "")
+
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the scorer of the prompt can score its completions."""
         self.scorer(prompt).check_prompt(prompt)
@@ -155,3 +185,11 @@ class DelegatingReward(RewardFunction):
         """The warnings of all of them, joined; None if there are none."""
         found = [reward.decided_by_time() for reward in self.scorers]
         return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
+
+
+def sum_counts(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add up counts by name."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)  # type: ignore[arg-type]
+    return dict(total)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
     """Call one term of a reward, a coroutine too, and check what it returns.
 
     Returns:
-        One finite number for each completion, [B] float32.
+        One number for each completion, [B] float32: finite, or NaN where `max_failed_share` allows for completions without one.
 
     Raises:
         RewardError: See `evaluate_reward`.
@@ -43,9 +43,10 @@ def term_values(reward: RewardFunction, completions: Sequence[str], prompts: Seq
         raise RewardError(f"{title(reward)} {error}; it must return one number per completion") from error
     # Converted first: a number must be finite in float32, the dtype of the training signal.
     result = torch.tensor([_float(number) for number in numbers], dtype=torch.float32)
-    wrong = result.isfinite().logical_not().nonzero()
-    if len(wrong):
-        row = int(wrong[0])
+    may_fail = reward.max_failed_share is not None
+    wrong = ~(result.isfinite() | (result.isnan() & may_fail))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
         number = numbers[row]
         problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
         raise RewardError(

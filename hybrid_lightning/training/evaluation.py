@@ -341,7 +341,7 @@ def _scored_record(scored: Scored, row: int) -> dict[str, Any]:
         "extracted_answer": answers[row],
         "length": int(rollouts.sequences.sampled_mask[row].sum()),
         "finished": bool(rollouts.finished[row]),
-        "reward": float(rewards.total[row]),
-        "reward_parts": {name: float(part[row]) for name, part in rewards.parts.items()},
-        "correct": bool(rewards.correct[row]),
+        "reward": float(rewards.total[row]) if rewards.counts(row) else None,
+        "reward_parts": {name: float(part[row]) if rewards.counts(row) else None for name, part in rewards.parts.items()},
+        "correct": bool(rewards.correct[row]) if rewards.counts(row) else None,
     }

@@ -26,6 +26,7 @@ from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.precision import product_dtype
 from hybrid_lightning.rewards import ArrivingRewards, RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rewards.combined import AnyReward, as_reward
+from hybrid_lightning.rewards.reward_function import sum_counts
 from hybrid_lightning.rollout.future import RolloutFuture
 from hybrid_lightning.rollout.interface import Draws, PolicyWeights, SamplingRequest, ServedModel, Stops
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
@@ -245,6 +246,11 @@ class Generation:
         """The answer that the reward finds in each completion, None if it finds none (see `RewardFunction.extract_answer`)."""
         assert self.reward is not None
         return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
+
+    def reward_counts(self) -> dict[str, float]:
+        """What the reward has counted since the last call, such as calls of a judge, over all ranks, which call it together."""
+        own = sum_counts(term.take_counts() for term in self.reward_terms())
+        return sum_counts(gather_objects(own)) if own else own
 
     def reward_terms(self) -> list[RewardFunction]:
         """The rewards that the reward is the weighted sum of; none without a reward."""

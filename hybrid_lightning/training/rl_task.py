@@ -156,7 +156,7 @@ class RLTask(Task):
 
     def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
         """Metrics of a rollout over all ranks."""
-        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics()}
+        metrics = {**rollout_metrics(rollouts, rewards, credited), **self.generation.metrics(), **self.generation.reward_counts()}
         if self.generation.episodes is not None:
             metrics |= episode_metrics(rollouts.completions)
             if warning := run_checks.unread_rewards(self.generation, metrics):

@@ -26,7 +26,7 @@ from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted
 
 # First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
 _OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
-ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "episodes", "num_tokens", "sampling", "sets"})
+ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "episodes", "judge", "num_tokens", "sampling", "sets"})
 
 
 @dataclass(frozen=True)

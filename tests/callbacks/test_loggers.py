@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sqlite3
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -191,3 +192,25 @@ def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, off
     loggers = [NamingMLFlowLogger(experiment_name="new", save_dir=str(tmp_path)) for _ in range(2)]
     assert waited == ["new", "new"] and loggers[0].experiment_id == loggers[1].experiment_id
     FileLock(tmp_path / ".mlflow.lock").acquire(timeout=0).lock.release()
+
+
+# ---- Trackio
+
+
+def test_trackio_has_scalars_tables_and_the_config_of_a_run(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio", reason="needs trackio: pip install -e '.[trackio]'")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # which reads the folder when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
+    for here in cli_runs.write_folder(tmp_path):
+        given = ["--trainer.logger=TrackioLogger", "--trainer.logger.project=sums", "--samples.prompts=null"]
+        result = cli_runs.done(here, *FIT, *given, "--samples.completions=null", "--adapter.scorer=Random")
+    assert "Curves:     trackio show --project sums\n" in result.out and "* " not in result.out and trackio
+    with sqlite3.connect(next((tmp_path / "store").glob("*.db"))) as store:
+        (config,) = store.execute("select config from configs").fetchone()
+        logged = [(step, json.loads(metrics)) for step, metrics in store.execute("select step, metrics from metrics")]
+    assert json.loads(config)["config"]["trainer"]["max_steps"] == 2 and json.loads(config)["lr_full"] == 0.001
+    curves = {(name, step): value for step, metrics in logged for name, value in metrics.items()}
+    assert {("reward", 0), ("reward", 1), ("val/avg@2", 1), ("plan", 0), ("plan/scores", 0)} <= curves.keys()
+    (table,) = [value["_value"] for (name, _), value in curves.items() if name == "samples"]
+    assert list(table[0]) == SAMPLES and len(table) == 4 * 4, "all of the rollout"

@@ -70,11 +70,12 @@ def test_completions_fit_a_narrow_screen_and_stay_out_of_notebooks(monkeypatch):
     asked = Prompt(messages=({"content": "be brief"}, {"content": "an introduction, and then\n\tthe question"}))
     said = (Completion("steps\x1b[2J, 数数数数 and 42", 9, True), Completion("", 0, True))
     rollouts, rewards = SimpleNamespace(prompts=(asked, Prompt(text="1+1=")), completions=said), torch.tensor([1.0, 0.0])
-    evaluation = SimpleNamespace(greedy=(rollouts, SimpleNamespace(total=rewards)))
+    rewards = Rewards(rewards, {}, rewards > 0, counted=rewards > 0)
+    evaluation = SimpleNamespace(greedy=(rollouts, rewards))
     for notebook in (False, True):
         monkeypatch.setattr(rich, "_console", screen := Console(width=50, file=io.StringIO(), force_jupyter=notebook))
         say_completions(Mock(spec=LanguageModule, evaluation=evaluation))
-        lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (reward 0)\n"
+        lines = "" if notebook else "  ...the question -> ...数数数数 and 42 (reward 1)\n  1+1= -> (empty) (left out)\n"
         assert screen.file.getvalue() == lines and all(cell_len(line) <= 50 for line in lines.splitlines())
 
 

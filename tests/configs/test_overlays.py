@@ -14,7 +14,7 @@ import yaml
 from cli_runs import command, parse
 from test_configs import CONFIGS, ROOT, small
 
-FOLDERS = ("strategy", "rollout", "loss", "device", "quantization", "logger")
+FOLDERS = ("strategy", "rollout", "loss", "device", "quantization", "logger", "reward")
 OVERLAYS = [path for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
 WITH_ROLLOUTS = [path for path in CONFIGS if path.stem not in ("sft", "dpo")]
 

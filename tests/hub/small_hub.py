@@ -4,6 +4,7 @@ As the real one it answers 401 for what does not exist to who is not logged in, 
 repository, and 401 for a token that was revoked, whatever is asked for.
 """
 
+import base64
 import hashlib
 import json
 import shutil
@@ -38,6 +39,7 @@ class Repository:
     kind: str  # "models" or "datasets"
     folder: Path
     gated: bool = False
+    private: bool = False
 
     @cached_property
     def commit(self) -> str:
@@ -69,6 +71,7 @@ class Hub:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     reachable: bool = True
+    written: Path = Path()  # where repositories lie that are made
 
     def add(self, id: str, kind: str, folder: Path, **more: bool) -> None:
         self.repositories[kind, id] = Repository(id, kind, folder, **more)
@@ -116,8 +119,13 @@ class Hub:
     def _found(self, parts: list[str], token: str, request: Any) -> Any:
         if parts == [""]:
             return httpx.Response(200)
+        if request.method == "POST" and (found := self._written(parts[1:], token, request)) is not None:
+            return found
         parts = parts[parts[0] == "api" :]
         kind = "datasets" if parts[0] == "datasets" else "models"
+        if parts[-2:] == ["auth-check", "write"]:
+            self._check_writes(self._repository(kind, "/".join(parts[1:-2]), token).id, token)
+            return httpx.Response(200)
         rest = parts[parts[0] == kind :]
         at = next((place for place, part in enumerate(rest) if place and part in _QUESTIONS), len(rest))
         repository = self._repository(kind, "/".join(rest[:at]), token)
@@ -125,6 +133,45 @@ class Hub:
         if revision not in ("main", repository.commit):
             raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return getattr(self, f"_{question.replace('-', '_')}")(repository, "/".join(names), token, request)
+
+    def _check_writes(self, id: str, token: str) -> None:
+        if token != MEMBER or id.partition("/")[0] != "me":
+            raise RefusalError(403, "You don't have the rights to write here")
+
+    def _written(self, parts: list[str], token: str, request: Any) -> Any:
+        """Answer what makes a repository or a commit; None to other requests."""
+        if parts == ["repos", "create"]:
+            wanted = json.loads(request.content)
+            id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            if ("models", id) not in self.repositories:
+                self._check_writes(id, token)
+                (folder := self.written / id).mkdir(parents=True)
+                (folder / ".gitattributes").write_text("")
+                self.add(id, "models", folder, private=wanted.get("private") or wanted.get("visibility") == "private")
+                return httpx.Response(200, json={"url": f"{constants.ENDPOINT}/{id}"})
+            return httpx.Response(409, json={"error": "You already created this repo", "url": f"{constants.ENDPOINT}/{id}"})
+        if parts == ["validate-yaml"]:
+            return httpx.Response(200, json={"errors": [], "warnings": []})
+        if "preupload" in parts:
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], **regular} for file in json.loads(request.content)["files"]]
+            return httpx.Response(200, json={"files": files})
+        if "commit" not in parts:
+            return None
+        id = "/".join(parts[1:3])
+        self._check_writes(id, token)
+        folder = self.repositories["models", id].folder
+        for line in map(json.loads, request.content.splitlines()):
+            place = folder / line["value"].get("path", "")
+            if line["key"] == "deletedFile":
+                place.unlink()
+            if line["key"] == "file":
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(base64.b64decode(line["value"]["content"]))
+        self.add(id, "models", folder, private=True)
+        return httpx.Response(
+            200, json={"success": True, "commitOid": "1" * 40, "commitUrl": f"{constants.ENDPOINT}/{id}/commit/1"}
+        )
 
     def _repository(self, kind: str, id: str, token: str) -> Repository:
         repository = self.repositories.get((kind, id))
@@ -162,7 +209,7 @@ class Hub:
 
 def filled_hub(folder: Path) -> Hub:
     """A hub with models of two families, the data sets of our presets, and what a user may run into."""
-    hub, models, data = Hub(), folder / "models", hub_contents.write_data_sets(folder / "datasets")
+    hub, models, data = Hub(written=folder / "written"), folder / "models", hub_contents.write_data_sets(folder / "datasets")
     qwen3, gemma2 = (hub_contents.write_model(models / family, family) for family in ("qwen3", "gemma2"))
     for id in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"):
         hub.add(id, "models", qwen3)

@@ -11,6 +11,7 @@ from cli_runs import command
 from pages import PAGES, ROOT
 
 from hybrid_lightning import losses
+from hybrid_lightning.rewards import JudgeReward
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import LossInputs
@@ -67,12 +68,17 @@ def of_engines():
     return generation.metrics().keys() | mismatch | {"sampling/weights_versions"}
 
 
+def of_judges():
+    """What a judge counts, whom no server answers here."""
+    return JudgeReward("Grade it.", "http://localhost/v1", "judge", prices=(1.0, 2.0)).take_counts().keys()
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """The names in `metrics.csv` of a run by RL with all that can be switched on, one of a mixture, SFT and DPO."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "mixture.yaml").write_text(MIXTURE)
-    names = of_losses() | of_engines()
+    names = of_losses() | of_engines() | of_judges()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for config, options in (("gspo", ALL), ("sft", EXAMPLES), ("dpo", EXAMPLES)):

@@ -16,6 +16,13 @@ a group, unless they are said to be over the batch, which is a whole rollout ove
   paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
   group is, except for rounding, which would make a gradient where all rewards are equal.
 
+- `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
+  Its difference from `BatchStdAdvantage` is that only what prompts do not explain scales the advantages: whether some prompts are
+  easy and others hard no longer makes them small. As in the paper and ms-swift the standard deviation is over completions. In
+  OpenRLHF and verl it is over tokens, and so is a mean that is subtracted once more; that mean is 0 over completions, but not over
+  tokens unless all completions have one length, so that groups whose rewards are all equal would get a gradient. The paper's loss
+  is `GRPOLoss`; its KL term is the k2 estimate where that of `PolicyLoss` is k3.
+
 Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
 TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
 float32), and division by eps would make a gradient of it.
@@ -64,6 +71,7 @@ __all__ = [
     "GroupMeanAdvantage",
     "LeaveOneOutAdvantage",
     "PerRewardAdvantage",
+    "ReinforcePlusPlusAdvantage",
     "centred",
 ]
 
@@ -217,6 +225,18 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         """Advantages of `groups`, [P, G]."""
         samples = groups.shape[1]
         return centred(groups) * (samples / (samples - 1))
+
+
+class ReinforcePlusPlusAdvantage(_DividedAdvantage):
+    """REINFORCE++-baseline's advantage: (R - mean over the group) / (its std over the rollout + eps)."""
+
+    def estimate(self, groups: Tensor) -> Tensor:
+        """Advantages of `groups`, [P, G]."""
+        return centred(groups)
+
+    def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Advantages over their standard deviation, [N]."""
+        return advantages / (advantages.std() + self.eps)
 
 
 class PerRewardAdvantage(GroupAdvantage):

@@ -6,6 +6,7 @@ running_episode.py    one of them, which is begun again after a fault
 objects.py            where they are: in this process
 workers.py            or in others
 answers.py            checks what they answer
+by_set.py             an environment for each set of the data
 tool_environment.py   an environment of tools that the policy may call
 tool.py               what a tool is, and how its arguments are checked
 calls.py              how the policy writes calls: the contract of formats
@@ -17,6 +18,7 @@ trl_environment.py    TRL's environment classes
 games.py              a number to be guessed, several attempts at a problem
 """
 
+from hybrid_lightning.environments.by_set import EnvironmentBySet
 from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
 from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
@@ -37,6 +39,7 @@ __all__ = [
     "CallFormat",
     "DocumentSearch",
     "Environment",
+    "EnvironmentBySet",
     "EpisodeLimits",
     "Failure",
     "GemmaCalls",

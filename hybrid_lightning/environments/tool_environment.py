@@ -13,7 +13,7 @@ from hybrid_lightning.environments.environment import CUT_MARK, Environment, Ste
 from hybrid_lightning.environments.foreign import content_text
 from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.environments.tool import Tool, ToolSchema, describe_tool
-from hybrid_lightning.errors import ConfigError, HybridLightningError, shorten
+from hybrid_lightning.errors import ConfigError, DataError, HybridLightningError, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import TookTooLongError
 from hybrid_lightning.user_calls import call as call_user
@@ -41,9 +41,11 @@ class ToolEnvironment(Environment):
         tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy is
             told which one took too long, and the episode goes on.
         max_result_chars: Characters of what a tool returns; more is cut, with a mark.
+        tools_column: Column of the data with the names of the tools that the row may call, a list; None: each may call all.
 
     Raises:
         ConfigError: If there is no such function, or it cannot be described to a policy.
+        DataError: If a row names a tool that does not exist.
     """
 
     thread_safe: ClassVar[bool] = True
@@ -54,6 +56,7 @@ class ToolEnvironment(Environment):
         call_format: CallFormat | None = None,
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
+        tools_column: str | None = None,
     ) -> None:
         if isinstance(tools, str) or not tools:
             raise ConfigError(f"ToolEnvironment: tools={tools!r}; give a list of functions, such as [my_tools.search]")
@@ -61,7 +64,7 @@ class ToolEnvironment(Environment):
             raise ConfigError(f"ToolEnvironment: tool_timeout_s={tool_timeout_s!r}; give a positive number of seconds")
         if max_result_chars < 1:
             raise ConfigError(f"ToolEnvironment: max_result_chars={max_result_chars!r}; give at least 1")
-        self.tool_timeout_s, self.max_result_chars = tool_timeout_s, max_result_chars
+        self.tool_timeout_s, self.max_result_chars, self.tools_column = tool_timeout_s, max_result_chars, tools_column
         self._functions: dict[str, Callable[..., Any]] = {}
         self._schemas: dict[str, ToolSchema] = {}
         for entry in tools:
@@ -86,22 +89,46 @@ class ToolEnvironment(Environment):
         """JSON schemas for the chat template; none if it does not show them, since `start` tells them then."""
         return self._described() if self._shown else []
 
+    def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """Those of the row, if rows have tools of their own."""
+        names = self._names(prompt)
+        return [self._schemas[name].schema for name in names] if self._shown else []
+
+    def _names(self, prompt: Prompt) -> list[str]:
+        """Names of the tools that the row may call, in the order in which the config has them."""
+        if self.tools_column is None:
+            return list(self._functions)
+        names, column = prompt.columns.get(self.tools_column), f"{prompt.place}: column {self.tools_column!r}"
+        if not isinstance(names, (list, tuple)):
+            raise DataError(f"{column} is {shorten(names)}; give a list of names of tools, or set tools_column to null")
+        unknown = [name for name in names if name not in self._functions]
+        if unknown:
+            raise DataError(
+                f"{column} names {shorten(unknown[0])}, which is not a tool; the tools are {', '.join(self._functions)}; correct "
+                "the row, or add the tool to the environment"
+            )
+        return [name for name in self._functions if name in names]
+
     def added_roles(self) -> tuple[str, ...]:
         """See `Environment.added_roles`. A subclass with a `step` of its own may add messages of the user."""
         return (self._role,) if type(self).step is ToolEnvironment.step else super().added_roles()
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Start the tools, and describe them where the chat template does not."""
+        """Start the tools of the row, and describe them where the chat template does not."""
+        names = self._names(prompt)
+        self._functions = {name: self._functions[name] for name in names}
+        self._schemas = {name: self._schemas[name] for name in names}
         for tool in self._kept():
             tool.start(seed)
-        if self._shown or prompt.messages is None:
+        if self._shown or prompt.messages is None or not names:
             return ()
         return [{"role": "system", "content": self.call_format.describe(self._described())}]
 
     async def step(self, message: Message) -> Step:
         """Call what the policy asks for."""
         counts = dict.fromkeys(COUNTS, 0.0)
-        calls = self.call_format.parse(_after_thought(message.get("raw", message["content"])), self._described())
+        text = _after_thought(message.get("raw", message["content"]))
+        calls = self.call_format.parse(text, self._described()) if self._functions else []
         if not calls:
             return Step((), 0.0, True, "answered", counts)
         until = time.monotonic() + 0.8 * self.step_timeout_s

@@ -12,6 +12,7 @@ tool.py               what a tool is, and how its arguments are checked
 calls.py              how the policy writes calls: the contract of formats
 json_calls.py         formats that are JSON or plain text
 tagged_calls.py       formats between tags, and which one a chat template teaches
+mcp_tools.py          the tools of an MCP server
 tools.py              a calculator, Python with a session, search over documents
 foreign.py            environments of other packages: Gymnasium's form, OpenEnv
 trl_environment.py    TRL's environment classes
@@ -24,6 +25,7 @@ from hybrid_lightning.environments.environment import CUT_MARK, Environment, Ste
 from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
 from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment
 from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
+from hybrid_lightning.environments.mcp_tools import McpTools
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 from hybrid_lightning.environments.running_episode import Failure, Started, TimedOut
 from hybrid_lightning.environments.tagged_calls import AtemCalls, GemmaCalls, GlmCalls, HarmonyCalls, PythonicCalls, XmlCalls
@@ -50,6 +52,7 @@ __all__ = [
     "HermesCalls",
     "LlamaCalls",
     "MalformedCall",
+    "McpTools",
     "OpenEnvEnvironment",
     "PlainCalls",
     "PythonSession",

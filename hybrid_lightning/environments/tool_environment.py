@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
 from hybrid_lightning.environments.foreign import content_text
+from hybrid_lightning.environments.mcp_tools import McpTools, ServerLostError
 from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.environments.tool import Tool, ToolSchema, describe_tool
 from hybrid_lightning.errors import ConfigError, DataError, HybridLightningError, shorten
@@ -34,9 +35,9 @@ class ToolEnvironment(Environment):
     awaits it.
 
     Args:
-        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, and objects of class
-            `Tool`; in Python functions themselves, too. Arguments need type hints, and a description under `Args:` in the
-            docstring.
+        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, objects of class
+            `Tool`, and servers by `McpTools`; in Python functions themselves, too. Arguments need type hints, and a description
+            under `Args:` in the docstring.
         call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
         tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy is
             told which one took too long, and the episode goes on.
@@ -52,7 +53,7 @@ class ToolEnvironment(Environment):
 
     def __init__(
         self,
-        tools: Sequence[str | Tool | Callable[..., Any]],
+        tools: Sequence[str | Tool | McpTools | Callable[..., Any]],
         call_format: CallFormat | None = None,
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
@@ -68,18 +69,26 @@ class ToolEnvironment(Environment):
         self._functions: dict[str, Callable[..., Any]] = {}
         self._schemas: dict[str, ToolSchema] = {}
         for entry in tools:
-            function = load_function(entry, "tools") if isinstance(entry, str) else entry
-            function = function.new() if isinstance(function, Tool) else function
-            name, schema = describe_tool(function)
-            if name in self._functions:
-                raise ConfigError(f"ToolEnvironment: two tools are called {name!r}; rename one")
-            self._functions[name], self._schemas[name] = function, schema
+            if not isinstance(entry, McpTools):
+                function = load_function(entry, "tools") if isinstance(entry, str) else entry
+                function = function.new() if isinstance(function, Tool) else function
+                self._add(function, *describe_tool(function))
+        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # they are asked for their tools by `prepare`
         self._given_format = call_format
-        self.prepare(None)
+        if not self._servers:
+            self.prepare(None)
+
+    def _add(self, function: Callable[..., Any], name: str, schema: ToolSchema) -> None:
+        if name in self._functions:
+            raise ConfigError(f"ToolEnvironment: two tools are called {name!r}; rename one")
+        self._functions[name], self._schemas[name] = function, schema
 
     def prepare(self, chat_template: str | None) -> None:
-        """Choose the form of calls and the role of results by the chat template."""
+        """Choose the form of calls and the role of results by the chat template, and connect to servers of tools."""
         super().prepare(chat_template)
+        while self._servers:
+            for tool in self._servers.pop(0).tools():
+                self._add(tool, tool.name, tool.schema)
         self.call_format = self._given_format or choose_format(chat_template)
         self.call_format.check(self._described())
         self._shown = chat_template is None or shows_tools(chat_template)
@@ -188,7 +197,7 @@ class ToolEnvironment(Environment):
         value, error = await call_user(partial(function, **arguments), left_s, as_text)
         if isinstance(error, TookTooLongError):
             return "time", f"error: {name} was not done after {left_s:.3g} s"
-        if isinstance(error, HybridLightningError):
+        if isinstance(error, (HybridLightningError, ServerLostError)):
             raise error
         if error is not None:
             return "raised", f"error: {name} raised {kind_and_text(error)}"

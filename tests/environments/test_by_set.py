@@ -1,6 +1,7 @@
 """An environment for each set of the data, sets that rows of one table name, and tools that rows name."""
 
 import json
+import pickle
 
 import pytest
 from chat_templates import tokenizer_with
@@ -53,8 +54,7 @@ def prepared(environment):
     return environment, lambda asked: tokenizer.decode(encoder.first(asked)[0]), encoder
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools(workers):
+def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools():
     sets = {"sums": ToolEnvironment([calculator]), "loud": ToolEnvironment([shout, calculator]), "games": GuessNumber(1, 9)}
     environment, shown, encoder = prepared(EnvironmentBySet(sets))
     prompts = [prompt(set_name=name) for name in sets]
@@ -64,16 +64,19 @@ def test_each_set_acts_in_its_own_environment_and_its_prompts_show_its_tools(wor
     assert ["shout" in text for text in texts] == [False, True, False]
     assert [tool["function"]["name"] for tool in environment.tools()] == ["calculator", "shout"]
     assert environment.added_roles() == ("tool", "user") and not EnvironmentBySet({"": Talk()}).thread_safe
-    episodes = RunningEpisodes(environment, EpisodeLimits(workers=workers))
-    try:
-        begun = episodes.start([*prompts, prompts[2]], [3, 3, 3, 4])
-        assert [len(messages) for messages in begun] == [0, 0, 1, 1]
-        answers = episodes.step({0: call("calculator", expression="2*3"), 1: call("shout", text="a"), 2: say("1"), 3: say("x")})
-        assert [answers[number].messages[0]["content"] for number in (0, 1, 3)] == ["6", "A", "Say a whole number from 1 to 9."]
-        assert answers[0].counts["calls"] == 1 and answers[2].messages[0]["content"] in ("higher", "right")
-        assert episodes.step({0: say("6")})[0].end == "answered" and episodes.conclude([0, 1]) == {0: 0.0, 1: 0.0}
-    finally:
-        episodes.close()
+    made_of = pickle.dumps((type(environment), environment._init_args))  # by what `episodes.workers` have it
+    kind, arguments = pickle.loads(made_of)
+    other = kind(**arguments)
+    other.prepare(environment.chat_template)
+    assert other.to_config() == environment.to_config()
+    episodes = RunningEpisodes(other, EpisodeLimits())
+    begun = episodes.start([*prompts, prompts[2]], [3, 3, 3, 4])
+    assert [len(messages) for messages in begun] == [0, 0, 1, 1]
+    answers = episodes.step({0: call("calculator", expression="2*3"), 1: call("shout", text="a"), 2: say("1"), 3: say("x")})
+    assert [answers[number].messages[0]["content"] for number in (0, 1, 3)] == ["6", "A", "Say a whole number from 1 to 9."]
+    assert answers[0].counts["calls"] == 1 and answers[2].messages[0]["content"] in ("higher", "right")
+    assert episodes.step({0: say("6")})[0].end == "answered" and episodes.conclude([0, 1]) == {0: 0.0, 1: 0.0}
+    episodes.close()
     with pytest.raises(DataError, match="row 4 is of set 'quiz', which has no environment; there is one for sums, loud, games"):
         encoder.check([*prompts, prompt(set_name="quiz", index=4)], ())
     with pytest.raises(ConfigError, match="give each set one"):

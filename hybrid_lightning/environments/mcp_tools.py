@@ -8,8 +8,8 @@ It is asked once for its tools; their schemas are what the policy is shown, and 
     it ends, or cannot be reached               nobody's fault but its own: the episode is begun again, at most twice, with a new
                                                 connection, and then left out (see `RunningEpisodes`)
 
-A connection is held by one task of the event loop on which all calls of tools run, since the client wants to be opened and closed
-in one task.
+A connection is held by one task of the event loop on which all calls of tools run: the client has to be opened and closed in
+one task.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ class McpTools(Configurable):
     Args:
         command: The command that starts the server, such as `uvx mcp-server-fetch`. It is not run by a shell.
         url: The address of a server that runs, such as `http://localhost:8000/mcp`.
-        env: Names of environment variables that `command` gets from this process, besides PATH, HOME and the like: so keys stay out of
-            configs and checkpoints.
+        env: Names of environment variables that `command` gets from this process, besides PATH, HOME and the like: so keys stay
+            out of configs and checkpoints.
         per_episode: Whether each episode has a connection of its own, and so with `command` a server of its own, which costs
             starting it.
 
@@ -137,7 +137,7 @@ class McpTools(Configurable):
         listed: list[tuple[str, dict[str, Any]]] = []
         cursor: str | None = None
         while True:
-            page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
+            page: Any = await connection.ask(partial(_page, cursor=cursor))
             for tool in page.tools:
                 parameters = {"type": "object", "properties": {}, **tool.input_schema}
                 function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
@@ -264,6 +264,10 @@ class _Connection:
             error = error.exceptions[0]
         known = [one_line(error)] if error is not None else []
         return "".join(f": {text}" for text in [*known, *filter(None, [self._said])])
+
+
+def _page(client: Any, cursor: str | None) -> Awaitable[Any]:
+    return client.list_tools(cursor=cursor)  # type: ignore[no-any-return]
 
 
 def _last_line(file: IO[str]) -> str:

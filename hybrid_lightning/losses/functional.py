@@ -65,7 +65,9 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
 
 
-def off_policy_mistakes(logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
+def off_policy_mistakes(
+    logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
     """Which sequences of A < 0 are less likely than when they were sampled by more than `threshold` nats per token, [B] bool.
 
     With advantages of tokens, [B, T], which tokens of A < 0 are in such a sequence, [B, T] (DeepSeek-V3.2, equation 9).

@@ -23,13 +23,14 @@ Importance weights are optional. They correct for a sampler that differs a littl
 tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
 bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 
-The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) leaves what is unlike
-the policy out of the policy term, if it is a mistake, from which the policy is pushed away; others are learned however old they are:
+The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) leaves completions
+out of the policy term that have A < 0 and that the current policy would hardly sample. Their gradient is large, and pushes the
+policy away from where it no longer is. Completions with A >= 0 are always learned.
 
     M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
 
-l_sampled is of the sampler itself, so that old weights count and differences between sampling and training, too. The masked tokens
-stay in the denominators, and in the KL. With advantages of tokens the tokens of A < 0 are masked.
+l_sampled is the sampler's own log-probability, so that both old weights and differences between sampling and training count.
+Masked tokens stay in the denominators and in the KL. With advantages of tokens, the tokens with A < 0 are masked.
 """
 
 import math
@@ -54,8 +55,8 @@ class PolicyLoss(Configurable, ABC):
         kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
         entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
-        off_policy_mask_threshold: Nats per token that a completion with A < 0 may be less likely than when it was sampled, on
-            average over its tokens; beyond it gets no policy gradient (see the head of this file). None for no such mask.
+        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens are on average less likely than
+            when they were sampled by more than this, in nats (see the head of this file); None for no such mask.
 
     Raises:
         ConfigError: If a weight is negative or not finite, or the threshold not positive.
@@ -91,8 +92,8 @@ class PolicyLoss(Configurable, ABC):
             raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight; use 0 for no entropy bonus, or e.g. 0.001")
         if off_policy_mask_threshold is not None and not off_policy_mask_threshold > 0:
             raise ConfigError(
-                f"{name}: off_policy_mask_threshold={off_policy_mask_threshold} must be above 0, or it masks mistakes that were just "
-                "sampled; set e.g. 0.1, or null for no mask"
+                f"{name}: off_policy_mask_threshold={off_policy_mask_threshold} must be above 0, or it masks completions that "
+                "were just sampled; set e.g. 0.1, or null for no mask"
             )
         self.kl_coef = kl_coef
         self.kl_importance_weight = kl_importance_weight
@@ -143,8 +144,8 @@ class PolicyLoss(Configurable, ABC):
         Returns:
             The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
             shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
-            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there is
-            that mask (share of sequences; of tokens with advantages of tokens), and those of `policy_metrics`.
+            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
+            is that mask (share of sequences; of tokens with advantages of tokens), and those of `policy_metrics`.
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus

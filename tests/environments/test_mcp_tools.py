@@ -73,7 +73,9 @@ def test_a_server_that_dies_costs_the_episode_and_the_others_go_on(play, caplog)
     _, step = play(McpTools(COMMAND))
     step({number: call("add", x=1, y=1) for number in range(3)})
     answers = step({0: call("do", text="die")})
-    assert isinstance(answers[0], Failure) and answers[0].reason.startswith("ToolEnvironment.step raised ServerLostError: the MCP")
+    assert isinstance(answers[0], Failure) and answers[0].reason.startswith(
+        "ToolEnvironment.step raised ServerLostError: the MCP"
+    )
     assert "mcp_server.py has ended: no more memory" in answers[0].reason, "what it said at last"
     assert texts(step({1: call("add", x=1, y=2)})) == ["3"], "a new one"
     with pytest.raises(EpisodeError, match=r"the environment failed in 2 of 3 episodes.* has ended: no more memory"):

@@ -161,7 +161,7 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
         assert shared >= clips and (case != "plain" or min(ours.metrics[name] for name in clips) > 0)
     if "dual_clip" in options:
         assert ours.loss < build(cls, **options | {"dual_clip": None})(inputs).loss
-    if "off-policy mask, kl" == case:
+    if case == "off-policy mask, kl":
         assert 0 < ours.metrics["off_policy/masked"] < (inputs.advantages < 0).float().mean()
     assert ("kl" in shared) == loss.needs_reference
     for name in shared:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.tool import Tool, ToolSchema
@@ -28,7 +28,6 @@ from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.user_calls import run_async
 
 _CONNECT_S = 60.0  # for which a server may start, such as one that is downloaded first
-T = TypeVar("T")
 
 
 class ServerLostError(Exception):
@@ -50,19 +49,14 @@ class McpTools(Configurable):
             starting it.
 
     Raises:
-        ConfigError: If not exactly one of `command` and `url` is given, a variable is not set, or the client is not installed.
+        ConfigError: If not exactly one of `command` and `url` is given.
     """
 
     def __init__(
         self, command: str | None = None, url: str | None = None, env: list[str] | None = None, per_episode: bool = False
     ) -> None:
-        if (command is None) == (url is None) or not (command or url):
+        if (command is None) == (url is None) or not (command or url or "").strip():
             raise ConfigError(f"McpTools: command={command!r} and url={url!r}; give one of the two")
-        if find_spec("mcp") is None:
-            raise ConfigError("McpTools needs the package mcp; pip install 'hybrid-lightning[mcp]'")
-        missing = [name for name in env or [] if name not in os.environ]
-        if missing:
-            raise ConfigError(f"McpTools: the environment variable {missing[0]} of env is not set; set it, or take it out")
         self.command, self.url, self.env, self.per_episode = command, url, env or [], per_episode
         self._listed: list[tuple[str, dict[str, Any]]] | None = None  # names and schemas
         self._connection: _Connection | None = None
@@ -75,18 +69,21 @@ class McpTools(Configurable):
         """The tools of the server, for one episode. It is asked for them once.
 
         Raises:
-            ConfigError: If the server cannot be reached, or has no tools.
+            ConfigError: If the client is not installed, a variable is not set, or the server cannot be reached or has no tools.
         """
         if self._listed is None:
+            if find_spec("mcp") is None:
+                raise ConfigError("McpTools needs the package mcp; pip install 'hybrid-lightning[mcp]'")
+            missing = [name for name in self.env if name not in os.environ]
+            if missing:
+                raise ConfigError(f"McpTools: the environment variable {missing[0]} of env is not set; set it, or take it out")
             try:
                 self._listed = run_async(self._list())
-            except ServerLostError as error:
+            except (ServerLostError, McpToolError) as error:
                 raise ConfigError(f"McpTools: {error}; correct command or url, and try it by itself") from error
             if not self._listed:
                 raise ConfigError(f"McpTools: {self.command or self.url} has no tools; take another server")
-        server = self
-        if self.per_episode:
-            server = type(self)(**self._init_args)
+        server = type(self)(**self._init_args) if self.per_episode else self
         return [McpTool(server, name, schema) for name, schema in self._listed]
 
     @property
@@ -137,7 +134,7 @@ class McpTools(Configurable):
         listed: list[tuple[str, dict[str, Any]]] = []
         cursor: str | None = None
         while True:
-            page: Any = await connection.ask(partial(_page, cursor=cursor))
+            page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
             for tool in page.tools:
                 parameters = {"type": "object", "properties": {}, **tool.input_schema}
                 function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
@@ -194,6 +191,7 @@ class _Connection:
         self._client, self._said = None, ""
         self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._hold())
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints it where nobody asks
 
     @property
     def is_lost(self) -> bool:
@@ -212,7 +210,7 @@ class _Connection:
             await self.close()
             raise ServerLostError(f"the MCP server {self._what} cannot be reached{why}")
 
-    async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
+    async def ask(self, question: Callable[..., Awaitable[Any]]) -> Any:
         """What the server answers; ServerLostError if it ends meanwhile, McpToolError if it refuses."""
         from anyio import BrokenResourceError, ClosedResourceError
         from mcp import MCPError
@@ -264,10 +262,6 @@ class _Connection:
             error = error.exceptions[0]
         known = [one_line(error)] if error is not None else []
         return "".join(f": {text}" for text in [*known, *filter(None, [self._said])])
-
-
-def _page(client: Any, cursor: str | None) -> Awaitable[Any]:
-    return client.list_tools(cursor=cursor)  # type: ignore[no-any-return]
 
 
 def _last_line(file: IO[str]) -> str:

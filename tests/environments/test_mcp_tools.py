@@ -117,7 +117,7 @@ def test_what_cannot_work_is_said():
     with pytest.raises(ConfigError, match="give one of the two"):
         McpTools()
     with pytest.raises(ConfigError, match="the environment variable MCP_NOT_SET of env is not set"):
-        McpTools("server", env=["MCP_NOT_SET"])
+        McpTools("server", env=["MCP_NOT_SET"]).tools()
     with pytest.raises(ConfigError, match=r"the MCP server no-such-server-here cannot be reached: .*No such file"):
         McpTools("no-such-server-here").tools()
     broken = shlex.join([sys.executable, "-S", "-c", "import sys; sys.exit('no module')"])

@@ -17,11 +17,9 @@ a group, unless they are said to be over the batch, which is a whole rollout ove
   group is, except for rounding, which would make a gradient where all rewards are equal.
 
 - `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
-  In `BatchStdAdvantage` easy prompts beside hard ones make the standard deviation larger and all advantages smaller; here they do
-  not. As in the paper and in ms-swift, the standard deviation is over completions. OpenRLHF and verl compute it over tokens, and
-  subtract the mean over tokens once more. Over completions that mean is 0; over tokens it is not, unless all completions have one
-  length, and groups whose rewards are all equal would get a gradient. The paper's loss is `GRPOLoss`, with the k2 estimate of the
-  KL where `PolicyLoss` has k3.
+  Easy prompts beside hard ones do not make it smaller. As in the paper and in ms-swift, the standard deviation is over
+  completions. OpenRLHF and verl compute it over tokens, and subtract the mean over tokens once more: that is not 0 unless all
+  completions have one length, and groups of equal rewards would get a gradient. The paper's loss is `GRPOLoss`, with k2 for k3.
 
 Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
 TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in

@@ -45,9 +45,8 @@ class TableSource(PromptSource):
         validation_fraction: Share of the training rows that becomes the validation split, where none is given.
         test_fraction: Share of the training rows that becomes the test split, where none is given.
         split_seed: Seed of the shuffle that decides which problems these fractions hold out.
-        set_column: Column with the name of the set that a row belongs to. Sets are evaluated separately, and have rewards,
-            formats and environments of their own by `RewardBySet`, `FormatBySet` and `EnvironmentBySet`. `Mixture` names its
-            sources instead.
+        set_column: Column with the name of the row's set. Sets are evaluated separately, and `RewardBySet`, `FormatBySet` and
+            `EnvironmentBySet` go by them. `Mixture` names its sources instead.
     """
 
     def __init__(

@@ -11,9 +11,7 @@ from hybrid_lightning.types import Message, Prompt
 class EnvironmentBySet(Environment):
     """Each episode acts in the environment of its prompt's set: one with tools, one that is a game, and so on.
 
-    The name of a set is the data's: `Mixture` has named sources, and rows of one table name theirs by `set_column`. Prompts show
-    the tools of their own environment. `RewardBySet` gives each set a reward of its own; `EpisodeReturn` pays what the
-    environments give.
+    `Mixture` names sets, and rows of one table name theirs by `set_column`. Prompts show the tools of their own environment.
 
     Args:
         environments: Name of the set -> its environment.
@@ -21,21 +19,13 @@ class EnvironmentBySet(Environment):
     Raises:
         ConfigError: If there is no set.
         DataError: If a prompt is of another set.
-
-    Example:
-        >>> from hybrid_lightning.environments import GuessNumber, ToolEnvironment, calculator
-        >>> both = EnvironmentBySet({"sums": ToolEnvironment([calculator]), "games": GuessNumber()})
-        >>> both.prepare(None)
-        >>> episode = both.new()
-        >>> episode.start(Prompt(text="Play.", set_name="games"), seed=0)[0]["content"]
-        'Guess my number from 1 to 100.'
     """
 
     def __init__(self, environments: dict[str, Environment]) -> None:
         if not environments:
             raise ConfigError("EnvironmentBySet: environments={}; give each set one, as in environments: {games: GuessNumber}")
         self.environments = environments
-        self._own: Environment | None = None  # of the episode
+        self._own: Any = None  # of the episode
 
     @property
     def thread_safe(self) -> bool:  # type: ignore[override]
@@ -75,12 +65,10 @@ class EnvironmentBySet(Environment):
 
     def step(self, message: Message) -> Answer | Awaitable[Answer]:
         """What that environment answers."""
-        assert self._own is not None, "started before"
         return self._own.step(message)
 
     def final_reward(self) -> float | Awaitable[float]:
         """What that environment pays at the end."""
-        assert self._own is not None, "started before"
         return self._own.final_reward()
 
     def close(self) -> Awaitable[None] | None:

@@ -100,8 +100,7 @@ class ToolEnvironment(Environment):
 
     def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
         """Those of the row, if rows have tools of their own."""
-        names = self._names(prompt)
-        return [self._schemas[name].schema for name in names] if self._shown else []
+        return [self._schemas[name].schema for name in self._names(prompt)] if self._shown else []
 
     def _names(self, prompt: Prompt) -> list[str]:
         """Names of the tools that the row may call, in the order in which the config has them."""
@@ -110,12 +109,9 @@ class ToolEnvironment(Environment):
         names, column = prompt.columns.get(self.tools_column), f"{prompt.place}: column {self.tools_column!r}"
         if not isinstance(names, (list, tuple)):
             raise DataError(f"{column} is {shorten(names)}; give a list of names of tools, or set tools_column to null")
-        unknown = [name for name in names if name not in self._functions]
-        if unknown:
-            raise DataError(
-                f"{column} names {shorten(unknown[0])}, which is not a tool; the tools are {', '.join(self._functions)}; correct "
-                "the row, or add the tool to the environment"
-            )
+        for name in names:
+            if name not in self._functions:
+                raise DataError(f"{column} names {shorten(name)}, which is not a tool; give some of {', '.join(self._functions)}")
         return [name for name in self._functions if name in names]
 
     def added_roles(self) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def off_policy_mistakes(
 ) -> Tensor:
     """Which sequences of A < 0 are less likely than when they were sampled by more than `threshold` nats per token, [B] bool.
 
-    With advantages of tokens, [B, T], which tokens of A < 0 are in such a sequence, [B, T] (DeepSeek-V3.2, equation 9).
+    With advantages of tokens, [B, T], which tokens of A < 0 are in such a sequence, [B, T].
     """
     divergence = sequence_means(log_ratio(sampling_logprobs, logprobs.detach(), mask), mask)
     return (advantages < 0) & per_sequence_as(advantages, divergence > threshold)

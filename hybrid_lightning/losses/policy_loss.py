@@ -24,8 +24,7 @@ tokens out (see `top_entropy`). They multiply the policy term of each token afte
 bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 
 The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) leaves completions
-out of the policy term that have A < 0 and that the current policy would hardly sample. Their gradient is large, and pushes the
-policy away from where it no longer is. Completions with A >= 0 are always learned.
+out of the policy term that have A < 0 and that the current policy would hardly sample:
 
     M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
 
@@ -164,11 +163,9 @@ class PolicyLoss(Configurable, ABC):
             per_token_loss = per_token_loss * inputs.importance_weights
         plain = ratio.detach()
         metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
-        if self.off_policy_mask_threshold is not None:
+        if (threshold := self.off_policy_mask_threshold) is not None:
             sampling = old_logprobs if inputs.sampling_logprobs is None else inputs.sampling_logprobs
-            masked = F.off_policy_mistakes(
-                inputs.logprobs, sampling, inputs.advantages, inputs.sampled_mask, self.off_policy_mask_threshold
-            )
+            masked = F.off_policy_mistakes(inputs.logprobs, sampling, inputs.advantages, inputs.sampled_mask, threshold)
             per_token_loss = per_token_loss.masked_fill(F.per_token(masked, inputs.sampled_mask), 0.0)
             metrics["off_policy/masked"] = share(masked.to(plain.dtype), inputs)
         if self.needs_reference:

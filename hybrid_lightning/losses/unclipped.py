@@ -31,15 +31,10 @@ would add nothing since the gate is bounded.
     M_t = 0 if A > 0 and p_t - p_old_t > mask_high, or A < 0 and p_t - p_old_t < -mask_low; else 1,      p = exp(l)
 
 A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
-the advantage pushes it. |p - p_old| is the total variation of the choice between this token and all others. A rare token may so
-become several times as likely, which a clip of the ratio forbids, and a likely token may not lose half of its probability.
-
-The squared log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv
-2602.02276); the paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. An
-importance correction weighs it like the rest of the policy term.
-
-Departures: the paper's code truncates r_t at 20 and gives the gradient to l_t, which is the same gradient up to the truncation;
-an optional KL term to the start policy and an entropy bonus.
+the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
+log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
+paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
+truncates r_t at 20 and gives the gradient to l_t, which is otherwise the same; an optional KL term and entropy bonus.
 """
 
 import math

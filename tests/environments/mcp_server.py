@@ -29,22 +29,17 @@ def called(name, arguments):
 
 def answer(method, params):
     if method == "initialize":
-        return {
-            "protocolVersion": params["protocolVersion"],
-            "capabilities": {"tools": {}},
-            "serverInfo": {"name": "test", "version": "1"},
-        }
+        return params | {"capabilities": {"tools": {}}, "serverInfo": {"name": "test", "version": "1"}}
     if method == "tools/list":  # in two pages
         first = params.get("cursor") is None
         names = list(TOOLS)[:2] if first else list(TOOLS)[2:]
         listed = [{"name": name, "description": TOOLS[name][0], "inputSchema": TOOLS[name][1]} for name in names]
         return {"tools": listed, **({"nextCursor": "2"} if first else {})}
-    if method == "tools/call":
-        try:
-            return {"content": [{"type": "text", "text": called(params["name"], params["arguments"])}]}
-        except ValueError as error:
-            return {"content": [{"type": "text", "text": str(error)}], "isError": True}
-    raise KeyError(method)
+    assert method == "tools/call", "no such method"
+    try:
+        return {"content": [{"type": "text", "text": called(params["name"], params["arguments"])}]}
+    except ValueError as error:
+        return {"content": [{"type": "text", "text": str(error)}], "isError": True}
 
 
 def serve(line):
@@ -53,27 +48,26 @@ def serve(line):
         return
     try:
         reply = {"result": answer(request["method"], request.get("params") or {})}
-    except KeyError:
-        reply = {"error": {"code": -32601, "message": "no such method"}}
+    except AssertionError as error:
+        reply = {"error": {"code": -32601, "message": str(error)}}
     print(json.dumps({"jsonrpc": "2.0", "id": request["id"], **reply}), flush=True)
 
 
-if len(sys.argv) > 1:
+def over_http(port):
     from mcp.server import MCPServer
 
     server = MCPServer("test", log_level="CRITICAL")
-
-    @server.tool()
-    def add(x: int, y: int) -> str:
-        """Add two whole numbers."""
-        return str(x + y)
 
     @server.tool()
     def do(text: str) -> str:
         """Do something."""
         return called("do", {"text": text})
 
-    server.run("streamable-http", port=int(sys.argv[1]))
-else:
+    server.run("streamable-http", port=port)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        over_http(int(sys.argv[1]))
     for line in sys.stdin:
         threading.Thread(target=serve, args=(line,), daemon=True).start()

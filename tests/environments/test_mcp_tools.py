@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,7 @@ PROMPT = Prompt(messages=({"role": "user", "content": "Go."},))
 
 
 def call(name, **arguments):
-    text = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"}
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def play():
     """Begin episodes with tools; returns them, and what asks some of them for an answer."""
     begun = []
 
-    def run(*tools, count=3, limits=None, **options):
+    def run(*tools, count=3, **options):
         environment = ToolEnvironment(list(tools), **options)
         environment.prepare(TEMPLATE)
-        episodes = RunningEpisodes(environment, limits or EpisodeLimits(max_failed_share=0.5))
+        episodes = RunningEpisodes(environment, EpisodeLimits(max_failed_share=0.5))
         begun.append((episodes, tools))
         episodes.start([PROMPT] * count, [0] * count)
         return environment, episodes.step
@@ -69,7 +69,7 @@ def test_the_tools_of_a_server_stand_beside_others_and_their_errors_are_told(pla
     assert "secret" not in json.dumps(environment.to_config())
 
 
-def test_a_server_that_dies_costs_the_episode_and_the_others_go_on(play, caplog):
+def test_a_server_that_dies_costs_the_episode_and_the_others_go_on(play):
     _, step = play(McpTools(COMMAND))
     step({number: call("add", x=1, y=1) for number in range(3)})
     answers = step({0: call("do", text="die")})
@@ -98,14 +98,13 @@ def test_a_server_by_its_address(play):
     url = f"http://127.0.0.1:{port}/mcp"
     with subprocess.Popen([sys.executable, str(SERVER), str(port)]) as running:
         try:
-            for _ in range(600):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
+            while running.poll() is None:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
                 time.sleep(0.1)
             _, step = play(McpTools(url=url))
-            answers = step({0: call("add", x=2, y=3), 1: call("do", text="fly")})
-            assert texts(answers)[0] == "5" and texts(answers)[1].startswith("error: do raised McpToolError: ")
+            answers = step({0: call("do", text="key"), 1: call("do", text="fly")})
+            assert texts(answers)[0] == "None" and texts(answers)[1].startswith("error: do raised McpToolError: ")
             assert isinstance(step({0: call("do", text="die")})[0], Failure)
         finally:
             running.kill()
@@ -120,6 +119,3 @@ def test_what_cannot_work_is_said():
         McpTools("server", env=["MCP_NOT_SET"]).tools()
     with pytest.raises(ConfigError, match=r"the MCP server no-such-server-here cannot be reached: .*No such file"):
         McpTools("no-such-server-here").tools()
-    broken = shlex.join([sys.executable, "-S", "-c", "import sys; sys.exit('no module')"])
-    with pytest.raises(ConfigError, match=r"cannot be reached: .*: no module; correct command or url, and try it by itself"):
-        McpTools(broken).tools()

@@ -58,7 +58,7 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
         ]
         for i in range(len(inputs.advantages))
     ]
-    sums, kls, ratios, entropies = [], [], [], []
+    sums, kls, ratios, entropies, moves, of_moves = [], [], [], [], [], isinstance(loss, losses.DPPOLoss)
     for tokens in rows:
         of_sequence = math.exp(sum(new - old for new, old, *_ in tokens) / len(tokens))
         row, divergence = 0.0, sum(sampled - new for new, *_, sampled, _ in tokens) / len(tokens)
@@ -70,6 +70,7 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
             left_out = advantage < 0 and divergence > (loss.off_policy_mask_threshold or math.inf)
             off_policy.append((left_out, 1 if by_token else 1 / len(tokens)))
             row += (0.0 if left_out else token_loss(loss, ratio, advantage, new)) + loss.kl_coef * kl
+            moves += [(math.exp(new) - math.exp(old), advantage)] * of_moves
             if not isinstance(loss, losses.GSPOLoss):
                 ratios.append((ratio, advantage))
         if isinstance(loss, losses.GSPOLoss):
@@ -87,11 +88,10 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
         result["off_policy/masked"] = sum(left * part for left, part in off_policy) / sum(part for _, part in off_policy)
     if isinstance(loss, losses.CISPOLoss):
         result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage in ratios) / len(ratios)
-    elif isinstance(loss, losses.DPPOLoss):
-        result |= {f"clip_ratio/{side}_mean": sum(masks) / len(masks) for side, masks in probability_masks(loss, rows).items()}
     elif not isinstance(loss, losses.SAPOLoss):
-        low = sum(ratio < 1 - loss.clip_low and advantage < 0 for ratio, advantage in ratios) / len(ratios)
-        high = sum(ratio > 1 + loss.clip_high and advantage > 0 for ratio, advantage in ratios) / len(ratios)
+        least, most = (-loss.mask_low, loss.mask_high) if of_moves else (1 - loss.clip_low, 1 + loss.clip_high)
+        low = sum(value < least and advantage < 0 for value, advantage in moves or ratios) / len(ratios)
+        high = sum(value > most and advantage > 0 for value, advantage in moves or ratios) / len(ratios)
         result |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
     return result
 
@@ -110,14 +110,6 @@ def token_loss(loss: losses.PolicyLoss, ratio: float, advantage: float, logprob:
     bounded = ratio if loss.dual_clip is None else min(ratio, loss.dual_clip)
     clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
     return -min(bounded * advantage, clipped * advantage)
-
-
-def probability_masks(loss: losses.DPPOLoss, rows: list[list[tuple[float, ...]]]) -> dict[str, list[bool]]:
-    """Which tokens are masked, by side."""
-    moved = [(math.exp(new) - math.exp(old), advantage) for tokens in rows for new, old, *_, advantage in tokens]
-    masks = {"low": [by < -loss.mask_low and advantage < 0 for by, advantage in moved]}
-    masks["high"] = [by > loss.mask_high and advantage > 0 for by, advantage in moved]
-    return masks | {"region": [low or high for low, high in zip(*masks.values(), strict=True)]}
 
 
 def reduce_rows(loss: losses.PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:

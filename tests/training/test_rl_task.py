@@ -60,7 +60,6 @@ def dppo(new, old, advantage):
 
 
 def without_old_mistakes(new, old, advantage):
-    """GRPO's, where the old policy is the sampler."""
     return of_tokens(0.2, 0.2)(new, old, advantage) * ((advantage >= 0) | ((old - new).mean() <= 0.01))
 
 

@@ -39,7 +39,6 @@ def prompt(**values):
 
 
 def say(text, /, **arguments):
-    """A message of the policy; with arguments a call of the tool of this name."""
     call = f"<tool_call>{json.dumps({'name': text, 'arguments': arguments})}</tool_call>"
     return {"role": "assistant", "content": call if arguments else text}
 

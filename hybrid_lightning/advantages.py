@@ -16,6 +16,11 @@ a group, unless they are said to be over the batch, which is a whole rollout ove
   paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
   group is, except for rounding, which would make a gradient where all rewards are equal.
 
+- `ReinforcePlusPlusAdvantage`, REINFORCE++-baseline (arXiv 2501.03262): A = (R - mean) / (std of R - mean over the batch + eps).
+  Easy prompts beside hard ones do not make it smaller. As in the paper and in ms-swift, the standard deviation is over
+  completions. OpenRLHF and verl compute it over tokens, and subtract the mean over tokens once more: that is not 0 unless all
+  completions have one length, and groups of equal rewards would get a gradient. The paper's loss is `GRPOLoss`, with k2 for k3.
+
 Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
 TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
 float32), and division by eps would make a gradient of it.
@@ -64,6 +69,7 @@ __all__ = [
     "GroupMeanAdvantage",
     "LeaveOneOutAdvantage",
     "PerRewardAdvantage",
+    "ReinforcePlusPlusAdvantage",
     "centred",
 ]
 
@@ -217,6 +223,18 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         """Advantages of `groups`, [P, G]."""
         samples = groups.shape[1]
         return centred(groups) * (samples / (samples - 1))
+
+
+class ReinforcePlusPlusAdvantage(_DividedAdvantage):
+    """REINFORCE++-baseline's advantage: (R - mean over the group) / (its std over the rollout + eps)."""
+
+    def estimate(self, groups: Tensor) -> Tensor:
+        """Advantages of `groups`, [P, G]."""
+        return centred(groups)
+
+    def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
+        """Advantages over their standard deviation, [N]."""
+        return advantages / (advantages.std() + self.eps)
 
 
 class PerRewardAdvantage(GroupAdvantage):

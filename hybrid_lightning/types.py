@@ -268,6 +268,7 @@ class LossInputs(_TensorContainer):
     sampled_mask: Tensor  # [B, T] bool, True on the tokens that are learned; others may hold anything
     old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
+    sampling_logprobs: Tensor | None = None  # [B, T] as the sampler computed them; None: those of `old_logprobs`
     num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
     num_tokens: float | None = None  # number of sampled tokens in the optimizer step, likewise
     updated_sequences: float | None = None  # those of `num_sequences` that take part in the update: metrics are means over these
@@ -335,6 +336,7 @@ class PolicyBatch(_TensorContainer):
             sampled_mask=self.sequences.sampled_mask,
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
+            sampling_logprobs=self.sampling_logprobs,
             num_sequences=self.num_sequences,
             num_tokens=self.num_tokens,
             updated_sequences=self.updated_sequences,

@@ -14,12 +14,14 @@ from hybrid_lightning.advantages import (
     GroupMeanAdvantage,
     LeaveOneOutAdvantage,
     PerRewardAdvantage,
+    ReinforcePlusPlusAdvantage,
 )
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards import EpisodeReturn, evaluate_reward, rewards_to_go
 from hybrid_lightning.types import Completion, Episode, Prompt, Rewards
 
 ESTIMATORS = [GroupAdvantage(), GroupMeanAdvantage(), BatchStdAdvantage(), LeaveOneOutAdvantage(), PerRewardAdvantage()]
+ESTIMATORS += [ReinforcePlusPlusAdvantage()]
 
 
 @st.composite
@@ -40,7 +42,7 @@ def by_hand(estimator: AdvantageEstimator, groups: list[list[float]]) -> list[li
         elif isinstance(estimator, LeaveOneOutAdvantage) and len(group) > 1:
             scale = (len(group) - 1) / len(group)
         found.append([(reward - statistics.mean(group)) / scale for reward in group])
-    spread = {BatchStdAdvantage: groups, PerRewardAdvantage: found}.get(type(estimator), [])
+    spread = {BatchStdAdvantage: groups, PerRewardAdvantage: found, ReinforcePlusPlusAdvantage: found}.get(type(estimator), [])
     every = [value for group in spread for value in group]
     scale = statistics.stdev(every) + 1e-4 if len(every) > 1 else 1.0
     return [[value / scale for value in group] for group in found]

@@ -49,7 +49,7 @@ def test_help_shows_the_classes_that_the_config_names(folder):
     assert {"model.loss (GRPOLoss)", "model.reward (StartsWithDigit)", "data.source (FileSource)"} <= set(titles(text))
     assert value_of(text, "model.loss.clip_high") == "float; default: 0.2; now: 0.25"
     assert value_of(text, "model.lr_lora") == "float; default: 0.0001; now: 0.01"
-    names = "BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, SAPOLoss, TokenClippedLoss"
+    names = "BNPOLoss, CISPOLoss, DAPOLoss, DPPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, SAPOLoss, TokenClippedLoss"
     assert value_of(text, "model.loss").startswith(f"required; one of {names}")
     assert value_of(text, "model.loss").endswith("; now: GRPOLoss")
     modules = value_of(text, "model").removeprefix("one of ").partition(";")[0].split(", ")

@@ -45,6 +45,8 @@ class TableSource(PromptSource):
         validation_fraction: Share of the training rows that becomes the validation split, where none is given.
         test_fraction: Share of the training rows that becomes the test split, where none is given.
         split_seed: Seed of the shuffle that decides which problems these fractions hold out.
+        set_column: Column with the name of the row's set. Sets are evaluated separately, and `RewardBySet`, `FormatBySet` and
+            `EnvironmentBySet` go by them. `Mixture` names its sources instead.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TableSource(PromptSource):
         validation_fraction: float = 0.0,
         test_fraction: float = 0.0,
         split_seed: int = 0,
+        set_column: str | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows={max_rows}; give at least 1, or null for all rows")
@@ -78,6 +81,7 @@ class TableSource(PromptSource):
         self.validation_fraction = validation_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
+        self.set_column = set_column
 
     @abstractmethod
     def read_tables(self) -> dict[str, tuple[str, Table]]:
@@ -116,7 +120,7 @@ class TableSource(PromptSource):
 
     def _check_columns(self, source: str, table: Table) -> None:
         existing = dict.fromkeys(column for columns in table for column in columns)
-        named = (("answer_column", self.answer_column), ("options_column", self.options_column))
+        named = (("answer_column", self.answer_column), ("options_column", self.options_column), ("set_column", self.set_column))
         wanted = [(name, column) for name, column in named if column is not None]
         wanted += [("template", column) for column in self._used] or [("question_column", self.question_column)]
         for name, column in wanted:
@@ -149,7 +153,10 @@ class TableSource(PromptSource):
                 with row_error(f"{where}: answer_column {self.answer_column!r}"):
                     answer = letter_of(cell, *options)
             columns = {**columns, self.options_column: parse_cell(columns[self.options_column])}
-        return Row(question, answer, index, source, columns)
+        if self.set_column is None:
+            return Row(question, answer, index, source, columns)
+        with row_error(f"{where}: set_column {self.set_column!r}"):
+            return Row(question, answer, index, source, columns, set_name=_cell_text(columns.get(self.set_column)))
 
     def _answer(self, where: str, columns: dict[str, Any]) -> str:
         assert self.answer_column is not None

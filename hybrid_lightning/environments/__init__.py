@@ -6,22 +6,26 @@ running_episode.py    one of them, which is begun again after a fault
 objects.py            where they are: in this process
 workers.py            or in others
 answers.py            checks what they answer
+by_set.py             an environment for each set of the data
 tool_environment.py   an environment of tools that the policy may call
 tool.py               what a tool is, and how its arguments are checked
 calls.py              how the policy writes calls: the contract of formats
 json_calls.py         formats that are JSON or plain text
 tagged_calls.py       formats between tags, and which one a chat template teaches
+mcp_tools.py          the tools of an MCP server
 tools.py              a calculator, Python with a session, search over documents
 foreign.py            environments of other packages: Gymnasium's form, OpenEnv
 trl_environment.py    TRL's environment classes
 games.py              a number to be guessed, several attempts at a problem
 """
 
+from hybrid_lightning.environments.by_set import EnvironmentBySet
 from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
 from hybrid_lightning.environments.foreign import GymEnvironment, OpenEnvEnvironment
 from hybrid_lightning.environments.games import GuessNumber, ReasoningGymEnvironment
 from hybrid_lightning.environments.json_calls import HermesCalls, LlamaCalls, PlainCalls
+from hybrid_lightning.environments.mcp_tools import McpTools
 from hybrid_lightning.environments.running import EpisodeLimits, RunningEpisodes
 from hybrid_lightning.environments.running_episode import Failure, Started, TimedOut
 from hybrid_lightning.environments.tagged_calls import AtemCalls, GemmaCalls, GlmCalls, HarmonyCalls, PythonicCalls, XmlCalls
@@ -37,6 +41,7 @@ __all__ = [
     "CallFormat",
     "DocumentSearch",
     "Environment",
+    "EnvironmentBySet",
     "EpisodeLimits",
     "Failure",
     "GemmaCalls",
@@ -47,6 +52,7 @@ __all__ = [
     "HermesCalls",
     "LlamaCalls",
     "MalformedCall",
+    "McpTools",
     "OpenEnvEnvironment",
     "PlainCalls",
     "PythonSession",

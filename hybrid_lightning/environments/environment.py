@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from types import MethodType
 from typing import Any, ClassVar, Literal, Self
@@ -112,6 +113,10 @@ class Environment(Configurable, ABC):
         """JSON schemas of the tools that the policy may call, for the chat template; by default none."""
         return []
 
+    def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """JSON schemas of the tools for this prompt, where they differ from row to row: some of `tools`, by default all."""
+        return self.tools()
+
     def added_roles(self) -> tuple[str, ...]:
         """Roles of the messages that `step` adds, which are tried with the chat template before a run.
 
@@ -135,6 +140,10 @@ class Environment(Configurable, ABC):
         made = type(self)(**_copied(self._init_args, {}))
         made.prepare(self.chat_template)
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its arguments: another process makes it anew."""
+        return partial(type(self), **self._init_args), ()
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from hybrid_lightning.environments.calls import Call, CallFormat, MalformedCall
 from hybrid_lightning.environments.environment import CUT_MARK, Environment, Step
 from hybrid_lightning.environments.foreign import content_text
+from hybrid_lightning.environments.mcp_tools import McpTools, ServerLostError
 from hybrid_lightning.environments.tagged_calls import choose_format, shows_tools
 from hybrid_lightning.environments.tool import Tool, ToolSchema, describe_tool
-from hybrid_lightning.errors import ConfigError, HybridLightningError, shorten
+from hybrid_lightning.errors import ConfigError, DataError, HybridLightningError, shorten
 from hybrid_lightning.types import Message, Prompt
 from hybrid_lightning.user_calls import TookTooLongError
 from hybrid_lightning.user_calls import call as call_user
@@ -34,26 +35,29 @@ class ToolEnvironment(Environment):
     awaits it.
 
     Args:
-        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, and objects of class
-            `Tool`; in Python functions themselves, too. Arguments need type hints, and a description under `Args:` in the
-            docstring.
+        tools: Functions as `package.module.function` or `path/to/file.py:function`, which may be `async`, objects of class
+            `Tool`, and servers by `McpTools`; in Python functions themselves, too. Arguments need type hints, and a description
+            under `Args:` in the docstring.
         call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
         tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy is
             told which one took too long, and the episode goes on.
         max_result_chars: Characters of what a tool returns; more is cut, with a mark.
+        tools_column: Column of the data with the names of the tools that the row may call, a list; None: each may call all.
 
     Raises:
         ConfigError: If there is no such function, or it cannot be described to a policy.
+        DataError: If a row names a tool that does not exist.
     """
 
     thread_safe: ClassVar[bool] = True
 
     def __init__(
         self,
-        tools: Sequence[str | Tool | Callable[..., Any]],
+        tools: Sequence[str | Tool | McpTools | Callable[..., Any]],
         call_format: CallFormat | None = None,
         tool_timeout_s: float = 30.0,
         max_result_chars: int = 8_000,
+        tools_column: str | None = None,
     ) -> None:
         if isinstance(tools, str) or not tools:
             raise ConfigError(f"ToolEnvironment: tools={tools!r}; give a list of functions, such as [my_tools.search]")
@@ -61,22 +65,30 @@ class ToolEnvironment(Environment):
             raise ConfigError(f"ToolEnvironment: tool_timeout_s={tool_timeout_s!r}; give a positive number of seconds")
         if max_result_chars < 1:
             raise ConfigError(f"ToolEnvironment: max_result_chars={max_result_chars!r}; give at least 1")
-        self.tool_timeout_s, self.max_result_chars = tool_timeout_s, max_result_chars
+        self.tool_timeout_s, self.max_result_chars, self.tools_column = tool_timeout_s, max_result_chars, tools_column
         self._functions: dict[str, Callable[..., Any]] = {}
         self._schemas: dict[str, ToolSchema] = {}
         for entry in tools:
-            function = load_function(entry, "tools") if isinstance(entry, str) else entry
-            function = function.new() if isinstance(function, Tool) else function
-            name, schema = describe_tool(function)
-            if name in self._functions:
-                raise ConfigError(f"ToolEnvironment: two tools are called {name!r}; rename one")
-            self._functions[name], self._schemas[name] = function, schema
+            if not isinstance(entry, McpTools):
+                function = load_function(entry, "tools") if isinstance(entry, str) else entry
+                function = function.new() if isinstance(function, Tool) else function
+                self._add(function, *describe_tool(function))
+        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # they are asked for their tools by `prepare`
         self._given_format = call_format
-        self.prepare(None)
+        if not self._servers:
+            self.prepare(None)
+
+    def _add(self, function: Callable[..., Any], name: str, schema: ToolSchema) -> None:
+        if name in self._functions:
+            raise ConfigError(f"ToolEnvironment: two tools are called {name!r}; rename one")
+        self._functions[name], self._schemas[name] = function, schema
 
     def prepare(self, chat_template: str | None) -> None:
-        """Choose the form of calls and the role of results by the chat template."""
+        """Choose the form of calls and the role of results by the chat template, and connect to servers of tools."""
         super().prepare(chat_template)
+        while self._servers:
+            for tool in self._servers.pop(0).tools():
+                self._add(tool, tool.name, tool.schema)
         self.call_format = self._given_format or choose_format(chat_template)
         self.call_format.check(self._described())
         self._shown = chat_template is None or shows_tools(chat_template)
@@ -86,22 +98,42 @@ class ToolEnvironment(Environment):
         """JSON schemas for the chat template; none if it does not show them, since `start` tells them then."""
         return self._described() if self._shown else []
 
+    def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """Those of the row, if rows have tools of their own."""
+        return [self._schemas[name].schema for name in self._names(prompt)] if self._shown else []
+
+    def _names(self, prompt: Prompt) -> list[str]:
+        """Names of the tools that the row may call, in the order in which the config has them."""
+        if self.tools_column is None:
+            return list(self._functions)
+        names, column = prompt.columns.get(self.tools_column), f"{prompt.place}: column {self.tools_column!r}"
+        if not isinstance(names, (list, tuple)):
+            raise DataError(f"{column} is {shorten(names)}; give a list of names of tools, or set tools_column to null")
+        for name in names:
+            if name not in self._functions:
+                raise DataError(f"{column} names {shorten(name)}, which is not a tool; give some of {', '.join(self._functions)}")
+        return [name for name in self._functions if name in names]
+
     def added_roles(self) -> tuple[str, ...]:
         """See `Environment.added_roles`. A subclass with a `step` of its own may add messages of the user."""
         return (self._role,) if type(self).step is ToolEnvironment.step else super().added_roles()
 
     def start(self, prompt: Prompt, seed: int) -> Sequence[Message]:
-        """Start the tools, and describe them where the chat template does not."""
+        """Start the tools of the row, and describe them where the chat template does not."""
+        names = self._names(prompt)
+        self._functions = {name: self._functions[name] for name in names}
+        self._schemas = {name: self._schemas[name] for name in names}
         for tool in self._kept():
             tool.start(seed)
-        if self._shown or prompt.messages is None:
+        if self._shown or prompt.messages is None or not names:
             return ()
         return [{"role": "system", "content": self.call_format.describe(self._described())}]
 
     async def step(self, message: Message) -> Step:
         """Call what the policy asks for."""
         counts = dict.fromkeys(COUNTS, 0.0)
-        calls = self.call_format.parse(_after_thought(message.get("raw", message["content"])), self._described())
+        text = _after_thought(message.get("raw", message["content"]))
+        calls = self.call_format.parse(text, self._described()) if self._functions else []
         if not calls:
             return Step((), 0.0, True, "answered", counts)
         until = time.monotonic() + 0.8 * self.step_timeout_s
@@ -161,7 +193,7 @@ class ToolEnvironment(Environment):
         value, error = await call_user(partial(function, **arguments), left_s, as_text)
         if isinstance(error, TookTooLongError):
             return "time", f"error: {name} was not done after {left_s:.3g} s"
-        if isinstance(error, HybridLightningError):
+        if isinstance(error, (HybridLightningError, ServerLostError)):
             raise error
         if error is not None:
             return "raised", f"error: {name} raised {kind_and_text(error)}"

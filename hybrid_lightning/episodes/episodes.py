@@ -144,7 +144,11 @@ class Episodes:
         if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
             name = type(self.environment).__name__
             raise ConfigError(f"{name}.tools returned {shorten(tools)}; it must return a list of JSON schemas, as dicts")
-        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, **given)
+        return TurnEncoder(pretrained.encoder, pretrained.stop_ids, tools, tools_of=self._tools_of, **given)
+
+    def _tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
+        with in_user_code(self.environment, "tools_of"):
+            return self.environment.tools_of(prompt)
 
     @cached_property
     def _special(self) -> set[int]:

@@ -20,7 +20,7 @@ Prompts of plain text have no template. What is added to them is written by `tur
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
@@ -52,6 +52,7 @@ class TurnEncoder:
         encoder: Renders and tokenizes prompts.
         stop_ids: Tokens that end a completion.
         tools: JSON schemas of the tools that the policy may call.
+        tools_of: Those of a prompt; None: all of them.
         turn_template: How a message is written behind a prompt that is plain text: text with `{content}` and, perhaps, `{role}`.
 
     Raises:
@@ -64,6 +65,7 @@ class TurnEncoder:
         stop_ids: Sequence[int],
         tools: Sequence[dict[str, Any]] = (),
         turn_template: str = TURN_TEMPLATE,
+        tools_of: Callable[[Prompt], Sequence[dict[str, Any]]] | None = None,
     ) -> None:
         used = template_fields("model.turn_template", turn_template)
         if "content" not in used or set(used) - {"content", "role"}:
@@ -72,6 +74,7 @@ class TurnEncoder:
                 "and {role} if wanted, and nothing else in braces"
             )
         self.tools = list(tools)
+        self._tools_of = tools_of or (lambda prompt: self.tools)
         self._encoder = encoder
         self._given_stops = [int(token) for token in stop_ids]
         self._turn_template = turn_template
@@ -101,9 +104,12 @@ class TurnEncoder:
 
         Raises:
             ConfigError: If the chat template writes earlier turns otherwise once messages follow.
-            DataError: If the tokenizer cannot encode `turn_template`.
+            DataError: If the tokenizer cannot encode `turn_template`, or a row names tools that do not exist.
         """
-        chat = {prompt.messages is not None for prompt in prompts}
+        chat = set[bool]()
+        for prompt in prompts:
+            chat.add(prompt.messages is not None)
+            self._tools_of(prompt)
         if False in chat:
             self._tokenize(self._write({"role": "", "content": ""}))
         if True in chat and self._encoder.has_template:  # without one the prompt itself is refused
@@ -134,7 +140,7 @@ class TurnEncoder:
             begin = self._with_system(list(asked), "\n\n".join(str(message["content"]) for message in system))
             shown = self._joined([*begin, *others], fixed=len(begin) - 1)
             prompt = replace(prompt, messages=tuple(dict(message) for message in shown))
-        return self._encoder.encode(prompt, self.tools, mark), whole
+        return self._encoder.encode(prompt, self._tools_of(prompt), mark), whole
 
     def added(self, prompt: Prompt, new: Sequence[Message], sampled_ids: Sequence[int], last: bool = False) -> list[int]:
         """Tokens behind a turn of the policy: the rest of its end, new messages and, unless it is the last, what lets it go on.

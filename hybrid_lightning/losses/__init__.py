@@ -17,7 +17,7 @@ from hybrid_lightning.losses.gspo import GSPOLoss, GSPOTokenLoss
 from hybrid_lightning.losses.policy_loss import ClippedLoss, PolicyLoss
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.losses.top_entropy import TopEntropyMask
-from hybrid_lightning.losses.unclipped import CISPOLoss, SAPOLoss
+from hybrid_lightning.losses.unclipped import CISPOLoss, DPPOLoss, SAPOLoss
 
 __all__ = [
     "BNPOLoss",
@@ -25,6 +25,7 @@ __all__ = [
     "ClippedLoss",
     "DAPOLoss",
     "DPOLoss",
+    "DPPOLoss",
     "DrGRPOLoss",
     "ExampleLoss",
     "GRPOLoss",

@@ -65,6 +65,17 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
 
 
+def off_policy_mistakes(
+    logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
+    """Which sequences of A < 0 are less likely than when they were sampled by more than `threshold` nats per token, [B] bool.
+
+    With advantages of tokens, [B, T], which tokens of A < 0 are in such a sequence, [B, T].
+    """
+    divergence = sequence_means(log_ratio(sampling_logprobs, logprobs.detach(), mask), mask)
+    return (advantages < 0) & per_sequence_as(advantages, divergence > threshold)
+
+
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Estimate KL(policy || reference) of each token, k3 = exp(d) - d - 1 with d = l_ref - l, [B, T]; 0 outside the mask.
 

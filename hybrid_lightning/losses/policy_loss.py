@@ -22,6 +22,14 @@ that its weight means the same for every loss (as in TRL, whose mean is over a m
 Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
 tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
 bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
+
+The off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556, equation 9; TRL's `off_policy_mask_threshold`) leaves completions
+out of the policy term that have A < 0 and that the current policy would hardly sample:
+
+    M = 0 if A < 0 and (1/|o|) sum_t (l_sampled_t - l_t) > off_policy_mask_threshold; else 1
+
+l_sampled is the sampler's own log-probability, so that both old weights and differences between sampling and training count.
+Masked tokens stay in the denominators and in the KL. With advantages of tokens, the tokens with A < 0 are masked.
 """
 
 import math
@@ -46,9 +54,11 @@ class PolicyLoss(Configurable, ABC):
         kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
         entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
+        off_policy_mask_threshold: Completions with A < 0 get no policy gradient if their tokens are on average less likely than
+            when they were sampled by more than this, in nats (see the head of this file); None for no such mask.
 
     Raises:
-        ConfigError: If a weight is negative or not finite.
+        ConfigError: If a weight is negative or not finite, or the threshold not positive.
 
     Example:
         >>> class ReinforceLoss(PolicyLoss):
@@ -67,15 +77,27 @@ class PolicyLoss(Configurable, ABC):
     takes_group_std = True  # whether advantages may be divided by the standard deviation of their group
     policy_term_ignores_zero_advantage = False  # whether the aggregated policy term is the same without sequences of advantage 0
 
-    def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
+    def __init__(
+        self,
+        kl_coef: float = 0.0,
+        kl_importance_weight: bool = False,
+        entropy_coef: float = 0.0,
+        off_policy_mask_threshold: float | None = None,
+    ) -> None:
         name = type(self).__name__
         if not (math.isfinite(kl_coef) and kl_coef >= 0):
             raise ConfigError(f"{name}: kl_coef={kl_coef} is not a weight; use 0 for no KL term, or e.g. 0.001")
         if not (math.isfinite(entropy_coef) and entropy_coef >= 0):
             raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight; use 0 for no entropy bonus, or e.g. 0.001")
+        if off_policy_mask_threshold is not None and not off_policy_mask_threshold > 0:
+            raise ConfigError(
+                f"{name}: off_policy_mask_threshold={off_policy_mask_threshold} must be above 0, or it masks completions that "
+                "were just sampled; set e.g. 0.1, or null for no mask"
+            )
         self.kl_coef = kl_coef
         self.kl_importance_weight = kl_importance_weight
         self.entropy_coef = entropy_coef
+        self.off_policy_mask_threshold = off_policy_mask_threshold
 
     @property
     def needs_reference(self) -> bool:
@@ -121,8 +143,8 @@ class PolicyLoss(Configurable, ABC):
         Returns:
             The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
             shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
-            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), and those of
-            `policy_metrics`.
+            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
+            is that mask (share of sequences; of tokens with advantages of tokens), and those of `policy_metrics`.
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus
@@ -141,6 +163,11 @@ class PolicyLoss(Configurable, ABC):
             per_token_loss = per_token_loss * inputs.importance_weights
         plain = ratio.detach()
         metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
+        if (threshold := self.off_policy_mask_threshold) is not None:
+            sampling = old_logprobs if inputs.sampling_logprobs is None else inputs.sampling_logprobs
+            masked = F.off_policy_mistakes(inputs.logprobs, sampling, inputs.advantages, inputs.sampled_mask, threshold)
+            per_token_loss = per_token_loss.masked_fill(F.per_token(masked, inputs.sampled_mask), 0.0)
+            metrics["off_policy/masked"] = share(masked.to(plain.dtype), inputs)
         if self.needs_reference:
             assert inputs.ref_logprobs is not None, "checked before"
             kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.sampled_mask)
@@ -242,7 +269,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
-    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
+    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
     for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():
         value = getattr(inputs, field)

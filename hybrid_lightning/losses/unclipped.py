@@ -24,6 +24,17 @@ It falls faster where A < 0, since pushing one token down raises all other token
 
 Departures from the paper: an optional KL term and entropy bonus, which the paper does not have. There is no dual clip, which
 would add nothing since the gate is bounded.
+
+`DPPOLoss`: Divergence Proximal Policy Optimization with the binary total variation (arXiv 2602.04879; the default of prime-rl).
+
+    L = 1/(tokens of the optimizer step) sum over sequences sum_t [ -M_t r_t A + log_ratio_coef (log r_t)^2 ]
+    M_t = 0 if A > 0 and p_t - p_old_t > mask_high, or A < 0 and p_t - p_old_t < -mask_low; else 1,      p = exp(l)
+
+A token loses its gradient once its probability, not the ratio of its probabilities, has moved too far in the direction in which
+the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
+log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
+paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
+truncates r_t at 20 and gives the gradient to l_t, which is otherwise the same; an optional KL term and entropy bonus.
 """
 
 import math
@@ -33,7 +44,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.functional import mean_over_tokens, per_sequence_as, token_ratio
+from hybrid_lightning.losses.functional import log_ratio, mean_over_tokens, per_sequence_as, token_ratio
 from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.types import LossInputs
@@ -104,3 +115,56 @@ class SAPOLoss(PolicyLoss):
         advantages = per_sequence_as(ratio, inputs.advantages)
         tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
         return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio
+
+
+class DPPOLoss(PolicyLoss):
+    """Mask by how far the probability of a token has moved; mean over the tokens of the optimizer step.
+
+    Args:
+        mask_low: Where A < 0, a token whose probability has fallen by more than this gets no gradient.
+        mask_high: Where A > 0, a token whose probability has risen by more than this gets no gradient.
+        log_ratio_coef: Weight of the squared log-ratio to the policy that sampled; 0 leaves the term out.
+        **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
+
+    Raises:
+        ConfigError: If a value is out of its range.
+    """
+
+    takes_token_advantages = True
+
+    def __init__(self, mask_low: float = 0.2, mask_high: float = 0.2, log_ratio_coef: float = 0.0, **terms: Any) -> None:
+        super().__init__(**terms)
+        name = type(self).__name__
+        for side, bound in (("mask_low", mask_low), ("mask_high", mask_high)):
+            if not 0 < bound <= 1:
+                raise ConfigError(f"{name}: {side}={bound} must be above 0 and at most 1, a difference of probabilities; set 0.2")
+        if not (math.isfinite(log_ratio_coef) and log_ratio_coef >= 0):
+            raise ConfigError(f"{name}: log_ratio_coef={log_ratio_coef} is not a weight; use 0 for no such term, or e.g. 0.001")
+        self.mask_low, self.mask_high, self.log_ratio_coef = mask_low, mask_high, log_ratio_coef
+        self.policy_term_ignores_zero_advantage = not log_ratio_coef
+
+    def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """The masked objective with the squared log-ratio, [B, T], and the ratio of each token."""
+        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask)
+        low, high = self._masked(inputs, old_logprobs)
+        term = -(ratio * per_sequence_as(ratio, inputs.advantages)).masked_fill(low | high, 0.0)
+        if self.log_ratio_coef:
+            term = term + self.log_ratio_coef * log_ratio(inputs.logprobs, old_logprobs, inputs.sampled_mask) ** 2
+        return term, ratio
+
+    def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
+        """Mean over all tokens of the optimizer step."""
+        return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
+
+    def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
+        """The shares of tokens masked since they fell, since they rose, and either way, by the names of clipped losses."""
+        old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+        low, high = self._masked(inputs, old_logprobs)
+        flags = {"low": low, "high": high, "region": low | high}
+        return {f"clip_ratio/{name}_mean": share(flag.to(ratio.dtype), inputs) for name, flag in flags.items()}
+
+    def _masked(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens have fallen too far, and which have risen too far, [B, T] bool each."""
+        advantages = per_sequence_as(inputs.logprobs, inputs.advantages)
+        moved = inputs.logprobs.detach().exp() - old_logprobs.exp()
+        return (moved < -self.mask_low) & (advantages < 0), (moved > self.mask_high) & (advantages > 0)

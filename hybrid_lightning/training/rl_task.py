@@ -43,7 +43,7 @@ from hybrid_lightning.training.token_weights import compare_with_sampler, mask_t
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 # First parts of the names of what policy losses measure, and `chunk_loss` beside them.
-POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "ratio", "sampling", "top_entropy"})
+POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "sampling", "top_entropy"})
 
 
 class RLTask(Task):

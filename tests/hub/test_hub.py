@@ -63,13 +63,14 @@ LOWERED = {
 # Command, config and its overlays, each of which is in one at least.
 FIRST = ("fit", "gsm8k_qwen3")
 RUNS = [
-    ("fit", "leetcode_qwen3"),
+    ("fit", "leetcode_qwen3", "loss/dppo"),
     ("fit", "gsm8k_qwen3", "data/dapo_math", "loss/dapo", "adapter/lora"),
     ("fit", "qwen3", "data/gsm8k", "loss/dr_grpo", "adapter/dora"),
     ("fit", "gsm8k_qwen3", "data/leetcode", "loss/grpo", "adapter/full"),
     ("fit", "gsm8k_qwen3", "data/math", "loss/gspo", "adapter/lora_mlp"),
     ("fit", "gsm8k_qwen3", "data/mmlu_pro", "loss/top_entropy"),
-    ("fit", "qwen3", "data/mixture"),
+    ("fit", "qwen3", "data/mixture", "loss/off_policy_mask"),
+    ("fit", "qwen3", "loss/reinforce_plus_plus"),
     ("test", "evaluate", "evaluation/benchmarks"),
 ]
 # Those with nearly all data sets and models that there are, beside the first: these run once more, from the cache.

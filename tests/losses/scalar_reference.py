@@ -14,6 +14,7 @@ SETTINGS = {
     **{cls: dict(zip(("clip_low", "clip_high"), CLIPS, strict=True)) for cls in CLIPPED},
     losses.CISPOLoss: {"cap": 1.1},
     losses.SAPOLoss: {},
+    losses.DPPOLoss: {"mask_low": 0.02, "mask_high": 0.03, "log_ratio_coef": 0.1},
 }
 
 
@@ -32,12 +33,14 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
     advantages, entropy = normal(b).to(dtype), normal(b, t).abs().to(dtype).requires_grad_()
     sampled = torch.rand(b, t, generator=generator) > (-1 if full else 1 / 3)
     sampled[torch.arange(b), lengths - 1] = True
+    of_sampler = 0.3 * spread * torch.randn(b, t, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return LossInputs(
         logprobs=logprobs.to(dtype).requires_grad_(),
         advantages=advantages,
         sampled_mask=sampled & (torch.arange(t)[None, :] < lengths[:, None]),
         old_logprobs=old.to(dtype),
         ref_logprobs=ref.to(dtype),
+        sampling_logprobs=(old + of_sampler).to(dtype),
         entropy=entropy,
         max_completion_tokens=t + 2.0,
     )
@@ -45,7 +48,8 @@ def make_inputs(seed=0, b=6, t=5, spread=0.1, dtype=torch.float64, full=False) -
 
 def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]:
     """Loss and metrics of all these sequences as one optimizer step of one micro-batch."""
-    fields, by_token = ("logprobs", "old_logprobs", "ref_logprobs", "entropy"), inputs.advantages.dim() == 2
+    fields = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "sampling_logprobs")
+    by_token, off_policy = inputs.advantages.dim() == 2, []
     rows = [
         [
             (*(getattr(inputs, name)[i, t].item() for name in fields), inputs.advantages[(i, t) if by_token else i].item())
@@ -54,16 +58,19 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
         ]
         for i in range(len(inputs.advantages))
     ]
-    sums, kls, ratios, entropies = [], [], [], []
+    sums, kls, ratios, entropies, moves, of_moves = [], [], [], [], [], isinstance(loss, losses.DPPOLoss)
     for tokens in rows:
         of_sequence = math.exp(sum(new - old for new, old, *_ in tokens) / len(tokens))
-        row = 0.0
-        for new, old, ref, entropy, advantage in tokens:
+        row, divergence = 0.0, sum(sampled - new for new, *_, sampled, _ in tokens) / len(tokens)
+        for new, old, ref, entropy, _, advantage in tokens:
             ratio = of_sequence if isinstance(loss, (losses.GSPOLoss, losses.GSPOTokenLoss)) else math.exp(new - old)
             kl = (math.exp(ref - new) - (ref - new) - 1) * (ratio if loss.kl_importance_weight else 1.0)
             kls.append(kl)
             entropies.append(entropy)
-            row += token_loss(loss, ratio, advantage, new) + loss.kl_coef * kl
+            left_out = advantage < 0 and divergence > (loss.off_policy_mask_threshold or math.inf)
+            off_policy.append((left_out, 1 if by_token else 1 / len(tokens)))
+            row += (0.0 if left_out else token_loss(loss, ratio, advantage, new)) + loss.kl_coef * kl
+            moves += [(math.exp(new) - math.exp(old), advantage)] * of_moves
             if not isinstance(loss, losses.GSPOLoss):
                 ratios.append((ratio, advantage))
         if isinstance(loss, losses.GSPOLoss):
@@ -77,11 +84,14 @@ def scalar_loss(inputs: LossInputs, loss: losses.PolicyLoss) -> dict[str, float]
     }
     if loss.kl_coef:
         result["kl"] = sum(kls) / len(kls)
+    if loss.off_policy_mask_threshold:
+        result["off_policy/masked"] = sum(left * part for left, part in off_policy) / sum(part for _, part in off_policy)
     if isinstance(loss, losses.CISPOLoss):
         result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage in ratios) / len(ratios)
     elif not isinstance(loss, losses.SAPOLoss):
-        low = sum(ratio < 1 - loss.clip_low and advantage < 0 for ratio, advantage in ratios) / len(ratios)
-        high = sum(ratio > 1 + loss.clip_high and advantage > 0 for ratio, advantage in ratios) / len(ratios)
+        least, most = (-loss.mask_low, loss.mask_high) if of_moves else (1 - loss.clip_low, 1 + loss.clip_high)
+        low = sum(value < least and advantage < 0 for value, advantage in moves or ratios) / len(ratios)
+        high = sum(value > most and advantage > 0 for value, advantage in moves or ratios) / len(ratios)
         result |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
     return result
 
@@ -93,6 +103,10 @@ def token_loss(loss: losses.PolicyLoss, ratio: float, advantage: float, logprob:
     if isinstance(loss, losses.SAPOLoss):
         tau = loss.tau_positive if advantage > 0 else loss.tau_negative
         return -advantage * (4 / tau) / (1 + math.exp(-tau * (ratio - 1)))
+    if isinstance(loss, losses.DPPOLoss):
+        moved = math.exp(logprob) * (1 - 1 / ratio)
+        masked = moved > loss.mask_high if advantage > 0 else moved < -loss.mask_low
+        return -(not masked) * ratio * advantage + loss.log_ratio_coef * math.log(ratio) ** 2
     bounded = ratio if loss.dual_clip is None else min(ratio, loss.dual_clip)
     clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
     return -min(bounded * advantage, clipped * advantage)
@@ -100,7 +114,7 @@ def token_loss(loss: losses.PolicyLoss, ratio: float, advantage: float, logprob:
 
 def reduce_rows(loss: losses.PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:
     """The loss of sequences, each given as the sum over its tokens and their number."""
-    if isinstance(loss, (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss)):
+    if isinstance(loss, (losses.DAPOLoss, losses.CISPOLoss, losses.BNPOLoss, losses.DPPOLoss)):
         return sum(row for row, _ in rows) / sum(length for _, length in rows)
     if isinstance(loss, losses.DrGRPOLoss):
         return sum(row for row, _ in rows) / (len(rows) * max_tokens)

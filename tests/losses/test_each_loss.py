@@ -8,7 +8,7 @@ import torch
 from scalar_reference import CLIPPED, CLIPS, SETTINGS, make_inputs, scalar_loss
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import BNPOLoss, CISPOLoss, GSPOLoss, GSPOTokenLoss
+from hybrid_lightning.losses import BNPOLoss, CISPOLoss, DPPOLoss, GSPOLoss, GSPOTokenLoss
 
 CASES = [
     {},
@@ -16,6 +16,7 @@ CASES = [
     {"kl_coef": 0.3},
     {"kl_coef": 0.3, "kl_importance_weight": True, "entropy_coef": 0.1},
     {"kl_coef": 0.3, "kl_importance_weight": True, "dual_clip": 1.1},
+    {"kl_coef": 0.3, "off_policy_mask_threshold": 0.02},
 ]
 ALL = [(cls, options) for cls in SETTINGS for options in CASES if cls in CLIPPED or "dual_clip" not in options]
 each_class = pytest.mark.parametrize("cls", SETTINGS)
@@ -34,7 +35,7 @@ def test_values_equal_a_scalar_loop(cls, options, advantages):
             return
     output, want = loss(inputs), scalar_loss(inputs, loss)
     assert output.loss.item() == pytest.approx(want.pop("loss"), rel=1e-12)
-    assert all(value > 0 for name, value in want.items() if "clip" in name) and want["ratio/max"] > 1.1
+    assert all(value > 0 for name, value in want.items() if "clip" in name or "off" in name) and want["ratio/max"] > 1.1
     assert {name: value.item() for name, value in output.metrics.items()} == pytest.approx(want, rel=1e-12)
     output.loss.backward()
     assert inputs.logprobs.grad.isfinite().all()
@@ -71,10 +72,10 @@ def test_a_loss_that_ignores_sequences_without_advantage_does_not_change_without
     advantages[::2] = 0
     counts = {"num_sequences": 8.0, "num_tokens": float(inputs.sampled_mask.sum())}
     whole = replace(inputs, advantages=advantages, **counts)
-    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "entropy")
+    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy")
     some = replace(whole, **{name: getattr(whole, name)[1::2] for name in names})
     same = torch.allclose(loss(some).loss, loss(whole).loss, rtol=1e-12)
-    assert same == loss.ignores_zero_advantage == (not options and cls is not BNPOLoss)
+    assert same == loss.ignores_zero_advantage == (not options and cls not in (BNPOLoss, DPPOLoss))
 
 
 @each_class

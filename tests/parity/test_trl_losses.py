@@ -19,7 +19,7 @@ pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightni
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 B, T, LONGEST = 8, 6, 9
-UNUSED = {"use_adaptive_entropy": False, "aux_loss_enabled": False, "off_policy_mask_threshold": None}
+UNUSED = {"use_adaptive_entropy": False, "aux_loss_enabled": False}
 UNUSED |= {"vllm_importance_sampling_correction": True}
 # TRL's arguments beside ours, pairwise. A spread of 1 reaches the dual clip; else ratios straddle the clip range.
 CASES = {
@@ -30,6 +30,7 @@ CASES = {
     "on-policy": {"on_policy": True},
     "on-policy, kl, bias-corrected": {"on_policy": True, "kl_coef": 0.5, "kl_importance_weight": True},
     "entropy, kl, wide": {"entropy_coef": 0.1, "kl_coef": 0.04, "spread": 1.0},
+    "off-policy mask, kl": {"off_policy_mask_threshold": 0.05, "kl_coef": 0.04},
 }
 OF_TOKENS, OF_SEQUENCES = {"clip_low": 0.2, "clip_high": 0.28}, {"clip_low": 3e-4, "clip_high": 4e-4}
 # TRL's `loss_type`, and settings. It has no GSPO-token, which is to give what its GSPO gives.
@@ -72,6 +73,7 @@ def make(dtype, seed, spread, on_policy):
         old_logprobs=None if on_policy else noisy(spread),
         ref_logprobs=noisy(0.3),
         entropy=noisy(0.3).abs().requires_grad_(),
+        sampling_logprobs=noisy(0.3),
         max_completion_tokens=float(LONGEST),
     )
 
@@ -105,6 +107,8 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | No
         use_vllm=inputs.importance_weights is not None,
         _entropy_bonus_enabled=loss.needs_entropy,
         _metrics={"train": defaultdict(list)},
+        off_policy_mask_threshold=loss.off_policy_mask_threshold,
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         **UNUSED,
     )
     trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
@@ -118,6 +122,7 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | No
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
         "importance_sampling_ratio": inputs.importance_weights,
+        "sampling_per_token_logps": inputs.sampling_logprobs,
         "num_items_in_batch": inputs.sampled_mask.sum() if tokens is None else torch.tensor(tokens),
     }
     value = GRPOTrainer._compute_loss(trainer, None, batch)
@@ -156,6 +161,8 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
         assert shared >= clips and (case != "plain" or min(ours.metrics[name] for name in clips) > 0)
     if "dual_clip" in options:
         assert ours.loss < build(cls, **options | {"dual_clip": None})(inputs).loss
+    if case == "off-policy mask, kl":
+        assert 0 < ours.metrics["off_policy/masked"] < (inputs.advantages < 0).float().mean()
     assert ("kl" in shared) == loss.needs_reference
     for name in shared:
         if cls is not losses.GSPOTokenLoss or "clip" not in name:  # ours are of tokens
@@ -164,7 +171,7 @@ def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
 
 def rows_of(inputs, rows, tokens, **counts):
     """Some rows of an optimizer step of B, with so many tokens."""
-    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "entropy")
+    names = ("logprobs", "advantages", "sampled_mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy")
     kept = {name: getattr(inputs, name)[rows] for name in names}
     return replace(inputs, **kept, num_sequences=float(B), num_tokens=tokens, **counts)
 

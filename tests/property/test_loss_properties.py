@@ -20,7 +20,8 @@ LOSSES += [
     losses.DrGRPOLoss(0.02, 0.03, kl_coef=0.2, kl_importance_weight=True),
     losses.BNPOLoss(0.02, 0.03, entropy_coef=0.1),
     losses.CISPOLoss(cap=1.1, kl_coef=0.2),
-    losses.SAPOLoss(entropy_coef=0.1),
+    losses.SAPOLoss(entropy_coef=0.1, off_policy_mask_threshold=0.1),
+    losses.DPPOLoss(0.1, 0.1, kl_coef=0.2),
 ]
 IDS = [f"{type(loss).__name__}-{i}" for i, loss in enumerate(LOSSES)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=IDS)

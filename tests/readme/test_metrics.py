@@ -21,7 +21,12 @@ SMALL = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--t
 SMALL += ["--model.eval_samples=4", "--model.sampler.max_new_tokens=8", "--adapter.calibration_prompts=4"]
 SMALL += ["--trainer.enable_progress_bar=false", "--data.validation_prompts=4", "--checkpoint.monitor=null"]
 EXAMPLES = ["--model.examples_per_step=8", "--data.source.train_size=50"]
-ALL = ["--model.loss.kl_coef=0.01", "--model.loss.entropy_coef=0.01", "--model.token_mask=TopEntropyMask"]
+ALL = [
+    "--model.loss.kl_coef=0.01",
+    "--model.loss.off_policy_mask_threshold=0.1",
+    "--model.loss.entropy_coef=0.01",
+    "--model.token_mask=TopEntropyMask",
+]
 ALL += ["--model.correction=TokenTruncation", "--model.dynamic_sampling=DynamicSampling", "--config=mixture.yaml"]
 ALL += ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4"]
 MIXTURE = """

@@ -18,7 +18,7 @@ from hybrid_lightning.rollout.vllm import BACKEND
 
 PARTS = ("loss", "reward", "scorer", "source", "callback")
 FILES = {"function": "my_reward.py", "tool": "my_tools.py", "environment": "my_environment.py"}
-FILES |= {"yaml": "yaml.yaml", "own_part_yaml": "own_part_yaml.yaml"}
+FILES |= {name: f"{name}.yaml" for name in ("yaml", "own_part_yaml", "mcp", "sets")}
 SMALL = ["--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"]
 SMALL += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--checkpoint.monitor=null"]
 SMALL += ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=4"]
@@ -151,6 +151,15 @@ def test_the_configs_on_top_of_another_train(here, monkeypatch):
     (saved,) = here.glob("runs/*/*/config.yaml")
     assert "FormatReward" in saved.read_text() and "mine.CappedLoss" in saved.read_text()
     assert saved.with_name("summary.json").is_file()
+
+
+def test_tools_of_a_server_and_environments_of_sets_go_over_a_config(here, monkeypatch):
+    configs = [f"--config={name}" for name in ("configs/tools.yaml", "mcp.yaml")]
+    (server,) = parse(["fit", *configs], monkeypatch).model.init_args.environment.init_args.tools
+    assert (server.class_path, server.init_args.command) == ("hybrid_lightning.environments.McpTools", "uvx mcp-server-time")
+    parsed = parse(["fit", "--config=configs/tools.yaml", "--config=sets.yaml"], monkeypatch)
+    assert parsed.model.init_args.environment.init_args.environments.keys() == {"sums", "games"}
+    assert parsed.data.init_args.source.init_args.set_column == "kind"
 
 
 def names_of(code, steps=1):

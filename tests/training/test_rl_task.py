@@ -16,6 +16,7 @@ from hybrid_lightning.advantages import (
     GroupMeanAdvantage,
     LeaveOneOutAdvantage,
     PerRewardAdvantage,
+    ReinforcePlusPlusAdvantage,
 )
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
@@ -50,6 +51,16 @@ def gspo(new, old, advantage):
 
 def gspo_token(new, old, advantage):
     return clipped((new - old).mean().exp().detach() * (new - new.detach()).exp(), advantage, 0.08, 0.09)
+
+
+def dppo(new, old, advantage):
+    moved = new.exp() - old.exp()
+    kept = moved <= 0.05 if advantage > 0 else moved >= -0.05
+    return kept * -advantage * (new - old).exp() + 0.1 * (new - old) ** 2
+
+
+def without_old_mistakes(new, old, advantage):
+    return of_tokens(0.2, 0.2)(new, old, advantage) * ((advantage >= 0) | ((old - new).mean() <= 0.01))
 
 
 def cispo(new, old, advantage):
@@ -106,6 +117,7 @@ ADVANTAGES = {
     BatchStdAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) / (rewards.total[rewards.counted].std() + 1e-4),
     LeaveOneOutAdvantage: lambda rewards: centred(groups(rewards, rewards.total)) * (G - 1) / (G - 2),
     PerRewardAdvantage: gdpo,
+    ReinforcePlusPlusAdvantage: lambda rewards: (values := centred(groups(rewards, rewards.total))) / (values.std() + 1e-4),
 }
 MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": losses.TopEntropyMask(0.5)}
 # Weights of tokens from how much more probable they were to the policy than to the sampler.
@@ -132,6 +144,8 @@ CASES = [
     (losses.BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), stale(losses.SequenceMask(1.1))),
     (losses.CISPOLoss(1.1), cispo, mean_over_tokens, BatchStdAdvantage(), TOP | MASKED | stale(losses.SequenceTruncation(1.02))),
     (losses.SAPOLoss(entropy_coef=ENTROPY), sapo, mean_of_means, PerRewardAdvantage(), TOP),
+    (losses.DPPOLoss(0.05, 0.05, log_ratio_coef=0.1), dppo, mean_over_tokens, ReinforcePlusPlusAdvantage(), stale()),
+    (losses.GRPOLoss(off_policy_mask_threshold=0.01), without_old_mistakes, mean_of_means, GroupAdvantage(), MASKED | stale()),
 ]
 
 
@@ -151,6 +165,7 @@ class ByEquation(Callback):
         self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        assert batch.loss_inputs(batch.sampling_logprobs).sampling_logprobs is batch.sampling_logprobs
         if batch.rollout is not self.rollout:
             self.rollout, self.minibatch = batch.rollout, 0
             with torch.no_grad():

@@ -93,7 +93,7 @@ def test_every_kind_of_training(folder, tmp_path, name, request):
 
 def test_every_loss(on_gpu):
     kinds = [losses.GRPOLoss, losses.GSPOTokenLoss, losses.DAPOLoss, losses.DrGRPOLoss]
-    kinds += [losses.BNPOLoss, losses.CISPOLoss, losses.SAPOLoss]
+    kinds += [losses.BNPOLoss, losses.CISPOLoss, losses.SAPOLoss, losses.DPPOLoss]
     values, ones = -torch.rand(4, 5), torch.ones(4)
     for loss in (*(kind(entropy_coef=0.01, kl_coef=0.01) for kind in kinds), losses.SupervisedLoss(), losses.DPOLoss()):
         logprobs, entropy = (values.clone().requires_grad_() for _ in range(2))

@@ -1,0 +1,228 @@
+"""`McpTools`: the tools of a server of the Model Context Protocol (https://modelcontextprotocol.io), by its official client.
+
+    the server answers an error               the policy is told, as of any tool that raises
+    it does not answer in time                the policy is told, and the call is cancelled
+    it ends, or cannot be reached             the episode is begun again with a new connection, and after three attempts left out
+
+The client has to be opened and closed in one task: a connection is a task of the event loop on which all calls of tools run.
+"""
+
+import asyncio
+import atexit
+import os
+import shlex
+import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.environments.tool import Tool, ToolSchema
+from hybrid_lightning.errors import ConfigError, one_line
+from hybrid_lightning.user_calls import run_async
+
+_CONNECT_S = 60.0  # for which a server may start, such as one that is downloaded first
+
+
+class ServerLostError(Exception):
+    """An MCP server that has ended, cannot be reached, or does not begin."""
+
+
+class McpToolError(Exception):
+    """What an MCP server says of a call that went wrong."""
+
+
+class McpTools(Configurable):
+    """All tools of an MCP server, as an entry of `ToolEnvironment.tools`.
+
+    One connection serves all episodes of a process, so that they share whatever state the server keeps. A server whose answers
+    depend on earlier calls, such as one that writes files, wants `per_episode`.
+
+    Args:
+        command: Starts a server that talks over standard input and output, such as `uvx mcp-server-fetch`; not run by a shell.
+        url: Address of a server that runs, over streamable HTTP, such as `http://localhost:8000/mcp`.
+        env: Names of environment variables that `command` gets from this process, besides PATH, HOME and the like: so keys stay
+            out of configs and checkpoints.
+        per_episode: Whether each episode has a connection and, with `command`, a server of its own.
+
+    Raises:
+        ConfigError: If not exactly one of `command` and `url` is given.
+    """
+
+    def __init__(
+        self, command: str | None = None, url: str | None = None, env: list[str] | None = None, per_episode: bool = False
+    ) -> None:
+        if (command is None) == (url is None) or not (command or url or "").strip():
+            raise ConfigError(f"McpTools: command={command!r} and url={url!r}; give one of the two")
+        self.command, self.url, self.env, self.per_episode = command, url, env or [], per_episode
+        self._listed: list[dict[str, Any]] | None = None  # JSON schemas of the tools
+        self._connection: _Connection | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its arguments: another process has a connection of its own."""
+        return partial(type(self), **self._init_args), ()
+
+    def tools(self) -> "list[_McpTool]":
+        """The tools of the server, for one episode. It is asked for them once.
+
+        Raises:
+            ConfigError: If the client is not installed, a variable is not set, or the server cannot be reached or has no tools.
+        """
+        if self._listed is None:
+            if find_spec("mcp") is None:
+                raise ConfigError("McpTools needs the package mcp; pip install 'hybrid-lightning[mcp]'")
+            missing = [name for name in self.env if name not in os.environ]
+            if missing:
+                raise ConfigError(f"McpTools: the environment variable {missing[0]} of env is not set; set it, or take it out")
+            try:
+                self._listed = run_async(self._list())
+            except (ServerLostError, McpToolError) as error:
+                raise ConfigError(f"McpTools: {error}; correct command or url, and try it by itself") from error
+            if not self._listed:
+                raise ConfigError(f"McpTools: {self.command or self.url} has no tools; take another server")
+        server = type(self)(**self._init_args) if self.per_episode else self
+        return [_McpTool(server, schema) for schema in self._listed]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, and as far as is known the server is there."""
+        return self._connection is not None and not self._connection.is_lost
+
+    def disconnect(self) -> None:
+        """Close the connection, if there is one."""
+        if self._connection is not None and self.is_connected:
+            run_async(self._connection.close())
+
+    async def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Call a tool; McpToolError if the server answers an error, ServerLostError if it is gone."""
+        if self.per_episode and self._connection is not None and self._connection.is_lost:  # a new one would not have its state
+            raise self._connection.lost("has ended")
+        result = await (await self._connected()).ask(lambda client: client.call_tool(name, arguments))
+        text = "\n".join(map(_text_of, result.content))
+        if result.is_error:
+            raise McpToolError(text)
+        return text
+
+    async def _connected(self) -> "_Connection":
+        if self._connection is None or self._connection.is_lost:
+            self._connection = _Connection(self.command, self.url, self.env)
+            if not self.per_episode:
+                atexit.register(self.disconnect)
+        await self._connection.opened()
+        return self._connection
+
+    async def _list(self) -> list[dict[str, Any]]:
+        connection, listed, cursor = await self._connected(), [], None
+        while True:
+            page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
+            for tool in page.tools:
+                parameters = {"type": "object", "properties": {}, **tool.input_schema}
+                function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
+                listed.append({"type": "function", "function": function})
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        if self.per_episode:
+            await connection.close()
+        return listed
+
+
+class _McpTool(Tool):
+    name = ""
+
+    def __init__(self, server: McpTools, schema: dict[str, Any]) -> None:
+        self._server, self.schema, self.name = server, ToolSchema(schema), schema["function"]["name"]
+
+    def start(self, seed: int) -> None:
+        if not self._server.is_connected:
+            run_async(self._server._connected())
+
+    async def __call__(self, **arguments: Any) -> str:  # type: ignore[override]
+        return await self._server.call(self.name, arguments)
+
+    def close(self) -> None:
+        if self._server.per_episode:
+            self._server.disconnect()
+
+
+class _Connection:
+    """A session with a server, made and used on one event loop; methods raise ServerLostError if it is gone."""
+
+    def __init__(self, command: str | None, url: str | None, env: list[str]) -> None:
+        self._command, self._url, self._env, self._client, self._said = command, url, env, None, ""
+        self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self._task = asyncio.create_task(self._hold())
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints it where nobody asks
+
+    @property
+    def is_lost(self) -> bool:
+        return self._task.done() or self._end.is_set() or not self._loop.is_running()
+
+    async def opened(self) -> None:
+        ready = asyncio.create_task(self._ready.wait())
+        try:
+            await asyncio.wait({ready, self._task}, timeout=_CONNECT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if not self._ready.is_set():
+            late = "" if self._task.done() else f" within {_CONNECT_S:g} s"
+            await self.close()
+            raise self.lost(f"cannot be reached{late}")
+
+    async def ask(self, question: Callable[..., Awaitable[Any]]) -> Any:
+        from anyio import BrokenResourceError, ClosedResourceError
+        from mcp import MCPError
+        from mcp_types import CONNECTION_CLOSED
+
+        work = asyncio.ensure_future(question(self._client))
+        try:
+            await asyncio.wait({work, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() and not work.cancelled():
+                return work.result()
+        except MCPError as error:
+            if error.error.code != CONNECTION_CLOSED:
+                raise McpToolError(error.error.message) from error
+        except (BrokenResourceError, ClosedResourceError):
+            pass
+        finally:
+            work.cancel()
+        await self.close()
+        raise self.lost("has ended")
+
+    async def close(self) -> None:
+        self._end.set()
+        if not self._ready.is_set():
+            self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _hold(self) -> None:
+        from mcp import Client, StdioServerParameters
+        from mcp.client.stdio import stdio_client
+
+        with tempfile.TemporaryFile("w+") as errors:  # the server's error output, which may be long
+            server: Any = self._url
+            if self._command is not None:
+                command, *arguments = shlex.split(self._command)
+                env = {name: os.environ[name] for name in self._env}
+                server = stdio_client(StdioServerParameters(command=command, args=arguments, env=env), errlog=errors)
+            try:
+                async with Client(server) as self._client:
+                    self._ready.set()
+                    await self._end.wait()
+            finally:
+                errors.seek(0)
+                self._said = errors.read().strip().rpartition("\n")[2][:300]
+
+    def lost(self, how: str) -> ServerLostError:
+        error = None if self._task.cancelled() else self._task.exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        known = filter(None, ["" if error is None else one_line(error), self._said])
+        return ServerLostError(": ".join([f"the MCP server {self._command or self._url} {how}", *known]))
+
+
+def _text_of(block: Any) -> str:
+    """The text of a block of an answer; of one of another kind that it was there."""
+    text = getattr(block, "text", None) or getattr(getattr(block, "resource", None), "text", None)
+    return text if isinstance(text, str) else "" if block.type == "text" else f"[{block.type}, which cannot be shown]"

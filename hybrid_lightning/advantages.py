@@ -63,6 +63,7 @@ __all__ = [
     "GroupAdvantage",
     "GroupMeanAdvantage",
     "LeaveOneOutAdvantage",
+    "NoAdvantage",
     "PerRewardAdvantage",
     "centred",
 ]
@@ -217,6 +218,17 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
         """Advantages of `groups`, [P, G]."""
         samples = groups.shape[1]
         return centred(groups) * (samples / (samples - 1))
+
+
+class NoAdvantage(AdvantageEstimator):
+    """Always 0: rewards are measured, and nothing is learned from them. For learning from a teacher alone."""
+
+    def estimate(self, groups: Tensor) -> Tensor:
+        """Advantages of `groups`, [P, G]."""
+        return torch.zeros_like(groups)
+
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Nothing is compared, so that one completion of a prompt is enough."""
 
 
 class PerRewardAdvantage(GroupAdvantage):

@@ -11,8 +11,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.engine import accelerator_memory, default_token_budget, token_logprobs
+from hybrid_lightning.engine import (
+    Compared,
+    Predictions,
+    accelerator_memory,
+    compared_logprobs,
+    default_token_budget,
+    token_logprobs,
+)
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import Divergence
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 from hybrid_lightning.sharding.ranks import gather_counts
@@ -71,6 +79,18 @@ class Passes:
         """One pass: log-probabilities with gradient and entropies of completions, [B, T] each."""
         engine, temperature, gradient = self.policy.engine, self.temperature, self.entropy_gradient
         return self.policy.weights.as_forward(lambda: token_logprobs(engine, sequences, temperature, gradient))
+
+    def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> Compared:
+        """One pass as `logprobs`, with a divergence from what a teacher predicts at the same tokens."""
+        engine, temperature, gradient = self.policy.engine, self.temperature, self.entropy_gradient
+        found: list[Compared] = []
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            found.append(compared_logprobs(engine, sequences, teacher, divergence, temperature, gradient))
+            return found[0].logprobs, found[0].divergence, found[0].entropy
+
+        logprobs, distance, entropy = self.policy.weights.as_forward(compute)
+        return Compared(logprobs, entropy, distance, found[0].teacher_logprobs)
 
     def idle(self) -> Tensor:
         """The shortest pass, with a loss and a gradient of zero: for a rank that has no chunk left while others have."""

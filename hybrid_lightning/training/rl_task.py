@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.episodes.episodes import episode_metrics, token_advantages
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import Distillation, Divergence, ImportanceCorrection, PolicyLoss, SampledReverseKL, TopEntropyMask
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.rewards import rewards_to_go
@@ -39,11 +39,12 @@ from hybrid_lightning.training.sampled_groups import (
     sample_groups,
 )
 from hybrid_lightning.training.task import Task
+from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
 
 # First parts of the names of what policy losses measure, and `chunk_loss` beside them.
-POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "ratio", "sampling", "top_entropy"})
+POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "ratio", "sampling", "teacher", "top_entropy"})
 
 
 class RLTask(Task):
@@ -65,8 +66,11 @@ class RLTask(Task):
         token_mask: TopEntropyMask | None = None,
         mask_truncated_completions: bool = False,
         dynamic_sampling: DynamicSampling | None = None,
+        teacher: Teacher | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__(*shared)
+        self.teacher, self.distillation = teacher, distillation or SampledReverseKL()
         self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self.last_calibration: tuple[Rollouts, Rewards] | None = None
@@ -74,7 +78,11 @@ class RLTask(Task):
         self.shown_metrics = ("reward", "completions/mean_length")  # beside the progress bar
         if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
             self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
+        if teacher is not None:
+            self.shown_metrics += ("teacher/kl",)
+            self.run.shares_failures |= teacher.is_remote
         run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
+        run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, self.loss)
 
     # ---- prompts -> rollout -> rewards
 
@@ -84,6 +92,8 @@ class RLTask(Task):
         """Begin to complete and score prompts. The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
+        if self.teacher is not None:
+            self.teacher.release()
         rollout = self._sample(prompts, generator).then(self._to_train)
         if self.schedule.rollouts_ahead and not self.generation.sampler.is_remote:
             rollout.result()  # now, since the weights change before it is trained on
@@ -108,9 +118,28 @@ class RLTask(Task):
             advantages = token_advantages(of_turns, rollouts)
         trained = self.trained_sequences(rollouts, rewards)
         run_checks.warn_if_all_are_cut(trained, rewards, self.generation)
-        metrics, needed = self._measured(rollouts, rewards, credited), self._contributes(advantages)
-        shown = _with_advantages(rollouts, rewards, advantages)
-        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown)
+        metrics, seen = self._measured(rollouts, rewards, credited), None
+        if self.teacher is not None:
+            seen, advantages, found = self._taught(self.teacher, rollouts, trained, advantages)
+            metrics |= found
+        needed, shown = self._contributes(advantages), _with_advantages(rollouts, rewards, advantages)
+        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown, seen)
+
+    def _taught(
+        self, teacher: Teacher, rollouts: Rollouts, trained: Sequences, advantages: Tensor
+    ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
+        """Completions as the teacher sees them, if the update needs them; advantages with what it adds; and metrics."""
+        with self.run.stopping_together(), self.run.clock.phase("logprobs"):
+            seen = teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
+            if self.distillation.of_distributions:
+                return (None if seen is trained else seen), advantages, {}
+            logprobs = teacher.logprobs(self.passes, seen, self.run.interruptible)
+        mask = trained.sampled_mask
+        ratio = F.log_ratio(logprobs, rollouts.sampling_logprobs, mask)
+        sums = torch.stack([-ratio.sum(), logprobs[mask].sum(), mask.sum().float()])
+        kl, logprob, tokens = self.run.sum_over_ranks(sums).tolist()
+        metrics = {"teacher/kl": kl / max(tokens, 1), "teacher/logprob": logprob / max(tokens, 1)}
+        return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
@@ -151,8 +180,9 @@ class RLTask(Task):
         return of_turns.view(turns, -1).any(dim=0)
 
     def _contributes(self, advantages: Tensor) -> Tensor:
-        """The rows that an update needs: those with an advantage, or all if the loss needs the others."""
-        return F.any_advantage(advantages) | (not self.loss.ignores_zero_advantage)
+        """The rows that an update needs: those with an advantage, or all if the loss or a teacher needs the others."""
+        all_teach = self.teacher is not None and self.distillation.of_distributions
+        return F.any_advantage(advantages) | (all_teach or not self.loss.ignores_zero_advantage)
 
     def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
         """Metrics of a rollout over all ranks."""
@@ -203,7 +233,13 @@ class RLTask(Task):
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
-        logprobs, entropy = self.passes.logprobs(chunk.sequences)
+        divergence = of_teacher = None
+        if self.teacher is not None and isinstance(self.distillation, Divergence):
+            seen = chunk.sequences if chunk.seen_by_teacher is None else chunk.seen_by_teacher
+            found = self.passes.compared(chunk.sequences, self.teacher.predict(self.passes, seen), self.distillation)
+            logprobs, entropy, divergence, of_teacher = found.logprobs, found.entropy, found.divergence, found.teacher_logprobs
+        else:
+            logprobs, entropy = self.passes.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
         made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
         metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
@@ -212,11 +248,16 @@ class RLTask(Task):
         inputs = replace(
             inputs,
             entropy=entropy,
+            divergence=None if divergence is None else self.distillation.coef * divergence,
             max_completion_tokens=float(self.generation.max_completion_tokens),
             micro_batch_tokens=micro_batch_tokens,
             num_micro_batches=float(self.run.accumulate_grad_batches * self.run.world_size),
         )
         metrics["entropy"] = share(entropy.detach(), inputs)
+        if divergence is not None and of_teacher is not None:
+            metrics["teacher/divergence"] = share(divergence.detach(), inputs)
+            metrics["teacher/kl"] = share(logprobs.detach() - of_teacher, inputs)
+            metrics["teacher/logprob"] = share(of_teacher, inputs)
         if chunk.policy_mask is not None:
             metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
         output = self.loss(inputs)
@@ -235,11 +276,29 @@ class RLTask(Task):
         advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
         sequences = self.trained_sequences(rollouts, rewards)
         of_tokens, most = token_advantages(advantages, rollouts), self.passes.budget_of_now()
+        if self.teacher is not None:
+            of_tokens = self._with_log_ratio(self.teacher, rollouts, sequences, of_tokens)
         logprobs, counted = self.calibration_logprobs, rewards.counted
         return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
 
+    def _with_log_ratio(self, teacher: Teacher, rollouts: Rollouts, sequences: Sequences, advantages: Tensor) -> Tensor:
+        """Advantages of calibration, with the gradient of the reverse KL in place of any divergence from the teacher."""
+        seen = teacher.seen(self.passes, rollouts.prompts, sequences, self.generation.encode)
+        ratio = F.log_ratio(teacher.logprobs(self.passes, seen), rollouts.sampling_logprobs, sequences.sampled_mask)
+        teacher.release()
+        if not self.loss.takes_token_advantages:
+            return advantages + self.distillation.coef * F.sequence_means(ratio, sequences.sampled_mask)
+        return F.per_token(advantages, ratio.bool()) + self.distillation.coef * ratio
+
+    @property
+    def needs_start_policy(self) -> bool:
+        """See `Task`."""
+        return super().needs_start_policy or (self.teacher is not None and self.teacher.needs_start_policy)
+
     def check(self) -> None:
         """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
+        if self.teacher is not None and self.run.stage == "fit":
+            self.teacher.check(self.passes, self.distillation)
         run_checks.check_rl(self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling)
 
 

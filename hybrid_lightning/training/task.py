@@ -130,11 +130,17 @@ class Task(RolloutSource, ABC):
     def check(self) -> None:
         """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
 
+    @property
+    def needs_start_policy(self) -> bool:
+        """Whether training computes with the start policy."""
+        return self.loss.needs_reference
+
     def check_start_weights(self, kept: bool) -> None:
-        """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
-        if self.loss.needs_reference and not kept:
+        """Raise ConfigError if training needs the start policy and its weights are not kept."""
+        if self.needs_start_policy and not kept:
             raise ConfigError(
-                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
+                "the run needs the start policy (a KL term with kl_coef > 0, DPO, or SelfTeacher); set "
+                "adapter.keep_start_weights=true"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

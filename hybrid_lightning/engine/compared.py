@@ -121,8 +121,9 @@ class _Known(torch.autograd.Function):
         leaf = states.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
             values = block(leaf, *given)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*(torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for value in values[:count]))
+            if ctx.needs_input_grad[0]:
+                sums = [value.sum() for value in values[:count]]
+                ctx.save_for_backward(*(torch.autograd.grad(total, leaf, retain_graph=True)[0] for total in sums))
         ctx.count, ctx.given = count, len(given)
         values = tuple(value.detach() for value in values)
         ctx.mark_non_differentiable(*values[count:])

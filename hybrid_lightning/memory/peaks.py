@@ -12,7 +12,7 @@ from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes, teacher_bytes
 from hybrid_lightning.memory.strategies import Components, Moment
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -110,6 +110,12 @@ class _Run:
         options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
         self.passes = PassMemory(self.model, settings.product_dtype.itemsize, self.on_cpu, *options)
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
+        self.teacher, self.teacher_stays = 0, False
+        if settings.teacher is not None:
+            dtype, quantization = settings.teacher.dtype_for(settings.dtype), settings.teacher.quantization
+            model = meta_model(settings.teacher.pretrained.config, dtype)
+            self.teacher, self.teacher_stays = teacher_bytes(model, quantization), self.on_cpu or quantization is not None
+            self.passes_of_teacher = PassMemory(model, dtype.itemsize, self.on_cpu)
 
     def method(self, name: str) -> MethodMemory:
         """Peaks of all phases with one method."""
@@ -124,6 +130,11 @@ class _Run:
             peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
         peaks |= self._scoring(sizes) if scored else {}
         peaks |= self._updating(sizes)
+        if self.teacher and not settings.compares_distributions:
+            peaks["teaching"] = self._teaching(sizes)
+        for phase, peak in peaks.items():
+            if self.teacher_stays or phase in ("calibrating", "teaching") or (phase == "updating" and settings.compares_distributions):
+                peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():
             peaks[phase] = replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating)
@@ -195,6 +206,12 @@ class _Run:
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
 
+    def _teaching(self, sizes: ModelSizes) -> Components:
+        """Peak of the teacher's passes over a rollout, beside gradients of the step before."""
+        tokens = self.settings.tokens_of_pass(sizes.weight_bytes / self.sharding.parts + self.teacher)
+        rows = max(self._cut(self.prompts, tokens), key=lambda rows: rows.completions)
+        return _computing(self._held("resting", sizes), self.passes_of_teacher.measuring(rows))
+
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.
 
@@ -211,10 +228,16 @@ class _Run:
             clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
             stages = (clear[0], clear[1], clear[2])
         trained = self._trained(sizes)
-        peaks = [_largest(stages, self.passes.training(first, trained))]
+
+        def found(rows: Rows) -> PassBytes:
+            pass_bytes = self.passes.training(rows, trained)
+            # Blocks of logits are half as large, and there are those of two models, their probabilities and gradients.
+            return replace(pass_bytes, logits=4 * pass_bytes.logits) if settings.compares_distributions else pass_bytes
+
+        peaks = [_largest(stages, found(first))]
         if others:
             later = max(others, key=lambda rows: rows.completions)
-            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained)))
+            peaks.append(_largest((begin, forward, backward), found(later)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
         if step and not self.on_cpu and not self.sharding.cpu_offload:

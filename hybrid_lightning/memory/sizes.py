@@ -98,6 +98,18 @@ def measure_sizes(
     )
 
 
+def teacher_bytes(model: PreTrainedModel, quantization: Quantization | None) -> int:
+    """Bytes of a frozen model on the meta device without an adapter, once its linear modules are quantized."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    candidates = find_candidates(model) if quantization is not None else {}
+    kept = without_lora(candidates)
+    for name, module in candidates.items():
+        shape = candidate_shape(module)
+        if quantization is not None and isinstance(shape, tuple) and name not in kept and quantization.takes(shape):
+            size += quantized_bytes(shape) - shape[0] * shape[1] * next(model.parameters()).element_size()
+    return size
+
+
 def quantized_bytes(shape: tuple[int, int]) -> int:
     """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
     count = shape[0] * shape[1]

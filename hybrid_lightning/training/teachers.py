@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,13 +24,17 @@ from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.engine import Predictions, predictions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Distillation
+from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.rollout_engine import model_context
-from hybrid_lightning.types import Prompt, Sequences
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 Interruptible = Callable[[], AbstractContextManager[Any]]
 
@@ -75,6 +80,10 @@ class Teacher(Configurable):
     def predict(self, student: Passes, sequences: Sequences) -> Predictions:
         """What predicts the K sampled tokens, without gradient, of a chunk of a micro-batch."""
         raise NotImplementedError
+
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
+        """A completion of each prompt by the teacher, for the doctor; None if it cannot complete."""
+        return None
 
     def release(self) -> None:
         """Free the device, since completions are made next."""
@@ -150,11 +159,16 @@ class ModelTeacher(LocalTeacher):
         check_tokenizers(student.policy.pretrained.tokenizer, self.pretrained.tokenizer)
         self.pretrained.check()
 
+    def dtype_for(self, policy: torch.dtype) -> torch.dtype:
+        """Dtype of its weights beside a policy of this one."""
+        return policy if self._dtype is None else DTYPES[self._dtype]
+
     def passes(self, student: Passes) -> Passes:
         """See `LocalTeacher`. The first call loads the model."""
         device = student.policy.device
         if self._passes is None:
             self.pretrained.dtype = self._dtype or student.policy.pretrained.dtype
+            self.pretrained.encoder = student.policy.pretrained.encoder  # it completes the policy's prompts
             policy = Policy(self.pretrained)
             if self.quantization is not None:
                 quantize_base(policy.model, self.quantization, (), device)
@@ -165,6 +179,14 @@ class ModelTeacher(LocalTeacher):
                 self._on_host = [(part, part.data) for part in model.parameters()]
             model.to(device)
         return self._passes
+
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
+        """See `Teacher`."""
+        asked, policy = vars(student.sampler), self.passes(passes).policy
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")
+        sampler = Sampler(**{name: asked[name] for name in names})
+        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
+        return generation.generate(prompts, draws=torch.Generator(policy.device).manual_seed(0))
 
     def release(self) -> None:
         """See `Teacher`: its weights do not change, so that what the host has is what they are."""
@@ -237,6 +259,11 @@ class SelfTeacher(LocalTeacher):
         asked = next(message for message in reversed(messages) if message["role"] == "user")
         asked["content"] = fill_template("context", self.template, {**values, "prompt": asked["content"]}, prompt.place)
         return replace(prompt, messages=tuple(messages))
+
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
+        """See `Teacher`: by the current policy, which is the start policy when the doctor asks."""
+        hinted = [prompt if self.template is None else self.with_context(prompt) for prompt in prompts]
+        return student.generate(hinted, draws=torch.Generator(passes.policy.device).manual_seed(0))
 
     def passes(self, student: Passes) -> Passes:
         """See `LocalTeacher`."""

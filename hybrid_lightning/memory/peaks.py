@@ -133,7 +133,11 @@ class _Run:
         if self.teacher and not settings.compares_distributions:
             peaks["teaching"] = self._teaching(sizes)
         for phase, peak in peaks.items():
-            if self.teacher_stays or phase in ("calibrating", "teaching") or (phase == "updating" and settings.compares_distributions):
+            if (
+                self.teacher_stays
+                or phase in ("calibrating", "teaching")
+                or (phase == "updating" and settings.compares_distributions)
+            ):
                 peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():

@@ -6,13 +6,27 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import build_model, build_tokenizer, plain_distribution, tokens_of
-from tiny_runs import Interrupted, Log, StartsWithDigit, build_data, build_policy, build_trainer, check, fit, trained, write_model
+from tiny_runs import (
+    Constant,
+    Interrupted,
+    Log,
+    StartsWithDigit,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    check,
+    fit,
+    trained,
+    write_model,
+)
 
 from hybrid_lightning import losses
+from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import GroupAdvantage, NoAdvantage
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
-from hybrid_lightning.rollout import DynamicSampling, Sampler
+from hybrid_lightning.rollout import DynamicSampling
 from hybrid_lightning.types import Prompt
 
 TEMPERATURE, HINT = 0.9, "{prompt}{answer}#"
@@ -113,8 +127,6 @@ def test_blocks_of_logits_and_a_wider_vocabulary_change_nothing(model, sums, tmp
 
 
 def test_rows_without_advantage_teach_and_modules_are_scored_by_the_teacher(model, teacher_folder, sums, tmp_path):
-    from tiny_runs import Constant, build_adapter
-
     log, policy = Log(), {"reward": Constant(), "advantage": NoAdvantage(), "samples_per_prompt": 1, "loss": losses.GSPOLoss()}
     policy |= {"teacher": ModelTeacher(str(teacher_folder)), "distillation": losses.ReverseKL()}
     module = fit(model, sums, tmp_path, build_adapter(), log, policy=policy, max_steps=1)
@@ -127,19 +139,13 @@ def test_a_resumed_run_has_the_same_weights(model, teacher_folder, sums, tmp_pat
         policy = {"teacher": teacher, "distillation": distillation, "minibatches_per_rollout": 2, "epochs_per_rollout": 2}
         whole = trained(fit(model, sums, tmp_path, policy=policy, max_steps=6))
         module = build_policy(model, **policy)
-        trainer = build_trainer(tmp_path, __import__("tiny_runs").build_adapter(scorer=_random()), max_steps=3)
+        trainer = build_trainer(tmp_path, build_adapter(scorer=Random()), max_steps=3)
         torch.manual_seed(11)
         trainer.fit(module, datamodule=build_data(sums))
         trainer.save_checkpoint(tmp_path / "half.ckpt")  # in the middle of a rollout
         assert all("teacher" not in name for name in torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"])
         resumed = trained(fit(model, sums, tmp_path, policy=policy, max_steps=6, ckpt=tmp_path / "half.ckpt"))
         torch.testing.assert_close(resumed, whole, atol=0, rtol=0)
-
-
-def _random():
-    from hybrid_lightning.adapters import Random
-
-    return Random()
 
 
 def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder, model, monkeypatch):
@@ -170,7 +176,11 @@ def test_context_takes_the_row_and_in_a_chat_the_last_question():
     row = {"answer": "4", "columns": {"hint": "two pairs"}}
     assert teacher.with_context(Prompt(text="2+2=", **row)).text == "2+2= (4, two pairs)"
     turns = tuple({"role": role, "content": text} for role, text in (("system", "s"), ("user", "2+2="), ("user", "now")))
-    assert [m["content"] for m in teacher.with_context(Prompt(messages=turns, **row)).messages] == ["s", "2+2=", "now (4, two pairs)"]
+    assert [m["content"] for m in teacher.with_context(Prompt(messages=turns, **row)).messages] == [
+        "s",
+        "2+2=",
+        "now (4, two pairs)",
+    ]
 
 
 def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folder, tmp_path):
@@ -190,7 +200,10 @@ def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folde
     [
         ({"distillation": losses.ReverseKL()}, "distillation=ReverseKL is for learning from a teacher; give model.teacher"),
         ({"advantage": NoAdvantage()}, "advantage=NoAdvantage is for learning from a teacher"),
-        ({"teacher": SelfTeacher(), "loss": losses.GSPOLoss()}, "one advantage a sequence.*GSPOTokenLoss.*distillation=ReverseKL"),
+        (
+            {"teacher": SelfTeacher(), "loss": losses.GSPOLoss()},
+            "one advantage a sequence.*GSPOTokenLoss.*distillation=ReverseKL",
+        ),
         ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "from these a teacher teaches as well"),
     ],
 )

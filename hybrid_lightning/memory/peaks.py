@@ -132,12 +132,9 @@ class _Run:
         peaks |= self._updating(sizes)
         if self.teacher and not settings.compares_distributions:
             peaks["teaching"] = self._teaching(sizes)
+        asked = ("calibrating", "updating" if settings.compares_distributions else "teaching")
         for phase, peak in peaks.items():
-            if (
-                self.teacher_stays
-                or phase in ("calibrating", "teaching")
-                or (phase == "updating" and settings.compares_distributions)
-            ):
+            if self.teacher_stays or phase in asked:
                 peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():

@@ -187,9 +187,7 @@ def of_teacher(accuracy: float, of_policy: float) -> list[Finding]:
     """Whether a teacher is better than the policy, by their accuracies on the same prompts."""
     if accuracy > of_policy:
         return []
-    text = (
-        f"the teacher gets {accuracy:.0%} right where the policy gets {of_policy:.0%}, so that there is little to learn from it"
-    )
+    text = f"the teacher gets {accuracy:.0%} right where the policy gets {of_policy:.0%}, so it has little to teach"
     return [Finding("teacher", text, "take a better one, or give SelfTeacher more context")]
 
 

@@ -18,12 +18,7 @@ with warnings.catch_warnings():
 
 B, T, V, H = 3, 4, 7, 5
 # TRL's beta or alpha, and the divergence that it stands for.
-CASES = [
-    (0.0, losses.ForwardKL()),
-    (1.0, losses.ReverseKL()),
-    (0.5, losses.JensenShannon()),
-    (0.2, losses.JensenShannon(beta=0.2)),
-]
+CASES = [(0.0, losses.ForwardKL()), (1.0, losses.ReverseKL()), (0.2, losses.JensenShannon(beta=0.2))]
 each = pytest.mark.parametrize(("beta", "divergence"), CASES, ids=lambda value: str(getattr(value, "beta", value))[:20])
 
 

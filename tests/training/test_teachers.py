@@ -24,6 +24,7 @@ from tiny_runs import (
 from hybrid_lightning import losses
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import GroupAdvantage, NoAdvantage
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
@@ -118,9 +119,8 @@ def test_blocks_of_logits_and_a_wider_vocabulary_change_nothing(model, sums, tmp
     wide.save_pretrained(tmp_path / "wide")
     build_tokenizer().save_pretrained(tmp_path / "wide")
     found = []
-    for most in (None, 200):
-        if most is not None:
-            monkeypatch.setattr("hybrid_lightning.engine.backend.Backend.most_logits", lambda self, device: most)
+    for most in (2**23, 200):
+        monkeypatch.setattr(Backend, "most_logits", lambda self, device, most=most: most)
         policy = {"teacher": ModelTeacher(str(tmp_path / "wide")), "distillation": losses.ReverseKL()}
         found.append(trained(fit(model, sums, tmp_path, policy=policy, max_steps=1)))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)

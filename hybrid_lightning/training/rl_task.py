@@ -104,7 +104,8 @@ class RLTask(Task):
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
         samples = self.schedule.samples_per_prompt
-        return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places))
+        listen = None if self.teacher is None else self.teacher.listen
+        return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places), listen)
 
     # ---- rewards -> advantages
 

@@ -70,6 +70,10 @@ class Teacher(Configurable):
         """
         return sequences
 
+    def listen(self, prompt_ids: Sequence[Sequence[int]], samples_per_prompt: int) -> Callable[[int, Sequence[int]], None] | None:
+        """What gets the number and the tokens of each completion of a rollout that has ended before others; None for nothing."""
+        return None
+
     @abstractmethod
     def logprobs(self, student: Passes, sequences: Sequences, interruptible: Interruptible = nullcontext) -> Tensor:
         """Log-probabilities of the sampled tokens without gradient, [B, T] float32 on the student's device.

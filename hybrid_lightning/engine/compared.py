@@ -1,14 +1,13 @@
 """Log-probabilities of sampled tokens, and how far the whole distributions of a policy and a teacher are apart at each of them.
 
-Neither model's logits are ever there all at once: the states before the output layer are, and become logits block by block.
+The states of both models before the output layer become logits block by block, so that logits are never there all at once.
 
 Axes: B sequences, T completion tokens, K tokens that were sampled, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +23,19 @@ if TYPE_CHECKING:
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log-probabilities [K, V] of the policy and of the teacher -> [K]
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What predicts K tokens, before and after the output layer."""
+class Predictions(NamedTuple):
+    """What predicts K tokens."""
 
-    states: Tensor  # [K, N]
+    states: Tensor  # [K, N], before the output layer
     logits: Callable[[Tensor], Tensor]  # of some states, [n, N] -> [n, V]
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """A policy and its teacher at the sampled tokens, [B, T] float32 each, 0 where nothing was sampled."""
 
     logprobs: Tensor  # of the policy, with gradient
-    entropy: Tensor  # of the policy, in nats
     divergence: Tensor  # with gradient
+    entropy: Tensor  # of the policy, in nats
     teacher_logprobs: Tensor
 
 
@@ -60,17 +57,9 @@ def compared_logprobs(
     temperature: float,
     entropy_gradient: bool = False,
 ) -> Compared:
-    """Compare a policy with what a teacher predicts at the same tokens.
+    """Compare a policy with what a teacher predicts at the same tokens, perhaps after other prompts.
 
-    Of vocabularies that are padded to different sizes the part that both have is compared.
-
-    Args:
-        engine: Engine of the policy.
-        sequences: B prompts (left-padded) and completions (right-padded, T tokens).
-        teacher: Without gradient, of the same tokens, perhaps after other prompts.
-        divergence: Of each token.
-        temperature: Divides the logits of both.
-        entropy_gradient: Whether entropies have a gradient.
+    The temperature divides the logits of both. Of vocabularies padded to different sizes the part that both have is compared.
     """
     mask = sequences.sampled_mask
     tokens, own = sequences.completion_ids[mask], predictions(engine, sequences)
@@ -88,27 +77,22 @@ def compared_logprobs(
                 ours, theirs = (values[:, :width].log_softmax(dim=1) for values in (ours, theirs))
             return logprob, divergence(ours, theirs), entropy, of_theirs
 
-    most = engine.backend.most_logits(mask.device) // base_model(engine.model).config.get_text_config().vocab_size // 2
+    # A quarter of the usual block, since there are those of two models, with what a divergence computes from them.
+    most = engine.backend.most_logits(mask.device) // base_model(engine.model).config.get_text_config().vocab_size // 4
     count = max(1, -(-len(tokens) // max(1, most)))
     parts = zip(*(values.tensor_split(count) for values in (own.states, teacher.states, tokens)), strict=True)
-    layer = base_model(engine.model).get_output_embeddings()
-    trained = layer is None or any(parameter.requires_grad for parameter in layer.parameters())
-    compute = partial(checkpoint, block, use_reentrant=False) if trained else partial(_known, block, 2 + entropy_gradient)
-    blocks = [block(*part) if not torch.is_grad_enabled() else compute(*part) for part in parts]
-    logprobs, divergences, entropies, of_teacher = (torch.cat(values) for values in zip(*blocks, strict=True))
-    entropies = entropies if entropy_gradient else entropies.detach()
+    layer: Any = base_model(engine.model).get_output_embeddings()
+    compute: Callable[..., tuple[Tensor, ...]] = partial(_Known.apply, block, 2 + entropy_gradient)
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in layer.parameters()):
+        compute = partial(checkpoint, block, use_reentrant=False)
+    columns = (torch.cat(values) for values in zip(*(compute(*part) for part in parts), strict=True))
     padded = torch.zeros(mask.shape, device=mask.device)
-    return Compared(*(padded.masked_scatter(mask, values) for values in (logprobs, entropies, divergences, of_teacher)))
-
-
-def _known(block: Callable[..., tuple[Tensor, ...]], count: int, states: Tensor, *given: Tensor) -> Sequence[Tensor]:
-    """The values of a block, of which the first `count` have gradients."""
-    values: tuple[Tensor, ...] = _Known.apply(states, block, count, *given)
-    return values
+    found = Compared(*(padded.masked_scatter(mask, values) for values in columns))
+    return found if entropy_gradient else found._replace(entropy=found.entropy.detach())
 
 
 class _Known(torch.autograd.Function):
-    """Values of each row of states, [n, N] -> [n] each, with frozen weights.
+    """Values of each row of states, [n, N] -> [n] each, of which the first `count` have a gradient; weights are frozen.
 
     A row's values depend on its states alone. So their gradients are known in the forward pass up to one factor a row, and
     neither logits nor what a divergence computes from them is kept or computed again.
@@ -116,17 +100,17 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, block: Callable[..., tuple[Tensor, ...]], count: int, *given: Tensor
+        ctx: Any, block: Callable[..., tuple[Tensor, ...]], count: int, states: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
-        leaf = states.detach().requires_grad_(ctx.needs_input_grad[0])
-        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+        wanted = ctx.needs_input_grad[2]
+        leaf = states.detach().requires_grad_(wanted)
+        with torch.set_grad_enabled(wanted):
             values = block(leaf, *given)
-            if ctx.needs_input_grad[0]:
+            if wanted:
                 sums = [value.sum() for value in values[:count]]
                 ctx.save_for_backward(*(torch.autograd.grad(total, leaf, retain_graph=True)[0] for total in sums))
         ctx.count, ctx.given = count, len(given)
-        values = tuple(value.detach() for value in values)
-        ctx.mark_non_differentiable(*values[count:])
+        ctx.mark_non_differentiable(*(values := tuple(value.detach() for value in values))[count:])
         return values
 
     @staticmethod
@@ -134,4 +118,4 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slopes = zip(ctx.saved_tensors, gradients[: ctx.count], strict=True)
         first, *others = [slope * gradient[:, None].to(slope.dtype) for slope, gradient in slopes]
-        return sum(others, start=first), *([None] * (2 + ctx.given))
+        return None, None, sum(others, start=first), *([None] * ctx.given)

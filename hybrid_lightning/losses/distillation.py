@@ -7,13 +7,12 @@
 | `ForwardKL` | coef * KL(q, p), likewise | covers all that the teacher may say |
 | `JensenShannon` | coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise | in between |
 
-The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025). The
-others (GKD, arXiv 2306.13649, equations 1 to 4, with its beta: that of the teacher in the mixture) need its whole distribution.
-All are per token of the policy's own completions, with no credit for later tokens, at the temperature of the sampling for both.
+The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
+others its whole distribution (GKD, arXiv 2306.13649, whose beta is that of the teacher in the mixture). All are per token of the
+policy's own completions, with no credit for later tokens, at the temperature of the sampling for both.
 
-They are added to whatever else the loss learns. To learn from the teacher alone, take `NoAdvantage` as the advantage estimator.
-The three divergences are aggregated as the loss aggregates its KL term, and like it are not weighted by an importance ratio: on
-tokens of an older policy their gradient is that of the divergence at these tokens.
+They are added to whatever else the loss learns; `NoAdvantage` as the advantage estimator leaves the teacher alone. The
+divergences are aggregated as the loss aggregates its KL term, and like it are not weighted by an importance ratio.
 
 Axes: K tokens, V vocabulary.
 """
@@ -29,10 +28,7 @@ from hybrid_lightning.errors import ConfigError
 
 
 class Distillation(Configurable):
-    """Base class of the ways to learn from a teacher.
-
-    Args:
-        coef: Weight beside the other terms of the loss.
+    """Base class of the ways to learn from a teacher, with a weight `coef` beside the other terms of the loss.
 
     Raises:
         ConfigError: If the weight is not finite and positive.
@@ -60,14 +56,6 @@ class Divergence(Distillation):
 
     Raises:
         ConfigError: If a value is out of its range.
-
-    Example:
-        >>> class TotalVariation(Divergence):
-        ...     def of_logprobs(self, policy, teacher):
-        ...         return (policy.exp() - teacher.exp()).abs().sum(dim=1) / 2
-        >>> policy, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
-        >>> TotalVariation()(policy, teacher).tolist()
-        [0.25]
     """
 
     of_distributions = True
@@ -81,12 +69,7 @@ class Divergence(Distillation):
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence of each token, [K] in nats, from log-probabilities [K, V] of whole distributions.
-
-        Args:
-            policy: With gradient.
-            teacher: Without.
-        """
+        """The divergence of each token, [K] in nats, from log-probabilities [K, V], of which the policy's have a gradient."""
 
     def __call__(self, policy: Tensor, teacher: Tensor) -> Tensor:
         """`of_logprobs`, of the `top_k` tokens and the rest where that is set."""
@@ -115,12 +98,7 @@ class ForwardKL(Divergence):
 
 
 class JensenShannon(Divergence):
-    """The generalized Jensen-Shannon divergence of GKD; never above ln 2 for beta = 0.5.
-
-    Args:
-        coef: Weight beside the other terms of the loss.
-        top_k: See `Divergence`; the policy's most probable tokens.
-        beta: The teacher's share in the mixture: towards 0 it behaves as the forward KL, towards 1 as the reverse KL.
+    """The generalized Jensen-Shannon divergence of GKD, with the policy's `top_k`; at most ln 2 for a `beta` of 0.5.
 
     Raises:
         ConfigError: If a value is out of its range.

@@ -229,16 +229,10 @@ class _Run:
             clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
             stages = (clear[0], clear[1], clear[2])
         trained = self._trained(sizes)
-
-        def found(rows: Rows) -> PassBytes:
-            pass_bytes = self.passes.training(rows, trained)
-            # Blocks of logits are half as large, and there are those of two models, their probabilities and gradients.
-            return replace(pass_bytes, logits=4 * pass_bytes.logits) if settings.compares_distributions else pass_bytes
-
-        peaks = [_largest(stages, found(first))]
+        peaks = [_largest(stages, self.passes.training(first, trained))]
         if others:
             later = max(others, key=lambda rows: rows.completions)
-            peaks.append(_largest((begin, forward, backward), found(later)))
+            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
         if step and not self.on_cpu and not self.sharding.cpu_offload:

@@ -82,15 +82,8 @@ class Passes:
 
     def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> Compared:
         """One pass as `logprobs`, with a divergence from what a teacher predicts at the same tokens."""
-        engine, temperature, gradient = self.policy.engine, self.temperature, self.entropy_gradient
-        found: list[Compared] = []
-
-        def compute() -> tuple[Tensor, Tensor, Tensor]:
-            found.append(compared_logprobs(engine, sequences, teacher, divergence, temperature, gradient))
-            return found[0].logprobs, found[0].divergence, found[0].entropy
-
-        logprobs, distance, entropy = self.policy.weights.as_forward(compute)
-        return Compared(logprobs, entropy, distance, found[0].teacher_logprobs)
+        given = (sequences, teacher, divergence, self.temperature, self.entropy_gradient)
+        return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.engine, *given))
 
     def idle(self) -> Tensor:
         """The shortest pass, with a loss and a gradient of zero: for a rank that has no chunk left while others have."""

@@ -81,6 +81,7 @@ class RLTask(Task):
         if teacher is not None:
             self.shown_metrics += ("teacher/kl",)
             self.run.shares_failures |= teacher.is_remote
+            self.needs_start_policy |= teacher.needs_start_policy
         run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
         run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, self.loss)
 
@@ -130,17 +131,25 @@ class RLTask(Task):
         self, teacher: Teacher, rollouts: Rollouts, trained: Sequences, advantages: Tensor
     ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
         """Completions as the teacher sees them, if the update needs them; advantages with what it adds; and metrics."""
-        with self.run.stopping_together(), self.run.clock.phase("logprobs"):
+        if self.distillation.of_distributions:
             seen = teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
-            if self.distillation.of_distributions:
-                return (None if seen is trained else seen), advantages, {}
-            logprobs = teacher.logprobs(self.passes, seen, self.run.interruptible)
-        mask = trained.sampled_mask
-        ratio = F.log_ratio(logprobs, rollouts.sampling_logprobs, mask)
-        sums = torch.stack([-ratio.sum(), logprobs[mask].sum(), mask.sum().float()])
+            return (None if seen is trained else seen), advantages, {}
+        with self.run.stopping_together(), self.run.clock.phase("logprobs"):
+            logprobs, ratio = self._log_ratio(teacher, rollouts, trained)
+        sums = torch.stack([-ratio.sum(), logprobs[trained.sampled_mask].sum(), trained.sampled_mask.sum().float()])
         kl, logprob, tokens = self.run.sum_over_ranks(sums).tolist()
         metrics = {"teacher/kl": kl / max(tokens, 1), "teacher/logprob": logprob / max(tokens, 1)}
-        return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
+        return (
+            None,
+            F.per_token(advantages, trained.sampled_mask) * trained.sampled_mask + self.distillation.coef * ratio,
+            metrics,
+        )
+
+    def _log_ratio(self, teacher: Teacher, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
+        """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""
+        seen = teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
+        logprobs = teacher.logprobs(self.passes, seen, self.run.interruptible)
+        return logprobs, F.log_ratio(logprobs, rollouts.sampling_logprobs, trained.sampled_mask)
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
@@ -236,9 +245,8 @@ class RLTask(Task):
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
         divergence = of_teacher = None
         if self.teacher is not None and isinstance(self.distillation, Divergence):
-            seen = chunk.sequences if chunk.seen_by_teacher is None else chunk.seen_by_teacher
-            found = self.passes.compared(chunk.sequences, self.teacher.predict(self.passes, seen), self.distillation)
-            logprobs, entropy, divergence, of_teacher = found.logprobs, found.entropy, found.divergence, found.teacher_logprobs
+            seen = self.teacher.predict(self.passes, chunk.seen_by_teacher or chunk.sequences)
+            logprobs, divergence, entropy, of_teacher = self.passes.compared(chunk.sequences, seen, self.distillation)
         else:
             logprobs, entropy = self.passes.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
@@ -277,24 +285,13 @@ class RLTask(Task):
         advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
         sequences = self.trained_sequences(rollouts, rewards)
         of_tokens, most = token_advantages(advantages, rollouts), self.passes.budget_of_now()
-        if self.teacher is not None:
-            of_tokens = self._with_log_ratio(self.teacher, rollouts, sequences, of_tokens)
+        if self.teacher is not None:  # modules are scored by the gradient of the sampled KL, whatever the divergence
+            ratio = self._log_ratio(self.teacher, rollouts, sequences)[1] * self.distillation.coef
+            ratio = ratio if self.loss.takes_token_advantages else F.sequence_means(ratio, sequences.sampled_mask)
+            of_tokens = F.per_sequence_as(ratio, of_tokens) + ratio
+            self.teacher.release()
         logprobs, counted = self.calibration_logprobs, rewards.counted
         return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
-
-    def _with_log_ratio(self, teacher: Teacher, rollouts: Rollouts, sequences: Sequences, advantages: Tensor) -> Tensor:
-        """Advantages of calibration, with the gradient of the reverse KL in place of any divergence from the teacher."""
-        seen = teacher.seen(self.passes, rollouts.prompts, sequences, self.generation.encode)
-        ratio = F.log_ratio(teacher.logprobs(self.passes, seen), rollouts.sampling_logprobs, sequences.sampled_mask)
-        teacher.release()
-        if not self.loss.takes_token_advantages:
-            return advantages + self.distillation.coef * F.sequence_means(ratio, sequences.sampled_mask)
-        return F.per_token(advantages, ratio.bool()) + self.distillation.coef * ratio
-
-    @property
-    def needs_start_policy(self) -> bool:
-        """See `Task`."""
-        return super().needs_start_policy or (self.teacher is not None and self.teacher.needs_start_policy)
 
     def check(self) -> None:
         """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""

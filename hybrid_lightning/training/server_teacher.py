@@ -41,7 +41,6 @@ class ServerTeacher(Teacher):
         ConfigError: If a value is impossible.
     """
 
-    gives_distributions = False
     is_remote = True
 
     def __init__(self, url: str, timeout_s: float = 600.0, concurrency: int = 32) -> None:
@@ -60,7 +59,11 @@ class ServerTeacher(Teacher):
 
     def check(self, student: Passes, distillation: Distillation) -> None:
         """See `Teacher`; RolloutError if the server does not answer."""
-        super().check(student, distillation)
+        if distillation.of_distributions:
+            raise ConfigError(
+                f"ServerTeacher gives log-probabilities of sampled tokens, and {type(distillation).__name__} compares whole "
+                "distributions; set model.distillation=SampledReverseKL, or take ModelTeacher"
+            )
         if student.temperature != 1:
             raise ConfigError(
                 f"ServerTeacher: vLLM gives log-probabilities of prompts at temperature 1, and model.sampler.temperature="
@@ -78,22 +81,18 @@ class ServerTeacher(Teacher):
 
     def logprobs(self, student: Passes, sequences: Sequences, interruptible: Interruptible = nullcontext) -> Tensor:
         """See `Teacher`; RolloutError if a request fails."""
-        rows: list[_Asked] = []
-        for ids, mask, said, real in zip(
-            sequences.prompt_ids, sequences.prompt_mask, sequences.completion_ids, sequences.completion_mask, strict=True
-        ):
-            rows.append((tuple(ids[mask].tolist()), tuple(said[real].tolist())))
-        futures = [self._ask(row) if row[1] else None for row in rows]
+        columns = (sequences.prompt_ids, sequences.prompt_mask, sequences.completion_ids, sequences.completion_mask)
+        rows = [(tuple(a[b].tolist()), tuple(c[d].tolist())) for a, b, c, d in zip(*columns, strict=True)]
+        futures = {row: self._ask(rows[row]) for row in range(len(rows)) if rows[row][1]}
         with interruptible():
-            while wait([future for future in futures if future is not None], 0.1).not_done:
+            while wait(futures.values(), 0.1).not_done:  # looks at signals between
                 pass
         used = {prompt for prompt, _ in rows}
         with self._lock:
             self._asked = {asked: future for asked, future in self._asked.items() if asked[0] not in used}
         logprobs = torch.zeros(sequences.completion_ids.shape)
-        for row, future in enumerate(futures):
-            if future is not None:
-                logprobs[row, : len(rows[row][1])] = torch.tensor(future.result())
+        for row, future in futures.items():
+            logprobs[row, : len(rows[row][1])] = torch.tensor(future.result())
         return logprobs.to(sequences.completion_ids.device)
 
     def _ask(self, asked: _Asked) -> "Future[list[float]]":

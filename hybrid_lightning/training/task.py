@@ -60,6 +60,7 @@ class Task(RolloutSource, ABC):
     ) -> None:
         self.loss, self.schedule, self.generation, self.passes = loss, schedule, generation, passes
         self.evaluation, self.seed = evaluation, seed
+        self.needs_start_policy = loss.needs_reference  # whether training computes with it
         self.policy, self.run, self.reward = generation.policy, generation.run, generation.reward
 
     # ---- training
@@ -129,11 +130,6 @@ class Task(RolloutSource, ABC):
     @abstractmethod
     def check(self) -> None:
         """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
-
-    @property
-    def needs_start_policy(self) -> bool:
-        """Whether training computes with the start policy."""
-        return self.loss.needs_reference
 
     def check_start_weights(self, kept: bool) -> None:
         """Raise ConfigError if training needs the start policy and its weights are not kept."""

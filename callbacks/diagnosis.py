@@ -283,12 +283,11 @@ class Doctor(Callback):
             rollouts, rewards, _ = batch.rollout
             sequences = pl_module.task.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
-            if (teacher := pl_module.task.teacher) is not None:
+            if (teacher := pl_module.task.teacher) is not None and not teacher.is_remote:
                 generation, asked = pl_module.task.generation, rollouts.prompts[:_ASKED]
-                completed = teacher.complete(generation, pl_module.task.passes, asked)
-                if completed is not None:
-                    own = rewards.correct[: len(asked) * rollouts.samples_per_prompt].float().mean()
-                    self._taught = _accuracy(generation.score(completed)), float(own)
+                right = _accuracy(generation.score(teacher.complete(generation, pl_module.task.passes, asked)))
+                own = rewards.correct[: len(asked) * rollouts.samples_per_prompt]
+                self._taught = right, float(own.float().mean())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure it again after the step; all ranks compute, since they may hold parts of the model."""

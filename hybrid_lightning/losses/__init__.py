@@ -12,14 +12,7 @@ from hybrid_lightning.losses.correction import (
     TokenMask,
     TokenTruncation,
 )
-from hybrid_lightning.losses.distillation import (
-    Distillation,
-    Divergence,
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SampledReverseKL,
-)
+from hybrid_lightning.losses.distillation import Distillation, Divergence, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL
 from hybrid_lightning.losses.example_losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.losses.grpo import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, TokenClippedLoss
 from hybrid_lightning.losses.gspo import GSPOLoss, GSPOTokenLoss

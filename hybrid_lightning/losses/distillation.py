@@ -1,18 +1,14 @@
 """Distillation: how a policy p learns from what a teacher q says of the tokens that the policy sampled.
 
-| class | what is learned | minimum |
-|---|---|---|
-| `SampledReverseKL` | advantage of a token: A + coef * (log q(token) - log p_old(token)) | KL(p, q), by policy gradient |
-| `ReverseKL` | coef * KL(p, q), p over q, added to the loss of the token | seeks a mode of the teacher |
-| `ForwardKL` | coef * KL(q, p), likewise | covers all that the teacher may say |
-| `JensenShannon` | coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise | in between |
+    SampledReverseKL     advantage of a token: A + coef * (log q(token) - log p_old(token)), the policy gradient of KL(p, q)
+    ReverseKL            coef * KL(p, q), p over q, added to the loss of the token
+    ForwardKL            coef * KL(q, p), likewise
+    JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
 The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
-others its whole distribution (GKD, arXiv 2306.13649, whose beta is that of the teacher in the mixture). All are per token of the
-policy's own completions, with no credit for later tokens, at the temperature of the sampling for both.
-
-They are added to whatever else the loss learns; `NoAdvantage` as the advantage estimator leaves the teacher alone. The
-divergences are aggregated as the loss aggregates its KL term, and like it are not weighted by an importance ratio.
+others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token of the policy's own completions, with
+no credit for later tokens, at the temperature of the sampling for both. The divergences are aggregated as the loss aggregates its
+KL term, and like it are not weighted by an importance ratio.
 
 Axes: K tokens, V vocabulary.
 """

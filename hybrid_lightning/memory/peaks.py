@@ -14,6 +14,7 @@ from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misf
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes, teacher_bytes
 from hybrid_lightning.memory.strategies import Components, Moment
+from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_length, model_context
@@ -112,7 +113,7 @@ class _Run:
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
         self.teacher, self.teacher_stays = 0, False
         if settings.teacher is not None:
-            dtype, quantization = settings.teacher.dtype_for(settings.dtype), settings.teacher.quantization
+            quantization, dtype = settings.teacher.quantization, DTYPES.get(settings.teacher.dtype or "", settings.dtype)
             model = meta_model(settings.teacher.pretrained.config, dtype)
             self.teacher, self.teacher_stays = teacher_bytes(model, quantization), self.on_cpu or quantization is not None
             self.passes_of_teacher = PassMemory(model, dtype.itemsize, self.on_cpu)

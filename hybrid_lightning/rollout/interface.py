@@ -45,7 +45,7 @@ class SamplingRequest:
     # all of them, as where they end together.
     on_completion: Callable[[int, Completion], None] | None = None
     # Gets the number and the tokens of each such completion, unless it is an episode.
-    on_tokens: Callable[[int, Sequence[int]], None] | None = None
+    on_tokens: Callable[[int, Sequence[int]], object] | None = None
 
     def __post_init__(self) -> None:
         assert not self.greedy or self.samples_per_prompt == 1, "greedy completions of one prompt are all the same"

@@ -34,7 +34,7 @@ from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
-Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], None] | None]  # see `Teacher.listen`
+Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
 
 
 class Generation:

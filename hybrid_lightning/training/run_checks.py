@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from hybrid_lightning.advantages import AdvantageEstimator, NoAdvantage
 from hybrid_lightning.configurable import lost_paths
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss
+from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, SampledReverseKL
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
@@ -51,17 +51,12 @@ def check_distillation(
     loss: PolicyLoss,
 ) -> None:
     """Raise ConfigError if options of learning from a teacher do not go together, whatever the run."""
-    if teacher is None:
-        if distillation is not None or isinstance(advantage, NoAdvantage):
-            given = "advantage=NoAdvantage" if distillation is None else f"distillation={type(distillation).__name__}"
-            raise ConfigError(f"model.{given} is for learning from a teacher; give model.teacher, such as ModelTeacher")
-        return
-    if dynamic_sampling is not None:
-        raise ConfigError(
-            "model.dynamic_sampling replaces prompts whose completions earn the same, and from these a teacher teaches as well; "
-            "leave one of them out"
-        )
-    if distillation is None or not distillation.of_distributions:
+    if teacher is None and (distillation is not None or isinstance(advantage, NoAdvantage)):
+        given = type(distillation or advantage).__name__
+        raise ConfigError(f"{given} is for learning from a teacher; give model.teacher, such as ModelTeacher")
+    if teacher is not None and dynamic_sampling is not None:
+        raise ConfigError("a teacher teaches on the prompts that model.dynamic_sampling replaces as well; leave out one of them")
+    if teacher is not None and not (distillation or SampledReverseKL()).of_distributions:
         loss.check_token_advantages()
 
 

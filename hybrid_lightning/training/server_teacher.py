@@ -28,9 +28,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # between attempts, each time twic
 class ServerTeacher(Teacher):
     """A model with the policy's tokenizer that runs elsewhere, by `vllm serve MODEL`.
 
-    Its log-probabilities of prompt tokens are asked for, in threads, as soon as a completion has ended, while others are still
-    being sampled (of episodes: when all have ended). What fails is tried again with longer and longer pauses. An API key comes
-    from VLLM_API_KEY.
+    It is asked as soon as a completion has ended, while others are being sampled; of episodes when all have ended. What fails is
+    tried again. An API key comes from VLLM_API_KEY.
 
     Args:
         url: Address of the server, such as http://node7:8000.
@@ -46,13 +45,10 @@ class ServerTeacher(Teacher):
     def __init__(self, url: str, timeout_s: float = 600.0, concurrency: int = 32) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"ServerTeacher: url={url!r} is not an address; give one such as http://node7:8000")
-        if not (timeout_s > 0 and concurrency > 0):
-            raise ConfigError(f"ServerTeacher: timeout_s={timeout_s} and concurrency={concurrency} must be above 0")
         self.timeout_s = timeout_s
         self._server = Server(url.rstrip("/"), timeout_s, os.environ.get("VLLM_API_KEY"))
         self._turns, self._lock = threading.Semaphore(concurrency), threading.Lock()
         self._asked: dict[_Asked, Future[list[float]]] = {}
-        self._model = ""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self  # as Lightning copies arguments
@@ -66,18 +62,14 @@ class ServerTeacher(Teacher):
             )
         if student.temperature != 1:
             raise ConfigError(
-                f"ServerTeacher: vLLM gives log-probabilities of prompts at temperature 1, and model.sampler.temperature="
-                f"{student.temperature}; set it to 1, or take ModelTeacher"
+                f"ServerTeacher: vLLM scores prompts at temperature 1, and model.sampler.temperature={student.temperature}; set "
+                "it to 1, or take ModelTeacher"
             )
         check_tokenizer(self._server, student.policy.pretrained.tokenizer, "serve a model with the policy's tokenizer")
 
-    def listen(self, prompt_ids: Sequence[Sequence[int]], samples_per_prompt: int) -> Callable[[int, Sequence[int]], None]:
+    def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object]:
         """See `Teacher`."""
-
-        def ask(row: int, tokens: Sequence[int]) -> None:
-            self._ask((tuple(prompt_ids[row // samples_per_prompt]), tuple(tokens)))
-
-        return ask
+        return lambda row, tokens: self._ask((tuple(prompt_ids[row // samples]), tuple(tokens)))
 
     def logprobs(self, student: Passes, sequences: Sequences, interruptible: Interruptible = nullcontext) -> Tensor:
         """See `Teacher`; RolloutError if a request fails."""
@@ -102,18 +94,13 @@ class ServerTeacher(Teacher):
             return self._asked[asked]
 
     def _answer(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-        """Log-probabilities of a completion's tokens.
-
-        Raises:
-            ServerError: If the server refuses, or has not answered in time.
-        """
+        """Log-probabilities of a completion's tokens; ServerError if the server refuses, or has not answered in time."""
         pause, tokens = _FIRST_PAUSE_S, [*prompt, *completion]
         with self._turns:
             ends = time.monotonic() + self.timeout_s
             while True:
                 try:
-                    self._model = self._model or str(self._server.ask("GET", "/v1/models")["data"][0]["id"])
-                    body = {"model": self._model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+                    body = {"prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
                     answer = self._server.ask("POST", "/v1/completions", body, limit=self.timeout_s)
                     entries = answer["choices"][0]["prompt_logprobs"]
                     found = [float(entry[str(token)]["logprob"]) for token, entry in [*zip(tokens, entries, strict=True)][1:]]

@@ -21,7 +21,6 @@ from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.engine import Predictions, predictions
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Distillation
-from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.pretrained import Pretrained
@@ -51,7 +50,7 @@ class Teacher(Configurable):
         """The B = P * G completions of prompts, which `encode` tokenizes, as the teacher sees them: by default as they are."""
         return sequences
 
-    def listen(self, prompt_ids: Sequence[Sequence[int]], samples_per_prompt: int) -> Callable[[int, Sequence[int]], None] | None:
+    def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
         """What gets the number and the tokens of each completion of a rollout that ends before others; None for nothing."""
         return None
 
@@ -83,9 +82,17 @@ class Teacher(Configurable):
 
         return Predictions(found.states, logits)
 
-    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
-        """A completion of each prompt by the teacher, before training; None if it cannot complete."""
-        return None
+    def with_context(self, prompt: Prompt) -> Prompt:
+        """The prompt as the teacher sees it."""
+        return prompt
+
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts:
+        """A completion of each prompt by a teacher in this process, before training."""
+        given, policy = vars(student.sampler), self.passes(passes).policy
+        sampler = Sampler(**{name: given[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")})
+        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
+        draws = torch.Generator(policy.device).manual_seed(0)
+        return generation.generate([self.with_context(prompt) for prompt in prompts], draws=draws)
 
     def release(self) -> None:
         """Free the device, since completions are made next."""
@@ -109,14 +116,10 @@ class ModelTeacher(Teacher):
     def __init__(
         self, model: str, revision: str | None = None, dtype: str | None = None, quantization: Quantization | None = None
     ) -> None:
-        self.quantization, self._dtype = quantization, dtype
+        self.quantization, self.dtype = quantization, dtype
         self.pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
         self._passes: Passes | None = None
         self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
-
-    def dtype_for(self, policy: torch.dtype) -> torch.dtype:
-        """Dtype of its weights beside a policy of this one."""
-        return policy if self._dtype is None else DTYPES[self._dtype]
 
     def check(self, student: Passes, distillation: Distillation) -> None:
         """See `Teacher`; ConfigError names what differs unless each token has the same id for both."""
@@ -134,7 +137,7 @@ class ModelTeacher(Teacher):
         """See `Teacher`. The first call loads the model."""
         device = student.policy.device
         if self._passes is None:
-            self.pretrained.dtype = self._dtype or student.policy.pretrained.dtype
+            self.pretrained.dtype = self.dtype or student.policy.pretrained.dtype
             self.pretrained.encoder = student.policy.pretrained.encoder
             policy = Policy(self.pretrained)
             if self.quantization is not None:
@@ -146,13 +149,6 @@ class ModelTeacher(Teacher):
                 self._on_host = [(weight, weight.data) for weight in model.parameters()]
             model.to(device)
         return self._passes
-
-    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
-        """See `Teacher`."""
-        given, policy = vars(student.sampler), self.passes(passes).policy
-        sampler = Sampler(**{name: given[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")})
-        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
-        return generation.generate(prompts, draws=torch.Generator(policy.device).manual_seed(0))
 
     def release(self) -> None:
         """See `Teacher`: its weights do not change, so that nothing is copied back."""
@@ -209,7 +205,7 @@ class SelfTeacher(Teacher):
         return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
 
     def with_context(self, prompt: Prompt) -> Prompt:
-        """The prompt as the teacher sees it. Override it to give other context."""
+        """See `Teacher`; override it to give other context."""
 
         def fill(text: str | None) -> str:
             values = {**prompt.columns, "answer": prompt.answer, "prompt": text}
@@ -225,8 +221,3 @@ class SelfTeacher(Teacher):
     def context(self, student: Passes) -> AbstractContextManager[Any]:
         """See `Teacher`."""
         return student.policy.start_policy() if self.start else nullcontext()
-
-    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts | None:
-        """See `Teacher`."""
-        draws = torch.Generator(passes.policy.device).manual_seed(0)
-        return student.generate([self.with_context(prompt) for prompt in prompts], draws=draws)

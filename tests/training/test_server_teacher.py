@@ -23,11 +23,10 @@ class Teacher(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         self.keys.add(self.headers.get("Authorization"))
-        status, answer = 200, {"data": [{"id": "served"}]}
+        status, answer = 200, {}
         if self.path == "/tokenize":
             answer = {"tokens": TOKENIZER(body["prompt"], add_special_tokens=False)["input_ids"]}
         elif self.path == "/v1/completions":
-            assert body["model"] == "served"
             self.asked.append((time.monotonic(), tuple(body["prompt"])))
             fault = self.faults.pop(0) if self.faults else None
             with torch.no_grad():

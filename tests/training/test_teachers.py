@@ -198,13 +198,13 @@ def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distillation": losses.ReverseKL()}, "distillation=ReverseKL is for learning from a teacher; give model.teacher"),
-        ({"advantage": NoAdvantage()}, "advantage=NoAdvantage is for learning from a teacher"),
+        ({"distillation": losses.ReverseKL()}, "ReverseKL is for learning from a teacher; give model.teacher"),
+        ({"advantage": NoAdvantage()}, "NoAdvantage is for learning from a teacher"),
         (
             {"teacher": SelfTeacher(), "loss": losses.GSPOLoss()},
             "one advantage a sequence.*GSPOTokenLoss.*distillation=ReverseKL",
         ),
-        ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "from these a teacher teaches as well"),
+        ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "a teacher teaches on the prompts"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(model, options, message):

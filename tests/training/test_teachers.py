@@ -92,9 +92,7 @@ class ByEquation(Callback):
 
 
 CASES = {
-    "sampled tokens": (losses.SampledReverseKL(), "model", False),
     "sampled tokens and the reward": (losses.SampledReverseKL(0.5), "model", True),
-    "reverse": (losses.ReverseKL(0.5), "model", True),
     "forward, most probable": (losses.ForwardKL(top_k=5), "model", False),
     "the start policy with a hint": (losses.SampledReverseKL(), "start", False),
     "the current policy with a hint": (losses.JensenShannon(), "current", True),
@@ -134,18 +132,15 @@ def test_rows_without_advantage_teach_and_modules_are_scored_by_the_teacher(mode
     assert module.plan.calibration["signal"] == "reward", "not by reference answers, as where nothing has an advantage"
 
 
-def test_a_resumed_run_has_the_same_weights(model, teacher_folder, sums, tmp_path):
-    for teacher, distillation in ((SelfTeacher(HINT), losses.ReverseKL()), (ModelTeacher(str(teacher_folder)), None)):
-        policy = {"teacher": teacher, "distillation": distillation, "minibatches_per_rollout": 2, "epochs_per_rollout": 2}
-        whole = trained(fit(model, sums, tmp_path, policy=policy, max_steps=6))
-        module = build_policy(model, **policy)
-        trainer = build_trainer(tmp_path, build_adapter(scorer=Random()), max_steps=3)
-        torch.manual_seed(11)
-        trainer.fit(module, datamodule=build_data(sums))
-        trainer.save_checkpoint(tmp_path / "half.ckpt")  # in the middle of a rollout
-        assert all("teacher" not in name for name in torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"])
-        resumed = trained(fit(model, sums, tmp_path, policy=policy, max_steps=6, ckpt=tmp_path / "half.ckpt"))
-        torch.testing.assert_close(resumed, whole, atol=0, rtol=0)
+def test_a_run_that_is_resumed_in_the_middle_of_a_rollout_has_the_same_weights(model, sums, tmp_path):
+    policy = {"teacher": SelfTeacher(HINT), "distillation": losses.ReverseKL(), "epochs_per_rollout": 3}
+    whole = trained(fit(model, sums, tmp_path, policy=policy, max_steps=4))
+    torch.manual_seed(11)
+    trainer = build_trainer(tmp_path, build_adapter(scorer=Random()), max_steps=2)
+    trainer.fit(build_policy(model, **policy), datamodule=build_data(sums))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = trained(fit(model, sums, tmp_path, policy=policy, max_steps=4, ckpt=tmp_path / "half.ckpt"))
+    torch.testing.assert_close(resumed, whole, atol=0, rtol=0)
 
 
 def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder, model, monkeypatch):
@@ -186,9 +181,8 @@ def test_context_takes_the_row_and_in_a_chat_the_last_question():
 def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folder, tmp_path):
     other = build_tokenizer()
     other.add_tokens(["plus"])
-    for folder, tokenizer in ((tmp_path / "more", other),):
-        build_model("llama", vocab_size=64).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    build_model("llama", vocab_size=64).save_pretrained(tmp_path / "more")
+    other.save_pretrained(tmp_path / "more")
     policy = build_policy(model, teacher=ModelTeacher(str(tmp_path / "more")))
     with pytest.raises(ConfigError, match="1 tokens differ, first 'plus', with id None for the policy and 47 for the"):
         check(policy, tmp_path)

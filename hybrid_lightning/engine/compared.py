@@ -7,7 +7,7 @@ Axes: B sequences, T completion tokens, K tokens that were sampled, V vocabulary
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,22 +21,8 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # log-probabilities [K, V] of the policy and of the teacher -> [K]
-
-
-class Predictions(NamedTuple):
-    """What predicts K tokens."""
-
-    states: Tensor  # [K, N], before the output layer
-    logits: Callable[[Tensor], Tensor]  # of some states, [n, N] -> [n, V]
-
-
-class Compared(NamedTuple):
-    """A policy and its teacher at the sampled tokens, [B, T] float32 each, 0 where nothing was sampled."""
-
-    logprobs: Tensor  # of the policy, with gradient
-    divergence: Tensor  # with gradient
-    entropy: Tensor  # of the policy, in nats
-    teacher_logprobs: Tensor
+# What predicts K tokens: states [K, N] before the output layer, and what makes logits [n, V] of some of them.
+Predictions = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 def predictions(engine: "Engine", sequences: Sequences) -> Predictions:
@@ -44,9 +30,9 @@ def predictions(engine: "Engine", sequences: Sequences) -> Predictions:
     engine.prepare()
     hidden = engine.predicting(sequences)
     if hidden is None:
-        return Predictions(separate_logits(engine.model, sequences)[sequences.sampled_mask], lambda logits: logits)
+        return separate_logits(engine.model, sequences)[sequences.sampled_mask], lambda logits: logits
     weight = projection_weight(engine.model)  # converted once, and not for each block
-    return Predictions(hidden, lambda part: project(engine.model, engine.backend, part, weight))
+    return hidden, lambda part: project(engine.model, engine.backend, part, weight)
 
 
 def compared_logprobs(
@@ -56,18 +42,23 @@ def compared_logprobs(
     divergence: Divergence,
     temperature: float,
     entropy_gradient: bool = False,
-) -> Compared:
+) -> tuple[Tensor, ...]:
     """Compare a policy with what a teacher predicts at the same tokens, perhaps after other prompts.
 
     The temperature divides the logits of both. Of vocabularies padded to different sizes the part that both have is compared.
+
+    Returns:
+        At the sampled tokens, [B, T] float32 each, and 0 elsewhere: the policy's log-probabilities and the divergence, both with
+        gradient, the policy's entropy, and the teacher's log-probabilities.
     """
     mask = sequences.sampled_mask
-    tokens, own = sequences.completion_ids[mask], predictions(engine, sequences)
+    tokens, (its_states, its_logits) = sequences.completion_ids[mask], teacher
+    own_states, own_logits = predictions(engine, sequences)
 
     def block(states: Tensor, of_teacher: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            theirs = teacher.logits(of_teacher)
-        ours = own.logits(states)
+            theirs = its_logits(of_teacher)
+        ours = own_logits(states)
         with torch.autocast(mask.device.type, enabled=False):
             ours, theirs = ((logits.float() / temperature).log_softmax(dim=1) for logits in (ours, theirs))
             logprob, of_theirs = (values.gather(1, ids[:, None]).squeeze(1) for values in (ours, theirs))
@@ -80,15 +71,15 @@ def compared_logprobs(
     # A quarter of the usual block, since there are those of two models, with what a divergence computes from them.
     most = engine.backend.most_logits(mask.device) // base_model(engine.model).config.get_text_config().vocab_size // 4
     count = max(1, -(-len(tokens) // max(1, most)))
-    parts = zip(*(values.tensor_split(count) for values in (own.states, teacher.states, tokens)), strict=True)
+    parts = zip(*(values.tensor_split(count) for values in (own_states, its_states, tokens)), strict=True)
     layer: Any = base_model(engine.model).get_output_embeddings()
     compute: Callable[..., tuple[Tensor, ...]] = partial(_Known.apply, block, 2 + entropy_gradient)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in layer.parameters()):
         compute = partial(checkpoint, block, use_reentrant=False)
     columns = (torch.cat(values) for values in zip(*(compute(*part) for part in parts), strict=True))
     padded = torch.zeros(mask.shape, device=mask.device)
-    found = Compared(*(padded.masked_scatter(mask, values) for values in columns))
-    return found if entropy_gradient else found._replace(entropy=found.entropy.detach())
+    logprobs, distance, entropy, of_teacher = (padded.masked_scatter(mask, values) for values in columns)
+    return logprobs, distance, entropy if entropy_gradient else entropy.detach(), of_teacher
 
 
 class _Known(torch.autograd.Function):

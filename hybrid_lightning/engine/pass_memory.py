@@ -87,13 +87,6 @@ class PassMemory:
         anew = 0 if self._plain_projection and not self._separate else logits  # which the backward pass makes again
         return PassBytes(kept, logits, backward=kept + within + anew)
 
-    def measuring(self, rows: Rows) -> PassBytes:
-        """A pass without gradient over some rows: half of what a layer keeps for a backward pass is there at a time."""
-        within = max(self.sizes.kept(recurs).bytes(self.width) for recurs in self.sizes.recurs) / 2
-        predicted = rows.completions * rows.completion_tokens
-        hidden = self.width * self.sizes.hidden * (2 * self._tokens(rows) + predicted)
-        return PassBytes(self._tokens(rows) * within + hidden, self._logits(predicted), 0.0)
-
     def sampling(self, rows: Rows, trained: Trained | None) -> PassBytes:
         """The sampling of completions of full length, all together.
 

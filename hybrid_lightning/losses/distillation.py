@@ -24,11 +24,7 @@ from hybrid_lightning.errors import ConfigError
 
 
 class Distillation(Configurable):
-    """Base class of the ways to learn from a teacher, with a weight `coef` beside the other terms of the loss.
-
-    Raises:
-        ConfigError: If the weight is not finite and positive.
-    """
+    """Base class of the ways to learn from a teacher, with a weight `coef` beside the other terms; ConfigError if impossible."""
 
     of_distributions = False  # whether the teacher's whole distributions are needed
 
@@ -49,9 +45,6 @@ class Divergence(Distillation):
         coef: Weight beside the other terms of the loss.
         top_k: Compare so many tokens alone, the most probable ones under the distribution that weighs the divergence, and all
             others as if they were one; 0 compares the whole vocabulary.
-
-    Raises:
-        ConfigError: If a value is out of its range.
     """
 
     of_distributions = True
@@ -94,11 +87,7 @@ class ForwardKL(Divergence):
 
 
 class JensenShannon(Divergence):
-    """The generalized Jensen-Shannon divergence of GKD, with the policy's `top_k`; at most ln 2 for a `beta` of 0.5.
-
-    Raises:
-        ConfigError: If a value is out of its range.
-    """
+    """The generalized Jensen-Shannon divergence of GKD, with the policy's `top_k`; at most ln 2 for a `beta` of 0.5."""
 
     def __init__(self, coef: float = 1.0, top_k: int = 0, beta: float = 0.5) -> None:
         super().__init__(coef, top_k)

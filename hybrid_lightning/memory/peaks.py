@@ -116,7 +116,6 @@ class _Run:
             quantization, dtype = settings.teacher.quantization, DTYPES.get(settings.teacher.dtype or "", settings.dtype)
             model = meta_model(settings.teacher.pretrained.config, dtype)
             self.teacher, self.teacher_stays = teacher_bytes(model, quantization), self.on_cpu or quantization is not None
-            self.passes_of_teacher = PassMemory(model, dtype.itemsize, self.on_cpu)
 
     def method(self, name: str) -> MethodMemory:
         """Peaks of all phases with one method."""
@@ -131,11 +130,8 @@ class _Run:
             peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
         peaks |= self._scoring(sizes) if scored else {}
         peaks |= self._updating(sizes)
-        if self.teacher and not settings.compares_distributions:
-            peaks["teaching"] = self._teaching(sizes)
-        asked = ("calibrating", "updating" if settings.compares_distributions else "teaching")
         for phase, peak in peaks.items():
-            if self.teacher_stays or phase in asked:
+            if self.teacher_stays or phase in ("calibrating", "updating", "optimizer step"):
                 peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():
@@ -207,12 +203,6 @@ class _Run:
         # Rows all have the same length, so that the pass with most rows has most tokens.
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
-
-    def _teaching(self, sizes: ModelSizes) -> Components:
-        """Peak of the teacher's passes over a rollout, beside gradients of the step before."""
-        tokens = self.settings.tokens_of_pass(sizes.weight_bytes / self.sharding.parts + self.teacher)
-        rows = max(self._cut(self.prompts, tokens), key=lambda rows: rows.completions)
-        return _computing(self._held("resting", sizes), self.passes_of_teacher.measuring(rows))
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
         """Peaks of updating and, on an accelerator, of the optimizer step.

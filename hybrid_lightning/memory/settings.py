@@ -107,7 +107,6 @@ class RunSettings:
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
     keep_start_weights: bool = True
     teacher: ModelTeacher | None = None  # a second model from which the policy learns
-    compares_distributions: bool = False  # whether by whole distributions, in each training step
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
@@ -155,7 +154,6 @@ class RunSettings:
             plan=adapter.given_plan,
             keep_start_weights=adapter.keep_start_weights,
             teacher=task.teacher if isinstance(task.teacher, ModelTeacher) else None,
-            compares_distributions=task.teacher is not None and task.distillation.of_distributions,
         )
 
     @property

@@ -100,14 +100,11 @@ def measure_sizes(
 
 def teacher_bytes(model: PreTrainedModel, quantization: Quantization | None) -> int:
     """Bytes of a frozen model on the meta device without an adapter, once its linear modules are quantized."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    candidates = find_candidates(model) if quantization is not None else {}
-    kept = without_lora(candidates)
-    for name, module in candidates.items():
-        shape = candidate_shape(module)
-        if quantization is not None and isinstance(shape, tuple) and name not in kept and quantization.takes(shape):
-            size += quantized_bytes(shape) - shape[0] * shape[1] * next(model.parameters()).element_size()
-    return size
+    size, width = sum(p.numel() * p.element_size() for p in model.parameters()), next(model.parameters()).element_size()
+    candidates = {} if quantization is None else find_candidates(model)
+    shapes = [candidate_shape(candidates[name]) for name in candidates.keys() - without_lora(candidates)]
+    taken = [shape for shape in shapes if isinstance(shape, tuple) and quantization is not None and quantization.takes(shape)]
+    return size + sum(quantized_bytes(shape) - shape[0] * shape[1] * width for shape in taken)
 
 
 def quantized_bytes(shape: tuple[int, int]) -> int:

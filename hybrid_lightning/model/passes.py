@@ -11,14 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.engine import (
-    Compared,
-    Predictions,
-    accelerator_memory,
-    compared_logprobs,
-    default_token_budget,
-    token_logprobs,
-)
+from hybrid_lightning.engine import Predictions, accelerator_memory, compared_logprobs, default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Divergence
 from hybrid_lightning.model.policy import Policy
@@ -80,8 +73,8 @@ class Passes:
         engine, temperature, gradient = self.policy.engine, self.temperature, self.entropy_gradient
         return self.policy.weights.as_forward(lambda: token_logprobs(engine, sequences, temperature, gradient))
 
-    def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> Compared:
-        """One pass as `logprobs`, with a divergence from what a teacher predicts at the same tokens."""
+    def compared(self, sequences: Sequences, teacher: Predictions, divergence: Divergence) -> tuple[Tensor, ...]:
+        """One pass as `logprobs`, with a divergence from what a teacher predicts at the same tokens (see `compared_logprobs`)."""
         given = (sequences, teacher, divergence, self.temperature, self.entropy_gradient)
         return self.policy.weights.as_forward(lambda: compared_logprobs(self.policy.engine, *given))
 

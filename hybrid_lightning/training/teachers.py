@@ -26,7 +26,6 @@ from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
-from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
@@ -74,13 +73,13 @@ class Teacher(Configurable):
         """What predicts the K sampled tokens of a chunk of a micro-batch, without gradient."""
         policy = self.passes(student).policy
         with self.context(student), policy.inference():
-            found = predictions(policy.engine, sequences)
+            states, logits = predictions(policy.engine, sequences)
 
-        def logits(states: Tensor) -> Tensor:
+        def within(some: Tensor) -> Tensor:
             with self.context(student), policy.inference():
-                return found.logits(states)
+                return logits(some)
 
-        return Predictions(found.states, logits)
+        return states, within
 
     def with_context(self, prompt: Prompt) -> Prompt:
         """The prompt as the teacher sees it."""
@@ -164,17 +163,13 @@ class SelfTeacher(Teacher):
         context: What the prompt, or the last message of the user in a chat, becomes for the teacher: a template with `{prompt}`
             for its text, `{answer}` for the reference answer, and the columns of the row. None leaves it, which holds a policy
             back at its start.
-        start: Whether the start policy teaches (the adapter switched off), or the current one.
+        start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
 
     Raises:
-        ConfigError: If there is nothing to learn, or the template is malformed.
+        ConfigError: If the template is malformed.
     """
 
     def __init__(self, context: str | None = None, start: bool = True) -> None:
-        if context is None and not start:
-            raise ConfigError(
-                "SelfTeacher: with start=false and no context the policy would teach itself what it does; give context"
-            )
         if context is not None and "prompt" not in template_fields("context", context):
             raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt is to be")
         self.template, self.start, self.needs_start_policy = context, start, start
@@ -190,18 +185,12 @@ class SelfTeacher(Teacher):
     def seen(
         self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
     ) -> Sequences:
-        """See `Teacher`; ConfigError if the row lacks a column of the template, or context and completion are too long."""
+        """See `Teacher`; ConfigError if the row lacks a column of the template."""
         if self.template is None:
             return sequences
-        pretrained, samples = student.policy.pretrained, len(sequences) // len(prompts)
+        samples, pad_id = len(sequences) // len(prompts), pad_token(student.policy.pretrained.tokenizer)
         rows = [ids for ids in (encode(self.with_context(prompt)) for prompt in prompts) for _ in range(samples)]
-        longest, (limit, name) = max(map(len, rows)), model_context(pretrained.config)
-        if longest + sequences.completion_ids.shape[1] > limit:
-            raise ConfigError(
-                f"SelfTeacher: a prompt with its context has {longest} tokens, which with a completion exceeds {name}; shorten "
-                "context, or lower data.max_prompt_tokens or model.sampler.max_new_tokens"
-            )
-        prompt_ids, prompt_mask = pad_left(rows, pad_token(pretrained.tokenizer), sequences.prompt_ids.device)
+        prompt_ids, prompt_mask = pad_left(rows, pad_id, sequences.prompt_ids.device)
         return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
 
     def with_context(self, prompt: Prompt) -> Prompt:

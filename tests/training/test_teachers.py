@@ -206,10 +206,6 @@ def test_options_that_do_not_go_together_are_refused(model, options, message):
         build_policy(model, **options)
 
 
-def test_malformed_teachers_are_refused(model, sums, tmp_path):
-    with pytest.raises(ConfigError, match="would teach itself"):
-        SelfTeacher(start=False)
+def test_malformed_teachers_are_refused():
     with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
         SelfTeacher("{answer}")
-    with pytest.raises(ConfigError, match="has 135 tokens, which with a completion exceeds the model's 128 positions"):
-        fit(model, sums, tmp_path, policy={"teacher": SelfTeacher("{prompt}" + "1" * 131)})

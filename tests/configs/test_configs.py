@@ -106,6 +106,15 @@ def test_the_config_to_copy_passes_the_doctor(here, monkeypatch, capsys):
     assert "at the full rates" in said and "Error:" not in said
 
 
+def test_doctor_and_plan_know_the_teacher(here, monkeypatch, capsys):
+    given = ["--config", str(ROOT / "configs" / "distill.yaml"), "--model.teacher.model=embedded", "--trainer.accelerator=cpu"]
+    command(["doctor", *given, "--model.prompts_per_rollout=16"], monkeypatch)
+    said = capsys.readouterr().out
+    assert "% right, and the policy" in said and "all completions earn the same" not in said
+    command(["plan", *given], monkeypatch)
+    assert "teacher" in capsys.readouterr().out
+
+
 def test_grpo_and_gspo_differ_in_the_loss_alone():
     gspo, grpo = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("gspo", "grpo"))
     assert gspo["model"].pop("loss") != grpo["model"].pop("loss")

@@ -28,6 +28,7 @@ from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
+from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.types import Prompt
 
 TEMPERATURE, HINT = 0.9, "{prompt}{answer}#"
@@ -40,13 +41,8 @@ def teacher_folder(tmp_path_factory):
 
 def with_hint(rollouts):
     """The rollout's sequences after the prompts that a teacher with `HINT` sees."""
-    tokenizer, rows = build_tokenizer(), []
-    for prompt in rollouts.prompts:
-        ids = tokenizer(f"{prompt.text}{prompt.answer}#")["input_ids"]
-        rows += [ids] * rollouts.samples_per_prompt
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
+    texts = [f"{prompt.text}{prompt.answer}#" for prompt in rollouts.prompts for _ in range(rollouts.samples_per_prompt)]
+    ids, mask = pad_left([build_tokenizer()(text)["input_ids"] for text in texts], 0, "cpu")
     return replace(rollouts.sequences, prompt_ids=ids, prompt_mask=mask)
 
 

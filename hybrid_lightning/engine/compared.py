@@ -68,7 +68,7 @@ def compared_logprobs(
                 ours, theirs = (values[:, :width].log_softmax(dim=1) for values in (ours, theirs))
             return logprob, divergence(ours, theirs), entropy, of_theirs
 
-    # A quarter of the usual block, since there are those of two models, with what a divergence computes from them.
+    # A quarter of the usual block: there are those of two models, with what a divergence makes of them.
     most = engine.backend.most_logits(mask.device) // base_model(engine.model).config.get_text_config().vocab_size // 4
     count = max(1, -(-len(tokens) // max(1, most)))
     parts = zip(*(values.tensor_split(count) for values in (own_states, its_states, tokens)), strict=True)

@@ -6,11 +6,8 @@
     JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
 The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
-others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token of the policy's own completions, with
-no credit for later tokens, at the temperature of the sampling for both. The divergences are aggregated as the loss aggregates its
-KL term, and like it are not weighted by an importance ratio.
-
-Axes: K tokens, V vocabulary.
+others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token, with no credit for later tokens, at
+the temperature of the sampling. Divergences are aggregated as the loss's KL term, and not weighted by an importance ratio.
 """
 
 import math
@@ -24,7 +21,11 @@ from hybrid_lightning.errors import ConfigError
 
 
 class Distillation(Configurable):
-    """Base class of the ways to learn from a teacher, with a weight `coef` beside the other terms; ConfigError if impossible."""
+    """Base class of the ways to learn from a teacher.
+
+    Args:
+        coef: Weight beside the other terms of the loss.
+    """
 
     of_distributions = False  # whether the teacher's whole distributions are needed
 
@@ -42,7 +43,6 @@ class Divergence(Distillation):
     """Base class of divergences over the vocabulary; a subclass defines `of_logprobs`.
 
     Args:
-        coef: Weight beside the other terms of the loss.
         top_k: Compare so many tokens alone, the most probable ones under the distribution that weighs the divergence, and all
             others as if they were one; 0 compares the whole vocabulary.
     """
@@ -87,7 +87,11 @@ class ForwardKL(Divergence):
 
 
 class JensenShannon(Divergence):
-    """The generalized Jensen-Shannon divergence of GKD, with the policy's `top_k`; at most ln 2 for a `beta` of 0.5."""
+    """The generalized Jensen-Shannon divergence of GKD, with the policy's `top_k`.
+
+    Args:
+        beta: The teacher's share in the mixture; towards 0 it behaves as the forward KL, towards 1 as the reverse KL.
+    """
 
     def __init__(self, coef: float = 1.0, top_k: int = 0, beta: float = 0.5) -> None:
         super().__init__(coef, top_k)

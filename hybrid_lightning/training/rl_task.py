@@ -136,14 +136,11 @@ class RLTask(Task):
             return (None if seen is trained else seen), advantages, {}
         with self.run.stopping_together(), self.run.clock.phase("logprobs"):
             logprobs, ratio = self._log_ratio(teacher, rollouts, trained)
-        sums = torch.stack([-ratio.sum(), logprobs[trained.sampled_mask].sum(), trained.sampled_mask.sum().float()])
+        mask = trained.sampled_mask
+        sums = torch.stack([-ratio.sum(), logprobs[mask].sum(), mask.sum().float()])
         kl, logprob, tokens = self.run.sum_over_ranks(sums).tolist()
         metrics = {"teacher/kl": kl / max(tokens, 1), "teacher/logprob": logprob / max(tokens, 1)}
-        return (
-            None,
-            F.per_token(advantages, trained.sampled_mask) * trained.sampled_mask + self.distillation.coef * ratio,
-            metrics,
-        )
+        return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
 
     def _log_ratio(self, teacher: Teacher, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
         """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""

@@ -163,6 +163,8 @@ def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder
 
 
 def test_context_takes_the_row_and_in_a_chat_the_last_question():
+    with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
+        SelfTeacher("{answer}")
     teacher = SelfTeacher("{prompt} ({answer}, {hint})")
     row = {"answer": "4", "columns": {"hint": "two pairs"}}
     assert teacher.with_context(Prompt(text="2+2=", **row)).text == "2+2= (4, two pairs)"
@@ -190,18 +192,10 @@ def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folde
     [
         ({"distillation": losses.ReverseKL()}, "ReverseKL is for learning from a teacher; give model.teacher"),
         ({"advantage": NoAdvantage()}, "NoAdvantage is for learning from a teacher"),
-        (
-            {"teacher": SelfTeacher(), "loss": losses.GSPOLoss()},
-            "one advantage a sequence.*GSPOTokenLoss.*distillation=ReverseKL",
-        ),
+        ({"teacher": SelfTeacher(), "loss": losses.GSPOLoss()}, "GSPOTokenLoss for GSPO.*distillation=ReverseKL"),
         ({"teacher": SelfTeacher(), "dynamic_sampling": DynamicSampling()}, "a teacher teaches on the prompts"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(model, options, message):
     with pytest.raises(ConfigError, match=message):
         build_policy(model, **options)
-
-
-def test_malformed_teachers_are_refused():
-    with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
-        SelfTeacher("{answer}")

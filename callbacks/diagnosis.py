@@ -28,6 +28,7 @@ from hybrid_lightning.types import LossInputs, Rewards, Rollouts, ScoredRollout,
 _REFERENCES, _ALL_REFERENCES = 8, 32  # reference answers that are tried before the first step, and by `Doctor`
 _NORMS = ("grad_norm/full", "grad_norm/lora")
 _PROMPTS, _COMPLETIONS = 4, 2  # that `Doctor` shows: prompts, and completions of each
+_ASKED = 32  # prompts that it lets a teacher complete
 _ROWS = 64  # completions on which it measures the change of the policy
 _TEXT = 1_500  # characters of a prompt or completion that it shows
 
@@ -110,8 +111,10 @@ class Diagnosis(OncePerRollout):
         return self._monitor
 
     def _say(self, trainer: Trainer, *found: Finding) -> None:
+        policy = trainer.lightning_module
+        unneeded = _unneeded(policy) if isinstance(policy, PolicyModule) else ()
         for finding in found:
-            if finding.level != "note" and finding.kind not in self.found:
+            if finding.level != "note" and finding.kind not in (*self.found, *unneeded):
                 self.found[finding.kind] = finding
                 if trainer.is_global_zero:
                     say(f"Warning: {finding}")
@@ -269,6 +272,7 @@ class Doctor(Callback):
         self._differs = False  # whether a group of the step has a difference: those of one minibatch may all be equal by chance
         self._change: Change | None = None
         self._metrics: dict[str, float] = {}
+        self._taught: tuple[float, float] | None = None  # accuracy of teacher and policy on the same prompts
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure the policy on some completions before the step."""
@@ -279,6 +283,11 @@ class Doctor(Callback):
             rollouts, rewards, _ = batch.rollout
             sequences = pl_module.task.trained_sequences(rollouts, rewards).rows(slice(0, _ROWS))
             self._before = sequences, _logprobs(pl_module, sequences)
+            if (teacher := pl_module.task.teaching.teacher) is not None and not teacher.is_remote:
+                generation, asked = pl_module.task.generation, rollouts.prompts[:_ASKED]
+                right = _accuracy(generation.score(teacher.complete(generation, pl_module.task.passes, asked)))
+                own = rewards.correct[: len(asked) * rollouts.samples_per_prompt]
+                self._taught = right, float(own.float().mean())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure it again after the step; all ranks compute, since they may hold parts of the model."""
@@ -330,13 +339,18 @@ class Doctor(Callback):
             f"{change.moved:.2g}, ratio up to {change.ratio:.3g}{clipped}",
             "time": self._time(policy, steps, validated, scored_prompts * rollouts.samples_per_prompt, len(rollouts.completions)),
         }
+        if policy.task.teaching.teacher is not None:
+            right = "" if self._taught is None else "{:.0%} right, and the policy {:.0%}; ".format(*self._taught)
+            values["teacher"] = f"{right}KL from it {m.get('teacher/kl', 0.0):.2g} nats a token"
+            self.found += [] if self._taught is None else findings.of_teacher(*self._taught)
         if not any(norms.values()):
             values["trial step"] = "not possible without a gradient"
         for name, text in values.items():
             say(f"{name:<16}{text}")
         self.found += [*given.findings, *references.findings, *_tokens(policy, rollouts)]
         credited = policy.task.credited(rollouts, rewards)
-        self.found += findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
+        found = findings.of_rollouts(rollouts, rewards, "the rollout", limits, credited)
+        self.found += [finding for finding in found if finding.kind not in _unneeded(policy)]
         self.found += findings.of_answers(answers) if policy.task.generation.episodes is None else []
         self.found += findings.of_gradient(norms, equal=not self._differs)
         precision = str(policy.trainer.precision)
@@ -353,6 +367,11 @@ class Doctor(Callback):
             return f"about {step:.3g} s a step; the run has no limit of steps"
         total = steps * step + (validated * made + scored * (made + updated)) / completions
         return f"about {step:.3g} s a step, and {_duration(total)} for {steps:.0f} steps with validation and scoring"
+
+
+def _unneeded(policy: PolicyModule) -> tuple[str, ...]:
+    """Kinds of findings that are none with a teacher, from which a policy learns where rewards do not differ."""
+    return () if policy.task.teaching.teacher is None else ("equal", "gradient")
 
 
 def _accuracy(rewards: Rewards) -> float:

@@ -315,7 +315,7 @@ class TrackioLogger(Logger):
         if self._experiment is None:
             import trackio
 
-            given = {"space_id": self.space_id, "config": self._config, "embed": False}
+            given: dict[str, Any] = {"space_id": self.space_id, "config": self._config, "embed": False}
             with redirect_stdout(StringIO()):  # the end of the screen says how to see the run
                 self._experiment = trackio.init(self._project, self._run_name, resume=self._resume, **given)
             self._run_name, self._resume = self._experiment.name, "allow"

@@ -68,6 +68,7 @@ __all__ = [
     "GroupAdvantage",
     "GroupMeanAdvantage",
     "LeaveOneOutAdvantage",
+    "NoAdvantage",
     "PerRewardAdvantage",
     "ReinforcePlusPlusAdvantage",
     "centred",
@@ -235,6 +236,17 @@ class ReinforcePlusPlusAdvantage(_DividedAdvantage):
     def rescale(self, advantages: Tensor, rewards: Tensor) -> Tensor:
         """Advantages over their standard deviation, [N]."""
         return advantages / (advantages.std() + self.eps)
+
+
+class NoAdvantage(AdvantageEstimator):
+    """Always 0: rewards are measured, and nothing is learned from them. For learning from a teacher alone."""
+
+    def estimate(self, groups: Tensor) -> Tensor:
+        """Advantages of `groups`, [P, G]."""
+        return torch.zeros_like(groups)
+
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Nothing is compared, so that one completion of a prompt is enough."""
 
 
 class PerRewardAdvantage(GroupAdvantage):

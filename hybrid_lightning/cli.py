@@ -26,7 +26,8 @@ import hybrid_lightning.export
 import hybrid_lightning.losses
 import hybrid_lightning.rewards
 import hybrid_lightning.rollout.vllm.in_process
-import hybrid_lightning.rollout.vllm.servers  # noqa: F401  (imported so that classes are found by their short names)
+import hybrid_lightning.rollout.vllm.servers
+import hybrid_lightning.training.server_teacher  # noqa: F401  (imported so that classes are found by their short names)
 from hybrid_lightning.callbacks import (
     HybridAdapterSetup,
     ModelCheckpoint,

@@ -393,7 +393,7 @@ class Trainer(LightningTrainer):
             return
         if free is None:
             raise ConfigError("--fit needs the memory of a device; give --device_gib")
-        changes, fitted = find_changes(settings, model.task.loss.needs_reference)
+        changes, fitted = find_changes(settings, model.task.needs_start_policy)
         if changes:
             console().print(memory_table([replace(own, method="as it is"), replace(fitted, method="changed")], settings))
             show("\n".join(f"{change.overrides} costs {change.cost}" for change in changes))

@@ -275,6 +275,7 @@ class LossInputs(_TensorContainer):
     updated_tokens: float | None = None  # those of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
     entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed if `entropy_coef` is not 0
+    divergence: Tensor | None = None  # [B, T] from a teacher, with gradient and weighted: added to the loss of each token
     max_completion_tokens: float | None = None  # the most tokens that can be sampled in a row; `DrGRPOLoss` needs it
     micro_batch_tokens: float | None = None  # sampled tokens in the micro-batch to which these rows belong; None: those here
     num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
@@ -293,7 +294,7 @@ class PolicyBatch(_TensorContainer):
     """One micro-batch of training data, made when the rollout is made."""
 
     sequences: Sequences  # B rows
-    advantages: Tensor  # [B] float32; or [B, T] with credit by turn, 0 where nothing was sampled
+    advantages: Tensor  # [B] float32; or [B, T] with credit by turn or from a teacher, 0 where nothing was sampled
     sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollouts`)
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
@@ -305,6 +306,7 @@ class PolicyBatch(_TensorContainer):
     rollout: ScoredRollout | None = None  # the rollout that it belongs to, of this process; None for demonstrations and pairs
     rollout_number: int = 0  # its number in the run
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
+    seen_by_teacher: Sequences | None = None  # the same completions after other prompts; None: after these
 
     def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
         """The same batch with log-probabilities of the sampling and the start policy, [B, T] each."""
@@ -326,6 +328,7 @@ class PolicyBatch(_TensorContainer):
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
             policy_mask=cut(self.policy_mask),
+            seen_by_teacher=None if self.seen_by_teacher is None else self.seen_by_teacher.rows(index),
         )
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:

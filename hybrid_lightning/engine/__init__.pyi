@@ -12,6 +12,9 @@ from hybrid_lightning.engine.backend import PlannedBackend as PlannedBackend
 from hybrid_lightning.engine.backend import autocast_dtype as autocast_dtype
 from hybrid_lightning.engine.backend import has_operators as has_operators
 from hybrid_lightning.engine.backend import why_no_halves as why_no_halves
+from hybrid_lightning.engine.compared import Predictions as Predictions
+from hybrid_lightning.engine.compared import compared_logprobs as compared_logprobs
+from hybrid_lightning.engine.compared import predictions as predictions
 from hybrid_lightning.engine.compiling import OneKernel as OneKernel
 from hybrid_lightning.engine.decoding import Decoding as Decoding
 from hybrid_lightning.engine.decoding import decoding_of as decoding_of

@@ -150,7 +150,8 @@ class _Connection:
     """A session with a server, made and used on one event loop; methods raise ServerLostError if it is gone."""
 
     def __init__(self, command: str | None, url: str | None, env: list[str]) -> None:
-        self._command, self._url, self._env, self._client, self._said = command, url, env, None, ""
+        self._command, self._url, self._env, self._said = command, url, env, ""
+        self._client: Any = None
         self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._hold())
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints it where nobody asks

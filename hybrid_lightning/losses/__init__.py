@@ -1,7 +1,8 @@
 """Policy losses. Swap them by class, or write your own from `PolicyLoss` and the functions in `functional`.
 
 Two parts weight the policy term of any policy loss: importance corrections (`correction`) and the choice of tokens by their
-entropy (`top_entropy`). `SupervisedLoss` and `DPOLoss` train on completions that the data has.
+entropy (`top_entropy`). What is learned from a teacher (`distillation`) is added to it. `SupervisedLoss` and `DPOLoss` train on
+completions that the data has.
 """
 
 from hybrid_lightning.losses.correction import (
@@ -11,6 +12,7 @@ from hybrid_lightning.losses.correction import (
     TokenMask,
     TokenTruncation,
 )
+from hybrid_lightning.losses.distillation import Distillation, Divergence, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL
 from hybrid_lightning.losses.example_losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.losses.grpo import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, TokenClippedLoss
 from hybrid_lightning.losses.gspo import GSPOLoss, GSPOTokenLoss
@@ -26,14 +28,20 @@ __all__ = [
     "DAPOLoss",
     "DPOLoss",
     "DPPOLoss",
+    "Distillation",
+    "Divergence",
     "DrGRPOLoss",
     "ExampleLoss",
+    "ForwardKL",
     "GRPOLoss",
     "GSPOLoss",
     "GSPOTokenLoss",
     "ImportanceCorrection",
+    "JensenShannon",
     "PolicyLoss",
+    "ReverseKL",
     "SAPOLoss",
+    "SampledReverseKL",
     "SequenceMask",
     "SequenceTruncation",
     "SupervisedLoss",

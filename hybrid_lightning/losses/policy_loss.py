@@ -1,6 +1,6 @@
 """`PolicyLoss`: base class of policy losses, with everything that they share, so that a new one is a class of about ten lines.
 
-    loss = aggregate(importance_weights * policy_term + kl_coef * kl) - entropy_coef * entropy
+    loss = aggregate(importance_weights * policy_term + kl_coef * kl + divergence) - entropy_coef * entropy
 
 Axes: B sequences, T completion tokens (right-padded).
 
@@ -175,6 +175,8 @@ class PolicyLoss(Configurable, ABC):
                 kl = kl * F.per_token(ratio, inputs.sampled_mask)
             per_token_loss = per_token_loss + self.kl_coef * kl
             metrics["kl"] = F.mean_over_tokens(kl, inputs.sampled_mask, inputs.num_tokens)
+        if inputs.divergence is not None:
+            per_token_loss = per_token_loss + inputs.divergence
         loss = self.aggregate(per_token_loss, inputs)
         self._check_shape("aggregate", "loss", loss, torch.Size())
         if self.needs_entropy:
@@ -191,9 +193,9 @@ class PolicyLoss(Configurable, ABC):
         """Raise ConfigError unless the loss takes advantages of tokens."""
         if not self.takes_token_advantages:
             raise ConfigError(
-                f"{type(self).__name__} takes one advantage a sequence, and model.credit=turn gives each turn its own; take "
-                "another loss, such as GSPOTokenLoss for GSPO, or set takes_token_advantages = True in a loss of yours that "
-                "takes them as [B, T], or model.credit=episode"
+                f"{type(self).__name__} takes one advantage a sequence, and model.credit=turn gives each turn its own, or "
+                "SampledReverseKL each token; take another loss, such as GSPOTokenLoss for GSPO, or set takes_token_advantages "
+                "= True in a loss of yours that takes them as [B, T], or model.credit=episode, or model.distillation=ReverseKL"
             )
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
@@ -269,7 +271,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
-    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy")
+    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights", "entropy", "divergence")
     of_advantages = shape if inputs.advantages.shape == shape else shape[:1]
     for field, want in {"advantages": of_advantages, **dict.fromkeys(per_token, shape), "sampled_mask": shape}.items():
         value = getattr(inputs, field)
@@ -288,7 +290,7 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
 
 
 def clean_inputs(inputs: LossInputs) -> LossInputs:
-    """Cast to float32 at least, set what was not sampled to 0, and detach everything except `logprobs` and `entropy`."""
+    """Cast to float32 at least, set what was not sampled to 0, and detach what needs no gradient."""
     dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
 
     def unpad(values: Tensor) -> Tensor:
@@ -303,4 +305,5 @@ def clean_inputs(inputs: LossInputs) -> LossInputs:
         ref_logprobs=None if ref is None else unpad(ref.detach()),
         importance_weights=None if weights is None else unpad(weights.detach()),
         entropy=None if inputs.entropy is None else unpad(inputs.entropy),
+        divergence=None if inputs.divergence is None else unpad(inputs.divergence),
     )

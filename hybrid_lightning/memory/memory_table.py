@@ -20,6 +20,7 @@ COMPONENT_NAMES = {
     "KV cache": ("cache",),
     "logits": ("logits",),
     "rollout engine": ("engine",),
+    "teacher": ("teacher",),
 }
 
 
@@ -38,8 +39,8 @@ def memory_table(methods: Sequence[MethodMemory], settings: RunSettings) -> Tabl
         table.add_column(method.method, justify="right")
     table.add_row("trained numbers", *(f"{method.trainable:,}" for method in methods))
     for name, parts in COMPONENT_NAMES.items():  # each at its largest
-        if name != "rollout engine" or methods[0].share.sampling:
-            largest = (method.largest_components for method in methods)
+        largest = [method.largest_components for method in methods]
+        if name not in ("rollout engine", "teacher") or any(getattr(components, parts[0]) for components in largest):
             table.add_row(name, *(format_bytes(sum(getattr(components, part) for part in parts)) for components in largest))
     table.add_section()
     for phase in dict.fromkeys(phase for method in methods for phase in method.peaks):

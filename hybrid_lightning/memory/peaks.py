@@ -12,8 +12,9 @@ from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.engine import PassBytes, Rows, Trained
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes
+from hybrid_lightning.memory.sizes import FLOAT32_BYTES, ModelSizes, measure_sizes, teacher_bytes
 from hybrid_lightning.memory.strategies import Components, Moment
+from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.pretrained import meta_model
 from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.rollout_engine import check_length, model_context
@@ -110,6 +111,11 @@ class _Run:
         options = (settings.gradient_checkpointing, settings.entropy_gradient, settings.attention)
         self.passes = PassMemory(self.model, settings.product_dtype.itemsize, self.on_cpu, *options)
         self.prompts = settings.schedule.prompts_per_rollout // self.sharding.devices
+        self.teacher, self.teacher_stays = 0, False
+        if settings.teacher is not None:
+            quantization, dtype = settings.teacher.quantization, DTYPES.get(settings.teacher.dtype or "", settings.dtype)
+            model = meta_model(settings.teacher.pretrained.config, dtype)
+            self.teacher, self.teacher_stays = teacher_bytes(model, quantization), self.on_cpu or quantization is not None
 
     def method(self, name: str) -> MethodMemory:
         """Peaks of all phases with one method."""
@@ -124,6 +130,9 @@ class _Run:
             peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
         peaks |= self._scoring(sizes) if scored else {}
         peaks |= self._updating(sizes)
+        for phase, peak in peaks.items():
+            if self.teacher_stays or phase in ("calibrating", "updating", "optimizer step"):
+                peaks[phase] = replace(peak, teacher=self.teacher)
         share = engine_share(settings, sizes.parameters)
         for phase, peak in peaks.items():
             peaks[phase] = replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating)

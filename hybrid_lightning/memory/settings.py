@@ -24,6 +24,7 @@ from hybrid_lightning.sharding.checks import check_optimizer
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.training.optim import Optimization
 from hybrid_lightning.training.policy_module import PolicyModule
+from hybrid_lightning.training.teachers import ModelTeacher
 
 _MAX_PROMPTS = 500  # at most so many are encoded to find the longest
 
@@ -105,6 +106,7 @@ class RunSettings:
     eval_samples: int = 8
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
     keep_start_weights: bool = True
+    teacher: ModelTeacher | None = None  # a second model from which the policy learns
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
@@ -151,6 +153,7 @@ class RunSettings:
             eval_samples=task.evaluation.samples,
             plan=adapter.given_plan,
             keep_start_weights=adapter.keep_start_weights,
+            teacher=task.teaching.teacher if isinstance(task.teaching.teacher, ModelTeacher) else None,
         )
 
     @property

@@ -98,6 +98,15 @@ def measure_sizes(
     )
 
 
+def teacher_bytes(model: PreTrainedModel, quantization: Quantization | None) -> int:
+    """Bytes of a frozen model on the meta device without an adapter, once its linear modules are quantized."""
+    size, width = sum(p.numel() * p.element_size() for p in model.parameters()), next(model.parameters()).element_size()
+    candidates = {} if quantization is None else find_candidates(model)
+    shapes = [candidate_shape(candidates[name]) for name in candidates.keys() - without_lora(candidates)]
+    taken = [shape for shape in shapes if isinstance(shape, tuple) and quantization is not None and quantization.takes(shape)]
+    return size + sum(quantized_bytes(shape) - shape[0] * shape[1] * width for shape in taken)
+
+
 def quantized_bytes(shape: tuple[int, int]) -> int:
     """Bytes of an NF4 weight of this shape: a scale of 8 bits per 64 weights, one of 32 bits per 256 of those, two tables."""
     count = shape[0] * shape[1]

@@ -24,6 +24,7 @@ class Components:
     cache: float = 0.0  # keys and values, or recurrent states, while generating
     logits: float = 0.0
     engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
+    teacher: float = 0.0  # weights of a second model from which the policy learns
 
     @property
     def total(self) -> float:

@@ -23,6 +23,7 @@ SECTIONS = {  # finding -> its section of PAGE; the first that is found explains
     "tokens": "the-prompt-is-not-what-it-seems",
     "cut": "completions-are-cut",
     "answers": "the-reward-finds-no-answer",
+    "teacher": "the-teacher-is-not-better",
     "equal": "all-rewards-of-a-group-are-equal",
     "gradient": "no-gradient",
     "small": "a-step-is-too-small",
@@ -180,6 +181,14 @@ def of_gradient(norms: Mapping[str, float], equal: bool) -> list[Finding]:
     if equal or not norms or any(norms.values()):
         return []
     return [Finding("gradient", "the gradient is exactly 0 although rewards differ", "look at a loss of your own", "error")]
+
+
+def of_teacher(accuracy: float, of_policy: float) -> list[Finding]:
+    """Whether a teacher is better than the policy, by their accuracies on the same prompts."""
+    if accuracy > of_policy:
+        return []
+    text = f"the teacher gets {accuracy:.0%} right where the policy gets {of_policy:.0%}, so it has little to teach"
+    return [Finding("teacher", text, "take a better one, or give SelfTeacher more context")]
 
 
 def of_memory(needed: float, there: float, phase: str) -> list[Finding]:

@@ -133,6 +133,7 @@ def batches_of_rank(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: 
 def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     parts = [part for part in parts if len(part.sequences)] or parts[:1]
     width = max(part.sequences.completion_ids.shape[1] for part in parts)
+    seen = [part.seen_by_teacher for part in parts if part.seen_by_teacher is not None]
     return replace(
         parts[0],
         sequences=join_sequences([part.sequences for part in parts]),
@@ -141,6 +142,7 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
         old_logprobs=_join_known([part.old_logprobs for part in parts], width),
         ref_logprobs=_join_known([part.ref_logprobs for part in parts], width),
         policy_mask=_join_known([part.policy_mask for part in parts], width),
+        seen_by_teacher=join_sequences(seen) if len(seen) == len(parts) else None,
     )
 
 
@@ -169,13 +171,14 @@ def rollout_of_rank(parts: Sequence[ScoredRollout], rank: int, ranks: int) -> Sc
 
 def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
     """A micro-batch, without its rollout, which others have as well."""
-    state = vars(batch.to("cpu"))
-    return {**state, "sequences": dict(vars(state["sequences"])), "rollout": None}
+    state = {**vars(batch.to("cpu")), "rollout": None}
+    return {name: dict(vars(value)) if isinstance(value, Sequences) else value for name, value in state.items()}
 
 
 def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
     """The micro-batch whose state `batch_to_state` returned."""
-    return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})
+    rows = {name: Sequences(**state[name]) for name in ("sequences", "seen_by_teacher") if state.get(name) is not None}
+    return PolicyBatch(**{**state, **rows})
 
 
 def rollout_to_state(scored: ScoredRollout, places: Mapping[int, int]) -> dict[str, Any]:

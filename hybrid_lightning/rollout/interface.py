@@ -44,6 +44,8 @@ class SamplingRequest:
     # Called with the number of a completion, of B, and the completion as soon as it has ended, perhaps in another thread; not for
     # all of them, as where they end together.
     on_completion: Callable[[int, Completion], None] | None = None
+    # Gets the number and the tokens of each such completion, unless it is an episode.
+    on_tokens: Callable[[int, Sequence[int]], object] | None = None
 
     def __post_init__(self) -> None:
         assert not self.greedy or self.samples_per_prompt == 1, "greedy completions of one prompt are all the same"

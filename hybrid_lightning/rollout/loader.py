@@ -54,11 +54,12 @@ class TrainedRollout:
 
     sequences: Sequences  # B, which is G times the number of this rank's prompts, whatever else was sampled
     sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
-    advantages: Tensor  # [B]; or [B, T] with credit by turn, 0 where nothing was sampled
+    advantages: Tensor  # [B]; or [B, T] with credit by turn or from a teacher, 0 where nothing was sampled
     metrics: dict[str, float] = field(default_factory=dict)  # to log with the first step of the rollout
     counted: Tensor | None = None  # [B] bool: rows that count as sequences (see `Rewards`); None: all, on all ranks
     contributes: Tensor | None = None  # [B] bool: rows that the update needs; None: all
     scored: ScoredRollout | None = None  # what callbacks see of it; None where nothing was sampled
+    seen_by_teacher: Sequences | None = None  # see `PolicyBatch`
 
 
 class LoaderRun(Protocol):
@@ -427,6 +428,7 @@ class RolloutLoader:
                 metrics=rollout.metrics,
                 rollout=rollout.scored,
                 rollout_number=number,
+                seen_by_teacher=rollout.seen_by_teacher,
             )
             minibatches.append(whole.rows(updated))
         return minibatches

@@ -79,14 +79,17 @@ class Sampler(RolloutEngine):
             The rollouts, and what has decoded them, which has room for episodes of `capacity` tokens.
         """
         limits = self._checked_limits(engine, request)
-        samples, on_completion = request.samples_per_prompt, request.on_completion
+        samples, on_completion, on_tokens = request.samples_per_prompt, request.on_completion, request.on_tokens
         stops = request.stops or self.stops(tokenizer)
         decoder = _Decoder(self, engine, tokenizer, stops, request.greedy, request.on_token)
-        if on_completion is not None:
+        if on_completion is not None or on_tokens is not None:
 
             def ended(row: int, tokens: list[int], finished: bool) -> None:
-                context = [request.prompt_ids[row // samples]]
-                on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
+                if on_tokens is not None:
+                    on_tokens(row, tokens)
+                if on_completion is not None:
+                    context = [request.prompt_ids[row // samples]]
+                    on_completion(row, self.completions(tokenizer, context, [tokens], [finished])[0])
 
             decoder.on_ended = ended
         ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)

@@ -35,6 +35,8 @@ from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
 
+Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
+
 
 class Generation:
     """Completes prompts for a policy, and scores the completions.
@@ -85,10 +87,11 @@ class Generation:
         greedy: bool = False,
         ahead: bool = False,
         on_completion: Callable[[int, Completion], None] | None = None,
+        listen: Listen | None = None,
     ) -> RolloutFuture[Rollouts]:
         """Begin to complete prompts with the current weights; an engine in this process completes when the result is asked for.
 
-        Arguments are those of `SamplingRequest`, and `ahead` that of `update`.
+        Arguments are those of `SamplingRequest`, and `ahead` that of `update`; `listen` makes `on_tokens` of tokenized prompts.
 
         Raises:
             RolloutError: If the engine cannot be given these weights, or computes something else with them; from the result, if
@@ -114,7 +117,7 @@ class Generation:
         waits = not self._still_under_way()
         if self._compares:
             self._agreement.begin(lambda: map(self._fixed_tokens, prompts[:SEQUENCES]))
-        begun = self._begin(request, ahead)
+        begun = self._begin(request, ahead, listen)
         if sampler.is_remote:
             self._under_way = [*self._still_under_way(), begun]
         if self._compares:
@@ -125,11 +128,13 @@ class Generation:
         step = self.run.step
         return RolloutFuture(lambda: self._finished(begun, step), begun)
 
-    def _begin(self, request: SamplingRequest, ahead: bool) -> RolloutFuture[Rollouts]:
+    def _begin(self, request: SamplingRequest, ahead: bool, listen: Listen | None) -> RolloutFuture[Rollouts]:
         engine, episodes = self.policy.engine, self.episodes
         if episodes is None:
             encoder = self.policy.pretrained.encoder
-            request = replace(request, prompt_ids=[encoder.encode(prompt) for prompt in request.prompts])
+            ids = [encoder.encode(prompt) for prompt in request.prompts]
+            on_tokens = None if listen is None else listen(ids, request.samples_per_prompt)
+            request = replace(request, prompt_ids=ids, on_tokens=on_tokens)
             return self.sampler.begin(engine, self.policy.pretrained.tokenizer, request)
         seeds = task_seeds(request.prompts, request.draws, self._seed)
         if ahead and self._ahead is not None:
@@ -205,16 +210,17 @@ class Generation:
         return self.begin(prompts, samples_per_prompt, draws, greedy, on_completion=on_completion).result()
 
     def begin_scored(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, draws: Draws, listen: Listen | None = None
     ) -> RolloutFuture[tuple[Rollouts, Rewards]]:
         """Begin to complete this rank's prompts of a rollout, and to score what arrives; all ranks ask for the result together.
 
-        Arguments are those of `SamplingRequest`.
+        Arguments are those of `begin`.
         """
         arriving = self.arriving(prompts, samples_per_prompt)
         with self._phase("generate"):
             self.update(ahead=True)
-            begun = self.begin(prompts, samples_per_prompt, draws, ahead=True, on_completion=arriving.on_completion)
+            told = arriving.on_completion
+            begun = self.begin(prompts, samples_per_prompt, draws, ahead=True, on_completion=told, listen=listen)
 
         def scored(rollouts: Rollouts) -> tuple[Rollouts, Rewards]:
             with self._phase("reward"):

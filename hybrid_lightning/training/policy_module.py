@@ -5,7 +5,7 @@ from typing import Any, Literal
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.environments import Environment, EpisodeLimits
 from hybrid_lightning.episodes.episodes import Episodes
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.model.passes import Passes
 from hybrid_lightning.rewards import EpisodeReturn
 from hybrid_lightning.rewards.combined import AnyReward
@@ -15,6 +15,7 @@ from hybrid_lightning.training.evaluation import Evaluation
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.module import LanguageModule
 from hybrid_lightning.training.rl_task import RLTask
+from hybrid_lightning.training.teachers import Teacher
 
 __all__ = ["PolicyModule"]
 
@@ -49,6 +50,9 @@ class PolicyModule(LanguageModule):
             count nowhere.
         dynamic_sampling: Replaces groups whose completions all succeed or all fail, with advantages of 0, by groups of further
             prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
+        teacher: Says how probable the sampled tokens are to a better policy, from which this one learns, beside the reward or
+            (with `advantage=NoAdvantage`) in its place: `ModelTeacher`, `SelfTeacher` or `ServerTeacher`; None for none.
+        distillation: How it learns from the teacher; None takes `SampledReverseKL()`.
         prompts_per_rollout: Prompts of a rollout, over all devices (P).
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
@@ -81,6 +85,8 @@ class PolicyModule(LanguageModule):
         token_mask: TopEntropyMask | None = None,
         mask_truncated_completions: bool = False,
         dynamic_sampling: DynamicSampling | None = None,
+        teacher: Teacher | None = None,
+        distillation: Distillation | None = None,
         prompts_per_rollout: int = 8,
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
@@ -105,5 +111,7 @@ class PolicyModule(LanguageModule):
             token_mask=token_mask,
             mask_truncated_completions=mask_truncated_completions,
             dynamic_sampling=dynamic_sampling,
+            teacher=teacher,
+            distillation=distillation,
         )
         self.evaluation = self.task.evaluation

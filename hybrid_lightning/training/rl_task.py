@@ -14,12 +14,11 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.episodes.episodes import episode_metrics, token_advantages
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.rewards import rewards_to_go
@@ -37,13 +36,17 @@ from hybrid_lightning.training.sampled_groups import (
     choose_trained,
     rollout_metrics,
     sample_groups,
+    with_advantages,
 )
 from hybrid_lightning.training.task import Task
+from hybrid_lightning.training.teachers import Teacher
+from hybrid_lightning.training.teaching import teaching
 from hybrid_lightning.training.token_weights import compare_with_sampler, mask_tokens, versions_of_rows
-from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, ScoredRollout, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 # First parts of the names of what policy losses measure, and `chunk_loss` beside them.
-POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "sampling", "top_entropy"})
+POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "off_policy", "ratio", "sampling", "teacher"})
+POLICY_METRICS |= {"top_entropy"}
 
 
 class RLTask(Task):
@@ -65,15 +68,18 @@ class RLTask(Task):
         token_mask: TopEntropyMask | None = None,
         mask_truncated_completions: bool = False,
         dynamic_sampling: DynamicSampling | None = None,
+        teacher: Teacher | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__(*shared)
         self.advantage, self.credit, self.correction, self.token_mask = advantage, credit, correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self.last_calibration: tuple[Rollouts, Rewards] | None = None
-        self._warned: set[str] = set()
-        self.shown_metrics = ("reward", "completions/mean_length")  # beside the progress bar
+        self.teaching = teaching(self.passes, self.generation, teacher, distillation, advantage, dynamic_sampling, self.loss)
+        self.shown_metrics = ("reward", "completions/mean_length", *self.teaching.shown_metrics)  # beside the progress bar
         if self.schedule.rollouts_ahead and self.generation.sampler.is_remote:
             self.shown_metrics += ("sampling/waited_s", "sampling/engine_idle_s")
+        self.needs_start_policy |= self.teaching.needs_start_policy
         run_checks.check_options(self.schedule, self.generation, dynamic_sampling, credit, self.loss)
 
     # ---- prompts -> rollout -> rewards
@@ -84,6 +90,7 @@ class RLTask(Task):
         """Begin to complete and score prompts. The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return RolloutFuture.of(self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more))
+        self.teaching.begin()
         rollout = self._sample(prompts, generator).then(self._to_train)
         if self.schedule.rollouts_ahead and not self.generation.sampler.is_remote:
             rollout.result()  # now, since the weights change before it is trained on
@@ -94,7 +101,7 @@ class RLTask(Task):
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         places = range(self.run.rank, len(prompts) * self.run.world_size, self.run.world_size)
         samples = self.schedule.samples_per_prompt
-        return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places))
+        return self.generation.begin_scored(prompts, samples, PromptDraws(prompts, samples, seed, places), self.teaching.listen)
 
     # ---- rewards -> advantages
 
@@ -108,9 +115,11 @@ class RLTask(Task):
             advantages = token_advantages(of_turns, rollouts)
         trained = self.trained_sequences(rollouts, rewards)
         run_checks.warn_if_all_are_cut(trained, rewards, self.generation)
-        metrics, needed = self._measured(rollouts, rewards, credited), self._contributes(advantages)
-        shown = _with_advantages(rollouts, rewards, advantages)
-        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics, rewards.counted, needed, shown)
+        metrics = self._measured(rollouts, rewards, credited)
+        seen, advantages, of_teacher = self.teaching.taught(rollouts, trained, advantages)
+        needed, shown = self._contributes(advantages), with_advantages(rollouts, rewards, advantages)
+        logprobs, metrics = rollouts.sampling_logprobs, metrics | of_teacher
+        return TrainedRollout(trained, logprobs, advantages, metrics, rewards.counted, needed, shown, seen)
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
@@ -124,8 +133,8 @@ class RLTask(Task):
             trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.run.rank, credited)
         metrics = self._measured(groups.rollouts, groups.rewards, credited) | groups.metrics()
         if draw_more is not None and (warning := groups.warning()):
-            self._warn_once(warning, "filled groups")
-        shown = _with_advantages(groups.rollouts, groups.rewards, of_sampled)
+            self.run.warn_once(warning, "filled groups")
+        shown = with_advantages(groups.rollouts, groups.rewards, of_sampled)
         return replace(trained, metrics=metrics, contributes=self._contributes(trained.advantages), scored=shown)
 
     def credited(self, rollouts: Rollouts, rewards: Rewards) -> Rewards:
@@ -151,8 +160,8 @@ class RLTask(Task):
         return of_turns.view(turns, -1).any(dim=0)
 
     def _contributes(self, advantages: Tensor) -> Tensor:
-        """The rows that an update needs: those with an advantage, or all if the loss needs the others."""
-        return F.any_advantage(advantages) | (not self.loss.ignores_zero_advantage)
+        """The rows that an update needs: those with an advantage, or all if the loss or a teacher needs the others."""
+        return F.any_advantage(advantages) | (self.teaching.needs_all_rows or not self.loss.ignores_zero_advantage)
 
     def _measured(self, rollouts: Rollouts, rewards: Rewards, credited: Rewards) -> dict[str, float]:
         """Metrics of a rollout over all ranks."""
@@ -160,13 +169,8 @@ class RLTask(Task):
         if self.generation.episodes is not None:
             metrics |= episode_metrics(rollouts.completions)
             if warning := run_checks.unread_rewards(self.generation, metrics):
-                self._warn_once(warning, "unread rewards")
+                self.run.warn_once(warning, "unread rewards")
         return metrics
-
-    def _warn_once(self, text: str, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            rank_zero_warn(text)
 
     # ---- advantages -> PolicyBatch, with log-probabilities
 
@@ -203,7 +207,7 @@ class RLTask(Task):
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step."""
-        logprobs, entropy = self.passes.logprobs(chunk.sequences)
+        logprobs, entropy, divergence, measured = self.teaching.learned(chunk)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction, self._old_of_sampler)
         made_by = cast(Tensor, chunk.sequences.weights_step)  # all rows were sampled
         metrics["sampling/weights_version_lag"] = share((self.run.step - made_by).float(), inputs)
@@ -212,11 +216,12 @@ class RLTask(Task):
         inputs = replace(
             inputs,
             entropy=entropy,
+            divergence=divergence,
             max_completion_tokens=float(self.generation.max_completion_tokens),
             micro_batch_tokens=micro_batch_tokens,
             num_micro_batches=float(self.run.accumulate_grad_batches * self.run.world_size),
         )
-        metrics["entropy"] = share(entropy.detach(), inputs)
+        metrics |= {name: share(values, inputs) for name, values in measured.items()}
         if chunk.policy_mask is not None:
             metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
         output = self.loss(inputs)
@@ -235,16 +240,11 @@ class RLTask(Task):
         advantages = self.advantage.of_rewards(self.credited(rollouts, rewards), rollouts.samples_per_prompt)
         sequences = self.trained_sequences(rollouts, rewards)
         of_tokens, most = token_advantages(advantages, rollouts), self.passes.budget_of_now()
+        of_tokens = self.teaching.calibrated(rollouts, sequences, of_tokens, self.loss)
         logprobs, counted = self.calibration_logprobs, rewards.counted
         return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
 
     def check(self) -> None:
         """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
+        self.teaching.check()
         run_checks.check_rl(self.schedule, self.generation, self.loss, self.advantage, self.correction, self.dynamic_sampling)
-
-
-def _with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
-    """The rollout for callbacks, with the mean advantage over a sequence's tokens where each has its own."""
-    if advantages.dim() == 2:
-        advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
-    return ScoredRollout(rollouts, rewards, advantages)

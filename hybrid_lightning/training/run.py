@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from hybrid_lightning.errors import RolloutError
@@ -46,6 +47,13 @@ class Run:
         self.listeners: list[Callable[[int, int, int], None]] = []
         self.clock = PhaseClock()
         self.shares_failures = False
+        self._warned: set[str] = set()
+
+    def warn_once(self, text: str, what: str) -> None:
+        """Warn of something, once in the run."""
+        if what not in self._warned:
+            self._warned.add(what)
+            rank_zero_warn(text)
 
     # ---- ranks and stops
 

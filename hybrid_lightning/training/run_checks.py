@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.advantages import AdvantageEstimator, NoAdvantage
 from hybrid_lightning.configurable import lost_paths
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
+from hybrid_lightning.losses import Distillation, ImportanceCorrection, PolicyLoss, SampledReverseKL
 from hybrid_lightning.rewards import EpisodeReturn, RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.teachers import Teacher
 from hybrid_lightning.types import Rewards, Sequences
 from hybrid_lightning.user_code import in_user_code
 
@@ -39,6 +40,23 @@ def check_options(
     if credit == "turn":
         if generation.episodes is None:
             raise ConfigError("model.credit=turn is for episodes, and model.environment is not set; set it, or credit=episode")
+        loss.check_token_advantages()
+
+
+def check_distillation(
+    teacher: Teacher | None,
+    distillation: Distillation | None,
+    advantage: AdvantageEstimator,
+    dynamic_sampling: DynamicSampling | None,
+    loss: PolicyLoss,
+) -> None:
+    """Raise ConfigError if options of learning from a teacher do not go together, whatever the run."""
+    if teacher is None and (distillation is not None or isinstance(advantage, NoAdvantage)):
+        given = type(distillation or advantage).__name__
+        raise ConfigError(f"{given} is for learning from a teacher; give model.teacher, such as ModelTeacher")
+    if teacher is not None and dynamic_sampling is not None:
+        raise ConfigError("a teacher teaches on the prompts that model.dynamic_sampling replaces as well; leave out one of them")
+    if teacher is not None and not (distillation or SampledReverseKL()).of_distributions:
         loss.check_token_advantages()
 
 

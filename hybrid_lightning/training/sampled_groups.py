@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.episodes.episodes import token_advantages
+from hybrid_lightning.losses import functional as F
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_rows, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences, counted_groups, equal_groups
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, ScoredRollout, Sequences, counted_groups, equal_groups
 
 # First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
 _OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
@@ -264,3 +265,10 @@ def _by_position(own: Tensor, ranks: int) -> Tensor:
 def _rows_of(groups: Tensor, samples: int) -> Tensor:
     """Rows of the completions of groups, given by their numbers."""
     return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
+
+
+def with_advantages(rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> ScoredRollout:
+    """The rollout for callbacks, with the mean advantage over a sequence's tokens where each has its own."""
+    if advantages.dim() == 2:
+        advantages = F.sequence_means(advantages, rollouts.sequences.sampled_mask)
+    return ScoredRollout(rollouts, rewards, advantages)

@@ -60,6 +60,7 @@ class Task(RolloutSource, ABC):
     ) -> None:
         self.loss, self.schedule, self.generation, self.passes = loss, schedule, generation, passes
         self.evaluation, self.seed = evaluation, seed
+        self.needs_start_policy = loss.needs_reference  # whether training computes with it
         self.policy, self.run, self.reward = generation.policy, generation.run, generation.reward
 
     # ---- training
@@ -131,10 +132,11 @@ class Task(RolloutSource, ABC):
         """Raise ConfigError if settings of the run do not work for this task, and warn of doubtful ones."""
 
     def check_start_weights(self, kept: bool) -> None:
-        """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
-        if self.loss.needs_reference and not kept:
+        """Raise ConfigError if training needs the start policy and its weights are not kept."""
+        if self.needs_start_policy and not kept:
             raise ConfigError(
-                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
+                "the run needs the start policy (a KL term with kl_coef > 0, DPO, or SelfTeacher); set "
+                "adapter.keep_start_weights=true"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

@@ -66,6 +66,8 @@ def test_it_trains(path, tiny, here, monkeypatch):
     arguments = ["fit", "--config", str(path)]
     if settings(config)["model"] not in EMBEDDED:
         arguments.append(f"--model.model={tiny}")
+    if path.stem == "distill":
+        arguments.append("--model.teacher.model=embedded")  # in place of the folder that its first lines make
     if path.stem in STAND_INS:
         (here / "rows.jsonl").write_text("\n".join(map(json.dumps, STAND_INS[path.stem])))
         arguments.append("--data.source.train=rows.jsonl")
@@ -102,6 +104,15 @@ def test_the_config_to_copy_passes_the_doctor(here, monkeypatch, capsys):
     command(["doctor", "--config", str(ROOT / "configs" / "your_data.yaml"), *options, *plain], monkeypatch)
     said = capsys.readouterr().out
     assert "at the full rates" in said and "Error:" not in said
+
+
+def test_doctor_and_plan_know_the_teacher(here, monkeypatch, capsys):
+    given = ["--config", str(ROOT / "configs" / "distill.yaml"), "--model.teacher.model=embedded", "--trainer.accelerator=cpu"]
+    command(["doctor", *given, "--model.prompts_per_rollout=16"], monkeypatch)
+    said = capsys.readouterr().out
+    assert "% right, and the policy" in said and "all completions earn the same" not in said
+    command(["plan", *given], monkeypatch)
+    assert "teacher" in capsys.readouterr().out
 
 
 def test_grpo_and_gspo_differ_in_the_loss_alone():

@@ -4,13 +4,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, Streamed, assert_same_run
-from tiny_runs import Failing, OftenDone, Talk
+from tiny_runs import Failing, OftenDone, Talk, write_model
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import TailEnergy
-from hybrid_lightning.advantages import BatchStdAdvantage
+from hybrid_lightning.advantages import BatchStdAdvantage, NoAdvantage
 from hybrid_lightning.environments import EpisodeLimits
-from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TokenTruncation, TopEntropyMask
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, ReverseKL, TokenTruncation, TopEntropyMask
+from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
 
 
@@ -44,7 +45,7 @@ def first_rollout(train_on):
 
 
 @pytest.fixture(scope="module")
-def jobs(first_rollout):
+def jobs(first_rollout, folder):
     """Runs in which two ranks, which share the prompts of the first rollout, have different amounts of work."""
     others = tuple(set(range(24)) - set(first_rollout[::2]))
     few = {"max_tokens_per_micro_batch": 24, "prompts_per_rollout": 4}
@@ -59,6 +60,9 @@ def jobs(first_rollout):
     episodes = {"environment": Talk(), "reward": None, "credit": "turn", "episodes": EpisodeLimits(max_tokens=60)}
     episodes |= {"sampler": OftenDone(5), "loss": GRPOLoss(kl_coef=0.02), "correction": TokenTruncation()}
     episodes |= {"dynamic_sampling": DynamicSampling(1), "turn_template": "{content}"}
+    teacher = ModelTeacher(str(write_model(folder / "teacher", seed=5)))
+    compared = {**uneven, "teacher": teacher, "distillation": ReverseKL()}
+    hinted = {**uneven, "teacher": SelfTeacher("{prompt}{answer}#"), "advantage": NoAdvantage()}
     work = {
         "longer completions on one rank": {
             "policy": uneven,
@@ -69,6 +73,8 @@ def jobs(first_rollout):
         "advantages on one rank only": {"policy": {**uneven, **one_rank}, "callbacks": (Streamed(),)},  # then on none
         "masks and an entropy bonus": {"policy": {**few, **masks, **left_out}, "deterministic": True},
         "groups replaced and moved": {"policy": {**replaced, **left_out}},
+        "distributions of a teacher": {"policy": compared, "accumulate_grad_batches": 2},
+        "the start policy as teacher": {"policy": hinted},
         "episodes of several turns": {"policy": {**episodes, "advantage": BatchStdAdvantage()}},
     }
     return {name: {"max_steps": 2, **job} for name, job in work.items()}
@@ -76,10 +82,11 @@ def jobs(first_rollout):
 
 # What the strategy has no part in is tried under one of them.
 UNDER = {
-    "ddp": ("advantages on one rank only", "groups replaced and moved"),
+    "ddp": ("advantages on one rank only", "groups replaced and moved", "distributions of a teacher"),
     "fsdp2": (
         *("longer completions on one rank", "advantages on one rank only"),
         *("episodes of several turns", "masks and an entropy bonus"),
+        *("distributions of a teacher", "the start policy as teacher"),
     ),
 }
 

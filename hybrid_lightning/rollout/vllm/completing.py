@@ -101,9 +101,9 @@ class VLLMEngine(RolloutEngine):
             | {"max_tokens": max(limits[number * samples : (number + 1) * samples])}
             for number, seed in enumerate(seeds)
         ]
-        on_completion, answered = request.on_completion, None
+        on_completion, on_tokens, answered = request.on_completion, request.on_tokens, None
         vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-        if on_completion is not None:
+        if on_completion is not None or on_tokens is not None:
             if self._copied is None or self._copied[0] is not tokenizer:
                 self._copied = (tokenizer, deepcopy(tokenizer))  # which takes long for a large vocabulary
             copied = self._copied[1]
@@ -112,6 +112,11 @@ class VLLMEngine(RolloutEngine):
                 for answer in answers:
                     _check(answer, vocabulary)
                 tokens, finished = [answer.tokens for answer in answers], [answer.finished for answer in answers]
+                if on_tokens is not None:
+                    for sample, own in enumerate(tokens):
+                        on_tokens(number * samples + sample, own)
+                if on_completion is None:
+                    return
                 context = [request.prompt_ids[number]]
                 for sample, completion in enumerate(self.completions(copied, context, tokens, finished)):
                     on_completion(number * samples + sample, completion)

@@ -58,7 +58,7 @@ def check_server(server: Server, model: ServedModel, max_new_tokens: int, takes_
     if facts.context <= max_new_tokens:
         fault = f"has a context of {facts.context} tokens, no room for a prompt beside sampler.max_new_tokens={max_new_tokens}"
         raise _fault(server, fault, "a longer --max-model-len, or lower sampler.max_new_tokens")
-    _check_tokenizer(server, model.tokenizer)
+    check_tokenizer(server, model.tokenizer, "start it with the policy's model")
     _check_config(server, model)
     wanted = str(model.dtype).removeprefix("torch.")
     if facts.dtype != wanted:
@@ -110,7 +110,8 @@ def _ask_if_there(server: Server, path: str) -> Any:
         return None if error.status == 404 else {}
 
 
-def _check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, remedy: str) -> None:
+    """Raise ConfigError with a remedy unless the server splits some texts into the same tokens."""
     size = len(tokenizer)
     words = tokenizer.decode([number * size // 32 for number in range(32)])
     for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
@@ -128,8 +129,8 @@ def _check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase) -> None
             found = f"nothing ({error.cause})"
         if found != wanted:
             raise ConfigError(
-                f"{server.url} ({server.facts.model}) has another tokenizer than the policy: it splits {text!r} into "
-                f"{str(found)[:60]} and the policy into {str(wanted)[:60]}; start it with the policy's model"
+                f"{server.url} has another tokenizer than the policy: it splits {text!r} into {str(found)[:60]} and the policy "
+                f"into {str(wanted)[:60]}; {remedy}"
             )
 
 

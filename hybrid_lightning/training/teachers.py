@@ -1,0 +1,212 @@
+"""Teachers: what says how probable the tokens are that the policy sampled.
+
+    seen        a rollout's completions after the prompts that the teacher sees
+    logprobs    of these tokens, when the rollout is made: for `SampledReverseKL`
+    predict     whole distributions, in each training step: for `ReverseKL`, `ForwardKL`, `JensenShannon`
+
+`student` are the passes of the policy. Axes: B sequences, T completion tokens, K tokens that were sampled.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.data.template import fill_template, template_fields
+from hybrid_lightning.engine import Predictions, predictions
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import Distillation
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.model.policy import Policy
+from hybrid_lightning.model.pretrained import Pretrained
+from hybrid_lightning.model.quantization import Quantization, quantize_base
+from hybrid_lightning.rollout.batching import pad_left, pad_token
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.training.generation import Generation
+from hybrid_lightning.training.run import Run
+from hybrid_lightning.types import Prompt, Rollouts, Sequences
+
+Interruptible = Callable[[], AbstractContextManager[Any]]
+
+
+class Teacher(Configurable):
+    """Base class of teachers; a subclass gives `passes` or `context`, or `logprobs` if it computes elsewhere."""
+
+    needs_start_policy = False  # whether the policy's start weights must be kept
+    is_remote = False  # whether it computes elsewhere, which can fail on one rank alone
+
+    def check(self, student: Passes, distillation: Distillation) -> None:
+        """Raise ConfigError if it cannot teach this policy so; called before weights are loaded, and when they are."""
+
+    def seen(
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+    ) -> Sequences:
+        """The B = P * G completions of prompts, which `encode` tokenizes, as the teacher sees them: by default as they are."""
+        return sequences
+
+    def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
+        """What gets the number and the tokens of each completion of a rollout that ends before others; None for nothing."""
+        return None
+
+    def passes(self, student: Passes) -> Passes:
+        """The teacher's passes on the student's device; by default the policy's."""
+        return student
+
+    def context(self, student: Passes) -> AbstractContextManager[Any]:
+        """Within this context `passes` are the teacher's."""
+        return nullcontext()
+
+    def logprobs(self, student: Passes, sequences: Sequences, interruptible: Interruptible = nullcontext) -> Tensor:
+        """Log-probabilities of the sampled tokens without gradient, [B, T] float32. All ranks call it together."""
+        passes = self.passes(student)
+        with self.context(student):
+            logprobs = passes.measure([sequences], interruptible=interruptible)[0][0]
+        assert logprobs is not None
+        return logprobs
+
+    def predict(self, student: Passes, sequences: Sequences) -> Predictions:
+        """What predicts the K sampled tokens of a chunk of a micro-batch, without gradient."""
+        policy = self.passes(student).policy
+        with self.context(student), policy.inference():
+            states, logits = predictions(policy.engine, sequences)
+
+        def within(some: Tensor) -> Tensor:
+            with self.context(student), policy.inference():
+                return logits(some)
+
+        return states, within
+
+    def with_context(self, prompt: Prompt) -> Prompt:
+        """The prompt as the teacher sees it."""
+        return prompt
+
+    def complete(self, student: Generation, passes: Passes, prompts: Sequence[Prompt]) -> Rollouts:
+        """A completion of each prompt by a teacher in this process, before training."""
+        given, policy = vars(student.sampler), self.passes(passes).policy
+        sampler = Sampler(**{name: given[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p")})
+        generation = Generation(policy, sampler, student.reward, Run(), episodes=student.episodes)
+        draws = torch.Generator(policy.device).manual_seed(0)
+        return generation.generate([self.with_context(prompt) for prompt in prompts], draws=draws)
+
+    def release(self) -> None:
+        """Free the device, since completions are made next."""
+
+
+class ModelTeacher(Teacher):
+    """A second model with the policy's tokenizer, which reads the policy's prompts.
+
+    Each device has all of its weights; unless quantized, they are in the memory of the host while completions are made.
+
+    Args:
+        model: As `model.model`: a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of its weights; None takes the policy's.
+        quantization: Quantizes its linear modules, such as `NF4()`; None keeps them as they are.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+
+    def __init__(
+        self, model: str, revision: str | None = None, dtype: str | None = None, quantization: Quantization | None = None
+    ) -> None:
+        self.quantization, self.dtype = quantization, dtype
+        self.pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
+        self._passes: Passes | None = None
+        self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
+
+    def check(self, student: Passes, distillation: Distillation) -> None:
+        """See `Teacher`; ConfigError names what differs unless each token has the same id for both."""
+        ours, theirs = student.policy.pretrained.tokenizer.get_vocab(), self.pretrained.tokenizer.get_vocab()
+        unlike = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+        if unlike:
+            first = min(unlike, key=lambda token: (ours.get(token, math.inf), theirs.get(token, math.inf)))
+            raise ConfigError(
+                f"the teacher has another tokenizer than the policy: {len(unlike)} tokens differ, first {first!r}, with id "
+                f"{ours.get(first)} for the policy and {theirs.get(first)} for the teacher; take a teacher with its tokenizer"
+            )
+        self.pretrained.check()
+
+    def passes(self, student: Passes) -> Passes:
+        """See `Teacher`. The first call loads the model."""
+        device = student.policy.device
+        if self._passes is None:
+            self.pretrained.dtype = self.dtype or student.policy.pretrained.dtype
+            self.pretrained.encoder = student.policy.pretrained.encoder
+            policy = Policy(self.pretrained)
+            if self.quantization is not None:
+                quantize_base(policy.model, self.quantization, (), device)
+            self._passes = Passes(policy, student.temperature)
+        model = self._passes.policy.model
+        if device.type != "cpu" and next(model.parameters()).device != device:
+            if self.quantization is None:
+                self._on_host = [(weight, weight.data) for weight in model.parameters()]
+            model.to(device)
+        return self._passes
+
+    def release(self) -> None:
+        """See `Teacher`: its weights do not change, so that nothing is copied back."""
+        for weight, data in self._on_host:
+            weight.data = data
+        self._on_host = []
+
+
+class SelfTeacher(Teacher):
+    """The policy itself, with privileged context in its prompt, at its start or as it is now (SDFT, SDPO).
+
+    Args:
+        context: What the prompt, or the last message of the user in a chat, becomes for the teacher: a template with `{prompt}`
+            for its text, `{answer}` for the reference answer, and the columns of the row. None leaves it, which holds a policy
+            back at its start.
+        start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
+
+    Raises:
+        ConfigError: If the template is malformed.
+    """
+
+    def __init__(self, context: str | None = None, start: bool = True) -> None:
+        if context is not None and "prompt" not in template_fields("context", context):
+            raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt is to be")
+        self.template, self.start, self.needs_start_policy = context, start, start
+
+    def check(self, student: Passes, distillation: Distillation) -> None:
+        """See `Teacher`."""
+        if distillation.of_distributions and student.policy.weights.sharded:
+            raise ConfigError(
+                f"SelfTeacher with {type(distillation).__name__} computes with weights that FSDP2 splits over devices while they "
+                "are trained; set model.distillation=SampledReverseKL, or trainer.strategy=ddp"
+            )
+
+    def seen(
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+    ) -> Sequences:
+        """See `Teacher`; ConfigError if the row lacks a column of the template."""
+        if self.template is None:
+            return sequences
+        samples, pad_id = len(sequences) // len(prompts), pad_token(student.policy.pretrained.tokenizer)
+        rows = [ids for ids in (encode(self.with_context(prompt)) for prompt in prompts) for _ in range(samples)]
+        prompt_ids, prompt_mask = pad_left(rows, pad_id, sequences.prompt_ids.device)
+        return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+
+    def with_context(self, prompt: Prompt) -> Prompt:
+        """See `Teacher`; override it to give other context."""
+
+        def fill(text: str | None) -> str:
+            values = {**prompt.columns, "answer": prompt.answer, "prompt": text}
+            return fill_template("context", self.template or "{prompt}", values, prompt.place)
+
+        if prompt.messages is None:
+            return replace(prompt, text=fill(prompt.text))
+        messages = [dict(message) for message in prompt.messages]
+        asked = next(message for message in reversed(messages) if message["role"] == "user")
+        asked["content"] = fill(asked["content"])
+        return replace(prompt, messages=tuple(messages))
+
+    def context(self, student: Passes) -> AbstractContextManager[Any]:
+        """See `Teacher`."""
+        return student.policy.start_policy() if self.start else nullcontext()

@@ -1,0 +1,132 @@
+"""`Teaching`: what a teacher adds to a task, to advantages when a rollout is made or to the loss of each step.
+
+`Untaught` adds nothing, so that a task need not ask whether it has a teacher. Axes: B sequences, T completion tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.losses import Distillation, Divergence, PolicyLoss, SampledReverseKL
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.training import run_checks
+from hybrid_lightning.training.generation import Generation, Listen
+from hybrid_lightning.training.teachers import Teacher
+from hybrid_lightning.types import PolicyBatch, Rollouts, Sequences
+
+# Log-probabilities and entropy, each [B, T], what is added to the loss of each token, if anything, and what is measured, [B, T].
+Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
+
+
+class Untaught:
+    """Learning from rewards alone."""
+
+    teacher: Teacher | None = None
+    listen: Listen | None = None
+    shown_metrics: tuple[str, ...] = ()  # beside the progress bar
+    needs_start_policy = needs_all_rows = False
+
+    def __init__(self, passes: Passes, generation: Generation) -> None:
+        self.passes, self.generation, self.run = passes, generation, generation.run
+
+    def begin(self) -> None:
+        """Free the device, since completions are made next."""
+
+    def taught(
+        self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
+    ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
+        """Completions as the teacher sees them, if an update needs them; advantages with what it adds; and metrics."""
+        return None, advantages, {}
+
+    def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
+        """Advantages of the rollouts that score modules, with what the teacher adds."""
+        return advantages
+
+    def learned(self, chunk: PolicyBatch) -> Learned:
+        """Pass of an update, with gradient."""
+        logprobs, entropy = self.passes.logprobs(chunk.sequences)
+        return logprobs, entropy, None, {"entropy": entropy.detach()}
+
+    def check(self) -> None:
+        """Raise ConfigError if the teacher cannot teach this policy."""
+
+
+class Teaching(Untaught):
+    """Learning from a teacher, and from rewards beside it."""
+
+    shown_metrics = ("teacher/kl",)
+
+    def __init__(self, passes: Passes, generation: Generation, teacher: Teacher, distillation: Distillation) -> None:
+        super().__init__(passes, generation)
+        self.teacher: Teacher = teacher
+        self.distillation = distillation
+        self.listen, self.needs_start_policy = teacher.listen, teacher.needs_start_policy
+        self.needs_all_rows = distillation.of_distributions
+        self.run.shares_failures |= teacher.is_remote
+
+    def begin(self) -> None:
+        """See `Untaught`."""
+        self.teacher.release()
+
+    def taught(
+        self, rollouts: Rollouts, trained: Sequences, advantages: Tensor
+    ) -> tuple[Sequences | None, Tensor, dict[str, float]]:
+        """See `Untaught`."""
+        if self.distillation.of_distributions:
+            seen = self._seen(rollouts, trained)
+            return (None if seen is trained else seen), advantages, {}
+        with self.run.stopping_together(), self.run.clock.phase("logprobs"):
+            logprobs, ratio = self._log_ratio(rollouts, trained)
+        mask = trained.sampled_mask
+        sums = torch.stack([-ratio.sum(), logprobs[mask].sum(), mask.sum().float()])
+        kl, logprob, tokens = self.run.sum_over_ranks(sums).tolist()
+        metrics = {"teacher/kl": kl / max(tokens, 1), "teacher/logprob": logprob / max(tokens, 1)}
+        return None, F.per_token(advantages, mask) * mask + self.distillation.coef * ratio, metrics
+
+    def calibrated(self, rollouts: Rollouts, trained: Sequences, advantages: Tensor, loss: PolicyLoss) -> Tensor:
+        """See `Untaught`: modules are scored by the gradient of the sampled KL, whatever the divergence."""
+        ratio = self._log_ratio(rollouts, trained)[1] * self.distillation.coef
+        ratio = ratio if loss.takes_token_advantages else F.sequence_means(ratio, trained.sampled_mask)
+        self.teacher.release()
+        return F.per_sequence_as(ratio, advantages) + ratio
+
+    def learned(self, chunk: PolicyBatch) -> Learned:
+        """See `Untaught`."""
+        if not isinstance(self.distillation, Divergence):
+            return super().learned(chunk)
+        seen = self.teacher.predict(self.passes, chunk.seen_by_teacher or chunk.sequences)
+        logprobs, divergence, entropy, of_teacher = self.passes.compared(chunk.sequences, seen, self.distillation)
+        measured = {"entropy": entropy.detach(), "teacher/divergence": divergence.detach(), "teacher/logprob": of_teacher}
+        measured["teacher/kl"] = logprobs.detach() - of_teacher
+        return logprobs, entropy, self.distillation.coef * divergence, measured
+
+    def check(self) -> None:
+        """See `Untaught`."""
+        if self.run.stage == "fit":
+            self.teacher.check(self.passes, self.distillation)
+
+    def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
+        return self.teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
+
+    def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
+        """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""
+        logprobs = self.teacher.logprobs(self.passes, self._seen(rollouts, trained), self.run.interruptible)
+        return logprobs, F.log_ratio(logprobs, rollouts.sampling_logprobs, trained.sampled_mask)
+
+
+def teaching(
+    passes: Passes,
+    generation: Generation,
+    teacher: Teacher | None,
+    distillation: Distillation | None,
+    advantage: AdvantageEstimator,
+    dynamic_sampling: DynamicSampling | None,
+    loss: PolicyLoss,
+) -> Untaught:
+    """What a teacher adds to a task with these parts; ConfigError if options of learning from one do not go together."""
+    run_checks.check_distillation(teacher, distillation, advantage, dynamic_sampling, loss)
+    if teacher is None:
+        return Untaught(passes, generation)
+    return Teaching(passes, generation, teacher, distillation or SampledReverseKL())

@@ -68,6 +68,7 @@ for command in ("{ROOT / "configs"}/gspo.yaml --help", "{ROOT / "configs"}/qwen3
 """
 
 
+@pytest.mark.long
 def test_a_help_and_a_mistake_import_nothing_that_takes_long(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--model.lr_lora\n" in done.stdout and "did you mean --model.lr_lora" in done.stderr

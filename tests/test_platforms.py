@@ -95,6 +95,7 @@ def simulated(tmp_path_factory):
     return {system: started(system) for system in COMMANDS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("system", COMMANDS)
 def test_a_run_on_another_system(system, simulated):
     ended, folder = simulated[system]

@@ -8,6 +8,7 @@
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -34,12 +35,13 @@ from hybrid_lightning.types import Prompt, Rollouts, Sequences
 Interruptible = Callable[[], AbstractContextManager[Any]]
 
 
-class Teacher(Configurable):
+class Teacher(Configurable, ABC):
     """Base class of teachers; a subclass gives `passes` or `context`, or `logprobs` if it computes elsewhere."""
 
     needs_start_policy = False  # whether the policy's start weights must be kept
     is_remote = False  # whether it computes elsewhere, which can fail on one rank alone
 
+    @abstractmethod
     def check(self, student: Passes, distillation: Distillation) -> None:
         """Raise ConfigError if it cannot teach this policy so; called before weights are loaded, and when they are."""
 

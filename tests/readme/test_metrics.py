@@ -14,6 +14,7 @@ from hybrid_lightning import losses
 from hybrid_lightning.rewards import JudgeReward
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
+from hybrid_lightning.training.teaching import Teaching
 from hybrid_lightning.types import LossInputs
 
 REFERENCE = PAGES["docs/reference/metrics.md"]
@@ -78,12 +79,27 @@ def of_judges():
     return JudgeReward("Grade it.", "http://localhost/v1", "judge", prices=(1.0, 2.0)).take_counts().keys()
 
 
+def of_teachers():
+    """What is measured of a teacher, when a rollout is made and in an update."""
+    logprobs = torch.zeros(2, 3)
+    trained = SimpleNamespace(sampled_mask=torch.ones(2, 3, dtype=torch.bool))
+    kinds = {"listen": None, "needs_start_policy": False, "is_remote": False}
+    teacher = SimpleNamespace(seen=lambda *_: trained, logprobs=lambda *_: logprobs, predict=lambda *_: None, **kinds)
+    parts = (SimpleNamespace(compared=lambda *_: [logprobs] * 4), SimpleNamespace(run=Run(), encode=None), teacher)
+    rollouts, chunk = (
+        SimpleNamespace(prompts=(), sampling_logprobs=logprobs),
+        SimpleNamespace(seen_by_teacher=None, sequences=None),
+    )
+    measured = Teaching(*parts, losses.ReverseKL()).learned(chunk)[-1]
+    return Teaching(*parts, losses.SampledReverseKL()).taught(rollouts, trained, torch.zeros(2))[-1].keys() | measured.keys()
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """The names in `metrics.csv` of a run by RL with all that can be switched on, one of a mixture, SFT and DPO."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "mixture.yaml").write_text(MIXTURE)
-    names = of_losses() | of_engines() | of_judges()
+    names = of_losses() | of_engines() | of_judges() | of_teachers()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for config, options in (("gspo", ALL), ("sft", EXAMPLES), ("dpo", EXAMPLES)):

@@ -16,6 +16,7 @@ FILES = {
 }
 
 
+@pytest.mark.long
 def test_the_notebook_runs_and_is_quiet(tmp_path):
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -109,7 +109,6 @@ def at_request(server, number, action):
             (0, "dies", "completes for", 2, EPISODES),
         ],
         0,
-        3,
         5,
     ),
 )

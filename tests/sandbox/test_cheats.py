@@ -40,6 +40,7 @@ def score(programs, tests, entry_point=None, partial_credit=False, wall_seconds=
     return dict(zip(programs, reward(completions, [prompt] * len(programs)), strict=True))
 
 
+@pytest.mark.long
 def test_no_cheat_passes_and_honest_programs_do():
     assert score(CHEATS, TESTS, wall_seconds=2.0) == dict.fromkeys(CHEATS, 0.0) and len(CHEATS) > 50
     assert score(HONEST, TESTS) == dict.fromkeys(HONEST, 1.0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from long_cases import long_but
 from ranks_of_tests import start, wait
 from runs_of_tests import ADAM, STRATEGIES, train, train_each
 from test_checkpoints_cross import SHARDED, content_of
@@ -114,6 +115,7 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
     assert_goes_on(folder, tmp_path, checkpoint, torch.load(checkpoint, weights_only=True)["global_step"], unstopped)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*give --model.correction:UserWarning")
 def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begins_again(folder, tmp_path):
     server = FakeServer(build_tokenizer(), MODEL.config)
@@ -129,7 +131,7 @@ def test_with_rollouts_under_way_on_a_server_too_which_the_run_that_goes_on_begi
         server.stop()
 
 
-@pytest.mark.parametrize(("rank", "name", "time"), [(1, "__1_0.distcp", 5), (0, "meta.pt", 4)])
+@pytest.mark.parametrize(("rank", "name", "time"), long_but([(1, "__1_0.distcp", 5), (0, "meta.pt", 4)], 1))
 def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, rank, name, time):
     """Every step writes two: the best one, and the last one in the place of that of the step before."""
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)

@@ -27,6 +27,7 @@ CROSSINGS = {
 # What is changed as they go on, all from the same checkpoint; but that DDP reads as one process does.
 ADAM_CHANGED = partial(torch.optim.AdamW, betas=(0.7, 0.8), eps=1e-3)
 CHANGED = {"policy": {"lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": ADAM_CHANGED}, "gradient_clip_val": 0.5}
+pytestmark = pytest.mark.long
 CHANGING = ("one process", "fsdp2")
 
 

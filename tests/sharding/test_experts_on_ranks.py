@@ -25,6 +25,7 @@ def job(**flags):
     return {"max_steps": 2, "policy": {"sampler": ByPrompt(12), **ADAM}, "adapter": adapter, "callbacks": (Streamed(),), **flags}
 
 
+@pytest.mark.long
 def test_it_is_the_same_run(experts, train_on):
     whole = train_on(1, {"one": job()}, folder=experts)[0]["one"]
     modes = {module["mode"] for module in whole["plan"]["candidates"] if module["name"].endswith("experts")}

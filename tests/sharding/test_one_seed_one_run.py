@@ -14,7 +14,6 @@ import pytest
 import tiny_examples
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from long_cases import long_but
 from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
@@ -122,7 +121,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", long_but(CASES, 0))
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
 def test_runs_are_equal_on_a_busy_machine(folder, tmp_path, case):
     ranks = CASES[case].get("devices", 1)
     # Found by one as by two in each of several tries, but that DDP's fault took two.

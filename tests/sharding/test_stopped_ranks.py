@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from cli_runs import run as run_command
 from cli_runs import write_folder
-from long_cases import long_but
 from ranks_of_tests import run, start
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
@@ -59,7 +58,8 @@ def folder(tmp_path_factory):
     yield from write_folder(tmp_path_factory.mktemp("stopped"))
 
 
-@pytest.mark.parametrize("name", long_but(STRATEGIES, 0))
+@pytest.mark.long
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
     results, others = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
     codes = [0, *[143] * len(STOPS[name]), 0]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -31,10 +32,24 @@ class FakeJudge(ThreadingHTTPServer):
 
     def __init__(self):
         self.grade, self.faults, self.requests, self.headers = (lambda text: graded(len(text) % 11)), [], [], []
-        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.lock, self.ended, self.connections = threading.Lock(), threading.Event(), []
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def close(self):
+        """End, with all connections: clients keep theirs open."""
+        self.ended.set()
+        self.shutdown()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server_close()
 
     def hang(self):
         """A fault: no answer until the test is over."""

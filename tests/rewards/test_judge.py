@@ -32,9 +32,7 @@ def fake(monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     server = FakeJudge()
     yield server
-    server.ended.set()
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 @pytest.fixture
@@ -213,6 +211,7 @@ def is_refused(text):
     return zlib.crc32(text.encode()) % 8 == 0
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_in_a_call_of_its_judge_goes_on_to_the_same_bits(fake, folder, monkeypatch):
     """By a judge that never grades alike twice, and refuses every eighth completion: these are left out."""
     given = {"base_url": fake.url, "model": "j", "rubric": "Grade the sum.", "retries": 0, "max_failed_share": 0.5}

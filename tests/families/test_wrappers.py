@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import PARTS, done, run
+from long_cases import long_but
 from safetensors import safe_open
 from tiny_families import build_family
 from tiny_models import build_tokenizer
@@ -46,7 +47,9 @@ def greedy_accuracy(folder):
     return sum(right) / len(right)
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("qwen3_5", "Qwen3_5ForCausalLM"), ("qwen3_moe", "Qwen3MoeForCausalLM")])
+@pytest.mark.parametrize(
+    ("family", "architecture"), long_but([("qwen3_5", "Qwen3_5ForCausalLM"), ("qwen3_moe", "Qwen3MoeForCausalLM")], 0)
+)
 def test_the_export_of_a_hybrid_run_is_as_accurate_in_plain_transformers(family, architecture, here, caplog):
     build_family(family, std=0.1).save_pretrained(here / "model")
     build_tokenizer().save_pretrained(here / "model")

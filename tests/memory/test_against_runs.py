@@ -1,6 +1,7 @@
 """What is planned is what runs of the embedded policy are measured to hold, part by part and moment by moment."""
 
 import pytest
+from long_cases import long_but
 from tiny_memory import Case
 
 from hybrid_lightning.engine.backend import packs
@@ -15,7 +16,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_but(CASES, 0))
 def test_parts_and_peaks_are_as_planned(name, tmp_path):
     case = CASES[name]
     measured, plan = case.measure(tmp_path)

@@ -227,7 +227,7 @@ def folder_of(tmp_path_factory):
     return build
 
 
-@pytest.mark.parametrize(("template", "loss", "options"), long_but(CASES, 0, 3))
+@pytest.mark.parametrize(("template", "loss", "options"), long_but(CASES, 3))
 def test_rollout_loss_and_gradient_equal_trl(template, loss, options, folder_of, tmp_path):
     folder = folder_of(template)
     said = script(template, AutoTokenizer.from_pretrained(folder))

@@ -19,6 +19,7 @@ BFLOAT16 = {  # by dtype of the model and precision
     name: {"policy": {"dtype": name.split()[0], **PASSES}, "precision": name.split()[1], "max_steps": 3, "limit_val_batches": 0}
     for name in ("bfloat16 bf16-mixed", "float32 bf16-mixed")
 }
+pytestmark = pytest.mark.long
 SMALL, LARGE = 2.0**10, 2.0**22  # scales of the loss; gradients overflow with the second
 
 

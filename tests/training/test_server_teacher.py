@@ -91,10 +91,12 @@ def test_it_teaches_what_the_same_model_here_does_and_is_asked_while_others_are_
 
 
 @pytest.mark.parametrize(("fault", "message"), [("garbage", "cannot be read"), (400, "too busy"), (503, "too busy")])
-def test_what_cannot_succeed_or_stays_away_ends_the_run(model, sums, tmp_path, url, fault, message):
+def test_what_cannot_succeed_or_stays_away_ends_the_run(model, sums, tmp_path, url, monkeypatch, fault, message):
     Teacher.faults = [fault] * 1000
+    # No time is left for a second attempt, however busy the machine is.
+    monkeypatch.setattr("hybrid_lightning.training.server_teacher._FIRST_PAUSE_S", 1000)
     with pytest.raises(RolloutError, match=message):
-        fit(model, sums, tmp_path, policy={"teacher": ServerTeacher(url, timeout_s=0.2)}, max_steps=1)
+        fit(model, sums, tmp_path, policy={"teacher": ServerTeacher(url)}, max_steps=1)
 
 
 def test_what_cannot_work_is_refused_before(model, tmp_path, url, monkeypatch):

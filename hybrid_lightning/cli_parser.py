@@ -32,12 +32,16 @@ _REWRITES = (
         "no command is given, such as python -m hybrid_lightning fit --config FILE; --help lists all and says what each does",
     ),
     (
+        r"Parser key \"config\": File does not exist: '(.+)'",
+        r"--config \1: there is no such file; correct the path, or give one of the names that the command 'configs' lists",
+    ),
+    (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
         r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
     ),
     (
         r"the following arguments are required: (loss)$",
-        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
+        r"model.\1 must be given, nearly always by a config: --config gspo, a name that 'configs' lists, or your own file",
     ),
     (
         r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"

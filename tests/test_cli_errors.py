@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 # A command, and what the last line has to say.
 COMMANDS = [
     ("", r"no command is given, such as .* fit --config FILE; --help lists all"),
-    ("fit", r"model\.loss must be given, nearly always by a config: --config FILE"),
+    ("fit", r"model\.loss must be given, nearly always by a config: --config gspo"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),

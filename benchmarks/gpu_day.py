@@ -1,10 +1,10 @@
 """Everything that can only be known on a GPU, in 45 minutes or in several calls of less: `python -m benchmarks.gpu_day`.
 
-Each part is a process of its own, whose time is limited, and which ends with this one, however that ends. What a part has found is
-in `OUT/PART.json` as soon as it has found it, what it prints in `OUT/PART.log`, and all of it on the page `OUT/gpu_day.md`, which
+Each part is a process of its own with limited time, and ends with this one, however that ends. What a part has found is in
+`OUT/PART.json` as soon as it has found it, what it prints in `OUT/PART.log`, and all of it on the page `OUT/gpu_day.md`, which
 ends with the decisions that wait for it. A part that fails, dies or is killed at its limit is written down as such, and the next
 begins; the exit status is then 1. The same command again measures what is missing or has failed, with the model and the compiled
-code in `OUT/kept`, and refuses a folder whose results are of another device, commit or package.
+code in `OUT/kept`, and refuses a folder with results of another device, commit or package.
 
 The model has the shape of Qwen3-0.6B and random weights, which are made here: nothing is downloaded. `--device cpu` rehearses all
 of it with tiny sizes, whose numbers say nothing. `--wheels FOLDER` gets, where there is a network, the packages that a machine
@@ -41,7 +41,7 @@ PARTS = {
     "gspo": "Does `configs/gspo.yaml` learn on the card what it learns on the CPU?",
     "lora": "LoRA: agreement of sampling and training, and seconds of a step; in the first is what compiling takes.",
     "resume": "Does a run that stops after two of four steps and goes on end with the same bits, and a second run?",
-    "graphs": "What do CUDA graphs give at 8 and 256 rows that end one after the other, and which share of the time does the card work?",
+    "graphs": "What do CUDA graphs give at 8 and 256 rows of different lengths, and which share of the time does the card work?",
     "vllm": "Steps as in `lora`, with vLLM in the process.",
     "uncompiled": "Two steps with `TORCH_COMPILE_DISABLE=1`.",
     "memory": "Are the peaks those of the plan, with completions of 2,048 tokens?",
@@ -69,7 +69,7 @@ DECISIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "uncompiled": (SECONDS,),
         "graphs": ("share of the time",),
     },
-    "By how much does the plan of memory, and with it the tokens of a pass, have to change?": {"memory": ("",), "lora": ("peak",)},
+    "By how much do the plan of memory and the tokens of a pass have to change?": {"memory": ("",)},
     "What does README say beside TRL?": {"lora": (SECONDS, "peak"), "trl_vllm": (SECONDS, "peak"), "trl": (SECONDS, "peak")},
     "What do the hybrid and its scores cost?": {"lora": (SECONDS,), "hybrid": (SECONDS, "peak"), "scoring": ("seconds", "peak")},
     "Are float16 and NF4 named as working?": {"float16": ("sampling and training", "finite"), "nf4": ("finite", "peak")},
@@ -82,7 +82,7 @@ ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
 def build_parser() -> argparse.ArgumentParser:
     parser = command("gpu_day", __doc__, device="cuda", out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
-    parser.add_argument("--minutes", type=float, default=45.0, help="of this call; the same command again does the rest (default: 45)")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of this call; the same again does the rest (default: 45)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="download what the day needs beside torch, and end")
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=own, help="for wheels: Python of the machine with the GPU (default: %(default)s)")

@@ -117,7 +117,10 @@ class Day:
         return Settings(workload, self.model, self.device, torch.get_num_threads(), steps, seed=0)
 
     def train(self, workload: Workload, steps: int, *callbacks: Callback, method: str = "lora", **given: Any) -> Trained:
-        """Train a policy on completions of full length unless `stop_ids` end them, with options of `build_policy` in `policy`, and of `train` besides."""
+        """Train a policy on completions of full length, unless `stop_ids` end them.
+
+        Options of `build_policy` are in `policy`; others are those of `train`.
+        """
         seed_everything(0, verbose=False)
         settings, clock, last = self.settings(workload, steps), Clock(self.cuda, steps), LastStep()
         policy = build_policy(settings, **given.pop("policy", {}))
@@ -322,7 +325,7 @@ def end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Argument: `{"part": name, "device": "cuda" or "cpu", "folder": of the model, "out": file of results, "parent": process}`."""
+    """Argument: `{"part": name, "device": "cuda" or "cpu", "folder": of the model, "out": file, "parent": process}`."""
     faulthandler.enable()  # what kills it says where it was
     request = json.loads(sys.argv[1])
     threading.Thread(target=end_with, args=(request["parent"],), daemon=True).start()

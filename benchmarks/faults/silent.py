@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-_COLLECTIVES = ("allgather", "_allgather_base", "allreduce", "barrier", "broadcast", "gather", "reduce", "scatter", "send", "recv")
+_COLLECTIVES = ("allgather", "_allgather_base", "allreduce", "barrier", "broadcast", "gather", "reduce", "scatter")
 
 
 class Silent(dist.ProcessGroup):
@@ -20,7 +20,7 @@ class Silent(dist.ProcessGroup):
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802
         return "silent"
 
 

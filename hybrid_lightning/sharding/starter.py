@@ -7,7 +7,6 @@ to connect: they would wait for half an hour without a message. Torchrun and SLU
 """
 
 import os
-import sys
 import threading
 import time
 
@@ -21,8 +20,8 @@ _GRACE_S = 10.0  # seconds in which a rank may still end by itself: with gloo's 
 def end_with_starter(signals: StopSignals) -> bool:
     """In a started rank, watch the process that started it for the whole run; in the first rank, note its id.
 
-    Must be called before anything takes time. If the starter ends and this process does not, the watching thread ends it with exit
-    code 1 and one line, which has the `last_words` of the signals. Returns whether another rank started this process.
+    Must be called before anything takes time. If the starter ends and this process does not, the watching thread ends it with
+    exit code 1 and one line, which has the `last_words` of the signals. Returns whether another rank started this process.
     """
     starter = os.environ.get(_STARTER)
     if os.environ.get("LOCAL_RANK", "0") == "0" or starter != str(os.getppid()):

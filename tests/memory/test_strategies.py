@@ -75,7 +75,8 @@ def test_what_passes_receive_from_other_devices_and_with_which_option_it_is_less
     many = re.fullmatch(rf"{start}; with --model.gradient_checkpointing=true {few[1]} MiB, in {few[2]}", note(FSDP2(2)))
     part = planned(FSDP2(2)).peaks["generating"].weights / 2**20  # of each device, which receives as much
     assert int(many[2]) > int(few[2]) and float(many[1]) == pytest.approx(2 * int(many[2]) * part, rel=0.01)
-    assert note(FSDP2(2), max_tokens_per_micro_batch=60).endswith(f"; without model.max_tokens_per_micro_batch {many[1]} MiB, in {many[2]}")
+    least = f"; without model.max_tokens_per_micro_batch {many[1]} MiB, in {many[2]}"
+    assert note(FSDP2(2), max_tokens_per_micro_batch=60).endswith(least)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.wheels is not None:
         return download(arguments.wheels, arguments.python)
+    end, over = time.monotonic() + 60 * arguments.minutes, f"the {arguments.minutes:g} minutes are over"
     check_can_run((), "", arguments.device)
     out, ran_on = arguments.out, {"device": arguments.device, **versions()}
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,6 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{out / name}.json has results of another {changed[0]}; give another folder: --out")
     for number in (signal.SIGTERM, signal.SIGHUP):  # ended from outside, or without a terminal, it stops as by Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    end, over = time.monotonic() + 60 * arguments.minutes, f"the {arguments.minutes:g} minutes are over"
     try:
         for name in arguments.parts:
             if results.get(name, {}).get("state") == "done":

@@ -160,6 +160,7 @@ def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, 
     assert_goes_on(folder, tmp_path, last, steps[last], unstopped)
 
 
+@pytest.mark.long
 def test_all_end_where_connections_do_not_break_as_between_gpus(tmp_path):
     """Rank 1 waits without end for the sum of gradients."""
     next(folder := write_folder(tmp_path))

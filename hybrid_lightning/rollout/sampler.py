@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decoding_of
+from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops
@@ -39,8 +39,9 @@ class Sampler(RolloutEngine):
 
     Args:
         max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
-        cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
-            spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
+        cuda_graphs: Record the step of a token as a CUDA graph, once for each number of rows that runs for several tokens, and
+            replay it, which spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by
+            segments, and a model whose rotary embeddings do not depend on the longest row.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
             the screen which it is; `true` refuses to go on otherwise.
         options: Of `RolloutEngine`.
@@ -160,17 +161,24 @@ class _Decoder:
         Completions go on after they have ended where it `keeps_rows`.
         """
         self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
-        graphs = self.engine.graphs
-        if isinstance(decoding, SegmentDecoding):
-            wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
-            decoding.graphs = graphs if wanted else None
-        elif self.sampler.cuda_graphs is True or (self.sampler.cuda_graphs and _replays(self.device)):
-            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
-            reason = reason or "a sliding window of this model hides tokens of prompts"
-            if self.sampler.cuda_graphs is True:
-                raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
-            graphs.say(reason)
+        wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
+        reason = self._why_no_graphs() if wanted else ""
+        if reason and self.sampler.cuda_graphs is True:
+            raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
+        if reason:
+            self.engine.graphs.say(reason)
+        elif wanted and isinstance(decoding, SegmentDecoding):
+            decoding.graphs = self.engine.graphs
         return decoding.prefill(samples)
+
+    def _why_no_graphs(self) -> str:
+        if not isinstance(self.decoding, SegmentDecoding):
+            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
+            return reason or "a sliding window of this model hides tokens of prompts"
+        decoder: Any = base_model(self.engine.model).get_decoder()
+        kinds = str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", ""))  # of all layers, or by their types
+        asks = any(kind in kinds for kind in ("dynamic", "longrope"))
+        return "the host looks at the positions of each token, which the RoPE of this model depends on" if asks else ""
 
     def decode(self, logits: Tensor, generator: Draws, limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decode until all sequences have ended, from logits [B, V] of the first token of each.

@@ -27,8 +27,9 @@ class FakeModel:
                 module.weight.requires_grad_(True)
             use_fused_layers(model, backend)
         else:
+            self.plan = plan_of_budget(candidates, ModuleBudget(share), lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan_of_budget(candidates, ModuleBudget(share), lora), True, backend)
+                model = apply_plan(model, self.plan, True, backend)
         self.model, self.engine = model, Engine(model, backend)
         self.engine.assume_packing(torch.bfloat16)
         self._fake_weights()

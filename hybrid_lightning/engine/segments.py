@@ -53,10 +53,9 @@ def joined(first: Attended, second: Attended) -> Attended:
 def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
     # FlashAttention gives plus infinity where a query saw no key.
-    parts = [part.masked_fill(part == torch.inf, -torch.inf) for part in (one_sum, other_sum)]
-    sums = torch.logaddexp(*parts)
-    weights = [(part - sums).exp().t()[:, :, None] for part in parts]
-    return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
+    sums = [torch.where(part < torch.inf, part, -torch.inf) for part in (one_sum, other_sum)]
+    share = torch.sigmoid(sums[0] - sums[1]).t()[:, :, None]  # of the first: exp(l_1 - l)
+    return torch.lerp(other.float(), one.float(), share).to(one.dtype), torch.logaddexp(*sums)
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:

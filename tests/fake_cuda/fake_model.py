@@ -16,11 +16,11 @@ from hybrid_lightning.types import Sequences
 
 
 class FakeModel:
-    """The model of a config in bfloat16 on an accelerator, adapted as `share` says, or with None as it is scored."""
+    """The model of a config on an accelerator, adapted as `share` says, or with None as it is scored."""
 
-    def __init__(self, config, layers, share, lora, device):
+    def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
         self.device, self.mode = torch.device(device), FakeTensorMode()
-        backend, model = PlannedBackend(), meta_model(config, torch.bfloat16, layers)
+        backend, model = PlannedBackend(), meta_model(config, dtype, layers)
         candidates = find_candidates(model)
         if share is None:
             for module in candidates.values():

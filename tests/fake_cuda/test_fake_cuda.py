@@ -1,10 +1,12 @@
 """What sampling and an update ask of a GPU, counted at full size on one that is none (see `fake_gpu.py`)."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,36 @@ from hybrid_lightning.engine.backend import fakes_multiply_to_floats
 
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
+CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 counts_logits = pytest.mark.skipif(
     not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
 )
 
 
-@pytest.fixture(scope="module")
-def counts(tmp_path_factory):
-    """In a process of its own, since the guard has to be there before torch."""
+def run(script, folder, *arguments):
+    """What a script finds, in a process of its own, since the guard has to be there before torch."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    found = tmp_path_factory.mktemp("counts") / "counts.json"
-    command = [sys.executable, str(Path(__file__).parent / "counts.py"), str(found)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    environment["TORCHINDUCTOR_CACHE_DIR"] = environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, str(Path(__file__).parent / script), str(folder / "found.json"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(found.read_text())
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What all scripts find, two at a time: of `counts.py`, and of `cubins.py` by compute capability where there is Triton."""
+    scripts = [("counts.py",), *(("cubins.py", name) for name in CAPABILITIES if importlib.util.find_spec("triton"))]
+    with ThreadPoolExecutor(2) as threads:
+        made = {(script, *of): threads.submit(run, script, tmp_path_factory.mktemp("found"), *of) for script, *of in scripts}
+        yield made
+
+
+@pytest.fixture
+def counts(found):
+    return found["counts.py",].result()
 
 
 def test_mistakes_that_are_planted_are_found(counts):
@@ -139,3 +155,33 @@ def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(
     assert found["before"] == {**sent, **dict.fromkeys((*of_prompts, *numbers), 1), of_prompts[0]: 4}
     assert found["waits"] == {} and found["copies"] == {} and found["atomics"] == []
     assert 0.98 < found["peak"] < 1.03, "as where all logits are there once"
+
+
+# Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. A norm adds up its own row.
+OF_FUNCTIONS = {
+    "before_attention": (3, 5, 12),  # a norm; keys with their norm and rotation, and values, to their places; queries
+    "after_attention": (4, 10, 16),  # two runs of keys; sum and norm; gated unit; sum
+    "norm": (1, 0, 2),
+    "norm_gradient": (1, 0, 4),
+    "product_of_silu": (1, 0, 2),
+    "silu_gradients": (1, 0, 3),
+    "joined_results": (2, 0, 4),  # and the sums, which are in another order
+    "block_sums": (1, 0, 1),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
+    """Of LoRA and a hybrid, whose layers share it, in both precisions."""
+    if ("cubins.py", capability) not in found:
+        pytest.skip("there is no Triton: pip install -e '.[cuda-code]'")
+    codes = found["cubins.py", capability].result()
+    assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
+    for name, code in codes.items():
+        assert (code["kernels"], code["products"], code["looks"]) == OF_FUNCTIONS[name.partition(",")[0]], name
+        assert code["others"] == [] and code["cubins"] <= code["kernels"], name
+        assert not code["cubins"] or code["smallest"] > 1000, name
+        function, dtype, _, number = name.split(", ")
+        known = f"{function}, {dtype}, 0, {0 if 'attention' in function else number}"
+        assert code["is new"] == (name == known), "a hybrid and other layers have the code of LoRA's first"
+    assert sum(code["cubins"] for code in codes.values()) >= sum(kernels for kernels, _, _ in OF_FUNCTIONS.values())

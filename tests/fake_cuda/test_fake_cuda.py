@@ -21,8 +21,9 @@ LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+OLDER = not fakes_multiply_to_floats()
 counts_logits = pytest.mark.skipif(
-    not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
+    OLDER, reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
 )
 
 
@@ -157,7 +158,7 @@ def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(
     assert 0.98 < found["peak"] < 1.03, "as where all logits are there once"
 
 
-# Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. A norm adds up its own row.
+# Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. Older torch has one kernel more.
 OF_FUNCTIONS = {
     "before_attention": (3, 5, 12),  # a norm; keys with their norm and rotation, and values, to their places; queries
     "after_attention": (4, 10, 16),  # two runs of keys; sum and norm; gated unit; sum
@@ -178,7 +179,8 @@ def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_
     codes = found["cubins.py", capability].result()
     assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
     for name, code in codes.items():
-        assert (code["kernels"], code["products"], code["looks"]) == OF_FUNCTIONS[name.partition(",")[0]], name
+        kernels, products, looks = OF_FUNCTIONS[name.partition(",")[0]]
+        assert kernels <= code["kernels"] <= kernels + OLDER and code["products"] == products and code["looks"] <= looks, name
         assert code["others"] == [] and code["cubins"] <= code["kernels"], name
         assert not code["cubins"] or code["smallest"] > 1000, name
         function, dtype, _, number = name.split(", ")

@@ -14,6 +14,7 @@ import torch
 from engine.test_logprobs import build_sequences
 from engine.test_packing import build_sequences as build_many
 from fake_cuda.fake_gpu import counter
+from long_cases import long_but
 from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
@@ -142,7 +143,7 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
     assert min(token["call"] for token in tokens) <= 65 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 
 
-@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("planted", long_but([False, True], 0))
 def test_two_rollouts_of_unequal_rows_and_their_updates_compile_each_function_once(tokenizer, monkeypatch, traced, planted):
     """But for one whose rows are put in by hand as a size that does not change."""
     for module in (decoder, compiling):

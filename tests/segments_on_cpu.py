@@ -29,7 +29,8 @@ def attend(query, key, value, queries, keys, most_queries, most_keys, dropout, c
     found, seen = scores(query, key, queries, keys, causal, options["window_size_left"], scale, options.get("seqused_k"))
     values = repeated(value, query.shape[1]).masked_fill(~seen[:, None, None], 0)  # where nothing was written yet
     result = torch.einsum("hnm,mhd->nhd", found.softmax(dim=-1).nan_to_num(0), values).to(query.dtype)
-    return result, found.logsumexp(dim=-1), torch.empty(0), torch.empty(0), torch.empty(0)
+    sums = found.logsumexp(dim=-1)  # plus infinity where a query saw no key, as of FlashAttention 2
+    return result, sums.masked_fill(sums == -torch.inf, torch.inf), torch.empty(0), torch.empty(0), torch.empty(0)
 
 
 def backward(gradient, query, key, value, result, sums, queries, keys, most_queries, most_keys, dropout, causal, *_, **options):

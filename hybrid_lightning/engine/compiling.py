@@ -28,7 +28,7 @@ _ACCELERATORS = ("cuda", "xpu")  # devices that torch's compiler writes Triton k
 _WITH_BFLOAT16 = (8, 0)  # compute capability
 # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so that
 # a resumed run goes on with the same numbers. Code does not look at the sizes of what it is given: 0.2 microseconds a tensor.
-_OPTIONS = {"emulate_precision_casts": True, "deterministic": True, "size_asserts": False}
+_OPTIONS = {"emulate_precision_casts": True, "deterministic": True, "triton.autotune_pointwise": False, "size_asserts": False}
 _OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
 
 
@@ -141,7 +141,7 @@ def _compile(function: Callable[..., Any], leaves: list[Any], tree: TreeSpec, ax
             graph = make_fx(pure, select_decomp_table(), _allow_non_fake_inputs=True)(*symbols, *inputs)
         with (
             tracing(TracingContext(mode)),
-            config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name)}),
+            config.patch({name: value for name, value in _OPTIONS.items() if hasattr(config, name.partition(".")[0])}),
         ):
             made = compile_fx.compile_fx_inner(graph, [*symbols, *inputs], is_inference=True)
     # What is around it looks for a profiler and for what was found out by timing at every call, 4 microseconds long.

@@ -161,7 +161,7 @@ class _RMSNorm(torch.autograd.Function):
         return found.view_as(x), None, None, None
 
 
-@partial(OneKernel, "rows n, rows n, n, rows _")
+@partial(OneKernel, "rows _, rows _, _, rows _")
 def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     of_normed = (gradient * weight).float()
     exact = x.float()
@@ -194,7 +194,7 @@ def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
-@partial(OneKernel, "rows n, n", otherwise=_uncompiled_norm)
+@partial(OneKernel, "rows _, _", otherwise=_uncompiled_norm)
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()

@@ -20,6 +20,7 @@ from hybrid_lightning.engine.passes import plain_projection
 # Hidden vectors that norms keep in float32, at most, where they are not fused: Gemma's, of which a layer has four.
 _NORMS = 14
 _FLOAT = 4
+_MULTIPROCESSORS = 132  # of an H100; by these FlashAttention counts its copies
 
 
 class PassMemory:
@@ -73,7 +74,7 @@ class PassMemory:
         tokens, every = self._tokens(rows), rows.prompt_tokens + rows.completion_tokens
         layers = [self._tokens(rows, recurs) * self.kept(recurs, every, trained) for recurs in sizes.recurs]
         converted, logits = self._converted(trained), self._logits(predicted)
-        within = tokens * self._within_backward(1.0 if trained is None else trained.share_full)
+        within = self._within_backward(rows, tokens, 1.0 if trained is None else trained.share_full)
         # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
         kept: float = width * sizes.hidden * (2 * tokens + predicted * (1 + self.entropy_gradient))
         adapted, of_layer = (0, 0) if trained is None else (trained.experts, trained.experts_in_layer)
@@ -147,14 +148,35 @@ class PassMemory:
         keys = sizes.cached + 2 * sizes.attending * sizes.queries  # which some attention repeats for all heads
         return rows.completions * (self.width * rows.prompt_tokens * keys + sum(sizes.recurs) * sizes.states.bytes(self.width))
 
-    def _within_backward(self, share_full: float) -> float:
-        """Bytes of a token that the backward pass through a layer makes at a time."""
-        sizes = self.sizes
+    def _within_backward(self, rows: Rows, tokens: int, share_full: float) -> float:
+        """Bytes that the backward pass through a layer makes at a time: in its MLP, or later in its attention."""
+        sizes, width = self.sizes, self.width
         inner = sizes.inner + sizes.experts * sizes.expert_inner
         scanned = max(sizes.kept(recurs).wide for recurs in sizes.recurs)
-        # FlashAttention adds up the gradients of queries in float32, beside two numbers for each head.
-        workspace = 0 if self.on_cpu else sizes.queries + 2 * sizes.heads
-        return self.width * (2 * sizes.hidden + (2 - share_full) * inner) + _FLOAT * (scanned + workspace)
+        in_mlp = tokens * (width * (2 * sizes.hidden + (2 - share_full) * inner) + _FLOAT * scanned)
+        if self.on_cpu:
+            return in_mlp
+        freed = 2 * sizes.inner * self._fused_mlp  # what the MLP kept
+        in_attention = tokens * (width * (2 * sizes.hidden + sizes.queries - freed) + _FLOAT * scanned)
+        return max(in_mlp, in_attention + self._workspace(rows))
+
+    def _workspace(self, rows: Rows) -> float:
+        """Bytes that FlashAttention's backward pass takes for itself, in the largest of a layer's calls.
+
+        It adds up gradients of queries in float32, in several copies where it adds in one order, with a number for each head and
+        token, and has those of keys and values for all heads. Each segment is padded by 128 tokens.
+        """
+        sizes, asked, made = self.sizes, rows.prompts * rows.prompt_tokens, rows.completions * (rows.completion_tokens - 1)
+        calls = [(rows.prompts, asked, asked), (rows.prompts, made, asked), (rows.completions, made, made)]
+        if not self._packs:
+            every = rows.completions * (rows.prompt_tokens + rows.completion_tokens)
+            calls = [(rows.completions, every, every)]
+        found = []
+        for segments, queries, keys in calls:
+            copies = -(-_MULTIPROCESSORS // max(1, segments * sizes.heads)) if self._packs else 1
+            sums = (queries + 128 * segments) * (copies * sizes.queries + sizes.heads)
+            found.append(_FLOAT * sums + self.width * 2 * keys * sizes.queries * (sizes.keys < sizes.queries))
+        return max(found)
 
     @property
     def _converts_base(self) -> bool:

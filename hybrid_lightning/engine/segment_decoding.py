@@ -24,6 +24,8 @@ from hybrid_lightning.engine.decoding_base import Added, PackedDecoding
 from hybrid_lightning.engine.segments import Attended, Segments, attend, attending, grouped, joined, ungrouped
 from hybrid_lightning.engine.step_graphs import Graphs, StepGraph
 
+_LASTING = 8  # steps of the same rows before one is recorded, which takes about as long as so many replays save
+
 
 class _Calls(NamedTuple):
     """What computes a layer's attention for the rows that run."""
@@ -35,7 +37,7 @@ class _Calls(NamedTuple):
 class SegmentDecoding(PackedDecoding):
     """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys; see `PackedDecoding`."""
 
-    graphs: Graphs | None = None  # whether steps are replayed from a CUDA graph, one for each number of rows
+    graphs: Graphs | None = None  # whether steps are replayed from a CUDA graph, one for each number of rows that lasts
     _ends_differ = False  # whether rows may come to the end of their room while others go on
 
     slots: Tensor  # [R], the place of each row that runs among all rows
@@ -43,7 +45,7 @@ class SegmentDecoding(PackedDecoding):
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
     _calls: dict[int, _Calls]  # by layers
-    _tokens: Tensor | None  # [R], that a graph of these rows reads
+    _steps: int  # of these rows
     _graph: StepGraph | None
 
     def prefill(self, samples: int) -> Tensor:
@@ -54,20 +56,17 @@ class SegmentDecoding(PackedDecoding):
         return logits.repeat_interleave(samples, dim=0, output_size=len(self.slots))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read a token of every row. With `graphs` the result lies where the next step will write its own."""
+        """Read a token of every row. With `graphs` what lies before the output layer is replayed."""
         graphs = self.graphs
-        if graphs is None or graphs.why_not:
-            return self._step(tokens)
+        return self.project(self._step(tokens) if graphs is None or graphs.why_not else self._recorded(graphs, tokens))
+
+    def _recorded(self, graphs: Graphs, tokens: Tensor) -> Tensor:
+        """Hidden states [R, n] by a step that is recorded after a few plain ones, which make or compile whatever it needs."""
+        if self._graph is None and self._steps == _LASTING:
+            self._graph = graphs.record(self._step, tokens)
+        self._steps += 1
         if self._graph is None:
-            # The first step after rows were given up runs as it is, so that whatever is made or compiled once is there.
-            if self._tokens is None:
-                self._tokens = tokens.clone()
-                return self._step(tokens)
-            try:
-                self._graph = StepGraph(self._step, self._tokens)
-            except RuntimeError as error:  # of many kinds, such as memory that ran out, or a kernel that cannot be recorded
-                graphs.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-                return self._step(tokens)
+            return self._step(tokens)
         return self._graph.replay(tokens) if graphs.passed else self._tried(graphs, self._graph, tokens)
 
     def _tried(self, graphs: Graphs, graph: StepGraph, tokens: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ class SegmentDecoding(PackedDecoding):
         self.places += new
         self.used += new
         self.positions += new
-        return self.project(self.engine.hidden(tokens, self.positions, self))
+        return self.engine.hidden(tokens, self.positions, self)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone, which have to be in ascending order."""
@@ -116,7 +115,7 @@ class SegmentDecoding(PackedDecoding):
         self.first_rows = torch.searchsorted(slots, firsts).int()
         self.own_begins = torch.cat([slots, slots[-1:] + 1]).mul_(self.max_new_tokens).int()
         self._calls = {}
-        self._tokens = self._graph = None
+        self._steps, self._graph = 0, None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Store the new keys and values, and attend to the prompt's and the row's own."""

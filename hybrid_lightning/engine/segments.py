@@ -41,7 +41,7 @@ class Attended(NamedTuple):
     """What queries found among some of their keys."""
 
     result: Tensor  # [N, H, D]
-    sums: Tensor  # [H, N] float32: log-sum-exps of the scores; minus infinity where a query saw no key
+    sums: Tensor  # [H, N] float32: log-sum-exps of the scores; infinity where a query saw no key, plus or minus
 
 
 def joined(first: Attended, second: Attended) -> Attended:
@@ -52,9 +52,10 @@ def joined(first: Attended, second: Attended) -> Attended:
 @partial(OneKernel, "rows h _, h rows, rows h _, h rows")
 def joined_results(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     """The same of two results [N, H, D] and their log-sum-exps [H, N]."""
-    sums = torch.logaddexp(one_sum, other_sum)
-    weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
-    return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
+    # FlashAttention gives plus infinity where a query saw no key.
+    sums = [torch.where(part < torch.inf, part, -torch.inf) for part in (one_sum, other_sum)]
+    share = torch.sigmoid(sums[0] - sums[1]).t()[:, :, None]  # of the first: exp(l_1 - l)
+    return torch.lerp(other.float(), one.float(), share).to(one.dtype), torch.logaddexp(*sums)
 
 
 def grouped(query: Tensor, heads: int) -> Tensor:

@@ -11,6 +11,7 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, decoding_of
+from hybrid_lightning.engine import Decoding, OneKernel, SegmentDecoding, base_model, decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.interface import Draws, SamplingRequest, Stops
@@ -39,8 +40,9 @@ class Sampler(RolloutEngine):
 
     Args:
         max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
-        cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it, which
-            spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by segments.
+        cuda_graphs: Record the step of a token as a CUDA graph, once for each number of rows that runs for several tokens, and
+            replay it, which spares the time in which its kernels are launched one by one. It needs a GPU whose kernels attend by
+            segments, and a model whose rotary embeddings do not depend on the longest row.
             `auto` does so where that is there and the first replayed steps give the bits of the steps themselves, and says on
             the screen which it is; `true` refuses to go on otherwise.
         options: Of `RolloutEngine`.
@@ -93,19 +95,19 @@ class Sampler(RolloutEngine):
 
             decoder.on_ended = ended
         ids, mask = pad_left(request.prompt_ids, decoder.pad_id, decoder.device)
-        logits = decoder.prefill(ids, mask, samples, capacity or max(limits), keeps_rows=capacity is not None)
-        return self.decoded(decoder, tokenizer, request, logits, limits), decoder
+        begin = partial(decoder.prefill, ids, mask, samples, capacity or max(limits), keeps_rows=capacity is not None)
+        return self.decoded(decoder, tokenizer, request, begin, limits), decoder
 
     def decoded(
         self,
         decoder: "_Decoder",
         tokenizer: PreTrainedTokenizerBase,
         request: SamplingRequest,
-        logits: Tensor,
+        begin: Callable[[], Tensor],
         limits: Sequence[int],
     ) -> Rollouts:
-        """The rollouts of a request, decoded from the logits [B, V] of the first token of each."""
-        tokens, logprobs, lengths, finished = decoder.decode(logits, request.draws, limits)
+        """The rollouts of a request, decoded from the logits [B, V] of the first token of each, which `begin` computes."""
+        tokens, logprobs, lengths, finished = decoder.decode(begin, request.draws, limits)
         mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
         return self.rollouts(tokenizer, request, tokens, mask, logprobs, finished)
 
@@ -127,9 +129,9 @@ class _ContinuedConversation(Conversation):
             return super()._next(request, rows, added)
         own = [self._own[row] for row in rows]
         kept = [len(tokens) - len(new) - 1 for tokens, new in zip(own, added, strict=True)]  # the last one sampled was not read
-        logits = decoding.extend(rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
+        begin = partial(decoding.extend, rows, kept, [tokens[read:] for tokens, read in zip(own, kept, strict=True)])
         assert request.limits is not None, "set by `next`"
-        return self._sampler.decoded(self._decoder, self._tokenizer, request, logits, request.limits)
+        return self._sampler.decoded(self._decoder, self._tokenizer, request, begin, request.limits)
 
 
 class _Decoder:
@@ -160,31 +162,41 @@ class _Decoder:
         Completions go on after they have ended where it `keeps_rows`.
         """
         self.decoding = decoding = decoding_of(self.engine, ids, mask, capacity, keeps_rows)
-        graphs = self.engine.graphs
-        if isinstance(decoding, SegmentDecoding):
-            wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
-            decoding.graphs = graphs if wanted else None
-        elif self.sampler.cuda_graphs is True or (self.sampler.cuda_graphs and _replays(self.device)):
-            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
-            reason = reason or "a sliding window of this model hides tokens of prompts"
-            if self.sampler.cuda_graphs is True:
-                raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
-            graphs.say(reason)
+        wanted = _replays(self.device) if self.sampler.cuda_graphs == "auto" else self.sampler.cuda_graphs
+        reason = self._why_no_graphs() if wanted else ""
+        if reason and self.sampler.cuda_graphs is True:
+            raise ConfigError(f"sampler.cuda_graphs=true: {reason}; remove it")
+        if reason:
+            self.engine.graphs.say(reason)
+        elif wanted and isinstance(decoding, SegmentDecoding):
+            decoding.graphs = self.engine.graphs
         return decoding.prefill(samples)
 
-    def decode(self, logits: Tensor, generator: Draws, limits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode until all sequences have ended, from logits [B, V] of the first token of each.
+    def _why_no_graphs(self) -> str:
+        if not isinstance(self.decoding, SegmentDecoding):
+            reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
+            return reason or "a sliding window of this model hides tokens of prompts"
+        decoder: Any = base_model(self.engine.model).get_decoder()
+        kinds = str(getattr(getattr(decoder, "rotary_emb", None), "rope_type", ""))  # of all layers, or by their types
+        asks = any(kind in kinds for kind in ("dynamic", "longrope"))
+        return "the host looks at the positions of each token, which the RoPE of this model depends on" if asks else ""
+
+    def decode(
+        self, begin: Callable[[], Tensor], generator: Draws, limits: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode until all sequences have ended.
 
         Args:
-            logits: [B, V], of the first token of each.
+            begin: Computes logits [B, V] of the first token of each. They are the largest tensor of all, and nobody else holds
+                them while the next are computed.
             generator: See `SamplingRequest.draws`.
             limits: Most tokens of each sequence, [B].
 
         Returns:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
         """
-        decoding, graphs, self.generator = self.decoding, self.engine.graphs, generator
-        batch, most = logits.shape[0], max(limits)
+        graphs, self.generator = self.engine.graphs, generator
+        batch, most = len(limits), max(limits)
         limit = None  # of each, where not all have the same
         if min(limits) < most:
             limit = torch.tensor(limits, device=self.device)
@@ -194,10 +206,9 @@ class _Decoder:
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, most), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, most, device=self.device)
-        leaving = max(1, round(decoding.leave_together * batch))
         counter, known, told = _Running(batch, self.device), batch, torch.zeros_like(running)
         for step in range(most):
-            token, logprob = self._choose(logits, rows, step)
+            token, logprob = self._choose(begin(), rows, step)
             tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
             lengths[rows] = lengths[rows] + running
             running = running & ~self._ended(token, tokens[rows, : step + 1])
@@ -214,13 +225,14 @@ class _Decoder:
                 self.on_token(alive, step + 1)
             if alive == 0 or step + 1 == most:
                 break
+            leaving = max(1, round(self.decoding.leave_together * batch))
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
                 # Rows leave in multiples of `leaving`: the rows that run stay, and as many of those that have ended as needed.
                 keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
-                decoding.select(keep)
+                self.decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
-            logits = decoding.step(token)
+            begin = partial(self.decoding.step, token)
         if graphs.why_not and self.sampler.cuda_graphs is True:
             raise ConfigError(f"sampler.cuda_graphs=true: {graphs.why_not}; remove it")
         finished = ~cut

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.engine import Backend, Engine, PackedSequences, attention, token_logprobs
 from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.segments import Attended, Segments, attend, joined
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 50])
@@ -25,6 +26,17 @@ def test_values_and_gradients_are_those_of_the_other_way(window):
         slope = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
         found.append([result.detach(), *torch.autograd.grad((result * slope).sum(), tables)])
     assert_same_sums(*found, additions=2 * (8 + 45), size=1.0)
+
+
+def test_a_run_without_keys_has_no_weight_whatever_sign_its_infinity_has():
+    """FlashAttention's is plus infinity."""
+    query, key, begins = torch.randn(3, 4, 8), torch.randn(5, 2, 8), torch.tensor([0, 1, 3], dtype=torch.int32)
+    seen, unseen = (Segments(begins, torch.tensor(keys, dtype=torch.int32), 2, 4, False) for keys in ([0, 1, 5], [0, 0, 0]))
+    some, none = (attend(query, key, key, segments, AttentionSettings()) for segments in (seen, unseen))
+    assert (none.sums == torch.inf).all() and some.sums.isfinite().all()
+    for sums in (none.sums, -none.sums):
+        for found in (joined(some, Attended(none.result, sums)), joined(Attended(none.result, sums), some)):
+            assert torch.equal(found.result, some.result) and torch.equal(found.sums, some.sums)
 
 
 @pytest.mark.parametrize(

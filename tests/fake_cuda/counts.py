@@ -1,4 +1,4 @@
-"""Counts of sampling, update and scoring at full size on a fake GPU, as JSON: `python counts.py`."""
+"""Counts of sampling, update and scoring at full size on a fake GPU, as JSON: `python counts.py FILE`."""
 
 import json
 import sys
@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
+import real_run
 import torch
 from fake_model import FakeModel
 from tiny_models import build_tokenizer
@@ -72,17 +73,6 @@ def of_all_layers(count, share=0):
     }
 
 
-class EnoughError(Exception):
-    """So many tokens were sampled as are looked at."""
-
-
-class Event:
-    """In place of the event that the sampler records now and then."""
-
-    def __init__(self, device):
-        self.record = self.synchronize = lambda: None
-
-
 def sampling(fake, seen):
     """Tokens of all completions by the sampler's own loop and by compiled layers; gives to `seen` what there was before each."""
     rows = sequences(PROMPTS, 1, PROMPT, 1)
@@ -95,7 +85,7 @@ def sampling(fake, seen):
     draws = PromptDraws(prompts, SAMPLES, 0)
     with (
         mock.patch.multiple(sampler, decoding_of=lambda *_: made, _EVERY=TOKENS - 2),
-        mock.patch.object(torch, "Event", Event),
+        mock.patch.object(torch, "Event", mock.Mock()),
         mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
         torch.no_grad(),
         fake.engine.sampling(torch.bfloat16),
@@ -108,13 +98,13 @@ def sampling(fake, seen):
             def look(alive, token):
                 seen.append(replace(counter.counts, syncs=[*counter.counts.syncs], atomics=[*counter.counts.atomics]))
                 if token == TOKENS:
-                    raise EnoughError
+                    raise real_run.EnoughError
 
             call = _Body.__call__
             body = mock.patch.object(_Body, "__call__", lambda *given: counter.compiled(lambda: call(*given)))
             loop = sampler._Decoder(plain, fake.engine, build_tokenizer(), Stops((2,), None), False, look)
-            with suppress(EnoughError), body:
-                loop.decode(loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
+            with suppress(real_run.EnoughError), body:
+                loop.decode(lambda: loop.prefill(ids, mask, SAMPLES, COMPLETION), draws, [COMPLETION] * PROMPTS * SAMPLES)
 
 
 def decoding(fake):
@@ -234,8 +224,9 @@ def main():
         "update": of_all_layers(update),
         "scoring": of_all_layers(lambda fake: scoring(fake, ExactGradients()), None),
         "sketches": of_all_layers(lambda fake: scoring(fake, SketchedGradients()), None),
+        **real_run.main(),
     }
-    json.dump(found, sys.stdout)
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

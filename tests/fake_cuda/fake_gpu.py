@@ -86,6 +86,10 @@ def counter():
             self._fused = None
             return results
 
+        def run(self, function, args, kwargs):
+            """What is counted."""
+            return function(*args, **kwargs)
+
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             name = function.overloadpacket.__name__
@@ -95,11 +99,12 @@ def counter():
                 self.counts.syncs.append("boolean index")
             if way := _between(name, args, kwargs):
                 self.counts.syncs.append(way)
-            if name in adding or (name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
+            accumulates = name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))
+            if accumulates or (name in adding and "amax" not in args):
                 self.counts.atomics.append(name)
             if name in backward and not torch.are_deterministic_algorithms_enabled():
                 self.counts.atomics.append(name)
-            result = function(*args, **kwargs)
+            result = self.run(function, args, kwargs)
             if function.namespace == "prim" or _is_view(function) or name in allocating:
                 return result
             if self._fused is not None and self._fused.takes(name, (args, kwargs), result):

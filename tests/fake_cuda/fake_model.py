@@ -16,19 +16,20 @@ from hybrid_lightning.types import Sequences
 
 
 class FakeModel:
-    """The model of a config in bfloat16 on an accelerator, adapted as `share` says, or with None as it is scored."""
+    """The model of a config on an accelerator, adapted as `share` says, or with None as it is scored."""
 
-    def __init__(self, config, layers, share, lora, device):
+    def __init__(self, config, layers, share, lora, device, dtype=torch.bfloat16):
         self.device, self.mode = torch.device(device), FakeTensorMode()
-        backend, model = PlannedBackend(), meta_model(config, torch.bfloat16, layers)
+        backend, model = PlannedBackend(), meta_model(config, dtype, layers)
         candidates = find_candidates(model)
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
             use_fused_layers(model, backend)
         else:
+            self.plan = plan_of_budget(candidates, ModuleBudget(share), lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan_of_budget(candidates, ModuleBudget(share), lora), True, backend)
+                model = apply_plan(model, self.plan, True, backend)
         self.model, self.engine = model, Engine(model, backend)
         self.engine.assume_packing(torch.bfloat16)
         self._fake_weights()

@@ -1,10 +1,12 @@
 """What sampling and an update ask of a GPU, counted at full size on one that is none (see `fake_gpu.py`)."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,21 +19,37 @@ from hybrid_lightning.engine.backend import fakes_multiply_to_floats
 
 LAYERS = 28  # of Qwen3-0.6B
 ROOT = Path(__file__).parents[2]
+CAPABILITIES = ("80", "86", "90", "120")  # A100, 3090 and A10, H100, 5090
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+OLDER = not fakes_multiply_to_floats()
 counts_logits = pytest.mark.skipif(
-    not fakes_multiply_to_floats(), reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
+    OLDER, reason="this torch, as 2.8, has logits of tensors without data by other kernels than a GPU"
 )
 
 
-@pytest.fixture(scope="module")
-def counts():
-    """In a process of its own, since the guard has to be there before torch."""
+def run(script, folder, *arguments):
+    """What a script finds, in a process of its own, since the guard has to be there before torch."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, str(Path(__file__).parent / "counts.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    environment["TORCHINDUCTOR_CACHE_DIR"] = environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, str(Path(__file__).parent / script), str(folder / "found.json"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What all scripts find, two at a time: of `counts.py`, and of `cubins.py` by compute capability where there is Triton."""
+    scripts = [("counts.py",), *(("cubins.py", name) for name in CAPABILITIES if importlib.util.find_spec("triton"))]
+    with ThreadPoolExecutor(2) as threads:
+        made = {(script, *of): threads.submit(run, script, tmp_path_factory.mktemp("found"), *of) for script, *of in scripts}
+        yield made
+
+
+@pytest.fixture
+def counts(found):
+    return found["counts.py",].result()
 
 
 def test_mistakes_that_are_planted_are_found(counts):
@@ -81,3 +99,91 @@ def test_the_layout_of_a_micro_batch_waits_nineteen_times(counts):
     wanted = {"boolean index": 9, "nonzero": 3, "bincount": 1, "_local_scalar_dense": 4, "tolist": 2}
     assert Counter(counts["syncs of a layout"]) == wanted
     assert Counter(counts["syncs of a layout with a window"]) == {**wanted, "repeat_interleave": 3}, "which hides keys of prompts"
+
+
+# In a step's two places: once to cut rows into passes, and for the layout.
+OF_LAYOUT = {
+    "boolean index in packing.__init__": 5,
+    "boolean index in packing._bands": 4,
+    "tolist in packing._bands": 1,
+    "nonzero in packing.__init__": 1,
+    "bincount in packing.__init__": 1,
+    "_local_scalar_dense in packing.__init__": 2,
+    "_local_scalar_dense in gathering.of": 2,
+    "nonzero in gathering.of": 2,
+    "tolist in segment_attention.of": 1,
+    "boolean index in logprobs.token_logprobs": 1,
+}
+OF_ROWS = {"tolist in batching.split_by_tokens": 3, "_local_scalar_dense in types.rows": 2}
+
+
+@counts_logits
+@pytest.mark.parametrize(("run", "groups"), [("steps", 1), ("steps of a hybrid", 2), ("steps of one long row", 1)])
+def test_a_training_step_waits_for_its_layout_and_its_gradient_norms_and_holds_what_is_planned(counts, run, groups):
+    """GSPO with a KL term, clipping, logging and AdamW under Lightning; the peak of its backward pass is that of attention."""
+    found, at_once = counts[run], {"_local_scalar_dense in step.micro_batch": 1}
+    norms = {"_local_scalar_dense in step.log_gradient_norms": groups}
+    assert found["waits"] == {**OF_LAYOUT, **OF_ROWS, **at_once, **norms}
+    assert found["before"] == {place: 2 * number for place, number in {**OF_LAYOUT, **OF_ROWS}.items()}, "policy and start policy"
+    assert found["copies"] == {} and found["atomics"] == [] and found["logits"] <= counts["most logits"]
+    assert 0.98 < found["forward"] < 1.02 and 0.94 < found["backward"] < 1.01
+
+
+@counts_logits
+def test_mistakes_in_a_step_are_found_and_named(counts):
+    """A number that the host asks for, a copy of the embeddings, and the logits of all tokens at once."""
+    found = counts["planted steps"]
+    more = Counter(found["waits"]) - Counter(counts["steps"]["waits"])
+    assert more == {"_local_scalar_dense in step.micro_batch": 1} and found["copies"] == {"clone in step.micro_batch": 2}
+    assert found["logits"] == 4 * 8 * 256 > counts["most logits"] and found["forward"] < 1.02, "the plan has them, too"
+
+
+@counts_logits
+def test_modules_are_scored_with_a_wait_a_loss_and_one_a_module(counts):
+    found = counts["scoring of a run"]
+    once = {"_local_scalar_dense in scoring.check_loss": 1, "to host in gradients.add": found["modules"]}
+    assert found["waits"] == {**OF_LAYOUT, **once} and found["copies"] == {} and found["atomics"] == []
+
+
+@counts_logits
+@pytest.mark.parametrize("run", ["rollout", "rollout of a hybrid"])
+def test_a_rollout_waits_before_its_first_token_alone_and_holds_what_is_planned(counts, run):
+    """For the layout of its prompts, which the host sends, and for whatever stops it."""
+    found = counts[run]
+    of_prompts = ("boolean index in packing.__init__", "nonzero in gathering.of")
+    numbers = (f"_local_scalar_dense in {place}" for place in ("packing.__init__", "gathering.of", "segment_attention.of"))
+    sent = {"from host in sampler.__init__": 1, "from host in batching.pad_right": 2}
+    assert found["before"] == {**sent, **dict.fromkeys((*of_prompts, *numbers), 1), of_prompts[0]: 4}
+    assert found["waits"] == {} and found["copies"] == {} and found["atomics"] == []
+    assert 0.98 < found["peak"] < 1.03, "as where all logits are there once"
+
+
+# Kernels, products, and looks at whether a tensor is aligned, each with a copy where it is not. Older torch has one kernel more.
+OF_FUNCTIONS = {
+    "before_attention": (3, 5, 12),  # a norm; keys with their norm and rotation, and values, to their places; queries
+    "after_attention": (4, 10, 16),  # two runs of keys; sum and norm; gated unit; sum
+    "norm": (1, 0, 2),
+    "norm_gradient": (1, 0, 4),
+    "product_of_silu": (1, 0, 2),
+    "silu_gradients": (1, 0, 3),
+    "joined_results": (2, 0, 4),  # and the sums, which are in another order
+    "block_sums": (1, 0, 1),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_that_is_compiled_becomes_cuda_code_of_few_kernels_none_of_which_is_chosen_by_a_clock(found, capability):
+    """Of LoRA and a hybrid, whose layers share it, in both precisions."""
+    if ("cubins.py", capability) not in found:
+        pytest.skip("there is no Triton: pip install -e '.[cuda-code]'")
+    codes = found["cubins.py", capability].result()
+    assert {name.partition(",")[0] for name in codes} == set(OF_FUNCTIONS)
+    for name, code in codes.items():
+        kernels, products, looks = OF_FUNCTIONS[name.partition(",")[0]]
+        assert kernels <= code["kernels"] <= kernels + OLDER and code["products"] == products and code["looks"] <= looks, name
+        assert code["others"] == [] and code["cubins"] <= code["kernels"], name
+        assert not code["cubins"] or code["smallest"] > 1000, name
+        function, dtype, _, number = name.split(", ")
+        known = f"{function}, {dtype}, 0, {0 if 'attention' in function else number}"
+        assert code["is new"] == (name == known), "a hybrid and other layers have the code of LoRA's first"
+    assert sum(code["cubins"] for code in codes.values()) >= sum(kernels for kernels, _, _ in OF_FUNCTIONS.values())

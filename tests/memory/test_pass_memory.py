@@ -10,6 +10,7 @@ from tiny_memory import Case
 from tiny_models import FAMILIES, VOCABULARY, build_model
 
 from benchmarks.live_tensors import LiveTensors
+from benchmarks.memory import plan_qwen3
 from hybrid_lightning.engine import Backend, Engine, TokenSizes, default_token_budget, tokens_of_pass, use_fused_layers
 from hybrid_lightning.engine.activations import Rows
 from hybrid_lightning.engine.pass_memory import PassMemory
@@ -113,6 +114,15 @@ def test_a_padded_pass_reads_prompts_once_and_keeps_no_more_than_the_bound(famil
     planned = passes.training(Rows(2, 8, 100, 24), None).activations
     assert counted < planned < 3.5 * counted
     assert planned < 0.8 * passes.training(Rows(8, 8, 100, 24), None).activations, "than with as many prompts"
+
+
+def test_the_backward_pass_of_attention_counts_copies_of_its_sums_where_there_are_few_rows():
+    """Gigabytes of Qwen3-0.6B on an H100: at 30 completions, and for one of 16,000 tokens."""
+    config = plan_qwen3.config("Qwen3-0.6B")
+    passes = PassMemory(meta_model(config, torch.bfloat16), 2, on_cpu=False)
+    many, one = (passes._workspace(rows) / 1e9 for rows in (Rows(4, 30, 384, 256), Rows(1, 1, 384, 16_000)))
+    assert 0.15 < many < 0.25 and 1.2 < one < 1.4
+    assert passes.training(Rows(1, 1, 384, 16_000), None).backward > 1e9 * one
 
 
 def test_a_part_of_the_tokens_keeps_a_part_of_the_activations():

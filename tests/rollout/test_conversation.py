@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_segment_decoding import FakeGraph
+from test_segment_decoding import Recording
 from tiny_decoders import SPECIAL, OfAccelerator, fused, special_model
 from tiny_decoders import build as build_adapted
 from tiny_models import SIZES, build_model, engine_of
@@ -112,7 +112,8 @@ WAYS = [("qwen3", "segments"), ("qwen3", "graphs"), ("gpt2", "segments"), ("wide
 @pytest.mark.parametrize(("name", "way"), [*WAYS, ("gpt2", "cache"), ("wide window", "cache")])
 def test_messages_on_accelerators_and_by_a_cache_of_transformers_too(tokenizer, name, way, monkeypatch):
     """By segments, with and without graphs, or by a kernel with a mask where windows hide prompts."""
-    monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
+    recording = Recording(monkeypatch)
+    monkeypatch.setattr(segment_decoding, "_LASTING", 1)
     if way == "cache":
         monkeypatch.setattr(Engine, "packs", False)
     if (name, way) != ("wide window", "cache"):  # which cannot leave out columns, and is made again
@@ -120,6 +121,7 @@ def test_messages_on_accelerators_and_by_a_cache_of_transformers_too(tokenizer, 
     model = MODELS[name]()
     engine = Engine(model, Backend() if way == "cache" else OfAccelerator())
     assert_of_whole_contexts(model, play(Sampler.conversation, engine, tokenizer, cuda_graphs=way == "graphs"))
+    assert bool(recording.notes) == (way == "graphs")
 
 
 def test_adapted_models_go_on_as_by_longer_prompts_which_any_engine_can(tokenizer):

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +11,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from engine.test_logprobs import build_sequences
+from engine.test_packing import build_sequences as build_many
 from fake_cuda.fake_gpu import counter
+from long_cases import long_but
 from tiny_decoders import OfAccelerator, fused
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, segment_decoding
+from hybrid_lightning.engine import Backend, Engine, compiling, decoder, decoding_of, fused_layers, segment_decoding, step_graphs
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
 from hybrid_lightning.rollout.interface import SamplingRequest
@@ -139,61 +143,137 @@ def test_compiled_layers_sample_alike_and_a_token_takes_few_calls_from_the_host(
     assert min(token["call"] for token in tokens) <= 65 and min(token["c_call"] for token in tokens) <= 110, "two layers"
 
 
-class FakeGraph:
-    """In place of a CUDA graph: replays by calling the step again, into the same tensors."""
+@pytest.mark.parametrize("planted", long_but([False, True], 0))
+def test_two_rollouts_of_unequal_rows_and_their_updates_compile_each_function_once(tokenizer, monkeypatch, traced, planted):
+    """But for one whose rows are put in by hand as a size that does not change."""
+    for module in (decoder, compiling):
+        monkeypatch.setattr(module, "compiling_pays", lambda device: True)
+    if planted:
+        for name, value in (("_named", [{1: "n"}] * 2), ("_places", [(0, 1)]), ("_static", [[0], [0]])):
+            monkeypatch.setattr(fused_layers._product_of_silu, name, value)
+    engine, made = fused(build_adapted("qwen3").model, OfAccelerator()), []
+    for samples, length, sequences in ((5, 24, build_sequences("shared")), (3, 17, build_many())):
+        with engine.sampling():
+            sample(engine, tokenizer, length, samples, stop=["7", "3"])
+        token_logprobs(engine, sequences, 1.0)[0].sum().backward()
+        made.append(Counter(traced))
+    assert set(made[1] - made[0]) == ({"_product_of_silu"} if planted else set())
 
-    made = 0
 
-    def __init__(self, step, tokens):
-        type(self).made += 1
-        self.step, self.tokens, self.result = step, tokens, None
+class Recording:
+    """In place of torch's CUDA graphs: replays by calling the step again, into the same tensors, and fails as they do."""
 
-    def replay(self, tokens):
-        self.tokens.copy_(tokens)
-        result = self.step(self.tokens)
-        self.result = result if self.result is None else self.result.copy_(result)
-        return self.result
+    def __init__(self, monkeypatch, factor=1.0, fails=()):
+        self.factor, self.fails, self.notes, self.streams = factor, fails, [], []
+        self.recording, self.allocating = False, []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(capture_begin=self.begin, capture_end=self.end))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "own")
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", self.end_allocating)
+        monkeypatch.setattr(torch.cuda.memory, "_cuda_releasePool", lambda device, pool: self.notes.append("released"))
+        for name in ("empty_cache", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, Mock(side_effect=AssertionError(name)))
+        step, made = segment_decoding.SegmentDecoding._step, step_graphs.StepGraph
+
+        def is_recorded(decoding, tokens):
+            """A step that computes nothing where it is recorded."""
+            if not self.recording:
+                return step(decoding, tokens)
+            if "step" in self.fails:
+                raise RuntimeError("operation not permitted")
+            return torch.zeros(len(tokens), 32)
+
+        def replay(graph, tokens):
+            graph._tokens.copy_(tokens)
+            return graph._result.copy_(self.step(graph._tokens)).mul_(self.factor)
+
+        def records(whole, read, *room):
+            self.step = whole
+            return made(whole, read, *room)
+
+        monkeypatch.setattr(segment_decoding.SegmentDecoding, "_step", is_recorded)
+        monkeypatch.setattr(made, "replay", replay)
+        monkeypatch.setattr(step_graphs, "StepGraph", records)
+
+    @contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    def begin(self, pool, capture_error_mode):
+        assert self.streams == ["own"] and not self.allocating and capture_error_mode == "thread_local"
+        self.allocating.append(pool)
+        self.recording = True
+        self.notes.append("recorded")
+
+    def end(self):
+        assert self.streams == ["own"], "a capture ends in the stream that it began in"
+        self.recording = False
+        if "end" in self.fails:  # before torch tells its allocator
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.end_allocating(None, "pool")
+
+    def end_allocating(self, device, pool):
+        if pool not in self.allocating:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.allocating.remove(pool)
 
 
 def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
-    """A graph for each number of rows; it reads the same tensors at every token."""
-    monkeypatch.setattr(segment_decoding, "StepGraph", FakeGraph)
-    FakeGraph.made = 0
-    engine = Engine(build_model("llama"), OfAccelerator())
-    plain, replayed = (sample(engine, tokenizer, 40, stop=["7"], cuda_graphs=on) for on in (False, True))
+    """A graph for each number of rows that lasts, all in one stream and one pool."""
+    recording, engine = Recording(monkeypatch), Engine(build_model("llama"), OfAccelerator())
+    plain, replayed = (sample(engine, tokenizer, 80, stop=["77"], cuda_graphs=on) for on in (False, True))
     assert torch.equal(plain.sequences.completion_ids, replayed.sequences.completion_ids)
     assert torch.allclose(plain.sampling_logprobs, replayed.sampling_logprobs, atol=1e-5, rtol=0)
-    assert 1 < FakeGraph.made <= 16 and engine.graphs.passed
+    stages = Counter(int((plain.sequences.completion_mask.sum(1) > token).sum()) for token in range(80))
+    lasting = sum(tokens > segment_decoding._LASTING for tokens in stages.values())
+    assert recording.notes == ["recorded"] * lasting and 1 < lasting < len(stages) / 4
+    assert engine.graphs.passed and not recording.allocating
 
 
-def test_graphs_are_given_up_where_they_give_other_numbers_or_cannot_be_made(tokenizer, monkeypatch, caplog):
-    """`auto`, as it is on a GPU: the completions are those of plain steps, and it is said once."""
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"factor": 1.001}, "a replayed step gave other numbers"),
+        ({"fails": ["end"]}, "RuntimeError: operation failed due to a previous error"),
+        ({"fails": ["step", "end"]}, "RuntimeError: operation not permitted"),
+        ({"fails": ["step"]}, "RuntimeError: operation not permitted"),
+    ],
+)
+def test_graphs_are_given_up_and_leave_nothing_behind(tokenizer, monkeypatch, caplog, how, reason):
+    """`auto`, as it is on a GPU: the completions are those of plain steps, it is said once, and torch is as it was."""
+    engine = Engine(build_model("llama"), OfAccelerator())
+    plain = sample(engine, tokenizer, 60, stop=["77"])
+    assert not engine.graphs.why_not, "auto makes none on a CPU"
+    recording = Recording(monkeypatch, **how)
+    monkeypatch.setattr(sampling, "_replays", lambda device: True)
+    found = [sample(engine, tokenizer, 60, stop=["77"]) for _ in range(2)]
+    assert all(torch.equal(part.sequences.completion_ids, plain.sequences.completion_ids) for part in found)
+    assert caplog.text.count("sampled without CUDA graphs") == 1 and reason in engine.graphs.why_not
+    assert recording.streams == recording.allocating == [] and recording.notes.count("recorded") == 1
+    assert ("released" in recording.notes) == ("end" in how.get("fails", ())), "where torch has not"
+    with pytest.raises(ConfigError, match=f"sampler.cuda_graphs=true: {reason}"):
+        sample(engine, tokenizer, cuda_graphs=True)
 
-    class Wrong(FakeGraph):
-        def replay(self, tokens):
-            return super().replay(tokens) * 1.001
 
-    def fails(step, tokens):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    for made, reason in ((Wrong, "a replayed step gave other logits"), (fails, "RuntimeError: operation not permitted")):
-        engine = Engine(build_model("llama"), OfAccelerator())
-        plain = sample(engine, tokenizer, stop=["7"])
-        assert not engine.graphs.why_not, "auto makes none on a CPU"
-        monkeypatch.setattr(segment_decoding, "StepGraph", made)
-        monkeypatch.setattr(sampling, "_replays", lambda device: True)
-        caplog.clear()
-        found = [sample(engine, tokenizer, stop=["7"]) for _ in range(2)]
-        assert all(torch.equal(part.sequences.completion_ids, plain.sequences.completion_ids) for part in found)
-        assert caplog.text.count("sampled without CUDA graphs") == 1 and reason in engine.graphs.why_not
-        with pytest.raises(ConfigError, match=f"sampler.cuda_graphs=true: {reason}"):
-            sample(engine, tokenizer, cuda_graphs=True)
-        monkeypatch.undo()
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
-@pytest.mark.parametrize(("family", "kind", "why"), [("llama", Backend, "a CPU"), ("mistral", OfAccelerator, "a sliding window")])
+@pytest.mark.parametrize(
+    ("family", "kind", "why"),
+    [
+        ("llama", Backend, "a CPU"),
+        ("mistral", OfAccelerator, "a sliding window"),
+        ("dynamic", OfAccelerator, "the host looks at the positions"),
+    ],
+)
 def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeypatch, caplog, family, kind, why):
-    engine = Engine(build_adapted(family).model, kind())
+    model = build_model("llama", rope_parameters=DYNAMIC) if family == "dynamic" else build_adapted(family).model
+    engine = Engine(model, kind())
     engine.prepare()
     monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if why != "a CPU" else {})
     with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {why}.*; remove it"):
@@ -201,13 +281,4 @@ def test_graphs_that_cannot_be_are_refused_or_it_is_said_once(tokenizer, monkeyp
     monkeypatch.setattr(sampling, "_replays", lambda device: True)
     for _ in range(2):
         sample(engine, tokenizer)
-    assert caplog.text.count(f"since {why}") == 1
-
-
-def test_a_graph_is_recorded_once_and_replayed_with_other_tokens(monkeypatch):
-    graph, steps, tokens = Mock(), [], torch.zeros(3)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
-    step = segment_decoding.StepGraph(lambda read: steps.append(read) or read + 1, tokens)
-    assert step.replay(torch.ones(3)) is step.replay(torch.full((3,), 2.0))
-    assert len(steps) == 1 and graph.replay.call_count == 2 and tokens.tolist() == [2.0] * 3
+    assert caplog.text.count(f"since {why}") == 1 and not engine.graphs.passed

@@ -1,0 +1,217 @@
+"""Steps of a policy, its scoring and a rollout at full size on a fake GPU, by the objects of a run: Trainer, module, sampler."""
+
+import dataclasses
+import tempfile
+from contextlib import ExitStack, suppress
+from unittest import mock
+
+import torch
+from fake_model import FakeModel
+from known import Known, Peaks
+from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_models import build_tokenizer
+from tiny_runs import Constant
+from transformers import Qwen3Config
+
+from benchmarks.memory import plan_qwen3
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Scoring, TailEnergy, find_candidates
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.engine import Backend, token_logprobs
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.memory import RunSettings, TrainerFlags, peaks
+from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.interface import SamplingRequest
+from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.training.calibration import reward_losses
+from hybrid_lightning.training.step import Step
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+
+PROMPTS, SAMPLES, PROMPT, COMPLETION, LAYERS = 4, 8, 384, 256, 2
+ONE_LONG = (1, 1, 384, 16_000)
+CONFIG = Qwen3Config(**{**plan_qwen3.config("Qwen3-0.6B").to_dict(), "num_hidden_layers": LAYERS, "layer_types": None})
+LORA = {"rank": 16, "alpha": 32}
+
+
+def plan(share, prompts=PROMPTS, samples=SAMPLES, prompt=PROMPT, completion=COMPLETION):
+    """The plan of such a run: its peaks, and the bytes at the end of a forward pass and in a backward pass."""
+    planning, flags = HybridAdapterSetup(ModuleBudget(share), **LORA).planning, TrainerFlags(on_cpu=False, precision="bf16-mixed")
+    sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_tokens_per_micro_batch": 10**6}
+    settings = RunSettings(CONFIG, schedule=RolloutSchedule(prompts, samples), planning=planning, flags=flags, **sizes)
+    largest = peaks._largest
+    with mock.patch.object(peaks, "_largest", side_effect=largest) as passes:
+        found = plan_method(dataclasses.replace(settings, dtype=torch.bfloat16)).peaks
+    (_, forward, backward), of_pass = passes.call_args.args
+    return found, forward.total + of_pass.activations + of_pass.logits, backward.total + of_pass.backward
+
+
+class Device(SingleDeviceStrategy):
+    """One on which the model lies already, and stays."""
+
+    def __init__(self, device):
+        super().__init__(device, accelerator=type("Any", (CPUAccelerator,), {"setup_device": lambda self, device: None})())
+
+    def model_to_device(self):
+        pass
+
+    def teardown(self):
+        pass
+
+
+class SecondStep(Callback):
+    """What the second step waits for, and the peaks of its two passes."""
+
+    def __init__(self, known, live):
+        self.known, self.live = known, live
+
+    def on_train_batch_start(self, *_):
+        self.known.places.clear()
+        self.live.restart_peak()
+
+    def on_before_backward(self, *_):
+        self.forward = self.live.peak
+        self.live.restart_peak()
+
+    def on_after_backward(self, *_):
+        self.backward = self.live.peak
+
+    def on_train_batch_end(self, *_):
+        self.waits = dict(self.known.places)
+
+
+class Counted:
+    """Counts within its context, as `known` and `live`."""
+
+    def __init__(self, fake):
+        self.known, self.live, self._stack, self._fake = Known(fake), Peaks(), ExitStack(), fake
+
+    def __enter__(self):
+        self.live.count(self._fake.model.parameters())
+        for context in (mock.patch.multiple("torch._subclasses.fake_tensor.FakeTensor", **self.known.patches), self._fake.mode):
+            self._stack.enter_context(context)
+        for mode in (self.live, self.known):
+            self._stack.enter_context(mode)
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+
+def rows_of(known, prompts, samples, prompt, completion):
+    """Rows of full length, of which each prompt has different tokens."""
+    prompt_ids = torch.arange(prompts).repeat_interleave(samples)[:, None].expand(-1, prompt)
+    ids = torch.zeros(prompts * samples, completion, dtype=torch.long)
+    masks = [torch.ones_like(part, dtype=torch.bool) for part in (prompt_ids, ids)]
+    return Sequences(*map(known.put, (prompt_ids, masks[0], ids, masks[1], ids)))
+
+
+def adapted(share):
+    return FakeModel(CONFIG, LAYERS, share, LoraSettings(**LORA), "cuda:0")
+
+
+def found(known, **more):
+    return {"copies": known.copies, "atomics": known.counts.atomics, **more}
+
+
+def steps(share, sizes=(PROMPTS, SAMPLES, PROMPT, COMPLETION)):
+    """Two optimizer steps of GSPO with a KL term and clipping, after the passes that it needs beforehand."""
+    fake = adapted(share)
+    module = PolicyModule(GSPOLoss(kl_coef=0.01), Constant(), dtype="bfloat16", max_tokens_per_micro_batch=10**6)
+    policy, counted = module.policy, Counted(fake)
+    policy._model, policy._engine, policy._base_digest, policy.plan = fake.model, fake.engine, "fake", fake.plan
+    policy._on_model(fake.model)
+    known, sequences = counted.known, rows_of(counted.known, *sizes)
+    rows = len(sequences)
+    numbers = [fake.fake(torch.zeros(size)) for size in ((rows,), sequences.completion_ids.shape)]
+    batch = PolicyBatch(sequences, *numbers, None, None, *2 * (float(rows), float(rows * sizes[-1])))
+    second, batches = SecondStep(known, counted.live), []
+    loader = type("Loader", (), {"__iter__": lambda self: iter(2 * batches), "__len__": lambda self: 2})()
+    with tempfile.TemporaryDirectory() as folder, counted:
+        batches += module.task.add_logprobs([batch], False)
+        before = dict(known.places)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        flags = {"precision": "bf16-mixed", "max_steps": 2, "gradient_clip_val": 1.0, "default_root_dir": folder, **quiet}
+        Trainer(strategy=Device(fake.device), callbacks=[second], **flags).fit(module, train_dataloaders=loader)
+    _, forward, backward = plan(share, *sizes)
+    of_plan = {"forward": second.forward / forward, "backward": second.backward / backward}
+    return found(known, before=before, waits=second.waits, logits=known.logits, **of_plan)
+
+
+def planted():
+    """Steps into which mistakes are put that the counts have to show."""
+    log = Step._log
+
+    def mistaken(step, batch, shares):
+        if float(shares["loss"]):
+            step._passes.policy.model.get_input_embeddings().weight.clone()
+        log(step, batch, shares)
+
+    with mock.patch.object(Step, "_log", mistaken), mock.patch.object(Backend, "most_logits", lambda *_: 10**12):
+        return steps(0)
+
+
+def scoring():
+    """The gradients of calibration rollouts, as modules are scored by them."""
+    fake = adapted(None)
+    counted, candidates = Counted(fake), find_candidates(fake.model)
+    sequences = rows_of(counted.known, PROMPTS, SAMPLES, PROMPT, COMPLETION)
+    advantages = counted.known.put(torch.ones(len(sequences)))
+    fake.model.requires_grad_(False)
+    with counted, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        losses = reward_losses(
+            sequences, advantages, GSPOLoss(), lambda rows: token_logprobs(fake.engine, rows, 1.0), 10**6, COMPLETION
+        )
+        counted.known.places.clear()
+        Scoring(fake.model, candidates, losses, TailEnergy(), 16).collect_gradients(lambda seen: None)
+    return found(counted.known, waits=counted.known.places, modules=len(candidates))
+
+
+class EnoughError(Exception):
+    """So many tokens were sampled as are looked at."""
+
+
+def rollout(share, tokens=12):
+    """A rollout from its prompts' texts on, by the sampler, until so many tokens."""
+    fake = adapted(share)
+    counted, seen = Counted(fake), []
+    fake.engine._fast.compiles = True
+    prompts = [Prompt(text="", index=index) for index in range(PROMPTS)]
+
+    def look(alive, token):
+        seen.append(dict(counted.known.places))
+        if token == tokens:
+            raise EnoughError
+
+    draws = PromptDraws(prompts, SAMPLES, 0)
+    request = SamplingRequest(prompts, [[3] * PROMPT] * PROMPTS, SAMPLES, draws, on_token=look)
+    with (
+        mock.patch.object(torch, "Event", mock.Mock()),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda part: part),
+        counted,
+        torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
+        fake.engine.sampling(torch.bfloat16),
+        suppress(EnoughError),
+    ):
+        Sampler(COMPLETION, cuda_graphs=False).sample(fake.engine, build_tokenizer(), request)
+    waits = {place: number - seen[0].get(place, 0) for place, number in seen[-1].items() if number > seen[0].get(place, 0)}
+    planned = dataclasses.replace(plan(share)[0]["generating"], gradients=0, optimizer=0)  # which there are none of yet
+    peak = counted.live.peak / planned.total
+    return found(counted.known, before=seen[0], waits=waits, peak=peak)
+
+
+def main():
+    return {
+        "steps": steps(0),
+        "steps of a hybrid": steps(0.1),
+        "steps of one long row": steps(0, ONE_LONG),
+        "planted steps": planted(),
+        "scoring of a run": scoring(),
+        "rollout": rollout(0),
+        "rollout of a hybrid": rollout(0.1),
+        "most logits": Backend().most_logits(torch.device("cuda")) // CONFIG.vocab_size,
+    }

@@ -13,7 +13,18 @@ import hybrid_lightning
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "lazy", "stopping", "hub", "user_calls", "user_code", "reasoning_gym_tasks"}
+GROUND = {
+    "types",
+    "errors",
+    "configurable",
+    "lazy",
+    "stopping",
+    "hub",
+    "user_calls",
+    "user_code",
+    "reasoning_gym_tasks",
+    "reply_cache",
+}
 LEAVES = {
     *("data", "environments", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"),
     *("sandbox", "engine"),

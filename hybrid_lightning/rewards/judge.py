@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError, one_line, shorten
+from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.text import after_thinking
 from hybrid_lightning.types import Prompt
@@ -117,7 +118,7 @@ class JudgeReward(RewardFunction):
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.options, self.concurrency, self.timeout_s, self.retries = dict(options or {}), concurrency, timeout_s, retries
         self.max_failed_share, self.prices, self.api_key_variable = max_failed_share, prices, api_key_variable
-        self.cache_dir = Path(cache_dir or "~/.cache/hybrid_lightning/judge").expanduser()
+        self._replies = ReplyCache(cache_dir, "judge")
         self.measures_correctness = measures_correctness
         self._name = name
         # Both are changed on the event loop alone.
@@ -181,7 +182,7 @@ class JudgeReward(RewardFunction):
 
     def explain(self, completion: str, prompt: Prompt) -> str | None:
         """What the judge said of a completion; None if it has not graded it."""
-        return self._known(self._path(self.request(completion, prompt)))
+        return self._replies.known(self._path(self.request(completion, prompt)))
 
     def take_counts(self) -> dict[str, float]:
         """Calls (with repeated ones), completions that were not graded, tokens, seconds of calls and, by prices, their cost."""
@@ -203,9 +204,9 @@ class JudgeReward(RewardFunction):
         path, (client, locks) = self._path(request), _of_loop(asyncio.get_running_loop())
         async with locks.setdefault(path, asyncio.Lock()):  # equal completions get one judgement
             try:
-                reply = self._known(path)
+                reply = self._replies.known(path)
                 if reply is None and (said := await self._ask(client, request)) is not None:
-                    reply = _keep(path, said)
+                    reply = self._replies.keep(path, said)
             finally:
                 locks.pop(path, None)
         if reply is None:
@@ -285,17 +286,9 @@ class JudgeReward(RewardFunction):
             return None
         return score if self.scale[0] <= score <= self.scale[1] else None
 
-    # ---- the cache
-
     def _path(self, request: Mapping[str, Any]) -> Path:
         """The file of the reply to a request, by all that it depends on."""
-        means = json.dumps([self.base_url, request, self.pattern and self.pattern.pattern], sort_keys=True)
-        name = hashlib.sha256(means.encode()).hexdigest()
-        return self.cache_dir / name[:2] / f"{name}.json"
-
-    def _known(self, path: Path) -> str | None:
-        """A reply that is there already."""
-        return str(json.loads(path.read_text(encoding="utf-8"))["reply"]) if path.exists() else None
+        return self._replies.path(self.base_url, request, self.pattern and self.pattern.pattern)
 
 
 @cache
@@ -305,17 +298,3 @@ def _of_loop(loop: asyncio.AbstractEventLoop) -> "tuple[httpx.AsyncClient, dict[
 
     # `asyncio.timeout` bounds a call as a whole, which the client's own limits do not.
     return httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)), {}
-
-
-def _keep(path: Path, reply: str) -> str:
-    """Keep a reply, and return the one that is kept: another process may have been first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(f".{uuid4().hex}")
-    whole.write_text(json.dumps({"reply": reply}), encoding="utf-8")
-    try:
-        os.link(whole, path)
-    except FileExistsError:
-        return str(json.loads(path.read_text(encoding="utf-8"))["reply"])
-    finally:
-        whole.unlink()
-    return reply

@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from torch import Tensor
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import Distillation
 from hybrid_lightning.model.passes import Passes
+from hybrid_lightning.reply_cache import ReplyCache
 from hybrid_lightning.rollout.future import in_thread
 from hybrid_lightning.rollout.vllm.server_checks import check_tokenizer
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
@@ -30,10 +33,14 @@ class ServerTeacher(Teacher):
     It is asked as soon as a completion has ended, while others are being sampled; of episodes when all have ended. What fails is
     tried again. An API key comes from VLLM_API_KEY.
 
+    Log-probabilities are kept on disk, 6 bytes a token: vLLM's differ a little by what else it computes at the time, and so a run
+    that is resumed in a rollout gets the same ones.
+
     Args:
         url: Address of the server, such as http://node7:8000.
         timeout_s: Seconds in which a request, attempts included, must succeed.
         concurrency: Most requests at a time.
+        cache_dir: Folder of the log-probabilities; None takes `~/.cache/hybrid_lightning/teacher`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -41,12 +48,13 @@ class ServerTeacher(Teacher):
 
     is_remote = True
 
-    def __init__(self, url: str, timeout_s: float = 600.0, concurrency: int = 32) -> None:
+    def __init__(self, url: str, timeout_s: float = 600.0, concurrency: int = 32, cache_dir: str | None = None) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"ServerTeacher: url={url!r} is not an address; give one such as http://node7:8000")
         self.timeout_s = timeout_s
         self._server = Server(url.rstrip("/"), timeout_s, os.environ.get("VLLM_API_KEY"))
         self._turns, self._lock = threading.Semaphore(concurrency), threading.Lock()
+        self._replies, self._model = ReplyCache(cache_dir, "teacher"), ""
         self._asked: dict[_Asked, Future[list[float]]] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
@@ -86,6 +94,11 @@ class ServerTeacher(Teacher):
             logprobs[row, : len(rows[row][1])] = torch.tensor(future.result())
         return logprobs.to(sequences.completion_ids.device)
 
+    def _served(self) -> str:
+        """Name of the model that the server has."""
+        self._model = self._model or str(self._server.ask("GET", "/v1/models")["data"][0]["id"])
+        return self._model
+
     def _ask(self, asked: _Asked) -> "Future[list[float]]":
         with self._lock:
             if asked not in self._asked:
@@ -99,11 +112,16 @@ class ServerTeacher(Teacher):
             ends = time.monotonic() + self.timeout_s
             while True:
                 try:
-                    body = {"prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-                    answer = self._server.ask("POST", "/v1/completions", body, limit=self.timeout_s)
-                    entries = answer["choices"][0]["prompt_logprobs"]
-                    found = [float(entry[str(token)]["logprob"]) for token, entry in [*zip(tokens, entries, strict=True)][1:]]
-                    return found[-len(completion) :]
+                    path = self._replies.path(self._server.url, self._served(), prompt, completion)
+                    kept = self._replies.known(path)
+                    if kept is None:
+                        body = {"prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+                        answer = self._server.ask("POST", "/v1/completions", body, limit=self.timeout_s)
+                        entries = answer["choices"][0]["prompt_logprobs"]
+                        pairs = [*zip(tokens, entries, strict=True)][-len(completion) :]
+                        found = array("f", [float(entry[str(token)]["logprob"]) for token, entry in pairs])
+                        kept = self._replies.keep(path, b64encode(found).decode())
+                    return array("f", b64decode(kept)).tolist()
                 except (LookupError, TypeError, ValueError) as error:
                     raise ServerError(self._server.url, f"its log-probabilities cannot be read ({error!r})", 422) from error
                 except ServerError as error:

@@ -1,25 +1,17 @@
-"""A judge that answers, is slow, overloaded, broken or silent; and a run whose reward it is."""
+"""A judge that answers, is slow, overloaded, broken or silent."""
 
 import json
 import math
-import os
 import re
-import shlex
-import signal
 import threading
-import zlib
 
 import pytest
-import torch
-from cli_runs import done, run, write_folder
 from fake_judge import GARBAGE, FakeJudge, answer_of, graded, reply
-from stopped_runs import points, run_of
 
 from hybrid_lightning.advantages import GroupAdvantage
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
 from hybrid_lightning.rewards import ArrivingRewards, ExactMatch, FinalAnswer, JudgeReward, RewardBySet, WeightedSum, judge
 from hybrid_lightning.rewards.evaluate import evaluate_reward
-from hybrid_lightning.training.rl_task import RLTask
 from hybrid_lightning.types import Completion, Episode, Prompt
 
 KEY = "sk-very-secret-1234567890"
@@ -192,65 +184,3 @@ def test_what_cannot_be_is_refused(make):
         with pytest.raises(ConfigError, match=message) as caught:
             make(**given)
         assert KEY not in str(caught.value)
-
-
-# ---- a run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("judged"))
-
-
-def weights(folder):
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def is_refused(text):
-    return zlib.crc32(text.encode()) % 8 == 0
-
-
-@pytest.mark.long
-def test_a_run_that_is_stopped_in_a_call_of_its_judge_goes_on_to_the_same_bits(fake, folder, monkeypatch):
-    """By a judge that never grades alike twice, and refuses every eighth completion: these are left out."""
-    given = {"base_url": fake.url, "model": "j", "rubric": "Grade the sum.", "retries": 0, "max_failed_share": 0.5}
-    given |= {"cache_dir": "kept", "concurrency": 2}
-    options = ["--config=t.yaml", "--model.reward=JudgeReward", *(f"--model.reward.{name}={given[name]}" for name in given)]
-    options += ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--adapter.scorer=Random"]
-    begun, calls = [], iter(range(10**6))
-    roll_out = RLTask.roll_out
-    monkeypatch.setattr(RLTask, "roll_out", lambda *given: begun.append(len(fake.requests)) or roll_out(*given))
-
-    def grade(text):
-        if len(begun) == 2 and len(fake.requests) > begun[1] + 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            begun.append(0)
-            fake.hang()
-        return (400, "no") if is_refused(text) else graded(next(calls) % 11, reason=f"it is {text!r}")
-
-    fake.grade = grade
-    stopped = run(folder, "fit", *options, "--samples.write_rows=true")
-    assert stopped.code == 143 and not fake.ended.is_set(), stopped.err[-2000:]
-    fake.ended.set()
-    resumed = done(folder, *shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1]))
-    asked = len(fake.requests)
-    whole = done(folder, "fit", *options)
-    assert all(is_refused(answer_of(request)) for request in fake.requests[asked:]), "all others are known"
-    runs = [run_of(result, folder) for result in (stopped, resumed, whole)]
-    assert all(torch.equal(value, weights(runs[2])[name]) for name, value in weights(runs[1]).items())
-    curves = [{key: value for key, value in points(of).items() if not key[0].startswith("judge/")} for of in runs]
-    assert {**curves[0], **curves[1]} == curves[2]
-    counted = {name: value for (name, step), value in points(runs[0]).items() if name.startswith("judge/")}
-    assert counted.keys() == {"judge/calls", "judge/failed", "judge/tokens", "judge/seconds"} and counted["judge/failed"] > 0
-    rows = [json.loads(line) for of in runs[:2] for line in (of / "rollouts.jsonl").read_text().splitlines()]
-    lost = [row for row in rows if not row["counted"]]
-    assert {is_refused(row["completion"]) for row in lost} == {True} and {row["reward"] for row in lost} == {None}
-    assert len(rows) == 32 and not any(is_refused(row["completion"]) and row["counted"] for row in rows)
-
-    said = done(folder, "doctor", *options).out
-    shown = re.findall(r"-> (.+)\n +\d+ tokens.*; (paid|left out).*(?:\n +judge_reward: (.*))?", said)
-    assert len(shown) == 8 and all((paid == "paid") == ("it is" in reply) for _, paid, reply in shown), said
-    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    assert len(written) > 50 and not any(KEY.encode() in content for content in written)
-    assert not any(KEY in text for each in (stopped, resumed, whole) for text in (said, each.out, each.err))

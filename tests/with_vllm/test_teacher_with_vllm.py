@@ -19,7 +19,7 @@ def test_a_server_teaches_what_the_same_model_teaches_here(model: Path, tmp_path
     sequences = policy.task.generation.generate(prompts, 4, PromptDraws(prompts, 4, 0)).sequences
     server = Server(model, tmp_path / "log.txt")
     try:
-        teacher = ServerTeacher(server.url)
+        teacher = ServerTeacher(server.url, cache_dir=str(tmp_path / "cache"))
         teacher.check(passes, SampledReverseKL())
         found = teacher.logprobs(passes, sequences)
     finally:

@@ -285,7 +285,7 @@ class Server:
         try:
             return asyncio.run(limited())
         except TimeoutError as error:
-            raise ServerError(self.url, f"no answer within {limit:.0f} s; it hangs, or has too much to do") from error
+            raise ServerError(self.url, f"no answer within {limit:g} s; it hangs, or has too much to do") from error
         except httpx.HTTPError as error:
             raise self._failure(error) from error
 

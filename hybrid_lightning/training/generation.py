@@ -65,7 +65,8 @@ class Generation:
         self.reward = None if reward is None else as_reward(reward)
         self._seed = seed
         sampler.inflight_updates = sampler.is_remote and rollouts_ahead > 1
-        run.shares_failures = sampler.needs_weight_sync
+        may_fail = any(term.max_failed_share is not None for term in self.reward_terms())  # as a judge on a server
+        run.shares_failures = sampler.needs_weight_sync or may_fail
         self._agreement = Agreement(policy, sampler, run)
         self._under_way: list[RolloutFuture[Rollouts]] = []  # completions by the engine's current weights
         plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0

@@ -48,6 +48,7 @@ class Divergence(Distillation):
     """
 
     of_distributions = True
+    held_blocks = 7  # arrays [K, V] that there are at its peak, for plans of memory
     weighed_by_teacher = False  # whose most probable tokens `top_k` compares
 
     def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
@@ -55,6 +56,7 @@ class Divergence(Distillation):
         if top_k < 0:
             raise ConfigError(f"{type(self).__name__}: top_k={top_k} is not a number of tokens; set 0 for all, or e.g. 100")
         self.top_k = top_k
+        self.held_blocks = 5 if top_k else self.held_blocks
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
@@ -92,6 +94,8 @@ class JensenShannon(Divergence):
     Args:
         beta: The teacher's share in the mixture; towards 0 it behaves as the forward KL, towards 1 as the reverse KL.
     """
+
+    held_blocks = 13
 
     def __init__(self, coef: float = 1.0, top_k: int = 0, beta: float = 0.5) -> None:
         super().__init__(coef, top_k)

@@ -98,6 +98,10 @@ class Teacher(Configurable, ABC):
     def release(self) -> None:
         """Free the device, since completions are made next."""
 
+    def held_bytes(self, student: Passes) -> int:
+        """Bytes of weights of its own on the student's device in an update; by default none."""
+        return 0
+
 
 class ModelTeacher(Teacher):
     """A second model with the policy's tokenizer, which reads the policy's prompts.
@@ -150,6 +154,14 @@ class ModelTeacher(Teacher):
                 self._on_host = [(weight, weight.data) for weight in model.parameters()]
             model.to(device)
         return self._passes
+
+    def held_bytes(self, student: Passes) -> int:
+        """See `Teacher`."""
+        if self._passes is None:
+            self.passes(student)
+            self.release()
+        assert self._passes is not None
+        return sum(weight.numel() * weight.element_size() for weight in self._passes.policy.model.parameters())
 
     def release(self) -> None:
         """See `Teacher`: its weights do not change, so that nothing is copied back."""

@@ -3,6 +3,8 @@
 `Untaught` adds nothing, so that a task need not ask whether it has a teacher. Axes: B sequences, T completion tokens.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,7 @@ class Teaching(Untaught):
         self.listen, self.needs_start_policy = teacher.listen, teacher.needs_start_policy
         self.needs_all_rows = distillation.of_distributions
         self.run.shares_failures |= teacher.is_remote
+        passes.beside = partial(teacher.held_bytes, passes)
 
     def begin(self) -> None:
         """See `Untaught`."""

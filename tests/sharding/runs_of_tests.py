@@ -66,7 +66,8 @@ class Log(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
-            self.steps.append({n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith(("val/", "judge/sec"))})
+            found = {n: float(v) for n, v in trainer.callback_metrics.items()}
+            self.steps.append({n: v for n, v in found.items() if not n.startswith(("val/", "judge/seconds"))})
 
 
 class Streamed(Callback):

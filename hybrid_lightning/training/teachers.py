@@ -27,6 +27,7 @@ from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
+from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
@@ -38,12 +39,20 @@ Interruptible = Callable[[], AbstractContextManager[Any]]
 class Teacher(Configurable, ABC):
     """Base class of teachers; a subclass gives `passes` or `context`, or `logprobs` if it computes elsewhere."""
 
+    pretrained: Pretrained | None = None  # of a model of its own in this process
+    too_long = ""  # remedy where prompts are too long for it but not for the policy; empty for other options
     needs_start_policy = False  # whether the policy's start weights must be kept
     is_remote = False  # whether it computes elsewhere, which can fail on one rank alone
 
     @abstractmethod
     def check(self, student: Passes, distillation: Distillation) -> None:
         """Raise ConfigError if it cannot teach this policy so; called before weights are loaded, and when they are."""
+
+    def check_prompts(self, generation: Generation, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if a prompt, as the teacher sees it, and its longest completion exceed the teacher's context."""
+        limit, _ = model_context((self.pretrained or generation.policy.pretrained).config)
+        seen, name = [self.with_context(prompt) for prompt in prompts], f"the teacher's {limit} positions"
+        generation.check_lengths(seen, limit, name, " for the teacher", self.too_long)
 
     def seen(
         self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
@@ -122,7 +131,7 @@ class ModelTeacher(Teacher):
         self, model: str, revision: str | None = None, dtype: str | None = None, quantization: Quantization | None = None
     ) -> None:
         self.quantization, self.dtype = quantization, dtype
-        self.pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
+        self.pretrained: Pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
         self._passes: Passes | None = None
         self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
 
@@ -182,6 +191,8 @@ class SelfTeacher(Teacher):
     Raises:
         ConfigError: If the template is malformed.
     """
+
+    too_long = "shorten model.teacher.context or the columns that it shows"
 
     def __init__(self, context: str | None = None, start: bool = True) -> None:
         if context is not None and "prompt" not in template_fields("context", context):

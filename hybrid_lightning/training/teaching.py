@@ -3,6 +3,7 @@
 `Untaught` adds nothing, so that a task need not ask whether it has a teacher. Axes: B sequences, T completion tokens.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.training import run_checks
 from hybrid_lightning.training.generation import Generation, Listen
 from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.types import PolicyBatch, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
 
 # Log-probabilities and entropy, each [B, T], what is added to the loss of each token, if anything, and what is measured, [B, T].
 Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
@@ -53,6 +54,9 @@ class Untaught:
 
     def check(self) -> None:
         """Raise ConfigError if the teacher cannot teach this policy."""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if training prompts are too long for the teacher, or have no column that it needs."""
 
 
 class Teaching(Untaught):
@@ -110,7 +114,13 @@ class Teaching(Untaught):
         if self.run.stage == "fit":
             self.teacher.check(self.passes, self.distillation)
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """See `Untaught`; a teacher elsewhere has a context of its own."""
+        if not self.teacher.is_remote:
+            self.teacher.check_prompts(self.generation, prompts)
+
     def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
+        self.check_prompts(rollouts.prompts)  # from Python nothing is checked before
         return self.teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
 
     def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,26 @@ def test_context_takes_the_row_and_in_a_chat_the_last_question():
     ]
 
 
+def test_prompts_that_are_too_long_for_the_teacher_are_refused_with_the_data(model, sums, tmp_path):
+    build_model("llama", seed=5, max_position_embeddings=8).save_pretrained(tmp_path / "short")
+    build_tokenizer().save_pretrained(tmp_path / "short")
+    message = (
+        r"prompts are too long for the teacher, first .*sums.jsonl row \d+ with {} tokens: model.sampler.max_new_tokens=6 leaves"
+    )
+    for teacher, error, numbers in (
+        (SelfTeacher("{prompt}" + "?" * 130), "shorten model.teacher.context or the columns that it shows", (134, 122, 128)),
+        (ModelTeacher(str(tmp_path / "short")), "lower model.sampler.max_new_tokens to 4 or less", (4, 2, 8)),
+    ):
+        policy = {"teacher": teacher}
+        error = f"{message.format(numbers[0])} {numbers[1]} of the teacher's {numbers[2]} positions; {error}"
+        with pytest.raises(ConfigError, match=error):
+            build_trainer(tmp_path).check(build_policy(model, **policy), build_data(sums))
+        with pytest.raises(ConfigError, match=error):
+            fit(model, sums, tmp_path, policy=policy, max_steps=1)
+    with pytest.raises(ConfigError, match=r"uses \{hint\}, which .* row 0 does not have"):
+        build_trainer(tmp_path).check(build_policy(model, teacher=SelfTeacher("{prompt}{hint}")), build_data(sums))
+
+
 def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folder, tmp_path):
     other = build_tokenizer()
     other.add_tokens(["plus"])

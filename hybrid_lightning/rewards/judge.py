@@ -114,6 +114,8 @@ class JudgeReward(RewardFunction):
             raise ConfigError("JudgeReward: api_key_variable is not the name of an environment variable; give one, not the key")
         if concurrency < 1 or retries < 0:
             raise ConfigError(f"JudgeReward: concurrency={concurrency}, retries={retries}; give at least 1, and at least 0")
+        if not scale[0] < scale[1]:
+            raise ConfigError(f"JudgeReward: scale={scale}; give the lowest grade, and a higher one as the highest")
         self.rubric, self.base_url, self.model, self.scale = rubric, base_url.rstrip("/"), model, scale
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.options, self.concurrency, self.timeout_s, self.retries = dict(options or {}), concurrency, timeout_s, retries

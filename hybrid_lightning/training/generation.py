@@ -33,7 +33,7 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Message, Prompt, Rewards, Rollouts
 
 Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
 
@@ -265,10 +265,13 @@ class Generation:
 
     # ---- prompts
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
+    def encode(self, prompt: Prompt, begun: Sequence[Message] = ()) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages.
+
+        The prompt of an episode names the tools, and has the messages that the environment has `begun` with.
+        """
         if self.episodes is not None:
-            return self.episodes.turns.first(prompt, ())[0]
+            return self.episodes.turns.first(prompt, begun)[0]
         return self.policy.pretrained.encoder.encode(prompt)
 
     @property

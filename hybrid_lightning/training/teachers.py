@@ -55,9 +55,12 @@ class Teacher(Configurable, ABC):
         generation.check_lengths(seen, limit, name, " for the teacher", self.too_long)
 
     def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
     ) -> Sequences:
-        """The B = P * G completions of prompts, which `encode` tokenizes, as the teacher sees them: by default as they are."""
+        """The B = P * G completions of prompts as the teacher sees them, by default as they are.
+
+        `encode` tokenizes what stands in place of a prompt, by its number: as the prompt, with what its environment begins with.
+        """
         return sequences
 
     def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
@@ -189,7 +192,7 @@ class SelfTeacher(Teacher):
         start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
 
     Raises:
-        ConfigError: If the template is malformed.
+        ConfigError: If the template is malformed, or the current policy would teach itself without a context.
     """
 
     too_long = "shorten model.teacher.context or the columns that it shows"
@@ -197,6 +200,10 @@ class SelfTeacher(Teacher):
     def __init__(self, context: str | None = None, start: bool = True) -> None:
         if context is not None and "prompt" not in template_fields("context", context):
             raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt is to be")
+        if context is None and not start:
+            raise ConfigError(
+                "SelfTeacher: start=false without context is the policy itself, from which it learns nothing; give one"
+            )
         self.template, self.start, self.needs_start_policy = context, start, start
 
     def check(self, student: Passes, distillation: Distillation) -> None:
@@ -208,13 +215,14 @@ class SelfTeacher(Teacher):
             )
 
     def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
     ) -> Sequences:
-        """See `Teacher`; ConfigError if the row lacks a column of the template."""
+        """See `Teacher`; ConfigError if the row does not have a column of the template."""
         if self.template is None:
             return sequences
         samples, pad_id = len(sequences) // len(prompts), pad_token(student.policy.pretrained.tokenizer)
-        rows = [ids for ids in (encode(self.with_context(prompt)) for prompt in prompts) for _ in range(samples)]
+        encoded = [encode(number, self.with_context(prompt)) for number, prompt in enumerate(prompts)]
+        rows = [ids for ids in encoded for _ in range(samples)]
         prompt_ids, prompt_mask = pad_left(rows, pad_id, sequences.prompt_ids.device)
         return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.episodes.episodes import begun_with
 from hybrid_lightning.losses import Distillation, Divergence, PolicyLoss, SampledReverseKL
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.model.passes import Passes
@@ -121,7 +122,10 @@ class Teaching(Untaught):
 
     def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
         self.check_prompts(rollouts.prompts)  # from Python nothing is checked before
-        return self.teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
+        encode = self.generation.encode
+        return self.teacher.seen(
+            self.passes, rollouts.prompts, trained, lambda number, prompt: encode(prompt, begun_with(rollouts, number))
+        )
 
     def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
         """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""

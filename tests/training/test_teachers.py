@@ -10,7 +10,9 @@ from tiny_runs import (
     Constant,
     Interrupted,
     Log,
+    OftenDone,
     StartsWithDigit,
+    Talk,
     build_adapter,
     build_data,
     build_policy,
@@ -25,6 +27,7 @@ from hybrid_lightning import losses
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import GroupAdvantage, NoAdvantage
 from hybrid_lightning.engine import Backend
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
@@ -163,9 +166,25 @@ def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder
     assert all(weight.data_ptr() == old.data_ptr() for weight, old in zip(weights, before, strict=True))
 
 
+def test_a_teacher_with_context_reads_what_the_environment_begins_with(model, sums, tmp_path, monkeypatch):
+    read, logprobs = [], SelfTeacher.logprobs
+    monkeypatch.setattr(SelfTeacher, "logprobs", lambda *given: read.append(given[2]) or logprobs(*given))
+    policy = {"teacher": SelfTeacher("{prompt}{answer}#"), "environment": Talk(), "reward": None, "sampler": OftenDone(5)}
+    policy |= {"episodes": EpisodeLimits(max_tokens=60), "turn_template": "{content}"}
+    log = Log()
+    fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
+    rollouts, tokenizer = log.batches[0].rollout[0], build_tokenizer()
+    own, seen = (tokenizer.batch_decode(s.prompt_ids, skip_special_tokens=True) for s in (rollouts.sequences, read[0]))
+    for row, (text, other) in enumerate(zip(own, seen, strict=True)):
+        prompt = rollouts.prompts[row // 4]
+        assert "=go" in text and other == text.replace(prompt.text, f"{prompt.text}{prompt.answer}#")
+
+
 def test_context_takes_the_row_and_in_a_chat_the_last_question():
     with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
         SelfTeacher("{answer}")
+    with pytest.raises(ConfigError, match="start=false without context is the policy itself"):
+        SelfTeacher(start=False)
     teacher = SelfTeacher("{prompt} ({answer}, {hint})")
     row = {"answer": "4", "columns": {"hint": "two pairs"}}
     assert teacher.with_context(Prompt(text="2+2=", **row)).text == "2+2= (4, two pairs)"

@@ -25,7 +25,7 @@ from hybrid_lightning.environments.tool import Tool, ToolSchema
 from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.user_calls import is_shared, run_async
 
-_CONNECT_S = 60.0  # for which a server may start, such as one that is downloaded first
+_CONNECT_S = 60.0  # within which a server has to start, such as one that is downloaded first
 
 
 class ServerLostError(Exception):
@@ -33,14 +33,14 @@ class ServerLostError(Exception):
 
 
 class McpToolError(Exception):
-    """What an MCP server says of a call that went wrong."""
+    """An MCP server's error for a call, as text."""
 
 
 class McpTools(Configurable):
     """All tools of an MCP server, as an entry of `ToolEnvironment.tools`.
 
-    One connection serves all episodes of a process, so that they share whatever state the server keeps. A server whose answers
-    depend on earlier calls, such as one that writes files, wants `per_episode`.
+    One connection serves all episodes of a process, so that they share whatever state the server keeps. Set `per_episode` if
+    answers depend on earlier calls, as of a server that writes files.
 
     Args:
         command: Starts a server that talks over standard input and output, such as `uvx mcp-server-fetch`; not run by a shell.
@@ -84,7 +84,7 @@ class McpTools(Configurable):
         return partial(type(self), **self._init_args), ()
 
     def tools(self) -> "list[_McpTool]":
-        """The tools of the server, for one episode. It is asked for them once.
+        """The tools of the server, for one episode. They are listed once.
 
         Raises:
             ConfigError: If the client is not installed, a variable is not set, or the server cannot be reached or has no tools.
@@ -118,7 +118,7 @@ class McpTools(Configurable):
         """Call a tool; McpToolError if the server answers an error, ServerLostError if it is gone."""
         if self.per_episode and self._connection is not None and self._connection.is_lost:  # a new one would not have its state
             raise self._connection.lost("has ended")
-        result = await (await self._connected()).ask(lambda client: client.call_tool(name, arguments))
+        result = await (await self._connected()).request(lambda client: client.call_tool(name, arguments))
         text = "\n".join(map(_text_of, result.content))
         if result.is_error:
             raise McpToolError(text)
@@ -135,7 +135,7 @@ class McpTools(Configurable):
     async def _list(self) -> list[dict[str, Any]]:
         connection, listed, cursor = await self._connected(), [], None
         while True:
-            page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
+            page = await connection.request(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
             for tool in page.tools:
                 parameters = {"type": "object", "properties": {}, **tool.input_schema}
                 function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
@@ -177,7 +177,7 @@ class _Connection:
         self._client: Any = None
         self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._hold())
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints it where nobody asks
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints what is not retrieved
 
     @property
     def is_lost(self) -> bool:
@@ -194,7 +194,7 @@ class _Connection:
             await self.close()
             raise self.lost(f"cannot be reached{late}")
 
-    async def ask(self, question: Callable[..., Awaitable[Any]]) -> Any:
+    async def request(self, question: Callable[..., Awaitable[Any]]) -> Any:
         from anyio import BrokenResourceError, ClosedResourceError
         from mcp import MCPError
         from mcp_types import CONNECTION_CLOSED
@@ -268,6 +268,6 @@ class _Connection:
 
 
 def _text_of(block: Any) -> str:
-    """The text of a block of an answer; of one of another kind that it was there."""
+    """The text of a block of an answer; for a block of another kind a note of it."""
     text = getattr(block, "text", None) or getattr(getattr(block, "resource", None), "text", None)
     return text if isinstance(text, str) else "" if block.type == "text" else f"[{block.type}, which cannot be shown]"

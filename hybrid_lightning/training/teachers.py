@@ -1,4 +1,4 @@
-"""Teachers: what says how probable the tokens are that the policy sampled.
+"""Teachers: models that give probabilities of the tokens that the policy sampled.
 
     seen        a rollout's completions after the prompts that the teacher sees
     logprobs    of these tokens, when the rollout is made: for `SampledReverseKL`
@@ -37,7 +37,7 @@ Interruptible = Callable[[], AbstractContextManager[Any]]
 
 
 class Teacher(Configurable, ABC):
-    """Base class of teachers; a subclass gives `passes` or `context`, or `logprobs` if it computes elsewhere."""
+    """Base class of teachers; a subclass overrides `passes` or `context`, or `logprobs` if it computes elsewhere."""
 
     pretrained: Pretrained | None = None  # of a model of its own in this process
     too_long = ""  # remedy where prompts are too long for it but not for the policy; empty for other options
@@ -64,7 +64,7 @@ class Teacher(Configurable, ABC):
         return sequences
 
     def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
-        """What gets the number and the tokens of each completion of a rollout that ends before others; None for nothing."""
+        """A function for the number and tokens of each completion of a rollout that ends before others; None for none."""
         return None
 
     def passes(self, student: Passes) -> Passes:
@@ -84,7 +84,7 @@ class Teacher(Configurable, ABC):
         return logprobs
 
     def predict(self, student: Passes, sequences: Sequences) -> Predictions:
-        """What predicts the K sampled tokens of a chunk of a micro-batch, without gradient."""
+        """Predictions of the K sampled tokens of a chunk of a micro-batch, without gradient."""
         policy = self.passes(student).policy
         with self.context(student), policy.inference():
             states, logits = predictions(policy.engine, sequences)
@@ -183,12 +183,12 @@ class ModelTeacher(Teacher):
 
 
 class SelfTeacher(Teacher):
-    """The policy itself, with privileged context in its prompt, at its start or as it is now (SDFT, SDPO).
+    """The policy itself, at its start or as it is now, with privileged context in its prompt (SDFT, SDPO).
 
     Args:
-        context: What the prompt, or the last message of the user in a chat, becomes for the teacher: a template with `{prompt}`
-            for its text, `{answer}` for the reference answer, and the columns of the row. None leaves it, which holds a policy
-            back at its start.
+        context: Template that replaces the prompt, or the user's last message in a chat: `{prompt}` is its text, `{answer}` the
+            reference answer, and other names are columns of the row. None keeps the prompt, so that the start policy holds the
+            policy back.
         start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
 
     Raises:

@@ -1,6 +1,6 @@
 """`Teaching`: what a teacher adds to a task, to advantages when a rollout is made or to the loss of each step.
 
-`Untaught` adds nothing, so that a task need not ask whether it has a teacher. Axes: B sequences, T completion tokens.
+`Untaught` adds nothing, so that a task is the same with and without a teacher. Axes: B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Untaught:
 
     teacher: Teacher | None = None
     listen: Listen | None = None
-    shown_metrics: tuple[str, ...] = ()  # beside the progress bar
+    shown_metrics: tuple[str, ...] = ()  # in the progress bar
     needs_start_policy = needs_all_rows = False
 
     def __init__(self, passes: Passes, generation: Generation) -> None:

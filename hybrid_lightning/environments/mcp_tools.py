@@ -52,8 +52,7 @@ class McpTools(Configurable):
         per_episode: Whether each episode has a connection and, with `command`, a server of its own.
 
     Raises:
-        ConfigError: If not exactly one of `command` and `url` is given, `env` or `headers` are for the other one, or a header
-            has something else than the name of a variable.
+        ConfigError: If not exactly one of `command` and `url` is given, or a header has no name of a variable.
     """
 
     def __init__(
@@ -66,8 +65,6 @@ class McpTools(Configurable):
     ) -> None:
         if (command is None) == (url is None) or not (command or url or "").strip():
             raise ConfigError(f"McpTools: command={command!r} and url={url!r}; give one of the two")
-        if (env and url) or (headers and command):
-            raise ConfigError("McpTools: env is for a server that command starts, and headers for a url; leave the other one out")
         self.command, self.url, self.env, self.per_episode = command, url, env or [], per_episode
         self.headers = headers or {}
         for header, variable in self.headers.items():

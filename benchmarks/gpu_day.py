@@ -1,9 +1,10 @@
-"""Everything that can only be known on a GPU, in 45 minutes at most: `python -m benchmarks.gpu_day`.
+"""Everything that can only be known on a GPU, in 45 minutes or in several calls of less: `python -m benchmarks.gpu_day`.
 
-Each part is a process of its own, whose time is limited. What a part has found is in `OUT/PART.json` as soon as it has found it,
-what it prints in `OUT/PART.log`, and all of it on the page `OUT/gpu_day.md`. A part that fails, dies or is killed at its limit is
-written down as such, and the next begins; the exit status is then 1. The same command again goes on: it measures what is missing
-or has failed, and refuses a folder whose results are of another device, commit or package.
+Each part is a process of its own with limited time, and ends with this one, however that ends. What a part has found is in
+`OUT/PART.json` as soon as it has found it, what it prints in `OUT/PART.log`, and all of it on the page `OUT/gpu_day.md`, which
+ends with the decisions that wait for it. A part that fails, dies or is killed at its limit is written down as such, and the next
+begins; the exit status is then 1. The same command again measures what is missing or has failed, with the model and the compiled
+code in `OUT/kept`, and refuses a folder with results of another device, commit or package.
 
 The model has the shape of Qwen3-0.6B and random weights, which are made here: nothing is downloaded. `--device cpu` rehearses all
 of it with tiny sizes, whose numbers say nothing. `--wheels FOLDER` gets, where there is a network, the packages that a machine
@@ -14,10 +15,10 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import requires, version
@@ -31,26 +32,48 @@ from benchmarks.commands import CORES, BenchmarkError, UsageError, check_can_run
 from benchmarks.study.store import write
 from benchmarks.tables import table
 
-PART_LIMIT_S, DAY_LIMIT_S = 540.0, 2700.0
+PART_LIMIT_S = 480.0  # less than the time of a call: a part that was cut short is the first of the next call
 WORKER = ("-m", "benchmarks.run_gpu_part")
-# The parts, in the order in which they run: what others rest on comes first. Steps are of 32 x 8 completions of 256 tokens behind
-# prompts of 384; where numbers are checked and no time is measured, of 4 x 4 of 32.
+# The parts, in the order in which they run: what the first decisions wait for comes first. Steps are of 32 x 8 completions of 256
+# tokens after prompts of 384; where numbers are checked and no time is measured, of 4 x 4 of 32.
 PARTS = {
     "passes": "How far are products and attention off, as shares of their size, and which passes run?",
     "gspo": "Does `configs/gspo.yaml` learn on the card what it learns on the CPU?",
     "lora": "LoRA: agreement of sampling and training, and seconds of a step; in the first is what compiling takes.",
-    "hybrid": "The same with a tenth of the modules fully trained; nothing is compiled before.",
-    "graphs": "What do CUDA graphs give at 256 rows, and which share of the time does the card work?",
-    "memory": "Are the peaks those of the plan, with completions of 2,048 tokens?",
-    "scoring": "What does the default scorer take, on the rollouts that calibrate it, and which modules come first?",
     "resume": "Does a run that stops after two of four steps and goes on end with the same bits, and a second run?",
+    "graphs": "What do CUDA graphs give at 8 and 256 rows of different lengths, and which share of the time does the card work?",
+    "vllm": "Steps as in `lora`, with vLLM in the process.",
     "uncompiled": "Two steps with `TORCH_COMPILE_DISABLE=1`.",
+    "memory": "Are the peaks those of the plan, with completions of 2,048 tokens?",
+    "trl_vllm": "TRL's steps of the sizes of `lora`, with vLLM in the process.",
+    "trl": "The same by its own generation.",
+    "hybrid": "As `lora` with a tenth of the modules fully trained; nothing is compiled before.",
+    "scoring": "What does the default scorer take, on the rollouts that calibrate it, and which modules come first?",
     "float16": "Two steps with `trainer.precision=16-mixed`.",
     "nf4": "Two steps on an NF4 base with 8-bit AdamW.",
-    "vllm": "Steps as in `lora`, with vLLM in the process.",
-    "trl": "TRL's steps of the sizes of `lora`, by its own generation.",
-    "trl_vllm": "The same with vLLM in the process.",
     "kernels": "Which kernels take how much of the time of a step as in `lora`?",
+}
+# What waits for these numbers, the most urgent first: part -> beginnings of the names of what decides.
+SECONDS = "seconds of the steps"
+DECISIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "What is wrong on a card, and has to be computed by torch's own operators?": {
+        "passes": ("products", "attention"),
+        "gspo": ("cuda, val", "cpu, val"),
+        "lora": ("sampling and training", "finite"),
+        "resume": ("",),
+    },
+    "Are CUDA graphs worth their code, and from how many rows on not?": {"graphs": ("",)},
+    "From which size on do the docs send users to vLLM?": {"lora": (SECONDS,), "vllm": (SECONDS,)},
+    "Does `torch.compile` take the place of the private way into Inductor?": {
+        "lora": (SECONDS, "graphs compiled"),
+        "uncompiled": (SECONDS,),
+        "graphs": ("share of the time",),
+    },
+    "By how much do the plan of memory and the tokens of a pass have to change?": {"memory": ("",)},
+    "What does README say beside TRL?": {"lora": (SECONDS, "peak"), "trl_vllm": (SECONDS, "peak"), "trl": (SECONDS, "peak")},
+    "What do the hybrid and its scores cost?": {"lora": (SECONDS,), "hybrid": (SECONDS, "peak"), "scoring": ("seconds", "peak")},
+    "Are float16 and NF4 named as working?": {"float16": ("sampling and training", "finite"), "nf4": ("finite", "peak")},
+    "What is made faster next?": {"kernels": ("",)},
 }
 NEEDS = {"nf4": ["bitsandbytes"], "vllm": ["vllm"], "trl": ["trl"], "trl_vllm": ["trl", "vllm"]}
 ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
@@ -59,6 +82,7 @@ ENVIRONMENT = {"uncompiled": {"TORCH_COMPILE_DISABLE": "1"}}
 def build_parser() -> argparse.ArgumentParser:
     parser = command("gpu_day", __doc__, device="cuda", out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of this call; the same again does the rest (default: 45)")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="download what the day needs beside torch, and end")
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=own, help="for wheels: Python of the machine with the GPU (default: %(default)s)")
@@ -68,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.wheels is not None:
         return download(arguments.wheels, arguments.python)
+    end, over = time.monotonic() + 60 * arguments.minutes, f"the {arguments.minutes:g} minutes are over"
     check_can_run((), "", arguments.device)
     out, ran_on = arguments.out, {"device": arguments.device, **versions()}
     out.mkdir(parents=True, exist_ok=True)
@@ -78,43 +103,43 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{out / name}.json has results of another {changed[0]}; give another folder: --out")
     for number in (signal.SIGTERM, signal.SIGHUP):  # ended from outside, or without a terminal, it stops as by Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    begin = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="gpu_day_") as folder:
-            for name in arguments.parts:
-                if results.get(name, {}).get("state") == "done":
-                    tell(f"{name}: measured before, in {out / name}.json")
-                    continue
-                left_s = DAY_LIMIT_S - (time.monotonic() - begin)
-                why = "" if left_s > 0 else f"the {DAY_LIMIT_S / 60:.0f} minutes are over"
-                why = next((f"{package} is not installed" for package in NEEDS.get(name, ()) if not find_spec(package)), why)
-                if not why:
-                    tell(f"{name} ...")
-                    results[name] = {"ran on": ran_on, "state": "is running", "found": {}}
-                    measure(name, results, out, Path(folder), min(left_s, PART_LIMIT_S))
-                elif name not in results:  # or what an earlier day has found is kept
-                    results[name] = {"ran on": ran_on, "state": f"left out: {why}", "found": {}}
-                    keep(name, results, out)
-                tell(f"{name}: {results[name]['state']}")
+        for name in arguments.parts:
+            if results.get(name, {}).get("state") == "done":
+                tell(f"{name}: measured before, in {out / name}.json")
+                continue
+            why = "" if end > time.monotonic() else over
+            why = next((f"{package} is not installed" for package in NEEDS.get(name, ()) if not find_spec(package)), why)
+            if not why:
+                tell(f"{name} ...")
+                results[name] = {"ran on": ran_on, "state": "is running", "found": {}}
+                measure(name, results, out, end, over)
+            elif name not in results:  # or what an earlier call has found is kept
+                results[name] = {"ran on": ran_on, "state": f"left out: {why}", "found": {}}
+                keep(name, results, out)
+            tell(f"{name}: {results[name]['state']}")
     except KeyboardInterrupt:
-        raise BenchmarkError(f"stopped; what was measured is in {out}, and the same command goes on") from None
+        raise BenchmarkError(f"stopped; what was measured is in {out}, and the same command does the rest") from None
     print(f"written to {out / 'gpu_day.md'}")
     failed = [name for name, result in results.items() if result["state"].startswith("FAILED")]
     if failed:
         raise BenchmarkError(f"{', '.join(failed)} failed; {out / 'gpu_day.md'} says why")
 
 
-def measure(name: str, results: dict[str, Any], out: Path, folder: Path, limit_s: float) -> None:
+def measure(name: str, results: dict[str, Any], out: Path, end: float, over: str) -> None:
     """Run a part in a process of its own, and put into its results what it has found, and what became of it."""
-    path, log, begin = out / f"{name}.json", out / f"{name}.log", time.monotonic()
+    path, log, begin, kept = out / f"{name}.json", out / f"{name}.log", time.monotonic(), out / "kept"
     keep(name, results, out)
-    device = results[name]["ran on"]["device"]
-    request = {"part": name, "device": device, "folder": str(folder), "out": str(path)}
+    device, limit_s = results[name]["ran on"]["device"], min(end - begin, PART_LIMIT_S)
+    request = {"part": name, "device": device, "folder": str(kept), "out": str(path), "parent": os.getpid()}
+    times_compiling = name in ("lora", "hybrid")
+    compiled = kept / f"compiled_{name if times_compiling else 'by others'}"
+    if times_compiling:
+        shutil.rmtree(compiled, ignore_errors=True)
     variables = {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # which cuBLAS reads at the first product; deterministic kernels need it
         **environment(CORES if device == "cuda" else 1),
-        # Of all parts one folder of what is compiled, but of those that time it.
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"compiled_{name if name in ('lora', 'hybrid') else 'by others'}"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled.absolute()),
         **ENVIRONMENT.get(name, {}),
         "HF_HUB_OFFLINE": "1",
     }
@@ -128,7 +153,7 @@ def measure(name: str, results: dict[str, Any], out: Path, folder: Path, limit_s
             died = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             state = f"FAILED: {died}" if code else "done"
         except subprocess.TimeoutExpired:
-            state = f"FAILED: killed at its limit of {limit_s:.0f} s"
+            state = f"cut: {over}" if limit_s < PART_LIMIT_S else f"FAILED: killed at its limit of {limit_s:.0f} s"
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGABRT)  # so that its log says where it was
                 process.wait(5)
@@ -154,7 +179,21 @@ def keep(name: str, results: dict[str, Any], out: Path) -> None:
         rows = [(key, shown(value)) for key, value in result["found"].items()]
         lines += [table(("found", ""), rows, 2), ""] if rows else []
         lines += ["```", *result["log"], "```", ""] if "log" in result else []
+    lines += ["## Decisions, the most urgent first", "", table(("decision", "numbers"), decisions(results), 2), ""]
     (out / "gpu_day.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def decisions(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each decision with what has been found for it."""
+    rows = []
+    for decision, parts in DECISIONS.items():
+        texts = []
+        for part, names in parts.items():
+            found = results.get(part, {}).get("found", {})
+            numbers = [f"{key}: {shown(value)}" for key, value in found.items() if key.startswith(names) and key != "card"]
+            texts.append(f"`{part}`: {'; '.join(numbers) or 'missing'}")
+        rows.append((decision, "<br>".join(texts)))
+    return rows
 
 
 def shown(value: Any) -> str:

@@ -8,8 +8,10 @@ import faulthandler
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -115,11 +117,14 @@ class Day:
         return Settings(workload, self.model, self.device, torch.get_num_threads(), steps, seed=0)
 
     def train(self, workload: Workload, steps: int, *callbacks: Callback, method: str = "lora", **given: Any) -> Trained:
-        """Train a policy on completions of full length, with options of `build_policy` in `policy`, and of `train` besides."""
+        """Train a policy on completions of full length, unless `stop_ids` end them.
+
+        Options of `build_policy` are in `policy`; others are those of `train`.
+        """
         seed_everything(0, verbose=False)
         settings, clock, last = self.settings(workload, steps), Clock(self.cuda, steps), LastStep()
         policy = build_policy(settings, **given.pop("policy", {}))
-        policy.policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
+        policy.policy.pretrained.stop_ids = given.pop("stop_ids", [10**9])  # no such token: nothing ends
         trainer = train(settings, policy, [*callbacks, build_adapter(workload, method), last, Gated(clock)], **given)
         apart = torch.cat(last.found) if last.found else torch.zeros(1)
         found: Found = {
@@ -220,23 +225,33 @@ float16 = partial(two_steps, dtype="float16", precision="16-mixed")
 
 
 def graphs(day: Day) -> Iterator[Found]:
-    size, policy = day.full, day.train(day.check, 1)[0].to(day.device)
-    prompts = [Prompt(text, index=index) for index, text in enumerate(day.settings(size, 1).prompts[: size.prompts])]
+    size = day.full
+    # Random weights give all tokens about the same probability: completions have about half the full length on average.
+    ends = [*range(2 * day.config.vocab_size // size.max_new_tokens)]
+    policy = day.train(day.check, 1, stop_ids=ends)[0].to(day.device)
+    texts = enumerate(day.settings(size, 1).prompts[: size.prompts])
+    prompts = [Prompt(text, index=index) for index, text in texts]
 
-    def generate(on: bool, tokens: int) -> Tensor:
+    def generate(count: int, on: bool, tokens: int) -> Tensor:
+        """Token ids, -1 after the end."""
         policy.task.generation.sampler = Sampler(max_new_tokens=tokens, cuda_graphs=on)
         with torch.autocast(day.device, torch.bfloat16):
-            made = policy.generate(prompts, size.samples, PromptDraws(prompts, size.samples, 0))
-        return made.sequences.completion_ids.cpu()
+            made = policy.generate(prompts[:count], size.samples, PromptDraws(prompts[:count], size.samples, 0)).sequences
+        return made.completion_ids.where(made.completion_mask, -1).cpu()
 
-    ids: dict[bool, Tensor] = {}
-    for on in (False, True, False, True) if day.cuda else (False,):  # the first of each compiles and records
-        begin = time.perf_counter()
-        ids[on] = generate(on, size.max_new_tokens)
-        speed = size.rows * size.max_new_tokens / (time.perf_counter() - begin)
-        share = sum(work(day.cuda, partial(generate, on, size.max_new_tokens // 4)).values())
-        yield {f"tokens/s, cuda_graphs={on}": speed, f"share of the time that the card works, cuda_graphs={on}": share}
-    yield {"share of equal tokens": float((ids[False] == ids[True]).float().mean())} if day.cuda else {"graphs": "a CPU has none"}
+    for count in (1, size.prompts):
+        rows, ids = count * size.samples, dict[bool, Tensor]()
+        for on in (False, True, False, True) if day.cuda else (False,):  # the first of each compiles and records
+            begin = time.perf_counter()
+            ids[on] = generate(count, on, size.max_new_tokens)
+            speed = int((ids[on] >= 0).sum()) / (time.perf_counter() - begin)
+            share = sum(work(day.cuda, partial(generate, count, on, size.max_new_tokens // 2)).values())
+            told = f"{rows} rows, cuda_graphs={on}"
+            yield {f"tokens/s, {told}": speed, f"share of the time that the card works, {told}": share}
+        lengths = (ids[False] >= 0).sum(dim=1)
+        yield {f"tokens of {rows} rows": f"{lengths.min()} to {lengths.max()}, mean {lengths.float().mean():.1f}"}
+        if day.cuda:
+            yield {f"{rows} rows, the same tokens with graphs": torch.equal(ids[False], ids[True])}
 
 
 def memory(day: Day) -> Iterator[Found]:
@@ -302,10 +317,18 @@ def kernels(day: Day) -> Iterator[Found]:
     yield {name: f"{times[name] / sum(times.values()):.1%}" for name in [*times][:15]}
 
 
+def end_with(parent: int) -> None:
+    """End this process and all that it has started when the command has ended: no second one is to run beside."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
-    """Argument: `{"part": name, "device": "cuda" or "cpu", "folder": of the model, "out": file to add what is found to}`."""
+    """Argument: `{"part": name, "device": "cuda" or "cpu", "folder": of the model, "out": file, "parent": process}`."""
     faulthandler.enable()  # what kills it says where it was
     request = json.loads(sys.argv[1])
+    threading.Thread(target=end_with, args=(request["parent"],), daemon=True).start()
     path, device = Path(request["out"]), request["device"]
     written = json.loads(path.read_text())
     written["found"]["card"] = torch.cuda.get_device_name() if device == "cuda" else "a CPU: numbers say nothing"

@@ -17,7 +17,8 @@ _CLEAN_UP_S = 600.0  # seconds that a process has for its end, in which loggers 
 
 def run() -> None:
     """Run the command line. Signals are handled from the start, before anything takes time, until the process has ended."""
-    signals = StopSignals(started_by_rank=end_with_starter())
+    signals = StopSignals()
+    signals.started_by_rank = end_with_starter(signals)
     signals.take_over()
     status = 1  # exit code after an unexpected exception
     stop: RunStopped | None = None

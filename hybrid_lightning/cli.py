@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export`, `plan`, `doctor` and `compare`.
+"""The command line: LightningCLI with further commands: `score`, `export`, `plan`, `doctor`, `compare` and `configs`.
 
 This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
 `cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
@@ -9,6 +9,7 @@ import gc
 import inspect
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -49,6 +50,7 @@ from hybrid_lightning.memory import TrainerFlags
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.sharding.fsdp2 import chosen_strategy
+from hybrid_lightning.shipped_configs import config_list, read_config, with_paths
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import CHECKPOINT_DEFAULTS, LOGGER_DEFAULTS, TRAINER_DEFAULTS, Trainer, run_callbacks
 from hybrid_lightning.training.example_module import (
@@ -74,6 +76,12 @@ _TRAINER_WITHOUT_DEVICE = {
     "precision": None,
     "logger": False,
 }
+_WITHOUT_TRAINER = ("compare", "configs")
+
+
+def _program() -> str:
+    """How the command was started."""
+    return "hybrid-lightning" if Path(sys.argv[0]).name.startswith("hybrid-lightning") else "python -m hybrid_lightning"
 
 
 def main(signals: StopSignals | None = None) -> None:
@@ -85,6 +93,7 @@ def main(signals: StopSignals | None = None) -> None:
     quiet_libraries()
     signals = signals or StopSignals()
     try:
+        sys.argv[1:] = with_paths(sys.argv[1:])
         HybridLightningCLI(signals)
     except Exception as error:
         cause = cause_of(error)
@@ -121,7 +130,7 @@ class HybridLightningCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_kwargs={
-                "prog": "python -m hybrid_lightning",
+                "prog": _program(),
                 "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA.",
             },
             **kwargs,
@@ -193,13 +202,17 @@ class HybridLightningCLI(LightningCLI):
             parser.parse_args(asked)
 
     def _set_seed(self) -> None:
-        if self.subcommand != "compare":
+        if self.subcommand not in _WITHOUT_TRAINER:
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Compare runs, for which nothing is made."""
+        """Answer the commands for which nothing is made."""
         if self.subcommand == "compare":
             compare(self.config["compare"]["folders"], self.config["compare"]["html"])
+        if self.subcommand == "configs":
+            name = self.config["configs"]["name"]
+            sys.stdout.write(f"{config_list()}\n" if name is None else read_config(name))
+        if self.subcommand in _WITHOUT_TRAINER:
             sys.exit()
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -215,6 +228,10 @@ class HybridLightningCLI(LightningCLI):
         )
         of_runs.add_argument("--html", metavar="FILE", help="A new file for the same as a page, with pictures of the curves.")
         parser._subcommands_action.add_subcommand("compare", of_runs, help=text)  # type: ignore[union-attr]
+        text = "List the configs that come with the package, or print one, to be changed in a file of your own."
+        of_configs = Parser(description=text)
+        of_configs.add_argument("name", metavar="NAME", nargs="?", help="Such as gspo or loss/dapo; without one all are listed.")
+        parser._subcommands_action.add_subcommand("configs", of_configs, help=text)  # type: ignore[union-attr]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.configurable import constructor_defaults, imported_class, public_path
-from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.errors import HybridLightningError, shorten
 from hybrid_lightning.remedies import config_paths, is_machine_error, with_remedy
 
 # Messages of jsonargparse that name no remedy -> what is said instead; above them, what would stand in front of the reason.
@@ -32,12 +32,16 @@ _REWRITES = (
         "no command is given, such as python -m hybrid_lightning fit --config FILE; --help lists all and says what each does",
     ),
     (
+        r"Parser key \"config\": File does not exist: '(.+)'",
+        r"--config \1: there is no such file; correct the path, or give one of the names that the command 'configs' lists",
+    ),
+    (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
         r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
     ),
     (
         r"the following arguments are required: (loss)$",
-        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
+        r"model.\1 must be given, nearly always by a config: --config gspo, a name that 'configs' lists, or your own file",
     ),
     (
         r"(?:Import path (?:\S+ )?does not correspond to a subclass of RewardFunction|Unexpected import path format: \S+\.py:\w+)"
@@ -98,15 +102,17 @@ TRL_NAMES = {
 
 
 class Refusal(SystemExit):
-    """Raised by the parser of a class for an option that the class does not have. The command's parser adds where it was given.
+    """Raised by the parser of a class for an option that the class does not have, or with a value that does not fit (`misfit`).
+
+    The command's parser adds where it was given.
 
     It is a `SystemExit`, because at an ordinary error jsonargparse would try the other types of the option, and report all of
     them.
     """
 
-    def __init__(self, part: type, name: str, names: list[str]) -> None:
-        super().__init__(f"error: {part.__name__} has no option {name}")
-        self.part, self.name, self.names = part, name, names
+    def __init__(self, part: type, name: str, names: list[str], misfit: str = "") -> None:
+        super().__init__(f"error: {part.__name__}: {name}: {misfit or 'there is no such option'}")
+        self.part, self.name, self.names, self.misfit = part, name, names, misfit
 
 
 def _unchecked(options: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +176,8 @@ class Parser(LightningArgumentParser):
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
+        if self.part is not None and not self.exit_on_error and (misfit := self._misfit(message)):
+            raise Refusal(self.part, misfit.partition(":")[0], [], misfit.partition(": ")[2])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
         sys.exit(2)
@@ -194,12 +202,26 @@ class Parser(LightningArgumentParser):
             return f"{unknown[1]}: unknown class {unknown[3]}{near}"
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
+        if misfit := self._misfit(message):
+            return misfit
         if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
             message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
         return message
 
+    def _misfit(self, message: str) -> str:
+        """Option, value and what it takes, for a value of another type; empty if that is not the mistake."""
+        unknown = _MISFIT.fullmatch(message)
+        wanted = _wanted(unknown[2]) if unknown else ""
+        if not unknown or not wanted:
+            return ""
+        options = [argument.partition("=")[0] for argument in getattr(self, "args", [])]
+        where = f"--{unknown[1]}" if f"--{unknown[1]}" in options else unknown[1]
+        return f"{where}: {shorten(unknown[3].strip())} does not fit; give {wanted}"
+
     def _placed(self, refusal: Refusal) -> str:
         where = self._where(refusal.name)
+        if refusal.misfit:
+            return f"{where or refusal.name}: {refusal.misfit}"
         key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0] or "KEY"
         if inspect.isabstract(refusal.part):
             return _which(key, refusal.part.__name__, known_classes(refusal.part))
@@ -210,11 +232,13 @@ class Parser(LightningArgumentParser):
     def _where(self, name: str) -> str:
         """Where an unknown name was given: the option on the command line, or the file and key; empty if it is not found."""
         options = (argument.partition("=")[0] for argument in self.args)
-        places = {option.removeprefix("--"): option for option in options if re.fullmatch(rf"--.*\.{re.escape(name)}", option)}
+        given = {option.removeprefix("--"): option for option in options if re.fullmatch(rf"--.*\.{re.escape(name)}", option)}
+        places = dict(given)
         for file in config_paths(self.args):
             with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
                 keys = _keys(yaml.safe_load(text))
                 places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
+        places |= given  # an option wins over a file
         if len(places) > 1:  # elsewhere the same name may be right
             known = set(self._names())
             places = {key: place for key, place in places.items() if _plain(key) not in known} or places
@@ -234,6 +258,28 @@ class Parser(LightningArgumentParser):
             ends = {full if "." in name else full.rpartition(".")[2]: full for full in reversed(names)}
             near = [ends[end] for end in get_close_matches(name, ends, n=1, cutoff=0.75)]
         return f"; did you mean --{near[0]}?" if near else f"; {self.command} --help lists all options"
+
+
+_MISFIT = re.compile(
+    r'Parser key "(\S+)":((?:(?!Parser key|class_path).)*Expected an? .*?)'
+    r"(?:\. Got|\s+Given value type: \S+ \S+\s+Given) value: (.*)",
+    re.DOTALL,
+)
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
+def _wanted(expected: str) -> str:
+    """What an option takes, from jsonargparse's list of types; empty if that has others than plain ones."""
+    kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|\S+)", expected)
+    found = []
+    for kind in kinds:
+        if literal := re.match(r"typing\.Literal\[(.*)\]", kind):
+            found += [part.strip("'") for part in literal[1].split(", ")]
+        else:
+            found.append(_KINDS.get(kind.removeprefix("<class '").removesuffix("'>"), ""))
+    if not all(found):
+        return ""
+    return " or ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
 
 
 def _public(path: str) -> str:

@@ -17,7 +17,7 @@ class ReplyCache:
     """
 
     def __init__(self, folder: str | None, name: str) -> None:
-        self.folder = Path(folder or f"~/.cache/hybrid_lightning/{name}").expanduser()
+        self.folder = Path(folder or f"~/.cache/hybrid_lightning/{name}").expanduser().absolute()
 
     def path(self, *depends_on: Any) -> Path:
         """The file of a reply, by the values, as JSON, that it depends on."""

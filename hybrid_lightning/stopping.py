@@ -37,17 +37,16 @@ class StopSignals:
 
     The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `interruptible`. A second signal
     ends the process at once.
-
-    Args:
-        started_by_rank: Whether another rank of the same command started this process. That rank passes its signals on, and a
-            terminal sends them to all its processes as well: a second signal is then no second request.
     """
 
-    def __init__(self, started_by_rank: bool = False) -> None:
+    # Whether another rank of the same command started this process. That rank passes its signals on, and a terminal sends them to
+    # all its processes as well: a second signal is then not a second request.
+    started_by_rank = False
+
+    def __init__(self) -> None:
         self.requested = 0  # number of the first signal; 0 if there was none
         self.started_ranks: Sequence[int] = ()  # ids of processes that this one started, to which signals are passed on
         self.last_words: Callable[[], str] = lambda: NOTHING_MADE
-        self.started_by_rank = started_by_rank
         self._deferred = 0
         self._previous: dict[signal.Signals, Any] = {}
 

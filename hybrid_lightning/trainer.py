@@ -36,7 +36,7 @@ from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import RunSettings, TrainerFlags, plan_memory
 from hybrid_lightning.memory.fitting import find_changes, room, taken, verdict
-from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
+from hybrid_lightning.memory.memory_table import gathers_note, memory_notes, memory_table, memory_title
 from hybrid_lightning.memory.peaks import own_method, plan_method, why_not_fitting
 from hybrid_lightning.quiet import quiet_libraries
 from hybrid_lightning.reports.findings import Finding, cause, of_memory
@@ -384,6 +384,8 @@ class Trainer(LightningTrainer):
         show(memory_title(methods, settings))
         console().print(memory_table(methods, settings))
         show(memory_notes(methods, settings))
+        if (gathers := gathers_note(own, settings)) is not None:
+            show(gathers)
         problem, free = why_not_fitting(settings, own), room(settings)
         show(f"Such a run is refused: {problem}" if problem is not None else verdict(own, settings))
         if not fit:

@@ -144,7 +144,7 @@ def _run(
     ignored: Sequence[int],
 ) -> None:
     """Become the process that was asked for."""
-    os.getppid = lambda: parent
+    os.getppid = lambda: parent if os.path.exists(f"/proc/{parent}") else 1
     ends = {}
     for number, stream in streams.items():
         end = stream.detach()

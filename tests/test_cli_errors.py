@@ -53,8 +53,9 @@ def folder(tmp_path_factory):
 # A command, and what the last line has to say.
 COMMANDS = [
     ("", r"no command is given, such as .* fit --config FILE; --help lists all"),
-    ("fit", r"model\.loss must be given, nearly always by a config: --config FILE"),
+    ("fit", r"model\.loss must be given, nearly always by a config: --config gspo"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
+    ("fit --config nowhere.yaml", r"--config \S*nowhere\.yaml: there is no such file; .* that the command 'configs' lists$"),
     ("predict --config t.yaml --predictions.path=file/p.jsonl", r"file/p\.jsonl: .*/file is no folder .* another"),
     ("export --config t.yaml --folder=new --ckpt_path=best.ckpt", r"there is no checkpoint best\.ckpt .*such as foreign\.ckpt"),
 ]
@@ -73,6 +74,12 @@ OPTIONS = [
     ),
     ("model.dtype=bfloat16 trainer.precision=bf16-true", r"precision=bf16-true is not supported: .*; use bf16-mixed"),
     ("model.quantization=Int8", r"quantization: unknown class Int8; give one of NF4"),
+    # types
+    ("model.samples_per_prompt=eight", r"--model\.samples_per_prompt: 'eight' does not fit; give a whole number$"),
+    ("model.sampler.temperature=warm", r"--model\.sampler\.temperature: 'warm' does not fit; give a number$"),
+    ("data.validation_prompts=all", r"--data\.validation_prompts: 'all' does not fit; give a whole number or null$"),
+    ("trainer.precision=fp16", r"--trainer\.precision: 'fp16' does not fit; give .*16-true, 16-mixed, .*, bf16 or null$"),
+    ("model.credit=step", r"--model\.credit: 'step' does not fit; give episode or turn$"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
     ("trainer.logger=MLFlowLogger trainer.logger.save_dir=file", "MLflow's store .*'file'; give another place by --trainer"),

@@ -27,6 +27,7 @@ CASES = {  # how checkpoints are written: overlay of configs/strategy, options
     "DDP, file": ("ddp", ()),
     "FSDP2, file": ("fsdp", ()),
     "FSDP2, folder": ("fsdp", ("--trainer.strategy.save_distributed_checkpoint=true",)),
+    "DDP, file, silent": ("ddp", ('--trainer.strategy={"class_path": "benchmarks.faults.silent.SilentDDP"}',)),
 }
 
 

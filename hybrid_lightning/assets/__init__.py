@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-# Model string -> folder beside this file. The first is for products in one turn, the other for episodes.
-EMBEDDED = {"embedded": "tiny_policy", "embedded:episodes": "episodes_policy"}
+# Model string -> folder beside this file: for products in one turn, for episodes, and the first one's teacher.
+EMBEDDED = {"embedded": "tiny_policy", "embedded:episodes": "episodes_policy", "embedded:teacher": "teacher_policy"}
 
 
 def embedded_policy_path(model: str = "embedded") -> Path:

@@ -1,11 +1,12 @@
 """Show the planned memory of a run: a title, a table with a column for each method, and what its numbers mean."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
-from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory
+from hybrid_lightning.memory.peaks import PROCESS_BYTES, MethodMemory, plan_method
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import format_bytes
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
@@ -80,3 +81,16 @@ def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     )
     lines.extend(f"Bounded from above: {bound}." for bound in methods[0].bounds)
     return "\n".join(lines)
+
+
+def gathers_note(own: MethodMemory, settings: RunSettings) -> str | None:
+    """What the run's passes receive from other devices, and the option with which that is less; None if weights are not split."""
+    if not own.gathered:
+        return None
+    option, other = "with --model.gradient_checkpointing=true", replace(settings, gradient_checkpointing=True)
+    if settings.max_tokens_per_micro_batch is not None:
+        option, other = "without model.max_tokens_per_micro_batch", replace(settings, max_tokens_per_micro_batch=None)
+    fewer = plan_method(other)
+    remedy = f"; {option} {format_bytes(fewer.gathered)}, in {fewer.passes}" if fewer.passes < own.passes else ""
+    sent = f"{format_bytes(own.gathered)} to each, in {own.passes} forward and backward passes a rollout"
+    return f"Weights from other devices: {sent}{remedy}"

@@ -38,6 +38,8 @@ class MethodMemory:
     host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
     share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
     bounds: tuple[str, ...] = ()  # what is bounded from above and not predicted, in words for the user
+    passes: int = 0  # of the updates of a rollout, each forward and backward
+    gathered: float = 0.0  # bytes of weights that a device receives from others in these passes
 
     @property
     def peak_phase(self) -> str:
@@ -129,7 +131,8 @@ class _Run:
         if settings.eval_prompts:
             peaks["validating"] = self._generating(sizes, settings.eval_prompts, settings.eval_samples)
         peaks |= self._scoring(sizes) if scored else {}
-        peaks |= self._updating(sizes)
+        updating, passes = self._updating(sizes)
+        peaks |= updating
         for phase, peak in peaks.items():
             if self.teacher_stays or phase in ("calibrating", "updating", "optimizer step"):
                 peaks[phase] = replace(peak, teacher=self.teacher)
@@ -137,7 +140,8 @@ class _Run:
         for phase, peak in peaks.items():
             peaks[phase] = replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating)
         host = self._part(sizes).total if self.sharding.cpu_offload else 0.0
-        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds)
+        gathered = 2 * passes * sizes.weight_bytes * (1 - 1 / self.sharding.parts)
+        return MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share, self.passes.bounds, passes, gathered)
 
     def _trained(self, sizes: ModelSizes) -> Trained:
         lora, quantized = self.settings.planning.lora, self.settings.quantization is not None
@@ -204,8 +208,8 @@ class _Run:
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
 
-    def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
-        """Peaks of updating and, on an accelerator, of the optimizer step.
+    def _updating(self, sizes: ModelSizes) -> tuple[dict[str, Components], int]:
+        """Peaks of updating and, on an accelerator, of the optimizer step; and the passes of the updates of a rollout.
 
         Gradients of the previous step are cleared before the backward pass of a micro-batch, or, where a micro-batch takes
         several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
@@ -214,7 +218,8 @@ class _Run:
         settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
         begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
         tokens = settings.tokens_of_pass(sizes.weight_bytes / parts + self.teacher, sizes.trainable / parts)
-        first, *others = self._cut(self.prompts, tokens, settings.schedule.minibatches_per_rollout * accumulated)
+        micro_batches = settings.schedule.minibatches_per_rollout * accumulated
+        first, *others = self._cut(self.prompts, tokens, micro_batches)
         stages = (begin, forward, backward)
         if accumulated == 1:
             clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
@@ -229,7 +234,7 @@ class _Run:
         if step and not self.on_cpu and not self.sharding.cpu_offload:
             part = self._part(sizes)
             updating["optimizer step"] = replace(part, optimizer=part.optimizer + step)
-        return updating
+        return updating, (1 + len(others)) * micro_batches * settings.schedule.epochs_per_rollout
 
 
 def _largest(stages: tuple[Components, Components, Components], found: PassBytes) -> Components:

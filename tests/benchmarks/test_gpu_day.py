@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +24,10 @@ def part(day):
         case "graphs": time.sleep(600)
         case "memory": os.kill(os.getpid(), signal.SIGSEGV)
         case "scoring": os.kill(int(os.environ["DAY"]), signal.SIGTERM); time.sleep(600)
-vars(parts).update(dict.fromkeys(("lora", "graphs", "memory", "resume", "scoring"), part))
+        case "float16":
+            yield {"process": os.getpid()}
+            time.sleep(600)
+vars(parts).update(dict.fromkeys(("lora", "graphs", "memory", "resume", "scoring", "float16"), part))
 parts.main()
 """
 FIRST = {"card": "a CPU: numbers say nothing", "first": 1.0, "CUBLAS": ":4096:8"}
@@ -32,16 +37,16 @@ class Hurried(Forked):
     """Is out of time as soon as the part that hangs has found something."""
 
     def wait(self, timeout=None):
-        if timeout == gpu_day.PART_LIMIT_S and (asked := json.loads(self.args[-1]))["part"] == "graphs":
+        if timeout is not None and timeout > 5 and (asked := json.loads(self.args[-1]))["part"] == "graphs":
             while not json.loads(Path(asked["out"]).read_text())["found"].get("first"):
                 time.sleep(0.05)
             raise subprocess.TimeoutExpired(self.args, timeout)
         return super().wait(timeout)
 
 
-def day(out, *parts):
+def day(out, *parts, minutes=45):
     """Exit status, the results of all parts that have some, and the page."""
-    code = gpu_day.main(["--device", "cpu", "--out", str(out), "--parts", *parts])
+    code = gpu_day.main(["--device", "cpu", "--out", str(out), "--minutes", str(minutes), "--parts", *parts])
     return code, {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}, (out / "gpu_day.md").read_text()
 
 
@@ -60,7 +65,15 @@ def test_it_is_rehearsed_from_beginning_to_end(tmp_path):
     assert len(attention) == 2 and all(1e-4 < error < 0.01 for errors in attention for error in errors)
     planned, measured = found["memory"]["hybrid 10%, updating: GiB planned, measured"]
     assert 0 < measured < 2 * planned < 4 * measured
-    assert found["graphs"]["graphs"] == "a CPU has none" and len(found["kernels"]) == 16
+    assert [name for name in found["graphs"] if name.startswith("tokens")] == [
+        *("tokens/s, 4 rows, cuda_graphs=False", "tokens of 4 rows"),
+        *("tokens/s, 16 rows, cuda_graphs=False", "tokens of 16 rows"),
+    ]
+    assert found["graphs"]["tokens of 16 rows"].startswith("1 to 6, mean ") and len(found["kernels"]) == 16
+    rows = [line for line in page.partition("## Decisions")[2].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(gpu_day.DECISIONS)
+    missing = {part for row in rows for part in re.findall(r"`(\w+)`: missing", row)}
+    assert missing == {name for name, result in results.items() if result["state"] != "done"}, "each part decides something"
 
 
 def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begins(tmp_path, monkeypatch, capsys):
@@ -68,7 +81,7 @@ def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begin
     monkeypatch.setattr(subprocess, "Popen", Hurried)
     monkeypatch.setitem(gpu_day.NEEDS, "nf4", ["nowhere"])
     monkeypatch.setenv("DAY", str(os.getpid()))
-    wanted = {"lora": "FAILED: ended with 1", "graphs": "FAILED: killed at its limit of 540 s"}
+    wanted = {"lora": "FAILED: ended with 1", "graphs": "FAILED: killed at its limit of 480 s"}
     wanted |= {"memory": "FAILED: died of SIGSEGV", "nf4": "left out: nowhere is not installed", "resume": "done"}
     code, results, page = day(tmp_path, *wanted)
     assert code == 1 and "lora, graphs, memory failed" in capsys.readouterr().err
@@ -81,11 +94,26 @@ def test_parts_that_fail_hang_die_or_are_stopped_lose_nothing_and_the_next_begin
     code, stopped, _ = day(tmp_path, "resume", "scoring", "float16")
     assert code == 1 and stopped["resume"] == results["resume"] and "float16" not in stopped
     assert stopped["scoring"]["state"] == "FAILED: stopped from outside" and stopped["scoring"]["found"] == FIRST
-    monkeypatch.setattr(gpu_day, "DAY_LIMIT_S", 0.0)
-    late = day(tmp_path, "scoring", "float16")[1]
+    late = day(tmp_path, "scoring", "float16", minutes=0)[1]
     assert late["scoring"] == stopped["scoring"] and late["float16"]["state"] == "left out: the 0 minutes are over"
+    assert day(tmp_path, "graphs", minutes=9)[1]["graphs"]["state"].startswith("FAILED: killed at its limit of 480 s")
+    assert day(tmp_path, "graphs", minutes=7)[1]["graphs"]["state"] == "cut: the 7 minutes are over"
     monkeypatch.setattr(gpu_day, "versions", lambda: {"torch": "another"})
     assert gpu_day.main(["--device", "cpu", "--out", str(tmp_path)]) == 2 and "give another folder" in capsys.readouterr().err
+
+
+def test_a_part_ends_with_the_command_that_is_killed(tmp_path):
+    code = f"from benchmarks import gpu_day; gpu_day.WORKER = ('-c', {BAD!r}); "
+    code += f"gpu_day.main(['--device', 'cpu', '--out', {str(tmp_path)!r}, '--parts', 'float16'])"
+    command = Forked([sys.executable, "-c", code])
+    path, deadline = tmp_path / "float16.json", time.monotonic() + 100
+    while not (path.exists() and (worker := json.loads(path.read_text())["found"].get("process"))):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    command.kill()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_wheels_are_of_all_that_is_needed_but_torch():

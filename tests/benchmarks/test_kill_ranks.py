@@ -30,7 +30,7 @@ def test_a_job_is_right_only_if_all_is():
 
 def test_who_says_that_a_process_is_gone_and_the_table_of_ways_to_write_and_to_start():
     ours = "rank 0 lost contact: rank 1 died; go on with --ckpt_path runs/last.ckpt"
-    assert report.said(f"a\n{ours}\nb") == report.said("rank 1 ends: rank 0, which started it, was killed") == ("ours",)
+    assert report.said(f"a\n{ours}\nb") == report.said("rank 1 ends: rank 0, which started it, has ended") == ("ours",)
     assert report.said("[rank: 1] Child process with PID 7 terminated with code -9. Forcefully") == ("Lightning",)
     assert report.said("  traceback : Signal 9 (SIGKILL) received by PID 7") == ("torchrun",)
     assert report.said("RuntimeError: Connection closed by peer") == ()

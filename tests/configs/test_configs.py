@@ -66,8 +66,6 @@ def test_it_trains(path, tiny, here, monkeypatch):
     arguments = ["fit", "--config", str(path)]
     if settings(config)["model"] not in EMBEDDED:
         arguments.append(f"--model.model={tiny}")
-    if path.stem == "distill":
-        arguments.append("--model.teacher.model=embedded")  # in place of the folder that its first lines make
     if path.stem in STAND_INS:
         (here / "rows.jsonl").write_text("\n".join(map(json.dumps, STAND_INS[path.stem])))
         arguments.append("--data.source.train=rows.jsonl")
@@ -107,7 +105,7 @@ def test_the_config_to_copy_passes_the_doctor(here, monkeypatch, capsys):
 
 
 def test_doctor_and_plan_know_the_teacher(here, monkeypatch, capsys):
-    given = ["--config", str(ROOT / "configs" / "distill.yaml"), "--model.teacher.model=embedded", "--trainer.accelerator=cpu"]
+    given = ["--config", str(ROOT / "configs" / "distill.yaml"), "--trainer.accelerator=cpu"]
     command(["doctor", *given, "--model.prompts_per_rollout=16"], monkeypatch)
     said = capsys.readouterr().out
     assert "% right, and the policy" in said and "all completions earn the same" not in said

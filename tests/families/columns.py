@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from rounding import LOGITS, additions_of, spread
 from safetensors import safe_open
@@ -87,9 +88,15 @@ def _plain(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@cache
+def on_four_bits(family: str) -> PolicyModule:
+    """A run of LoRA alone, on a base of 4 bits; the hybrid run has LoRA on another."""
+    return run(family, 0.0, quantization=NF4())
+
+
 def lora(family: str) -> str:
     """Which modules LoRA trains."""
-    plan = run(family, 0.0).plan
+    plan = on_four_bits(family).plan
     frozen = [module.name for module in plan.candidates if module.mode == "frozen"]
     assert plan.lora_modules and frozen == without_lora(frozen), "each other candidate"
     return f"all but `{frozen[0].rpartition('.')[2]}`" if frozen else "all"
@@ -160,9 +167,7 @@ def exported(family: str) -> str:
 
 def quantized(family: str) -> str:
     """LoRA on a base of 4 bits."""
-    plan = run(family, 0.0, quantization=NF4()).plan
-    assert plan.lora_modules
-    return "yes"
+    return "yes" if any(isinstance(module, Linear4bit) for module in on_four_bits(family).model.modules()) else "no"
 
 
 def planned(family: str) -> str:

@@ -1,6 +1,7 @@
 """What each of several devices holds."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_memory import Case, with_flags
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP2, SingleDevice, plan_memory
+from hybrid_lightning.memory.memory_table import gathers_note
 from hybrid_lightning.memory.peaks import plan_method
 from hybrid_lightning.rollout.loader import RolloutSchedule
 
@@ -60,6 +62,21 @@ def test_what_is_offloaded_is_not_on_the_device():
         assert (other.copies, other.activations, other.cache) == (one.copies, one.activations, one.cache)
     held = plain.peaks["generating"]
     assert offloaded.host == held.weights + held.gradients + held.optimizer
+
+
+def test_what_passes_receive_from_other_devices_and_with_which_option_it_is_less():
+    def note(sharding, **changes):
+        settings = replace(with_flags(SETTINGS, sharding=sharding, device_bytes=20 * 2**20), completion_tokens=50, **changes)
+        return gathers_note(plan_method(settings), settings)
+
+    assert note(DDP(2)) is note(SingleDevice()) is None
+    start = r"Weights from other devices: ([\d.]+) MiB to each, in (\d+) forward and backward passes a rollout"
+    few = re.fullmatch(start, note(FSDP2(2), gradient_checkpointing=True))
+    many = re.fullmatch(rf"{start}; with --model.gradient_checkpointing=true {few[1]} MiB, in {few[2]}", note(FSDP2(2)))
+    part = planned(FSDP2(2)).peaks["generating"].weights / 2**20  # of each device, which receives as much
+    assert int(many[2]) > int(few[2]) and float(many[1]) == pytest.approx(2 * int(many[2]) * part, rel=0.01)
+    least = f"; without model.max_tokens_per_micro_batch {many[1]} MiB, in {many[2]}"
+    assert note(FSDP2(2), max_tokens_per_micro_batch=60).endswith(least)
 
 
 @pytest.mark.parametrize(

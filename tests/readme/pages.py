@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS)
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS)
 }
 README = PAGES["README.md"]
 BESIDE = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "results").glob("*.md"))]

@@ -11,6 +11,7 @@ import hub_contents
 import pages
 import pytest
 import torch
+import yaml
 from cli_runs import command, parse
 from lightning.pytorch import Trainer
 from pages import ALL_PAGES, PAGES, README, ROOT
@@ -287,3 +288,17 @@ def test_every_class_that_is_named_exists(generate):
     for page, text in PAGES.items():
         named = set(re.findall(rf"`({kinds})`", text))
         assert named <= public | theirs, f"{page} names {sorted(named - public - theirs)}"
+
+
+def test_files_for_others_can_be_read_and_name_one_version_and_no_place_that_is_not_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    flow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert [step["run"] for step in flow["jobs"]["check"]["steps"] if "run" in step] == [".ci/run"]
+    forms = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")]
+    assert len(forms) == 2 and all(form["name"] and form["description"] and form["body"] for form in forms)
+    docs = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
+    assert (ROOT / docs["sphinx"]["configuration"]).is_file()
+    extras = re.findall(r"/source\[(.*)\]", (ROOT / "Dockerfile").read_text())[0].split(",")
+    assert {*extras, *docs["python"]["install"][0]["extra_requirements"]} <= project["optional-dependencies"].keys()

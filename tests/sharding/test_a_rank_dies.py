@@ -1,10 +1,15 @@
 """A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and goes on."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from cli_runs import write_folder
+from fork_server import Forked
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from long_cases import long_but
@@ -24,6 +29,19 @@ RUN = {  # two rollouts of two steps
     "max_steps": 4,
     "limit_val_batches": 0,
 }
+
+
+DIES = """
+import os, signal
+from lightning.pytorch import Callback
+
+signal.alarm(90)  # if nothing else ends it
+
+class Dies(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 0 and trainer.global_step == 2:
+            os.kill(os.getpid(), 9)
+"""
 
 
 class Die(Callback):
@@ -140,3 +158,21 @@ def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, 
     assert max(steps.values()) == time // 2 and min(steps.values()) == (time - 1) // 2
     last = max(steps, key=steps.get)
     assert_goes_on(folder, tmp_path, last, steps[last], unstopped)
+
+
+@pytest.mark.long
+def test_all_end_where_connections_do_not_break_as_between_gpus(tmp_path):
+    """Rank 1 waits without end for the sum of gradients."""
+    next(folder := write_folder(tmp_path))
+    (tmp_path / "dies.py").write_text(DIES)
+    strategy = '--trainer.strategy={"class_path": "benchmarks.faults.silent.SilentDDP"}'
+    options = ["--trainer.devices=2", strategy, "--trainer.callbacks+=dies.Dies", "--checkpoint.every_n_train_steps=1"]
+    options += ["--checkpoint.monitor=step", "--trainer.limit_val_batches=0"]
+    command = [sys.executable, "-m", "hybrid_lightning", "fit", "--config=t.yaml", *options]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = Forked(command, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate()  # which ends with the last process that can write
+    folder.close()
+    assert process.returncode == -signal.SIGKILL
+    named = "rank 1 ends: rank 0, which started it, has ended; its own output says why; go on with:\n.*/last.ckpt"
+    assert re.search(named, said), said

@@ -97,8 +97,8 @@ def test_a_resumed_run_finds_a_server_of_zeros_before_it_trains(train, server, t
     assert not log.metrics
 
 
-def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, tmp_path, caplog, monkeypatch):
-    """A server of experts, which get the policy's frozen ones again when it comes back, in the middle of a run and after it."""
+def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_used(train, tmp_path, monkeypatch):
+    """A server of experts, which gets the policy's frozen ones again when it was started again in the middle of a run."""
     monkeypatch.setattr(dispatch, "_LOOK_S", 2.0)  # where completions are under way, and where weights are to be sent
     monkeypatch.setattr(servers, "_FIRST_S", 2.0)
     model = write_model(tmp_path / "model", "qwen3_moe")
@@ -120,13 +120,11 @@ def test_a_server_that_hangs_ends_the_run_in_time_and_one_that_comes_back_is_use
         log = After(2, again)
         train(sampler(), log, ahead=1, steps=5, model=model)
         assert len(log.metrics) == 5 and all(step["sampling/mismatch/max"] < 1e-3 for step in log.metrics)
-        with caplog.at_level("INFO", "lightning.pytorch"), pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
+        with pytest.raises(RolloutError, match=rf"for 6 s.*{own.url}") as raised:
             train(sampler(), GracefulStop(), After(2, hang), ahead=1, steps=9, model=model)
         assert time.monotonic() - began[0] < 200, "where a request may take ten minutes"
         assert "Checkpoint saved" in "".join(raised.value.__notes__)
-        assert [line for line in caplog.messages if "no server answers, tried for up to 6 s" in line]
-        own.stop()
-        own.start()
+        os.killpg(own._process.pid, signal.SIGCONT)
         (checkpoint,) = tmp_path.rglob("stopped.ckpt")
         made, log = torch.load(checkpoint, weights_only=False)["global_step"], After()
         train(sampler(), log, ahead=1, steps=made + 2, model=model, ckpt=checkpoint)

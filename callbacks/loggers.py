@@ -293,7 +293,7 @@ class TrackioLogger(Logger):
         project: The project, in which runs are compared.
         run_name: Name of the run; None for one that Trackio makes up.
         space_id: Space that shows the runs, such as `me/runs`, and is made if it is not there; None keeps them on this machine.
-            The token is that of HF_TOKEN or `hf auth login`.
+            The token comes from HF_TOKEN or `hf auth login`.
 
     Raises:
         ConfigError: If Trackio is not installed.
@@ -311,7 +311,7 @@ class TrackioLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Trackio's run, which is begun, or after its end continued, when it is asked for."""
+        """Trackio's run, which begins, or continues after its end, when it is first used."""
         if self._experiment is None:
             import trackio
 

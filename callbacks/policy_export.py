@@ -30,7 +30,7 @@ class PolicyExport(Callback):
         folder: Folder for the folders `step=N`; None takes `export/FORM` in the run folder.
         every_n_steps: Optimizer steps between exports; None for one export at the end.
         push_to: Repository on the Hugging Face hub that each export is pushed to, as a commit in place of the one before, such as
-            `me/my-model`; a new one is private. The token is that of HF_TOKEN or `hf auth login`. A run that cannot push is
+            `me/my-model`; a new one is private. The token comes from HF_TOKEN or `hf auth login`. A run that cannot push is
             refused before it begins; a push that fails later is a warning.
 
     Raises:

@@ -151,7 +151,8 @@ class RolloutSamples(OncePerRollout):
                 log_histogram(trainer, "rewards/histogram", values.float().cpu(), trainer.global_step)
             if rollouts.completions[0].episode is not None:
                 text = shown_text(rollouts.completions[0]).replace("\n", "\n  ")
-                say(f"An episode of rollout {self._seen + 1}, reward {float(rewards.total[0]):.3g}:\n  {text[:_ON_SCREEN]}")
+                earned = f"reward {float(rewards.total[0]):.3g}" if rewards.counts(0) else "left out"
+                say(f"An episode of rollout {self._seen + 1}, {earned}:\n  {text[:_ON_SCREEN]}")
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:

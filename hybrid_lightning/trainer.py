@@ -209,8 +209,7 @@ class Trainer(LightningTrainer):
                 check_monitors(self, model.evaluation.names(sets), model.task.training_metrics)
         datamodule.setup(self.state.fn)
         if self.state.fn == "fit":
-            model.task.check_enough(datamodule.train_prompts)
-            model.task.generation.check_encoding(datamodule.train_prompts)
+            model.task.check_training_prompts(datamodule.train_prompts)
         tests = self.state.fn in ("test", "predict")
         model.task.generation.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
 

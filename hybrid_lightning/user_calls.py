@@ -77,6 +77,11 @@ def run_async(work: Coroutine[Any, Any, Any], blocked_s: float = float("inf"), o
         future.cancel()
 
 
+def is_shared(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether all calls in this process share this event loop: not one that was blocked and replaced, or of a parent process."""
+    return _shared().loop is loop
+
+
 async def call(
     function: Callable[[], Any],
     timeout_s: float | None = None,

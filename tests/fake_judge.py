@@ -28,7 +28,7 @@ def answer_of(request):
 class FakeJudge(ThreadingHTTPServer):
     """The server. `grade` answers a completion; of `faults` each is taken for one call: an answer, or what is called for it."""
 
-    daemon_threads = True
+    daemon_threads, request_queue_size = True, 128  # of two ranks, which connect 16 times each at once
 
     def __init__(self):
         self.grade, self.faults, self.requests, self.headers = (lambda text: graded(len(text) % 11)), [], [], []

@@ -68,12 +68,12 @@ class PassMemory:
         self._fused, self._fused_mlp = FusedRMSNorm in kinds, FusedMLP in kinds
         self.bounds = self._bounds(why_not_packed)
 
-    def training(self, rows: Rows, trained: Trained | None) -> PassBytes:
-        """A forward and backward pass over some rows."""
+    def training(self, rows: Rows, trained: Trained | None, compared: int = 0) -> PassBytes:
+        """A forward and backward pass over some rows; `compared` blocks of logits are there for a divergence from a teacher."""
         sizes, width, predicted = self.sizes, self.width, rows.completions * rows.completion_tokens
         tokens, every = self._tokens(rows), rows.prompt_tokens + rows.completion_tokens
         layers = [self._tokens(rows, recurs) * self.kept(recurs, every, trained) for recurs in sizes.recurs]
-        converted, logits = self._converted(trained), self._logits(predicted)
+        converted, logits = self._converted(trained), self._logits(predicted, compared)
         within = self._within_backward(rows, tokens, 1.0 if trained is None else trained.share_full)
         # The states before and after the last norm, and the gradients of those that predict, which come with the logits.
         kept: float = width * sizes.hidden * (2 * tokens + predicted * (1 + self.entropy_gradient))
@@ -198,14 +198,16 @@ class PassMemory:
         full, lora = (0, 0) if trained is None else (trained.full, trained.lora)
         return self.width * (full + lora + (self._linear - full if self._converts_base else 0))
 
-    def _logits(self, predicted: int) -> float:
+    def _logits(self, predicted: int, compared: int = 0) -> float:
         """Bytes of the logits of so many tokens: of a block at a time, or all together."""
         vocabulary = self.sizes.vocabulary
         if self._separate:
             return predicted * vocabulary * (2 * self.width + 4 * _FLOAT)
-        most = Backend().most_logits(torch.device("cpu" if self.on_cpu else "cuda")) // vocabulary
+        most = Backend().most_logits(torch.device("cpu" if self.on_cpu else "cuda")) // vocabulary // (4 if compared else 1)
         block = -(-predicted // -(-predicted // max(1, most)))  # blocks are of equal size
         weight = self.width * vocabulary * self.sizes.hidden if self._converts_base else 0
+        if compared:
+            return weight + compared * block * vocabulary * _FLOAT
         if self.on_cpu and has_operators() and self._plain_projection and not self.entropy_gradient:
             return weight + block * vocabulary * (_FLOAT + self.width % _FLOAT)  # an operator needs no copies
         return weight + 3 * block * vocabulary * _FLOAT

@@ -168,10 +168,11 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
     return lambda hidden: product(hidden.to(dtype))
 
 
-def default_token_budget(model: nn.Module, device: torch.device) -> int:
+def default_token_budget(model: nn.Module, device: torch.device, beside: Callable[[], int] = lambda: 0) -> int:
     """`tokens_of_pass` for a model: what keeps its device busy; more would only take memory.
 
-    The device is the one that computes; weights, which may be sharded, may be on another one.
+    The device is the one that computes; weights, which may be sharded, may be on another one. On an accelerator `beside` gives
+    the bytes of other models.
     """
     text = base_model(model).config.get_text_config()
     total = accelerator_memory(device)
@@ -179,7 +180,7 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
     if total is not None:
         held = [part._local_tensor if isinstance(part, DTensor) else part for part in model.parameters()]
         weights = sum(part.numel() * part.element_size() for part in held)
-        rest = activation_bytes(total, weights, sum(part.numel() for part in held if part.requires_grad))
+        rest = activation_bytes(total, weights + beside(), sum(part.numel() for part in held if part.requires_grad))
     return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu", rest)
 
 

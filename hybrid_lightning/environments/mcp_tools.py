@@ -1,8 +1,9 @@
 """`McpTools`: the tools of a server of the Model Context Protocol (https://modelcontextprotocol.io), by its official client.
 
-    the server answers an error               the policy is told, as of any tool that raises
-    it does not answer in time                the policy is told, and the call is cancelled
-    it ends, or cannot be reached             the episode is begun again with a new connection, and after three attempts left out
+    the server answers an error               the policy gets it, as from any tool that raises
+    it does not answer in time                the policy gets an error, and the call is cancelled
+    it ends, cannot be reached, or refuses    the episode begins again with a new connection, and is left out after three attempts
+      by an HTTP status (401, 404, 503)
 
 The client has to be opened and closed in one task: a connection is a task of the event loop on which all calls of tools run.
 """
@@ -10,9 +11,11 @@ The client has to be opened and closed in one task: a connection is a task of th
 import asyncio
 import atexit
 import os
+import re
 import shlex
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,9 +23,9 @@ from typing import Any
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.environments.tool import Tool, ToolSchema
 from hybrid_lightning.errors import ConfigError, one_line
-from hybrid_lightning.user_calls import run_async
+from hybrid_lightning.user_calls import is_shared, run_async
 
-_CONNECT_S = 60.0  # for which a server may start, such as one that is downloaded first
+_CONNECT_S = 60.0  # within which a server has to start, such as one that is downloaded first
 
 
 class ServerLostError(Exception):
@@ -30,32 +33,46 @@ class ServerLostError(Exception):
 
 
 class McpToolError(Exception):
-    """What an MCP server says of a call that went wrong."""
+    """An MCP server's error for a call, as text."""
 
 
 class McpTools(Configurable):
     """All tools of an MCP server, as an entry of `ToolEnvironment.tools`.
 
-    One connection serves all episodes of a process, so that they share whatever state the server keeps. A server whose answers
-    depend on earlier calls, such as one that writes files, wants `per_episode`.
+    One connection serves all episodes of a process, so that they share whatever state the server keeps. Set `per_episode` if
+    answers depend on earlier calls, as of a server that writes files.
 
     Args:
         command: Starts a server that talks over standard input and output, such as `uvx mcp-server-fetch`; not run by a shell.
         url: Address of a server that runs, over streamable HTTP, such as `http://localhost:8000/mcp`.
         env: Names of environment variables that `command` gets from this process, besides PATH, HOME and the like: so keys stay
             out of configs and checkpoints.
+        headers: HTTP headers for `url`, each with the name of the environment variable that holds its value, such as
+            `{Authorization: MCP_AUTHORIZATION}` for a variable with `Bearer KEY`: so keys stay out of configs, too.
         per_episode: Whether each episode has a connection and, with `command`, a server of its own.
 
     Raises:
-        ConfigError: If not exactly one of `command` and `url` is given.
+        ConfigError: If not exactly one of `command` and `url` is given, or a header has no name of a variable.
     """
 
     def __init__(
-        self, command: str | None = None, url: str | None = None, env: list[str] | None = None, per_episode: bool = False
+        self,
+        command: str | None = None,
+        url: str | None = None,
+        env: list[str] | None = None,
+        headers: dict[str, str] | None = None,
+        per_episode: bool = False,
     ) -> None:
         if (command is None) == (url is None) or not (command or url or "").strip():
             raise ConfigError(f"McpTools: command={command!r} and url={url!r}; give one of the two")
         self.command, self.url, self.env, self.per_episode = command, url, env or [], per_episode
+        self.headers = headers or {}
+        for header, variable in self.headers.items():
+            if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):  # not repeated: it may be the key
+                raise ConfigError(
+                    f"McpTools: headers.{header} is not the name of an environment variable; give one that holds the header's "
+                    "value, not the value"
+                )
         self._listed: list[dict[str, Any]] | None = None  # JSON schemas of the tools
         self._connection: _Connection | None = None
 
@@ -64,7 +81,7 @@ class McpTools(Configurable):
         return partial(type(self), **self._init_args), ()
 
     def tools(self) -> "list[_McpTool]":
-        """The tools of the server, for one episode. It is asked for them once.
+        """The tools of the server, for one episode. They are listed once.
 
         Raises:
             ConfigError: If the client is not installed, a variable is not set, or the server cannot be reached or has no tools.
@@ -72,13 +89,13 @@ class McpTools(Configurable):
         if self._listed is None:
             if find_spec("mcp") is None:
                 raise ConfigError("McpTools needs the package mcp; pip install 'hybrid-lightning[mcp]'")
-            missing = [name for name in self.env if name not in os.environ]
+            missing = [name for name in (*self.env, *self.headers.values()) if name not in os.environ]
             if missing:
-                raise ConfigError(f"McpTools: the environment variable {missing[0]} of env is not set; set it, or take it out")
+                raise ConfigError(f"McpTools: the environment variable {missing[0]} is not set; set it, or take it out")
             try:
                 self._listed = run_async(self._list())
             except (ServerLostError, McpToolError) as error:
-                raise ConfigError(f"McpTools: {error}; correct command or url, and try it by itself") from error
+                raise ConfigError(f"McpTools: {error}; correct command, url or headers, and try it by itself") from error
             if not self._listed:
                 raise ConfigError(f"McpTools: {self.command or self.url} has no tools; take another server")
         server = type(self)(**self._init_args) if self.per_episode else self
@@ -98,7 +115,7 @@ class McpTools(Configurable):
         """Call a tool; McpToolError if the server answers an error, ServerLostError if it is gone."""
         if self.per_episode and self._connection is not None and self._connection.is_lost:  # a new one would not have its state
             raise self._connection.lost("has ended")
-        result = await (await self._connected()).ask(lambda client: client.call_tool(name, arguments))
+        result = await (await self._connected()).request(lambda client: client.call_tool(name, arguments))
         text = "\n".join(map(_text_of, result.content))
         if result.is_error:
             raise McpToolError(text)
@@ -106,7 +123,7 @@ class McpTools(Configurable):
 
     async def _connected(self) -> "_Connection":
         if self._connection is None or self._connection.is_lost:
-            self._connection = _Connection(self.command, self.url, self.env)
+            self._connection = _Connection(self.command, self.url, self.env, self.headers)
             if not self.per_episode:
                 atexit.register(self.disconnect)
         await self._connection.opened()
@@ -115,7 +132,7 @@ class McpTools(Configurable):
     async def _list(self) -> list[dict[str, Any]]:
         connection, listed, cursor = await self._connected(), [], None
         while True:
-            page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
+            page = await connection.request(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
             for tool in page.tools:
                 parameters = {"type": "object", "properties": {}, **tool.input_schema}
                 function = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
@@ -149,16 +166,19 @@ class _McpTool(Tool):
 class _Connection:
     """A session with a server, made and used on one event loop; methods raise ServerLostError if it is gone."""
 
-    def __init__(self, command: str | None, url: str | None, env: list[str]) -> None:
-        self._command, self._url, self._env, self._said = command, url, env, ""
+    def __init__(self, command: str | None, url: str | None, env: list[str], headers: dict[str, str]) -> None:
+        self._command, self._url = command, url
+        self._refusal = self._last_line = ""  # an HTTP status by which the server refused, and the end of its error output
+        self._env = {name: os.environ[name] for name in env}
+        self._headers = {header: os.environ[name].strip() for header, name in headers.items()}
         self._client: Any = None
         self._loop, self._ready, self._end = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._hold())
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints it where nobody asks
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio prints what is not retrieved
 
     @property
     def is_lost(self) -> bool:
-        return self._task.done() or self._end.is_set() or not self._loop.is_running()
+        return self._task.done() or self._end.is_set() or not is_shared(self._loop)
 
     async def opened(self) -> None:
         ready = asyncio.create_task(self._ready.wait())
@@ -171,7 +191,7 @@ class _Connection:
             await self.close()
             raise self.lost(f"cannot be reached{late}")
 
-    async def ask(self, question: Callable[..., Awaitable[Any]]) -> Any:
+    async def request(self, question: Callable[..., Awaitable[Any]]) -> Any:
         from anyio import BrokenResourceError, ClosedResourceError
         from mcp import MCPError
         from mcp_types import CONNECTION_CLOSED
@@ -182,14 +202,14 @@ class _Connection:
             if work.done() and not work.cancelled():
                 return work.result()
         except MCPError as error:
-            if error.error.code != CONNECTION_CLOSED:
+            if error.error.code != CONNECTION_CLOSED and not self._refusal:
                 raise McpToolError(error.error.message) from error
         except (BrokenResourceError, ClosedResourceError):
             pass
         finally:
             work.cancel()
         await self.close()
-        raise self.lost("has ended")
+        raise self.lost("refuses" if self._refusal else "has ended")
 
     async def close(self) -> None:
         self._end.set()
@@ -202,28 +222,49 @@ class _Connection:
         from mcp.client.stdio import stdio_client
 
         with tempfile.TemporaryFile("w+") as errors:  # the server's error output, which may be long
-            server: Any = self._url
             if self._command is not None:
                 command, *arguments = shlex.split(self._command)
-                env = {name: os.environ[name] for name in self._env}
-                server = stdio_client(StdioServerParameters(command=command, args=arguments, env=env), errlog=errors)
+                parameters = StdioServerParameters(command=command, args=arguments, env=self._env)
+                server: Any = stdio_client(parameters, errlog=errors)
+            else:
+                server = self._over_http()
             try:
                 async with Client(server) as self._client:
+                    self._refusal = ""  # to a question about the version of the protocol
                     self._ready.set()
                     await self._end.wait()
             finally:
                 errors.seek(0)
-                self._said = errors.read().strip().rpartition("\n")[2][:300]
+                self._last_line = errors.read().strip().rpartition("\n")[2]
+
+    @asynccontextmanager
+    async def _over_http(self) -> AsyncIterator[Any]:
+        from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+
+        async def note(response: Any) -> None:  # the client passes on neither status nor reason
+            if response.status_code > 400 and response.request.method == "POST":
+                remedy = ", which a key in headers may change" if response.status_code in (401, 403) else ""
+                self._refusal = f"status {response.status_code}{remedy}"
+
+        assert self._url is not None, "or there is a command"
+        async with create_mcp_http_client(self._headers) as client:
+            client.event_hooks = {"response": [note]}
+            async with streamable_http_client(self._url, http_client=client) as streams:
+                yield streams
 
     def lost(self, how: str) -> ServerLostError:
         error = None if self._task.cancelled() else self._task.exception()
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        known = filter(None, ["" if error is None else one_line(error), self._said])
-        return ServerLostError(": ".join([f"the MCP server {self._command or self._url} {how}", *known]))
+        known = filter(None, ["" if error is None else one_line(error), self._refusal, self._last_line])
+        message = ": ".join([f"the MCP server {self._command or self._url} {how}", *known])
+        for value in (*self._env.values(), *self._headers.values()):  # some servers quote the key
+            for secret in (value, value.rpartition(" ")[2]):
+                message = message.replace(secret, "***") if len(secret) > 5 else message
+        return ServerLostError(message[:1000])
 
 
 def _text_of(block: Any) -> str:
-    """The text of a block of an answer; of one of another kind that it was there."""
+    """The text of a block of an answer; for a block of another kind a note of it."""
     text = getattr(block, "text", None) or getattr(getattr(block, "resource", None), "text", None)
     return text if isinstance(text, str) else "" if block.type == "text" else f"[{block.type}, which cannot be shown]"

@@ -27,7 +27,7 @@ COUNTS = ("calls", *(f"failed_calls/{kind}" for kind in _FAILED))  # what `Step.
 class ToolEnvironment(Environment):
     """Lets a policy call tools. A message without a call ends the episode: it is the answer, which the reward scores.
 
-    A call that goes wrong gets a message that says why, and is counted: one that cannot be read, an unknown tool, wrong
+    A call that goes wrong is answered with the reason, and counted: one that cannot be read, an unknown tool, wrong
     arguments, a tool that raises, takes too long or returns too much.
 
     The calls of a message are answered in order; calls of `async` tools that follow each other are awaited together, and so are
@@ -39,8 +39,8 @@ class ToolEnvironment(Environment):
             `Tool`, and servers by `McpTools`; in Python functions themselves, too. Arguments need type hints, and a description
             under `Args:` in the docstring.
         call_format: How the policy writes calls; None for the form of its chat template, and without one `PlainCalls`.
-        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the policy is
-            told which one took too long, and the episode goes on.
+        tool_timeout_s: Seconds for each call. All calls of a message have four fifths of `episodes.step_timeout_s`: the answer
+            to a call that took too long names it, and the episode continues.
         max_result_chars: Characters of what a tool returns; more is cut, with a mark.
         tools_column: Column of the data with the names of the tools that the row may call, a list; None: each may call all.
 
@@ -73,7 +73,7 @@ class ToolEnvironment(Environment):
                 function = load_function(entry, "tools") if isinstance(entry, str) else entry
                 function = function.new() if isinstance(function, Tool) else function
                 self._add(function, *describe_tool(function))
-        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # they are asked for their tools by `prepare`
+        self._servers = [entry for entry in tools if isinstance(entry, McpTools)]  # `prepare` gets their tools
         self._given_format = call_format
         if not self._servers:
             self.prepare(None)
@@ -99,7 +99,7 @@ class ToolEnvironment(Environment):
         return self._described() if self._shown else []
 
     def tools_of(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """Those of the row, if rows have tools of their own."""
+        """The row's tools, if rows have tools of their own."""
         return [self._schemas[name].schema for name in self._names(prompt)] if self._shown else []
 
     def _names(self, prompt: Prompt) -> list[str]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -356,6 +357,19 @@ def token_advantages(advantages: Tensor, rollouts: Rollouts) -> Tensor:
     result = advantages.new_zeros(sampled.shape)
     result[sampled] = advantages.view(turns, -1).T.flatten().repeat_interleave(lengths.flatten().to(sampled.device))
     return result
+
+
+def begun_with(rollouts: Rollouts, number: int) -> list[Message]:
+    """The messages that the environment has added to a prompt before the first turn; empty without episodes."""
+    samples, prompt = rollouts.samples_per_prompt, rollouts.prompts[number]
+    asked = list(prompt.messages or [{"role": "user", "content": prompt.text}])
+    for completion in rollouts.completions[number * samples : (number + 1) * samples]:
+        if completion.episode is not None and completion.episode.end != "failed":
+            messages = list(completion.episode.messages)
+            place = next(n for n in range(len(messages)) if messages[n : n + len(asked)] == asked)
+            rest = takewhile(lambda message: message["role"] != "assistant", messages[place + len(asked) :])
+            return [*messages[:place], *rest]
+    return []
 
 
 def evaluation_draws(prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> PromptDraws:

@@ -1,6 +1,6 @@
 """Push exported folders to the Hugging Face hub.
 
-The token is that of HF_TOKEN or of `hf auth login`: no option, config or log has it. Whether a folder can be pushed is found out
+The token comes from HF_TOKEN or `hf auth login`: no option, config or log has it. Whether a folder can be pushed is checked
 before it is made, which may take a training run.
 """
 
@@ -28,8 +28,8 @@ def open_repository(name: str) -> str:
         Its name with the owner.
 
     Raises:
-        ConfigError: If there is no token, it may not write there, the hub does not answer, or the repository has files that are
-            no export of this package: a push would replace them.
+        ConfigError: If the token is missing or may not write there, the hub does not answer, or the repository has files that a
+            push would replace and that are not an export of this package.
     """
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"push_to={name!r}: HF_HUB_OFFLINE is set; unset it, or leave push_to out")
@@ -38,14 +38,14 @@ def open_repository(name: str) -> str:
     with _explained(name):
         api = HfApi()
         repository = api.create_repo(name, private=True, exist_ok=True).repo_id
-        # `create_repo` is content with a repository of somebody else's.
+        # `create_repo` also succeeds if the repository exists and belongs to somebody else.
         address = f"{api.endpoint}/api/models/{repository}/auth-check/write"
         hf_raise_for_status(get_session().get(address, headers=build_hf_headers()))
         files = set(api.list_repo_files(repository)) - {".gitattributes"}
     if files and _OURS not in files:
         raise ConfigError(
-            f"push_to={name!r}: {repository} has {len(files)} files, such as {min(files)}, and no {_OURS}, so that it is not an "
-            "export, which a new one could replace; give another name"
+            f"push_to={name!r}: {repository} has {len(files)} files, such as {min(files)}, but not {_OURS}: it is not an export, "
+            "and a push would replace them; give another name"
         )
     return repository
 

@@ -1,4 +1,4 @@
-"""Distillation: how a policy p learns from what a teacher q says of the tokens that the policy sampled.
+"""Distillation: how a policy p learns from a teacher q at the tokens that the policy sampled.
 
     SampledReverseKL     advantage of a token: A + coef * (log q(token) - log p_old(token)), the policy gradient of KL(p, q)
     ReverseKL            coef * KL(p, q), p over q, added to the loss of the token
@@ -6,7 +6,7 @@
     JensenShannon        coef * (beta KL(q, m) + (1 - beta) KL(p, m)), m = beta q + (1 - beta) p, likewise
 
 The first needs the teacher's log-probability of each sampled token alone (Thinking Machines, "On-Policy Distillation", 2025), the
-others its whole distribution (GKD, arXiv 2306.13649, whose beta this is). All are per token, with no credit for later tokens, at
+others its whole distribution (GKD, arXiv 2306.13649, with its beta). All are per token, with no credit for later tokens, at
 the temperature of the sampling. Divergences are aggregated as the loss's KL term, and not weighted by an importance ratio.
 """
 
@@ -48,13 +48,15 @@ class Divergence(Distillation):
     """
 
     of_distributions = True
-    weighed_by_teacher = False  # whose most probable tokens `top_k` compares
+    held_blocks = 7  # arrays [K, V] that there are at its peak, for plans of memory
+    weighed_by_teacher = False  # whether `top_k` compares the teacher's most probable tokens, or the policy's
 
     def __init__(self, coef: float = 1.0, top_k: int = 0) -> None:
         super().__init__(coef)
         if top_k < 0:
             raise ConfigError(f"{type(self).__name__}: top_k={top_k} is not a number of tokens; set 0 for all, or e.g. 100")
         self.top_k = top_k
+        self.held_blocks = 5 if top_k else self.held_blocks
 
     @abstractmethod
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class Divergence(Distillation):
 
 
 class ReverseKL(Divergence):
-    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that the teacher would not say."""
+    """KL(p, q) = sum p (log p - log q): pulls the policy off tokens that are improbable for the teacher."""
 
     def of_logprobs(self, policy: Tensor, teacher: Tensor) -> Tensor:
         """See `Divergence`."""
@@ -93,6 +95,8 @@ class JensenShannon(Divergence):
         beta: The teacher's share in the mixture; towards 0 it behaves as the forward KL, towards 1 as the reverse KL.
     """
 
+    held_blocks = 13
+
     def __init__(self, coef: float = 1.0, top_k: int = 0, beta: float = 0.5) -> None:
         super().__init__(coef, top_k)
         if not 0 < beta < 1:
@@ -111,6 +115,6 @@ def _kl(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens [K, k] with that of all others together, [K, k + 1]."""
+    """Log-probabilities of some tokens [K, k] and, as one more, of all others together, [K, k + 1]."""
     known = logprobs.logsumexp(dim=1, keepdim=True).clamp(max=-1e-7)  # rounding may take it to 0, and the rest to nothing
     return torch.cat([logprobs, torch.log(-torch.expm1(known))], dim=1)

@@ -122,7 +122,7 @@ class PolicyLoss(Configurable, ABC):
         """The loss before KL and aggregation, and the importance ratio: each of tokens, [B, T], or of sequences, [B].
 
         All tensors are float32 or float64. Where nothing was sampled log-probabilities are 0, and what is returned may be
-        anything. `old_logprobs` are those of the inputs, or if these are None the current ones without gradient, [B, T].
+        anything. `old_logprobs` come from the inputs, or where these have none are the current ones without gradient, [B, T].
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -144,7 +144,7 @@ class PolicyLoss(Configurable, ABC):
             The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
             shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
             "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), "off_policy/masked" if there
-            is that mask (share of sequences; of tokens with advantages of tokens), and those of `policy_metrics`.
+            is that mask (share of sequences; of tokens with advantages of tokens), and the metrics of `policy_metrics`.
 
         Raises:
             ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus

@@ -4,8 +4,8 @@
 
     L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
 
-The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, and whose ratio
-leaves the range of GRPO at once, is still learned.
+The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought is still learned,
+although its ratio leaves GRPO's range at once.
 
 `cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
 paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
@@ -34,7 +34,7 @@ A token loses its gradient once its probability, not the ratio of its probabilit
 the advantage pushes it. So a rare token may become several times as likely, which a clip of the ratio forbids. The squared
 log-ratio pulls back whatever has moved. It is prime-rl's, with a weight of 1e-3 there (after Kimi K2.5, arXiv 2602.02276); the
 paper has none, and the default here is 0. With it, sequences without advantage are trained on, too. Departures: the paper's code
-truncates r_t at 20 and gives the gradient to l_t, which is otherwise the same; an optional KL term and entropy bonus.
+truncates r_t at 20 and gives the gradient to l_t, which is the same below 20; an optional KL term and entropy bonus.
 """
 
 import math
@@ -82,7 +82,7 @@ class CISPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.sampled_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """The share of tokens whose weight was capped and whose advantage is positive (as in TRL)."""
+        """The share of tokens with a capped weight and a positive advantage (as in TRL)."""
         capped = (ratio > self.cap) & (per_sequence_as(ratio, inputs.advantages) > 0)
         return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}
 
@@ -121,8 +121,8 @@ class DPPOLoss(PolicyLoss):
     """Mask by how far the probability of a token has moved; mean over the tokens of the optimizer step.
 
     Args:
-        mask_low: Where A < 0, a token whose probability has fallen by more than this gets no gradient.
-        mask_high: Where A > 0, a token whose probability has risen by more than this gets no gradient.
+        mask_low: Where A < 0, a token gets no gradient once its probability has fallen by more than this.
+        mask_high: Where A > 0, a token gets no gradient once its probability has risen by more than this.
         log_ratio_coef: Weight of the squared log-ratio to the policy that sampled; 0 leaves the term out.
         **terms: Arguments of `PolicyLoss`: the weights of KL and entropy bonus.
 

@@ -203,7 +203,7 @@ class _Run:
             sent = 2 * settings.dtype.itemsize * sizes.candidates if parts > 1 else 0
             held = replace(held, gradients=exact * FLOAT32_BYTES * sizes.candidates / parts + sent)
         held = replace(held, gradients=held.gradients + settings.dtype.itemsize * sizes.experts_in_layer)  # of a pass, at a time
-        passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts))
+        passes = self._cut(prompts, settings.tokens_of_pass(sizes.base_bytes / parts + self.teacher))
         # Rows all have the same length, so that the pass with most rows has most tokens.
         longest = self.passes.training(max(passes, key=lambda rows: rows.completions), None)
         return {"calibrating": calibrating, "scoring": _largest((held, held, held), longest)}
@@ -217,7 +217,7 @@ class _Run:
         """
         settings, parts, accumulated = self.settings, self.sharding.parts, self.settings.flags.accumulate_grad_batches
         begin, forward, backward = (self._held(moment, sizes) for moment in _PASS)
-        tokens = settings.tokens_of_pass(sizes.weight_bytes / parts, sizes.trainable / parts)
+        tokens = settings.tokens_of_pass(sizes.weight_bytes / parts + self.teacher, sizes.trainable / parts)
         micro_batches = settings.schedule.minibatches_per_rollout * accumulated
         first, *others = self._cut(self.prompts, tokens, micro_batches)
         stages = (begin, forward, backward)
@@ -225,10 +225,10 @@ class _Run:
             clear = [held if held is not backward and not others else replace(held, gradients=0.0) for held in stages]
             stages = (clear[0], clear[1], clear[2])
         trained = self._trained(sizes)
-        peaks = [_largest(stages, self.passes.training(first, trained))]
+        peaks = [_largest(stages, self.passes.training(first, trained, settings.compared))]
         if others:
             later = max(others, key=lambda rows: rows.completions)
-            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained)))
+            peaks.append(_largest((begin, forward, backward), self.passes.training(later, trained, settings.compared)))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / parts
         if step and not self.on_cpu and not self.sharding.cpu_offload:

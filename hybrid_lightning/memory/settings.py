@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine import activation_bytes, tokens_of_pass, why_no_halves
 from hybrid_lightning.errors import ConfigError, DataError, ModelError, one_line
+from hybrid_lightning.losses import Divergence
 from hybrid_lightning.memory.strategies import DDP, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.model.loading import DTYPES
 from hybrid_lightning.model.precision import check_precision, memory_of
@@ -107,6 +108,7 @@ class RunSettings:
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
     keep_start_weights: bool = True
     teacher: ModelTeacher | None = None  # a second model from which the policy learns
+    compared: int = 0  # blocks of logits that a divergence from a teacher holds
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1:
@@ -125,6 +127,7 @@ class RunSettings:
             ModelError: If the model's config cannot be read.
         """
         pretrained, task = policy.policy.pretrained, policy.task
+        teaching, distillation = task.teaching, getattr(task.teaching, "distillation", None)
         sampler = task.generation.sampler
         check_precision(flags.precision, pretrained.dtype, policy.optimization.optimizer)
         if flags.sharding.splits:
@@ -153,7 +156,8 @@ class RunSettings:
             eval_samples=task.evaluation.samples,
             plan=adapter.given_plan,
             keep_start_weights=adapter.keep_start_weights,
-            teacher=task.teaching.teacher if isinstance(task.teaching.teacher, ModelTeacher) else None,
+            teacher=teaching.teacher if isinstance(teaching.teacher, ModelTeacher) else None,
+            compared=distillation.held_blocks if isinstance(distillation, Divergence) else 0,
         )
 
     @property

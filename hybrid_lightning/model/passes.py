@@ -50,6 +50,7 @@ class Passes:
             raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens}")
         self.policy, self.temperature, self.max_tokens = policy, temperature, max_tokens
         self.rows_per_example, self.entropy_gradient = rows_per_example, entropy_gradient
+        self.beside: Callable[[], int] = lambda: 0  # bytes that another model, such as a teacher, takes on an accelerator
         self._chosen: int | None = None  # tokens of a pass of this run, where `max_tokens` is None
 
     def token_budget(self) -> int:
@@ -62,7 +63,7 @@ class Passes:
 
     def budget_of_now(self) -> int:
         """The most tokens of a pass beside the weights that are there now, before there is an adapter and an optimizer."""
-        return self.max_tokens or default_token_budget(self.policy.model, self.policy.device)
+        return self.max_tokens or default_token_budget(self.policy.model, self.policy.device, self.beside)
 
     def chunks(self, sequences: Sequences) -> list[slice]:
         """Cut rows into chunks, each of which takes one forward and backward pass."""

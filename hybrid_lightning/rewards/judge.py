@@ -57,8 +57,8 @@ _AS_JSON = ' Reply with a JSON object and nothing else: {"reason": "one or two s
 class JudgeReward(RewardFunction):
     r"""The score that a language model gives a completion by a rubric, from 0 for the lowest grade to 1 for the highest.
 
-    The judge sees rubric, problem and completion, without the reasoning in `<think> </think>`; of an episode what the policy
-    said, or with `FinalAnswer` its last message. It is asked while other completions are generated, `concurrency` at a time. A
+    The judge sees rubric, problem and completion, without the reasoning in `<think> </think>`; of an episode it sees the policy's
+    messages, or with `FinalAnswer` the last one. Completions are graded while others are generated, `concurrency` at a time. A
     call that fails is repeated; a completion that cannot be graded is left out of its group.
 
     Several rubrics are several judges with names in a `WeightedSum`.
@@ -69,8 +69,8 @@ class JudgeReward(RewardFunction):
         base_url: Address of an OpenAI-compatible server, such as `http://node7:8000/v1`.
         model: The judge's name on that server.
         scale: Lowest and highest grade.
-        pattern: Regular expression with one group, which is the grade; the last match counts. The rubric has to ask for that
-            form. None asks for JSON by a schema.
+        pattern: Regular expression with one group, which is the grade; the last match counts. The rubric has to describe that
+            form. None requests JSON with a schema.
         options: Further fields of a request, such as `{temperature: 0, max_tokens: 512}`.
         concurrency: How many completions are graded at the same time.
         timeout_s: Longest time for a call in seconds.
@@ -114,6 +114,8 @@ class JudgeReward(RewardFunction):
             raise ConfigError("JudgeReward: api_key_variable is not the name of an environment variable; give one, not the key")
         if concurrency < 1 or retries < 0:
             raise ConfigError(f"JudgeReward: concurrency={concurrency}, retries={retries}; give at least 1, and at least 0")
+        if not scale[0] < scale[1]:
+            raise ConfigError(f"JudgeReward: scale={scale}; give the lowest grade, and a higher one as the highest")
         self.rubric, self.base_url, self.model, self.scale = rubric, base_url.rstrip("/"), model, scale
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.options, self.concurrency, self.timeout_s, self.retries = dict(options or {}), concurrency, timeout_s, retries
@@ -181,7 +183,7 @@ class JudgeReward(RewardFunction):
         return {"model": self.model, "messages": messages, **form, **self.options}
 
     def explain(self, completion: str, prompt: Prompt) -> str | None:
-        """What the judge said of a completion; None if it has not graded it."""
+        """The judge's reply for a completion; None if it has not graded it."""
         return self._replies.known(self._path(self.request(completion, prompt)))
 
     def take_counts(self) -> dict[str, float]:
@@ -260,7 +262,7 @@ class JudgeReward(RewardFunction):
         return None
 
     def _read(self, text: str) -> str | None:
-        """The reply in a server's answer, whose tokens are counted; None if it is something else."""
+        """Count the tokens of a server's answer, and return the reply in it; None if there is none."""
         try:
             answer = json.loads(text)
             usage = answer.get("usage") or {}
@@ -293,7 +295,7 @@ class JudgeReward(RewardFunction):
 
 @cache
 def _of_loop(loop: asyncio.AbstractEventLoop) -> "tuple[httpx.AsyncClient, dict[Path, asyncio.Lock]]":
-    """The client of all judges on an event loop, and the locks of replies that are asked for."""
+    """The client of all judges on an event loop, and the locks of replies that are under way."""
     import httpx  # not above: `import hybrid_lightning.rewards` is quick
 
     # `asyncio.timeout` bounds a call as a whole, which the client's own limits do not.

@@ -9,7 +9,7 @@ before each rollout and each evaluation; only calibration, which the first makes
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.training.agreement import SEQUENCES, Agreement
 from hybrid_lightning.training.run import Run
-from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts
+from hybrid_lightning.types import Completion, Message, Prompt, Rewards, Rollouts
 
 Listen = Callable[[Sequence[Sequence[int]], int], Callable[[int, Sequence[int]], object] | None]  # see `Teacher.listen`
 
@@ -65,7 +65,8 @@ class Generation:
         self.reward = None if reward is None else as_reward(reward)
         self._seed = seed
         sampler.inflight_updates = sampler.is_remote and rollouts_ahead > 1
-        run.shares_failures = sampler.needs_weight_sync
+        may_fail = any(term.max_failed_share is not None for term in self.reward_terms())  # as a judge on a server
+        run.shares_failures = sampler.needs_weight_sync or may_fail
         self._agreement = Agreement(policy, sampler, run)
         self._under_way: list[RolloutFuture[Rollouts]] = []  # completions by the engine's current weights
         plays_ahead = episodes is not None and sampler.is_remote and rollouts_ahead > 0
@@ -264,10 +265,13 @@ class Generation:
 
     # ---- prompts
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, rendered by the chat template if it has messages; that of an episode names the tools."""
+    def encode(self, prompt: Prompt, begun: Sequence[Message] = ()) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages.
+
+        The prompt of an episode names the tools, and has the messages that the environment has `begun` with.
+        """
         if self.episodes is not None:
-            return self.episodes.turns.first(prompt, ())[0]
+            return self.episodes.turns.first(prompt, begun)[0]
         return self.policy.pretrained.encoder.encode(prompt)
 
     @property
@@ -287,32 +291,34 @@ class Generation:
         Raises:
             ConfigError: If prompts with their longest completion are too long for the model, or for the engine.
         """
-        firsts = {prompt.set_name: prompt for prompt in reversed(prompts)}
-        tokens = {name: len(self.encode(prompt)) for name, prompt in firsts.items()}
         limit, name = self.sampler.context(self.policy.pretrained.config)
-        if self.reward is not None and limit < math.inf:  # without a reward nothing is completed
-            self._check_lengths(prompts, tokens, int(limit), name)
+        self.check_lengths(prompts, math.inf if self.reward is None else limit, name)  # without a reward nothing is completed
         if self.episodes is not None:
             self.episodes.turns.check(prompts, self.episodes.environment.added_roles())
 
-    def _check_lengths(self, prompts: Sequence[Prompt], firsts: Mapping[str, int], limit: int, name: str) -> None:
-        """Raise ConfigError if prompts are too long to be completed; `firsts` are the tokens of the first one of each set."""
+    def check_lengths(self, prompts: Sequence[Prompt], limit: float, name: str, seen: str = "", shorten: str = "") -> None:
+        """Raise ConfigError if prompts with their longest completion have more tokens than `limit`, which is called `name`.
+
+        `seen` follows "too long" in the message, and `shorten` is the remedy in place of `data.max_prompt_tokens`.
+        """
+        firsts = {prompt.set_name: prompt for prompt in reversed(prompts)}
+        tokens = {name: len(self.encode(prompt)) for name, prompt in firsts.items()}
         option, longest = list(self.limits.items())[-1]
         room = limit - longest
         # A text has no more tokens than bytes, and what the template adds to it is part of the first prompt, too.
-        unsure = [prompt for prompt in prompts if firsts[prompt.set_name] + _text_bytes(prompt) > room]
+        unsure = [prompt for prompt in prompts if tokens[prompt.set_name] + _text_bytes(prompt) > room]
         lengths = [len(self.encode(prompt)) for prompt in unsure]
         long = [place for place, length in enumerate(lengths) if length > room]
         if not long:
             return
-        first, most, remedies = long[0], limit - max(lengths), []
-        if len(long) < len(prompts):
-            remedies += [f"set data.max_prompt_tokens={room} to drop them"]
+        first, most, remedies = long[0], int(limit) - max(lengths), [shorten] if shorten else []
+        if len(long) < len(prompts) and not shorten:
+            remedies += [f"set data.max_prompt_tokens={room:g} to drop them"]
         if most > 0:
             remedies += [f"lower {option} to {most} or less"]
         raise ConfigError(
-            f"{len(long)} of {len(prompts)} prompts are too long, first {unsure[first].place} with {lengths[first]} tokens: "
-            f"{option}={longest} leaves {max(0, room)} of {name}; "
+            f"{len(long)} of {len(prompts)} prompts are too long{seen}, first {unsure[first].place} with {lengths[first]} tokens"
+            f": {option}={longest} leaves {max(0, int(room))} of {name}; "
             f"{', or '.join(remedies) or 'give shorter prompts, or take another model'}"
         )
 

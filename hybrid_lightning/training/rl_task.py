@@ -244,6 +244,11 @@ class RLTask(Task):
         logprobs, counted = self.calibration_logprobs, rewards.counted
         return rollout_losses(chosen, sequences, of_tokens, counted, self.loss, self.generation, logprobs, most)
 
+    def check_training_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """See `Task`."""
+        super().check_training_prompts(prompts)
+        self.teaching.check_prompts(prompts)
+
     def check(self) -> None:
         """Raise ConfigError if settings do not go with rollouts, rewards or advantages, and warn of doubtful ones."""
         self.teaching.check()

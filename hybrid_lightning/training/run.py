@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.sharding.ranks import check_stop, gather_objects, sum_over_ranks
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.training.step_times import PhaseClock
@@ -26,7 +26,7 @@ class Run:
         signals: How the run is asked to stop.
         listeners: Called while completions are made, with (sequences still running, tokens decoded, `max_new_tokens`).
         clock: Times of the phases; `StepTimer` replaces it.
-        shares_failures: Whether a failure of one rank's rollout engine is raised on all ranks.
+        shares_failures: Whether a failure of one rank's rollout engine, teacher or reward is raised on all ranks.
     """
 
     stage = ""  # `fit`, `validate`, `test` or `predict`; empty without a Trainer
@@ -79,23 +79,24 @@ class Run:
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
-        """Within this context of all ranks a stop of one, or a failure of its rollout engine, is kept, to end all after it."""
-        failure: RolloutError | None = None
+        """Within this context of all ranks a stop or failure of one is kept, and ends all of them after it."""
+        failure: RolloutError | RewardError | None = None
         try:
             yield
         except RunStopped:
             pass  # raised on this rank alone; `check_stop` ends the others
-        except RolloutError as error:
+        except (RolloutError, RewardError) as error:
             failure = error
         self.check_stop()
         self.fail_together(failure)
 
     def fail_together(self, failure: Exception | None) -> None:
-        """Raise a failure of one rank's engine, None on the others, on all ranks. All ranks have to call it."""
+        """Raise a failure of one rank, None on the others, on all ranks. All ranks have to call it."""
         if self.shares_failures:
             first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
-            if failure is None and first is not None:
-                raise RolloutError(first)
+            is_shared = failure is None or (self.world_size > 1 and not isinstance(failure, RolloutError))
+            if first is not None and is_shared:
+                raise RolloutError(first) from failure
         if failure is not None:
             raise failure
 

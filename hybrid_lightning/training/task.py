@@ -148,6 +148,11 @@ class Task(RolloutSource, ABC):
                 for prompt in prompts:
                     reward.check_prompt(prompt)
 
+    def check_training_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if these training prompts are too few or too long."""
+        self.check_enough(prompts)
+        self.generation.check_encoding(prompts)
+
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError if these training prompts are fewer than one rollout takes."""
         self.schedule.check_prompts(len(prompts))

@@ -1,4 +1,4 @@
-"""Teachers: what says how probable the tokens are that the policy sampled.
+"""Teachers: models that give probabilities of the tokens that the policy sampled.
 
     seen        a rollout's completions after the prompts that the teacher sees
     logprobs    of these tokens, when the rollout is made: for `SampledReverseKL`
@@ -27,6 +27,7 @@ from hybrid_lightning.model.policy import Policy
 from hybrid_lightning.model.pretrained import Pretrained
 from hybrid_lightning.model.quantization import Quantization, quantize_base
 from hybrid_lightning.rollout.batching import pad_left, pad_token
+from hybrid_lightning.rollout.rollout_engine import model_context
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.training.generation import Generation
 from hybrid_lightning.training.run import Run
@@ -36,8 +37,10 @@ Interruptible = Callable[[], AbstractContextManager[Any]]
 
 
 class Teacher(Configurable, ABC):
-    """Base class of teachers; a subclass gives `passes` or `context`, or `logprobs` if it computes elsewhere."""
+    """Base class of teachers; a subclass overrides `passes` or `context`, or `logprobs` if it computes elsewhere."""
 
+    pretrained: Pretrained | None = None  # of a model of its own in this process
+    too_long = ""  # remedy where prompts are too long for it but not for the policy; empty for other options
     needs_start_policy = False  # whether the policy's start weights must be kept
     is_remote = False  # whether it computes elsewhere, which can fail on one rank alone
 
@@ -45,14 +48,23 @@ class Teacher(Configurable, ABC):
     def check(self, student: Passes, distillation: Distillation) -> None:
         """Raise ConfigError if it cannot teach this policy so; called before weights are loaded, and when they are."""
 
+    def check_prompts(self, generation: Generation, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if a prompt, as the teacher sees it, and its longest completion exceed the teacher's context."""
+        limit, _ = model_context((self.pretrained or generation.policy.pretrained).config)
+        seen, name = [self.with_context(prompt) for prompt in prompts], f"the teacher's {limit} positions"
+        generation.check_lengths(seen, limit, name, " for the teacher", self.too_long)
+
     def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
     ) -> Sequences:
-        """The B = P * G completions of prompts, which `encode` tokenizes, as the teacher sees them: by default as they are."""
+        """The B = P * G completions of prompts as the teacher sees them, by default as they are.
+
+        `encode` tokenizes what stands in place of a prompt, by its number: as the prompt, with what its environment begins with.
+        """
         return sequences
 
     def listen(self, prompt_ids: Sequence[Sequence[int]], samples: int) -> Callable[[int, Sequence[int]], object] | None:
-        """What gets the number and the tokens of each completion of a rollout that ends before others; None for nothing."""
+        """A function for the number and tokens of each completion of a rollout that ends before others; None for none."""
         return None
 
     def passes(self, student: Passes) -> Passes:
@@ -72,7 +84,7 @@ class Teacher(Configurable, ABC):
         return logprobs
 
     def predict(self, student: Passes, sequences: Sequences) -> Predictions:
-        """What predicts the K sampled tokens of a chunk of a micro-batch, without gradient."""
+        """Predictions of the K sampled tokens of a chunk of a micro-batch, without gradient."""
         policy = self.passes(student).policy
         with self.context(student), policy.inference():
             states, logits = predictions(policy.engine, sequences)
@@ -98,6 +110,10 @@ class Teacher(Configurable, ABC):
     def release(self) -> None:
         """Free the device, since completions are made next."""
 
+    def held_bytes(self, student: Passes) -> int:
+        """Bytes of weights of its own on the student's device in an update; by default none."""
+        return 0
+
 
 class ModelTeacher(Teacher):
     """A second model with the policy's tokenizer, which reads the policy's prompts.
@@ -118,7 +134,7 @@ class ModelTeacher(Teacher):
         self, model: str, revision: str | None = None, dtype: str | None = None, quantization: Quantization | None = None
     ) -> None:
         self.quantization, self.dtype = quantization, dtype
-        self.pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
+        self.pretrained: Pretrained = Pretrained(model, revision, dtype or "float32", None, None, None)
         self._passes: Passes | None = None
         self._on_host: list[tuple[Tensor, Tensor]] = []  # weights that are on the device, and their values on the host
 
@@ -151,6 +167,14 @@ class ModelTeacher(Teacher):
             model.to(device)
         return self._passes
 
+    def held_bytes(self, student: Passes) -> int:
+        """See `Teacher`."""
+        if self._passes is None:
+            self.passes(student)
+            self.release()
+        assert self._passes is not None
+        return sum(weight.numel() * weight.element_size() for weight in self._passes.policy.model.parameters())
+
     def release(self) -> None:
         """See `Teacher`: its weights do not change, so that nothing is copied back."""
         for weight, data in self._on_host:
@@ -159,21 +183,27 @@ class ModelTeacher(Teacher):
 
 
 class SelfTeacher(Teacher):
-    """The policy itself, with privileged context in its prompt, at its start or as it is now (SDFT, SDPO).
+    """The policy itself, at its start or as it is now, with privileged context in its prompt (SDFT, SDPO).
 
     Args:
-        context: What the prompt, or the last message of the user in a chat, becomes for the teacher: a template with `{prompt}`
-            for its text, `{answer}` for the reference answer, and the columns of the row. None leaves it, which holds a policy
-            back at its start.
+        context: Template that replaces the prompt, or the user's last message in a chat: `{prompt}` is its text, `{answer}` the
+            reference answer, and other names are columns of the row. None keeps the prompt, so that the start policy holds the
+            policy back.
         start: Whether the start policy teaches (the adapter switched off), or the current one, which needs a context.
 
     Raises:
-        ConfigError: If the template is malformed.
+        ConfigError: If the template is malformed, or the current policy would teach itself without a context.
     """
+
+    too_long = "shorten model.teacher.context or the columns that it shows"
 
     def __init__(self, context: str | None = None, start: bool = True) -> None:
         if context is not None and "prompt" not in template_fields("context", context):
             raise ConfigError(f"SelfTeacher: context={context!r} does not have {{prompt}}; put it where the prompt is to be")
+        if context is None and not start:
+            raise ConfigError(
+                "SelfTeacher: start=false without context is the policy itself, from which it learns nothing; give one"
+            )
         self.template, self.start, self.needs_start_policy = context, start, start
 
     def check(self, student: Passes, distillation: Distillation) -> None:
@@ -185,13 +215,14 @@ class SelfTeacher(Teacher):
             )
 
     def seen(
-        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[Prompt], list[int]]
+        self, student: Passes, prompts: Sequence[Prompt], sequences: Sequences, encode: Callable[[int, Prompt], list[int]]
     ) -> Sequences:
-        """See `Teacher`; ConfigError if the row lacks a column of the template."""
+        """See `Teacher`; ConfigError if the row does not have a column of the template."""
         if self.template is None:
             return sequences
         samples, pad_id = len(sequences) // len(prompts), pad_token(student.policy.pretrained.tokenizer)
-        rows = [ids for ids in (encode(self.with_context(prompt)) for prompt in prompts) for _ in range(samples)]
+        encoded = [encode(number, self.with_context(prompt)) for number, prompt in enumerate(prompts)]
+        rows = [ids for ids in encoded for _ in range(samples)]
         prompt_ids, prompt_mask = pad_left(rows, pad_id, sequences.prompt_ids.device)
         return replace(sequences, prompt_ids=prompt_ids, prompt_mask=prompt_mask)
 

@@ -1,12 +1,16 @@
 """`Teaching`: what a teacher adds to a task, to advantages when a rollout is made or to the loss of each step.
 
-`Untaught` adds nothing, so that a task need not ask whether it has a teacher. Axes: B sequences, T completion tokens.
+`Untaught` adds nothing, so that a task is the same with and without a teacher. Axes: B sequences, T completion tokens.
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.episodes.episodes import begun_with
 from hybrid_lightning.losses import Distillation, Divergence, PolicyLoss, SampledReverseKL
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.model.passes import Passes
@@ -14,7 +18,7 @@ from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.training import run_checks
 from hybrid_lightning.training.generation import Generation, Listen
 from hybrid_lightning.training.teachers import Teacher
-from hybrid_lightning.types import PolicyBatch, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rollouts, Sequences
 
 # Log-probabilities and entropy, each [B, T], what is added to the loss of each token, if anything, and what is measured, [B, T].
 Learned = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
@@ -25,7 +29,7 @@ class Untaught:
 
     teacher: Teacher | None = None
     listen: Listen | None = None
-    shown_metrics: tuple[str, ...] = ()  # beside the progress bar
+    shown_metrics: tuple[str, ...] = ()  # in the progress bar
     needs_start_policy = needs_all_rows = False
 
     def __init__(self, passes: Passes, generation: Generation) -> None:
@@ -52,6 +56,9 @@ class Untaught:
     def check(self) -> None:
         """Raise ConfigError if the teacher cannot teach this policy."""
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if training prompts are too long for the teacher, or have no column that it needs."""
+
 
 class Teaching(Untaught):
     """Learning from a teacher, and from rewards beside it."""
@@ -65,6 +72,7 @@ class Teaching(Untaught):
         self.listen, self.needs_start_policy = teacher.listen, teacher.needs_start_policy
         self.needs_all_rows = distillation.of_distributions
         self.run.shares_failures |= teacher.is_remote
+        passes.beside = partial(teacher.held_bytes, passes)
 
     def begin(self) -> None:
         """See `Untaught`."""
@@ -107,8 +115,17 @@ class Teaching(Untaught):
         if self.run.stage == "fit":
             self.teacher.check(self.passes, self.distillation)
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """See `Untaught`; a teacher elsewhere has a context of its own."""
+        if not self.teacher.is_remote:
+            self.teacher.check_prompts(self.generation, prompts)
+
     def _seen(self, rollouts: Rollouts, trained: Sequences) -> Sequences:
-        return self.teacher.seen(self.passes, rollouts.prompts, trained, self.generation.encode)
+        self.check_prompts(rollouts.prompts)  # from Python nothing is checked before
+        encode = self.generation.encode
+        return self.teacher.seen(
+            self.passes, rollouts.prompts, trained, lambda number, prompt: encode(prompt, begun_with(rollouts, number))
+        )
 
     def _log_ratio(self, rollouts: Rollouts, trained: Sequences) -> tuple[Tensor, Tensor]:
         """The teacher's log-probabilities, and their log-ratio to the sampler, [B, T], 0 where nothing is trained."""

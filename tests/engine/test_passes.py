@@ -33,6 +33,9 @@ def test_a_pass_takes_what_fits_into_the_space_of_the_device_that_computes(monke
     total = 80 * 2**30
     monkeypatch.setattr(passes, "accelerator_memory", lambda device: total)
     assert default_token_budget(model, OTHER) == int(0.5 * (0.9 * total - 4 * weights - 12 * trained) / PER_TOKEN)
+    beside = total // 4  # of a teacher
+    left = 0.9 * total - 4 * weights - beside - 12 * trained
+    assert default_token_budget(model, OTHER, lambda: beside) == int(0.5 * left / PER_TOKEN)
     total = 1
     assert default_token_budget(model, OTHER) == 256, "never less than keeps a device busy; what fits is for the planner to say"
 

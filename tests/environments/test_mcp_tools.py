@@ -1,18 +1,26 @@
 """Tools of MCP servers: a small one that is started by its command, and one of the official package over HTTP."""
 
 import json
+import os
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mcp_server
 import pytest
+from cli_runs import done, run, write_folder
+from stopped_runs import points, run_of
 from test_calls import TEMPLATES
 
-from hybrid_lightning.environments import EpisodeLimits, Failure, McpTools, RunningEpisodes, ToolEnvironment, calculator
+from hybrid_lightning.environments import EpisodeLimits, Failure, McpTools, RunningEpisodes, ToolEnvironment, calculator, running
 from hybrid_lightning.errors import ConfigError, EpisodeError
 from hybrid_lightning.types import Prompt
 
@@ -21,6 +29,7 @@ SERVER = Path(__file__).with_name("mcp_server.py")
 COMMAND = shlex.join([sys.executable, "-S", str(SERVER)])
 TEMPLATE = (TEMPLATES / "qwen2_5.jinja").read_text()
 PROMPT = Prompt(messages=({"role": "user", "content": "Go."},))
+KEY = "sk-very-secret-1234567890"
 
 
 def call(name, **arguments):
@@ -108,14 +117,136 @@ def test_a_server_by_its_address(play):
             assert isinstance(step({0: call("do", text="die")})[0], Failure)
         finally:
             running.kill()
-    with pytest.raises(ConfigError, match=rf"McpTools: the MCP server {url} cannot be reached: .*; correct command or url"):
+    with pytest.raises(ConfigError, match=rf"McpTools: the MCP server {url} cannot be reached: .*; correct command, url or"):
         McpTools(url=url).tools()
 
 
+class Keyed(BaseHTTPRequestHandler):
+    """Of a server with a key and `refusals`, the statuses of its next answers."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status = 200 if self.headers["Authorization"] == f"Bearer {KEY}" else 401
+        status = self.server.refusals.pop(0) if self.server.refusals else status
+        body = f"bad {self.headers['Authorization']}"
+        if status == 200 and "id" in request:
+            try:
+                body = {"result": mcp_server.answer(request["method"], request.get("params") or {})}
+            except AssertionError as error:
+                body = {"error": {"code": -32601, "message": str(error)}}
+            body = json.dumps({"jsonrpc": "2.0", "id": request["id"], **body})
+        self.send_response(status if "id" in request else 202)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_GET(self):
+        self.send_error(405)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def keyed():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Keyed) as server:
+        server.refusals, server.url = [], f"http://127.0.0.1:{server.server_port}/mcp"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_server_gets_its_key_from_the_environment_and_one_that_refuses_costs_the_episode(play, keyed, monkeypatch, caplog):
+    monkeypatch.setenv("MCP_TEST_KEY", f"Bearer {KEY}")
+    caplog.set_level("DEBUG")
+    environment, step = play(server := McpTools(url=keyed.url, headers={"Authorization": "MCP_TEST_KEY"}))
+    assert texts(step({0: call("add", x=1, y=1)})) == ["2"]
+    keyed.refusals += [404]  # which the client calls an error of the session: another server at this address, or a restart
+    assert texts(step({0: call("add", x=1, y=2)})) == ["3"], "by a new connection"
+    keyed.refusals += [503] * 9
+    answers = step({1: call("add", x=1, y=3)})
+    assert isinstance(answers[1], Failure) and re.search(r"MCP server \S+ cannot be reached.*503", answers[1].reason)
+    keyed.refusals.clear()
+    monkeypatch.setenv("MCP_TEST_KEY", f"Bearer {KEY}-old")
+    with pytest.raises(ConfigError, match=r"cannot be reached: .*status 401, which a key in headers may change") as refused:
+        McpTools(**server.to_config()["init_args"]).tools()
+    assert KEY not in str(refused.value) + caplog.text + json.dumps(environment.to_config())
+
+
+def test_a_server_is_there_again_after_another_tool_has_blocked_the_event_loop(play, monkeypatch):
+    monkeypatch.setattr(running, "_BLOCKED_S", 0.3)
+    free = threading.Event()
+
+    async def block() -> str:
+        """Block the event loop."""
+        return str(free.wait(60))
+
+    _, step = play(server := McpTools(COMMAND), block)
+    assert texts(step({0: call("add", x=1, y=1)})) == ["2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step.__self__.limits, "step_timeout_s", 0.3)
+        assert "has blocked it" in step({1: call("block")})[1].reason
+    assert not server.is_connected and texts(step({0: call("add", x=1, y=2)})) == ["3"]
+    free.set()
+
+
+PARTS = """
+from hybrid_lightning.environments import CallFormat
+from hybrid_lightning.environments.calls import Call
+
+class Lengths(CallFormat):
+    def parse(self, text, tools=()):
+        return [Call("add", {"x": len(text), "y": 1})] if len(text) % 3 else []
+
+    def describe(self, tools):
+        return "Call them."
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield from write_folder(tmp_path)
+
+
+@pytest.mark.long
+def test_a_run_that_is_stopped_in_a_call_goes_on_to_the_same_bits(folder, monkeypatch):
+    (folder / "calls.py").write_text(PARTS)
+    server = {"class_path": "McpTools", "init_args": {"command": COMMAND}}
+    environment = {"class_path": "ToolEnvironment", "init_args": {"tools": [server], "call_format": "calls.Lengths"}}
+    model = {"environment": environment, "turn_template": "{content}", "episodes": {"max_turns": 3, "max_tokens": 30}}
+    model["sampler"] = {"stop": list("02468bdfhjlnprtvxz")}  # or hardly a message would end
+    (folder / "mcp.yaml").write_text(json.dumps({"model": model}))
+    fit = ["fit", "--config=t.yaml", "--config=mcp.yaml", "--adapter.scorer=Random"]
+    fit += ["--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+    calls, plain = [], McpTools.call
+
+    async def stopped_within(self, name, arguments):
+        calls.append(name)
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            name, arguments = "do", {"text": "hang"}
+        return await plain(self, name, arguments)
+
+    monkeypatch.setattr(McpTools, "call", stopped_within)
+    stop = -1
+    whole = done(folder, *fit)
+    stop = len(calls) * 7 // 4
+    stopped = run(folder, *fit)
+    assert stopped.code == 143, stopped.err[-2000:]
+    resumed = done(folder, *shlex.split(re.findall(r"hybrid_lightning (fit --config .+)", stopped.out)[-1]))
+    curves = points(run_of(whole, folder))
+    assert points(run_of(stopped, folder), run_of(resumed, folder)) == curves and len(calls) > 20
+    assert min(value for (name, _), value in curves.items() if name == "episodes/calls") > 0
+
+
 def test_what_cannot_work_is_said():
+    with pytest.raises(ConfigError, match="Authorization is not the name") as refused:
+        McpTools(url="http://x/mcp", headers={"Authorization": f"Bearer {KEY}"})
+    assert KEY not in str(refused.value)
     with pytest.raises(ConfigError, match="give one of the two"):
         McpTools()
-    with pytest.raises(ConfigError, match="the environment variable MCP_NOT_SET of env is not set"):
+    with pytest.raises(ConfigError, match="the environment variable MCP_NOT_SET is not set"):
         McpTools("server", env=["MCP_NOT_SET"]).tools()
     with pytest.raises(ConfigError, match=r"the MCP server no-such-server-here cannot be reached: .*No such file"):
         McpTools("no-such-server-here").tools()

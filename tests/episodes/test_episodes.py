@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +126,7 @@ def test_masking_leaves_out_what_a_limit_of_tokens_ended_and_no_other_end(play):
     assert learned == [end == "turns" for end in ends]
 
 
-def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play):
+def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play, capsys):
     policy, rollouts = play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=1.0)
     failed = torch.tensor([c.episode.end == "failed" for c in rollouts.completions])
     rewards = policy.task.generation.score(rollouts)
@@ -132,6 +134,9 @@ def test_a_failed_episode_is_left_out_of_its_group_and_too_many_end_the_run(play
     assert torch.equal(rewards.counted, ~failed) and not rollouts.sequences.sampled_mask[failed].any()
     advantages = policy.task.advantage.of_rewards(rewards, 8)
     assert not advantages[failed].any() and advantages[~failed].any()
+    trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
+    RolloutSamples(1).on_rollout(trainer, rollouts, replace(rewards, counted=torch.zeros_like(failed)), advantages)
+    assert "An episode of rollout 1, left out:" in capsys.readouterr().out, "not with a reward of 0"
     with pytest.raises(RolloutError, match=r"max_failed_share.*the board is gone"):
         play(Talk(broken="fails"), samples=8, max_new_tokens=20, max_failed_share=0.0)
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_pushed_is_refused_by_its_cause(hub, tmp_path, monkeypatc
     (export / "plan.json").write_text("{}")
     hub.add("other/export", "models", shutil.copytree(export, tmp_path / "copy"))
     for token, name, message in (
-        (MEMBER, "me/theirs", r"has 1 files, such as weights.bin, and no plan.json, so that it is not an export"),
+        (MEMBER, "me/theirs", r"has 1 files, such as weights.bin, but not plan.json: it is not an export"),
         (MEMBER, "other/export", "may not write there"),
         (MEMBER, "a/b/c", "HFValidationError: Repo id must be"),
         (STRANGER, "me/new", r"may not write there; give one that may write by HF_TOKEN or 'hf auth login'"),

@@ -1,11 +1,15 @@
 """What is planned is what runs of the embedded policy are measured to hold, part by part and moment by moment."""
 
 import pytest
+import torch
 from long_cases import long_but
 from tiny_memory import Case
+from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.engine.backend import packs
+from hybrid_lightning.losses import JensenShannon
 from hybrid_lightning.memory.peaks import plan_method
+from hybrid_lightning.policy import ModelTeacher
 
 SEVERAL = {"minibatches_per_rollout": 2, "max_tokens_per_micro_batch": 300}
 CASES = {
@@ -40,3 +44,15 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
         assert parts.total - unseen == pytest.approx(found["tensors"], rel=0.1), moment
     if "gradient_checkpointing" not in case.more:
         assert measured["updating"]["kept"] == pytest.approx(planned["updating"].activations, rel=0.15)
+
+
+@pytest.mark.long
+def test_a_teacher_and_the_logits_that_are_compared_are_as_planned(tmp_path):
+    for name, dtype in (("policy", torch.float32), ("teacher", torch.bfloat16)):  # converted: what is only mapped is not seen
+        build_model("llama", hidden_size=64, vocab_size=2**15).to(dtype).save_pretrained(tmp_path / name)
+        build_tokenizer().save_pretrained(tmp_path / name)
+    teacher = ModelTeacher(str(tmp_path / "teacher"), dtype="float32")
+    case = Case(more={"model": str(tmp_path / "policy"), "teacher": teacher, "distillation": JensenShannon()})
+    measured, plan = case.measure(tmp_path)
+    parts = plan_method(case.settings(plan)).peaks["updating"]
+    assert parts.teacher > 16 * 2**20 and parts.total == pytest.approx(measured["updating"]["tensors"], rel=0.1)

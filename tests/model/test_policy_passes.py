@@ -10,9 +10,9 @@ def test_a_resume_takes_the_tokens_of_a_pass_from_the_checkpoint_where_they_fit(
     said, path, gib = [], tmp_path / "first.ckpt", 2**30
     monkeypatch.setattr(passes, "rank_zero_info", said.append)
     monkeypatch.setattr(passes, "accelerator_memory", lambda device: 80 * gib)  # as if the CPU were such a device
-    monkeypatch.setattr(passes, "default_token_budget", lambda model, device: 24)
+    monkeypatch.setattr(passes, "default_token_budget", lambda model, device, beside: 24)
     fit(model, sums, tmp_path, max_steps=1).trainer.save_checkpoint(path)
-    monkeypatch.setattr(passes, "default_token_budget", lambda model, device: 12)
+    monkeypatch.setattr(passes, "default_token_budget", lambda model, device, beside: 12)
     policy = fit(model, sums, tmp_path, ckpt=path, max_steps=2)
     saved = torch.load(path, weights_only=True)[CHECKPOINT_KEY]
     assert policy.task.passes._chosen == 24 and saved["tokens_of_pass"] == {"tokens": 24, "memory": 80 * gib}

@@ -7,6 +7,7 @@ import shlex
 import sys
 import tomllib
 
+import hub_contents
 import pages
 import pytest
 import torch
@@ -154,13 +155,23 @@ def test_the_configs_on_top_of_another_train(here, monkeypatch):
     assert saved.with_name("summary.json").is_file()
 
 
-def test_tools_of_a_server_and_environments_of_sets_go_over_a_config(here, monkeypatch):
-    configs = [f"--config={name}" for name in ("configs/tools.yaml", "mcp.yaml")]
-    (server,) = parse(["fit", *configs], monkeypatch).model.init_args.environment.init_args.tools
-    assert (server.class_path, server.init_args.command) == ("hybrid_lightning.environments.McpTools", "uvx mcp-server-time")
-    parsed = parse(["fit", "--config=configs/tools.yaml", "--config=sets.yaml"], monkeypatch)
-    assert parsed.model.init_args.environment.init_args.environments.keys() == {"sums", "games"}
-    assert parsed.data.init_args.source.init_args.set_column == "kind"
+def test_tools_of_a_server_and_environments_of_sets_train_over_a_config(here, monkeypatch):
+    """Twenty of the rows on the page, with numbers of their own."""
+    pytest.importorskip("mcp", reason="needs mcp: pip install 'hybrid-lightning[mcp]'")
+    tiny = hub_contents.write_model(here / "tiny", "qwen3")
+    started = shlex.join([sys.executable, "-S", str(ROOT / "tests" / "environments" / "mcp_server.py")])
+    code = (here / "mcp.yaml").read_text()
+    (here / "mcp.yaml").write_text(code.replace("command: uvx mcp-server-time", f"command: {started}"))
+    steps = [*SMALL, "--trainer.max_steps=2", "--adapter.scorer=Random"]
+    few = [f"--model.model={tiny}", "--model.dtype=float32", "--trainer.precision=32-true", "--model.sampler.max_new_tokens=6"]
+    for name, config, options in (("mcp", "qwen3", few), ("sets", "tools", [])):
+        rows = [json.loads(row) for row in re.findall(r"^#   (\{.*\})$", example(name), re.MULTILINE)]
+        rows = [{**row, "question": f"{row['question']}{number}"} for number in range(10) for row in rows]
+        (here / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command(["fit", f"--config=configs/{config}.yaml", f"--config={name}.yaml", *steps, *options], monkeypatch)
+        (saved,) = (here / "runs" / config).glob("*/summary.json")
+        assert json.loads(saved.read_text())["steps"] == 2
+    assert re.search(r"tools_column: tools\n", saved.with_name("config.yaml").read_text())
 
 
 def names_of(code, steps=1):

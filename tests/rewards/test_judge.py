@@ -179,6 +179,7 @@ def test_what_cannot_be_is_refused(make):
         ({"base_url": f"https://me:{KEY}@host/v1"}, "by the environment alone"),
         ({"api_key_variable": KEY}, "give one, not the key"),
         ({"retries": -1}, "retries=-1"),
+        ({"scale": (5, 5)}, "give the lowest grade, and a higher one"),
         ({"pattern": "x"}, "0 groups"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -37,7 +37,7 @@ class ByPrompt(Sampler):
         for prompt, ids in zip(request.prompts, request.prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
-            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own)
+            alone = replace(request, prompts=[prompt], prompt_ids=[ids], draws=own, on_completion=None)
             parts.append(sampler.sample(engine, tokenizer, alone))
         return with_holes(join_rollouts(parts)) if self.holes else join_rollouts(parts)
 
@@ -66,7 +66,8 @@ class Log(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
-            self.steps.append({n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith("val/")})
+            found = {n: float(v) for n, v in trainer.callback_metrics.items()}
+            self.steps.append({n: v for n, v in found.items() if not n.startswith(("val/", "judge/seconds"))})
 
 
 class Streamed(Callback):

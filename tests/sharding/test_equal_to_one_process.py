@@ -1,10 +1,13 @@
 """On two ranks, a run has the plan, losses, metrics, weights and validation of one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from fake_judge import FakeJudge, graded
 from lightning.pytorch import Callback
 from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, Streamed, assert_same_run
-from tiny_runs import Failing, OftenDone, Talk, write_model
+from tiny_runs import DigitShare, Failing, OftenDone, Talk, write_model
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters import TailEnergy
@@ -12,6 +15,8 @@ from hybrid_lightning.advantages import BatchStdAdvantage, NoAdvantage
 from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, ReverseKL, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
+from hybrid_lightning.reply_cache import ReplyCache
+from hybrid_lightning.rewards import JudgeReward, WeightedSum
 from hybrid_lightning.rollout import DynamicSampling
 
 
@@ -32,6 +37,15 @@ class Sizes(Callback):
         self.held["state"] = sum(local(value).numel() for value in state)
 
 
+class Ungraded(Callback):
+    """Replies of the run's judge are kept in a folder of its own: each run asks anew, and counts from 0."""
+
+    def setup(self, trainer, pl_module, stage):
+        for term in pl_module.task.generation.reward_terms():
+            term.take_counts()
+            term._replies = ReplyCache(str(Path(trainer.default_root_dir) / "graded"), "judge")
+
+
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -45,7 +59,16 @@ def first_rollout(train_on):
 
 
 @pytest.fixture(scope="module")
-def jobs(first_rollout, folder):
+def judge():
+    """Counts letters, and refuses every completion that ends in a vowel."""
+    server = FakeJudge()
+    server.grade = lambda text: (400, "no") if text[-1:] in "aeiou" else graded(sum(map(str.isalpha, text)))
+    yield JudgeReward("Grade it.", server.url, "j", retries=0, max_failed_share=1.0)
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(first_rollout, folder, judge):
     """Runs in which two ranks, which share the prompts of the first rollout, have different amounts of work."""
     others = tuple(set(range(24)) - set(first_rollout[::2]))
     few = {"max_tokens_per_micro_batch": 24, "prompts_per_rollout": 4}
@@ -61,7 +84,7 @@ def jobs(first_rollout, folder):
     episodes |= {"sampler": OftenDone(5), "loss": GRPOLoss(kl_coef=0.02), "correction": TokenTruncation()}
     episodes |= {"dynamic_sampling": DynamicSampling(1), "turn_template": "{content}"}
     teacher = ModelTeacher(str(write_model(folder / "teacher", seed=5)))
-    compared = {**uneven, "teacher": teacher, "distillation": ReverseKL()}
+    compared = {**uneven, "teacher": teacher, "distillation": ReverseKL(), "reward": WeightedSum([DigitShare(), judge])}
     hinted = {**uneven, "teacher": SelfTeacher("{prompt}{answer}#"), "advantage": NoAdvantage()}
     work = {
         "longer completions on one rank": {
@@ -73,7 +96,7 @@ def jobs(first_rollout, folder):
         "advantages on one rank only": {"policy": {**uneven, **one_rank}, "callbacks": (Streamed(),)},  # then on none
         "masks and an entropy bonus": {"policy": {**few, **masks, **left_out}, "deterministic": True},
         "groups replaced and moved": {"policy": {**replaced, **left_out}},
-        "distributions of a teacher": {"policy": compared, "accumulate_grad_batches": 2},
+        "a teacher and a judge": {"policy": compared, "accumulate_grad_batches": 2, "callbacks": (Ungraded(),)},
         "the start policy as teacher": {"policy": hinted},
         "episodes of several turns": {"policy": {**episodes, "advantage": BatchStdAdvantage()}},
     }
@@ -82,11 +105,11 @@ def jobs(first_rollout, folder):
 
 # What the strategy has no part in is tried under one of them.
 UNDER = {
-    "ddp": ("advantages on one rank only", "groups replaced and moved", "distributions of a teacher"),
+    "ddp": ("advantages on one rank only", "groups replaced and moved", "a teacher and a judge"),
     "fsdp2": (
         *("longer completions on one rank", "advantages on one rank only"),
         *("episodes of several turns", "masks and an entropy bonus"),
-        *("distributions of a teacher", "the start policy as teacher"),
+        *("a teacher and a judge", "the start policy as teacher"),
     ),
 }
 
@@ -130,3 +153,5 @@ def test_it_is_the_same_run(sharded, single, strategy):
             assert held == {of: sum(part[of] for part in parts) for of in held}, "each rank keeps its part, and no more"
             assert all(0.4 < part["weights"] / held["weights"] < 0.6 for part in parts)
             assert all(part["gradients"] < held["gradients"] for part in parts)
+        elif name == "a teacher and a judge":
+            assert results[0]["steps"][0]["judge/calls"] > results[0]["steps"][0]["judge/failed"] > 0, "of both ranks"

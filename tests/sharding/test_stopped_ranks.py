@@ -8,13 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runs import run as run_command
 from cli_runs import write_folder
 from ranks_of_tests import run, start
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
 from hybrid_lightning.adapters import AdapterPlan
+from hybrid_lightning.errors import RewardError
+from hybrid_lightning.rewards import JudgeReward
 from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.training.rl_task import RLTask
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {"ddp": "ddp.yaml", "fsdp2": "fsdp.yaml"}
@@ -74,6 +78,31 @@ def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
         one = ["--config", runs[-1] / "config.yaml", "--trainer.strategy=auto", "--trainer.devices=1"]
         result = run_command(folder, "test", *one, "--ckpt_path", last)
         assert result.code == 0 and "greedy_accuracy" in result.out, result.err[-2000:]
+
+
+def fail_on_one_rank(folder):
+    """On each rank: a run in which the judge of rank 1 fails in the second rollout."""
+    rollouts, roll_out = [], RLTask.roll_out
+
+    def graded(judge, completions, prompts):
+        if os.environ["LOCAL_RANK"] == "1" and len(rollouts) == 2:
+            raise RewardError("the judge is gone")
+        return [float(text[:1].isdigit()) for text in completions]
+
+    given = ("=JudgeReward", ".rubric=Grade it.", ".base_url=http://localhost:9/v1", ".model=j")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RLTask, "roll_out", lambda *given: rollouts.append(1) or roll_out(*given))
+        patch.setattr(JudgeReward, "__call__", graded)
+        options = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+        return run_command(folder, *FIT[:2], *options, "--adapter.scorer=Random", *(f"--model.reward{part}" for part in given))
+
+
+@pytest.mark.long
+def test_a_judge_that_fails_on_one_rank_ends_all_with_a_checkpoint(folder, tmp_path):
+    for result in run(2, tmp_path, fail_on_one_rank, timeout_s=120, folder=folder):
+        assert result.code == 1 and "error: the judge is gone" in result.err, result.err[-2000:]
+    (saved,) = folder.rglob("stopped.ckpt")
+    assert torch.load(saved, weights_only=False)["global_step"] == 2
 
 
 def work_that_must_not_be_torn_apart(file):

@@ -10,7 +10,9 @@ from tiny_runs import (
     Constant,
     Interrupted,
     Log,
+    OftenDone,
     StartsWithDigit,
+    Talk,
     build_adapter,
     build_data,
     build_policy,
@@ -25,6 +27,7 @@ from hybrid_lightning import losses
 from hybrid_lightning.adapters import Random
 from hybrid_lightning.advantages import GroupAdvantage, NoAdvantage
 from hybrid_lightning.engine import Backend
+from hybrid_lightning.environments import EpisodeLimits
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import ModelTeacher, SelfTeacher
 from hybrid_lightning.rollout import DynamicSampling
@@ -142,6 +145,7 @@ def test_a_run_that_is_resumed_in_the_middle_of_a_rollout_has_the_same_weights(m
 def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder, model, monkeypatch):
     student = build_policy(model).task.passes
     teacher = ModelTeacher(str(teacher_folder))
+    assert student.beside() == 0 and build_policy(model, teacher=teacher).task.passes.beside() == teacher.held_bytes(student) > 0
     weights = list(teacher.passes(student).policy.model.parameters())
     before = [weight.data for weight in weights]
     moved = []
@@ -162,9 +166,25 @@ def test_the_weights_of_a_teacher_return_to_the_host_as_they_were(teacher_folder
     assert all(weight.data_ptr() == old.data_ptr() for weight, old in zip(weights, before, strict=True))
 
 
+def test_a_teacher_with_context_reads_what_the_environment_begins_with(model, sums, tmp_path, monkeypatch):
+    read, logprobs = [], SelfTeacher.logprobs
+    monkeypatch.setattr(SelfTeacher, "logprobs", lambda *given: read.append(given[2]) or logprobs(*given))
+    policy = {"teacher": SelfTeacher("{prompt}{answer}#"), "environment": Talk(), "reward": None, "sampler": OftenDone(5)}
+    policy |= {"episodes": EpisodeLimits(max_tokens=60), "turn_template": "{content}"}
+    log = Log()
+    fit(model, sums, tmp_path, log, policy=policy, max_steps=1)
+    rollouts, tokenizer = log.batches[0].rollout[0], build_tokenizer()
+    own, seen = (tokenizer.batch_decode(s.prompt_ids, skip_special_tokens=True) for s in (rollouts.sequences, read[0]))
+    for row, (text, other) in enumerate(zip(own, seen, strict=True)):
+        prompt = rollouts.prompts[row // 4]
+        assert "=go" in text and other == text.replace(prompt.text, f"{prompt.text}{prompt.answer}#")
+
+
 def test_context_takes_the_row_and_in_a_chat_the_last_question():
     with pytest.raises(ConfigError, match=r"does not have \{prompt\}"):
         SelfTeacher("{answer}")
+    with pytest.raises(ConfigError, match="start=false without context is the policy itself"):
+        SelfTeacher(start=False)
     teacher = SelfTeacher("{prompt} ({answer}, {hint})")
     row = {"answer": "4", "columns": {"hint": "two pairs"}}
     assert teacher.with_context(Prompt(text="2+2=", **row)).text == "2+2= (4, two pairs)"
@@ -174,6 +194,26 @@ def test_context_takes_the_row_and_in_a_chat_the_last_question():
         "2+2=",
         "now (4, two pairs)",
     ]
+
+
+def test_prompts_that_are_too_long_for_the_teacher_are_refused_with_the_data(model, sums, tmp_path):
+    build_model("llama", seed=5, max_position_embeddings=8).save_pretrained(tmp_path / "short")
+    build_tokenizer().save_pretrained(tmp_path / "short")
+    message = (
+        r"prompts are too long for the teacher, first .*sums.jsonl row \d+ with {} tokens: model.sampler.max_new_tokens=6 leaves"
+    )
+    for teacher, error, numbers in (
+        (SelfTeacher("{prompt}" + "?" * 130), "shorten model.teacher.context or the columns that it shows", (134, 122, 128)),
+        (ModelTeacher(str(tmp_path / "short")), "lower model.sampler.max_new_tokens to 4 or less", (4, 2, 8)),
+    ):
+        policy = {"teacher": teacher}
+        error = f"{message.format(numbers[0])} {numbers[1]} of the teacher's {numbers[2]} positions; {error}"
+        with pytest.raises(ConfigError, match=error):
+            build_trainer(tmp_path).check(build_policy(model, **policy), build_data(sums))
+        with pytest.raises(ConfigError, match=error):
+            fit(model, sums, tmp_path, policy=policy, max_steps=1)
+    with pytest.raises(ConfigError, match=r"uses \{hint\}, which .* row 0 does not have"):
+        build_trainer(tmp_path).check(build_policy(model, teacher=SelfTeacher("{prompt}{hint}")), build_data(sums))
 
 
 def test_tokenizers_that_differ_are_refused_by_what_differs(model, teacher_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Modules that are trained on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
+"""Modules that train on completions in the data, by `ExampleTask`: supervised fine-tuning, and DPO."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Trains and evaluates by a loss on examples, such as one of your own.
+    """Trains and evaluates with a loss on examples, such as one of your own.
 
     Args:
-        loss: Loss on examples; None takes that of the class, if it has one.
-        reward: Scores completions of held-out prompts, which validation and test then generate as well. None evaluates the loss
-            alone.
+        loss: Loss on examples; None takes the class's own loss, if it has one.
+        reward: Scores completions of held-out prompts, which validation and test then also generate. None evaluates only the
+            loss.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
-        options: Of `LanguageModule`.
+        options: Options of `LanguageModule`.
 
     Raises:
         ConfigError: If a value is impossible, or there is no loss.

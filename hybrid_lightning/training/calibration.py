@@ -146,9 +146,9 @@ def training_losses(
     """Training losses at the start policy, which is also the policy that sampled and the reference.
 
     Args:
-            signal: Source of the learning signal, for the plan.
-            sequences: N rows.
-            chunks: The rows that contribute to the loss, in chunks, and their advantages.
+        signal: Source of the learning signal, for the plan.
+        sequences: N rows.
+        chunks: The rows that contribute to the loss, in chunks, and their advantages.
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         counted: See `Rewards`, [N] bool or None.

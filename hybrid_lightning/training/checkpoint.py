@@ -81,9 +81,7 @@ def as_one_file(checkpoint: Any) -> Any:
 
 def without_reward(error: Exception) -> str:
     """The warning for a checkpoint that is loaded without its reward, which jsonargparse did not find."""
-    found = re.search(
-        r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL
-    )  # the first error that it lists
+    found = re.search(r"^ +- (.+?)(?=^ +- |^\S|\Z)", str(error), re.MULTILINE | re.DOTALL)  # the first error that it lists
     cause = (found[1] if found else str(error)).strip().splitlines()[-1].strip()  # the innermost error
     return (
         f"the checkpoint's reward cannot be made again, and the policy is loaded without it: {cause}; give "

@@ -296,7 +296,7 @@ class Trainer(LightningTrainer):
                     say(f"Next: {command}")
 
     def doctor(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Report what will keep a run from learning: makes one rollout and one optimizer step, but does not train or write.
+        """Report what will keep a run from learning, from one rollout and one optimizer step; nothing is trained or written.
 
         Modules are not scored: the fully trained ones are chosen at random. Module and Trainer cannot be used again.
 

@@ -17,7 +17,7 @@ from hybrid_lightning.errors import one_line, shorten
 from hybrid_lightning.types import Message
 
 MAX_CHARS = 1_000_000  # in all messages of an answer: the rest is cut before tokenization
-_MESSAGE_CHARS = 1_000  # cost of a message besides its text
+_MESSAGE_CHARS = 1_000  # charged per message besides its text
 _LARGEST = torch.finfo(torch.float32).max  # rewards are summed up in float32
 
 

@@ -61,8 +61,8 @@ class Environment(Configurable, ABC):
         False
     """
 
-    # Whether ordinary methods may run in any thread. Episodes run side by side: `async` methods are awaited together, and ordinary
-    # ones run in threads. If False, each episode has its own thread, for objects that belong to a thread (SQLite), and `start`
+    # Whether ordinary methods may run in any thread. Episodes run side by side: `async` methods are awaited together, ordinary
+    # methods run in threads. If False, each episode has its own thread, for objects that belong to a thread (SQLite), and `start`
     # runs for one episode at a time, so that seeding and drawing there is repeatable. All episodes of a process share its global
     # state: code that draws from the global generators later, or changes other global state, needs processes (episodes.workers).
     thread_safe: ClassVar[bool] = False

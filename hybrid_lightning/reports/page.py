@@ -136,7 +136,7 @@ def _read(path: Path) -> Any:
 
 
 def shown_comparison(change: Difference, metric: str, paired: bool) -> str:
-    """A difference with its interval, and the number of problems behind it."""
+    """A difference with its interval, and the number of problems that it is based on."""
     return f"{shown_difference(change, metric)}, {f'paired over {change.problems} problems' if paired else 'unpaired'}"
 
 

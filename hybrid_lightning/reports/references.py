@@ -66,7 +66,7 @@ def reference_answers(prompts: Sequence[Prompt], accuracy: float) -> References:
 
 
 def _in_the_prompt(prompts: list[Prompt]) -> Iterator[Finding]:
-    """Whether all prompts contain their own answer, and few contain another row's answer, unlike options to choose from."""
+    """Whether all prompts contain their own answer, and few contain another row's, as prompts with answer options do."""
     texts = [_text(prompt) for prompt in prompts]
     others = [(text, other) for row, text in enumerate(texts) if (other := _other(prompts, row)) is not None]
     shown = all(_contains(text, _answer(prompt)) for text, prompt in zip(texts, prompts, strict=True))

@@ -21,7 +21,7 @@ from hybrid_lightning.types import Prompt
 if TYPE_CHECKING:
     AnyReward = Callable[..., Any] | Sequence[Callable[..., Any]]
     AnyRewards = Sequence[Callable[..., Any]]
-else:  # possible in a config
+else:  # types that a config can give
     AnyReward, AnyRewards = RewardFunction, list[RewardFunction]
 
 

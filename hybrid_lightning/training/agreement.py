@@ -27,7 +27,7 @@ from hybrid_lightning.training.run import Run
 from hybrid_lightning.types import Sequences
 
 SEQUENCES, TOKENS = 4, 256  # sequences to compare, and the most tokens of each
-_WAIT_S = 60.0  # for an idle engine
+_WAIT_S = 60.0  # seconds to wait for an idle engine
 _LARGEST = 0.5  # nats, mean over tokens, above which the run stops; other weights gave more than 2
 # Above these it warns, with products of float32 and of 16 bits. Tokens of prompts are improbable, and rounding moves their
 # log-probabilities most: SmolLM2 in bfloat16 has 0.06 to 0.09, a small model in float32 1e-5.

@@ -125,7 +125,7 @@ def restore_policy(policy: Policy, saved: Mapping[str, Any], resumes: bool, devi
 
 
 def check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raise CheckpointError if a checkpoint has no values for trainable weights, or has unknown weights."""
+    """Raise CheckpointError if a checkpoint has no values for these trainable weights, or has values for these unknown ones."""
     for names, what in (
         (missing, "no values for {} trainable weights"),
         (unexpected, "{} weights that this model does not have"),

@@ -313,8 +313,8 @@ class Doctor(Callback):
         """Print everything that was seen, and collect the findings.
 
         `steps` is the number of optimizer steps of the intended run, infinite without a limit. `validations` is its number of
-        validations, including the one before training. `scored_prompts` is the number of prompts whose completions score its
-        modules, 0 if it does not score.
+        validations, including the one before training. Completions of `scored_prompts` prompts score its modules, 0 if it does
+        not score.
         """
         assert self._rollout is not None and self._change is not None
         rollouts, rewards, _ = self._rollout

@@ -240,7 +240,7 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this machine runs; a zombie, whose parent has not read its exit code, does not."""
+    """Whether a process of this machine runs; a zombie (its parent has not read its exit code) does not."""
     with suppress(OSError):
         if sys.platform == "linux":
             return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")

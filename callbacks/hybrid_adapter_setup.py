@@ -56,8 +56,8 @@ class HybridAdapterSetup(Configurable, Callback):
             named, as in `{experts: 4}`; each expert has the whole rank.
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
-        calibration_prompts: Number of prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes
-            the number of prompts in one rollout, so that scoring costs about the same as a training step.
+        calibration_prompts: Number of prompts in the rollouts that score the modules; None lets the module choose.
+            `PolicyModule` takes the number of prompts in one rollout, so that scoring costs about the same as a training step.
         plan: Path of a `plan.json` to use instead of scoring.
         keep_start_weights: Keep the frozen originals of fully trained modules, which a KL term needs. False saves their memory.
 
@@ -194,7 +194,7 @@ class HybridAdapterSetup(Configurable, Callback):
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         model = model_of(pl_module)
-        if plan is self.given_plan:  # not for the plan of a checkpoint, whose weights are loaded afterwards
+        if plan is self.given_plan:  # not for a checkpoint's plan: its weights are loaded afterwards
             plan.check_weights(model)
         setattr(pl_module, str(pl_module.adapter_attribute), apply_plan(model, plan, self.keep_start_weights))
         pl_module.plan = plan  # type: ignore[assignment]

@@ -218,6 +218,6 @@ def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
     folder = logger_root(loggers[0], fallback=Path()) / (version if isinstance(version, str) else f"version_{version}")
     if folder.is_dir() and all(any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
         with suppress(FileExistsError):
-            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
+            (folder / "checkpoints").mkdir()  # succeeds for only one of two runs with loggers that share a folder
             return [folder], version
     return None

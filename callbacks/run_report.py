@@ -36,7 +36,7 @@ from hybrid_lightning.stopping import RunStopped
 from hybrid_lightning.training.lightning_internals import ends_step
 from hybrid_lightning.training.module import LanguageModule
 
-# The metrics whose curves are kept, in page order.
+# The metrics with curves in the report, in page order.
 CURVES = (
     r"val/(.+/)?reward",
     r"val/(.+/)?avg@\d+",

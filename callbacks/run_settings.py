@@ -94,7 +94,7 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 
 def _flattened(name: str, value: Any, usual: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, value and default for everything in a setting; the default is that of the class's constructor, None without."""
+    """Yield name, value and default for everything in a setting; the default comes from the class's constructor, else None."""
     if name in _UNDIVIDED:
         yield name, value or None, usual
     elif isinstance(value, Mapping):

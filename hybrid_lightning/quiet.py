@@ -8,7 +8,7 @@ import warnings
 import huggingface_hub
 import transformers
 
-# Where Lightning logs, and which lines are hidden: advice, lists of devices, and what was typed or is in the summary.
+# Where Lightning logs, and which lines are hidden: advice, lists of devices, and repetitions of the command or the summary.
 _LIGHTNING_LOGS = (
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.rank_zero",

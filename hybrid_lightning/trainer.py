@@ -117,8 +117,8 @@ class Trainer(LightningTrainer):
         """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
-            CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an
-                earlier `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
+            CheckpointError: If there is no such checkpoint, or if the path is Lightning's keyword for a checkpoint of an earlier `fit`
+                with the same Trainer, which a command does not have: it would begin from the start policy.
         """
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
@@ -155,8 +155,8 @@ class Trainer(LightningTrainer):
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, whose
-        # hooks make the validation.
+        # A run that was stopped in its last validation has no steps left. Lightning then does not start the training loop, but
+        # its hooks make the validation.
         stop = find_callback(self, GracefulStop)
         if self.state.fn == "fit" and stop is not None and stop.validation_due:
             self.fit_loop.on_run_start()

@@ -8,7 +8,7 @@ workers.py            environments in other processes
 answers.py            checks the answers of environments
 by_set.py             an environment for each set of the data
 tool_environment.py   an environment of tools that the policy may call
-tool.py               what a tool is, and how its arguments are checked
+tool.py               the base class of tools, and the checks of their arguments
 calls.py              how the policy writes calls: the contract of formats
 json_calls.py         formats that are JSON or plain text
 tagged_calls.py       formats between tags, and which one a chat template teaches

@@ -209,7 +209,7 @@ def as_text(value: Any) -> str:
     """A tool's result as text for the policy: written like observations; a value that cannot be is converted by `str`.
 
     Raises:
-        ConfigError: If it contains an image or the like.
+        ConfigError: If it contains an image or similar data.
     """
     if value is None:
         return "(the tool returned nothing)"

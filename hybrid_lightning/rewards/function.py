@@ -42,7 +42,7 @@ class FunctionReward(RewardFunction):
             callable object. A checkpoint has only its path.
         timeout_s: Wall time in seconds for each call, either for the batch or for each completion; None for no limit.
             An asynchronous function is cancelled; an ordinary one continues in its thread, and can still take processor time.
-        on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
+        on_timeout: Reward of a completion if its call takes too long; None stops training with an error that names the row.
         concurrency: Number of asynchronous calls, or with `overlap` calls of any kind, in progress at the same time.
         measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
         name: Name under which it is logged; None for the function's name.

@@ -153,7 +153,7 @@ class LanguageModule(Configurable, LightningModule, ABC):
         self._eval_samples, self._max_tokens = eval_samples, max_tokens_per_micro_batch
         # Checkpoints do not have the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
-        self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until setup has ended
+        self._checked: tuple[Any, ...] = ()  # the run with checked settings, until setup has ended
 
     # ---- the policy
 

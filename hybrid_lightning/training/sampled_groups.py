@@ -161,8 +161,8 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards, credited: Rewards | No
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
-        `frac_reward_zero_std` (share of groups whose credited rewards are all equal, in each turn, so that nothing is learned
-        from them),
+        `frac_reward_zero_std` (share of groups with credited rewards that are all equal, in each turn, so that nothing is
+        learned from them),
         `rewards/{name}/mean` and `/std`,
         `solve_rate/{all,none,mixed}` (shares of groups in which all, none or some completions are correct), `accuracy`,
         `completions/*` in sampled tokens, `num_tokens` (of prompts and completions, with added tokens: the cost of a rollout);

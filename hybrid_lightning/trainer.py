@@ -117,8 +117,8 @@ class Trainer(LightningTrainer):
         """Check that a checkpoint exists, if one is given. The command line does so before anything is loaded.
 
         Raises:
-            CheckpointError: If the checkpoint does not exist, or the path is Lightning's keyword for a checkpoint of an earlier `fit`
-                with the same Trainer, which a command does not have: it would begin from the start policy.
+            CheckpointError: If the checkpoint does not exist, or the path is Lightning's keyword for a checkpoint of an earlier
+                `fit` with the same Trainer, which a command does not have: it would begin from the start policy.
         """
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):

@@ -156,7 +156,7 @@ class Generation:
 
         with policy.inference():
             rollouts = sample() if sampler.needs_weight_sync else policy.weights.gathered(sample)
-        if rollouts.sequences.weights_step is None:  # the initial weights made all tokens; an engine has them, too
+        if rollouts.sequences.weights_step is None:  # all by the weights at the beginning, which an engine also has
             made_by = torch.full_like(rollouts.sequences.completion_ids, step)
             rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
         if self._compares:
